@@ -1,0 +1,465 @@
+"""Involution layers: the keras.io example's as a drop-in, and the paper's in one to three
+dimensions."""
+
+import keras
+from keras import ops
+
+from involution import kernel_generators
+from involution.ops.api import (
+    integers,
+    involution,
+    one_of,
+    standardize_data_format,
+    standardize_padding,
+)
+from involution.ops.geometry import (
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    INTERLEAVED,
+    SAME,
+    Geometry,
+)
+from involution.ops.views import sizes as view_sizes
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class Involution(keras.layers.Layer):
+    """The layer of the keras.io example "Involutional neural networks", as a drop-in.
+
+    Same arguments in the same order, same weights in the same order, same numbers; ``.keras`` and
+    ``.weights.h5`` files of the example load into it. It also works where the original does not:
+    unknown and changing sizes, odd sizes with strides, every backend, saving and loading.
+
+    It differs from the paper's layer (``Involution2D``) in what the example differs: channel c
+    belongs to group c % group_number, padding is ``"same"``, strided pooling is Keras's ``"same"``,
+    the first convolution has a bias, and batch normalization has Keras's defaults.
+
+    Args:
+        channel: Sets the hidden width of the kernel generator, channel // reduction_ratio. It does
+            not change the output, which always has the input's channels. None: the input's.
+        group_number: Number of groups; divides the input's channels.
+        kernel_size: Side of the square window.
+        stride: Distance of windows, in both directions.
+        reduction_ratio: See ``channel``.
+        name: Name of the layer.
+        return_kernel: Whether the layer returns (output, kernel), as the example's does, or the
+            output alone, which fits a ``keras.Sequential``.
+        **kwargs: ``dtype``, ``trainable`` and so on, as in ``keras.layers.Layer``.
+
+    Call arguments:
+        inputs: Tensor (B, H, W, C).
+
+    Returns:
+        ``(output, kernel)`` with shapes (B, H', W', C) and (B, H', W', kernel_size**2, 1,
+        group_number), where H' = ceil(H / stride); or ``output`` alone.
+
+    Raises:
+        ValueError: An argument is out of its range, the hidden width is 0, or ``group_number`` does
+            not divide the input's channels.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> output, kernel = involution.Involution(3, 1, 5, 2, 1, "inv")(np.ones((2, 33, 32, 3)))
+    >>> tuple(output.shape), tuple(kernel.shape)
+    ((2, 17, 16, 3), (2, 17, 16, 25, 1, 1))
+    """
+
+    def __init__(
+        self,
+        channel=None,
+        group_number=1,
+        kernel_size=3,
+        stride=1,
+        reduction_ratio=1,
+        name=None,
+        return_kernel=True,
+        **kwargs,
+    ):
+        super().__init__(name=name, **kwargs)
+        self.channel = None if channel is None else integers("channel", channel, 1)[0]
+        self.group_number = integers("group_number", group_number, 1)[0]
+        self.kernel_size = integers("kernel_size", kernel_size, 1)[0]
+        self.stride = integers("stride", stride, 1)[0]
+        self.reduction_ratio = integers("reduction_ratio", reduction_ratio, 1)[0]
+        self.return_kernel = bool(return_kernel)
+        self.input_spec = keras.layers.InputSpec(ndim=4)
+        self._geometry = Geometry(
+            (self.kernel_size,) * 2,
+            (self.stride,) * 2,
+            SAME,
+            (1, 1),
+            self.group_number,
+            INTERLEAVED,
+            CHANNELS_LAST,
+        )
+
+    def build(self, input_shape):
+        channels = _channels(input_shape, CHANNELS_LAST)
+        if channels % self.group_number:
+            raise ValueError(
+                "`group_number` must divide the input's channels: "
+                f"for {channels} channels one of {_divisors(channels)}. "
+                f"Received: group_number={self.group_number}"
+            )
+        width = channels if self.channel is None else self.channel
+        hidden = width // self.reduction_ratio
+        if hidden == 0:
+            raise ValueError(
+                "`channel` // `reduction_ratio` must be at least 1. "
+                f"Received: channel={width}, reduction_ratio={self.reduction_ratio}"
+            )
+        layers = keras.layers
+        common = {"data_format": CHANNELS_LAST, "dtype": self.dtype_policy}
+        self.pool = (
+            layers.AveragePooling2D(self.stride, padding="same", **common)
+            if self.stride > 1
+            else None
+        )
+        self.kernel_gen = keras.Sequential(
+            [
+                layers.Conv2D(hidden, 1, **common),
+                layers.BatchNormalization(dtype=self.dtype_policy),
+                layers.ReLU(dtype=self.dtype_policy),
+                layers.Conv2D(self._geometry.taps * self.group_number, 1, **common),
+            ]
+        )
+        self.kernel_gen.build((None, None, None, channels))
+
+    def generate_kernel(self, inputs):
+        """The kernels for ``inputs``: (B, H', W', kernel_size**2, group_number)."""
+        kernel = self.kernel_gen(inputs if self.pool is None else self.pool(inputs))
+        batch, height, width, _ = ops.shape(kernel)
+        return ops.reshape(
+            kernel, (batch, height, width, self._geometry.taps, self.group_number)
+        )
+
+    def call(self, inputs):
+        kernel = self.generate_kernel(inputs)
+        output = involution(
+            inputs,
+            kernel,
+            self.kernel_size,
+            strides=self.stride,
+            groups=self.group_number,
+            group_layout=INTERLEAVED,
+            data_format=CHANNELS_LAST,
+        )
+        return (output, ops.expand_dims(kernel, -2)) if self.return_kernel else output
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, channels = input_shape
+        height, width = self._geometry.output_sizes((height, width))
+        output = (batch, height, width, channels)
+        if not self.return_kernel:
+            return output
+        return output, (batch, height, width, self._geometry.taps, 1, self.group_number)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "channel": self.channel,
+            "group_number": self.group_number,
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "reduction_ratio": self.reduction_ratio,
+            "return_kernel": self.return_kernel,
+        }
+
+
+class InvolutionND(keras.layers.Layer):
+    """The paper's layer in ``rank`` dimensions: everything about Involution1D, 2D and 3D."""
+
+    def __init__(
+        self,
+        rank,
+        kernel_size=7,
+        strides=1,
+        padding="same",
+        dilation_rate=1,
+        groups=None,
+        group_channels=16,
+        reduction_ratio=4,
+        kernel_generator=None,
+        return_kernel=False,
+        group_layout="contiguous",
+        data_format=None,
+        implementation=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.rank = rank
+        self.kernel_size = integers("kernel_size", kernel_size, rank)
+        self.strides = integers("strides", strides, rank)
+        self.padding = standardize_padding(padding, rank)
+        self.dilation_rate = integers("dilation_rate", dilation_rate, rank)
+        self.groups = None if groups is None else integers("groups", groups, 1)[0]
+        self.group_channels = integers("group_channels", group_channels, 1)[0]
+        self.reduction_ratio = integers("reduction_ratio", reduction_ratio, 1)[0]
+        self.return_kernel = bool(return_kernel)
+        self.group_layout = one_of("group_layout", group_layout, (CONTIGUOUS, INTERLEAVED))
+        self.data_format = standardize_data_format(data_format)
+        self.implementation = implementation
+        self.kernel_generator = (
+            kernel_generators.Bottleneck(self.reduction_ratio, dtype=self.dtype_policy)
+            if kernel_generator is None
+            else kernel_generators.get(kernel_generator)
+        )
+        self.input_spec = keras.layers.InputSpec(ndim=rank + 2)
+        self._first_centre()
+
+    def build(self, input_shape):
+        channels = _channels(input_shape, self.data_format)
+        self.groups = self._number_of_groups(channels)
+        self._check_centres(input_shape)
+        generator = self.kernel_generator
+        for name in ("kernel_size", "groups", "strides", "data_format"):
+            # A layer that brings its own value keeps it: a Conv2D has strides of its own.
+            if getattr(generator, name, self) is None:
+                setattr(generator, name, getattr(self, name))
+        # Keras builds nested layers first when it loads a model: not a second time then.
+        if not generator.built:
+            generator.build(self._features_shape(input_shape))
+
+    def _geometry(self) -> Geometry:
+        return Geometry(
+            self.kernel_size,
+            self.strides,
+            self.padding,
+            self.dilation_rate,
+            self.groups or 1,
+            self.group_layout,
+            self.data_format,
+        )
+
+    def _number_of_groups(self, channels) -> int:
+        if self.groups is None and channels < self.group_channels:
+            return 1
+        name, value = (
+            ("group_channels", self.group_channels)
+            if self.groups is None
+            else ("groups", self.groups)
+        )
+        if channels % value:
+            raise ValueError(
+                f"`{name}` must divide the input's channels: for {channels} channels one of "
+                f"{_divisors(channels)}. Received: {name}={value}"
+            )
+        return channels // value if self.groups is None else value
+
+    def _first_centre(self) -> tuple[int, ...]:
+        """Where the first window's centre lies in each dimension; 0 for "same" by definition."""
+        g = self._geometry()
+        if self.padding == SAME:
+            return (0,) * self.rank
+        # Outside of "same" the zeros before do not depend on the input's size.
+        before = (pair[0] for pair in g.pads((1,) * self.rank))
+        centre = tuple(
+            last // 2 - pad for last, pad in zip(g.tap_offsets[-1], before, strict=True)
+        )
+        if min(centre) < 0:
+            raise ValueError(
+                "`padding` must leave the centre of every window inside the input: at most "
+                "floor((kernel_size - 1) * dilation_rate / 2) before it. "
+                f"Received: padding={self.padding!r}, kernel_size={self.kernel_size}, "
+                f"dilation_rate={self.dilation_rate}"
+            )
+        return centre
+
+    def _check_centres(self, input_shape):
+        g = self._geometry()
+        sizes = g.spatial(input_shape)
+        for n, out, centre, s in zip(
+            sizes, g.output_sizes(sizes), self._first_centre(), self.strides, strict=True
+        ):
+            if n is not None and centre + (out - 1) * s >= n:
+                raise ValueError(
+                    "`padding` must leave the centre of every window inside the input. "
+                    f"Received: padding={self.padding!r}, kernel_size={self.kernel_size}, "
+                    f"dilation_rate={self.dilation_rate}, input shape {tuple(input_shape)}"
+                )
+
+    def _features_shape(self, input_shape):
+        g = self._geometry()
+        sizes = g.spatial(input_shape)
+        cropped = tuple(
+            None if n is None else min(n - centre, out * s)
+            for n, out, centre, s in zip(
+                sizes, g.output_sizes(sizes), self._first_centre(), self.strides, strict=True
+            )
+        )
+        return g.shape(input_shape[0], cropped, input_shape[g.channel_axis])
+
+    def _features(self, inputs):
+        """What the kernels are generated from: the windows' centres and what follows each."""
+        if self.padding == SAME:
+            return inputs
+        g = self._geometry()
+        parts = tuple(
+            slice(centre, centre + out * s)
+            for centre, out, s in zip(
+                self._first_centre(), g.output_sizes(view_sizes(inputs, g)), self.strides,
+                strict=True,
+            )
+        )
+        return inputs[(slice(None),) * g.spatial_axis + parts]
+
+    def generate_kernel(self, inputs):
+        """The kernels for ``inputs``, as ``involution.ops.involution`` takes them:
+        (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial)."""
+        kernel = self.kernel_generator(self._features(inputs))
+        g = self._geometry()
+        shape = ops.shape(kernel)
+        if len(shape) != self.rank + 2 or kernel.shape[g.channel_axis] != g.taps * g.groups:
+            raise ValueError(
+                "`kernel_generator` must return a kernel map with taps * groups = "
+                f"{g.taps} * {g.groups} channels at every output position. "
+                f"Received: a map of shape {tuple(kernel.shape)} from {self.kernel_generator.name}"
+            )
+        kernel = ops.reshape(kernel, g.shape(shape[0], g.spatial(shape), g.taps, g.groups))
+        return ops.cast(kernel, inputs.dtype)
+
+    def call(self, inputs):
+        if isinstance(self.padding, tuple):
+            self._check_centres(inputs.shape)
+        kernel = self.generate_kernel(inputs)
+        output = involution(
+            inputs,
+            kernel,
+            self.kernel_size,
+            strides=self.strides,
+            padding=self.padding,
+            dilation_rate=self.dilation_rate,
+            groups=self.groups,
+            group_layout=self.group_layout,
+            data_format=self.data_format,
+            implementation=self.implementation,
+        )
+        return (output, kernel) if self.return_kernel else output
+
+    def compute_output_shape(self, input_shape):
+        g = self._geometry()
+        channels = _channels(input_shape, self.data_format)
+        sizes = g.output_sizes(g.spatial(input_shape))
+        output = g.shape(input_shape[0], sizes, channels)
+        if not self.return_kernel:
+            return output
+        return output, g.shape(input_shape[0], sizes, g.taps, self._number_of_groups(channels))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "kernel_size": self.kernel_size,
+            "strides": self.strides,
+            "padding": self.padding,
+            "dilation_rate": self.dilation_rate,
+            "groups": self.groups,
+            "group_channels": self.group_channels,
+            "reduction_ratio": self.reduction_ratio,
+            "kernel_generator": keras.saving.serialize_keras_object(self.kernel_generator),
+            "return_kernel": self.return_kernel,
+            "group_layout": self.group_layout,
+            "data_format": self.data_format,
+            "implementation": self.implementation,
+        }
+
+
+# The three differ in the rank alone, so they share one signature and one text.
+ARGUMENTS = """
+
+    Args:
+        kernel_size: Integer, or one for each spatial dimension: the window.
+        strides: Integer, or one for each spatial dimension.
+        padding: ``"same"``, ``"valid"``, ``"symmetric"`` (the paper's code), an integer, or a pair
+            (before, after) for each spatial dimension; see ``involution.ops.involution``.
+        dilation_rate: Integer, or one for each spatial dimension.
+        groups: Number of groups; divides the channels. None: channels // group_channels, and one
+            group where there are fewer channels than that.
+        group_channels: Channels of a group, where ``groups`` is None.
+        reduction_ratio: Channels for each hidden channel of the default generator.
+        kernel_generator: A Keras layer from features (B, *spatial, C) to a kernel map
+            (B, *out_spatial, taps * groups), channels tap-major; a name (``"bottleneck"``,
+            ``"linear"``); None: ``kernel_generators.Bottleneck(reduction_ratio)``. A generator with
+            weights serves one layer.
+        return_kernel: Whether to return (output, kernel) or the output alone.
+        group_layout: ``"contiguous"`` (the paper) or ``"interleaved"`` (the keras.io example).
+        data_format: ``"channels_last"``, ``"channels_first"``, or None for Keras's setting.
+        implementation: See ``involution.ops.involution``.
+        **kwargs: ``name``, ``dtype`` and so on, as in ``keras.layers.Layer``.
+
+    Call arguments:
+        inputs: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
+
+    Returns:
+        A tensor with the channels of ``inputs`` and the sizes a convolution would give; with
+        ``return_kernel`` also the kernels, (B, *out_spatial, taps, groups) or (B, taps, groups,
+        *out_spatial).
+
+    Raises:
+        ValueError: An argument is out of its range, the channels do not divide, or the generator's
+            map does not fit the output.
+
+    Source: Li et al., arXiv:2103.06255.
+    """
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class Involution1D(InvolutionND):
+    __doc__ = (
+        """The paper's involution layer for sequences: inputs (B, length, C).
+
+    >>> import numpy as np, involution
+    >>> tuple(involution.Involution1D(kernel_size=9)(np.ones((2, 100, 32), "float32")).shape)
+    (2, 100, 32)
+    """
+        + ARGUMENTS
+    )
+
+    def __init__(self, kernel_size=7, *args, **kwargs):
+        super().__init__(1, kernel_size, *args, **kwargs)
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class Involution2D(InvolutionND):
+    __doc__ = (
+        """The paper's involution layer for images: inputs (B, height, width, C).
+
+    >>> import numpy as np, involution
+    >>> tuple(involution.Involution2D(strides=2)(np.ones((2, 33, 20, 64), "float32")).shape)
+    (2, 17, 10, 64)
+    """
+        + ARGUMENTS
+    )
+
+    def __init__(self, kernel_size=7, *args, **kwargs):
+        super().__init__(2, kernel_size, *args, **kwargs)
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class Involution3D(InvolutionND):
+    __doc__ = (
+        """The paper's involution layer for volumes: inputs (B, depth, height, width, C).
+
+    >>> import numpy as np, involution
+    >>> tuple(involution.Involution3D(kernel_size=3)(np.ones((1, 5, 6, 7, 16), "float32")).shape)
+    (1, 5, 6, 7, 16)
+    """
+        + ARGUMENTS
+    )
+
+    def __init__(self, kernel_size=7, *args, **kwargs):
+        super().__init__(3, kernel_size, *args, **kwargs)
+
+
+def _channels(input_shape, data_format) -> int:
+    channels = input_shape[-1 if data_format == CHANNELS_LAST else 1]
+    if channels is None:
+        raise ValueError(
+            "The number of channels must be known when the layer is built. "
+            f"Received: input shape {tuple(input_shape)}"
+        )
+    return channels
+
+
+def _divisors(n) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

@@ -1,0 +1,136 @@
+"""The pair of the keras.io example: a small convolutional network and its involutional twin.
+
+Layers that the example leaves unnamed are named by Keras here too, so that both summaries read the
+same; each stage is the layer, a ReLU and, but for the last stage, a 2x2 max pooling.
+"""
+
+import keras
+from keras import layers
+
+from involution import kernel_generators
+from involution.layers import Involution, Involution2D
+
+HEADS = ("dense", "convolutional")
+
+
+def cnn(input_shape=(32, 32, 3), classes=10, head="dense"):
+    """The convolutional network: three 3x3 convolutions of 32, 64 and 64 filters.
+
+    Args:
+        input_shape: (height, width, channels); sizes may be None with the convolutional head.
+        classes: Number of classes.
+        head: ``"dense"``: flatten, a hidden layer of 64, the classes, as in the example;
+            ``"convolutional"``: the same two layers at every position and a mean over positions,
+            which serves any image size.
+
+    Returns:
+        A functional ``keras.Model`` named ``conv_model``, from images to logits (B, classes). It
+        has 319,178 parameters at 32x32x3.
+
+    Raises:
+        ValueError: ``input_shape``, ``classes`` or ``head`` is out of its range.
+
+    Example:
+
+    >>> import involution
+    >>> involution.models.cnn().count_params()
+    319178
+    """
+    _check(input_shape, classes, head)
+    inputs = keras.Input(shape=input_shape)
+    x = inputs
+    for stage, filters in enumerate((32, 64, 64), start=1):
+        x = layers.Conv2D(filters, (3, 3), padding="same")(x)
+        x = layers.ReLU(name=f"relu{stage}")(x)
+        if stage < 3:
+            x = layers.MaxPooling2D((2, 2))(x)
+    return keras.Model(inputs, _head(x, classes, head), name="conv_model")
+
+
+def inn(
+    input_shape=(32, 32, 3),
+    classes=10,
+    kernel_size=3,
+    group_number=1,
+    reduction_ratio=2,
+    kernel_generator=None,
+    head="dense",
+):
+    """The involutional network: three involutions, which keep the channels of the image.
+
+    Args:
+        input_shape: (height, width, channels); sizes may be None with the convolutional head.
+        classes: Number of classes.
+        kernel_size: Side of the windows.
+        group_number: Groups of every involution; divides the channels.
+        reduction_ratio: Channels for each hidden channel of the kernel generators.
+        kernel_generator: None for the example's layer, ``Involution``; a name, or a Keras layer of
+            which each stage gets a copy, for ``Involution2D`` with that generator.
+        head: As for ``cnn``.
+
+    Returns:
+        A functional ``keras.Model`` named ``inv_model``, from images to logits (B, classes), with
+        the involutions ``inv_1`` to ``inv_3``. It has 13,074 trainable and 6 other parameters at
+        32x32x3.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Example:
+
+    >>> import involution
+    >>> involution.models.inn().count_params()
+    13080
+    """
+    _check(input_shape, classes, head)
+
+    def involution(name):
+        if kernel_generator is None:
+            return Involution(
+                input_shape[-1], group_number, kernel_size, 1, reduction_ratio, name=name
+            )
+        generator = kernel_generators.get(kernel_generator)
+        return Involution2D(
+            kernel_size,
+            groups=group_number,
+            kernel_generator=type(generator).from_config(generator.get_config()),
+            return_kernel=True,
+            group_layout="interleaved",
+            data_format="channels_last",
+            name=name,
+        )
+
+    inputs = keras.Input(shape=input_shape)
+    x = inputs
+    for stage in (1, 2, 3):
+        x, _ = involution(f"inv_{stage}")(x)
+        x = layers.ReLU()(x)
+        if stage < 3:
+            x = layers.MaxPooling2D((2, 2))(x)
+    return keras.Model(inputs=inputs, outputs=_head(x, classes, head), name="inv_model")
+
+
+def _check(input_shape, classes, head):
+    if head not in HEADS:
+        raise ValueError(f"`head` must be one of {', '.join(HEADS)}. Received: head={head!r}")
+    sizes, free = tuple(input_shape), head == "convolutional"
+    if len(sizes) != 3 or not all(
+        (n is None and free and i < 2) or (isinstance(n, int) and n >= (1 if i == 2 else 4))
+        for i, n in enumerate(sizes)
+    ):
+        raise ValueError(
+            "`input_shape` must be (height, width, channels) with sides of at least 4, or None with "
+            f"the convolutional head. Received: input_shape={input_shape!r}, head={head!r}"
+        )
+    if not isinstance(classes, int) or classes < 2:
+        raise ValueError(f"`classes` must be at least 2. Received: classes={classes!r}")
+
+
+def _head(x, classes, head):
+    if head == "dense":
+        x = layers.Flatten()(x)
+        x = layers.Dense(64, activation="relu")(x)
+        return layers.Dense(classes)(x)
+    x = layers.Conv2D(64, 1, activation="relu")(x)
+    x = layers.GlobalAveragePooling2D()(x)
+    return layers.Dense(classes)(x)

@@ -1,0 +1,371 @@
+"""The operator: its contract, its checks, and the choice of an implementation."""
+
+import contextlib
+import contextvars
+import dataclasses
+import operator
+from collections.abc import Sequence
+
+import keras
+
+from involution.ops import reference, taps
+from involution.ops.geometry import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    INTERLEAVED,
+    SAME,
+    SYMMETRIC,
+    VALID,
+    Geometry,
+)
+
+# In order of preference: the first that can run is taken.
+IMPLEMENTATIONS = (("taps", taps), ("reference", reference))
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+_forced: contextvars.ContextVar = contextvars.ContextVar("involution_implementation", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One call of the operator, checked: what an implementation is asked to compute."""
+
+    geometry: Geometry
+    x_shape: tuple[int | None, ...]
+    kernel_shape: tuple[int | None, ...]
+    dtype: str
+
+    @property
+    def output_shape(self) -> tuple[int | None, ...]:
+        g = self.geometry
+        sizes = g.output_sizes(g.spatial(self.x_shape))
+        return g.shape(self.x_shape[0], sizes, self.x_shape[g.channel_axis])
+
+
+def involution(
+    x,
+    kernel,
+    kernel_size,
+    strides=1,
+    padding="same",
+    dilation_rate=1,
+    groups=1,
+    group_layout="contiguous",
+    data_format=None,
+    implementation=None,
+):
+    """Applies to every position of ``x`` a kernel of its own, shared by the channels of a group.
+
+    With the taps k of a window, the output position p and the group g(c) of channel c,
+
+        y[b, p, c] = sum over k of kernel[b, p, k, g(c)] * x[b, p*strides - pad + k*dilation_rate, c]
+
+    where ``x`` is 0 outside. Sums are made in float32, or float64 for float64. The result is exact
+    in both gradients and differentiable in reverse mode to any order.
+
+    Args:
+        x: Tensor (B, \\*spatial, C), or (B, C, \\*spatial) for ``"channels_first"``, with one, two or
+            three spatial dimensions; float64, float32, bfloat16 or float16.
+        kernel: Tensor (B, \\*out_spatial, taps, groups), or (B, taps, groups, \\*out_spatial) for
+            ``"channels_first"``, of the type of ``x``; taps is the product of ``kernel_size``,
+            counted row-major.
+        kernel_size: Integer, or one for each spatial dimension. Even and unequal sizes are fine.
+        strides: Integer, or one for each spatial dimension.
+        padding: ``"same"`` (as Keras places it: ceil(n / stride) positions), ``"valid"``,
+            ``"symmetric"`` (floor((kernel_size - 1) * dilation_rate / 2) zeros on both sides, as in
+            the paper's code), an integer, or a pair (before, after) for each spatial dimension.
+        dilation_rate: Integer, or one for each spatial dimension.
+        groups: Number of groups; divides C.
+        group_layout: ``"contiguous"``: channel c belongs to group c // (C / groups), as in the
+            paper; ``"interleaved"``: to group c % groups, as in the keras.io example.
+        data_format: ``"channels_last"``, ``"channels_first"``, or None for Keras's setting.
+        implementation: None for the best that can run here, a name, or a sequence of names to be
+            tried in order. A single name runs that one or raises with its reason.
+
+    Returns:
+        Tensor (B, \\*out_spatial, C) or (B, C, \\*out_spatial), of the type of ``x``.
+
+    Raises:
+        ValueError: An argument is out of its range, or the shapes or types do not fit. It is raised
+            before anything runs.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> x = np.ones((1, 4, 5, 6), "float32")
+    >>> kernel = np.ones((1, 4, 5, 9, 2), "float32")
+    >>> y = involution.ops.involution(x, kernel, kernel_size=3, groups=2)
+    >>> tuple(y.shape), float(y[0, 0, 0, 0]), float(y[0, 1, 1, 0])
+    ((1, 4, 5, 6), 4.0, 9.0)
+
+    Source: Li et al., "Involution: Inverting the Inherence of Convolution for Visual Recognition",
+    CVPR 2021, arXiv:2103.06255.
+    """
+    arguments = (
+        kernel_size,
+        strides,
+        padding,
+        dilation_rate,
+        groups,
+        group_layout,
+        data_format,
+        implementation,
+    )
+    if isinstance(x, keras.KerasTensor) or isinstance(kernel, keras.KerasTensor):
+        return InvolutionOperation(*arguments)(x, kernel)
+    return _run(x, kernel, *arguments)
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class InvolutionOperation(keras.Operation):
+    """``involution`` as a node of a functional Keras model."""
+
+    def __init__(
+        self,
+        kernel_size,
+        strides=1,
+        padding="same",
+        dilation_rate=1,
+        groups=1,
+        group_layout="contiguous",
+        data_format=None,
+        implementation=None,
+        name=None,
+    ):
+        super().__init__(name=name)
+        data_format = keras.config.image_data_format() if data_format is None else data_format
+        self.arguments = {
+            "kernel_size": kernel_size,
+            "strides": strides,
+            "padding": padding,
+            "dilation_rate": dilation_rate,
+            "groups": groups,
+            "group_layout": group_layout,
+            "data_format": data_format,
+            "implementation": implementation,
+        }
+
+    def call(self, x, kernel):
+        return _run(x, kernel, **self.arguments)
+
+    def compute_output_spec(self, x, kernel):
+        arguments = {k: v for k, v in self.arguments.items() if k != "implementation"}
+        problem = make_problem(x, kernel, **arguments)
+        _choose(problem, self.arguments["implementation"])
+        return keras.KerasTensor(problem.output_shape, dtype=problem.dtype)
+
+    def get_config(self):
+        return {"name": self.name, **self.arguments}
+
+
+def implementations(x, kernel, kernel_size, **arguments):
+    """Which implementations can compute a call, in order of preference.
+
+    Args:
+        x, kernel, kernel_size: As for ``involution``; tensors, or ``keras.KerasTensor`` for their
+            shapes and types alone.
+        **arguments: The other arguments of ``involution``, without ``implementation``.
+
+    Returns:
+        List of (name, reason): the reason why it cannot run, or None where it can. The first one
+        that can is what ``involution`` takes.
+
+    Example:
+
+    >>> import keras, involution
+    >>> x, kernel = keras.KerasTensor((None, 8, 8, 6)), keras.KerasTensor((None, 8, 8, 9, 1))
+    >>> [name for name, reason in involution.ops.implementations(x, kernel, 3) if reason is None]
+    ['taps', 'reference']
+    """
+    problem = make_problem(x, kernel, kernel_size, **arguments)
+    return [(name, module.refusal(problem)) for name, module in IMPLEMENTATIONS]
+
+
+@contextlib.contextmanager
+def use(implementation):
+    """Within the block every involution takes this implementation, whatever its own argument says.
+
+    Args:
+        implementation: As for ``involution``: a name, or a sequence of names tried in order.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> with involution.ops.use("reference"):
+    ...     y = involution.ops.involution(np.ones((1, 4, 6)), np.ones((1, 4, 3, 1)), 3)
+    """
+    token = _forced.set(_names(implementation))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _run(
+    x,
+    kernel,
+    kernel_size,
+    strides=1,
+    padding="same",
+    dilation_rate=1,
+    groups=1,
+    group_layout="contiguous",
+    data_format=None,
+    implementation=None,
+):
+    # Tensors stay as they are, on the device they are on.
+    x, kernel = (t if keras.ops.is_tensor(t) else keras.ops.convert_to_tensor(t) for t in (x, kernel))
+    problem = make_problem(
+        x, kernel, kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format
+    )
+    return _choose(problem, implementation).apply(x, kernel, problem)
+
+
+def _names(implementation) -> tuple[str, ...]:
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    known = [name for name, _ in IMPLEMENTATIONS]
+    if not names or any(name not in known for name in names):
+        raise ValueError(
+            f"`implementation` must be one of {known}, or a sequence of them. "
+            f"Received: implementation={implementation!r}"
+        )
+    return names
+
+
+def _choose(problem, implementation=None):
+    modules = dict(IMPLEMENTATIONS)
+    names = _forced.get() or (modules if implementation is None else _names(implementation))
+    reasons = {}
+    for name in names:
+        reasons[name] = modules[name].refusal(problem)
+        if reasons[name] is None:
+            return modules[name]
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise ValueError(f"No implementation named can run here ({why}). Received: {problem}")
+
+
+def make_problem(
+    x,
+    kernel,
+    kernel_size,
+    strides=1,
+    padding="same",
+    dilation_rate=1,
+    groups=1,
+    group_layout="contiguous",
+    data_format=None,
+) -> Problem:
+    """Checks the arguments of one call. Raises ValueError with the rule and the value received."""
+    x_shape, kernel_shape = _shape("x", x), _shape("kernel", kernel)
+    rank = len(x_shape) - 2
+    if rank not in (1, 2, 3):
+        raise ValueError(
+            "`x` must have a batch axis, a channel axis and one, two or three spatial axes. "
+            f"Received: x.shape={x_shape}"
+        )
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    kernel_dtype = keras.backend.standardize_dtype(kernel.dtype)
+    if dtype not in DTYPES or kernel_dtype != dtype:
+        raise ValueError(
+            f"`x` and `kernel` must have the same type, one of {', '.join(DTYPES)}. "
+            f"Received: x.dtype={dtype}, kernel.dtype={kernel_dtype}"
+        )
+    geometry = Geometry(
+        kernel_size=integers("kernel_size", kernel_size, rank),
+        strides=integers("strides", strides, rank),
+        padding=standardize_padding(padding, rank),
+        dilation_rate=integers("dilation_rate", dilation_rate, rank),
+        groups=integers("groups", groups, 1)[0],
+        group_layout=one_of("group_layout", group_layout, (CONTIGUOUS, INTERLEAVED)),
+        data_format=standardize_data_format(data_format),
+    )
+    problem = Problem(geometry, x_shape, kernel_shape, dtype)
+    _check_shapes(problem)
+    return problem
+
+
+def _check_shapes(problem):
+    g, x_shape, kernel_shape = problem.geometry, problem.x_shape, problem.kernel_shape
+    channels = x_shape[g.channel_axis]
+    if channels is None or channels == 0 or channels % g.groups:
+        raise ValueError(
+            "The number of channels must be known, not 0, and divisible by `groups`. "
+            f"Received: groups={g.groups}, x.shape={x_shape}"
+        )
+    sizes = g.output_sizes(g.spatial(x_shape))
+    if any(n is not None and n <= 0 for n in sizes):
+        raise ValueError(
+            "The window must fit into the padded input: every output size must be at least 1. "
+            f"Received: output sizes {sizes}, x.shape={x_shape}, kernel_size={g.kernel_size}, "
+            f"strides={g.strides}, padding={g.padding!r}, dilation_rate={g.dilation_rate}"
+        )
+    expected = g.shape(x_shape[0], sizes, g.taps, g.groups)
+    if len(expected) != len(kernel_shape) or any(
+        want is not None and have is not None and want != have
+        for want, have in zip(expected, kernel_shape, strict=True)
+    ):
+        raise ValueError(
+            f"`kernel` must have the shape {expected}: a batch, the output's spatial sizes, the "
+            f"taps of a window and the groups. Received: kernel.shape={kernel_shape}"
+        )
+
+
+def _shape(name, x) -> tuple[int | None, ...]:
+    shape = getattr(x, "shape", None)
+    if shape is None or getattr(shape, "rank", 0) is None:
+        raise ValueError(f"`{name}` must be a tensor of known rank. Received: {name}={x!r}")
+    return tuple(shape)
+
+
+def integers(name, value, count, minimum=1) -> tuple[int, ...]:
+    """``count`` integers, from one for all or one each."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * count
+    try:
+        numbers = tuple(operator.index(v) for v in values)
+    except TypeError:
+        numbers = ()
+    if (
+        len(numbers) != count
+        or any(isinstance(v, bool) for v in values)
+        or any(n < minimum for n in numbers)
+    ):
+        each = "" if count == 1 else f", or {count} of them, one for each spatial dimension"
+        raise ValueError(
+            f"`{name}` must be an integer of at least {minimum}{each}. Received: {name}={value!r}"
+        )
+    return numbers
+
+
+def one_of(name, value, allowed):
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, allowed))}. Received: {name}={value!r}"
+        )
+    return value
+
+
+def standardize_data_format(data_format) -> str:
+    if data_format is None:
+        return keras.config.image_data_format()
+    return one_of("data_format", data_format, (CHANNELS_LAST, CHANNELS_FIRST))
+
+
+def standardize_padding(padding, rank):
+    """A word, or (before, after) for every spatial dimension."""
+    if isinstance(padding, str) and padding in (SAME, VALID, SYMMETRIC):
+        return padding
+    try:
+        if isinstance(padding, Sequence) and not isinstance(padding, str):
+            if len(padding) == rank:
+                return tuple(integers("padding", tuple(pair), 2, minimum=0) for pair in padding)
+        elif not isinstance(padding, str):
+            return (integers("padding", padding, 1, minimum=0) * 2,) * rank
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        "`padding` must be 'same', 'valid', 'symmetric', an integer of at least 0, or "
+        f"a pair (before, after) of them for each of {rank} spatial dimensions. "
+        f"Received: padding={padding!r}"
+    )

@@ -1,0 +1,127 @@
+"""Where windows lie: what every implementation agrees on.
+
+Output position ``p`` reads, for the tap ``k`` of a window, the input position
+
+    p * strides - pad_before + k * dilation_rate
+
+in every spatial dimension. Taps are counted row-major (the last dimension runs fastest), the
+kernel's channels are tap-major (``tap * groups + group``), and positions outside the input are 0.
+"""
+
+import dataclasses
+import itertools
+import math
+
+SAME, VALID, SYMMETRIC = "same", "valid", "symmetric"
+CONTIGUOUS, INTERLEAVED = "contiguous", "interleaved"
+CHANNELS_LAST, CHANNELS_FIRST = "channels_last", "channels_first"
+
+Pads = tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Everything about one involution except the sizes and the types of its tensors."""
+
+    kernel_size: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: str | Pads
+    dilation_rate: tuple[int, ...]
+    groups: int
+    group_layout: str
+    data_format: str
+
+    @property
+    def rank(self) -> int:
+        return len(self.kernel_size)
+
+    @property
+    def taps(self) -> int:
+        """Number of positions in one window."""
+        return math.prod(self.kernel_size)
+
+    @property
+    def tap_offsets(self) -> list[tuple[int, ...]]:
+        """Distance of every tap from the first one, in input positions, row-major."""
+        steps = (
+            range(0, k * d, d) for k, d in zip(self.kernel_size, self.dilation_rate, strict=True)
+        )
+        return list(itertools.product(*steps))
+
+    @property
+    def spatial_axis(self) -> int:
+        """First spatial axis of ``x`` and of the output."""
+        return 1 if self.data_format == CHANNELS_LAST else 2
+
+    @property
+    def channel_axis(self) -> int:
+        return self.rank + 1 if self.data_format == CHANNELS_LAST else 1
+
+    @property
+    def tap_axis(self) -> int:
+        """The kernel tensor's axis of taps; the axis of groups follows it."""
+        return self.channel_axis
+
+    def spatial(self, shape) -> tuple:
+        """The spatial part of a shape of ``x`` or of the output."""
+        return tuple(shape[self.spatial_axis : self.spatial_axis + self.rank])
+
+    def shape(self, batch, spatial, *channels) -> tuple:
+        """A whole shape, in this data format."""
+        if self.data_format == CHANNELS_LAST:
+            return (batch, *spatial, *channels)
+        return (batch, *channels, *spatial)
+
+    def split_channels(self, channels: int) -> tuple[int, int]:
+        """The channel axis as two: (groups, channels of a group), in the order of the layout."""
+        pair = (self.groups, channels // self.groups)
+        return pair if self.group_layout == CONTIGUOUS else pair[::-1]
+
+    @property
+    def member_axis(self) -> int:
+        """With the channel axis split in two: the one that counts the channels of a group."""
+        return self.channel_axis + (1 if self.group_layout == CONTIGUOUS else 0)
+
+    def pads(self, sizes, maximum=max) -> tuple:
+        """(before, after) for every spatial dimension of an input of these sizes.
+
+        ``maximum`` compares two sizes; tensors standing for unknown sizes need their own.
+        """
+        if isinstance(self.padding, tuple):
+            return self.padding
+        return tuple(
+            _pads(self.padding, n, k, s, d, maximum)
+            for n, k, s, d in zip(
+                sizes, self.kernel_size, self.strides, self.dilation_rate, strict=True
+            )
+        )
+
+    def output_sizes(self, sizes) -> tuple:
+        """Spatial sizes of the output; None where the input's size is None."""
+        return tuple(None if n is None else self._output_size(i, n) for i, n in enumerate(sizes))
+
+    def _output_size(self, i, n):
+        stride = self.strides[i]
+        if self.padding == SAME:
+            return -(-n // stride)
+        span = self.dilation_rate[i] * (self.kernel_size[i] - 1)
+        if isinstance(self.padding, tuple):
+            total = sum(self.padding[i])
+        else:
+            total = 2 * (span // 2) if self.padding == SYMMETRIC else 0
+        return (n + total - span - 1) // stride + 1
+
+
+def _pads(padding, n, kernel, stride, dilation, maximum):
+    span = dilation * (kernel - 1)
+    if padding == VALID:
+        return (0, 0)
+    if padding == SYMMETRIC:
+        return (span // 2, span // 2)
+    if stride == 1:
+        total = span
+    elif n is None:
+        raise ValueError("'same' padding with strides above 1 depends on the input's size")
+    else:
+        total = maximum((-(-n // stride) - 1) * stride + span + 1 - n, 0)
+    return (total // 2, total - total // 2)

@@ -1,0 +1,98 @@
+"""Derivatives of any order, for implementations that compute their gradients themselves.
+
+Involution is linear in its input and linear in its kernel, so it comes with two companions, each
+again linear in both arguments:
+
+    output(x, kernel) -> y        input(kernel, dy) -> dx        kernel(x, dy) -> dkernel
+
+The derivative of any of the three is given by the other two, so one table closes the family.
+``differentiable`` gives that table to the framework in use, by the framework's own mechanism.
+"""
+
+import keras
+
+OUTPUT, INPUT, KERNEL = "output", "input", "kernel"
+
+# For a member(a, b) with the cotangent c: the gradients of a and of b, each as a member of the
+# family and where in (a, b, c) its two arguments stand.
+RULES = {
+    OUTPUT: ((INPUT, (1, 2)), (KERNEL, (0, 2))),
+    INPUT: ((KERNEL, (2, 1)), (OUTPUT, (2, 0))),
+    KERNEL: ((INPUT, (2, 1)), (OUTPUT, (0, 2))),
+}
+
+
+def _gradients(call, member, g, sizes, abc, needed=(True, True)):
+    return tuple(
+        call(rule, g, sizes, *(abc[i] for i in arguments)) if need else None
+        for (rule, arguments), need in zip(RULES[member], needed, strict=True)
+    )
+
+
+def _jax(compute):
+    import jax
+
+    call = jax.custom_vjp(compute, nondiff_argnums=(0, 1, 2))
+
+    def forward(member, g, sizes, a, b):
+        return call(member, g, sizes, a, b), (a, b)
+
+    def backward(member, g, sizes, ab, c):
+        return _gradients(call, member, g, sizes, (*ab, c))
+
+    call.defvjp(forward, backward)
+    return call
+
+
+def _tensorflow(compute):
+    import tensorflow as tf
+
+    def call(member, g, sizes, a, b):
+        @tf.custom_gradient
+        def member_of(a, b):
+            def gradient(c):
+                return _gradients(call, member, g, sizes, (a, b, c))
+
+            return compute(member, g, sizes, a, b), gradient
+
+        return member_of(a, b)
+
+    return call
+
+
+def _torch(compute):
+    import torch
+
+    class Member(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(member, g, sizes, a, b):
+            return compute(member, g, sizes, a, b)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.member, ctx.g, ctx.sizes, a, b = inputs
+            ctx.save_for_backward(a, b)
+
+        @staticmethod
+        def backward(ctx, c):
+            needed = ctx.needs_input_grad[3:]
+            abc = (*ctx.saved_tensors, c)
+            gradients = _gradients(Member.apply, ctx.member, ctx.g, ctx.sizes, abc, needed)
+            return None, None, None, *gradients
+
+    return Member.apply
+
+
+MECHANISMS = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
+
+
+def differentiable(compute):
+    """``compute(member, geometry, sizes, a, b)`` with the gradients of the table above.
+
+    ``sizes`` are the spatial sizes of the involution's input: the one thing about it that the
+    other tensors do not tell. None where the backend in use has no mechanism here.
+    """
+    mechanism = MECHANISMS.get(keras.config.backend())
+    return mechanism(compute) if mechanism else None

@@ -1,0 +1,77 @@
+"""Tensors seen the way the formula reads them, for every rank, data format and group layout.
+
+A tensor of C channels is viewed with its channel axis split in two, groups and the channels of a
+group, so that one tap of the kernel broadcasts over it.
+"""
+
+from keras import ops
+
+from involution.ops.geometry import CHANNELS_LAST
+
+
+def wide(x):
+    """``x`` in the type that sums are made in: float32, or float64 for float64."""
+    return x if "64" in str(x.dtype) else ops.cast(x, "float32")
+
+
+def sizes(x, g) -> tuple:
+    """Spatial sizes of ``x``: integers, or tensors where TensorFlow does not know them yet."""
+    return g.spatial(ops.shape(x))
+
+
+def _maximum(a, b):
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else ops.maximum(a, b)
+
+
+def _spatial_axis(g) -> int:
+    """First spatial axis of a view, which like a kernel tensor has two axes for the channels."""
+    return 1 if g.data_format == CHANNELS_LAST else 3
+
+
+def split_groups(x, g):
+    """(B, *spatial, C) or (B, C, *spatial), with C as (groups, members) or (members, groups)."""
+    shape = ops.shape(x)
+    return ops.reshape(
+        x, g.shape(shape[0], g.spatial(shape), *g.split_channels(x.shape[g.channel_axis]))
+    )
+
+
+def merge_groups(view, g):
+    """The inverse of ``split_groups``."""
+    shape = ops.shape(view)
+    first = _spatial_axis(g)
+    channels = view.shape[g.channel_axis] * view.shape[g.channel_axis + 1]
+    return ops.reshape(view, g.shape(shape[0], shape[first : first + g.rank], channels))
+
+
+def padded_view(x, x_sizes, g):
+    """``split_groups`` of ``x`` with the zeros that its padding asks for."""
+    return pad_spatial(split_groups(x, g), pads(x_sizes, g), g)
+
+
+def pads(x_sizes, g) -> tuple:
+    """(before, after) for every spatial dimension, tensors where the sizes are."""
+    return g.pads(x_sizes, _maximum)
+
+
+def pad_spatial(view, pads, g):
+    """Zeros around the spatial axes of a view or of a kernel tensor."""
+    if all(isinstance(p, int) and p == 0 for pair in pads for p in pair):
+        return view
+    around = [(0, 0)] * _spatial_axis(g) + list(pads)
+    return ops.pad(view, around + [(0, 0)] * (len(view.shape) - len(around)))
+
+
+def window(view, start, strides, count, g, first=None):
+    """``count`` positions in each spatial dimension, from ``start``, ``strides`` apart; ``first``
+    is the first spatial axis, that of a view unless told."""
+    parts = tuple(
+        slice(i, i + (n - 1) * s + 1, s) for i, s, n in zip(start, strides, count, strict=True)
+    )
+    first = _spatial_axis(g) if first is None else first
+    return view[(slice(None),) * first + parts]
+
+
+def tap_kernel(kernel, tap, g):
+    """One tap of a kernel tensor, with an axis of 1 for the channels of a group."""
+    return ops.expand_dims(kernel[(slice(None),) * g.tap_axis + (tap,)], g.member_axis)
