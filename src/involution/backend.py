@@ -59,7 +59,7 @@ def select() -> str:
     chosen = wanted if wanted in available else available[0]
     if wanted is not None and wanted != chosen and wanted in BACKENDS:
         print(
-            f"involution: Keras is configured for {wanted}, which is not installed; using {chosen}.",
+            f"involution: Keras is configured for {wanted}, which is not installed: using {chosen}",
             file=sys.stderr,
         )
     os.environ["KERAS_BACKEND"] = chosen

@@ -130,9 +130,7 @@ class Involution(keras.layers.Layer):
         """The kernels for ``inputs``: (B, H', W', kernel_size**2, group_number)."""
         kernel = self.kernel_gen(inputs if self.pool is None else self.pool(inputs))
         batch, height, width, _ = ops.shape(kernel)
-        return ops.reshape(
-            kernel, (batch, height, width, self._geometry.taps, self.group_number)
-        )
+        return ops.reshape(kernel, (batch, height, width, self._geometry.taps, self.group_number))
 
     def call(self, inputs):
         kernel = self.generate_kernel(inputs)
@@ -254,9 +252,7 @@ class InvolutionND(keras.layers.Layer):
             return (0,) * self.rank
         # Outside of "same" the zeros before do not depend on the input's size.
         before = (pair[0] for pair in g.pads((1,) * self.rank))
-        centre = tuple(
-            last // 2 - pad for last, pad in zip(g.tap_offsets[-1], before, strict=True)
-        )
+        centre = tuple(last // 2 - pad for last, pad in zip(g.tap_offsets[-1], before, strict=True))
         if min(centre) < 0:
             raise ValueError(
                 "`padding` must leave the centre of every window inside the input: at most "
@@ -298,7 +294,9 @@ class InvolutionND(keras.layers.Layer):
         parts = tuple(
             slice(centre, centre + out * s)
             for centre, out, s in zip(
-                self._first_centre(), g.output_sizes(view_sizes(inputs, g)), self.strides,
+                self._first_centre(),
+                g.output_sizes(view_sizes(inputs, g)),
+                self.strides,
                 strict=True,
             )
         )

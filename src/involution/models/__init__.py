@@ -2,4 +2,7 @@
 
 from involution.models.classifiers import cnn, inn
 
-__all__ = ["cnn", "inn"]
+# The classifiers that commands know by name: functions of (input_shape, classes, ...).
+CLASSIFIERS = {"cnn": cnn, "inn": inn}
+
+__all__ = ["CLASSIFIERS", "cnn", "inn"]

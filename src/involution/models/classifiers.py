@@ -119,8 +119,8 @@ def _check(input_shape, classes, head):
         for i, n in enumerate(sizes)
     ):
         raise ValueError(
-            "`input_shape` must be (height, width, channels) with sides of at least 4, or None with "
-            f"the convolutional head. Received: input_shape={input_shape!r}, head={head!r}"
+            "`input_shape` must be (height, width, channels) with sides of at least 4, or of None "
+            f"with the convolutional head. Received: input_shape={input_shape!r}, head={head!r}"
         )
     if not isinstance(classes, int) or classes < 2:
         raise ValueError(f"`classes` must be at least 2. Received: classes={classes!r}")

@@ -60,15 +60,16 @@ def involution(
 
     With the taps k of a window, the output position p and the group g(c) of channel c,
 
-        y[b, p, c] = sum over k of kernel[b, p, k, g(c)] * x[b, p*strides - pad + k*dilation_rate, c]
+        y[b, p, c] = sum over k of
+            kernel[b, p, k, g(c)] * x[b, p * strides - pad + k * dilation_rate, c]
 
     where ``x`` is 0 outside. Sums are made in float32, or float64 for float64. The result is exact
     in both gradients and differentiable in reverse mode to any order.
 
     Args:
-        x: Tensor (B, \\*spatial, C), or (B, C, \\*spatial) for ``"channels_first"``, with one, two or
+        x: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``, with one, two or
             three spatial dimensions; float64, float32, bfloat16 or float16.
-        kernel: Tensor (B, \\*out_spatial, taps, groups), or (B, taps, groups, \\*out_spatial) for
+        kernel: Tensor (B, *out_spatial, taps, groups), or (B, taps, groups, *out_spatial) for
             ``"channels_first"``, of the type of ``x``; taps is the product of ``kernel_size``,
             counted row-major.
         kernel_size: Integer, or one for each spatial dimension. Even and unequal sizes are fine.
@@ -85,7 +86,7 @@ def involution(
             tried in order. A single name runs that one or raises with its reason.
 
     Returns:
-        Tensor (B, \\*out_spatial, C) or (B, C, \\*out_spatial), of the type of ``x``.
+        Tensor (B, *out_spatial, C) or (B, C, *out_spatial), of the type of ``x``.
 
     Raises:
         ValueError: An argument is out of its range, or the shapes or types do not fit. It is raised
@@ -216,7 +217,9 @@ def _run(
     implementation=None,
 ):
     # Tensors stay as they are, on the device they are on.
-    x, kernel = (t if keras.ops.is_tensor(t) else keras.ops.convert_to_tensor(t) for t in (x, kernel))
+    x, kernel = (
+        t if keras.ops.is_tensor(t) else keras.ops.convert_to_tensor(t) for t in (x, kernel)
+    )
     problem = make_problem(
         x, kernel, kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format
     )

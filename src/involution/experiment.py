@@ -1,0 +1,408 @@
+"""One run = one folder: models trained on the same data, side by side, and what came of it."""
+
+import csv
+import dataclasses
+import datetime
+import importlib.util
+import inspect
+import io
+import math
+import os
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+
+import keras
+
+from involution import data, models, training
+from involution.errors import InputError
+from involution.files import write_json, write_text
+from involution.saved_model import Classifier
+
+Builder = Callable[..., keras.Model]
+
+
+class Silent:
+    """Where a run tells how far it is: this one says nothing. ``console.Console`` speaks."""
+
+    def say(self, text):
+        """One line."""
+
+    def start(self, label, total):
+        """A piece of work of so many steps begins; None where the number is unknown."""
+
+    def step(self, note=""):
+        """One step is done."""
+
+    def stop(self):
+        """The piece of work is over."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is run.
+
+    Attributes:
+        dataset: See ``data.load``.
+        models: Names of models: see ``parse_models``.
+        epochs: Passes over the training images.
+        batch_size: Images in a step; None: what suits the data set (256, for the digits 32).
+        seed: Of the initial weights, the order of the images and the choice of examples.
+        learning_rate: Of Adam.
+        image_size: (height, width) for a folder of images, None for their own.
+        download: Whether CIFAR-10 may be fetched.
+    """
+
+    dataset: str = "digits"
+    models: str = "cnn,inn"
+    epochs: int = 20
+    batch_size: int | None = None
+    seed: int = 42
+    learning_rate: float = 1e-3
+    image_size: tuple[int, int] | None = None
+    download: bool = False
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1. Received: {name}={value}")
+        if self.seed < 0:
+            raise InputError(f"seed must be at least 0. Received: seed={self.seed}")
+        if not (0 < self.learning_rate < math.inf):
+            raise InputError(
+                f"learning_rate must be above 0. Received: learning_rate={self.learning_rate}"
+            )
+
+
+@dataclasses.dataclass
+class Result:
+    """One model of a run, as far as it came."""
+
+    label: str
+    classifier: Classifier
+    optimizer_variables: list
+    rows: list[dict]
+    seconds: float
+
+    @property
+    def file(self) -> str:
+        """Name of the model's file in the run's folder."""
+        return file_name(self.label)
+
+    @property
+    def metrics(self) -> dict:
+        """This model's entry in metrics.json."""
+        model = self.classifier.model
+        counts = [
+            sum(math.prod(v.shape) for v in variables)
+            for variables in (
+                model.trainable_variables,
+                model.non_trainable_variables,
+                self.optimizer_variables,
+            )
+        ]
+        last = self.rows[-1] if self.rows else {}
+        return {
+            "trainable_params": counts[0],
+            "non_trainable_params": counts[1],
+            "optimizer_params": counts[2],
+            "total_params": sum(counts),
+            "bytes": sum(
+                keras.ops.convert_to_numpy(v).nbytes
+                for v in (*model.variables, *self.optimizer_variables)
+            ),
+            **{measure: last.get(measure) for measure in training.MEASURES},
+            "best_test_accuracy": max((r["test_accuracy"] for r in self.rows), default=None),
+            # The first epoch compiles; where there are others, they tell the speed.
+            "seconds_per_epoch": _median([r["seconds"] for r in self.rows[1:] or self.rows]),
+            "seconds": self.seconds,
+            "epochs": len(self.rows),
+        }
+
+
+@dataclasses.dataclass
+class Run:
+    """A run, as far as it came: everything its report shows."""
+
+    config: Config
+    dataset: data.Dataset
+    batch_size: int
+    results: list[Result]
+    command: str
+    started: str
+    interrupted: bool = False
+    peak_memory_bytes: int | None = None
+
+    @property
+    def metrics(self) -> dict:
+        return {
+            "dataset": self.dataset.name,
+            "backend": keras.config.backend(),
+            "interrupted": self.interrupted,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "models": {r.label: r.metrics for r in self.results},
+        }
+
+    @property
+    def description(self) -> dict:
+        """What config.json holds: all it takes to repeat it, and where it ran."""
+        return {
+            **dataclasses.asdict(self.config),
+            "batch_size": self.batch_size,
+            "command": self.command,
+            "started": self.started,
+            "backend": keras.config.backend(),
+            "versions": versions(),
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+        }
+
+
+def compare(
+    config: Config,
+    output,
+    console=None,
+    builders: dict[str, Builder] | None = None,
+    command: str = "",
+) -> Run:
+    """Trains models on the same data and writes one folder about it.
+
+    The folder gets config.json, history.csv, metrics.json, the models, figures and report.html. An
+    interruption (Ctrl-C) leaves what there is, with a report of it.
+
+    Args:
+        config: What to run.
+        output: The folder: new, or empty.
+        console: Where progress goes; see ``Silent``.
+        builders: Models of one's own, instead of ``config.models``: functions of (input_shape,
+            classes) that return a Keras model from images to logits, by label.
+        command: What was typed, for the report.
+
+    Raises:
+        InputError: Something given cannot be used; nothing has been written then.
+    """
+    from involution import report  # draws, and so needs the extra packages
+
+    console = console or Silent()
+    output = pathlib.Path(output)
+    check_folder(output)
+    builders = parse_models(config.models) if builders is None else builders
+    dataset = _load(config, console)
+    networks = {
+        label: _build(label, builder, dataset, config.seed) for label, builder in builders.items()
+    }
+    run = Run(
+        config=config,
+        dataset=dataset,
+        batch_size=config.batch_size or dataset.batch_size,
+        results=[],
+        command=command,
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    make_folder(output)
+    write_json(output / "config.json", run.description)
+    try:
+        for label, network in networks.items():
+            _train(run, label, network, output, console)
+    except KeyboardInterrupt:
+        run.interrupted = True
+        console.stop()
+        console.say("Interrupted: writing what there is.")
+    run.peak_memory_bytes = peak_memory()
+    write_json(output / "metrics.json", run.metrics)
+    report.write(run, output)
+    return run
+
+
+def _load(config, console):
+    def progress(done, total):
+        if done == 1:
+            console.start("reading images", total)
+        console.step()
+        if done == total:
+            console.stop()
+
+    return data.load(config.dataset, config.image_size, config.download, progress)
+
+
+def _build(label, builder, dataset, seed):
+    classes = len(dataset.class_names)
+    # Every model starts from the seed alone, whatever was made before it.
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(seed)
+    try:
+        network = builder(input_shape=dataset.image_shape, classes=classes)
+        if not isinstance(network, keras.Model):
+            raise TypeError(f"a {type(network).__name__}, not a Keras model")
+        shape = network(keras.KerasTensor((None, *dataset.image_shape))).shape
+        if tuple(shape) != (None, classes):
+            raise ValueError(f"outputs of shape {tuple(shape)}, not {(None, classes)}")
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"A model must build for {classes} classes: {label}: {reason}") from error
+    return network
+
+
+def _train(run, label, network, output, console):
+    config, dataset = run.config, run.dataset
+    keras.utils.set_random_seed(config.seed)
+    trainer = training.Trainer(network, config.learning_rate)
+    classifier = Classifier(network, dataset.class_names, dataset.image_shape)
+    result = Result(label, classifier, trainer.optimizer_variables, [], 0.0)
+    run.results.append(result)
+    start = time.perf_counter()
+    console.start(label, config.epochs * training.steps(dataset, run.batch_size))
+    try:
+        for row in training.epochs(
+            trainer, dataset, config.epochs, run.batch_size, config.seed, console.step
+        ):
+            result.rows.append(row)
+            result.seconds = time.perf_counter() - start
+            write_text(output / "history.csv", history(run.results))
+            console.say(
+                f"{label}: epoch {row['epoch']}/{config.epochs}: "
+                f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.4f}; "
+                f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.4f} "
+                f"({row['seconds']:.1f} s)"
+            )
+    finally:
+        console.stop()
+        result.seconds = time.perf_counter() - start
+        classifier.save(output / result.file)
+
+
+def history(results) -> str:
+    """history.csv: nothing in it depends on the clock, so one seed gives one file."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("model", "epoch", *training.MEASURES))
+    for result in results:
+        for row in result.rows:
+            table.writerow((result.label, row["epoch"], *(row[m] for m in training.MEASURES)))
+    return text.getvalue()
+
+
+def parse_models(text) -> dict[str, Builder]:
+    """Models by label, from "cnn,inn,inn:kernel_size=5:group_number=3,my_file.py:my_function".
+
+    A name of ``involution.models``, or a Python file with the name of a function in it (``build``
+    unless given), called with (input_shape, classes) and the options that follow.
+    """
+    labels = [part.strip() for part in text.split(",")]
+    builders = {}
+    for label in labels:
+        if label in builders:
+            raise InputError(f"Every model must be named once. Received: {text}")
+        builders[label] = _parse_model(label)
+    files = [file_name(label) for label in labels]
+    if len(set(files)) < len(files):
+        raise InputError(f"Every model must have a name of its own. Received: {text}")
+    return builders
+
+
+def _parse_model(label) -> Builder:
+    name, *options = label.split(":")
+    builder: Builder
+    if name.endswith(".py"):
+        function = options.pop(0) if options and "=" not in options[0] else "build"
+        builder = _function_from(name, function)
+    elif name in models.CLASSIFIERS:
+        builder = models.CLASSIFIERS[name]
+    else:
+        raise InputError(
+            f"A model must be one of {', '.join(models.CLASSIFIERS)} or a Python file. "
+            f"Received: {name or label!r}"
+        )
+    arguments = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or key not in inspect.signature(builder).parameters:
+            known = list(inspect.signature(builder).parameters)[2:]
+            raise InputError(
+                f"An option of {name} must be name=value with a name of {', '.join(known)}. "
+                f"Received: {option}"
+            )
+        arguments[key] = _value(value)
+    return lambda input_shape, classes: builder(
+        input_shape=input_shape, classes=classes, **arguments
+    )
+
+
+def _value(text):
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"None": None, "True": True, "False": False}.get(text, text)
+
+
+def _function_from(file, function) -> Builder:
+    if not pathlib.Path(file).is_file():
+        raise InputError(f"A model's Python file must exist. Received: {file}")
+    spec = importlib.util.spec_from_file_location(
+        f"involution_user_{pathlib.Path(file).stem}", file
+    )
+    if spec is None or spec.loader is None:
+        raise InputError(f"A model's file must be a Python file. Received: {file}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return getattr(module, function)
+    except Exception as error:
+        raise InputError(
+            f"A model's file must define the function {function}. Received: {file}: {error}"
+        ) from error
+
+
+def file_name(label) -> str:
+    """The label of a model as the name of its file."""
+    return "".join(c if c.isalnum() or c in "-_=." else "-" for c in label) + ".keras"
+
+
+def check_folder(output):
+    """Raises InputError unless a run can be written there."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"The output folder must be new or empty. Received: {output}")
+    parent = next(p for p in (output, *output.absolute().parents) if p.is_dir())
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"The output folder must be writable. Received: {output}")
+
+
+def make_folder(output):
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"The output folder must be writable. Received: {output}: {error.strerror}"
+        ) from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures of a run depend on, as far as installed."""
+    found = {"python": platform.python_version()}
+    for name in ("involution", "keras", "numpy", "tensorflow", "tensorflow-cpu", "jax", "torch"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory() -> int | None:
+    """The most memory this process held so far, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _median(values):
+    values = sorted(values)
+    return values[len(values) // 2] if values else None

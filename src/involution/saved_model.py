@@ -1,0 +1,80 @@
+"""A trained classifier in one file: a ``.keras`` archive that also carries what its images need.
+
+The archive holds one more entry, ``involution.json``, with the names of the classes and the size of
+the images, so that ``predict`` and ``explain`` feed a model exactly what it was trained on.
+"""
+
+import dataclasses
+import json
+import pathlib
+import zipfile
+
+import keras
+import numpy as np
+
+from involution import data
+from involution.errors import InputError
+from involution.files import replacing
+
+ENTRY = "involution.json"
+SCALING = "pixels / 255"
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A model with the names of its classes and the (height, width, channels) of its images."""
+
+    model: keras.Model
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+
+    def read(self, file) -> np.ndarray:
+        """An image file as the model takes it: float32 (1, height, width, channels)."""
+        return data.scale(data.read_image(file, self.image_shape[:2])[None])
+
+    def scores(self, images) -> np.ndarray:
+        """Probabilities (N, classes) for images as ``read`` gives them."""
+        logits = self.model.predict(images, verbose=0).astype("float64")
+        odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return odds / odds.sum(axis=-1, keepdims=True)
+
+    def save(self, path):
+        """Writes the file, without the optimizer's state: it loads on every backend."""
+        with replacing(path) as temporary:
+            self.model.save(temporary)
+            with zipfile.ZipFile(temporary, "a") as archive:
+                archive.writestr(
+                    ENTRY,
+                    json.dumps(
+                        {
+                            "class_names": self.class_names,
+                            "image_shape": self.image_shape,
+                            "scaling": SCALING,
+                        }
+                    ),
+                )
+
+
+def load(path) -> Classifier:
+    """Reads a file that ``Classifier.save`` wrote. No code from the file runs.
+
+    Raises:
+        InputError: It is not such a file.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise InputError(f"A model must be a .keras file. Received: {path}, which is no file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            about = json.loads(archive.read(ENTRY))
+        class_names = tuple(str(name) for name in about["class_names"])
+        height, width, channels = (int(n) for n in about["image_shape"])
+        if about["scaling"] != SCALING:
+            raise ValueError(about["scaling"])
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
+        raise InputError(
+            "A model must be a .keras file written by `involution compare` or `train`, which holds "
+            f"its classes and image size. Received: {path}"
+        ) from error
+    model = keras.saving.load_model(path, compile=False)
+    return Classifier(model, class_names, (height, width, channels))

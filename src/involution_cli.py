@@ -1,0 +1,316 @@
+"""The command ``involution``.
+
+A module beside the package, because importing the package imports Keras (2-5 s): this one parses,
+settles the backend, says its first line, and only then imports ``involution``.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shlex
+import sys
+import tempfile
+import time
+from typing import Literal
+
+import cyclopts
+from cyclopts import Parameter
+
+app = cyclopts.App(
+    name="involution",
+    help="Involution for Keras: compare it with convolution, train, predict, explain.",
+    help_format="plaintext",
+    version_flags=["--version"],
+)
+
+Backend = Literal["tensorflow", "jax", "torch"]
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What ``compare`` and ``train`` have in common."""
+
+    dataset: str = "digits"
+    """digits, cifar10, a CIFAR-10 archive, or a folder with train/<class>/ and test/<class>/."""
+    epochs: int = 20
+    """Passes over the training images."""
+    batch_size: int | None = None
+    """Images in a step; what suits the data set unless given (256, for the digits 32)."""
+    seed: int = 42
+    """Of the initial weights, the order of images and the choice of examples."""
+    learning_rate: float = 1e-3
+    """Of Adam."""
+    image_size: str | None = None
+    """Side, or HEIGHTxWIDTH, that a folder's images are resized to."""
+    output: pathlib.Path | None = None
+    """The folder to write: new or empty; runs/<dataset>-<time> unless given."""
+    download: bool = False
+    """Fetch CIFAR-10 (163 MB) where it is not in Keras's cache."""
+    backend: Backend | None = None
+    """Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed."""
+
+
+@app.command
+def compare(*, models: str = "cnn,inn", recipe: Recipe = Recipe()):
+    """Train models on the same data and write one folder: figures, metrics, models, report.html.
+
+    Parameters
+    ----------
+    models
+        Names, comma-separated, with options: cnn,inn,inn:kernel_size=5,my_file.py:my_function.
+    """
+    _run(f"Comparing {models} on {recipe.dataset}", models, recipe)
+
+
+@app.command
+def train(*, model: str = "inn", recipe: Recipe = Recipe()):
+    """Train one model and write its folder.
+
+    Parameters
+    ----------
+    model
+        A name with options, as for compare: inn, inn:kernel_size=5, my_file.py:my_function.
+    """
+    _run(f"Training {model} on {recipe.dataset}", model, recipe)
+
+
+@app.command
+def predict(
+    model: pathlib.Path,
+    *images: pathlib.Path,
+    top: int = 3,
+    backend: Backend | None = None,
+):
+    """Classify images: the most likely classes with their probabilities.
+
+    Parameters
+    ----------
+    model
+        A .keras file written by compare or train.
+    images
+        Image files: PNG, JPEG or WebP.
+    top
+        How many classes to show for each image.
+    backend
+        Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
+    """
+    with _session(f"Reading {model}.", backend) as session:
+        from involution import saved_model
+
+        classifier, tensors = _read(saved_model, model, images)
+        for image, tensor in zip(images, tensors, strict=True):
+            scores = classifier.scores(tensor)[0]
+            best = scores.argsort()[::-1][: max(top, 1)]
+            session.console.say(
+                f"{image}: "
+                + ", ".join(f"{classifier.class_names[i]} {scores[i]:.3f}" for i in best)
+            )
+
+
+@app.command
+def explain(
+    model: pathlib.Path,
+    *images: pathlib.Path,
+    output: pathlib.Path = pathlib.Path("explain.png"),
+    backend: Backend | None = None,
+):
+    """Draw the kernels that involutions generate for images: heat maps beside and over each image.
+
+    Parameters
+    ----------
+    model
+        A .keras file written by compare or train, of a model with involutions.
+    images
+        Image files: PNG, JPEG or WebP.
+    output
+        The PNG file to write; an existing one is replaced.
+    backend
+        Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
+    """
+    with _session(f"Explaining {len(images)} images by {model}.", backend) as session:
+        from involution import explaining, saved_model
+
+        classifier, tensors = _read(saved_model, model, images)
+        for line in explaining.write(classifier, images, tensors, output):
+            session.console.say(line)
+
+
+@app.command
+def doctor(*, backend: Backend | None = None):
+    """Show what runs here, what does not and why, with each implementation's measured error.
+
+    Parameters
+    ----------
+    backend
+        Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
+    """
+    with _session("Examining this installation.", backend) as session:
+        from involution import diagnosis
+
+        healthy = True
+        for line, fine in diagnosis.lines():
+            session.console.say(line)
+            healthy = healthy and fine
+        if not healthy:
+            raise SystemExit(1)
+
+
+class _Session:
+    """One command at work: its console, its log, and the folder that the log belongs into."""
+
+    def __init__(self, console, log):
+        self.console = console
+        self.log = log
+        self.folder: pathlib.Path | None = None
+
+
+@contextlib.contextmanager
+def _session(first_line, backend):
+    print(f"involution: {first_line}", flush=True)
+    if backend is not None:
+        os.environ["KERAS_BACKEND"] = backend
+    log = pathlib.Path(tempfile.mkdtemp(prefix="involution-")) / "log.txt"
+    with _chatter_to(log):
+        try:
+            from involution.console import Console
+            from involution.errors import InputError
+        except ImportError as error:
+            raise SystemExit(_fail(str(error))) from error
+        session = _Session(Console(), log)
+        keep = False
+        try:
+            yield session
+        except InputError as error:
+            raise SystemExit(_fail(str(error))) from error
+        except KeyboardInterrupt as error:
+            raise SystemExit(_fail("interrupted.", 130)) from error
+        except Exception as error:
+            import traceback
+
+            keep = True
+            traceback.print_exc()
+            raise SystemExit(
+                _fail(f"an error of our own, {type(error).__name__}; all about it is in {log}", 3)
+            ) from error
+        finally:
+            session.console.stop()
+            sys.stderr.flush()
+            _put_log(log, session.folder, keep)
+
+
+def _put_log(log, folder, keep):
+    """The log goes where the run is; without a run only an error of our own keeps it."""
+    import shutil
+
+    if folder is not None and folder.is_dir():
+        shutil.copyfile(log, folder / "log.txt")
+    if not keep:
+        shutil.rmtree(log.parent)
+
+
+@contextlib.contextmanager
+def _chatter_to(log):
+    """What frameworks write to standard error, from C++ too, goes to a file."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _fail(message, code=2) -> int:
+    # Standard error is the log while a session lasts, and people read this line.
+    print(f"involution: error: {' '.join(message.split())}", flush=True)
+    return code
+
+
+def _run(what, models, recipe):
+    with _session(f"{what}, {recipe.epochs} epochs.", recipe.backend) as session:
+        from involution import experiment
+
+        config = experiment.Config(
+            dataset=recipe.dataset,
+            models=models,
+            epochs=recipe.epochs,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            learning_rate=recipe.learning_rate,
+            image_size=_size(recipe.image_size),
+            download=recipe.download,
+        )
+        output = recipe.output or _free_folder(config.dataset)
+        command = shlex.join(["involution", *sys.argv[1:]])
+        session.folder = output
+        run = experiment.compare(config, output, session.console, command=command)
+        _conclude(run, output, session.console)
+        if run.interrupted:
+            raise SystemExit(130)
+
+
+def _size(text) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        from involution.errors import InputError
+
+        raise InputError(f"--image-size must be a side or HEIGHTxWIDTH, above 0. Received: {text}")
+    return (int(parts[0]), int(parts[-1]))
+
+
+def _conclude(run, output, console):
+    from involution import report
+
+    console.say("")
+    console.say(report.verdict(run))
+    console.say("")
+    console.say(report.markdown(run))
+    console.say("")
+    console.say(f"Report: {output / 'report.html'}")
+    file = output / run.results[-1].file
+    console.say(f"Next: involution predict {file} IMAGE...")
+    console.say(f"      involution explain {file} IMAGE...")
+
+
+def _free_folder(dataset) -> pathlib.Path:
+    name = f"{pathlib.Path(dataset).resolve().stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, number = pathlib.Path("runs") / name, 1
+    while folder.exists():
+        number += 1
+        folder = folder.with_name(f"{name}-{number}")
+    return folder
+
+
+def _read(saved_model, model, images):
+    from involution.errors import InputError
+
+    if not images:
+        raise InputError("At least one image must be given. Received: none")
+    classifier = saved_model.load(model)
+
+    def read(image):
+        try:
+            return classifier.read(image)
+        except InputError as error:
+            raise InputError(f"{error}. Received: {image}") from error
+
+    return classifier, [read(image) for image in images]
+
+
+def main():
+    """Entry point of the console script."""
+    try:
+        app(exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        raise SystemExit(_fail(str(error))) from None
+
+
+if __name__ == "__main__":
+    main()
