@@ -12,6 +12,7 @@ import shlex
 import sys
 import tempfile
 import time
+from importlib import metadata
 from typing import Literal
 
 import cyclopts
@@ -21,6 +22,7 @@ app = cyclopts.App(
     name="involution",
     help="Involution for Keras: compare it with convolution, train, predict, explain.",
     help_format="plaintext",
+    version=lambda: metadata.version("involution"),
     version_flags=["--version"],
 )
 
@@ -190,7 +192,8 @@ def _session(first_line, backend):
             import traceback
 
             keep = True
-            traceback.print_exc()
+            with open(log, "a") as file:
+                traceback.print_exc(file=file)
             raise SystemExit(
                 _fail(f"an error of our own, {type(error).__name__}; all about it is in {log}", 3)
             ) from error
@@ -247,8 +250,8 @@ def _run(what, models, recipe):
         )
         output = recipe.output or _free_folder(config.dataset)
         command = shlex.join(["involution", *sys.argv[1:]])
-        session.folder = output
         run = experiment.compare(config, output, session.console, command=command)
+        session.folder = output
         _conclude(run, output, session.console)
         if run.interrupted:
             raise SystemExit(130)
@@ -307,7 +310,7 @@ def _read(saved_model, model, images):
 def main():
     """Entry point of the console script."""
     try:
-        app(exit_on_error=False, print_error=False)
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         raise SystemExit(_fail(str(error))) from None
 

@@ -1,13 +1,52 @@
 """What the tests ask of whichever framework runs: arrays in and out, and gradients."""
 
+import os
+import subprocess
+import sys
+import warnings
+
 import keras
 import numpy as np
+from oracle import error_bound
+
+import involution
 
 BACKEND = keras.config.backend()
+IMPLEMENTATIONS = ("taps", "reference")
 
 
 def numpy(tensor):
-    return np.asarray(keras.ops.convert_to_numpy(tensor))
+    with warnings.catch_warnings():
+        # Keras copies PyTorch's tensors in a manner that NumPy 2.4 warns of.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return np.asarray(keras.ops.convert_to_numpy(tensor))
+
+
+def tensors(arrays, dtype):
+    return [keras.ops.convert_to_tensor(a, dtype) for a in arrays]
+
+
+def exact(tensor):
+    """As NumPy's float64, whatever the type."""
+    return numpy(keras.ops.cast(tensor, "float64"))
+
+
+def operation(call, implementation):
+    """The operator with the arguments of an ``oracle.Call``."""
+
+    def apply(x, kernel):
+        return involution.ops.involution(x, kernel, **call.arguments, implementation=implementation)
+
+    return apply
+
+
+def assert_equals_oracle(call, y, x, kernel):
+    """To half an ulp and what a sum in float32, or in float64 for float64, may lose."""
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    assert tuple(y.shape) == call.output_shape
+    assert keras.backend.standardize_dtype(y.dtype) == dtype
+    expected, magnitude = call.involution(exact(x), exact(kernel))
+    assert (np.abs(exact(y) - expected) <= error_bound(expected, magnitude, call.taps, dtype)).all()
 
 
 def gradients(function, arguments, cotangent):
@@ -34,8 +73,37 @@ def gradients(function, arguments, cotangent):
     return [g.numpy() for g in tape.gradient(y, tensors, tf.constant(cotangent))]
 
 
-def in_graph(function):
-    """``function`` as a compiled program where the framework has one: a second way to run it."""
+def grad(function):
+    """The gradient of a scalar function of tensors, as a function that has a gradient in turn."""
+    if BACKEND == "jax":
+        import jax
+
+        return lambda *tensors: jax.grad(function, range(len(tensors)))(*tensors)
+    if BACKEND == "torch":
+        import torch
+
+        def gradient(*tensors):
+            tensors = [t if t.requires_grad else t.detach().requires_grad_() for t in tensors]
+            return torch.autograd.grad(function(*tensors), tensors, create_graph=True)
+
+        return gradient
+    import tensorflow as tf
+
+    def gradient(*tensors):
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            y = function(*tensors)
+        return tape.gradient(y, tensors)
+
+    return gradient
+
+
+def in_graph(function, shapes=None):
+    """``function`` as a compiled program where the framework has one: a second way to run it.
+
+    ``shapes`` with None for the sizes that the program, in float64, shall not know; TensorFlow
+    alone has such programs.
+    """
     if BACKEND == "jax":
         import jax
 
@@ -43,5 +111,19 @@ def in_graph(function):
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function)
+        return tf.function(function, shapes and [tf.TensorSpec(s, "float64") for s in shapes])
     return function
+
+
+def fresh_process(code, backend=BACKEND):
+    """Standard output of ``code``, run by itself with the modules that the tests see."""
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "JAX_ENABLE_X64": "1",  # As conftest.py has it.
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,5 +1,8 @@
 """The formula as nested loops in float64 NumPy. It shares no code with the package."""
 
+import dataclasses
+import itertools
+
 import numpy as np
 
 
@@ -58,3 +61,144 @@ def involution(x, kernel, kernel_size, strides, padding, dilation_rate, group_la
                 y[(slice(None), *p)] += term
                 magnitude[(slice(None), *p)] += np.abs(term)
     return y, magnitude
+
+
+# Digits of the significand, and the exponent of the smallest number above 0.
+TYPES = {"float64": (53, -1074), "float32": (24, -149), "bfloat16": (8, -133), "float16": (11, -24)}
+
+
+def error_bound(expected, magnitude, terms, dtype):
+    """Half an ulp, after a sum of ``terms`` products in float32, or float64 for float64."""
+    digits, smallest = TYPES[dtype]
+    unit = 2.0 ** -max(digits, 24)
+    summing = terms * unit / (1 - terms * unit) * magnitude
+    largest = np.abs(expected) + summing
+    exponent = np.where(largest > 0, np.frexp(largest)[1] - digits, smallest)
+    return np.ldexp(0.5, np.maximum(exponent, smallest)) + summing
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of the operator, with a tuple for every argument that may have one."""
+
+    batch: int
+    sizes: tuple
+    channels: int
+    kernel_size: tuple
+    strides: tuple
+    padding: str | tuple
+    dilation_rate: tuple
+    groups: int = 1
+    group_layout: str = "contiguous"
+    data_format: str = "channels_last"
+
+    @property
+    def arguments(self):
+        names = ("kernel_size", "strides", "padding", "dilation_rate")
+        names += ("groups", "group_layout", "data_format")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def output_sizes(self):
+        dimensions = zip(
+            self.sizes, self.kernel_size, self.strides, self.dilation_rate, strict=True
+        )
+        return tuple(output_size(*d, self.padding, i) for i, d in enumerate(dimensions))
+
+    @property
+    def taps(self):
+        return int(np.prod(self.kernel_size))
+
+    def _shape(self, sizes, *channels):
+        if self.data_format == "channels_last":
+            return (self.batch, *sizes, *channels)
+        return (self.batch, *channels, *sizes)
+
+    @property
+    def x_shape(self):
+        return self._shape(self.sizes, self.channels)
+
+    @property
+    def kernel_shape(self):
+        return self._shape(self.output_sizes, self.taps, self.groups)
+
+    @property
+    def output_shape(self):
+        return self._shape(self.output_sizes, self.channels)
+
+    def arrays(self, seed=0):
+        """Random x, kernel and dy."""
+        rng = np.random.default_rng(seed)
+        shapes = self.x_shape, self.kernel_shape, self.output_shape
+        return [rng.standard_normal(shape) for shape in shapes]
+
+    def involution(self, x, kernel):
+        """(y, magnitude) as ``involution`` above, in this call's data format and for any batch."""
+        arguments = self.arguments
+        groups, first = arguments.pop("groups"), arguments.pop("data_format") == "channels_first"
+        if first:
+            x, kernel = np.moveaxis(x, 1, -1), np.moveaxis(kernel, (1, 2), (-2, -1))
+        assert kernel.shape[-1] == groups
+        results = involution(x, kernel, **arguments)
+        return [np.moveaxis(r, -1, 1) for r in results] if first else results
+
+    def central_differences(self, x, kernel, dy):
+        """Gradients of sum(y * dy) for x and kernel, every entry from two values of the formula.
+
+        They are exact but for rounding, since y is linear in both. All values come from one call:
+        samples are independent, so a varied copy is one sample more.
+        """
+        entries, of_x = x[0].size + kernel[0].size, x[0].size
+        steps = np.concatenate([np.eye(entries), -np.eye(entries)])[:, None]
+
+        def varied(a, steps):
+            return (a.reshape(1, len(a), -1) + steps).reshape(-1, *a.shape[1:])
+
+        y, _ = self.involution(varied(x, steps[..., :of_x]), varied(kernel, steps[..., of_x:]))
+        sums = (y.reshape(-1, *dy.shape) * dy).reshape(2, entries, len(x), -1).sum(-1)
+        slopes = (sums[0] - sums[1]).T / 2
+        return slopes[:, :of_x].reshape(x.shape), slopes[:, of_x:].reshape(kernel.shape)
+
+
+def _random_call(rng, rank, padding, group_layout, data_format):
+    def integers(*values, count=rank):
+        return tuple(int(n) for n in rng.choice(values, count))
+
+    if padding == "explicit":
+        padding = tuple(integers(0, 1, 2, 3, count=2) for _ in range(rank))
+    (groups,) = integers(1, 2, 3, count=1)
+    return Call(
+        batch=integers(1, 2, count=1)[0],
+        sizes=integers(1, 3, 5, 7),
+        channels=groups * integers(1, 2, 5, 17, count=1)[0],
+        kernel_size=integers(1, 2, 3, 4),
+        strides=integers(1, 1, 2, 3),
+        padding=padding,
+        dilation_rate=integers(1, 1, 2),
+        groups=groups,
+        group_layout=group_layout,
+        data_format=data_format,
+    )
+
+
+def _is_small(call):
+    entries = np.prod(call.x_shape) + np.prod(call.kernel_shape)
+    return min(call.output_sizes) >= 1 and call.taps <= 18 and entries <= 2000
+
+
+def random_calls(count, seed):
+    """``count`` different small calls: every rank with every padding, layout and format in turn."""
+    rng = np.random.default_rng(seed)
+    kinds = itertools.cycle(
+        itertools.product(
+            (1, 2, 3),
+            ("same", "valid", "symmetric", "explicit"),
+            ("contiguous", "interleaved"),
+            ("channels_last", "channels_first"),
+        )
+    )
+    calls = []
+    for kind in itertools.islice(kinds, count):
+        draws = (_random_call(rng, *kind) for _ in itertools.count())
+        calls.append(next(call for call in draws if _is_small(call) and call not in calls))
+    return calls

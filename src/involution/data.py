@@ -13,6 +13,7 @@ import pathlib
 import pickle
 import tarfile
 import warnings
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -177,12 +178,19 @@ def _keras_archive(download) -> pathlib.Path:
         return path
     if not download:
         raise InputError(
-            "CIFAR-10 must be in Keras's cache, be fetched with --download (163 MB), or be given by "
-            f"the path of its archive. Received: cifar10, and no file {path}"
+            "CIFAR-10 must be in Keras's cache, be fetched with --download (163 MB), or be given "
+            f"by the path of its archive. Received: cifar10, and no file {path}"
         )
     import keras
 
-    keras.utils.get_file(fname=CIFAR10_KERAS, origin=CIFAR10_ORIGIN, file_hash=CIFAR10_KERAS_SHA256)
+    try:
+        keras.utils.get_file(
+            fname=CIFAR10_KERAS, origin=CIFAR10_ORIGIN, file_hash=CIFAR10_KERAS_SHA256
+        )
+    except Exception as error:  # noqa: BLE001 - Keras raises a bare Exception without a network
+        raise InputError(
+            f"CIFAR-10 must be fetched from a server that answers. Received: {error}"
+        ) from error
     return path
 
 
@@ -235,7 +243,7 @@ def _binary_batch(content):
 class _ArraysOnly(pickle.Unpickler):
     """Reads what CIFAR-10's batches hold, and refuses to make anything else."""
 
-    ALLOWED = {
+    ALLOWED: ClassVar = {
         "ndarray": np.ndarray,
         "dtype": np.dtype,
         # The function that NumPy's own arrays name as theirs, wherever it lives.

@@ -315,7 +315,7 @@ def _parse_model(label) -> Builder:
     else:
         raise InputError(
             f"A model must be one of {', '.join(models.CLASSIFIERS)} or a Python file. "
-            f"Received: {name or label!r}"
+            f"Received: {name or 'none'}"
         )
     arguments = {}
     for option in options:
@@ -368,8 +368,8 @@ def check_folder(output):
     """Raises InputError unless a run can be written there."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"The output folder must be new or empty. Received: {output}")
-    parent = next(p for p in (output, *output.absolute().parents) if p.is_dir())
-    if not os.access(parent, os.W_OK):
+    parent = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise InputError(f"The output folder must be writable. Received: {output}")
 
 

@@ -3,7 +3,7 @@
 A generator is any layer that turns features (B, *spatial, C) into a kernel map
 (B, *out_spatial, taps * groups), or both with the channels on axis 1 for ``"channels_first"``. The
 channels of the map are tap-major: ``tap * groups + group``. Where an attribute ``kernel_size``,
-``groups``, ``strides`` or ``data_format`` is None, the involution layer fills it in when it is built.
+``groups``, ``strides`` or ``data_format`` is None, the involution layer fills it in when built.
 """
 
 import math

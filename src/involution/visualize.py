@@ -25,7 +25,7 @@ def kernels(model, images) -> dict[str, np.ndarray]:
     layers = [layer for layer in model.layers if _is_involution(layer)]
     if not layers:
         return {}
-    features = keras.Model(model.inputs, [layer.input for layer in layers])
+    features = keras.Model(model.input, [layer.input for layer in layers])
     found = {}
     for layer, x in zip(layers, _as_list(features(images, training=False)), strict=True):
         kernel = keras.ops.convert_to_numpy(layer.generate_kernel(x)).astype("float32")
@@ -54,7 +54,7 @@ def curves(histories) -> Figure:
             for part, colour, style in (("train", TRAIN, "-"), ("test", TEST, "--")):
                 values = [row[f"{part}_{measure}"] for row in rows]
                 ax.plot(epochs, values, style, color=colour, marker="o", ms=3, label=part)
-            ax.set_title(f"{label}: {measure}")
+            ax.set_title(f"{label}: {measure}", parse_math=False)
             ax.set_xlabel("epoch")
             ax.set_ylabel("cross-entropy (nats)" if measure == "loss" else "accuracy (share)")
             ax.tick_params(labelbottom=True, labelleft=True)
@@ -72,7 +72,7 @@ def samples(images, labels, class_names, seed, rows=5, columns=5) -> Figure:
     chosen = across_classes(labels, rows * columns, seed)
     for ax, i in zip(axes, chosen, strict=False):
         ax.imshow(images[i])
-        ax.set_title(class_names[labels[i]], fontsize=9)
+        ax.set_title(class_names[labels[i]], fontsize=9, parse_math=False)
     return figure
 
 
@@ -104,7 +104,8 @@ def heat_maps(images, maps, titles=None, overlay=False) -> Figure:
     axes = figure.subplots(len(images), columns, squeeze=False)
     for row, image in enumerate(images):
         axes[row, 0].imshow(image)
-        axes[row, 0].set_title(titles[row] if titles else "image", fontsize=9)
+        title = titles[row] if titles else "image"
+        axes[row, 0].set_title(title, fontsize=9, parse_math=False)
         free = iter(axes[row, 1:])
         for name, values in maps.items():
             _heat_map(figure, next(free), name, values[row])

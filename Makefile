@@ -1,0 +1,79 @@
+# Two commands: `make run` does the main job, `make test` passes the tests. Each makes the virtual
+# environment that it needs, once for each set of backends, and again when pyproject.toml changes.
+
+PYTHON ?= python3
+# Backends that `make test` installs and tests: some of tensorflow jax torch.
+BACKENDS ?= tensorflow jax torch
+# What `make run` trains with.
+BACKEND ?= tensorflow
+# The keras.io example's text, for `make test-example`.
+EXAMPLE ?=
+
+comma := ,
+empty :=
+space := $(empty) $(empty)
+
+# On Linux x86-64 TensorFlow has a build for the CPU alone, half the size.
+ifeq ($(shell uname -sm),Linux x86_64)
+tensorflow := tensorflow-cpu
+else
+tensorflow := tensorflow
+endif
+extras = $(subst $(space),$(comma),$(strip $(subst tensorflow,$(tensorflow),$(1))))
+
+RUN_VENV := .venv/run-$(BACKEND)
+TEST_VENV := .venv/test-$(subst $(space),-,$(strip $(BACKENDS)))
+PYTEST = $(TEST_VENV)/bin/python -m pytest
+# pip reads the groups of pyproject.toml from this release on.
+NEW_PIP := "pip>=25.1"
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-all test-tensorflow test-jax test-torch test-slow test-example lint format coverage clean
+
+help:
+	@echo "make run     compare a convolutional and an involutional network; writes runs/.../report.html"
+	@echo "make test    lint, and test on every backend (make test BACKENDS=jax: on one)"
+	@echo "make test-slow, test-example EXAMPLE=file, lint, format, clean"
+
+run: $(RUN_VENV)/ready
+	$(RUN_VENV)/bin/involution compare --dataset digits --backend $(BACKEND)
+
+test: lint $(addprefix test-,$(BACKENDS)) coverage
+
+test-tensorflow test-jax test-torch: test-%: $(TEST_VENV)/ready
+	KERAS_BACKEND=$* COVERAGE_FILE=.coverage.$* $(PYTEST) --cov --cov-report=
+
+# Lines that no backend ran count as missing: the three are read together.
+coverage: $(addprefix test-,$(BACKENDS))
+	$(TEST_VENV)/bin/python -m coverage combine --keep --quiet $(addprefix .coverage.,$(BACKENDS))
+	$(TEST_VENV)/bin/python -m coverage report --skip-covered $(if $(filter 3,$(words $(BACKENDS))),--fail-under=95)
+
+test-slow: $(TEST_VENV)/ready
+	set -e; for backend in $(BACKENDS); do KERAS_BACKEND=$$backend $(PYTEST) -m slow -rP; done
+
+test-example: $(TEST_VENV)/ready
+	KERAS_BACKEND=tensorflow INVOLUTION_EXAMPLE="$(EXAMPLE)" $(PYTEST) -m example -rP
+
+lint: $(TEST_VENV)/ready
+	$(TEST_VENV)/bin/ruff format --check .
+	$(TEST_VENV)/bin/ruff check .
+	$(TEST_VENV)/bin/mypy
+
+format: $(TEST_VENV)/ready
+	$(TEST_VENV)/bin/ruff format .
+	$(TEST_VENV)/bin/ruff check --fix .
+
+$(RUN_VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RUN_VENV)
+	$(RUN_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
+	$(RUN_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKEND)),compare]" -c constraints.txt
+	touch $@
+
+$(TEST_VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TEST_VENV)
+	$(TEST_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
+	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),compare]" --group test --group lint -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf .venv .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache

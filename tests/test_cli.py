@@ -1,0 +1,250 @@
+"""The command, called as its console script calls it; the slow start once in a process of its own."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import pytest
+from images import write_folder, write_image
+
+import involution
+import involution_cli
+
+BACKEND = keras.config.backend()
+COMMANDS = ("compare", "train", "predict", "explain", "doctor")
+
+
+@pytest.fixture
+def call(monkeypatch, capfd, tmp_path):
+    """Runs one command line in an empty folder: (exit code, lines on the screen)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["involution", *map(str, arguments)])
+        code = 0
+        try:
+            involution_cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capfd.readouterr()
+        assert err == ""  # what frameworks say is in the log
+        return code, out.splitlines()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("cli") / "pets")
+
+
+@pytest.fixture(scope="module")
+def trained(pets, tmp_path_factory):
+    """The folder of a short run made by the command."""
+    output = tmp_path_factory.mktemp("cli") / "run"
+    command = f"compare --dataset {pets} --epochs 1 --output {output}".split()
+    result = subprocess.run(  # noqa: S603 - our own command
+        [sys.executable, "-m", "involution_cli", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert result.returncode == 0, result.stdout
+    return output, result
+
+
+def test_compare_tells_where_to_look_next(trained):
+    output, result = trained
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("involution: Comparing cnn,inn on ")
+    assert any(line.startswith("inn: epoch 1/1: train loss ") for line in lines)
+    assert any(re.match(r"On the test images of pets, cnn is \d", line) for line in lines)
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 4
+    assert len({line.count("|") for line in table}) == 1
+    assert lines[-3:] == [
+        f"Report: {output / 'report.html'}",
+        f"Next: involution predict {output / 'inn.keras'} IMAGE...",
+        f"      involution explain {output / 'inn.keras'} IMAGE...",
+    ]
+    assert result.stderr == ""
+    assert (output / "log.txt").is_file()
+    command = json.loads((output / "config.json").read_text())["command"]
+    assert command.startswith("involution compare --dataset")
+
+
+def test_train_is_a_run_of_one_model(call, pets, tmp_path):
+    code, lines = call("train", "--model", "cnn", "--dataset", pets, "--epochs", "1")
+    assert code == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("pets-")
+    assert (folder / "cnn.keras").is_file()
+    assert "nothing to compare yet" in "".join(lines)
+
+
+def test_predict(call, trained, pets):
+    image = pets / "test" / "cat" / "0.png"
+    code, lines = call("predict", trained[0] / "cnn.keras", image, image, "--top", "2")
+    assert code == 0
+    assert len(lines) == 3
+    found = re.fullmatch(rf"{image}: (\w+) (0\.\d+|1\.000), (\w+) (0\.\d+)", lines[1])
+    assert {found[1], found[3]} < {"ant", "bee", "cat"}
+    assert float(found[2]) >= float(found[4])
+    assert lines[1] == lines[2]
+
+
+def test_explain(call, trained, pets, tmp_path):
+    image = pets / "test" / "ant" / "1.png"
+    code, lines = call("explain", trained[0] / "inn.keras", image)
+    assert code == 0
+    assert re.search(r"inv_1 16x16 from .* inv_2 8x8 from .* inv_3 4x4 from ", lines[1])
+    assert lines[2] == "Figure: explain.png"
+    assert (tmp_path / "explain.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_doctor(call):
+    code, lines = call("doctor")
+    assert code == 0
+    assert f"backend in use: {BACKEND}" in lines
+    errors = [line for line in lines if re.search(r"taps +error \d\.\de[+-]\d\d \(taken\)", line)]
+    assert len(errors) == 8
+
+
+def test_doctor_fails_on_a_wrong_implementation(call, monkeypatch):
+    from involution.ops import api
+
+    class Wrong:
+        refusal = staticmethod(lambda problem: None)
+        apply = staticmethod(lambda *a: api.reference.apply(*a) * 1.001)
+
+    class Absent:
+        refusal = staticmethod(lambda problem: "no such machine")
+
+    members = (("absent", Absent), ("taps", Wrong), ("reference", api.reference))
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", members)
+    code, lines = call("doctor")
+    assert code == 1
+    assert any("taps" in line and "WRONG: above 1e-05 (taken)" in line for line in lines)
+    assert any("absent     cannot run: no such machine" in line for line in lines)
+
+
+def bad_inputs(root, trained):
+    """(name, command line, what the one line says)."""
+    ok = ["--dataset", write_folder(root / "ok")]
+    empty = root / "empty"
+    empty.mkdir()
+    broken = write_folder(root / "broken")
+    write_image(broken / "train" / "ant" / "bad.jpg", size=(64, 64))
+    whole = (broken / "train" / "ant" / "bad.jpg").read_bytes()
+    (broken / "train" / "ant" / "bad.jpg").write_bytes(whole[: len(whole) // 2])
+    untested = root / "untested"
+    write_image(untested / "train" / "ant" / "0.png")
+    single = write_folder(root / "single", classes=("ant",))
+    (root / "used").mkdir()
+    (root / "used" / "x").write_text("")
+    (root / "text.png").write_text("no image")
+    image = root / "ok" / "test" / "ant" / "0.png"
+    inn, cnn = trained[0] / "inn.keras", trained[0] / "cnn.keras"
+    return [
+        (["compare", "--dataset", "mnist"], "Received: mnist"),
+        (["compare", *ok, "--models", "resnet"], "Received: resnet"),
+        (["compare", "--dataset", empty], "without train/"),
+        (["compare", "--dataset", untested], "without test/"),
+        (["compare", "--dataset", broken], "bad.jpg (1 of 37 files cannot be read)"),
+        (["compare", "--dataset", single], "at least two classes"),
+        (["compare", *ok, "--output", root / "used"], "new or empty"),
+        (["compare", *ok, "--output", root / "text.png" / "x"], "writable"),
+        (["compare", *ok, "--epochs", "0"], "epochs must be at least 1. Received: epochs=0"),
+        (["compare", *ok, "--epochs", "many"], "many"),
+        (["compare", *ok, "--image-size", "0x5"], "--image-size must be"),
+        (["compare", *ok, "--image-size", "5x5x5"], "--image-size must be"),
+        (["compare", *ok, "--image-size", "2"], "at least 4"),
+        (["compare", "--unknown"], "unknown"),
+        (["compare", *ok, "--backend", "theano"], "theano"),
+        (["paint"], "paint"),
+        (["train", *ok, "--model", "x.py"], "must exist"),
+        (["predict", root / "none.keras", image], "is no file"),
+        (["predict", root / "text.png", image], "written by"),
+        (["predict", cnn, root / "none.png"], "none.png"),
+        (["predict", cnn, root / "text.png"], "text.png"),
+        (["predict", cnn], "At least one image"),
+        (["explain", cnn, image], "must have an involution"),
+        (["explain", inn, image, "--output", root / "none" / "x.png"], "writable"),
+    ]
+
+
+def test_bad_input_is_one_line_and_writes_nothing(call, trained, tmp_path):
+    cases = bad_inputs(tmp_path, trained)
+    before = sorted(tmp_path.rglob("*"))
+    for arguments, expected in cases:
+        code, lines = call(*arguments)
+        assert code == 2, arguments
+        assert expected in lines[-1], arguments
+        assert lines[-1].startswith("involution: error: ")
+        assert len(lines) <= 2, arguments
+        assert sorted(tmp_path.rglob("*")) == before, arguments
+
+
+def test_an_error_of_our_own_is_one_line_and_keeps_its_log(call, trained, pets, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("involution.saved_model.load", fail)
+    code, lines = call("predict", trained[0] / "cnn.keras", pets / "test" / "ant" / "0.png")
+    assert code == 3
+    log = re.search(r"RuntimeError; all about it is in (\S+)$", lines[-1])[1]
+    assert "RuntimeError: two" in pathlib.Path(log).read_text()
+
+
+def test_an_interruption_is_one_line(call, monkeypatch):
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("involution.data.load", fail)
+    code, lines = call("compare")
+    assert code == 130
+    assert lines[-1] == "involution: error: interrupted."
+
+
+def test_help_answers_without_the_package():
+    """What makes it fast: neither Keras nor this package is imported."""
+    code = (
+        "import sys, involution_cli\n"
+        "try: involution_cli.main()\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('keras', 'involution', 'numpy') if m in sys.modules])\n"
+    )
+    for arguments in ([], ["--help"], *([c, "--help"] for c in COMMANDS)):
+        result = subprocess.run(  # noqa: S603 - our own command
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        )
+        assert result.stdout.strip().endswith("[]"), result.stdout
+        assert "Usage: involution" in result.stdout
+
+
+def test_version(call):
+    code, lines = call("--version")
+    assert (code, lines) == (0, [involution.__version__])
+
+
+def test_no_backend_installed_is_one_line(tmp_path):
+    code = (
+        "import importlib.util, sys\n"
+        "found = importlib.util.find_spec\n"
+        "names = ('tensorflow', 'jax', 'torch')\n"
+        "importlib.util.find_spec = lambda n, *a: None if n in names else found(n, *a)\n"
+        "import involution_cli; sys.argv = ['involution', 'doctor']; involution_cli.main()\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
+    result = subprocess.run(  # noqa: S603 - our own command
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env
+    )
+    assert result.returncode == 2
+    assert result.stderr == ""
+    first, last = result.stdout.splitlines()
+    assert last.startswith("involution: error: No Keras backend is installed: pip install ")

@@ -1,0 +1,229 @@
+import hashlib
+import io
+import pickle
+import tarfile
+
+import keras
+import numpy as np
+import pytest
+from images import write_folder, write_image
+from PIL import Image
+
+from involution import data
+from involution.errors import InputError
+
+
+def test_digits_are_real_enlarged_and_split_once():
+    digits = data.load("digits")
+    assert digits.x_train.shape == (1437, 32, 32, 3)
+    assert digits.x_test.shape == (360, 32, 32, 3)
+    assert digits.x_train.dtype == np.uint8
+    assert sorted(set(digits.y_test)) == list(range(10))
+    assert "not CIFAR-10" in digits.note
+    seen = {image.tobytes() for image in digits.x_train}
+    assert sum(image.tobytes() in seen for image in digits.x_test) <= 1
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    first = data.order(100, 42, 1)
+    np.testing.assert_array_equal(first, data.order(100, 42, 1))
+    assert sorted(first) == list(range(100))
+    for other in (data.order(100, 42, 2), data.order(100, 43, 1)):
+        assert (first != other).any()
+
+
+def test_folder_with_its_own_size(tmp_path):
+    loaded = data.load(str(write_folder(tmp_path / "pets", size=(12, 20))))
+    assert loaded.name == "pets"
+    assert loaded.class_names == ("ant", "bee", "cat")
+    assert loaded.x_train.shape == (24, 12, 20, 3)
+    assert loaded.x_test.shape == (12, 12, 20, 3)
+    np.testing.assert_array_equal(np.bincount(loaded.y_train), [8, 8, 8])
+
+
+def test_folder_reads_png_jpeg_webp_upright_at_any_size(tmp_path):
+    write_folder(tmp_path, train=1, test=1)
+    for suffix, size in ((".jpg", (40, 10)), (".webp", (9, 9)), (".JPEG", (8, 8))):
+        write_image(tmp_path / "train" / "ant" / f"more{suffix}", size=size)
+    calls = []
+    loaded = data.load(str(tmp_path), (24, 18), progress=lambda done, total: calls.append(done))
+    assert loaded.x_train.shape == (6, 24, 18, 3)
+    assert calls == list(range(1, 10))
+    turned = Image.new("RGB", (10, 20))
+    turned.putpixel((0, 0), (255, 255, 255))
+    exif = turned.getexif()
+    exif[274] = 6  # to be turned by 90 degrees
+    turned.save(tmp_path / "turned.png", exif=exif)
+    read = data.read_image(tmp_path / "turned.png")
+    assert read.shape == (10, 20, 3)
+    assert read[0, 19].tolist() == [255, 255, 255]
+
+
+def test_images_of_several_sizes_need_one(tmp_path):
+    write_folder(tmp_path)
+    write_image(tmp_path / "train" / "cat" / "zz.png", size=(5, 7))
+    with pytest.raises(InputError, match=r"--image-size.*16x16 in .*0\.png, 7x5 in .*zz\.png"):
+        data.load(str(tmp_path))
+
+
+def test_truncated_images_are_named_and_counted(tmp_path):
+    write_folder(tmp_path)
+    for number in (1, 2):
+        broken = tmp_path / "train" / "bee" / f"broken{number}.jpg"
+        write_image(broken, size=(64, 64))
+        broken.write_bytes(broken.read_bytes()[:700])
+    with pytest.raises(InputError, match=r"broken1\.jpg \(2 of 38 files cannot be read\)"):
+        data.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
+def test_what_is_no_image_is_refused(tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(InputError, match="whole PNG, JPEG or WebP"):
+        data.read_image(tmp_path / "x.png")
+
+
+def test_an_image_too_large_for_memory_is_refused(tmp_path, monkeypatch):
+    write_image(tmp_path / "x.png", size=(64, 64))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(InputError, match="exceeds limit"):
+        data.read_image(tmp_path / "x.png")
+
+
+def test_folder_errors(tmp_path):
+    def fails(root, match):
+        with pytest.raises(InputError, match=match):
+            data.load(str(root))
+
+    fails(tmp_path, "without train/")
+    (tmp_path / "train").mkdir()
+    fails(tmp_path, "without test/|must have images")
+    write_image(tmp_path / "train" / "ant" / "0.png")
+    fails(tmp_path, "without test/")
+    write_image(tmp_path / "test" / "ant" / "0.png")
+    fails(tmp_path, "at least two classes.*ant alone")
+    write_image(tmp_path / "test" / "yak" / "0.png")
+    fails(tmp_path, "in train/ too.*yak")
+    (tmp_path / "train" / "yak").mkdir()
+    fails(tmp_path, "Every class must have images.*yak")
+
+
+def test_unknown_data_set_and_a_size_where_it_has_no_meaning(tmp_path):
+    with pytest.raises(InputError, match="Received: mnist"):
+        data.load("mnist")
+    with pytest.raises(InputError, match="folder of images only.*8x8 for digits"):
+        data.load("digits", (8, 8))
+    (tmp_path / "some.tar.gz").write_bytes(b"some")
+    with pytest.raises(InputError, match="whose hash is another"):
+        data.load(str(tmp_path / "some.tar.gz"))
+
+
+def batches():
+    random = np.random.default_rng(0)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        yield name, random.integers(0, 256, (3, 3072), "uint8"), random.integers(0, 10, 3)
+
+
+def write_archive(path, members):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members:
+            entry = tarfile.TarInfo(f"cifar/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def check_cifar10(loaded):
+    truth = list(batches())
+    assert loaded.x_train.shape == (15, 32, 32, 3)
+    assert loaded.class_names[0] == "airplane"
+    assert loaded.class_names[9] == "truck"
+    for i, (_, rows, labels) in enumerate(truth[:-1]):
+        np.testing.assert_array_equal(loaded.y_train[3 * i : 3 * i + 3], labels)
+        # The archive's rows hold 1,024 red, then green, then blue values, row-major.
+        assert loaded.x_train[3 * i, 2, 5, 1] == rows[0, 1024 + 2 * 32 + 5]
+    np.testing.assert_array_equal(loaded.y_test, truth[-1][2])
+
+
+def test_cifar10_binary_archive(tmp_path, monkeypatch):
+    members = [
+        (f"{name}.bin", np.c_[labels.astype("uint8"), rows].tobytes())
+        for name, rows, labels in batches()
+    ]
+    path = write_archive(tmp_path / "cifar-10-binary.tar.gz", members)
+    digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    monkeypatch.setattr(data, "CIFAR10_BINARY_MD5", digest)
+    check_cifar10(data.load(str(path)))
+
+
+def keras_archive(home, monkeypatch, content):
+    path = home / "datasets" / data.CIFAR10_KERAS
+    path.parent.mkdir(parents=True)
+    write_archive(path, [(name, content(rows, labels)) for name, rows, labels in batches()])
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(data, "CIFAR10_KERAS_SHA256", digest)
+    monkeypatch.setenv("KERAS_HOME", str(home))
+    return path
+
+
+def test_cifar10_from_the_cache_of_keras(tmp_path, monkeypatch):
+    path = keras_archive(
+        tmp_path,
+        monkeypatch,
+        lambda rows, labels: pickle.dumps({b"data": rows, b"labels": labels.tolist()}, protocol=3),
+    )
+    check_cifar10(data.load("cifar10"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="whose hash is another"):
+        data.load("cifar10")
+
+
+def test_a_batch_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harm"), "w"))
+
+    keras_archive(tmp_path / "home", monkeypatch, lambda *_: pickle.dumps({b"data": Harm()}))
+    with pytest.raises(InputError, match=r"arrays only. Received: .*open"):
+        data.load("cifar10")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_cifar10_is_fetched_only_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    asked = []
+
+    def get_file(**arguments):
+        asked.append(arguments)
+        raise Exception("no route")  # noqa: TRY002 - what Keras raises
+
+    monkeypatch.setattr(keras.utils, "get_file", get_file)
+    with pytest.raises(InputError, match=r"--download \(163 MB\)"):
+        data.load("cifar10")
+    assert not asked
+    with pytest.raises(InputError, match="server that answers. Received: no route"):
+        data.load("cifar10", download=True)
+    assert asked[0]["file_hash"] == data.CIFAR10_KERAS_SHA256
+
+
+def test_pixels_are_scaled_to_one():
+    scaled = data.scale(np.array([[0, 51, 255]], "uint8"))
+    assert scaled.dtype == np.float32
+    np.testing.assert_array_equal(scaled, np.array([[0, 0.2, 1]], "float32"))
+
+
+def test_a_batch_as_python_2_wrote_it():
+    def text(content):
+        return b"U" + bytes([len(content)]) + content
+
+    rows = bytes(range(256)) * 12
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
+        b"(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R"
+        b"(K\x03" + text(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+        b"T" + len(rows).to_bytes(4, "little") + rows + b"tb"
+    )
+    batch = b"\x80\x02}(" + text(b"data") + array + text(b"labels") + b"]K\x07au."
+    images, labels = data._pickled_batch(batch)
+    assert images[0, 0, :3, 0].tolist() == [0, 1, 2]
+    assert labels.tolist() == [7]

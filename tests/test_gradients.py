@@ -1,0 +1,187 @@
+"""The gradients of both inputs, of any order, against differences of the float64 oracle."""
+
+import hashlib
+
+import keras
+import numpy as np
+import pytest
+from frameworks import (
+    BACKEND,
+    IMPLEMENTATIONS,
+    exact,
+    fresh_process,
+    grad,
+    gradients,
+    in_graph,
+    numpy,
+    operation,
+    tensors,
+)
+from oracle import Call, error_bound, random_calls
+
+STRIDED = Call(2, (5, 7), 10, (3, 2), (2, 3), "same", (1, 2), 2)
+DILATED = Call(1, (7, 5), 6, (2, 3), (1, 1), ((2, 1), (0, 3)), (2, 1), 3, "interleaved")
+LINE = Call(2, (7,), 5, (4,), (2,), "symmetric", (1,), 1, "contiguous", "channels_first")
+CUBE = Call(1, (3, 2, 5), 2, (2, 1, 3), (1, 1, 2), "valid", (1, 1, 1), 2)
+CALLS = (STRIDED, DILATED, LINE, CUBE)
+
+
+def relative(value, expected):
+    """The largest error, relative to the largest entry."""
+    return np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-300)
+
+
+def worst_errors(call, implementation):
+    """Of the two gradients, and of <dy, y> = <dx, x> = <dkernel, kernel>."""
+    x, kernel, dy = call.arrays(seed=3)
+    apply = operation(call, implementation)
+    y, (dx, dkernel) = numpy(apply(x, kernel)), gradients(apply, (x, kernel), dy)
+    expected_dx, expected_dkernel = call.central_differences(x, kernel, dy)
+    products = np.array([(dy * y).sum(), (dx * x).sum(), (dkernel * kernel).sum()])
+    _, magnitude = call.involution(x, kernel)
+    scale = (np.abs(dy) * magnitude).sum()
+    return {
+        "input": relative(dx, expected_dx),
+        "kernel": relative(dkernel, expected_dkernel),
+        "adjoint": np.ptp(products) / max(scale, 1e-300),
+    }
+
+
+@pytest.mark.parametrize(("implementation", "count"), [("taps", 150), ("reference", 4)])
+def test_gradients_of_random_calls(implementation, count):
+    worst = dict.fromkeys(("input", "kernel", "adjoint"), (0.0, None))
+    for call in random_calls(count, seed=1):
+        for name, error in worst_errors(call, implementation).items():
+            assert error < 1e-12, (name, call)
+            worst[name] = max(worst[name], (error, call), key=lambda pair: pair[0])
+    for name, (error, call) in worst.items():
+        print(f"{BACKEND}, {implementation}, {count} calls, {name}: worst {error:.1e} at {call}")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gradients_in_low_precision(dtype, call, implementation):
+    """Sums of n terms in float32, rounded once."""
+    arrays = [exact(t) for t in tensors(call.arrays(seed=4), dtype)]
+
+    # The casts are exact in both directions, and so are their gradients.
+    def in_dtype(x, kernel):
+        y = operation(call, implementation)(*(keras.ops.cast(a, dtype) for a in (x, kernel)))
+        return keras.ops.cast(y, "float64")
+
+    terms = max(call.taps, call.channels // call.groups)
+    for value, expected, magnitude in zip(
+        gradients(in_dtype, arrays[:2], arrays[2]),
+        call.central_differences(*arrays),
+        call.central_differences(*map(np.abs, arrays)),
+        strict=True,
+    ):
+        assert (np.abs(value - expected) <= error_bound(expected, magnitude, terms, dtype)).all()
+
+
+def scalar(call, implementation):
+    """A function that is not linear in anything, so that its derivatives have many terms."""
+
+    def of(x, kernel):
+        y = operation(call, implementation)(x, kernel)
+        return keras.ops.sum(y * y * y)
+
+    return of
+
+
+def derivative(of, directions):
+    """The scalar function <gradient of ``of``, directions>."""
+
+    def along(*tensors):
+        products = zip(grad(of)(*tensors), directions, strict=True)
+        return sum(keras.ops.sum(g * d) for g, d in products)
+
+    return along
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("call", [STRIDED, DILATED])
+def test_f17_derivatives_of_higher_order(call, order):
+    """Those of ``taps``, differentiated by its own rules, are those of the autodiffed formula."""
+    arguments = tensors(call.arrays(seed=5)[:2], "float64")
+    results = {}
+    for implementation in IMPLEMENTATIONS:
+        of = scalar(call, implementation)
+        for seed in range(1, order):
+            of = derivative(of, tensors(call.arrays(seed)[:2], "float64"))
+        results[implementation] = [numpy(g) for g in in_graph(grad(of))(*arguments)]
+    for value, expected in zip(results["taps"], results["reference"], strict=True):
+        assert np.abs(expected).max() > 0.1
+        assert relative(value, expected) < 1e-11
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_f02_gradients_in_a_program_that_does_not_know_the_sizes(
+    padding, data_format, implementation
+):
+    def call(sizes):
+        return Call(2, sizes, 6, (3, 2), (2, 2), padding, (1, 2), 3, "contiguous", data_format)
+
+    if data_format == "channels_last":
+        shapes = (None, None, None, 6), (None, None, None, 6, 3)
+    else:
+        shapes = (None, 6, None, None), (None, 6, 3, None, None)
+    program = in_graph(grad(scalar(call((5, 7)), implementation)), shapes)
+    for sizes in [(5, 7), (6, 4), (7, 9)]:
+        this = call(sizes)
+        x, kernel, _ = this.arrays(seed=6)
+        y, _ = this.involution(x, kernel)
+        expected = this.central_differences(x, kernel, 3 * y * y)
+        results = program(*tensors((x, kernel), "float64"))
+        for value, want in zip(results, expected, strict=True):
+            assert relative(numpy(value), want) < 1e-12
+
+
+def own_gradient(apply, x, kernel):
+    """Whether the framework's record of the call holds a gradient written by hand."""
+    if BACKEND == "torch":
+        import torch
+
+        y = apply(torch.tensor(x, requires_grad=True), torch.tensor(kernel))
+        node = y.grad_fn
+        return isinstance(node, torch.autograd.function.BackwardCFunction)
+    if BACKEND == "jax":
+        import jax
+
+        return "custom_vjp_call" in str(jax.make_jaxpr(apply)(x, kernel))
+    import tensorflow as tf
+
+    graph = tf.operation(apply).get_concrete_operation(tf.constant(x), tf.constant(kernel)).graph
+    return any("_gradient_op_type" in op.node_def.attr for op in graph.get_operations())
+
+
+@pytest.mark.parametrize(("implementation", "own"), [("taps", True), ("reference", False)])
+def test_the_gradient_written_by_hand_is_the_one_that_runs(implementation, own):
+    x, kernel, _ = STRIDED.arrays()
+    assert own_gradient(operation(STRIDED, implementation), x, kernel) == own
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_f21_a_zero_gradient_gives_exactly_zero(implementation):
+    x, kernel, dy = STRIDED.arrays()
+    for g in gradients(operation(STRIDED, implementation), (x, kernel), 0 * dy):
+        assert (g == 0).all()
+
+
+def digests(runs):
+    """Of both gradients of ``taps``, which hold its output, at sizes that several threads share."""
+    call = Call(8, (33, 47), 48, (3, 3), (2, 2), "same", (1, 1), 3)
+    arguments = tensors(call.arrays(seed=7)[:2], "float32")
+    program = in_graph(grad(scalar(call, "taps")))
+    for _ in range(runs):
+        yield hashlib.sha256(b"".join(numpy(g).tobytes() for g in program(*arguments))).hexdigest()
+
+
+def test_f18_same_bits_in_every_run_and_every_process():
+    first, second = digests(2)
+    assert second == first
+    code = "import test_gradients; print(*test_gradients.digests(1))"
+    assert fresh_process(code).strip() == first

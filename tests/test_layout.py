@@ -1,0 +1,120 @@
+"""The architecture, and what documents promise."""
+
+import ast
+import doctest
+import importlib
+import pathlib
+import re
+import sys
+
+import pytest
+import yaml
+
+import involution
+import involution_cli
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "involution"
+
+# Reading order: a module imports only what stands above it.
+ORDER = """
+backend errors files
+ops.geometry ops.views ops.gradients ops.reference ops.taps ops.api ops ops.cases
+kernel_generators layers models.classifiers models
+data saved_model training experiment visualize report explaining diagnosis console
+""".split()
+
+
+def name_of(file):
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+modules = {name_of(file): file for file in PACKAGE.rglob("*.py")}
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "involution":
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}".removeprefix("involution.")
+                yield full if full in modules else node.module.removeprefix("involution.")
+
+
+def test_every_module_has_its_place():
+    assert sorted(ORDER) == sorted(name for name in modules if name)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_point_towards_the_operator(name):
+    # `report` draws what `experiment` ran, and `experiment` ends by asking for it.
+    late = {("experiment", "report")}
+    for other in imports(modules[name]):
+        assert ORDER.index(other) < ORDER.index(name) or (name, other) in late, (name, other)
+
+
+@pytest.mark.parametrize("name", ["", *ORDER])
+def test_examples_in_docstrings_run(name):
+    module = importlib.import_module(f"involution.{name}".rstrip("."))
+    assert doctest.testmod(module).failed == 0
+
+
+def test_public_docstrings_have_examples():
+    public = [getattr(involution, name) for name in involution.__all__]
+    public += [getattr(involution.ops, name) for name in involution.ops.__all__]
+    public += [involution.models.cnn, involution.models.inn]
+    public += [involution.kernel_generators.Bottleneck, involution.kernel_generators.Linear]
+    for thing in public:
+        if isinstance(thing, type(sys)):
+            continue
+        assert ">>> " in thing.__doc__, thing
+
+
+def readme():
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_is_short_and_its_python_runs():
+    text = readme()
+    assert text.count("\n") < 180
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert text[: text.index("print(layer(images).shape)")].count("\n") < 40
+    scope: dict = {}
+    for block in blocks:
+        # What a line prints stands behind it.
+        for expected in re.findall(r"print\((.*)\)  # (.*)\n", block):
+            assert expected
+        printed = []
+        scope["print"] = lambda *values, printed=printed: printed.append(
+            " ".join(map(plain, values))
+        )
+        exec(compile(block, "README.md", "exec"), scope)  # noqa: S102 - our own text
+        assert printed == re.findall(r"print\(.*\)  # (.*)\n", block)
+
+
+def plain(value):
+    return str(tuple(value)) if hasattr(value, "__len__") else str(value)
+
+
+def test_every_command_is_documented():
+    commands = [name for name in involution_cli.app if not name.startswith("-")]
+    assert set(commands) >= {"compare", "train", "predict", "explain", "doctor"}
+    for name in commands:
+        assert f"| `involution {name}" in readme(), name
+
+
+def test_readme_commands_parse():
+    lines = re.findall(r"^involution (.*?)(?:  +#.*)?$", readme(), flags=re.MULTILINE)
+    assert len(lines) >= 5
+    for line in lines:
+        involution_cli.app.parse_args(line.split(), exit_on_error=False, print_error=False)
+
+
+def test_citation_names_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert "Inverting the Inherence" in citation["references"][0]["title"]
+
+
+def test_version_is_one(pytestconfig):
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{involution.__version__}"' in text

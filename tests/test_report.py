@@ -1,0 +1,74 @@
+import re
+
+import keras
+import numpy as np
+import pytest
+
+from involution import data, experiment, report
+from involution.saved_model import Classifier
+
+
+def result(label, test_accuracy, seconds):
+    inputs = keras.Input((8, 8, 3))
+    model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(inputs)))
+    row = {"epoch": 1, "train_loss": 1.5, "train_accuracy": 0.5, "test_loss": 1.25}
+    rows = [{**row, "test_accuracy": test_accuracy, "seconds": seconds}]
+    return experiment.Result(label, Classifier(model, ("a", "b"), (8, 8, 3)), [], rows, seconds)
+
+
+@pytest.fixture
+def run():
+    images = np.zeros((4, 8, 8, 3), "uint8")
+    labels = np.array([0, 1, 0, 1])
+    # Names as a folder of a stranger may have them.
+    names = ("<script>alert(1)</script>", r"b & $\no$")
+    dataset = data.Dataset("<b>pets</b>", "", images, labels, images, labels, names)
+    return experiment.Run(
+        experiment.Config(), dataset, 4, [result("one", 0.75, 3.0), result("two", 0.5, 2.0)],
+        "involution compare", "2026-01-01", peak_memory_bytes=2**30,
+    )  # fmt: skip
+
+
+def test_the_verdict_is_one_sentence(run):
+    assert report.verdict(run) == (
+        "On the test images of <b>pets</b>, one is 25.0 points more accurate than two (0.750 "
+        "against 0.500), with 1 times its trainable parameters and 1.5 times its time for an epoch."
+    )
+    run.results.reverse()
+    assert "two is 25.0 points less accurate than one" in report.verdict(run)
+
+
+def test_the_page_opens_offline_and_runs_nothing(run, tmp_path):
+    report.write(run, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;pets&lt;/b&gt;" in page
+    assert "<script" not in page
+    sources = re.findall(r"(?:src|href)=\"([^\"]{0,30})", page)
+    assert len(sources) == 2
+    assert all(s.startswith("data:image/png;base64") for s in sources)
+    for part in ("1024 MB", "involution compare", "386", "1.50", "Model: ", keras.__version__):
+        assert part in page
+    assert {f.name for f in tmp_path.iterdir()} == {"report.html", "curves.png", "samples.png"}
+
+
+def test_the_table_pastes_as_markdown(run):
+    lines = report.markdown(run).splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("| model | trainable | non-trainable | optimizer | total | size |")
+    assert lines[2] == (
+        "| one | 386 | 0 | 0 | 386 | 1.51 KB | 1.5000 | 0.5000 | 1.2500 | 0.7500 | 0.7500 | 3.0 "
+        "| 3.0 |"
+    )
+
+
+def test_one_model_has_nothing_to_compare_with(run):
+    del run.results[1]
+    assert report.verdict(run).startswith("1 of 1 models finished an epoch")
+    assert report.ratio_row(run) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0.00 B"), (156924, "153.25 KB"), (3830148, "3.65 MB"), (2**31, "2.00 GB")]
+)  # fmt: skip
+def test_sizes_read_as_in_summaries(count, text):
+    assert report.size(count) == text
