@@ -8,4 +8,4 @@ if os.environ.get("KERAS_BACKEND") == "jax":
     # The oracle is in float64, and so are the finite differences.
     jax.config.update("jax_enable_x64", True)
 
-import involution  # noqa: F401, E402 - settles the backend before a test imports Keras
+import involution  # noqa: F401 - settles the backend before a test imports Keras

@@ -1,4 +1,4 @@
-"""The command, called as its console script calls it; the slow start once in a process of its own."""
+"""The command as its console script calls it; the slow start once, in a process of its own."""
 
 import json
 import os
@@ -246,5 +246,5 @@ def test_no_backend_installed_is_one_line(tmp_path):
     )
     assert result.returncode == 2
     assert result.stderr == ""
-    first, last = result.stdout.splitlines()
+    _, last = result.stdout.splitlines()
     assert last.startswith("involution: error: No Keras backend is installed: pip install ")

@@ -79,7 +79,7 @@ def test_truncated_images_are_named_and_counted(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
 def test_what_is_no_image_is_refused(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(InputError, match="whole PNG, JPEG or WebP"):
+    with pytest.raises(InputError, match="whole PNG"):
         data.read_image(tmp_path / "x.png")
 
 
@@ -111,7 +111,7 @@ def test_folder_errors(tmp_path):
 def test_unknown_data_set_and_a_size_where_it_has_no_meaning(tmp_path):
     with pytest.raises(InputError, match="Received: mnist"):
         data.load("mnist")
-    with pytest.raises(InputError, match="folder of images only.*8x8 for digits"):
+    with pytest.raises(InputError, match=r"folder of images only.*8x8 for digits"):
         data.load("digits", (8, 8))
     (tmp_path / "some.tar.gz").write_bytes(b"some")
     with pytest.raises(InputError, match="whose hash is another"):
@@ -201,7 +201,7 @@ def test_cifar10_is_fetched_only_when_asked(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"--download \(163 MB\)"):
         data.load("cifar10")
     assert not asked
-    with pytest.raises(InputError, match="server that answers. Received: no route"):
+    with pytest.raises(InputError, match=r"server that answers. Received: no route"):
         data.load("cifar10", download=True)
     assert asked[0]["file_hash"] == data.CIFAR10_KERAS_SHA256
 

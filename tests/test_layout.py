@@ -17,12 +17,32 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "involution"
 
 # Reading order: a module imports only what stands above it.
-ORDER = """
-backend errors files
-ops.geometry ops.views ops.gradients ops.reference ops.taps ops.api ops ops.cases
-kernel_generators layers models.classifiers models
-data saved_model training experiment visualize report explaining diagnosis console
-""".split()
+ORDER = [
+    "backend",
+    "errors",
+    "files",
+    "ops.geometry",
+    "ops.views",
+    "ops.gradients",
+    "ops.reference",
+    "ops.taps",
+    "ops.api",
+    "ops",
+    "ops.cases",
+    "kernel_generators",
+    "layers",
+    "models.classifiers",
+    "models",
+    "data",
+    "saved_model",
+    "training",
+    "experiment",
+    "visualize",
+    "report",
+    "explaining",
+    "diagnosis",
+    "console",
+]
 
 
 def name_of(file):

@@ -68,7 +68,8 @@ def test_one_model_has_nothing_to_compare_with(run):
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0.00 B"), (156924, "153.25 KB"), (3830148, "3.65 MB"), (2**31, "2.00 GB")]
-)  # fmt: skip
+    ("count", "text"),
+    [(0, "0.00 B"), (156924, "153.25 KB"), (3830148, "3.65 MB"), (2**31, "2.00 GB")],
+)
 def test_sizes_read_as_in_summaries(count, text):
     assert report.size(count) == text

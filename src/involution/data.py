@@ -187,7 +187,7 @@ def _keras_archive(download) -> pathlib.Path:
         keras.utils.get_file(
             fname=CIFAR10_KERAS, origin=CIFAR10_ORIGIN, file_hash=CIFAR10_KERAS_SHA256
         )
-    except Exception as error:  # noqa: BLE001 - Keras raises a bare Exception without a network
+    except Exception as error:
         raise InputError(
             f"CIFAR-10 must be fetched from a server that answers. Received: {error}"
         ) from error

@@ -56,6 +56,7 @@ def curves(histories) -> Figure:
                 ax.plot(epochs, values, style, color=colour, marker="o", ms=3, label=part)
             ax.set_title(f"{label}: {measure}", parse_math=False)
             ax.set_xlabel("epoch")
+            ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set_ylabel("cross-entropy (nats)" if measure == "loss" else "accuracy (share)")
             ax.tick_params(labelbottom=True, labelleft=True)
             ax.grid(alpha=0.3)
@@ -151,7 +152,8 @@ def words(kernel, filters, places) -> Figure:
         places: Up to four (row, column) of the image, to compare.
     """
     channels = filters.shape[-1]
-    figure = Figure(figsize=(1.5 * (2 * len(places) + 1), 1.5 * channels + 0.9))
+    width = 1.3 * (2 * len(places) + 2)
+    figure = Figure(figsize=(width, 1.4 * channels + 0.9), layout="constrained")
     left, right = np.asarray(figure.subfigures(1, 2))
     rows = [
         (
@@ -180,7 +182,7 @@ def words(kernel, filters, places) -> Figure:
                     ax.set_title(f"place {place}", fontsize=8)
                 if column == 0:
                     ax.set_ylabel(f"channel {c}", fontsize=8)
-        part.subplots_adjust(top=0.72, bottom=0.03, left=0.12, right=0.97)
+        part.colorbar(axes[0, 0].images[0], ax=axes, label="weight", shrink=0.8)
     return figure
 
 

@@ -1,0 +1,84 @@
+"""Trains the same weights on the same batches on every installed backend, and compares.
+
+    python benchmarks/across_backends.py DATASET OUTPUT.json [--epochs 20] [--steps 50]
+
+For the cnn and the inn: the loss of each of the first steps. For the inn also the accuracy on the test
+images after all epochs. Takes some 30 minutes on two cores for CIFAR-10 on three backends.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+
+def train(arguments):
+    """One backend, in a process of its own: what it found, as JSON on the last line."""
+    import keras
+
+    from involution import data, models, training
+    from involution.experiment import versions
+
+    dataset = data.load(arguments.dataset)
+    found = {"versions": versions()}
+    for name, build in models.CLASSIFIERS.items():
+        keras.utils.set_random_seed(42)
+        network = build(dataset.image_shape, len(dataset.class_names))
+        weights = pathlib.Path(arguments.weights) / f"{name}.weights.h5"
+        if not weights.exists():
+            network.save_weights(weights)
+        network.load_weights(weights)
+        order = data.order(len(dataset.x_train), 42, 1)
+        trainer = training.Trainer(network)
+        size = dataset.batch_size
+        losses = []
+        for step in range(arguments.steps):
+            batch = order[step * size : (step + 1) * size]
+            losses.append(trainer.train_epoch(dataset, batch, size)[0])
+        found[name] = {"losses": losses}
+        if name == "inn":
+            network.load_weights(weights)
+            *_, last = training.epochs(
+                training.Trainer(network), dataset, arguments.epochs, size, 42, lambda: None
+            )
+            found[name]["test_accuracy"] = last["test_accuracy"]
+    print(json.dumps(found))
+
+
+def compare(arguments):
+    from involution.backend import installed
+
+    found = {}
+    with tempfile.TemporaryDirectory() as weights:
+        for backend in installed():
+            print(f"{backend}...", flush=True)
+            result = subprocess.run(  # noqa: S603 - this file
+                [sys.executable, __file__, *sys.argv[1:], "--weights", weights],
+                env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            found[backend] = json.loads(result.stdout.splitlines()[-1])
+    first = next(iter(found.values()))
+    for backend, other in found.items():
+        for name in ("cnn", "inn"):
+            pairs = zip(first[name]["losses"], other[name]["losses"], strict=True)
+            worst = max(abs(a - b) for a, b in pairs)
+            print(f"{backend} {name}: largest difference of {arguments.steps} losses {worst:.1e}")
+        print(f"{backend} inn: accuracy on the test images {other['inn']['test_accuracy']:.4f}")
+    pathlib.Path(arguments.output).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dataset")
+    parser.add_argument("output")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--weights", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    (train if arguments.weights else compare)(arguments)
