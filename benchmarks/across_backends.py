@@ -2,8 +2,8 @@
 
     python benchmarks/across_backends.py DATASET OUTPUT.json [--epochs 20] [--steps 50]
 
-For the cnn and the inn: the loss of each of the first steps. For the inn also the accuracy on the test
-images after all epochs. Takes some 30 minutes on two cores for CIFAR-10 on three backends.
+For the cnn and the inn: the loss of each of the first steps. For the inn also the accuracy on the
+test images after all epochs. Takes some 30 minutes on two cores for CIFAR-10 on three backends.
 """
 
 import argparse

@@ -4,6 +4,7 @@ XLA compiles every new shape anew, so that sizes come from short lists and value
 """
 
 import dataclasses
+import functools
 import importlib.util
 import types
 
@@ -16,6 +17,7 @@ from frameworks import (
     assert_equals_oracle,
     fresh_process,
     gradients,
+    in_graph,
     numpy,
     operation,
     tensors,
@@ -166,7 +168,15 @@ def test_p06_permuting_groups_permutes_channels(implementation, group_layout, or
     close(y, run(call, implementation, x, kernel)[..., channels])
 
 
-@each_implementation
+@functools.cache
+def program(call, implementation, compiled):
+    apply = operation(call, implementation)
+    return in_graph(apply) if compiled else apply
+
+
+@pytest.mark.parametrize(
+    ("implementation", "compiled"), [("taps", False), ("taps", True), ("reference", False)]
+)
 @settings(some, max_examples=8)
 @given(
     st.sampled_from(
@@ -178,12 +188,14 @@ def test_p06_permuting_groups_permutes_channels(implementation, group_layout, or
     st.integers(0, 2),
     seeds,
 )
-def test_p07_a_sample_alone_has_the_bits_it_has_in_a_batch(implementation, call, sample, seed):
+def test_p07_a_sample_alone_has_the_bits_it_has_in_a_batch(
+    implementation, compiled, call, sample, seed
+):
+    apply = program(call, implementation, compiled)
     x, kernel, dy = (a.astype("float32") for a in call.arrays(seed))
 
     def results(part):
-        y = operation(call, implementation)(*tensors((x[part], kernel[part]), "float32"))
-        apply = operation(call, implementation)
+        y = apply(*tensors((x[part], kernel[part]), "float32"))
         return numpy(y), *gradients(apply, (x[part], kernel[part]), dy[part])
 
     one = slice(sample, sample + 1)
@@ -236,10 +248,9 @@ def test_p10_stride_is_subsampling_of_the_output(implementation, padding, seed):
 
 @each_implementation
 @some
-@given(st.sampled_from(["same", "symmetric"]), st.integers(0, 2), st.integers(1, 3), seeds)
+@given(st.sampled_from(["same", "symmetric"]), st.integers(0, 2), st.sampled_from([1, 3]), seeds)
 def test_p11_a_side_of_one_is_a_dimension_less(implementation, padding, axis, window, seed):
     """Of the window along that side, the tap that reads the one position is all that counts."""
-    window = 2 * ((window - 1) // 2) + 1
     call = Call(1, (5, 7), 4, (3, 2), (1, 2), padding, (1, 1), 2)
     x, kernel, _ = call.arrays(seed)
     tuples = {
@@ -313,7 +324,7 @@ def test_p13_what_is_not_finite_stays_where_it_is_read(implementation, call, see
         untouched = np.isfinite(expected)
         assert not untouched.all() or spoiled is x  # A stride may skip the place.
         assert (y[untouched] == finite[untouched]).all()
-        assert (y[~untouched].astype(str) == expected[~untouched].astype(str)).all()
+        np.testing.assert_array_equal(y[~untouched], expected[~untouched])
         spoiled.flat[place] = kept
 
 

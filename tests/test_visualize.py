@@ -108,7 +108,9 @@ def test_words_shows_that_kernels_differ_between_places_and_filters_between_chan
     kernel, filters = random.random((8, 8, 3, 3)), random.random((3, 3, 2))
     places = [(1, 1), (5, 2), (6, 6)]
     figure = visualize.words(kernel, filters, places)
-    panels = np.array([ax.images[0].get_array() for ax in figure.axes]).reshape(2, 2, 3, 3, 3)
+    panels = np.array([ax.images[0].get_array() for ax in figure.axes if ax.images]).reshape(
+        2, 2, 3, 3, 3
+    )
     involution, convolution = panels
     for c in range(2):
         for i, place in enumerate(places):
