@@ -84,7 +84,7 @@ def test_train_is_a_run_of_one_model(call, pets, tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("pets-")
     assert (folder / "cnn.keras").is_file()
-    assert "nothing to compare yet" in "".join(lines)
+    assert "cnn reaches an accuracy of" in "".join(lines)
 
 
 def test_predict(call, trained, pets):

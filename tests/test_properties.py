@@ -248,9 +248,10 @@ def test_p10_stride_is_subsampling_of_the_output(implementation, padding, seed):
 
 @each_implementation
 @some
-@given(st.sampled_from(["same", "symmetric"]), st.integers(0, 2), st.sampled_from([1, 3]), seeds)
-def test_p11_a_side_of_one_is_a_dimension_less(implementation, padding, axis, window, seed):
+@given(st.sampled_from([(0, "same", 3), (1, "symmetric", 3), (2, "same", 1)]), seeds)
+def test_p11_a_side_of_one_is_a_dimension_less(implementation, kind, seed):
     """Of the window along that side, the tap that reads the one position is all that counts."""
+    axis, padding, window = kind
     call = Call(1, (5, 7), 4, (3, 2), (1, 2), padding, (1, 1), 2)
     x, kernel, _ = call.arrays(seed)
     tuples = {

@@ -105,9 +105,15 @@ def markdown(run) -> str:
 
 
 def verdict(run) -> str:
-    """One sentence: how the first two models compare."""
+    """One sentence: how the first two models compare, or what the only one reached."""
     models = list(run.metrics["models"].items())
     done = [(label, m) for label, m in models if m["test_accuracy"] is not None]
+    if len(models) == len(done) == 1:
+        label, only = done[0]
+        return (
+            f"On the test images of {run.dataset.name}, {label} reaches an accuracy of "
+            f"{only['test_accuracy']:.3f} with {only['trainable_params']:,} trainable parameters."
+        )
     if len(done) < 2:
         return f"{len(done)} of {len(models)} models finished an epoch: nothing to compare yet."
     (a, first), (b, second) = done[:2]
