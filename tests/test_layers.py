@@ -627,7 +627,10 @@ SAVED = {
     "drop-in": (2, lambda: Involution(4, 2, 5, 2, 2, **DROP_IN)),
     "drop-in, bfloat16": (2, lambda: Involution(4, 2, dtype="mixed_bfloat16", **DROP_IN)),
     "1D": (1, lambda: Involution1D(5, 2, "valid", groups=3, implementation="reference")),
-    "2D": (2, lambda: Involution2D((3, 2), padding=((1, 0), (0, 1)), group_layout="interleaved")),
+    "2D": (
+        2,
+        lambda: Involution2D((3, 2), 1, ((1, 0), (0, 1)), groups=2, group_layout="interleaved"),
+    ),
     "2D, mixed": (2, lambda: Involution2D(3, dtype="mixed_float16")),
     "2D, float64": (2, lambda: Involution2D(3, dtype="float64", dilation_rate=(1, 2))),
     "2D, by name": (2, lambda: Involution2D(3, kernel_generator="linear")),
@@ -637,6 +640,27 @@ SAVED = {
     "3D": (3, lambda: Involution3D(3, group_channels=2, reduction_ratio=1)),
 }
 every_saved = pytest.mark.parametrize(("rank", "make"), SAVED.values(), ids=SAVED)
+
+
+def test_f27_every_argument_is_in_the_configuration():
+    arguments = {
+        "kernel_size": (3, 5),
+        "strides": (2, 1),
+        "padding": ((1, 0), (2, 2)),
+        "dilation_rate": (1, 2),
+        "groups": 2,
+        "group_channels": 8,
+        "reduction_ratio": 2,
+        "return_kernel": True,
+        "group_layout": "interleaved",
+        "data_format": "channels_first",
+        "implementation": "reference",
+        "name": "named",
+        "trainable": False,
+    }
+    config = Involution2D(**arguments).get_config()
+    assert {name: config[name] for name in arguments} == arguments
+    assert set(config) == {*arguments, "kernel_generator", "dtype"}
 
 
 @every_saved

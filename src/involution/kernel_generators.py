@@ -190,24 +190,28 @@ class Bottleneck(Linear):
         return {**super().get_config(), "reduction_ratio": self.reduction_ratio}
 
 
-def average_pool(x, strides):
-    """Means over windows that start at position 0 and tile ``x`` (B, *spatial, C); the last window
-    of a dimension may be partial and is the mean of its real values only."""
+def average_pool(x, strides, centred=False):
+    """Means over windows that tile ``x`` (B, *spatial, C): (B, *ceil(n / stride), C).
+
+    The windows start at position 0, so that the last may be partial; ``centred`` they start as
+    "same" places them, so that the first may be partial too. A partial window's mean is that of
+    its real values.
+    """
     if all(s == 1 for s in strides):
         return x
-    rank = len(strides)
     shape = ops.shape(x)
     counts = [-(-n // s) for n, s in zip(shape[1:-1], strides, strict=True)]
-    ends = [c * s - n for c, s, n in zip(counts, strides, shape[1:-1], strict=True)]
+    missing = [c * s - n for c, s, n in zip(counts, strides, shape[1:-1], strict=True)]
+    around = [(m // 2, m - m // 2) if centred else (0, m) for m in missing]
     tiles = [size for pair in zip(counts, strides, strict=True) for size in pair]
-    axes = tuple(range(2, 2 + 2 * rank, 2))
+    axes = tuple(range(2, 2 + 2 * len(strides), 2))
 
     def sums(values):
-        padded = ops.pad(wide(values), [(0, 0), *((0, end) for end in ends), (0, 0)])
+        padded = ops.pad(wide(values), [(0, 0), *around, (0, 0)])
         lead = ops.shape(values)
         return ops.sum(ops.reshape(padded, (lead[0], *tiles, lead[-1])), axis=axes)
 
-    if all(isinstance(end, int) and end == 0 for end in ends):
+    if all(isinstance(m, int) and m == 0 for m in missing):
         return ops.cast(sums(x) / math.prod(strides), x.dtype)
     return ops.cast(sums(x) / sums(ops.ones_like(x[:1, ..., :1])), x.dtype)
 
@@ -217,18 +221,21 @@ def _copy(initializer):
     return initializer.clone() if hasattr(initializer, "clone") else initializer
 
 
-def get(identifier):
-    """A generator from its name, its configuration or itself; None is ``Bottleneck``."""
-    if identifier is None:
-        return Bottleneck()
+def get(identifier, reduction_ratio=4, dtype=None):
+    """A generator from its name, its configuration or itself; None is ``"bottleneck"``.
+
+    ``reduction_ratio`` and ``dtype`` are for a generator that is named.
+    """
     if isinstance(identifier, dict):
         return keras.saving.deserialize_keras_object(identifier)
     if isinstance(identifier, keras.layers.Layer):
         return identifier
-    by_name = {"bottleneck": Bottleneck, "linear": Linear}
-    if not isinstance(identifier, str) or identifier.lower() not in by_name:
-        raise ValueError(
-            f"`kernel_generator` must be a Keras layer or one of {', '.join(by_name)}. "
-            f"Received: kernel_generator={identifier!r}"
-        )
-    return by_name[identifier.lower()]()
+    name = "bottleneck" if identifier is None else str(identifier).lower()
+    if name == "bottleneck":
+        return Bottleneck(reduction_ratio, dtype=dtype)
+    if name == "linear":
+        return Linear(dtype=dtype)
+    raise ValueError(
+        "`kernel_generator` must be a Keras layer or one of bottleneck, linear. "
+        f"Received: kernel_generator={identifier!r}"
+    )

@@ -9,6 +9,7 @@ from involution.ops.api import (
     integers,
     involution,
     one_of,
+    output_sizes,
     standardize_data_format,
     standardize_padding,
 )
@@ -31,7 +32,7 @@ class Involution(keras.layers.Layer):
     unknown and changing sizes, odd sizes with strides, every backend, saving and loading.
 
     It differs from the paper's layer (``Involution2D``) in what the example differs: channel c
-    belongs to group c % group_number, padding is ``"same"``, strided pooling is Keras's ``"same"``,
+    belongs to group c % group_number, padding is ``"same"``, so is the strided average pooling,
     the first convolution has a bias, and batch normalization has Keras's defaults.
 
     Args:
@@ -111,11 +112,6 @@ class Involution(keras.layers.Layer):
             )
         layers = keras.layers
         common = {"data_format": CHANNELS_LAST, "dtype": self.dtype_policy}
-        self.pool = (
-            layers.AveragePooling2D(self.stride, padding="same", **common)
-            if self.stride > 1
-            else None
-        )
         self.kernel_gen = keras.Sequential(
             [
                 layers.Conv2D(hidden, 1, **common),
@@ -128,7 +124,9 @@ class Involution(keras.layers.Layer):
 
     def generate_kernel(self, inputs):
         """The kernels for ``inputs``: (B, H', W', kernel_size**2, group_number)."""
-        kernel = self.kernel_gen(inputs if self.pool is None else self.pool(inputs))
+        # Keras's own "same" pooling gives other means on PyTorch than on TensorFlow and JAX.
+        pooled = kernel_generators.average_pool(inputs, (self.stride,) * 2, centred=True)
+        kernel = self.kernel_gen(pooled)
         batch, height, width, _ = ops.shape(kernel)
         return ops.reshape(kernel, (batch, height, width, self._geometry.taps, self.group_number))
 
@@ -198,10 +196,8 @@ class InvolutionND(keras.layers.Layer):
         self.group_layout = one_of("group_layout", group_layout, (CONTIGUOUS, INTERLEAVED))
         self.data_format = standardize_data_format(data_format)
         self.implementation = implementation
-        self.kernel_generator = (
-            kernel_generators.Bottleneck(self.reduction_ratio, dtype=self.dtype_policy)
-            if kernel_generator is None
-            else kernel_generators.get(kernel_generator)
+        self.kernel_generator = kernel_generators.get(
+            kernel_generator, self.reduction_ratio, self.dtype_policy
         )
         self.input_spec = keras.layers.InputSpec(ndim=rank + 2)
         self._first_centre()
@@ -209,7 +205,7 @@ class InvolutionND(keras.layers.Layer):
     def build(self, input_shape):
         channels = _channels(input_shape, self.data_format)
         self.groups = self._number_of_groups(channels)
-        self._check_centres(input_shape)
+        self._output_sizes(input_shape)
         generator = self.kernel_generator
         for name in ("kernel_size", "groups", "strides", "data_format"):
             # A layer that brings its own value keeps it: a Conv2D has strides of its own.
@@ -262,18 +258,20 @@ class InvolutionND(keras.layers.Layer):
             )
         return centre
 
-    def _check_centres(self, input_shape):
+    def _output_sizes(self, input_shape) -> tuple[int | None, ...]:
+        """Spatial sizes of the output, if every window and its centre fit; ValueError if not."""
         g = self._geometry()
-        sizes = g.spatial(input_shape)
+        sizes = output_sizes(g, input_shape)
         for n, out, centre, s in zip(
-            sizes, g.output_sizes(sizes), self._first_centre(), self.strides, strict=True
+            g.spatial(input_shape), sizes, self._first_centre(), self.strides, strict=True
         ):
-            if n is not None and centre + (out - 1) * s >= n:
+            if n is not None and out is not None and centre + (out - 1) * s >= n:
                 raise ValueError(
                     "`padding` must leave the centre of every window inside the input. "
                     f"Received: padding={self.padding!r}, kernel_size={self.kernel_size}, "
                     f"dilation_rate={self.dilation_rate}, input shape {tuple(input_shape)}"
                 )
+        return sizes
 
     def _features_shape(self, input_shape):
         g = self._geometry()
@@ -318,8 +316,7 @@ class InvolutionND(keras.layers.Layer):
         return ops.cast(kernel, inputs.dtype)
 
     def call(self, inputs):
-        if isinstance(self.padding, tuple):
-            self._check_centres(inputs.shape)
+        self._output_sizes(inputs.shape)
         kernel = self.generate_kernel(inputs)
         output = involution(
             inputs,
@@ -338,7 +335,7 @@ class InvolutionND(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         g = self._geometry()
         channels = _channels(input_shape, self.data_format)
-        sizes = g.output_sizes(g.spatial(input_shape))
+        sizes = self._output_sizes(input_shape)
         output = g.shape(input_shape[0], sizes, channels)
         if not self.return_kernel:
             return output

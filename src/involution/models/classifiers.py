@@ -7,7 +7,6 @@ same; each stage is the layer, a ReLU and, but for the last stage, a 2x2 max poo
 import keras
 from keras import layers
 
-from involution import kernel_generators
 from involution.layers import Involution, Involution2D
 
 HEADS = ("dense", "convolutional")
@@ -89,11 +88,14 @@ def inn(
             return Involution(
                 input_shape[-1], group_number, kernel_size, 1, reduction_ratio, name=name
             )
-        generator = kernel_generators.get(kernel_generator)
+        generator = kernel_generator
+        if isinstance(generator, keras.layers.Layer):
+            generator = type(generator).from_config(generator.get_config())
         return Involution2D(
             kernel_size,
             groups=group_number,
-            kernel_generator=type(generator).from_config(generator.get_config()),
+            reduction_ratio=reduction_ratio,
+            kernel_generator=generator,
             return_kernel=True,
             group_layout="interleaved",
             data_format="channels_last",

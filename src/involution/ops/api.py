@@ -297,14 +297,7 @@ def _check_shapes(problem):
             "The number of channels must be known, not 0, and divisible by `groups`. "
             f"Received: groups={g.groups}, x.shape={x_shape}"
         )
-    sizes = g.output_sizes(g.spatial(x_shape))
-    if any(n is not None and n <= 0 for n in sizes):
-        raise ValueError(
-            "The window must fit into the padded input: every output size must be at least 1. "
-            f"Received: output sizes {sizes}, x.shape={x_shape}, kernel_size={g.kernel_size}, "
-            f"strides={g.strides}, padding={g.padding!r}, dilation_rate={g.dilation_rate}"
-        )
-    expected = g.shape(x_shape[0], sizes, g.taps, g.groups)
+    expected = g.shape(x_shape[0], output_sizes(g, x_shape), g.taps, g.groups)
     if len(expected) != len(kernel_shape) or any(
         want is not None and have is not None and want != have
         for want, have in zip(expected, kernel_shape, strict=True)
@@ -313,6 +306,19 @@ def _check_shapes(problem):
             f"`kernel` must have the shape {expected}: a batch, the output's spatial sizes, the "
             f"taps of a window and the groups. Received: kernel.shape={kernel_shape}"
         )
+
+
+def output_sizes(g, x_shape) -> tuple[int | None, ...]:
+    """Spatial sizes of the output, at least 1 where known, or ValueError."""
+    sizes = g.output_sizes(g.spatial(x_shape))
+    if any(n is not None and n <= 0 for n in sizes):
+        raise ValueError(
+            "The window must fit into the padded input: every output size must be at least 1. "
+            f"Received: output sizes {sizes}, input shape {tuple(x_shape)}, "
+            f"kernel_size={g.kernel_size}, strides={g.strides}, padding={g.padding!r}, "
+            f"dilation_rate={g.dilation_rate}"
+        )
+    return sizes
 
 
 def _shape(name, x) -> tuple[int | None, ...]:
