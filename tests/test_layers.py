@@ -149,6 +149,12 @@ def test_f7_channel_sets_the_hidden_width_and_not_the_output(channels):
     assert tuple(layer.weights[0].shape) == (1, 1, channels, 8)
 
 
+def test_f7_channel_is_the_inputs_unless_told():
+    layer = Involution(reduction_ratio=4)
+    layer.build((None, None, None, 20))
+    assert tuple(layer.weights[0].shape) == (1, 1, 20, 5)
+
+
 # --- The paper's layer ---------------------------------------------------------------------------
 
 

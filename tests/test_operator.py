@@ -482,7 +482,7 @@ def test_types_that_do_not_fit(x, kernel, ran):
 
 
 def test_a_window_that_does_not_fit_raises(ran):
-    message = r"must fit into the padded input.*Received: output sizes \(-1,\), x.shape=\(1, 5, 2\)"
+    message = r"must fit into the padded input.*Received: output sizes \(-1,\), .*\(1, 5, 2\)"
     with pytest.raises(ValueError, match=message):
         involution.ops.involution(np.ones((1, 5, 2)), np.ones((1, 1, 7, 1)), 7, padding="valid")
     assert ran == []

@@ -104,61 +104,40 @@ def involution(
     Source: Li et al., "Involution: Inverting the Inherence of Convolution for Visual Recognition",
     CVPR 2021, arXiv:2103.06255.
     """
-    arguments = (
-        kernel_size,
-        strides,
-        padding,
-        dilation_rate,
-        groups,
-        group_layout,
-        data_format,
-        implementation,
-    )
+    arguments = {
+        "kernel_size": kernel_size,
+        "strides": strides,
+        "padding": padding,
+        "dilation_rate": dilation_rate,
+        "groups": groups,
+        "group_layout": group_layout,
+        # A model keeps the format that it was made with, whatever Keras's setting becomes.
+        "data_format": standardize_data_format(data_format),
+    }
     if isinstance(x, keras.KerasTensor) or isinstance(kernel, keras.KerasTensor):
-        return InvolutionOperation(*arguments)(x, kernel)
-    return _run(x, kernel, *arguments)
+        return InvolutionOperation(implementation, **arguments)(x, kernel)
+    return _run(x, kernel, implementation, arguments)
 
 
 @keras.saving.register_keras_serializable(package="involution")
 class InvolutionOperation(keras.Operation):
-    """``involution`` as a node of a functional Keras model."""
+    """``involution`` as a node of a functional Keras model; the same arguments, by name."""
 
-    def __init__(
-        self,
-        kernel_size,
-        strides=1,
-        padding="same",
-        dilation_rate=1,
-        groups=1,
-        group_layout="contiguous",
-        data_format=None,
-        implementation=None,
-        name=None,
-    ):
+    def __init__(self, implementation=None, name=None, **arguments):
         super().__init__(name=name)
-        data_format = keras.config.image_data_format() if data_format is None else data_format
-        self.arguments = {
-            "kernel_size": kernel_size,
-            "strides": strides,
-            "padding": padding,
-            "dilation_rate": dilation_rate,
-            "groups": groups,
-            "group_layout": group_layout,
-            "data_format": data_format,
-            "implementation": implementation,
-        }
+        self.implementation = implementation
+        self.arguments = arguments
 
     def call(self, x, kernel):
-        return _run(x, kernel, **self.arguments)
+        return _run(x, kernel, self.implementation, self.arguments)
 
     def compute_output_spec(self, x, kernel):
-        arguments = {k: v for k, v in self.arguments.items() if k != "implementation"}
-        problem = make_problem(x, kernel, **arguments)
-        _choose(problem, self.arguments["implementation"])
+        problem = make_problem(x, kernel, **self.arguments)
+        _choose(problem, self.implementation)
         return keras.KerasTensor(problem.output_shape, dtype=problem.dtype)
 
     def get_config(self):
-        return {"name": self.name, **self.arguments}
+        return {"name": self.name, "implementation": self.implementation, **self.arguments}
 
 
 def implementations(x, kernel, kernel_size, **arguments):
@@ -204,25 +183,12 @@ def use(implementation):
         _forced.reset(token)
 
 
-def _run(
-    x,
-    kernel,
-    kernel_size,
-    strides=1,
-    padding="same",
-    dilation_rate=1,
-    groups=1,
-    group_layout="contiguous",
-    data_format=None,
-    implementation=None,
-):
+def _run(x, kernel, implementation, arguments):
     # Tensors stay as they are, on the device they are on.
     x, kernel = (
         t if keras.ops.is_tensor(t) else keras.ops.convert_to_tensor(t) for t in (x, kernel)
     )
-    problem = make_problem(
-        x, kernel, kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format
-    )
+    problem = make_problem(x, kernel, **arguments)
     return _choose(problem, implementation).apply(x, kernel, problem)
 
 

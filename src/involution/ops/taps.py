@@ -19,6 +19,7 @@ from involution.ops.views import (
     padded_view,
     pads,
     sizes,
+    spatial_axis,
     split_groups,
     tap_kernel,
     wide,
@@ -126,19 +127,20 @@ def _input_gradient(kernel, dy, x_sizes, g):
 
 
 def _interleave(phases, g):
-    """One view of every s-th position each, for all remainders, as the view they come from."""
-    if len(phases) == 1:
-        return phases[0]
-    shape = ops.shape(phases[0])
-    first = len(shape) - 2 - g.rank if g.spatial_axis == 1 else 3
-    lead, count = shape[:first], shape[first : first + g.rank]
-    stacked = ops.reshape(ops.stack(phases, axis=0), (*g.strides, *shape))
-    order = [g.rank + i for i in range(first)]
-    for i in range(g.rank):
-        order += [g.rank + first + i, i]
-    order += range(g.rank + first + g.rank, g.rank + len(shape))
-    merged = [n * s for n, s in zip(count, g.strides, strict=True)]
-    return ops.reshape(ops.transpose(stacked, order), (*lead, *merged, *shape[first + g.rank :]))
+    """One view of every s-th position each, for all remainders row-major, as the view of all."""
+    for i in reversed(range(g.rank)):
+        s, axis = g.strides[i], spatial_axis(g) + i
+        phases = [_zip(phases[j : j + s], axis) for j in range(0, len(phases), s)]
+    return phases[0]
+
+
+def _zip(parts, axis):
+    """Positions of the parts in turn, along ``axis``."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = list(ops.shape(parts[0]))
+    shape[axis] *= len(parts)
+    return ops.reshape(ops.stack(parts, axis + 1), shape)
 
 
 def _kernel_gradient(x, dy, x_sizes, g):

@@ -23,7 +23,7 @@ def _maximum(a, b):
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else ops.maximum(a, b)
 
 
-def _spatial_axis(g) -> int:
+def spatial_axis(g) -> int:
     """First spatial axis of a view, which like a kernel tensor has two axes for the channels."""
     return 1 if g.data_format == CHANNELS_LAST else 3
 
@@ -39,7 +39,7 @@ def split_groups(x, g):
 def merge_groups(view, g):
     """The inverse of ``split_groups``."""
     shape = ops.shape(view)
-    first = _spatial_axis(g)
+    first = spatial_axis(g)
     channels = view.shape[g.channel_axis] * view.shape[g.channel_axis + 1]
     return ops.reshape(view, g.shape(shape[0], shape[first : first + g.rank], channels))
 
@@ -58,7 +58,7 @@ def pad_spatial(view, pads, g):
     """Zeros around the spatial axes of a view or of a kernel tensor."""
     if all(isinstance(p, int) and p == 0 for pair in pads for p in pair):
         return view
-    around = [(0, 0)] * _spatial_axis(g) + list(pads)
+    around = [(0, 0)] * spatial_axis(g) + list(pads)
     return ops.pad(view, around + [(0, 0)] * (len(view.shape) - len(around)))
 
 
@@ -68,7 +68,7 @@ def window(view, start, strides, count, g, first=None):
     parts = tuple(
         slice(i, i + (n - 1) * s + 1, s) for i, s, n in zip(start, strides, count, strict=True)
     )
-    first = _spatial_axis(g) if first is None else first
+    first = spatial_axis(g) if first is None else first
     return view[(slice(None),) * first + parts]
 
 
