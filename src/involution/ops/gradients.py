@@ -53,7 +53,9 @@ def _tensorflow(compute):
             def gradient(c):
                 return _gradients(call, member, g, sizes, (a, b, c))
 
-            return compute(member, g, sizes, a, b), gradient
+            # An eager tape would record what happens inside, and keep every tensor of it.
+            unseen = (tf.stop_gradient(a), tf.stop_gradient(b))
+            return compute(member, g, sizes, *unseen), gradient
 
         return member_of(a, b)
 
