@@ -9,11 +9,6 @@ from keras_io_formula import randomize, relative_error
 from involution import kernel_generators
 from involution.kernel_generators import Bottleneck, Linear, average_pool
 
-# Keras 3.15's variables do not know an argument of NumPy 2.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
-
 SIZES = {1: (7,), 2: (5, 6), 3: (3, 4, 5)}
 
 

@@ -18,11 +18,6 @@ from involution.kernel_generators import Linear
 
 LAYERS = {1: Involution1D, 2: Involution2D, 3: Involution3D}
 SIZES = {1: (11,), 2: (7, 10), 3: (5, 6, 7)}
-# Keras 3.15's variables do not know an argument of NumPy 2.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
-
 GROUP_ERROR = "for 6 channels one of 1, 2, 3, 6. Received: {}=4"
 
 
@@ -424,6 +419,11 @@ def test_a_window_that_does_not_fit_is_refused(strides, padding):
     for x in random(1, 5, 6, 8), keras.KerasTensor((1, 5, 6, 8)):
         with pytest.raises(ValueError, match=r"every output size must be at least 1.* Received: "):
             layer(x)
+
+
+def test_an_unknown_implementation_is_refused_at_once():
+    with pytest.raises(ValueError, match="Received: implementation='fast'"):
+        Involution2D(implementation="fast")
 
 
 @pytest.mark.parametrize("make", [Involution, Involution2D])

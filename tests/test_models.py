@@ -17,11 +17,6 @@ from keras_io_formula import randomize, relative_error
 import involution
 from involution.models import cnn, inn
 
-# Keras 3.15's variables do not know an argument of NumPy 2.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
-
 TESTS = pathlib.Path(__file__).parent
 DATA = TESTS / "data"
 

@@ -6,6 +6,7 @@ from keras import ops
 
 from involution import kernel_generators
 from involution.ops.api import (
+    implementation_names,
     integers,
     involution,
     one_of,
@@ -166,9 +167,10 @@ class Involution(keras.layers.Layer):
 class InvolutionND(keras.layers.Layer):
     """The paper's layer in ``rank`` dimensions: everything about Involution1D, 2D and 3D."""
 
+    rank: int
+
     def __init__(
         self,
-        rank,
         kernel_size=7,
         strides=1,
         padding="same",
@@ -184,7 +186,7 @@ class InvolutionND(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.rank = rank
+        rank = self.rank
         self.kernel_size = integers("kernel_size", kernel_size, rank)
         self.strides = integers("strides", strides, rank)
         self.padding = standardize_padding(padding, rank)
@@ -195,6 +197,8 @@ class InvolutionND(keras.layers.Layer):
         self.return_kernel = bool(return_kernel)
         self.group_layout = one_of("group_layout", group_layout, (CONTIGUOUS, INTERLEAVED))
         self.data_format = standardize_data_format(data_format)
+        if implementation is not None:
+            implementation_names(implementation)
         self.implementation = implementation
         self.kernel_generator = kernel_generators.get(
             kernel_generator, self.reduction_ratio, self.dtype_policy
@@ -409,9 +413,7 @@ class Involution1D(InvolutionND):
     """
         + ARGUMENTS
     )
-
-    def __init__(self, kernel_size=7, *args, **kwargs):
-        super().__init__(1, kernel_size, *args, **kwargs)
+    rank = 1
 
 
 @keras.saving.register_keras_serializable(package="involution")
@@ -425,9 +427,7 @@ class Involution2D(InvolutionND):
     """
         + ARGUMENTS
     )
-
-    def __init__(self, kernel_size=7, *args, **kwargs):
-        super().__init__(2, kernel_size, *args, **kwargs)
+    rank = 2
 
 
 @keras.saving.register_keras_serializable(package="involution")
@@ -441,9 +441,7 @@ class Involution3D(InvolutionND):
     """
         + ARGUMENTS
     )
-
-    def __init__(self, kernel_size=7, *args, **kwargs):
-        super().__init__(3, kernel_size, *args, **kwargs)
+    rank = 3
 
 
 def _channels(input_shape, data_format) -> int:

@@ -176,7 +176,7 @@ def use(implementation):
     >>> with involution.ops.use("reference"):
     ...     y = involution.ops.involution(np.ones((1, 4, 6)), np.ones((1, 4, 3, 1)), 3)
     """
-    token = _forced.set(_names(implementation))
+    token = _forced.set(implementation_names(implementation))
     try:
         yield
     finally:
@@ -189,10 +189,17 @@ def _run(x, kernel, implementation, arguments):
         t if keras.ops.is_tensor(t) else keras.ops.convert_to_tensor(t) for t in (x, kernel)
     )
     problem = make_problem(x, kernel, **arguments)
+    if None in problem.output_shape:
+        # Sizes that only the running program knows: another size would be broadcast in silence.
+        g = problem.geometry
+        shape = keras.ops.shape(x)
+        expected = g.shape(shape[0], g.output_sizes(g.spatial(shape)), g.taps, g.groups)
+        kernel = keras.ops.reshape(kernel, expected)
     return _choose(problem, implementation).apply(x, kernel, problem)
 
 
-def _names(implementation) -> tuple[str, ...]:
+def implementation_names(implementation) -> tuple[str, ...]:
+    """The names to be tried in order; ValueError unless all are known."""
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     known = [name for name, _ in IMPLEMENTATIONS]
     if not names or any(name not in known for name in names):
@@ -205,7 +212,9 @@ def _names(implementation) -> tuple[str, ...]:
 
 def _choose(problem, implementation=None):
     modules = dict(IMPLEMENTATIONS)
-    names = _forced.get() or (modules if implementation is None else _names(implementation))
+    names = _forced.get() or (
+        modules if implementation is None else implementation_names(implementation)
+    )
     reasons = {}
     for name in names:
         reasons[name] = modules[name].refusal(problem)
