@@ -28,7 +28,7 @@ PYTEST = $(TEST_VENV)/bin/python -m pytest
 NEW_PIP := "pip>=25.1"
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-tensorflow test-jax test-torch test-slow test-example lint format coverage clean
+.PHONY: help run test test-tensorflow test-jax test-torch test-slow test-example lint format coverage clean
 
 help:
 	@echo "make run     compare a convolutional and an involutional network; writes runs/.../report.html"

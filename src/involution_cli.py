@@ -6,12 +6,15 @@ settles the backend, says its first line, and only then imports ``involution``.
 
 import contextlib
 import dataclasses
+import io
 import os
 import pathlib
 import shlex
+import shutil
 import sys
 import tempfile
 import time
+import traceback
 from importlib import metadata
 from typing import Literal
 
@@ -27,6 +30,9 @@ app = cyclopts.App(
 )
 
 Backend = Literal["tensorflow", "jax", "torch"]
+
+# Exit code of an error that is not the user's.
+OWN_ERROR = 3
 
 
 @Parameter(name="*")
@@ -100,11 +106,14 @@ def predict(
     """
     with _session(f"Reading {model}.", backend) as session:
         from involution import saved_model
+        from involution.errors import InputError
 
+        if top < 1:
+            raise InputError(f"--top must be at least 1. Received: {top}")
         classifier, tensors = _read(saved_model, model, images)
         for image, tensor in zip(images, tensors, strict=True):
             scores = classifier.scores(tensor)[0]
-            best = scores.argsort()[::-1][: max(top, 1)]
+            best = scores.argsort()[::-1][:top]
             session.console.say(
                 f"{image}: "
                 + ", ".join(f"{classifier.class_names[i]} {scores[i]:.3f}" for i in best)
@@ -160,12 +169,16 @@ def doctor(*, backend: Backend | None = None):
 
 
 class _Session:
-    """One command at work: its console, its log, and the folder that the log belongs into."""
+    """One command at work: its console, and the folder that its log belongs into."""
 
-    def __init__(self, console, log):
-        self.console = console
-        self.log = log
+    def __init__(self):
+        from involution import backend
+        from involution.console import Console
+
+        self.console = Console()
         self.folder: pathlib.Path | None = None
+        if backend.notice is not None:
+            self.console.say(f"involution: {backend.notice}")
 
 
 @contextlib.contextmanager
@@ -174,43 +187,37 @@ def _session(first_line, backend):
     if backend is not None:
         os.environ["KERAS_BACKEND"] = backend
     log = pathlib.Path(tempfile.mkdtemp(prefix="involution-")) / "log.txt"
-    with _chatter_to(log):
-        try:
-            from involution.console import Console
-            from involution.errors import InputError
-        except ImportError as error:
-            raise SystemExit(_fail(str(error))) from error
-        session = _Session(Console(), log)
-        keep = False
-        try:
-            yield session
-        except InputError as error:
-            raise SystemExit(_fail(str(error))) from error
-        except KeyboardInterrupt as error:
-            raise SystemExit(_fail("interrupted.", 130)) from error
-        except Exception as error:
-            import traceback
-
-            keep = True
-            with open(log, "a") as file:
-                traceback.print_exc(file=file)
-            raise SystemExit(
-                _fail(f"an error of our own, {type(error).__name__}; all about it is in {log}", 3)
-            ) from error
-        finally:
-            session.console.stop()
-            sys.stderr.flush()
-            _put_log(log, session.folder, keep)
+    session = failure = None
+    try:
+        with _chatter_to(log):
+            try:
+                session = _Session()
+                yield session
+            except KeyboardInterrupt:
+                failure = ("interrupted.", 130)
+            except Exception as error:  # noqa: BLE001 - none may reach a person as a traceback
+                failure = _explain(error, log)
+            finally:
+                if session is not None:
+                    session.console.stop()
+    finally:
+        # The log goes where the run is; without a run only an error of our own keeps it.
+        if session is not None and session.folder is not None:
+            shutil.copyfile(log, session.folder / "log.txt")
+        if failure is None or failure[1] != OWN_ERROR:
+            shutil.rmtree(log.parent, ignore_errors=True)
+    if failure is not None:
+        raise SystemExit(_fail(*failure))
 
 
-def _put_log(log, folder, keep):
-    """The log goes where the run is; without a run only an error of our own keeps it."""
-    import shutil
-
-    if folder is not None and folder.is_dir():
-        shutil.copyfile(log, folder / "log.txt")
-    if not keep:
-        shutil.rmtree(log.parent)
+def _explain(error, log) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
+    ours = sys.modules.get("involution.errors")
+    if isinstance(error, ImportError) or (ours and isinstance(error, ours.InputError)):
+        return str(error), 2
+    with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
+        traceback.print_exception(error, file=file)
+    return f"an error of our own, {type(error).__name__}; all about it is in {log}", OWN_ERROR
 
 
 @contextlib.contextmanager
@@ -229,8 +236,7 @@ def _chatter_to(log):
 
 
 def _fail(message, code=2) -> int:
-    # Standard error is the log while a session lasts, and people read this line.
-    print(f"involution: error: {' '.join(message.split())}", flush=True)
+    print(f"involution: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
 
 
@@ -277,6 +283,8 @@ def _conclude(run, output, console):
     console.say(report.markdown(run))
     console.say("")
     console.say(f"Report: {output / 'report.html'}")
+    if not run.results:
+        return
     file = output / run.results[-1].file
     console.say(f"Next: involution predict {file} IMAGE...")
     console.say(f"      involution explain {file} IMAGE...")
@@ -309,6 +317,10 @@ def _read(saved_model, model, images):
 
 def main():
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal cannot show is no reason to stop.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:

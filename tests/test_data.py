@@ -83,11 +83,31 @@ def test_what_is_no_image_is_refused(tmp_path, content):
         data.read_image(tmp_path / "x.png")
 
 
-def test_an_image_too_large_for_memory_is_refused(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [1000, 3000])
+def test_an_image_too_large_for_memory_is_refused(tmp_path, monkeypatch, limit):
     write_image(tmp_path / "x.png", size=(64, 64))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(InputError, match="exceeds limit"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(InputError, match=r"exceed.* limit"):
         data.read_image(tmp_path / "x.png")
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    ramp = np.arange(0, 65536, 256, "uint16").reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "x.png")
+    read = data.read_image(tmp_path / "x.png")
+    np.testing.assert_array_equal(read[..., 0], np.arange(256).reshape(16, 16))
+
+
+def test_other_formats_under_a_name_of_ours_and_hidden_files(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.bmp")
+    (tmp_path / "x.bmp").rename(tmp_path / "x.png")
+    with pytest.raises(InputError, match="PNG, JPEG or WebP"):
+        data.read_image(tmp_path / "x.png")
+    root = write_folder(tmp_path / "pets")
+    (root / "train" / "ant" / "._0.png").write_bytes(b"what macOS leaves")
+    (root / "train" / ".cache").mkdir()
+    assert len(data.load(str(root)).x_train) == 24
 
 
 def test_folder_errors(tmp_path):

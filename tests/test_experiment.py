@@ -1,5 +1,6 @@
 import csv
 import json
+import signal
 
 import keras
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from frameworks import numpy
 from images import write_folder, write_image
 
-from involution import data, experiment, saved_model
+from involution import Involution2D, data, experiment, saved_model
 from involution.errors import InputError
 from involution.experiment import Config, compare
 
@@ -174,6 +175,46 @@ def test_an_interruption_leaves_what_there_is(folder, tmp_path):
     assert "was interrupted" in (output / "report.html").read_text()
 
 
+def test_ctrl_c_takes_effect_after_the_step_at_work(folder, tmp_path):
+    class Signalled(Recorder):
+        def step(self):
+            super().step()
+            if self.steps == 40:
+                signal.raise_signal(signal.SIGINT)
+                self.after = self.steps
+
+    console = Signalled()
+    before = signal.getsignal(signal.SIGINT)
+    result = compare(Config(str(folder), epochs=2, batch_size=10), tmp_path / "run", console)
+    assert result.interrupted
+    assert console.steps == console.after == 40
+    assert any("once more to stop at once" in line for line in console.lines)
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_that_diverges_is_reported(folder, tmp_path):
+    config = Config(str(folder), "inn", epochs=1, batch_size=4, learning_rate=1e30)
+    result = compare(config, tmp_path / "run")
+    assert not np.isfinite(result.results[0].rows[0]["train_loss"])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["models"]["inn"]["train_loss"] is None
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_windows_need_not_be_square(folder, tmp_path):
+    def oblong(input_shape, classes):
+        inputs = keras.Input(input_shape)
+        x = Involution2D((3, 5), reduction_ratio=1)(inputs)
+        x = keras.layers.Conv2D(4, 3)(x)
+        x = keras.layers.GlobalAveragePooling2D()(x)
+        return keras.Model(inputs, keras.layers.Dense(classes)(x))
+
+    config = Config(str(folder), epochs=1, batch_size=12)
+    compare(config, tmp_path / "run", builders={"oblong": oblong})
+    assert (tmp_path / "run" / "words.png").is_file()
+
+
 def test_an_interruption_before_any_epoch(folder, tmp_path):
     class AtOnce(Recorder):
         def step(self):
@@ -192,6 +233,15 @@ def own_model(input_shape, classes, width=4):
     inputs = keras.Input(input_shape)
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(width, 3)(inputs))
     return keras.Model(inputs, keras.layers.Dense(classes)(x))
+
+
+class Subclassed(keras.Model):
+    def __init__(self, classes):
+        super().__init__()
+        self.flatten, self.dense = keras.layers.Flatten(), keras.layers.Dense(classes)
+
+    def call(self, inputs):
+        return self.dense(self.flatten(inputs))
 
 
 def test_models_of_ones_own_from_python_and_from_a_file(folder, tmp_path):
@@ -249,12 +299,24 @@ def test_a_file_without_the_function(tmp_path):
         experiment.parse_models(f"{file}:f")
 
 
+def test_a_file_may_define_classes_and_have_colons_in_its_name(tmp_path):
+    file = tmp_path / "a:b.py"
+    file.write_text(
+        "from __future__ import annotations\nimport dataclasses\n"
+        "@dataclasses.dataclass\nclass Sizes:\n    width: int = 3\n"
+        "def f(input_shape, classes, width=1):\n    return (Sizes().width, classes, width)\n"
+    )
+    (builder,) = experiment.parse_models(f"{file}:f:width=2").values()
+    assert builder(None, 7) == (3, 7, 2)
+
+
 @pytest.mark.parametrize(
     ("builder", "match"),
     [
         (lambda input_shape, classes: 3, "a int, not a Keras model"),
         (lambda input_shape, classes: own_model(input_shape, 7), r"shape \(None, 7\)"),
         (lambda input_shape, classes: 1 / 0, "division by zero"),
+        (lambda input_shape, classes: Subclassed(classes), "neither functional nor Sequential"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
@@ -267,7 +329,7 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("epochs", 0), ("batch_size", -1), ("seed", -1), ("learning_rate", 0.0)],
+    [("epochs", 0), ("batch_size", -1), ("seed", -1), ("seed", 2**32), ("learning_rate", 0.0)],
 )
 def test_options_out_of_range(option, value):
     with pytest.raises(InputError, match=f"{option} must be .*Received: {option}={value}"):

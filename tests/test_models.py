@@ -220,3 +220,13 @@ def test_saved_here_predicts_the_same_where_only_another_backend_is(saved, other
     errors = {name: float(error) for name, error in map(str.split, run.stdout.splitlines())}
     assert sorted(errors) == ["cnn", "inn", "layers"]
     assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("make", [cnn, inn])
+def test_the_pair_is_channels_last_whatever_keras_is_set_to(make):
+    setting = keras.config.image_data_format()
+    keras.config.set_image_data_format("channels_first")
+    try:
+        assert make((16, 12, 3), 4)(images(2, 16, 12, 3)).shape == (2, 4)
+    finally:
+        keras.config.set_image_data_format(setting)

@@ -11,6 +11,12 @@ import sys
 # 67 s, whose gradient of a convolution is slow there).
 BACKENDS = ("tensorflow", "jax", "torch")
 
+# Keras's backends that infer but do not train: ours to leave alone.
+OTHERS = ("numpy", "openvino")
+
+# What ``select`` had to say, for a command whose standard error goes to a log.
+notice: str | None = None
+
 INSTALL = {
     "tensorflow": "pip install 'involution[tensorflow]' (or [tensorflow-cpu])",
     "jax": "pip install 'involution[jax]'",
@@ -25,7 +31,7 @@ def installed() -> tuple[str, ...]:
 
 def configured() -> str | None:
     """The backend that Keras's configuration file names; None where it names none."""
-    home = os.environ.get("KERAS_HOME") or pathlib.Path.home() / ".keras"
+    home = os.environ.get("KERAS_HOME") or os.path.expanduser("~/.keras")
     try:
         backend = json.loads((pathlib.Path(home) / "keras.json").read_text())["backend"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -49,18 +55,18 @@ def select() -> str:
         raise ImportError(f"No Keras backend is installed: {'; '.join(INSTALL.values())}.")
     named = os.environ.get("KERAS_BACKEND")
     if named:
-        if named in BACKENDS and named not in available:
+        if named not in (*available, *OTHERS):
+            how = INSTALL.get(named, f"one of {', '.join(BACKENDS)}")
             raise ImportError(
-                f"The Keras backend that KERAS_BACKEND names must be installed: {INSTALL[named]}. "
+                f"The Keras backend that KERAS_BACKEND names must be installed: {how}. "
                 f"Received: KERAS_BACKEND={named}"
             )
         return named
     wanted = configured()
-    chosen = wanted if wanted in available else available[0]
-    if wanted is not None and wanted != chosen and wanted in BACKENDS:
-        print(
-            f"involution: Keras is configured for {wanted}, which is not installed: using {chosen}",
-            file=sys.stderr,
-        )
+    chosen = wanted if wanted in (*available, *OTHERS) else available[0]
+    if wanted not in (None, chosen):
+        global notice
+        notice = f"Keras is configured for {wanted}, which is not installed: using {chosen}"
+        print(f"involution: {notice}", file=sys.stderr)
     os.environ["KERAS_BACKEND"] = chosen
     return chosen

@@ -21,7 +21,9 @@ class Console:
     """Progress on standard output; see ``experiment.Silent`` for what each method is told."""
 
     def __init__(self, file=None):
-        self._console = RichConsole(file=file or sys.stdout, highlight=False, soft_wrap=True)
+        self._console = RichConsole(
+            file=file or sys.stdout, highlight=False, emoji=False, soft_wrap=True
+        )
         self._progress: Progress | None = None
         self._label = ""
         self._total = self._done = 0

@@ -8,11 +8,11 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import io
+import math
 import os
 import pathlib
 import pickle
 import tarfile
-import warnings
 from typing import ClassVar
 
 import numpy as np
@@ -121,11 +121,14 @@ def read_image(file, size=None) -> np.ndarray:
         InputError: The file is missing, truncated, too large or not an image.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of images so large that they may be an attack on memory.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
+        with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as opened:
+            # Pillow itself only warns up to twice this size, which may be an attack on memory.
+            if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise ValueError(f"its {opened.width}x{opened.height} pixels exceed the limit")
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype("uint8"))
+            image = upright.convert("RGB")
     except (
         OSError,
         UnidentifiedImageError,
@@ -172,7 +175,7 @@ def _digits() -> Dataset:
 
 
 def _keras_archive(download) -> pathlib.Path:
-    home = pathlib.Path(os.environ.get("KERAS_HOME") or pathlib.Path.home() / ".keras")
+    home = pathlib.Path(os.environ.get("KERAS_HOME") or os.path.expanduser("~/.keras"))
     path = home / "datasets" / CIFAR10_KERAS
     if path.is_file():
         return path
@@ -184,14 +187,14 @@ def _keras_archive(download) -> pathlib.Path:
     import keras
 
     try:
-        keras.utils.get_file(
+        fetched = keras.utils.get_file(
             fname=CIFAR10_KERAS, origin=CIFAR10_ORIGIN, file_hash=CIFAR10_KERAS_SHA256
         )
     except Exception as error:
         raise InputError(
             f"CIFAR-10 must be fetched from a server that answers. Received: {error}"
         ) from error
-    return path
+    return pathlib.Path(fetched)
 
 
 def _cifar10(path) -> Dataset:
@@ -302,9 +305,9 @@ def _image_files(root, part) -> dict[str, list[pathlib.Path]]:
             f"without {part}/"
         )
     classes = {
-        entry.name: sorted(f for f in entry.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
-        for entry in sorted(folder.iterdir())
-        if entry.is_dir() and not entry.name.startswith(".")
+        entry.name: _visible(f for f in entry.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+        for entry in _visible(folder.iterdir())
+        if entry.is_dir()
     }
     empty = [name for name, files in classes.items() if not files]
     if empty or not classes:
@@ -313,6 +316,11 @@ def _image_files(root, part) -> dict[str, list[pathlib.Path]]:
             f"Received: none in {folder / empty[0] if empty else folder}"
         )
     return classes
+
+
+def _visible(entries) -> list[pathlib.Path]:
+    """In the order of their names, which is the same everywhere; hidden ones are not images."""
+    return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
 
 
 def _read_all(files, image_size, progress) -> np.ndarray:

@@ -1,5 +1,6 @@
 """One run = one folder: models trained on the same data, side by side, and what came of it."""
 
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -10,7 +11,10 @@ import math
 import os
 import pathlib
 import platform
+import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -32,9 +36,9 @@ class Silent:
         """One line."""
 
     def start(self, label, total):
-        """A piece of work of so many steps begins; None where the number is unknown."""
+        """A piece of work of so many steps begins."""
 
-    def step(self, note=""):
+    def step(self):
         """One step is done."""
 
     def stop(self):
@@ -70,8 +74,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1. Received: {name}={value}")
-        if self.seed < 0:
-            raise InputError(f"seed must be at least 0. Received: seed={self.seed}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be from 0 to 2**32 - 1. Received: seed={self.seed}")
         if not (0 < self.learning_rate < math.inf):
             raise InputError(
                 f"learning_rate must be above 0. Received: learning_rate={self.learning_rate}"
@@ -172,7 +176,8 @@ def compare(
     """Trains models on the same data and writes one folder about it.
 
     The folder gets config.json, history.csv, metrics.json, the models, figures and report.html. An
-    interruption (Ctrl-C) leaves what there is, with a report of it.
+    interruption (Ctrl-C) takes effect after the step at work and leaves what there is, with a
+    report of it; a second one stops at once. Keras's session is cleared and its seed set.
 
     Args:
         config: What to run.
@@ -205,17 +210,40 @@ def compare(
     )
     make_folder(output)
     write_json(output / "config.json", run.description)
-    try:
-        for label, network in networks.items():
-            _train(run, label, network, output, console)
-    except KeyboardInterrupt:
-        run.interrupted = True
-        console.stop()
-        console.say("Interrupted: writing what there is.")
-    run.peak_memory_bytes = peak_memory()
-    write_json(output / "metrics.json", run.metrics)
-    report.write(run, output)
+    with _interruptions(console) as asked:
+        try:
+            for label, network in networks.items():
+                _train(run, label, network, output, console, asked)
+        except KeyboardInterrupt:
+            run.interrupted = True
+            console.stop()
+            console.say("Interrupted: writing what there is.")
+        run.peak_memory_bytes = peak_memory()
+        write_json(output / "metrics.json", run.metrics)
+        report.write(run, output)
     return run
+
+
+@contextlib.contextmanager
+def _interruptions(console):
+    """Within the block the first Ctrl-C is a request, which the event yielded holds: an exception
+    in the midst of a step could leave a model without its weights. The second one is as ever."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # signals are for the main thread alone
+        return
+
+    def ask(signal_number, frame):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        console.say("Stopping after this step; once more to stop at once.")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _load(config, console):
@@ -241,14 +269,22 @@ def _build(label, builder, dataset, seed):
         shape = network(keras.KerasTensor((None, *dataset.image_shape))).shape
         if tuple(shape) != (None, classes):
             raise ValueError(f"outputs of shape {tuple(shape)}, not {(None, classes)}")
+        if not getattr(network, "inputs", None):
+            raise TypeError("a subclassed model, neither functional nor Sequential")
     except Exception as error:
         reason = " ".join(str(error).split())
         raise InputError(f"A model must build for {classes} classes: {label}: {reason}") from error
     return network
 
 
-def _train(run, label, network, output, console):
+def _train(run, label, network, output, console, asked):
     config, dataset = run.config, run.dataset
+
+    def step():
+        console.step()
+        if asked.is_set():
+            raise KeyboardInterrupt
+
     keras.utils.set_random_seed(config.seed)
     trainer = training.Trainer(network, config.learning_rate)
     classifier = Classifier(network, dataset.class_names, dataset.image_shape)
@@ -258,7 +294,7 @@ def _train(run, label, network, output, console):
     console.start(label, config.epochs * training.steps(dataset, run.batch_size))
     try:
         for row in training.epochs(
-            trainer, dataset, config.epochs, run.batch_size, config.seed, console.step
+            trainer, dataset, config.epochs, run.batch_size, config.seed, step
         ):
             result.rows.append(row)
             result.seconds = time.perf_counter() - start
@@ -305,9 +341,12 @@ def parse_models(text) -> dict[str, Builder]:
 
 
 def _parse_model(label) -> Builder:
-    name, *options = label.split(":")
+    # A file's name may hold colons of its own, as paths do on Windows.
+    file = re.match(r".*?\.py(?=:|$)", label)
+    name = file[0] if file else label.split(":")[0]
+    options = label[len(name) + 1 :].split(":") if len(label) > len(name) else []
     builder: Builder
-    if name.endswith(".py"):
+    if file:
         function = options.pop(0) if options and "=" not in options[0] else "build"
         builder = _function_from(name, function)
     elif name in models.CLASSIFIERS:
@@ -350,13 +389,17 @@ def _function_from(file, function) -> Builder:
     if spec is None or spec.loader is None:
         raise InputError(f"A model's file must be a Python file. Received: {file}")
     module = importlib.util.module_from_spec(spec)
+    # Where classes in it look for their own module.
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-        return getattr(module, function)
     except Exception as error:
+        raise InputError(f"A model's file must run. Received: {file}: {error}") from error
+    if not callable(getattr(module, function, None)):
         raise InputError(
-            f"A model's file must define the function {function}. Received: {file}: {error}"
-        ) from error
+            f"A model's file must define the function {function}. Received: {file}, which does not"
+        )
+    return getattr(module, function)
 
 
 def file_name(label) -> str:

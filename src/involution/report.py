@@ -167,7 +167,7 @@ def _figures(run) -> dict:
     chosen = visualize.across_classes(dataset.y_test, EXPLAINED_IMAGES, seed)
     images = dataset.x_test[chosen]
     titles = [dataset.class_names[label] for label in dataset.y_test[chosen]]
-    first_kernels = None
+    explained = None
     for result in run.results:
         model = result.classifier.model
         maps = visualize.kernel_maps(model, data.scale(images))
@@ -175,21 +175,20 @@ def _figures(run) -> dict:
             figures[f"heatmaps-{result.file.removesuffix('.keras')}"] = visualize.heat_maps(
                 images, maps, titles
             )
-            if first_kernels is None:
-                first_kernels = next(
-                    iter(visualize.kernels(model, data.scale(images[:1])).values())
-                )
+            explained = explained or model
     filters = _first_filters(run)
-    if first_kernels is not None and filters is not None:
-        figures["words"] = _words(first_kernels[0, ..., 0], filters)
+    if explained is not None and filters is not None:
+        figures["words"] = _words(explained, data.scale(images[:1]), filters)
     return figures
 
 
-def _words(kernel, filters):
-    height, width, taps = kernel.shape
-    side = round(taps**0.5)
+def _words(model, image, filters):
+    kernel = next(iter(visualize.kernels(model, image).values()))[0, ..., 0]
+    height, width, _ = kernel.shape
+    window = visualize.involutions(model)[0].kernel_size
+    window = (window, window) if isinstance(window, int) else window
     places = [(y, x) for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
-    return visualize.words(kernel.reshape(height, width, side, side), filters, places)
+    return visualize.words(kernel.reshape(height, width, *window), filters, places)
 
 
 def _first_filters(run) -> np.ndarray | None:

@@ -71,10 +71,16 @@ def load(path) -> Classifier:
         height, width, channels = (int(n) for n in about["image_shape"])
         if about["scaling"] != SCALING:
             raise ValueError(about["scaling"])
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
         raise InputError(
             "A model must be a .keras file written by `involution compare` or `train`, which holds "
             f"its classes and image size. Received: {path}"
         ) from error
-    model = keras.saving.load_model(path, compile=False)
+    try:
+        model = keras.saving.load_model(path, compile=False)
+    except Exception as error:
+        raise InputError(
+            "A model must load without code of its own: one with a user's own layers is for "
+            f"keras.saving.load_model(file, custom_objects=...). Received: {path}: {error}"
+        ) from error
     return Classifier(model, class_names, (height, width, channels))

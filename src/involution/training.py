@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import keras
+import numpy as np
 
 from involution import data
 
@@ -35,30 +36,25 @@ class Trainer:
         return self._compiled.optimizer.variables
 
     def train_epoch(self, dataset, order, batch_size, step=lambda: None) -> tuple[float, float]:
-        """One pass over the training images; returns the means of loss and accuracy."""
-        return self._mean(
-            self._compiled.train_on_batch,
-            dataset.x_train[order],
-            dataset.y_train[order],
-            batch_size,
-            step,
-        )
+        """One pass over the training images in this order; the means of loss and accuracy."""
+        run = self._compiled.train_on_batch
+        return _mean(run, dataset.x_train, dataset.y_train, order, batch_size, step)
 
     def test(self, dataset, batch_size, step=lambda: None) -> tuple[float, float]:
         """Loss and accuracy on the test images."""
-        return self._mean(
-            self._compiled.test_on_batch, dataset.x_test, dataset.y_test, batch_size, step
-        )
+        run, order = self._compiled.test_on_batch, np.arange(len(dataset.x_test))
+        return _mean(run, dataset.x_test, dataset.y_test, order, batch_size, step)
 
-    def _mean(self, run, images, labels, batch_size, step):
-        loss = accuracy = 0.0
-        for i in range(0, len(images), batch_size):
-            x, y = data.scale(images[i : i + batch_size]), labels[i : i + batch_size]
-            result = run(x, y, return_dict=True)
-            loss += float(result["loss"]) * len(y)
-            accuracy += float(result["accuracy"]) * len(y)
-            step()
-        return loss / len(labels), accuracy / len(labels)
+
+def _mean(run, images, labels, order, batch_size, step):
+    loss = accuracy = 0.0
+    for i in range(0, len(order), batch_size):
+        batch = order[i : i + batch_size]
+        result = run(data.scale(images[batch]), labels[batch], return_dict=True)
+        loss += float(result["loss"]) * len(batch)
+        accuracy += float(result["accuracy"]) * len(batch)
+        step()
+    return loss / len(order), accuracy / len(order)
 
 
 def steps(dataset, batch_size) -> int:

@@ -16,13 +16,22 @@ TRAIN, TEST = "#0072B2", "#D55E00"
 COLOURS = "cividis"
 
 
+def involutions(model) -> list[keras.layers.Layer]:
+    """The 2D involutions of a functional model, in its order; not those of models inside it."""
+    return [
+        layer
+        for layer in model.layers
+        if isinstance(layer, Involution) or (isinstance(layer, InvolutionND) and layer.rank == 2)
+    ]
+
+
 def kernels(model, images) -> dict[str, np.ndarray]:
     """The kernels that every 2D involution of a functional model generates for ``images``.
 
     Returns:
         By name of the layer, in the model's order: (N, height, width, taps, groups).
     """
-    layers = [layer for layer in model.layers if _is_involution(layer)]
+    layers = involutions(model)
     if not layers:
         return {}
     features = keras.Model(model.input, [layer.input for layer in layers])
@@ -119,9 +128,12 @@ def heat_maps(images, maps, titles=None, overlay=False) -> Figure:
 
 
 def _heat_map(figure, ax, name, values, image=None):
-    low, high = float(values.min()), float(values.max())
+    finite = values[np.isfinite(values)]
+    # A model that diverged has no finite kernels; the picture then says so.
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     # Differences below the precision of the sum are rounding, not a pattern.
-    flat = not high - low > 1e-6 * max(abs(low), abs(high))
+    flat = high - low <= 1e-6 * max(abs(low), abs(high))
+    remark = ", not finite" if finite.size < values.size else ", constant" if flat else ""
     height, width = values.shape
     extent = (0, width, height, 0)
     if image is not None:
@@ -129,7 +141,7 @@ def _heat_map(figure, ax, name, values, image=None):
     limits = {"vmin": low - 0.5, "vmax": low + 0.5} if flat else {"vmin": low, "vmax": high}
     alpha = None if image is None else 0.6
     drawn = ax.imshow(
-        np.full_like(values, low) if flat else values,
+        np.where(np.isfinite(values), low, np.nan) if flat else values,
         cmap=COLOURS,
         extent=extent,
         alpha=alpha,
@@ -140,7 +152,7 @@ def _heat_map(figure, ax, name, values, image=None):
     bar.ax.tick_params(labelsize=7)
     if flat:
         bar.set_ticks([low])
-    ax.set_title(f"{name} ({width}x{height}{', constant' if flat else ''})", fontsize=9)
+    ax.set_title(f"{name} ({width}x{height}{remark})", fontsize=9, parse_math=False)
 
 
 def words(kernel, filters, places) -> Figure:
@@ -184,10 +196,6 @@ def words(kernel, filters, places) -> Figure:
                     ax.set_ylabel(f"channel {c}", fontsize=8)
         part.colorbar(axes[0, 0].images[0], ax=axes, label="weight", shrink=0.8)
     return figure
-
-
-def _is_involution(layer) -> bool:
-    return isinstance(layer, Involution) or (isinstance(layer, InvolutionND) and layer.rank == 2)
 
 
 def _as_list(value):

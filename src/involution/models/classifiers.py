@@ -8,6 +8,7 @@ import keras
 from keras import layers
 
 from involution.layers import Involution, Involution2D
+from involution.ops.geometry import CHANNELS_LAST
 
 HEADS = ("dense", "convolutional")
 
@@ -39,10 +40,10 @@ def cnn(input_shape=(32, 32, 3), classes=10, head="dense"):
     inputs = keras.Input(shape=input_shape)
     x = inputs
     for stage, filters in enumerate((32, 64, 64), start=1):
-        x = layers.Conv2D(filters, (3, 3), padding="same")(x)
+        x = layers.Conv2D(filters, (3, 3), padding="same", data_format=CHANNELS_LAST)(x)
         x = layers.ReLU(name=f"relu{stage}")(x)
         if stage < 3:
-            x = layers.MaxPooling2D((2, 2))(x)
+            x = layers.MaxPooling2D((2, 2), data_format=CHANNELS_LAST)(x)
     return keras.Model(inputs, _head(x, classes, head), name="conv_model")
 
 
@@ -98,7 +99,7 @@ def inn(
             kernel_generator=generator,
             return_kernel=True,
             group_layout="interleaved",
-            data_format="channels_last",
+            data_format=CHANNELS_LAST,
             name=name,
         )
 
@@ -108,7 +109,7 @@ def inn(
         x, _ = involution(f"inv_{stage}")(x)
         x = layers.ReLU()(x)
         if stage < 3:
-            x = layers.MaxPooling2D((2, 2))(x)
+            x = layers.MaxPooling2D((2, 2), data_format=CHANNELS_LAST)(x)
     return keras.Model(inputs=inputs, outputs=_head(x, classes, head), name="inv_model")
 
 
@@ -130,9 +131,9 @@ def _check(input_shape, classes, head):
 
 def _head(x, classes, head):
     if head == "dense":
-        x = layers.Flatten()(x)
+        x = layers.Flatten(data_format=CHANNELS_LAST)(x)
         x = layers.Dense(64, activation="relu")(x)
         return layers.Dense(classes)(x)
-    x = layers.Conv2D(64, 1, activation="relu")(x)
-    x = layers.GlobalAveragePooling2D()(x)
+    x = layers.Conv2D(64, 1, activation="relu", data_format=CHANNELS_LAST)(x)
+    x = layers.GlobalAveragePooling2D(data_format=CHANNELS_LAST)(x)
     return layers.Dense(classes)(x)

@@ -200,14 +200,14 @@ def _run(x, kernel, implementation, arguments):
 
 def implementation_names(implementation) -> tuple[str, ...]:
     """The names to be tried in order; ValueError unless all are known."""
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     known = [name for name, _ in IMPLEMENTATIONS]
-    if not names or any(name not in known for name in names):
+    names = (implementation,) if isinstance(implementation, str) else implementation
+    if not isinstance(names, Sequence) or not names or any(name not in known for name in names):
         raise ValueError(
             f"`implementation` must be one of {known}, or a sequence of them. "
             f"Received: implementation={implementation!r}"
         )
-    return names
+    return tuple(names)
 
 
 def _choose(problem, implementation=None):
