@@ -8,7 +8,7 @@ import pytest
 from frameworks import numpy
 from images import write_folder, write_image
 
-from involution import Involution2D, data, experiment, saved_model
+from involution import Involution2D, data, experiment, models, saved_model
 from involution.errors import InputError
 from involution.experiment import Config, compare
 
@@ -194,9 +194,14 @@ def test_ctrl_c_takes_effect_after_the_step_at_work(folder, tmp_path):
 
 
 def test_a_run_that_diverges_is_reported(folder, tmp_path):
-    config = Config(str(folder), "inn", epochs=1, batch_size=4, learning_rate=1e30)
-    result = compare(config, tmp_path / "run")
-    assert not np.isfinite(result.results[0].rows[0]["train_loss"])
+    def broken(input_shape, classes):
+        model = models.inn(input_shape, classes)
+        model.set_weights([np.full_like(w, np.nan) for w in model.get_weights()])
+        return model
+
+    config = Config(str(folder), epochs=1, batch_size=12)
+    result = compare(config, tmp_path / "run", builders={"inn": broken})
+    assert np.isnan(result.results[0].rows[0]["train_loss"])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["models"]["inn"]["train_loss"] is None
     assert (tmp_path / "run" / "report.html").is_file()
