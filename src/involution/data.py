@@ -190,7 +190,7 @@ def _keras_archive(download) -> pathlib.Path:
         fetched = keras.utils.get_file(
             fname=CIFAR10_KERAS, origin=CIFAR10_ORIGIN, file_hash=CIFAR10_KERAS_SHA256
         )
-    except Exception as error:
+    except Exception as error:  # bare ones are what Keras raises without a network
         raise InputError(
             f"CIFAR-10 must be fetched from a server that answers. Received: {error}"
         ) from error

@@ -271,7 +271,7 @@ def _build(label, builder, dataset, seed):
             raise ValueError(f"outputs of shape {tuple(shape)}, not {(None, classes)}")
         if not getattr(network, "inputs", None):
             raise TypeError("a subclassed model, neither functional nor Sequential")
-    except Exception as error:
+    except Exception as error:  # a user's own function may raise anything
         reason = " ".join(str(error).split())
         raise InputError(f"A model must build for {classes} classes: {label}: {reason}") from error
     return network
@@ -393,7 +393,7 @@ def _function_from(file, function) -> Builder:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except Exception as error:  # and so may a user's own file
         raise InputError(f"A model's file must run. Received: {file}: {error}") from error
     if not callable(getattr(module, function, None)):
         raise InputError(

@@ -78,7 +78,7 @@ def load(path) -> Classifier:
         ) from error
     try:
         model = keras.saving.load_model(path, compile=False)
-    except Exception as error:
+    except Exception as error:  # Keras raises many kinds for a file that it cannot load
         raise InputError(
             "A model must load without code of its own: one with a user's own layers is for "
             f"keras.saving.load_model(file, custom_objects=...). Received: {path}: {error}"
