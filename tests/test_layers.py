@@ -137,14 +137,14 @@ def test_drop_in_refuses_arguments_below_1(name):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 16, 20])
-def test_f7_channel_sets_the_hidden_width_and_not_the_output(channels):
+def test_f07_channel_sets_the_hidden_width_and_not_the_output(channels):
     layer = Involution(channel=16, reduction_ratio=2)
     output, _ = layer(keras.KerasTensor((2, 5, 4, channels)))
     assert tuple(output.shape) == (2, 5, 4, channels)
     assert tuple(layer.weights[0].shape) == (1, 1, channels, 8)
 
 
-def test_f7_channel_is_the_inputs_unless_told():
+def test_f07_channel_is_the_inputs_unless_told():
     layer = Involution(reduction_ratio=4)
     layer.build((None, None, None, 20))
     assert tuple(layer.weights[0].shape) == (1, 1, 20, 5)
@@ -287,7 +287,7 @@ def traced_without_sizes(model):
         lambda: Involution3D(3, (1, 2, 1), ((1, 0), (0, 1), (1, 1)), groups=2),
     ],
 )
-def test_f2_one_model_takes_every_size(layer):
+def test_f02_one_model_takes_every_size(layer):
     layer = layer()
     rank = getattr(layer, "rank", 2)
     data_format = getattr(layer, "data_format", "channels_last")
@@ -315,14 +315,14 @@ def test_f2_one_model_takes_every_size(layer):
         (6, {"groups": 6}, 6),
     ],
 )
-def test_f6_number_of_groups(channels, arguments, groups):
+def test_f06_number_of_groups(channels, arguments, groups):
     layer = Involution2D(3, return_kernel=True, **arguments)
     _, kernel = layer(keras.KerasTensor((1, 4, 5, channels)))
     assert tuple(kernel.shape) == (1, 4, 5, 9, groups)
     assert layer.groups == groups
 
 
-def test_f6_channels_that_do_not_divide_name_those_that_do():
+def test_f06_channels_that_do_not_divide_name_those_that_do():
     with pytest.raises(ValueError, match=GROUP_ERROR.format("groups")):
         Involution2D(3, groups=4)(random(1, 4, 4, 6))
     with pytest.raises(ValueError, match=GROUP_ERROR.format("group_channels")):
@@ -562,7 +562,7 @@ def test_f25_channels_first_is_channels_last_transposed(training):
 
 @pytest.mark.parametrize("make", [lambda **k: Involution(**DROP_IN, **k), Involution2D])
 @pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
-def test_f8_mixed_precision_is_the_float32_layer_rounded(make, dtype):
+def test_f08_mixed_precision_is_the_float32_layer_rounded(make, dtype):
     x = random(2, 6, 5, 8)
     wide, narrow = make(), make(dtype=dtype)
     for layer in (wide, narrow):
@@ -585,7 +585,7 @@ def trainable(layer):
 
 @pytest.mark.parametrize("make", [lambda **k: Involution(**DROP_IN, **k), Involution2D])
 @pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
-def test_f8_a_mixed_precision_step_is_finite(make, dtype):
+def test_f08_a_mixed_precision_step_is_finite(make, dtype):
     model, x, target = trainable(make(dtype=dtype))
     before = model.get_weights()
     assert np.isfinite(model.train_on_batch(x, target))
