@@ -275,7 +275,7 @@ def _size(text) -> tuple[int, int] | None:
 
 
 def _conclude(run, output, console):
-    from involution import report
+    from involution import report, visualize
 
     console.say("")
     console.say(report.verdict(run))
@@ -287,7 +287,8 @@ def _conclude(run, output, console):
         return
     file = output / run.results[-1].file
     console.say(f"Next: involution predict {file} IMAGE...")
-    console.say(f"      involution explain {file} IMAGE...")
+    if visualize.involutions(run.results[-1].classifier.model):
+        console.say(f"      involution explain {file} IMAGE...")
 
 
 def _free_folder(dataset) -> pathlib.Path:

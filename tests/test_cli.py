@@ -86,6 +86,9 @@ def test_train_is_a_run_of_one_model(call, pets, tmp_path):
     assert folder.name.startswith("pets-")
     assert (folder / "cnn.keras").is_file()
     assert "cnn reaches an accuracy of" in "".join(lines)
+    assert (
+        lines[-1] == f"Next: involution predict {folder.relative_to(tmp_path)}/cnn.keras IMAGE..."
+    )
 
 
 def test_predict(call, trained, pets):
