@@ -552,4 +552,5 @@ def test_peak_memory_is_at_most_a_quarter_of_unfolds():
         name: int(fresh_process(f"import test_operator; test_operator.peak_memory({name!r})"))
         for name in ("taps", "unfold")
     }
+    print(BACKEND, {name: f"{count / 1e6:.0f} MB" for name, count in used.items()})
     assert used["taps"] <= used["unfold"] / 4, used
