@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import functools
 import importlib.util
 import inspect
 import io
@@ -97,9 +98,9 @@ class Result:
         """Name of the model's file in the run's folder."""
         return file_name(self.label)
 
-    @property
-    def metrics(self) -> dict:
-        """This model's entry in metrics.json."""
+    @functools.cached_property
+    def parameters(self) -> dict[str, int]:
+        """Numbers of parameters, and their bytes with the optimizer's: training changes none."""
         model = self.classifier.model
         counts = [
             sum(math.prod(v.shape) for v in variables)
@@ -109,7 +110,6 @@ class Result:
                 self.optimizer_variables,
             )
         ]
-        last = self.rows[-1] if self.rows else {}
         return {
             "trainable_params": counts[0],
             "non_trainable_params": counts[1],
@@ -119,6 +119,14 @@ class Result:
                 keras.ops.convert_to_numpy(v).nbytes
                 for v in (*model.variables, *self.optimizer_variables)
             ),
+        }
+
+    @property
+    def metrics(self) -> dict:
+        """This model's entry in metrics.json."""
+        last = self.rows[-1] if self.rows else {}
+        return {
+            **self.parameters,
             **{measure: last.get(measure) for measure in training.MEASURES},
             "best_test_accuracy": max((r["test_accuracy"] for r in self.rows), default=None),
             # The first epoch compiles; where there are others, they tell the speed.

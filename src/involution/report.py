@@ -167,25 +167,23 @@ def _figures(run) -> dict:
     chosen = visualize.across_classes(dataset.y_test, EXPLAINED_IMAGES, seed)
     images = dataset.x_test[chosen]
     titles = [dataset.class_names[label] for label in dataset.y_test[chosen]]
-    explained = None
+    inputs, filters = data.scale(images), _first_filters(run)
     for result in run.results:
         model = result.classifier.model
-        maps = visualize.kernel_maps(model, data.scale(images))
-        if maps:
-            figures[f"heatmaps-{result.file.removesuffix('.keras')}"] = visualize.heat_maps(
-                images, maps, titles
-            )
-            explained = explained or model
-    filters = _first_filters(run)
-    if explained is not None and filters is not None:
-        figures["words"] = _words(explained, data.scale(images[:1]), filters)
+        kernels = visualize.kernels(model, inputs)
+        if not kernels:
+            continue
+        figures[f"heatmaps-{result.file.removesuffix('.keras')}"] = visualize.heat_maps(
+            images, visualize.sums(kernels), titles
+        )
+        if filters is not None and "words" not in figures:
+            layer = visualize.involutions(model)[0]
+            figures["words"] = _words(kernels[layer.name][0, ..., 0], layer.kernel_size, filters)
     return figures
 
 
-def _words(model, image, filters):
-    kernel = next(iter(visualize.kernels(model, image).values()))[0, ..., 0]
+def _words(kernel, window, filters):
     height, width, _ = kernel.shape
-    window = visualize.involutions(model)[0].kernel_size
     window = (window, window) if isinstance(window, int) else window
     places = [(y, x) for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
     return visualize.words(kernel.reshape(height, width, *window), filters, places)

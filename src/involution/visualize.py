@@ -45,8 +45,13 @@ def kernels(model, images) -> dict[str, np.ndarray]:
 
 
 def kernel_maps(model, images) -> dict[str, np.ndarray]:
+    """The ``sums`` of the kernels that a model generates for ``images``."""
+    return sums(kernels(model, images))
+
+
+def sums(kernels) -> dict[str, np.ndarray]:
     """The sum of every kernel over its window and the groups: (N, height, width) by layer."""
-    return {name: kernel.sum(axis=(-2, -1)) for name, kernel in kernels(model, images).items()}
+    return {name: kernel.sum(axis=(-2, -1)) for name, kernel in kernels.items()}
 
 
 def curves(histories) -> Figure:
