@@ -50,6 +50,8 @@ class Recipe:
     """Of the initial weights, the order of images and the choice of examples."""
     learning_rate: float = 1e-3
     """Of Adam."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of what layers compute; bfloat16 is faster where the processor has it. Weights: float32."""
     image_size: str | None = None
     """Side, or HEIGHTxWIDTH, that a folder's images are resized to."""
     output: pathlib.Path | None = None
@@ -168,6 +170,68 @@ def doctor(*, backend: Backend | None = None):
             raise SystemExit(1)
 
 
+@app.command
+def bench(
+    *,
+    cases: str = "tut,red1,red2,red3,red4,odd,line,cube",
+    candidates: str = "native,taps,reference,patches,conv3,depthwise",
+    dtypes: str = "float32",
+    calls: int = 10,
+    seconds: float = 2.0,
+    memory: bool = False,
+    output: pathlib.Path | None = None,
+    backend: Backend | None = None,
+):
+    """Measure speed and memory by case and implementation, beside what involution replaces.
+
+    Each case is checked first: what computes wrong values gets no figure. The limit is the least
+    time that this machine allows, measured in the same run.
+
+    Parameters
+    ----------
+    cases
+        Named sizes, comma-separated.
+    candidates
+        Implementations; patches, the keras.io example's formula; conv3, Keras's convolution with a
+        window of 3; depthwise, its depthwise convolution with involution's window.
+    dtypes
+        Some of float32, bfloat16, float16, float64.
+    calls
+        Calls that follow each other in one compiled program.
+    seconds
+        How long to measure each candidate at least.
+    memory
+        Measure peak memory too, each in a process of its own: some seconds more for every figure.
+    output
+        A CSV file to write; an existing one is replaced.
+    backend
+        Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
+    """
+    with _session("Measuring.", backend) as session:
+        from involution import benchmark, files
+
+        plan = benchmark.Plan(
+            cases=tuple(cases.split(",")),
+            candidates=tuple(candidates.split(",")),
+            dtypes=tuple(dtypes.split(",")),
+            calls=calls,
+            seconds=seconds,
+            memory=memory,
+        )
+        benchmark.check(plan, output)
+        rows = []
+        for line in benchmark.heading():
+            session.console.say(line)
+        for row in benchmark.run(plan, session.console.say):
+            rows.append(row)
+            session.console.say(benchmark.line(row))
+            if output is not None:
+                # After each: a run that is cut short has lost nothing.
+                files.write_text(output, benchmark.to_csv(rows))
+        if output is not None:
+            session.console.say(f"Figures: {output}")
+
+
 class _Session:
     """One command at work: its console, and the folder that its log belongs into."""
 
@@ -242,8 +306,9 @@ def _fail(message, code=2) -> int:
 
 def _run(what, models, recipe):
     with _session(f"{what}, {recipe.epochs} epochs.", recipe.backend) as session:
-        from involution import experiment
+        from involution import experiment, memory
 
+        memory.keep_freed()
         config = experiment.Config(
             dataset=recipe.dataset,
             models=models,
@@ -251,6 +316,7 @@ def _run(what, models, recipe):
             batch_size=recipe.batch_size,
             seed=recipe.seed,
             learning_rate=recipe.learning_rate,
+            precision=recipe.precision,
             image_size=_size(recipe.image_size),
             download=recipe.download,
         )

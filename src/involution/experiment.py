@@ -29,6 +29,9 @@ from involution.saved_model import Classifier
 
 Builder = Callable[..., keras.Model]
 
+# Keras's policies by the names of types.
+PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
+
 
 class Silent:
     """Where a run tells how far it is: this one says nothing. ``console.Console`` speaks."""
@@ -59,6 +62,7 @@ class Config:
         learning_rate: Of Adam.
         image_size: (height, width) for a folder of images, None for their own.
         download: Whether CIFAR-10 may be fetched.
+        precision: Of what layers compute, one of ``PRECISIONS``; weights are float32 in any case.
     """
 
     dataset: str = "digits"
@@ -69,6 +73,7 @@ class Config:
     learning_rate: float = 1e-3
     image_size: tuple[int, int] | None = None
     download: bool = False
+    precision: str = "float32"
 
     def __post_init__(self):
         for name in ("epochs", "batch_size"):
@@ -80,6 +85,10 @@ class Config:
         if not (0 < self.learning_rate < math.inf):
             raise InputError(
                 f"learning_rate must be above 0. Received: learning_rate={self.learning_rate}"
+            )
+        if self.precision not in PRECISIONS:
+            raise InputError(
+                f"precision must be one of {', '.join(PRECISIONS)}. Received: {self.precision}"
             )
 
 
@@ -206,7 +215,7 @@ def compare(
     builders = parse_models(config.models) if builders is None else builders
     dataset = _load(config, console)
     networks = {
-        label: _build(label, builder, dataset, config.seed) for label, builder in builders.items()
+        label: _build(label, builder, dataset, config) for label, builder in builders.items()
     }
     run = Run(
         config=config,
@@ -265,12 +274,14 @@ def _load(config, console):
     return data.load(config.dataset, config.image_size, config.download, progress)
 
 
-def _build(label, builder, dataset, seed):
+def _build(label, builder, dataset, config):
     classes = len(dataset.class_names)
     # Every model starts from the seed alone, whatever was made before it.
     keras.utils.clear_session()
-    keras.utils.set_random_seed(seed)
+    keras.utils.set_random_seed(config.seed)
+    policy = keras.config.dtype_policy()
     try:
+        keras.config.set_dtype_policy(PRECISIONS[config.precision])
         network = builder(input_shape=dataset.image_shape, classes=classes)
         if not isinstance(network, keras.Model):
             raise TypeError(f"a {type(network).__name__}, not a Keras model")
@@ -282,6 +293,8 @@ def _build(label, builder, dataset, seed):
     except Exception as error:  # a user's own function may raise anything
         reason = " ".join(str(error).split())
         raise InputError(f"A model must build for {classes} classes: {label}: {reason}") from error
+    finally:
+        keras.config.set_dtype_policy(policy)
     return network
 
 

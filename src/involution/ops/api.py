@@ -1,14 +1,14 @@
 """The operator: its contract, its checks, and the choice of an implementation."""
 
 import contextlib
-import contextvars
 import dataclasses
 import operator
+import threading
 from collections.abc import Sequence
 
 import keras
 
-from involution.ops import reference, taps
+from involution.ops import native, reference, taps
 from involution.ops.geometry import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
@@ -20,12 +20,20 @@ from involution.ops.geometry import (
     Geometry,
 )
 
-# In order of preference: the first that can run is taken.
-IMPLEMENTATIONS = (("taps", taps), ("reference", reference))
+# In order of preference: the first that can run is taken. One with a ``reluctance(problem)`` says
+# where the one after it is faster.
+IMPLEMENTATIONS = (("native", native), ("taps", taps), ("reference", reference))
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
-_forced: contextvars.ContextVar = contextvars.ContextVar("involution_implementation", default=None)
+
+class _Forced(threading.local):
+    """What ``use`` forces in this thread. No context variable: torch.compile cannot trace those."""
+
+    names: tuple[str, ...] | None = None
+
+
+_forced = _Forced()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Problem:
     x_shape: tuple[int | None, ...]
     kernel_shape: tuple[int | None, ...]
     dtype: str
+    device: str | None  # the kind, as "cpu" or "cuda", where a tensor tells it
 
     @property
     def output_shape(self) -> tuple[int | None, ...]:
@@ -156,11 +165,12 @@ def implementations(x, kernel, kernel_size, **arguments):
 
     >>> import keras, involution
     >>> x, kernel = keras.KerasTensor((None, 8, 8, 6)), keras.KerasTensor((None, 8, 8, 9, 1))
-    >>> [name for name, reason in involution.ops.implementations(x, kernel, 3) if reason is None]
-    ['taps', 'reference']
+    >>> [name for name, reason in involution.ops.implementations(x, kernel, 3)]
+    ['native', 'taps', 'reference']
     """
     problem = make_problem(x, kernel, kernel_size, **arguments)
-    return [(name, module.refusal(problem)) for name, module in IMPLEMENTATIONS]
+    modules = dict(IMPLEMENTATIONS)
+    return [(name, modules[name].refusal(problem)) for name in _preference(problem)]
 
 
 @contextlib.contextmanager
@@ -176,11 +186,11 @@ def use(implementation):
     >>> with involution.ops.use("reference"):
     ...     y = involution.ops.involution(np.ones((1, 4, 6)), np.ones((1, 4, 3, 1)), 3)
     """
-    token = _forced.set(implementation_names(implementation))
+    before, _forced.names = _forced.names, implementation_names(implementation)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.names = before
 
 
 def _run(x, kernel, implementation, arguments):
@@ -210,10 +220,20 @@ def implementation_names(implementation) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _preference(problem) -> list[str]:
+    """All names, the fastest first."""
+    names = [name for name, _ in IMPLEMENTATIONS]
+    for i, (_, module) in enumerate(IMPLEMENTATIONS[:-1]):
+        reluctance = getattr(module, "reluctance", None)
+        if reluctance is not None and reluctance(problem) is not None:
+            names[i], names[i + 1] = names[i + 1], names[i]
+    return names
+
+
 def _choose(problem, implementation=None):
     modules = dict(IMPLEMENTATIONS)
-    names = _forced.get() or (
-        modules if implementation is None else implementation_names(implementation)
+    names = _forced.names or (
+        _preference(problem) if implementation is None else implementation_names(implementation)
     )
     reasons = {}
     for name in names:
@@ -259,9 +279,11 @@ def make_problem(
         group_layout=one_of("group_layout", group_layout, (CONTIGUOUS, INTERLEAVED)),
         data_format=standardize_data_format(data_format),
     )
-    problem = Problem(geometry, x_shape, kernel_shape, dtype)
+    device = getattr(getattr(x, "device", None), "type", None)
+    problem = Problem(geometry, x_shape, kernel_shape, dtype, device)
     _check_shapes(problem)
-    return problem
+    nearer = geometry.without_excess(geometry.spatial(x_shape))
+    return dataclasses.replace(problem, geometry=nearer)
 
 
 def _check_shapes(problem):

@@ -111,6 +111,26 @@ class Geometry:
             total = 2 * (span // 2) if self.padding == SYMMETRIC else 0
         return (n + total - span - 1) // stride + 1
 
+    def without_excess(self, sizes) -> "Geometry":
+        """The same involution of an input of these sizes, with no steps that lead far beyond it.
+
+        Taps that meet only padding may lie anywhere outside, and the stride to a second window
+        that there is not counts for nothing. Memory and time would go with both.
+        """
+        strides, rates = list(self.strides), list(self.dilation_rate)
+        for i, n in enumerate(sizes):
+            if n is None:
+                continue
+            if self.padding in (SAME, SYMMETRIC):
+                # From either side of a window's middle the first tap is half a step away at least:
+                # now beyond the other end of the input, from any window. Half of the change, which
+                # must be even, moves into the padding.
+                rates[i] = min(rates[i], 2 * n + 2 + rates[i] % 2)
+            if self._output_size(i, n) == 1:
+                around = self.padding[i] if isinstance(self.padding, tuple) else (0, 0)
+                strides[i] = min(strides[i], n + sum(around))
+        return dataclasses.replace(self, strides=tuple(strides), dilation_rate=tuple(rates))
+
 
 def _pads(padding, n, kernel, stride, dilation, maximum):
     span = dilation * (kernel - 1)

@@ -53,9 +53,11 @@ def _tensorflow(compute):
             def gradient(c):
                 return _gradients(call, member, g, sizes, (a, b, c))
 
-            # An eager tape would record what happens inside, and keep every tensor of it.
-            unseen = (tf.stop_gradient(a), tf.stop_gradient(b))
-            return compute(member, g, sizes, *unseen), gradient
+            if tf.executing_eagerly():
+                # A tape would record what happens inside, and keep every tensor of it. In a graph
+                # nothing does, and vectorized_map, which forgets this gradient, finds its own.
+                return compute(member, g, sizes, tf.stop_gradient(a), tf.stop_gradient(b)), gradient
+            return compute(member, g, sizes, a, b), gradient
 
         return member_of(a, b)
 

@@ -11,6 +11,7 @@ import itertools
 import keras
 from keras import ops
 
+from involution.ops import views
 from involution.ops.geometry import Geometry
 from involution.ops.gradients import INPUT, KERNEL, MECHANISMS, OUTPUT, differentiable
 from involution.ops.views import (
@@ -38,7 +39,7 @@ def refusal(problem) -> str | None:
     backend = keras.config.backend()
     if backend not in MECHANISMS:
         return f"its gradients need one of the backends {', '.join(MECHANISMS)}, not {backend}"
-    return None
+    return views.refusal(problem)
 
 
 def apply(x, kernel, problem):
@@ -91,7 +92,8 @@ def _output(x, kernel, x_sizes, g):
 
 def _input_gradient(kernel, dy, x_sizes, g):
     """Position s*u + r of the padded input is read by output u - offset // s of every tap whose
-    offset leaves the remainder r: for each r a sum over slices, as in the output itself."""
+    offset leaves the remainder r: for each r that there is, a sum over slices, as in the output
+    itself."""
     around = pads(x_sizes, g)
     count = tuple(
         -(-(n + before + after) // s)
@@ -107,40 +109,53 @@ def _input_gradient(kernel, dy, x_sizes, g):
     dy = pad_spatial(split_groups(dy, g), margin, g)
     ones = (1,) * g.rank
 
-    terms: dict = {r: [] for r in itertools.product(*map(range, g.strides))}
+    terms: dict = {}
     for tap, offset in enumerate(g.tap_offsets):
         start = tuple(r - o // s for r, o, s in zip(reach, offset, g.strides, strict=True))
         remainder = tuple(o % s for o, s in zip(offset, g.strides, strict=True))
-        terms[remainder].append((tap, start))
+        terms.setdefault(remainder, []).append((tap, start))
 
     def phase(members):
-        if not members:
-            return ops.zeros_like(window(dy, (0,) * g.rank, ones, count, g))
         return _sum(
             tap_kernel(window(kernel, start, ones, count, g), tap, g)
             * window(dy, start, ones, count, g)
             for tap, start in members
         )
 
-    whole = _interleave([phase(members) for members in terms.values()], g)
+    whole = _interleave({remainder: phase(members) for remainder, members in terms.items()}, g)
     return merge_groups(window(whole, [before for before, _ in around], ones, x_sizes, g), g)
 
 
 def _interleave(phases, g):
-    """One view of every s-th position each, for all remainders row-major, as the view of all."""
+    """One view of every s-th position for each remainder, as the view of all: 0 for those without.
+
+    The remainders are all combinations of those in each dimension.
+    """
     for i in reversed(range(g.rank)):
-        s, axis = g.strides[i], spatial_axis(g) + i
-        phases = [_zip(phases[j : j + s], axis) for j in range(0, len(phases), s)]
-    return phases[0]
+        rows: dict = {}
+        for remainder in sorted(phases):
+            row = rows.setdefault(remainder[:i], {})
+            row[remainder[i]] = phases[remainder]
+        phases = {r: _zip(row, g.strides[i], spatial_axis(g) + i) for r, row in rows.items()}
+    return phases[()]
 
 
-def _zip(parts, axis):
-    """Positions of the parts in turn, along ``axis``."""
-    if len(parts) == 1:
+def _zip(parts, stride, axis):
+    """Positions of the parts in turn along ``axis``, each at its remainder of ``stride``."""
+    if stride == 1:
         return parts[0]
-    shape = list(ops.shape(parts[0]))
-    shape[axis] *= len(parts)
-    return ops.reshape(ops.stack(parts, axis + 1), shape)
+    shape = list(ops.shape(parts[min(parts)]))
+    pieces: list = []
+    for r, end in itertools.pairwise([*parts, stride]):
+        piece = ops.expand_dims(parts[r], axis + 1)
+        missing = (0 if pieces else r, end - r - 1)
+        if any(missing):
+            around = [(0, 0)] * len(piece.shape)
+            around[axis + 1] = missing
+            piece = ops.pad(piece, around)
+        pieces.append(piece)
+    shape[axis] *= stride
+    return ops.reshape(ops.concatenate(pieces, axis + 1), shape)
 
 
 def _kernel_gradient(x, dy, x_sizes, g):

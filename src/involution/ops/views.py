@@ -4,6 +4,8 @@ A tensor of C channels is viewed with its channel axis split in two, groups and 
 group, so that one tap of the kernel broadcasts over it.
 """
 
+import math
+
 from keras import ops
 
 from involution.ops.geometry import CHANNELS_LAST
@@ -52,6 +54,22 @@ def padded_view(x, x_sizes, g):
 def pads(x_sizes, g) -> tuple:
     """(before, after) for every spatial dimension, tensors where the sizes are."""
     return g.pads(x_sizes, _maximum)
+
+
+# Positions of one padded input: more are a mistake, or for an implementation that stores no zeros.
+MOST_POSITIONS = 2**31
+
+
+def refusal(problem) -> str | None:
+    """Why this input cannot be padded, or None."""
+    g = problem.geometry
+    known = [n or 1 for n in g.spatial(problem.x_shape)]
+    padded = math.prod(n + sum(p) for n, p in zip(known, g.pads(known), strict=True))
+    if padded > MOST_POSITIONS:
+        return (
+            f"with its padding an input would have {padded} positions, more than {MOST_POSITIONS}"
+        )
+    return None
 
 
 def pad_spatial(view, pads, g):

@@ -1,0 +1,53 @@
+"""The compiled kernels for CPUs, by each framework's own way of calling foreign code.
+
+The core (``involution/native``) has the three members of the family in ``gradients.py``. A binding
+is a module with ``refusal(problem)`` and ``call(member, geometry, sizes, a, b)``.
+"""
+
+import keras
+
+from involution.ops import native_library
+from involution.ops.gradients import OUTPUT
+from involution.ops.views import sizes
+
+BINDINGS = ("tensorflow", "jax", "torch")
+
+
+def refusal(problem) -> str | None:
+    _, reason = native_library.core()
+    if reason is not None:
+        return reason
+    backend = keras.config.backend()
+    if backend not in BINDINGS:
+        return f"it has no binding for the backend {backend}"
+    g = problem.geometry
+    pads = [] if isinstance(g.padding, str) else [p for pair in g.padding for p in pair]
+    if max(*g.tap_offsets[-1], *g.strides, *pads) > native_library.LARGEST:
+        return f"a window's reach, a stride or a padding is above {native_library.LARGEST}"
+    return _binding(backend).refusal(problem)
+
+
+def reluctance(problem) -> str | None:
+    """Why the next implementation is faster, or None where this one is."""
+    if keras.config.backend() != "jax":
+        return None
+    return _binding("jax").reluctance(problem)
+
+
+def apply(x, kernel, problem):
+    g = problem.geometry
+    return _binding(keras.config.backend()).call(OUTPUT, g, sizes(x, g), x, kernel)
+
+
+def _binding(backend):
+    if backend == "tensorflow":
+        from involution.ops import native_tensorflow
+
+        return native_tensorflow
+    if backend == "jax":
+        from involution.ops import native_jax
+
+        return native_jax
+    from involution.ops import native_torch
+
+    return native_torch

@@ -1,0 +1,123 @@
+"""The compiled core: where it is, or why it is not there.
+
+It is built when the package is installed (CMakeLists.txt) and lies in ``involution/native``: the
+core itself, which knows no framework, and beside it a library for each framework that needs one.
+"""
+
+import ctypes
+import os
+import pathlib
+import sys
+
+# Positions are added up in 64 bits.
+LARGEST = 2**60
+
+
+def find(name: str) -> pathlib.Path | None:
+    """A file of ``involution/native``, which has several places if the package is editable."""
+    folders = sys.modules[__name__.partition(".")[0]].__path__
+    files = (pathlib.Path(folder) / "native" / name for folder in folders)
+    return next((file for file in files if file.exists()), None)
+
+
+def _levels(library) -> list[str]:
+    names: list[str] = []
+    while (name := library.involution_level(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    file = find("libinvolution.so")
+    if file is None:
+        missing = find("missing.txt")
+        reason = missing.read_text(encoding="utf-8").strip() if missing else "it was not built"
+        return None, f"the package was installed without it: {reason}"
+    try:
+        library = ctypes.CDLL(str(file))
+    except OSError as error:
+        return None, f"its library cannot be loaded: {error}"
+    library.involution_run.restype = ctypes.c_int
+    library.involution_run.argtypes = [
+        ctypes.POINTER(ctypes.c_int64),
+        ctypes.c_int64,
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    ]
+    library.involution_level.restype = ctypes.c_char_p
+    library.involution_level.argtypes = [ctypes.c_int]
+    library.involution_use_level.restype = None
+    library.involution_use_level.argtypes = [ctypes.c_int]
+    library.involution_multiply_add.restype = ctypes.c_double
+    library.involution_multiply_add.argtypes = [ctypes.c_int64]
+    library.involution_use_team.restype = None
+    library.involution_use_team.argtypes = [ctypes.c_void_p]
+    wanted = os.environ.get("INVOLUTION_INSTRUCTIONS")
+    if wanted:
+        names = _levels(library)
+        if wanted not in names:
+            return None, (
+                f"INVOLUTION_INSTRUCTIONS must be one of {', '.join(names)} here. "
+                f"Received: {wanted}"
+            )
+        library.involution_use_level(names.index(wanted))
+    return library, None
+
+
+# When the module is imported, so that a compiler that traces what calls it finds it done.
+_LOADED = _load()
+
+
+def core() -> tuple[ctypes.CDLL | None, str | None]:
+    """The core, or None and the reason."""
+    return _LOADED
+
+
+def levels() -> list[str]:
+    """Levels of instructions that this machine can run, the plainest first; none without a core."""
+    library, _ = core()
+    return [] if library is None else _levels(library)
+
+
+def use_level(name: str) -> None:
+    """Runs everything from now on by the instructions of this level: for tests and comparisons."""
+    library, reason = core()
+    if library is None:
+        raise RuntimeError(reason)
+    library.involution_use_level(_levels(library).index(name))
+
+
+def use_team(openmp: ctypes.CDLL | None) -> None:
+    """Works from now on in the threads of this OpenMP library, if like GNU's, or in its own."""
+    library, _ = core()
+    if library is not None:
+        team = getattr(openmp, "GOMP_parallel", None)
+        library.involution_use_team(ctypes.cast(team, ctypes.c_void_p) if team else None)
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run(numbers, batch: int, threads: int, a: int, b: int, result: int) -> None:
+    """One member of the family on tensors in memory, given by their addresses."""
+    library, reason = core()
+    if library is None:
+        raise RuntimeError(reason)
+    if library.involution_run(
+        (ctypes.c_int64 * len(numbers))(*numbers), batch, threads, a, b, result
+    ):
+        raise MemoryError("involution: memory ran out")
+
+
+def multiply_add(times: int) -> float:
+    """Does float32 multiply-adds in registers in this thread; returns the number of operations."""
+    library, reason = core()
+    if library is None:
+        raise RuntimeError(reason)
+    return library.involution_multiply_add(times)
