@@ -1,4 +1,7 @@
 import os
+import types
+
+import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -9,3 +12,28 @@ if os.environ.get("KERAS_BACKEND") == "jax":
     jax.config.update("jax_enable_x64", True)
 
 import involution  # noqa: F401 - settles the backend before a test imports Keras
+from involution.ops import api
+
+# What a framework alone has is tested where it runs. Elsewhere there is nothing to skip.
+collect_ignore = [
+    f"test_native_{backend}.py"
+    for backend in ("jax", "tensorflow", "torch")
+    if backend != os.environ["KERAS_BACKEND"]
+]
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The names of the implementations that ran, in order."""
+    names = []
+
+    def recorded(name, module):
+        def apply(*arguments):
+            names.append(name)
+            return module.apply(*arguments)
+
+        return name, types.SimpleNamespace(refusal=module.refusal, apply=apply)
+
+    pairs = tuple(recorded(*pair) for pair in api.IMPLEMENTATIONS)
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", pairs)
+    return names

@@ -10,9 +10,24 @@ import numpy as np
 from oracle import error_bound
 
 import involution
+from involution.ops import native_library
 
 BACKEND = keras.config.backend()
-IMPLEMENTATIONS = ("taps", "reference")
+
+
+def missing():
+    """Why the package was installed without ``native``; None where it was built.
+
+    A library that is there and does not work is built: its tests fail.
+    """
+    _, reason = native_library.core()
+    file = native_library.find("missing.txt")
+    told = file.read_text(encoding="utf-8").strip() if file else None
+    return reason if reason and told and told in reason else None
+
+
+KNOWN = ("native", "taps", "reference")
+IMPLEMENTATIONS = KNOWN if missing() is None else KNOWN[1:]
 
 
 def numpy(tensor):
@@ -98,6 +113,53 @@ def grad(function):
     return gradient
 
 
+def mapped(function, axes):
+    """``function`` over an axis more of each argument whose axis is not None."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.vmap(function, axes)
+    if BACKEND == "torch":
+        import torch
+
+        return torch.func.vmap(function, axes)
+    import tensorflow as tf
+
+    def over_first(*tensors):
+        # TensorFlow maps over first axes alone.
+        first = [
+            tf.experimental.numpy.moveaxis(t, axis, 0)
+            for t, axis in zip(tensors, axes, strict=True)
+            if axis is not None
+        ]
+
+        def one(parts):
+            parts = iter(parts)
+            pairs = zip(tensors, axes, strict=True)
+            return function(*(t if axis is None else next(parts) for t, axis in pairs))
+
+        return tf.vectorized_map(one, first)
+
+    return over_first
+
+
+def forward_mode(function, arguments, tangents):
+    """The derivative of ``function`` along ``tangents``, computed together with its value."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.jvp(function, arguments, tangents)[1]
+    if BACKEND == "torch":
+        import torch
+
+        return torch.func.jvp(function, arguments, tangents)[1]
+    import tensorflow as tf
+
+    with tf.autodiff.ForwardAccumulator(arguments, tangents) as accumulator:
+        y = function(*arguments)
+    return accumulator.jvp(y)
+
+
 def in_graph(function, shapes=None):
     """``function`` as a compiled program where the framework has one: a second way to run it.
 
@@ -124,6 +186,8 @@ def fresh_process(code, backend=BACKEND):
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
+    done = subprocess.run(  # noqa: S603 - our own code
+        command, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -31,36 +31,55 @@ def involution(x, kernel, kernel_size, strides, padding, dilation_rate, group_la
     Returns (y, magnitude): the output, and the sum of |kernel * x|, which bounds rounding errors.
     """
     x, kernel = np.asarray(x, "float64"), np.asarray(kernel, "float64")
-    sizes, channels, groups = x.shape[1:-1], x.shape[-1], kernel.shape[-1]
-    before = [
-        pads(n, k, s, d, padding, i)[0]
-        for i, (n, k, s, d) in enumerate(
-            zip(sizes, kernel_size, strides, dilation_rate, strict=True)
-        )
-    ]
-    out = [
-        output_size(n, k, s, d, padding, i)
-        for i, (n, k, s, d) in enumerate(
-            zip(sizes, kernel_size, strides, dilation_rate, strict=True)
-        )
-    ]
-    assert list(kernel.shape[1:-2]) == out
-    if group_layout == "contiguous":
-        group_of = [c // (channels // groups) for c in range(channels)]
-    else:
-        group_of = [c % groups for c in range(channels)]
-    y = np.zeros((x.shape[0], *out, channels))
+    out, pairs = meetings(x.shape[1:-1], kernel_size, strides, padding, dilation_rate)
+    assert kernel.shape[1:-2] == out
+    group_of = groups_of(x.shape[-1], kernel.shape[-1], group_layout)
+    y = np.zeros((x.shape[0], *out, x.shape[-1]))
     magnitude = np.zeros_like(y)
+    for p, tap, q in pairs:
+        term = kernel[(slice(None), *p, tap)][:, group_of] * x[(slice(None), *q)]
+        y[(slice(None), *p)] += term
+        magnitude[(slice(None), *p)] += np.abs(term)
+    return y, magnitude
+
+
+def gradients(
+    x, kernel, dy, kernel_size, strides, padding, dilation_rate, group_layout="contiguous"
+):
+    """(dx, dkernel) of sum(y * dy): the same loops, each term given to what it was made of."""
+    x, kernel, dy = (np.asarray(a, "float64") for a in (x, kernel, dy))
+    _, pairs = meetings(x.shape[1:-1], kernel_size, strides, padding, dilation_rate)
+    group_of = groups_of(x.shape[-1], kernel.shape[-1], group_layout)
+    in_group = np.eye(kernel.shape[-1])[group_of]
+    dx, dkernel = np.zeros_like(x), np.zeros_like(kernel)
+    for p, tap, q in pairs:
+        at_p, at_q, here = (slice(None), *p), (slice(None), *q), (slice(None), *p, tap)
+        dx[at_q] += kernel[here][:, group_of] * dy[at_p]
+        dkernel[here] += (x[at_q] * dy[at_p]) @ in_group
+    return dx, dkernel
+
+
+def meetings(sizes, kernel_size, strides, padding, dilation_rate):
+    """The output's sizes, and (output position, tap, input position) wherever the three meet."""
+    dimensions = list(zip(sizes, kernel_size, strides, dilation_rate, strict=True))
+    before = [pads(*d, padding, i)[0] for i, d in enumerate(dimensions)]
+    out = tuple(output_size(*d, padding, i) for i, d in enumerate(dimensions))
+    pairs = []
     for p in np.ndindex(*out):
         for tap, k in enumerate(np.ndindex(*kernel_size)):
             q = tuple(
                 p[i] * strides[i] - before[i] + k[i] * dilation_rate[i] for i in range(len(sizes))
             )
             if all(0 <= q[i] < sizes[i] for i in range(len(sizes))):
-                term = kernel[(slice(None), *p, tap)][:, group_of] * x[(slice(None), *q)]
-                y[(slice(None), *p)] += term
-                magnitude[(slice(None), *p)] += np.abs(term)
-    return y, magnitude
+                pairs.append((p, tap, q))
+    return out, pairs
+
+
+def groups_of(channels, groups, group_layout):
+    """The group of every channel."""
+    if group_layout == "contiguous":
+        return [c // (channels // groups) for c in range(channels)]
+    return [c % groups for c in range(channels)]
 
 
 # Digits of the significand, and the exponent of the smallest number above 0.
@@ -141,6 +160,16 @@ class Call:
         assert kernel.shape[-1] == groups
         results = involution(x, kernel, **arguments)
         return [np.moveaxis(r, -1, 1) for r in results] if first else results
+
+    def gradients(self, x, kernel, dy):
+        """(dx, dkernel) as ``gradients`` above, in this call's data format."""
+        arguments = self.arguments
+        arguments.pop("groups")
+        if arguments.pop("data_format") == "channels_last":
+            return gradients(x, kernel, dy, **arguments)
+        x, dy = (np.moveaxis(a, 1, -1) for a in (x, dy))
+        dx, dkernel = gradients(x, np.moveaxis(kernel, (1, 2), (-2, -1)), dy, **arguments)
+        return np.moveaxis(dx, -1, 1), np.moveaxis(dkernel, (-2, -1), (1, 2))
 
     def central_differences(self, x, kernel, dy):
         """Gradients of sum(y * dy) for x and kernel, every entry from two values of the formula.

@@ -121,6 +121,27 @@ def test_measures_are_means_over_all_images(run, folder):
     )
 
 
+def test_bfloat16_is_what_layers_compute_in_and_not_what_weights_are(folder, tmp_path):
+    config = Config(str(folder), epochs=1, batch_size=10, precision="bfloat16")
+    result = compare(config, tmp_path / "run")
+    assert keras.config.dtype_policy().name == "float32"
+    for one in result.results:
+        model = one.classifier.model
+        assert {layer.compute_dtype for layer in model.layers if layer.weights} == {"bfloat16"}
+        assert {v.dtype for v in model.variables if "seed" not in v.path} == {"float32"}
+        assert all(np.isfinite(row["test_loss"]) for row in one.rows)
+    assert {f.name for f in (tmp_path / "run").iterdir()} == FILES
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == "bfloat16"
+    loaded = saved_model.load(tmp_path / "run" / "inn.keras")
+    scores = loaded.scores(data.scale(data.load(str(folder)).x_test))
+    np.testing.assert_allclose(scores.sum(-1), 1, atol=1e-5)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(InputError, match=r"one of float32, bfloat16\. Received: float16"):
+        Config(precision="float16")
+
+
 def test_the_same_seed_gives_the_same_history_to_the_byte(run, folder, tmp_path):
     _, output, _ = run
     again = compare(Config(str(folder), epochs=2, batch_size=10), tmp_path / "again")

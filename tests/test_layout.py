@@ -9,9 +9,11 @@ import sys
 
 import pytest
 import yaml
+from frameworks import BACKEND
 
 import involution
 import involution_cli
+from involution.ops import native
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "involution"
@@ -21,9 +23,16 @@ ORDER = [
     "backend",
     "errors",
     "files",
+    "memory",
     "ops.geometry",
     "ops.views",
     "ops.gradients",
+    "ops.native_library",
+    "ops.native_call",
+    "ops.native_jax",
+    "ops.native_tensorflow",
+    "ops.native_torch",
+    "ops.native",
     "ops.reference",
     "ops.taps",
     "ops.api",
@@ -39,6 +48,9 @@ ORDER = [
     "visualize",
     "report",
     "experiment",
+    "programs",
+    "yardsticks",
+    "benchmark",
     "explaining",
     "diagnosis",
     "console",
@@ -71,7 +83,20 @@ def test_imports_point_towards_the_operator(name):
         assert ORDER.index(other) < ORDER.index(name), (name, other)
 
 
-@pytest.mark.parametrize("name", ["", *ORDER])
+def test_every_binding_is_a_module():
+    bindings = {name for name in modules if re.fullmatch(r"ops\.native_\w+", name)}
+    assert bindings == {"ops.native_library", "ops.native_call", *map(binding, native.BINDINGS)}
+
+
+def binding(backend):
+    return f"ops.native_{backend}"
+
+
+# A binding imports its framework, which need not be installed.
+OTHERS = [binding(backend) for backend in native.BINDINGS if backend != BACKEND]
+
+
+@pytest.mark.parametrize("name", ["", *(name for name in ORDER if name not in OTHERS)])
 def test_examples_in_docstrings_run(name):
     module = importlib.import_module(f"involution.{name}".rstrip("."))
     assert doctest.testmod(module).failed == 0

@@ -2,8 +2,8 @@
 
 import concurrent.futures
 import dataclasses
+import itertools
 import os
-import types
 
 import keras
 import numpy as np
@@ -11,11 +11,16 @@ import pytest
 from frameworks import (
     BACKEND,
     IMPLEMENTATIONS,
+    KNOWN,
     assert_equals_oracle,
     exact,
+    forward_mode,
     fresh_process,
+    grad,
     gradients,
     in_graph,
+    mapped,
+    missing,
     numpy,
     operation,
     tensors,
@@ -23,8 +28,9 @@ from frameworks import (
 from oracle import Call, random_calls
 
 import involution
-from involution.ops import api, taps
+from involution.ops import api, native, native_library, taps
 from involution.ops.cases import CASES
+from involution.ops.geometry import Geometry
 
 PADDINGS = ("same", "valid", "symmetric", ((1, 2), (0, 3)))
 
@@ -44,23 +50,6 @@ SMALL = plane((5, 7), (3, 2))
 def check(call, implementation, dtype="float64"):
     x, kernel = tensors(call.arrays()[:2], dtype)
     assert_equals_oracle(call, operation(call, implementation)(x, kernel), x, kernel)
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """The names of the implementations that ran, in order."""
-    names = []
-
-    def recorded(name, module):
-        def apply(*arguments):
-            names.append(name)
-            return module.apply(*arguments)
-
-        return name, types.SimpleNamespace(refusal=module.refusal, apply=apply)
-
-    pairs = tuple(recorded(*pair) for pair in api.IMPLEMENTATIONS)
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", pairs)
-    return names
 
 
 @each_implementation
@@ -185,6 +174,25 @@ def test_f08_sums_that_leave_half_precision_and_come_back(dtype, implementation)
 
 
 @each_implementation
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_f08_input_gradients_that_leave_half_precision_and_come_back(dtype, implementation):
+    """One position, read by three taps: the same sums as above."""
+    terms = [300.0, 300.0, -300.0] if dtype == "float16" else [256.0, 1.0, -256.0]
+    factor, result = (200.0, 60000.0) if dtype == "float16" else (1.0, 1.0)
+
+    def apply(x, kernel):
+        x, kernel = keras.ops.cast(x, dtype), keras.ops.cast(kernel, dtype)
+        y = involution.ops.involution(x, kernel, 3, padding=2, implementation=implementation)
+        return keras.ops.cast(y, "float32")
+
+    # The output at p reads the position with the tap 2 - p.
+    kernel = np.diag(terms)[:, ::-1].reshape(1, 3, 3, 1)
+    x, dy = np.zeros((1, 1, 1)), np.full((1, 3, 1), factor)
+    dx, _ = gradients(apply, [a.astype("float32") for a in (x, kernel)], dy.astype("float32"))
+    assert dx.ravel().tolist() == [result]
+
+
+@each_implementation
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_f08_every_type(dtype, implementation):
     check(SMALL, implementation, dtype)
@@ -217,14 +225,57 @@ def test_f10_inputs_that_do_not_lie_in_order(implementation):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dilation_rate": (100_000,)},
-        {"strides": (2**31,)},
+        {"dilation_rate": (10**15,)},
+        {"dilation_rate": (10**15 + 1,), "kernel_size": (4,), "strides": (2,)},
+        {"dilation_rate": (10**15 + 1,), "kernel_size": (4,), "padding": "symmetric"},
+        {"dilation_rate": (10**15,), "kernel_size": (2,), "strides": (3,)},
+        {"strides": (2**40,)},
+        {"strides": (2**40,), "dilation_rate": (2**40,)},
         {"padding": ((100_000, 0),), "strides": (50_000,)},
     ],
 )
 def test_f12_absurd_steps(changes, implementation):
-    call = Call(1, (5,), 2, (3,), (1,), "same", (1,))
-    check(dataclasses.replace(call, **changes), implementation)
+    call = dataclasses.replace(Call(1, (5,), 2, (3,), (1,), "same", (1,)), **changes)
+    check(call, implementation)
+    x, kernel, dy = call.arrays()
+    values = gradients(operation(call, implementation), (x, kernel), dy)
+    for value, want in zip(values, call.gradients(x, kernel, dy), strict=True):
+        np.testing.assert_allclose(value, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["taps", "reference"])
+def test_f12_a_padding_that_no_memory_holds_is_refused(implementation):
+    call = Call(1, (5,), 2, (3,), (10**15,), ((10**15, 10**15),), (1,))
+    arguments = tensors(call.arrays()[:2], "float64")
+    reason = f"an input would have {2 * 10**15 + 5} positions, more than {2**31}"
+    with pytest.raises(ValueError, match=reason):
+        operation(call, implementation)(*arguments)
+
+
+@pytest.mark.parametrize("padding", ["same", "symmetric"])
+def test_steps_cut_short_reach_the_same_positions(padding):
+    """Every tap of every window, where it meets the input."""
+
+    def read(g, n):
+        before = g.pads((n,))[0][0]
+        windows = range(g.output_sizes((n,))[0])
+        taps = range(g.kernel_size[0])
+        places = {
+            (p, k): p * g.strides[0] - before + k * g.dilation_rate[0]
+            for p, k in itertools.product(windows, taps)
+        }
+        return {at: place for at, place in places.items() if 0 <= place < n}
+
+    cut = 0
+    for n, k, s, d in itertools.product(range(1, 7), range(1, 6), range(1, 9), range(1, 25)):
+        g = Geometry((k,), (s,), padding, (d,), 1, "contiguous", "channels_last")
+        if g.output_sizes((n,))[0] < 1:
+            continue
+        nearer = g.without_excess((n,))
+        assert nearer.output_sizes((n,)) == g.output_sizes((n,))
+        assert read(nearer, n) == read(g, n), g
+        cut += nearer != g
+    assert cut > 1000
 
 
 @each_implementation
@@ -233,6 +284,86 @@ def test_f12_absurd_sizes_do_not_fit_the_kernel(name, implementation):
     arguments = {"kernel_size": 3, "implementation": implementation, name: 10**15}
     with pytest.raises(ValueError, match="`kernel` must have the shape"):
         involution.ops.involution(np.ones((1, 5, 2)), np.ones((1, 5, 3, 1)), **arguments)
+
+
+each_axes = pytest.mark.parametrize("axes", [(0, 0), (1, 2), (0, None), (None, 0)])
+
+
+def stacked(axes):
+    """Arguments of SMALL with an axis of three more where there is one, and the three pairs."""
+    x, kernel, _ = SMALL.arrays()
+    factors = [[1 if axis is None else n for n in (1, 2, 3)] for axis in axes]
+    parts = [[a * n for n in by] for a, by in zip((x, kernel), factors, strict=True)]
+    arguments = [
+        some[0] if axis is None else np.stack(some, axis)
+        for some, axis in zip(parts, axes, strict=True)
+    ]
+    return tensors(arguments, "float64"), list(zip(*parts, strict=True))
+
+
+@each_implementation
+@each_axes
+def test_f23_mapped_over_an_axis_of_either_argument_or_both(axes, implementation):
+    arguments, pairs = stacked(axes)
+    y = numpy(mapped(operation(SMALL, implementation), axes)(*arguments))
+    for value, pair in zip(y, pairs, strict=True):
+        np.testing.assert_allclose(value, SMALL.involution(*pair)[0], rtol=0, atol=1e-12)
+
+
+@each_implementation
+@each_axes
+def test_f23_a_mapped_gradient(axes, implementation):
+    arguments, pairs = stacked(axes)
+
+    def scalar(x, kernel):
+        return keras.ops.sum(operation(SMALL, implementation)(x, kernel) ** 2)
+
+    gradient = grad(scalar)
+    if BACKEND == "torch":
+        import torch
+
+        # Its other gradients cannot be mapped.
+        gradient = torch.func.grad(scalar, (0, 1))
+    together = [numpy(g) for g in mapped(gradient, axes)(*arguments)]
+    for i, pair in enumerate(pairs):
+        wanted = SMALL.gradients(*pair, 2 * SMALL.involution(*pair)[0])
+        for value, want in zip(together, wanted, strict=True):
+            np.testing.assert_allclose(value[i], want, rtol=1e-11, atol=1e-11)
+
+
+@each_implementation
+@each_axes
+def test_f23_the_gradient_of_what_is_mapped(axes, implementation):
+    arguments, pairs = stacked(axes)
+
+    def scalar(x, kernel):
+        return keras.ops.sum(mapped(operation(SMALL, implementation), axes)(x, kernel) ** 2)
+
+    if BACKEND == "tensorflow" and implementation == "native":
+        # TensorFlow maps a custom operation by a loop, and forgets the gradient around it.
+        with pytest.raises(LookupError, match=r"No gradient defined for .*Involution"):
+            grad(scalar)(*arguments)
+        return
+    together = [numpy(g) for g in grad(scalar)(*arguments)]
+    wanted = [SMALL.gradients(*pair, 2 * SMALL.involution(*pair)[0]) for pair in pairs]
+    for value, wants, axis in zip(together, zip(*wanted, strict=True), axes, strict=True):
+        want = sum(wants) if axis is None else np.stack(wants, axis)
+        np.testing.assert_allclose(value, want, rtol=1e-11, atol=1e-11)
+
+
+# PyTorch itself calls what it has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@each_implementation
+def test_f23_forward_mode_is_right_or_refused_and_never_zero(implementation):
+    """Along (x, kernel) the derivative of what is linear in each is twice the output."""
+    arguments = tuple(tensors(SMALL.arrays()[:2], "float64"))
+    apply = operation(SMALL, implementation)
+    if BACKEND == "tensorflow" or implementation == "reference":
+        tangent = forward_mode(apply, arguments, arguments)
+        np.testing.assert_allclose(numpy(tangent), 2 * numpy(apply(*arguments)), atol=1e-12)
+    else:
+        with pytest.raises((TypeError, NotImplementedError), match=r"jvp|forward-mode"):
+            forward_mode(apply, arguments, arguments)
 
 
 @each_implementation
@@ -393,7 +524,20 @@ def test_a_saved_model_keeps_the_data_format_that_keras_had(tmp_path):
 
 
 def test_these_tests_know_every_implementation():
-    assert tuple(name for name, _ in api.IMPLEMENTATIONS) == IMPLEMENTATIONS
+    assert tuple(name for name, _ in api.IMPLEMENTATIONS) == KNOWN
+
+
+def test_native_is_there_or_the_installation_says_why_not():
+    reasons = dict(involution.ops.implementations(*SMALL.arrays()[:2], (3, 2), groups=2))
+    if native_library.find("libinvolution.so") is not None:
+        print("native was built, for the instructions", *native_library.levels())
+        assert reasons["native"] is None
+        assert "native" in IMPLEMENTATIONS
+    else:
+        print("native is missing:", reasons["native"])
+        told = native_library.find("missing.txt").read_text(encoding="utf-8").strip()
+        assert reasons["native"] == f"the package was installed without it: {told}"
+        assert "native" not in IMPLEMENTATIONS
 
 
 @each_implementation
@@ -404,20 +548,32 @@ def test_f29_the_implementation_named_is_the_one_that_runs(implementation, ran):
 
 def test_the_first_that_can_run_is_the_default(ran, monkeypatch):
     check(SMALL, None)
+    monkeypatch.setattr(native, "BINDINGS", ())
+    check(SMALL, None)
     monkeypatch.setattr(taps, "MECHANISMS", {})
     check(SMALL, None)
-    assert ran == ["taps", "reference"]
+    assert ran == [IMPLEMENTATIONS[0], "taps", "reference"]
 
 
 def test_implementations_are_listed_with_what_hinders_them(monkeypatch):
     arguments = *SMALL.arrays()[:2], (3, 2)
     pairs = involution.ops.implementations(*arguments, groups=2)
-    assert pairs == [("taps", None), ("reference", None)]
+    assert pairs == [("native", missing()), ("taps", None), ("reference", None)]
+    monkeypatch.setattr(native, "BINDINGS", ())
     monkeypatch.setattr(taps, "MECHANISMS", {})
     pairs = involution.ops.implementations(*arguments, groups=2)
-    assert [name for name, _ in pairs] == ["taps", "reference"]
-    assert BACKEND in pairs[0][1]
-    assert pairs[1][1] is None
+    assert [name for name, _ in pairs] == ["native", "taps", "reference"]
+    assert pairs[0][1] == missing() or BACKEND in pairs[0][1]
+    assert BACKEND in pairs[1][1]
+    assert pairs[2][1] is None
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_native_yields_where_xla_makes_faster_code(channels):
+    x, kernel = keras.KerasTensor((None, 8, 8, channels)), keras.KerasTensor((None, 8, 8, 9, 1))
+    names = [name for name, _ in involution.ops.implementations(x, kernel, 3)]
+    yields = BACKEND == "jax" and channels == 3
+    assert names == (["taps", "native"] if yields else ["native", "taps"]) + ["reference"]
 
 
 def test_f29_an_implementation_that_cannot_run_is_refused_not_replaced(ran, monkeypatch):
@@ -439,7 +595,8 @@ def test_use_forces_nests_and_restores(ran):
     with pytest.raises(KeyError), involution.ops.use("reference"):
         raise KeyError
     check(SMALL, None)
-    assert ran == ["reference", "taps", "reference", "taps", "taps"]
+    best = IMPLEMENTATIONS[0]
+    assert ran == ["reference", "taps", "reference", best, best]
 
 
 @pytest.mark.parametrize("implementation", ["fast", (), ("taps", "fast"), ""])
@@ -550,7 +707,8 @@ def peak_memory(name):
 def test_peak_memory_is_at_most_a_quarter_of_unfolds():
     used = {
         name: int(fresh_process(f"import test_operator; test_operator.peak_memory({name!r})"))
-        for name in ("taps", "unfold")
+        for name in (*IMPLEMENTATIONS[:-1], "unfold")
     }
     print(BACKEND, {name: f"{count / 1e6:.0f} MB" for name, count in used.items()})
-    assert used["taps"] <= used["unfold"] / 4, used
+    for name in IMPLEMENTATIONS[:-1]:
+        assert used[name] <= used["unfold"] / 4, used

@@ -1,0 +1,116 @@
+// The core under a sanitizer: every member, type, layout and level, on sizes that divide by nothing,
+// from several threads at once. Built and run by `make sanitize`; prints nothing but its last line.
+//
+// Tensors lie in memory of exactly their size, so that whatever reads or writes beside them is
+// reported, and hold NaN where a result must be written.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "involution.h"
+
+namespace {
+
+using Size = std::int64_t;
+
+struct Call {
+  Size numbers[INVOLUTION_NUMBERS];
+  Size batch;
+  Size x, kernel, y;  // numbers of elements
+};
+
+Call draw(std::mt19937& random, Size type) {
+  const auto any = [&](std::initializer_list<Size> values) {
+    return values.begin()[random() % values.size()];
+  };
+  Call c;
+  Size* n = c.numbers;
+  n[1] = type;
+  n[2] = any({0, 1});
+  n[3] = any({0, 1});
+  const Size groups = any({1, 2, 3, 4, 5, 8, 16, 17}), members = any({1, 2, 3, 4, 5, 8, 16, 17, 33});
+  n[4] = groups * members;
+  n[5] = groups;
+  const int rank = static_cast<int>(random() % 3) + 1;
+  Size in = 1, out = 1, taps = 1;
+  for (int i = 0; i < 3; ++i) {
+    const bool there = i >= 3 - rank;
+    Size size, kernel, stride, dilation, pads, results;
+    do {
+      size = there ? any({1, 2, 3, 5, 7, 9, 17, 33}) : 1;
+      kernel = there ? any({1, 2, 3, 4, 7}) : 1;
+      stride = there ? any({1, 1, 2, 3}) : 1;
+      dilation = there ? any({1, 1, 2, 3, 19, 1000000007}) : 1;
+      const Size span = (kernel - 1) * dilation;
+      pads = there ? span / 2 : 0;
+      results = (size + 2 * pads - span - 1) / stride + 1;
+    } while (results < 1 || size + 2 * pads < (kernel - 1) * dilation + 1);
+    n[6 + i] = size, n[9 + i] = results, n[12 + i] = kernel;
+    n[15 + i] = stride, n[18 + i] = dilation, n[21 + i] = pads;
+    in *= size, out *= results, taps *= kernel;
+  }
+  c.batch = any({0, 1, 2, 3});
+  c.x = c.batch * in * n[4];
+  c.y = c.batch * out * n[4];
+  c.kernel = c.batch * out * taps * groups;
+  return c;
+}
+
+// Bytes, so that the end is exact; the pattern is some small number in every type.
+std::vector<unsigned char> filled(Size count, Size type, unsigned char byte) {
+  const Size bytes = type == 0 ? 8 : type == 1 ? 4 : 2;
+  std::vector<unsigned char> memory(static_cast<std::size_t>(count * bytes), byte);
+  memory.shrink_to_fit();
+  return memory;
+}
+
+bool run(const Call& call, int threads) {
+  const Size type = call.numbers[1];
+  const auto x = filled(call.x, type, 0x3c), kernel = filled(call.kernel, type, 0x3b);
+  const auto y = filled(call.y, type, 0x3a);
+  const std::vector<unsigned char>*const arguments[3][2] = {{&x, &kernel}, {&kernel, &y}, {&x, &y}};
+  const Size results[3] = {call.y, call.x, call.kernel};
+  for (int member = 0; member < 3; ++member) {
+    Call c = call;
+    c.numbers[0] = member;
+    auto once = filled(results[member], type, 0xff), again = once;
+    for (auto* result : {&once, &again})
+      if (involution_run(c.numbers, c.batch, result == &once ? threads : 1,
+                         arguments[member][0]->data(), arguments[member][1]->data(),
+                         result->data()))
+        return false;
+    if (once != again) return false;  // the same bits, whatever the number of threads
+  }
+  return true;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int calls = count > 1 ? std::atoi(arguments[1]) : 200;
+  int done = 0;
+  for (int level = 0; involution_level(level) != nullptr; ++level) {
+    involution_use_level(level);
+    std::vector<std::thread> callers;
+    std::vector<int> failures(4, 0);
+    for (int caller = 0; caller < 4; ++caller)
+      callers.emplace_back([&, caller] {
+        std::mt19937 random(static_cast<unsigned>(1000 * level + caller));
+        for (int i = 0; i < calls; ++i)
+          if (!run(draw(random, i % 4), 1 + i % 8)) ++failures[caller];
+      });
+    for (auto& caller : callers) caller.join();
+    for (int n : failures)
+      if (n != 0) {
+        std::printf("%d calls went wrong at level %s\n", n, involution_level(level));
+        return 1;
+      }
+    done += 4 * calls;
+  }
+  std::printf("%d calls, each with both gradients: no report\n", done);
+  return 0;
+}
