@@ -1,5 +1,6 @@
 # Two commands: `make run` does the main job, `make test` passes the tests. Each makes the virtual
-# environment that it needs, once for each set of backends, and again when pyproject.toml changes.
+# environment that it needs, once for each set of backends, and again when pyproject.toml or the C++
+# sources change.
 
 PYTHON ?= python3
 # Backends that `make test` installs and tests: some of tensorflow jax torch.
@@ -27,13 +28,16 @@ PYTEST = $(TEST_VENV)/bin/python -m pytest
 # pip reads the groups of pyproject.toml from this release on.
 NEW_PIP := "pip>=25.1"
 
+# What the compiled core is built from.
+NATIVE := CMakeLists.txt $(wildcard src/involution/native/*)
+
 .DEFAULT_GOAL := help
-.PHONY: help run test test-tensorflow test-jax test-torch test-slow test-example lint format coverage clean
+.PHONY: help run test test-tensorflow test-jax test-torch test-slow test-example sanitize lint format coverage clean
 
 help:
 	@echo "make run     compare a convolutional and an involutional network; writes runs/.../report.html"
 	@echo "make test    lint, and test on every backend (make test BACKENDS=jax: on one)"
-	@echo "make test-slow, test-example EXAMPLE=file, lint, format, clean"
+	@echo "make test-slow, test-example EXAMPLE=file, sanitize, lint, format, clean"
 
 run: $(RUN_VENV)/ready
 	$(RUN_VENV)/bin/involution compare --dataset digits --backend $(BACKEND)
@@ -54,6 +58,15 @@ test-slow: $(TEST_VENV)/ready
 test-example: $(TEST_VENV)/ready
 	KERAS_BACKEND=tensorflow INVOLUTION_EXAMPLE="$(EXAMPLE)" $(PYTEST) -m example -rP
 
+# The C++ core alone; a report ends it. The thread sanitizer is some ten times slower.
+sanitize: sanitize-address sanitize-undefined sanitize-thread
+sanitize-address sanitize-undefined: CALLS = 60
+sanitize-thread: CALLS = 10
+sanitize-%:
+	cmake -S . -B build/sanitize-$* -DINVOLUTION_SANITIZE=$* -DCMAKE_BUILD_TYPE=None
+	cmake --build build/sanitize-$* --parallel 2
+	build/sanitize-$*/sanitize $(CALLS)
+
 lint: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/ruff format --check .
 	$(TEST_VENV)/bin/ruff check .
@@ -63,17 +76,17 @@ format: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/ruff format .
 	$(TEST_VENV)/bin/ruff check --fix .
 
-$(RUN_VENV)/ready: pyproject.toml constraints.txt
+$(RUN_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(RUN_VENV)
 	$(RUN_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
 	$(RUN_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKEND)),compare]" -c constraints.txt
 	touch $@
 
-$(TEST_VENV)/ready: pyproject.toml constraints.txt
+$(TEST_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(TEST_VENV)
 	$(TEST_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
 	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),compare]" --group test --group lint -c constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,77 @@
+"""Training steps of the keras.io example's involutional network, by the operator's implementation.
+
+Beside the package's own stands `patches`, the example's formula, and `free`, an operator that costs
+nothing: what a faster one could gain at most. The models take turns, a step each.
+
+    KERAS_BACKEND=tensorflow python benchmarks/training.py [STEPS] [FILE.csv]
+"""
+
+import statistics
+import sys
+import time
+import types
+
+import keras
+import numpy as np
+
+import involution
+from involution import benchmark, files, memory, yardsticks
+from involution.ops import api
+
+BATCH = 256
+
+
+def patches(x, kernel, problem):
+    g = problem.geometry
+    (kernel_size,), (strides,) = set(g.kernel_size), set(g.strides)
+    return yardsticks.patches(x, kernel, kernel_size, strides, 1, g.groups, g.group_layout)
+
+
+def free(x, kernel, problem):
+    # Every gradient is there, and as small as it can be.
+    return x * keras.ops.mean(kernel)
+
+
+def implementation(apply):
+    return types.SimpleNamespace(refusal=lambda problem: None, apply=apply)
+
+
+def main(steps=30, file=None):
+    memory.keep_freed()  # as the commands do
+    api.IMPLEMENTATIONS += (("patches", implementation(patches)), ("free", implementation(free)))
+    random = np.random.default_rng(0)
+    x = random.random((BATCH, 32, 32, 3), "float32")
+    y = random.integers(0, 10, BATCH)
+    x, y = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)
+    models, times = {}, {}
+    for name in ("native", "taps", "patches", "free", "cnn"):
+        keras.utils.set_random_seed(0)
+        model = involution.models.cnn() if name == "cnn" else involution.models.inn()
+        model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        models[name], times[name] = model, []
+    for step in range(steps + 3):
+        for name, model in models.items():
+            with involution.ops.use("taps" if name == "cnn" else name):
+                started = time.perf_counter()
+                model.train_on_batch(x, y)
+                if step >= 3:
+                    times[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(t) * 1e3 for name, t in times.items()}
+    rows = [
+        {
+            "model": "cnn" if name == "cnn" else f"inn, {name}",
+            "ms_per_step": f"{ms:.2f}",
+            "times_patches": "" if name == "cnn" else f"{medians['patches'] / ms:.2f}",
+        }
+        for name, ms in medians.items()
+    ]
+    for row in rows:
+        print(
+            f"{row['model']:14}{row['ms_per_step']:>9} ms a step of {BATCH}", row["times_patches"]
+        )
+    if file is not None:
+        files.write_text(file, benchmark.with_setting(rows, list(rows[0])))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 30, *sys.argv[2:3])
