@@ -28,11 +28,18 @@ def ran(monkeypatch):
     names = []
 
     def recorded(name, module):
-        def apply(*arguments):
-            names.append(name)
-            return module.apply(*arguments)
+        def telling(function):
+            def call(*arguments):
+                names.append(name)
+                return function(*arguments)
 
-        return name, types.SimpleNamespace(refusal=module.refusal, apply=apply)
+            return call
+
+        return name, types.SimpleNamespace(
+            refusal=module.refusal,
+            apply=telling(module.apply),
+            products=telling(module.products),
+        )
 
     pairs = tuple(recorded(*pair) for pair in api.IMPLEMENTATIONS)
     monkeypatch.setattr(api, "IMPLEMENTATIONS", pairs)

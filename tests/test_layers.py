@@ -14,7 +14,7 @@ from frameworks import in_graph, numpy
 from keras_io_formula import randomize, relative_error
 
 from involution import Involution, Involution1D, Involution2D, Involution3D
-from involution.kernel_generators import Linear
+from involution.kernel_generators import GENERATORS, Contextual, Linear, PairwiseAttention, Static
 
 LAYERS = {1: Involution1D, 2: Involution2D, 3: Involution3D}
 SIZES = {1: (11,), 2: (7, 10), 3: (5, 6, 7)}
@@ -187,6 +187,21 @@ ORACLE_CASES = [
     (2, {"kernel_size": (3, 1), "padding": "valid", "strides": (2, 1), "groups": 2}),
     (2, {"kernel_size": 3, "padding": ((1, 0), (0, 2)), "groups": 2, "dilation_rate": (1, 2)}),
     (2, {"kernel_size": (9, 2), "groups": 2, "group_layout": "interleaved"}),
+    (2, {"kernel_size": (3, 2), "strides": 2, "kernel_softmax": True, "groups": 2}),
+    (2, {"kernel_size": 3, "strides": (2, 1), "kernel_generator": "contextual"}),
+    (2, {"kernel_size": (4, 3), "padding": 1, "strides": 2, "kernel_generator": "static"}),
+    (
+        2,
+        {
+            "kernel_size": (3, 4),
+            "padding": "valid",
+            "strides": (1, 2),
+            "groups": 3,
+            "kernel_generator": "pairwise_attention",
+            "data_format": "channels_first",
+        },
+    ),
+    (1, {"kernel_size": 5, "strides": 2, "kernel_generator": "pairwise_attention", "groups": 2}),
     (3, {"kernel_size": (3, 2, 3), "groups": 2}),
     (3, {"kernel_size": (1, 2, 3), "strides": (1, 2, 2), "data_format": "channels_first"}),
     (3, {"kernel_size": (2, 3, 2), "padding": "valid", "dilation_rate": (1, 2, 3), "groups": 3}),
@@ -643,6 +658,21 @@ SAVED = {
     "2D, Linear": (2, lambda: Involution2D(3, 2, kernel_generator=summing(name="sums"))),
     "2D, Conv2D": (2, lambda: Involution2D(3, kernel_generator=keras.layers.Conv2D(9, 1))),
     "2D, user's": (2, lambda: Involution2D(3, groups=3, kernel_generator=Doubled())),
+    "2D, Contextual": (2, lambda: Involution2D(3, kernel_generator=Contextual(3, context_size=5))),
+    "2D, Static": (2, lambda: Involution2D(3, kernel_generator=Static(kernel_regularizer="l2"))),
+    "2D, attention": (
+        2,
+        lambda: Involution2D(
+            3,
+            2,
+            "symmetric",
+            (1, 2),
+            kernel_generator=PairwiseAttention(3),
+            filters=4,
+            kernel_softmax=True,
+            kernel_dropout=0.5,
+        ),
+    ),
     "3D": (3, lambda: Involution3D(3, group_channels=2, reduction_ratio=1)),
 }
 every_saved = pytest.mark.parametrize(("rank", "make"), SAVED.values(), ids=SAVED)
@@ -661,6 +691,9 @@ def test_f27_every_argument_is_in_the_configuration():
         "group_layout": "interleaved",
         "data_format": "channels_first",
         "implementation": "reference",
+        "filters": 5,
+        "kernel_softmax": True,
+        "kernel_dropout": 0.25,
         "name": "named",
         "trainable": False,
     }
@@ -706,7 +739,7 @@ def test_f27_a_saved_model_loads_without_custom_objects_twice(rank, make, tmp_pa
 
 
 def test_a_generator_named_has_the_type_of_its_layer():
-    for name in "bottleneck", "linear":
+    for name in GENERATORS:
         layer = Involution2D(3, kernel_generator=name, dtype="float64")
         assert layer.kernel_generator.dtype_policy == layer.dtype_policy
 

@@ -370,11 +370,11 @@ def _parse_model(label) -> Builder:
     if file:
         function = options.pop(0) if options and "=" not in options[0] else "build"
         builder = _function_from(name, function)
-    elif name in models.CLASSIFIERS:
-        builder = models.CLASSIFIERS[name]
+    elif name in models.MODELS:
+        builder = models.MODELS[name]
     else:
         raise InputError(
-            f"A model must be one of {', '.join(models.CLASSIFIERS)} or a Python file. "
+            f"A model must be one of {', '.join(models.MODELS)} or a Python file. "
             f"Received: {name or 'none'}"
         )
     arguments = {}

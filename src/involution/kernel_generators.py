@@ -3,7 +3,9 @@
 A generator is any layer that turns features (B, *spatial, C) into a kernel map
 (B, *out_spatial, taps * groups), or both with the channels on axis 1 for ``"channels_first"``. The
 channels of the map are tap-major: ``tap * groups + group``. Where an attribute ``kernel_size``,
-``groups``, ``strides`` or ``data_format`` is None, the involution layer fills it in when built.
+``groups``, ``strides``, ``padding``, ``dilation_rate`` or ``data_format`` is None, the involution
+layer fills it in when built. Features begin at the first window's centre; a generator with a true
+attribute ``whole_input`` gets the layer's input as it is.
 """
 
 import math
@@ -11,8 +13,13 @@ import math
 import keras
 from keras import ops
 
-from involution.ops.api import integers, standardize_data_format
-from involution.ops.geometry import CHANNELS_FIRST, CHANNELS_LAST
+from involution.ops.api import (
+    integers,
+    standardize_data_format,
+    standardize_padding,
+    window_products,
+)
+from involution.ops.geometry import CHANNELS_FIRST, CHANNELS_LAST, CONTIGUOUS, SAME, Geometry
 from involution.ops.views import wide
 
 # The paper's code: Kaiming's normal distribution over the outputs of a layer.
@@ -20,10 +27,75 @@ KAIMING = {
     "class_name": "VarianceScaling",
     "config": {"scale": 2.0, "mode": "fan_out", "distribution": "untruncated_normal"},
 }
+# The score of a position outside the input: no weight after a softmax, and no NaN where all are.
+OUTSIDE = -1e9
+
+
+class KernelGenerator(keras.layers.Layer):
+    """What the generators of this module have in common: where the kernels go.
+
+    A subclass has ``_build_generator(channels)``, which makes its weights, and ``_generate``.
+    """
+
+    # Whether it reads the layer's whole input, or only what follows the windows' centres.
+    whole_input = False
+
+    def __init__(self, kernel_size=None, groups=None, strides=None, data_format=None, **kwargs):
+        super().__init__(**kwargs)
+        self.kernel_size = kernel_size
+        self.groups = groups
+        self.strides = strides
+        self.data_format = data_format
+
+    def build(self, input_shape):
+        rank = len(input_shape) - 2
+        self.kernel_size = integers("kernel_size", self.kernel_size, rank)
+        self.groups = integers("groups", self.groups, 1)[0]
+        self.strides = integers("strides", 1 if self.strides is None else self.strides, rank)
+        self.data_format = standardize_data_format(self.data_format)
+        self._build_generator(input_shape[-1 if self.data_format == CHANNELS_LAST else 1])
+
+    def _build_generator(self, channels):
+        """Makes the weights for features of so many channels."""
+        raise NotImplementedError
+
+    def _generate(self, features):
+        """The kernel map of features (B, *spatial, C): (B, *out_spatial, taps * groups)."""
+        raise NotImplementedError
+
+    def _output_sizes(self, sizes) -> tuple:
+        return tuple(
+            None if n is None else -(-n // s) for n, s in zip(sizes, self.strides, strict=True)
+        )
+
+    @property
+    def _kernel_channels(self) -> int:
+        return math.prod(self.kernel_size) * self.groups
+
+    def call(self, features):
+        if self.data_format == CHANNELS_LAST:
+            return self._generate(features)
+        return ops.moveaxis(self._generate(ops.moveaxis(features, 1, -1)), -1, 1)
+
+    def compute_output_shape(self, input_shape):
+        first = self.data_format == CHANNELS_FIRST
+        sizes = self._output_sizes(tuple(input_shape[2:] if first else input_shape[1:-1]))
+        if first:
+            return (input_shape[0], self._kernel_channels, *sizes)
+        return (input_shape[0], *sizes, self._kernel_channels)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "kernel_size": self.kernel_size,
+            "groups": self.groups,
+            "strides": self.strides,
+            "data_format": self.data_format,
+        }
 
 
 @keras.saving.register_keras_serializable(package="involution")
-class Linear(keras.layers.Layer):
+class Linear(KernelGenerator):
     """The simplest generator: average pooling by the strides, then one 1x1 convolution.
 
     Args:
@@ -62,43 +134,25 @@ class Linear(keras.layers.Layer):
         bias_regularizer=None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
-        self.kernel_size = kernel_size
-        self.groups = groups
-        self.strides = strides
-        self.data_format = data_format
+        super().__init__(kernel_size, groups, strides, data_format, **kwargs)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
 
-    def build(self, input_shape):
-        rank = len(input_shape) - 2
-        self.kernel_size = integers("kernel_size", self.kernel_size, rank)
-        self.groups = integers("groups", self.groups, 1)[0]
-        self.strides = integers("strides", 1 if self.strides is None else self.strides, rank)
-        self.data_format = standardize_data_format(self.data_format)
-        channels = input_shape[-1 if self.data_format == CHANNELS_LAST else 1]
-        self._build_generator(channels)
-
     def _build_generator(self, channels):
-        """Makes the sublayers for features of so many channels."""
-        self.expand = self._pointwise(self._kernel_channels, channels)
+        self.expand = self._convolution("expand", self._kernel_channels, channels)
 
     def _generate(self, features):
-        """The kernel map of pooled features, both with the channels last."""
-        return self.expand(features)
+        return self.expand(average_pool(features, self.strides))
 
-    @property
-    def _kernel_channels(self) -> int:
-        return math.prod(self.kernel_size) * self.groups
-
-    def _pointwise(self, filters, channels, use_bias=True):
-        """A 1x1 convolution with the channels last, which every backend has on every device."""
+    def _convolution(self, name, filters, channels, use_bias=True, kernel_size=1):
+        """A convolution with the channels last, which every backend has on every device."""
         rank = len(self.kernel_size)
         layer = getattr(keras.layers, f"Conv{rank}D")(
             filters,
-            1,
+            kernel_size,
+            padding="same",
             data_format=CHANNELS_LAST,
             use_bias=use_bias,
             kernel_initializer=_copy(self.kernel_initializer),
@@ -106,33 +160,14 @@ class Linear(keras.layers.Layer):
             kernel_regularizer=self.kernel_regularizer,
             bias_regularizer=self.bias_regularizer,
             dtype=self.dtype_policy,
+            name=name,
         )
         layer.build((None,) * (rank + 1) + (channels,))
         return layer
 
-    def call(self, features):
-        if self.data_format == CHANNELS_FIRST:
-            features = ops.moveaxis(features, 1, -1)
-        kernel = self._generate(average_pool(features, self.strides))
-        return ops.moveaxis(kernel, -1, 1) if self.data_format == CHANNELS_FIRST else kernel
-
-    def compute_output_shape(self, input_shape):
-        first = self.data_format == CHANNELS_FIRST
-        spatial = tuple(input_shape[2:] if first else input_shape[1:-1])
-        out = (
-            None if n is None else -(-n // s) for n, s in zip(spatial, self.strides, strict=True)
-        )
-        if first:
-            return (input_shape[0], self._kernel_channels, *out)
-        return (input_shape[0], *out, self._kernel_channels)
-
     def get_config(self):
         return {
             **super().get_config(),
-            "kernel_size": self.kernel_size,
-            "groups": self.groups,
-            "strides": self.strides,
-            "data_format": self.data_format,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
@@ -165,6 +200,9 @@ class Bottleneck(Linear):
     (1, 8, 8, 18)
     """
 
+    # Side of the neighbourhood that a kernel is generated from.
+    _context_size = 1
+
     def __init__(self, reduction_ratio=4, **kwargs):
         super().__init__(**kwargs)
         self.reduction_ratio = integers("reduction_ratio", reduction_ratio, 1)[0]
@@ -176,18 +214,228 @@ class Bottleneck(Linear):
                 "`reduction_ratio` must leave at least one hidden channel. "
                 f"Received: reduction_ratio={self.reduction_ratio}, channels={channels}"
             )
-        self.reduce = self._pointwise(hidden, channels, use_bias=False)
+        self.reduce = self._convolution(
+            "reduce", hidden, channels, use_bias=False, kernel_size=self._context_size
+        )
         self.normalization = keras.layers.BatchNormalization(
-            momentum=0.9, epsilon=1e-5, dtype=self.dtype_policy
+            momentum=0.9, epsilon=1e-5, dtype=self.dtype_policy, name="normalization"
         )
         self.normalization.build((None,) * (len(self.kernel_size) + 1) + (hidden,))
-        self.expand = self._pointwise(self._kernel_channels, hidden)
+        self.expand = self._convolution("expand", self._kernel_channels, hidden)
 
     def _generate(self, features):
-        return self.expand(ops.relu(self.normalization(self.reduce(features))))
+        pooled = average_pool(features, self.strides)
+        return self.expand(ops.relu(self.normalization(self.reduce(pooled))))
 
     def get_config(self):
         return {**super().get_config(), "reduction_ratio": self.reduction_ratio}
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class Contextual(Bottleneck):
+    """A bottleneck that looks at a neighbourhood: its first convolution has a larger window.
+
+    Args:
+        reduction_ratio: Channels of the features for each hidden channel.
+        context_size: Side of the window that a kernel is generated from, in output positions.
+        **kwargs: As for ``Linear``.
+
+    Raises:
+        ValueError: ``reduction_ratio`` leaves no hidden channel.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> generator = involution.kernel_generators.Contextual(4, context_size=5)
+    >>> layer = involution.Involution2D(3, strides=2, kernel_generator=generator)
+    >>> tuple(layer(np.ones((1, 9, 8, 32), "float32")).shape)
+    (1, 5, 4, 32)
+    """
+
+    def __init__(self, reduction_ratio=4, context_size=3, **kwargs):
+        super().__init__(reduction_ratio, **kwargs)
+        self.context_size = self._context_size = integers("context_size", context_size, 1)[0]
+
+    def get_config(self):
+        return {**super().get_config(), "context_size": self.context_size}
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class PairwiseAttention(Linear):
+    """Local self-attention: dot products of each centre with its window, softmax over the window.
+
+    The groups are the heads. A query is made of the features at each window's centre and a key of
+    the features at every position, both by 1x1 convolutions; a kernel is
+
+        softmax over taps k of query[p] . key[position k of the window of p] / sqrt(key_channels)
+
+    where positions outside the input get no weight. The involution then sums values that are the
+    input itself. With a window that covers the map this is ``keras.layers.MultiHeadAttention``
+    whose value and output projections are identities.
+
+    Args:
+        key_channels: Channels of a head's queries and keys; None: those of a group.
+        padding, dilation_rate: Where the windows lie; None: the involution layer's.
+        **kwargs: As for ``Linear``.
+
+    Call arguments:
+        features: The involution's whole input, (B, *spatial, C) or (B, C, *spatial).
+
+    Source: Li et al., arXiv:2103.06255, section 3.3, relates the two.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> attention = involution.kernel_generators.PairwiseAttention()
+    >>> layer = involution.Involution2D(5, kernel_generator=attention, return_kernel=True)
+    >>> y, kernel = layer(np.ones((1, 8, 8, 32), "float32"))
+    >>> tuple(kernel.shape), round(float(kernel[0, 0, 0, :, 0].sum()), 3)
+    ((1, 8, 8, 25, 2), 1.0)
+    """
+
+    whole_input = True
+
+    def __init__(self, key_channels=None, padding=None, dilation_rate=None, **kwargs):
+        super().__init__(**kwargs)
+        self.key_channels = (
+            None if key_channels is None else integers("key_channels", key_channels, 1)[0]
+        )
+        self.padding = padding
+        self.dilation_rate = dilation_rate
+
+    def _build_generator(self, channels):
+        rank = len(self.kernel_size)
+        self.padding = standardize_padding(self.padding or SAME, rank)
+        self.dilation_rate = integers("dilation_rate", self.dilation_rate or 1, rank)
+        if self.key_channels is None:
+            self.key_channels = max(channels // self.groups, 1)
+        width = self.groups * self.key_channels
+        self.query = self._convolution("query", width, channels)
+        self.key = self._convolution("key", width, channels)
+
+    def _geometry(self) -> Geometry:
+        return Geometry(
+            self.kernel_size,
+            self.strides,
+            self.padding,
+            self.dilation_rate,
+            self.groups,
+            CONTIGUOUS,
+            CHANNELS_LAST,
+        )
+
+    def _output_sizes(self, sizes):
+        return self._geometry().output_sizes(sizes)
+
+    def _generate(self, features):
+        g = self._geometry()
+        shape = ops.shape(features)
+        sizes = g.output_sizes(g.spatial(shape))
+        centres = features[
+            (
+                slice(None),
+                *(
+                    slice(start, start + (n - 1) * s + 1, s)
+                    for start, n, s in zip(g.first_centre, sizes, self.strides, strict=True)
+                ),
+            )
+        ]
+        query = self.query(centres) / math.sqrt(self.query.filters // self.groups)
+        scores = wide(self._products(self.key(features), query, self.groups))
+        inside = self._products(
+            ops.ones((1, *g.spatial(shape), 1), "float32"), ops.ones((1, *sizes, 1), "float32"), 1
+        )
+        scores = ops.where(inside > 0.5, scores, OUTSIDE)
+        kernel = ops.cast(ops.softmax(scores, axis=-2), self.compute_dtype)
+        return ops.reshape(kernel, (shape[0], *sizes, self._kernel_channels))
+
+    def _products(self, x, y, groups):
+        return window_products(
+            x,
+            y,
+            self.kernel_size,
+            strides=self.strides,
+            padding=self.padding,
+            dilation_rate=self.dilation_rate,
+            groups=groups,
+            data_format=CHANNELS_LAST,
+        )
+
+    def count_multiply_adds(self) -> int:
+        """At each position, if every position of the input is a centre."""
+        queries = sum(math.prod(layer.kernel.shape) for layer in (self.query, self.key))
+        return queries + math.prod(self.kernel_size) * self.query.filters
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "key_channels": self.key_channels,
+            "padding": self.padding,
+            "dilation_rate": self.dilation_rate,
+        }
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class Static(KernelGenerator):
+    """One kernel for all places: depthwise convolution, written as involution.
+
+    With as many groups as channels, the layer is ``keras.layers.DepthwiseConv2D`` without a bias;
+    with fewer, channels share their kernels.
+
+    Args:
+        kernel_size, groups, strides, data_format: As for ``Linear``.
+        kernel_initializer, kernel_regularizer: Of the weight (*kernel_size, groups).
+        **kwargs: ``name``, ``dtype`` and so on, as in ``keras.layers.Layer``.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> static = involution.kernel_generators.Static(kernel_initializer="ones")
+    >>> layer = involution.Involution2D(3, groups=4, kernel_generator=static)
+    >>> float(layer(np.ones((1, 5, 5, 4), "float32"))[0, 0, 0, 0])
+    4.0
+    """
+
+    def __init__(
+        self,
+        kernel_size=None,
+        groups=None,
+        strides=None,
+        data_format=None,
+        kernel_initializer="glorot_uniform",
+        kernel_regularizer=None,
+        **kwargs,
+    ):
+        super().__init__(kernel_size, groups, strides, data_format, **kwargs)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+
+    def _build_generator(self, channels):
+        self.kernel = self.add_weight(
+            shape=(*self.kernel_size, self.groups),
+            initializer=self.kernel_initializer,
+            regularizer=self.kernel_regularizer,
+            name="kernel",
+        )
+
+    def _generate(self, features):
+        batch, *sizes, _ = ops.shape(features)
+        kernel = ops.reshape(self.kernel, (self._kernel_channels,))
+        return ops.broadcast_to(
+            ops.cast(kernel, self.compute_dtype),
+            (batch, *self._output_sizes(sizes), self._kernel_channels),
+        )
+
+    def count_multiply_adds(self) -> int:
+        """At each position: nothing is generated."""
+        return 0
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+        }
 
 
 def average_pool(x, strides, centred=False):
@@ -221,6 +469,15 @@ def _copy(initializer):
     return initializer.clone() if hasattr(initializer, "clone") else initializer
 
 
+GENERATORS: dict[str, type[KernelGenerator]] = {
+    "bottleneck": Bottleneck,
+    "contextual": Contextual,
+    "linear": Linear,
+    "pairwise_attention": PairwiseAttention,
+    "static": Static,
+}
+
+
 def get(identifier, reduction_ratio=4, dtype=None):
     """A generator from its name, its configuration or itself; None is ``"bottleneck"``.
 
@@ -231,11 +488,12 @@ def get(identifier, reduction_ratio=4, dtype=None):
     if isinstance(identifier, keras.layers.Layer):
         return identifier
     name = "bottleneck" if identifier is None else str(identifier).lower()
-    if name == "bottleneck":
-        return Bottleneck(reduction_ratio, dtype=dtype)
-    if name == "linear":
-        return Linear(dtype=dtype)
-    raise ValueError(
-        "`kernel_generator` must be a Keras layer or one of bottleneck, linear. "
-        f"Received: kernel_generator={identifier!r}"
-    )
+    if name not in GENERATORS:
+        raise ValueError(
+            f"`kernel_generator` must be a Keras layer or one of {', '.join(GENERATORS)}. "
+            f"Received: kernel_generator={identifier!r}"
+        )
+    make = GENERATORS[name]
+    if issubclass(make, Bottleneck):
+        return make(reduction_ratio, dtype=dtype)
+    return make(dtype=dtype)

@@ -22,6 +22,10 @@ from involution.ops.geometry import (
     Geometry,
 )
 from involution.ops.views import sizes as view_sizes
+from involution.ops.views import wide
+
+# What a generator is told where it says None.
+FILLED_IN = ("kernel_size", "groups", "strides", "padding", "dilation_rate", "data_format")
 
 
 @keras.saving.register_keras_serializable(package="involution")
@@ -183,6 +187,9 @@ class InvolutionND(keras.layers.Layer):
         group_layout="contiguous",
         data_format=None,
         implementation=None,
+        filters=None,
+        kernel_softmax=False,
+        kernel_dropout=0.0,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -200,24 +207,42 @@ class InvolutionND(keras.layers.Layer):
         if implementation is not None:
             implementation_names(implementation)
         self.implementation = implementation
+        self.filters = None if filters is None else integers("filters", filters, 1)[0]
+        self.kernel_softmax = bool(kernel_softmax)
+        self.kernel_dropout = (
+            keras.layers.Dropout(kernel_dropout, dtype=self.dtype_policy, name="kernel_dropout")
+            if kernel_dropout
+            else None
+        )
         self.kernel_generator = kernel_generators.get(
             kernel_generator, self.reduction_ratio, self.dtype_policy
         )
         self.input_spec = keras.layers.InputSpec(ndim=rank + 2)
-        self._first_centre()
+        self._check_centre()
 
     def build(self, input_shape):
         channels = _channels(input_shape, self.data_format)
         self.groups = self._number_of_groups(channels)
         self._output_sizes(input_shape)
         generator = self.kernel_generator
-        for name in ("kernel_size", "groups", "strides", "data_format"):
+        for name in FILLED_IN:
             # A layer that brings its own value keeps it: a Conv2D has strides of its own.
             if getattr(generator, name, self) is None:
                 setattr(generator, name, getattr(self, name))
-        # Keras builds nested layers first when it loads a model: not a second time then.
+        # Files of earlier releases, and those who share a layer, bring one that is built.
         if not generator.built:
-            generator.build(self._features_shape(input_shape))
+            whole = getattr(generator, "whole_input", False)
+            generator.build(input_shape if whole else self._features_shape(input_shape))
+        if self.filters is not None:
+            self._build_projection(channels)
+
+    def _build_projection(self, channels):
+        # The channels last, which every backend has on every device.
+        projection = getattr(keras.layers, f"Conv{self.rank}D")(
+            self.filters, 1, data_format=CHANNELS_LAST, dtype=self.dtype_policy, name="projection"
+        )
+        projection.build((None,) * (self.rank + 1) + (channels,))
+        self.projection = projection
 
     def _geometry(self) -> Geometry:
         return Geometry(
@@ -245,29 +270,22 @@ class InvolutionND(keras.layers.Layer):
             )
         return channels // value if self.groups is None else value
 
-    def _first_centre(self) -> tuple[int, ...]:
-        """Where the first window's centre lies in each dimension; 0 for "same" by definition."""
-        g = self._geometry()
-        if self.padding == SAME:
-            return (0,) * self.rank
-        # Outside of "same" the zeros before do not depend on the input's size.
-        before = (pair[0] for pair in g.pads((1,) * self.rank))
-        centre = tuple(last // 2 - pad for last, pad in zip(g.tap_offsets[-1], before, strict=True))
-        if min(centre) < 0:
+    def _check_centre(self):
+        """ValueError unless the first window's centre lies inside the input."""
+        if min(self._geometry().first_centre) < 0:
             raise ValueError(
                 "`padding` must leave the centre of every window inside the input: at most "
                 "floor((kernel_size - 1) * dilation_rate / 2) before it. "
                 f"Received: padding={self.padding!r}, kernel_size={self.kernel_size}, "
                 f"dilation_rate={self.dilation_rate}"
             )
-        return centre
 
     def _output_sizes(self, input_shape) -> tuple[int | None, ...]:
         """Spatial sizes of the output, if every window and its centre fit; ValueError if not."""
         g = self._geometry()
         sizes = output_sizes(g, input_shape)
         for n, out, centre, s in zip(
-            g.spatial(input_shape), sizes, self._first_centre(), self.strides, strict=True
+            g.spatial(input_shape), sizes, g.first_centre, self.strides, strict=True
         ):
             if n is not None and out is not None and centre + (out - 1) * s >= n:
                 raise ValueError(
@@ -283,7 +301,7 @@ class InvolutionND(keras.layers.Layer):
         cropped = tuple(
             None if n is None else min(n - centre, out * s)
             for n, out, centre, s in zip(
-                sizes, g.output_sizes(sizes), self._first_centre(), self.strides, strict=True
+                sizes, g.output_sizes(sizes), g.first_centre, self.strides, strict=True
             )
         )
         return g.shape(input_shape[0], cropped, input_shape[g.channel_axis])
@@ -296,7 +314,7 @@ class InvolutionND(keras.layers.Layer):
         parts = tuple(
             slice(centre, centre + out * s)
             for centre, out, s in zip(
-                self._first_centre(),
+                g.first_centre,
                 g.output_sizes(view_sizes(inputs, g)),
                 self.strides,
                 strict=True,
@@ -307,7 +325,8 @@ class InvolutionND(keras.layers.Layer):
     def generate_kernel(self, inputs):
         """The kernels for ``inputs``, as ``involution.ops.involution`` takes them:
         (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial)."""
-        kernel = self.kernel_generator(self._features(inputs))
+        whole = getattr(self.kernel_generator, "whole_input", False)
+        kernel = self.kernel_generator(inputs if whole else self._features(inputs))
         g = self._geometry()
         shape = ops.shape(kernel)
         if len(shape) != self.rank + 2 or kernel.shape[g.channel_axis] != g.taps * g.groups:
@@ -317,6 +336,10 @@ class InvolutionND(keras.layers.Layer):
                 f"Received: a map of shape {tuple(kernel.shape)} from {self.kernel_generator.name}"
             )
         kernel = ops.reshape(kernel, g.shape(shape[0], g.spatial(shape), g.taps, g.groups))
+        if self.kernel_softmax:
+            kernel = ops.softmax(wide(kernel), axis=g.tap_axis)
+        if self.kernel_dropout is not None:
+            kernel = self.kernel_dropout(kernel)
         return ops.cast(kernel, inputs.dtype)
 
     def call(self, inputs):
@@ -334,18 +357,28 @@ class InvolutionND(keras.layers.Layer):
             data_format=self.data_format,
             implementation=self.implementation,
         )
+        if self.filters is not None:
+            output = self._project(output)
         return (output, kernel) if self.return_kernel else output
+
+    def _project(self, output):
+        if self.data_format == CHANNELS_LAST:
+            return self.projection(output)
+        return ops.moveaxis(self.projection(ops.moveaxis(output, 1, -1)), -1, 1)
 
     def compute_output_shape(self, input_shape):
         g = self._geometry()
         channels = _channels(input_shape, self.data_format)
         sizes = self._output_sizes(input_shape)
-        output = g.shape(input_shape[0], sizes, channels)
+        output = g.shape(input_shape[0], sizes, self.filters or channels)
         if not self.return_kernel:
             return output
         return output, g.shape(input_shape[0], sizes, g.taps, self._number_of_groups(channels))
 
     def get_config(self):
+        generator = keras.saving.serialize_keras_object(self.kernel_generator)
+        # Keras would build it before this layer tells it what it leaves open.
+        generator.pop("build_config", None)
         return {
             **super().get_config(),
             "kernel_size": self.kernel_size,
@@ -355,11 +388,14 @@ class InvolutionND(keras.layers.Layer):
             "groups": self.groups,
             "group_channels": self.group_channels,
             "reduction_ratio": self.reduction_ratio,
-            "kernel_generator": keras.saving.serialize_keras_object(self.kernel_generator),
+            "kernel_generator": generator,
             "return_kernel": self.return_kernel,
             "group_layout": self.group_layout,
             "data_format": self.data_format,
             "implementation": self.implementation,
+            "filters": self.filters,
+            "kernel_softmax": self.kernel_softmax,
+            "kernel_dropout": self.kernel_dropout.rate if self.kernel_dropout else 0.0,
         }
 
 
@@ -378,21 +414,26 @@ ARGUMENTS = """
         reduction_ratio: Channels for each hidden channel of the default generator.
         kernel_generator: A Keras layer from features (B, *spatial, C) to a kernel map
             (B, *out_spatial, taps * groups), channels tap-major; a name (``"bottleneck"``,
-            ``"linear"``); None: ``kernel_generators.Bottleneck(reduction_ratio)``. A generator with
-            weights serves one layer.
+            ``"contextual"``, ``"linear"``, ``"pairwise_attention"``, ``"static"``); None:
+            ``kernel_generators.Bottleneck(reduction_ratio)``. A generator with weights serves one
+            layer.
         return_kernel: Whether to return (output, kernel) or the output alone.
         group_layout: ``"contiguous"`` (the paper) or ``"interleaved"`` (the keras.io example).
         data_format: ``"channels_last"``, ``"channels_first"``, or None for Keras's setting.
         implementation: See ``involution.ops.involution``.
+        filters: Channels of the output, by a 1x1 convolution after the involution. None: the
+            input's channels, without it.
+        kernel_softmax: Whether the numbers of every window are positive and sum to 1.
+        kernel_dropout: Fraction of the kernels' numbers that training sets to 0.
         **kwargs: ``name``, ``dtype`` and so on, as in ``keras.layers.Layer``.
 
     Call arguments:
         inputs: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
 
     Returns:
-        A tensor with the channels of ``inputs`` and the sizes a convolution would give; with
-        ``return_kernel`` also the kernels, (B, *out_spatial, taps, groups) or (B, taps, groups,
-        *out_spatial).
+        A tensor with the channels of ``inputs``, or ``filters``, and the sizes a convolution would
+        give; with ``return_kernel`` also the kernels, (B, *out_spatial, taps, groups) or (B, taps,
+        groups, *out_spatial).
 
     Raises:
         ValueError: An argument is out of its range, the channels do not divide, or the generator's

@@ -1,5 +1,5 @@
 """The involution operator and its implementations."""
 
-from involution.ops.api import implementations, involution, use
+from involution.ops.api import implementations, involution, use, window_products
 
-__all__ = ["implementations", "involution", "use"]
+__all__ = ["implementations", "involution", "use", "window_products"]

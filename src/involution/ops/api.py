@@ -128,6 +128,68 @@ def involution(
     return _run(x, kernel, implementation, arguments)
 
 
+def window_products(
+    x,
+    y,
+    kernel_size,
+    strides=1,
+    padding="same",
+    dilation_rate=1,
+    groups=1,
+    group_layout="contiguous",
+    data_format=None,
+    implementation=None,
+):
+    """Products of every position with the positions of its window, summed over a group's channels.
+
+        products[b, p, k, g] = sum over channels c of group g of
+            y[b, p, c] * x[b, p * strides - pad + k * dilation_rate, c]
+
+    The windows are those of ``involution``, of which this is the gradient for the kernel: local
+    attention's scores, as fast as that gradient, and differentiable like it.
+
+    Args:
+        x: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
+        y: Tensor (B, *out_spatial, C) or (B, C, *out_spatial), of the type of ``x``.
+        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format,
+            implementation: As for ``involution``.
+
+    Returns:
+        Tensor (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial), of the type of
+        ``x``, ready to be a kernel of ``involution``.
+
+    Raises:
+        ValueError: An argument is out of its range, or the shapes or types do not fit.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> x = np.ones((1, 4, 5, 6), "float32")
+    >>> scores = involution.ops.window_products(x, x, kernel_size=3, groups=2)
+    >>> tuple(scores.shape), float(scores[0, 0, 0, 0, 0]), float(scores[0, 0, 0, 4, 0])
+    ((1, 4, 5, 9, 2), 0.0, 3.0)
+    """
+    x, y = (_tensor(t) for t in (x, y))
+    problem = make_problem(
+        x,
+        None,
+        kernel_size,
+        strides,
+        padding,
+        dilation_rate,
+        groups,
+        group_layout,
+        data_format,
+    )
+    if not _fits(problem.output_shape, _shape("y", y)) or y.dtype != x.dtype:
+        raise ValueError(
+            f"`y` must have the shape of the output, {problem.output_shape}, and the type of `x`, "
+            f"{problem.dtype}. Received: y.shape={tuple(y.shape)}, y.dtype={y.dtype}"
+        )
+    y = _sized(y, x, problem, problem.x_shape[problem.geometry.channel_axis])
+    return _choose(problem, implementation).products(x, y, problem)
+
+
 @keras.saving.register_keras_serializable(package="involution")
 class InvolutionOperation(keras.Operation):
     """``involution`` as a node of a functional Keras model; the same arguments, by name."""
@@ -194,18 +256,25 @@ def use(implementation):
 
 
 def _run(x, kernel, implementation, arguments):
-    # Tensors stay as they are, on the device they are on.
-    x, kernel = (
-        t if keras.ops.is_tensor(t) else keras.ops.convert_to_tensor(t) for t in (x, kernel)
-    )
+    x, kernel = _tensor(x), _tensor(kernel)
     problem = make_problem(x, kernel, **arguments)
-    if None in problem.output_shape:
-        # Sizes that only the running program knows: another size would be broadcast in silence.
-        g = problem.geometry
-        shape = keras.ops.shape(x)
-        expected = g.shape(shape[0], g.output_sizes(g.spatial(shape)), g.taps, g.groups)
-        kernel = keras.ops.reshape(kernel, expected)
+    kernel = _sized(kernel, x, problem, problem.geometry.taps, problem.geometry.groups)
     return _choose(problem, implementation).apply(x, kernel, problem)
+
+
+def _sized(tensor, x, problem, *channels):
+    """``tensor``, which has the output's sizes, where only the running program knows them: another
+    size would be broadcast in silence."""
+    if None not in problem.output_shape:
+        return tensor
+    g = problem.geometry
+    shape = keras.ops.shape(x)
+    return keras.ops.reshape(tensor, g.shape(shape[0], g.output_sizes(g.spatial(shape)), *channels))
+
+
+def _tensor(value):
+    """Tensors stay as they are, on the device they are on."""
+    return value if keras.ops.is_tensor(value) else keras.ops.convert_to_tensor(value)
 
 
 def implementation_names(implementation) -> tuple[str, ...]:
@@ -255,8 +324,11 @@ def make_problem(
     group_layout="contiguous",
     data_format=None,
 ) -> Problem:
-    """Checks the arguments of one call. Raises ValueError with the rule and the value received."""
-    x_shape, kernel_shape = _shape("x", x), _shape("kernel", kernel)
+    """Checks the arguments of one call. Raises ValueError with the rule and the value received.
+
+    ``kernel`` may be None, for the one that fits.
+    """
+    x_shape = _shape("x", x)
     rank = len(x_shape) - 2
     if rank not in (1, 2, 3):
         raise ValueError(
@@ -264,7 +336,7 @@ def make_problem(
             f"Received: x.shape={x_shape}"
         )
     dtype = keras.backend.standardize_dtype(x.dtype)
-    kernel_dtype = keras.backend.standardize_dtype(kernel.dtype)
+    kernel_dtype = dtype if kernel is None else keras.backend.standardize_dtype(kernel.dtype)
     if dtype not in DTYPES or kernel_dtype != dtype:
         raise ValueError(
             f"`x` and `kernel` must have the same type, one of {', '.join(DTYPES)}. "
@@ -280,29 +352,33 @@ def make_problem(
         data_format=standardize_data_format(data_format),
     )
     device = getattr(getattr(x, "device", None), "type", None)
+    fitting = _kernel_shape(geometry, x_shape)
+    kernel_shape = fitting if kernel is None else _shape("kernel", kernel)
+    if not _fits(fitting, kernel_shape):
+        raise ValueError(
+            f"`kernel` must have the shape {fitting}: a batch, the output's spatial sizes, the "
+            f"taps of a window and the groups. Received: kernel.shape={kernel_shape}"
+        )
     problem = Problem(geometry, x_shape, kernel_shape, dtype, device)
-    _check_shapes(problem)
     nearer = geometry.without_excess(geometry.spatial(x_shape))
     return dataclasses.replace(problem, geometry=nearer)
 
 
-def _check_shapes(problem):
-    g, x_shape, kernel_shape = problem.geometry, problem.x_shape, problem.kernel_shape
+def _kernel_shape(g, x_shape) -> tuple[int | None, ...]:
     channels = x_shape[g.channel_axis]
     if channels is None or channels == 0 or channels % g.groups:
         raise ValueError(
             "The number of channels must be known, not 0, and divisible by `groups`. "
             f"Received: groups={g.groups}, x.shape={x_shape}"
         )
-    expected = g.shape(x_shape[0], output_sizes(g, x_shape), g.taps, g.groups)
-    if len(expected) != len(kernel_shape) or any(
-        want is not None and have is not None and want != have
-        for want, have in zip(expected, kernel_shape, strict=True)
-    ):
-        raise ValueError(
-            f"`kernel` must have the shape {expected}: a batch, the output's spatial sizes, the "
-            f"taps of a window and the groups. Received: kernel.shape={kernel_shape}"
-        )
+    return g.shape(x_shape[0], output_sizes(g, x_shape), g.taps, g.groups)
+
+
+def _fits(expected, shape) -> bool:
+    return len(expected) == len(shape) and all(
+        want is None or have is None or want == have
+        for want, have in zip(expected, shape, strict=True)
+    )
 
 
 def output_sizes(g, x_shape) -> tuple[int | None, ...]:

@@ -96,6 +96,17 @@ class Geometry:
             )
         )
 
+    @property
+    def first_centre(self) -> tuple[int, ...]:
+        """Where the first window's centre lies in each dimension; 0 for "same" by definition."""
+        if self.padding == SAME:
+            return (0,) * self.rank
+        # Outside of "same" the zeros before do not depend on the input's size.
+        before = (pair[0] for pair in self.pads((1,) * self.rank))
+        return tuple(
+            last // 2 - pad for last, pad in zip(self.tap_offsets[-1], before, strict=True)
+        )
+
     def output_sizes(self, sizes) -> tuple:
         """Spatial sizes of the output; None where the input's size is None."""
         return tuple(None if n is None else self._output_size(i, n) for i, n in enumerate(sizes))

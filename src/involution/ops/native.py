@@ -7,7 +7,7 @@ is a module with ``refusal(problem)`` and ``call(member, geometry, sizes, a, b)`
 import keras
 
 from involution.ops import native_library
-from involution.ops.gradients import OUTPUT
+from involution.ops.gradients import KERNEL, OUTPUT
 from involution.ops.views import sizes
 
 BINDINGS = ("tensorflow", "jax", "torch")
@@ -35,8 +35,15 @@ def reluctance(problem) -> str | None:
 
 
 def apply(x, kernel, problem):
-    g = problem.geometry
-    return _binding(keras.config.backend()).call(OUTPUT, g, sizes(x, g), x, kernel)
+    return _call(OUTPUT, x, kernel, problem.geometry)
+
+
+def products(x, y, problem):
+    return _call(KERNEL, x, y, problem.geometry)
+
+
+def _call(member, a, b, g):
+    return _binding(keras.config.backend()).call(member, g, sizes(a, g), a, b)
 
 
 def _binding(backend):

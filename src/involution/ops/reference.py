@@ -7,6 +7,7 @@ from involution.ops.views import (
     merge_groups,
     padded_view,
     sizes,
+    split_groups,
     tap_kernel,
     wide,
     window,
@@ -28,3 +29,18 @@ def apply(x, kernel, problem):
         here = window(padded, offset, g.strides, g.output_sizes(x_sizes), g)
         y = y + tap_kernel(weights, tap, g) * here
     return ops.cast(merge_groups(y, g), x.dtype)
+
+
+def products(x, y, problem):
+    """P[b, p, tap, group] = sum over channels of Y[b, p, c] * X[b, window of p at tap, c]."""
+    g = problem.geometry
+    x_sizes = sizes(x, g)
+    padded, seen = padded_view(wide(x), x_sizes, g), split_groups(wide(y), g)
+    taps = [
+        ops.sum(
+            seen * window(padded, offset, g.strides, g.output_sizes(x_sizes), g),
+            axis=g.member_axis,
+        )
+        for offset in g.tap_offsets
+    ]
+    return ops.cast(ops.stack(taps, axis=g.tap_axis), x.dtype)

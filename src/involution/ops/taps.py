@@ -47,6 +47,11 @@ def apply(x, kernel, problem):
     return _call(OUTPUT, g, sizes(x, g), x, kernel)
 
 
+def products(x, y, problem):
+    g = problem.geometry
+    return _call(KERNEL, g, sizes(x, g), x, y)
+
+
 def _compute(member, g: Geometry, x_sizes, a, b):
     result = {OUTPUT: _output, INPUT: _input_gradient, KERNEL: _kernel_gradient}[member](
         wide(a), wide(b), x_sizes, g

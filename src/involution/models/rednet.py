@@ -1,0 +1,217 @@
+"""RedNet: ResNet with involutions where the bottlenecks have their 3x3 convolutions.
+
+The paper's backbones as its code has them: symmetric padding, contiguous groups of 16 channels,
+stride 2 in the involution and the shortcut of a stage's first block, batch normalization with
+epsilon 1e-5 and momentum 0.9 (0.1 in PyTorch's sense). Sizes that the strides do not divide, which
+the paper's code cannot take, give ceil(n / 2) positions here.
+"""
+
+import dataclasses
+
+import keras
+from keras import layers
+
+from involution.kernel_generators import KAIMING
+from involution.layers import Involution2D
+from involution.ops.geometry import CHANNELS_LAST
+
+EXPANSION = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One network of the family: what a stage repeats and how wide it is."""
+
+    blocks: tuple[int, ...]
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    stem_width: int = 64
+    # Whether the stem makes the image four times smaller, as for photographs.
+    stem_shrinks: bool = True
+    classes: int = 1000
+
+
+VARIANTS = {
+    "rednet26": Variant((1, 2, 4, 1)),
+    "rednet38": Variant((2, 3, 5, 2)),
+    "rednet50": Variant((3, 4, 6, 3)),
+    "rednet101": Variant((3, 4, 23, 3)),
+    "rednet152": Variant((3, 8, 36, 3)),
+    "rednet_tiny": Variant(
+        (1, 1, 1), widths=(16, 32, 64), stem_width=32, stem_shrinks=False, classes=10
+    ),
+}
+
+
+def _build(
+    name, variant, input_shape, classes, include_top, feature_maps, stem_kernel_size
+) -> keras.Model:
+    _check(input_shape, classes, include_top, feature_maps, stem_kernel_size)
+    inputs = keras.Input(shape=input_shape)
+    x = _stem(inputs, variant, stem_kernel_size)
+    maps = {}
+    for i, (blocks, width) in enumerate(zip(variant.blocks, variant.widths, strict=True)):
+        for block in range(blocks):
+            stride = 2 if i > 0 and block == 0 else 1
+            x = _block(x, width, stride, block == 0, f"stage{i + 1}_block{block + 1}")
+        maps[f"stage{i + 1}"] = x
+    if feature_maps:
+        return keras.Model(inputs, maps, name=name)
+    if include_top:
+        x = layers.GlobalAveragePooling2D(data_format=CHANNELS_LAST, name="pool")(x)
+        x = layers.Dense(
+            classes,
+            kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
+            name="logits",
+        )(x)
+    return keras.Model(inputs, x, name=name)
+
+
+def _stem(x, variant, kernel_size):
+    half, stride = variant.stem_width // 2, 2 if variant.stem_shrinks else 1
+    x = layers.ZeroPadding2D(1, data_format=CHANNELS_LAST, name="stem_1_pad")(x)
+    x = _convolution(half, 3, stride, "stem_1_conv")(x)
+    x = _normalized(x, "stem_1")
+    x = _involution(kernel_size, 1, "stem_2_involution")(x)
+    x = _normalized(x, "stem_2")
+    x = layers.ZeroPadding2D(1, data_format=CHANNELS_LAST, name="stem_3_pad")(x)
+    x = _convolution(variant.stem_width, 3, 1, "stem_3_conv")(x)
+    x = _normalized(x, "stem_3")
+    if not variant.stem_shrinks:
+        return x
+    # After a ReLU a border of zeros never wins.
+    x = layers.ZeroPadding2D(1, data_format=CHANNELS_LAST, name="stem_pool_pad")(x)
+    return layers.MaxPooling2D(3, 2, data_format=CHANNELS_LAST, name="stem_pool")(x)
+
+
+def _block(x, width, stride, first, name):
+    shortcut = x
+    if first:
+        shortcut = _convolution(EXPANSION * width, 1, stride, f"{name}_shortcut_conv")(x)
+        shortcut = _normalization(f"{name}_shortcut_bn")(shortcut)
+    x = _convolution(width, 1, 1, f"{name}_1_conv")(x)
+    x = _normalized(x, f"{name}_1")
+    x = _involution(7, stride, f"{name}_2_involution")(x)
+    x = _normalized(x, f"{name}_2")
+    x = _convolution(EXPANSION * width, 1, 1, f"{name}_3_conv")(x)
+    # Every block begins as its shortcut.
+    x = _normalization(f"{name}_3_bn", gamma_initializer="zeros")(x)
+    x = layers.Add(name=f"{name}_add")([x, shortcut])
+    return layers.ReLU(name=f"{name}_relu")(x)
+
+
+def _convolution(filters, kernel_size, strides, name):
+    return layers.Conv2D(
+        filters,
+        kernel_size,
+        strides,
+        use_bias=False,
+        kernel_initializer=keras.initializers.get(KAIMING),
+        data_format=CHANNELS_LAST,
+        name=name,
+    )
+
+
+def _involution(kernel_size, strides, name):
+    return Involution2D(
+        kernel_size, strides, padding="symmetric", data_format=CHANNELS_LAST, name=name
+    )
+
+
+def _normalization(name, **arguments):
+    return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=name, **arguments)
+
+
+def _normalized(x, name):
+    return layers.ReLU(name=f"{name}_relu")(_normalization(f"{name}_bn")(x))
+
+
+def _check(input_shape, classes, include_top, feature_maps, stem_kernel_size):
+    sizes = tuple(input_shape)
+    if len(sizes) != 3 or not all(
+        (n is None and i < 2) or (isinstance(n, int) and n >= 1) for i, n in enumerate(sizes)
+    ):
+        raise ValueError(
+            "`input_shape` must be (height, width, channels), with None for a size that varies. "
+            f"Received: input_shape={input_shape!r}"
+        )
+    if not isinstance(classes, int) or classes < 1:
+        raise ValueError(f"`classes` must be at least 1. Received: classes={classes!r}")
+    if not isinstance(stem_kernel_size, int) or stem_kernel_size < 1:
+        raise ValueError(
+            "`stem_kernel_size` must be an integer of at least 1. "
+            f"Received: stem_kernel_size={stem_kernel_size!r}"
+        )
+    for name, value in (("include_top", include_top), ("feature_maps", feature_maps)):
+        if not isinstance(value, bool):
+            raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
+
+
+# The networks differ in their row of ``VARIANTS`` alone, so they share one signature and one text.
+ARGUMENTS = """
+
+    Args:
+        input_shape: (height, width, channels) of the images; None for sizes that vary. Any size
+            works, odd ones too.
+        classes: Number of classes.
+        include_top: Whether the model ends with the classifier, or with the last stage's map.
+        feature_maps: Whether the model returns the maps of all stages, without the classifier.
+        stem_kernel_size: Window of the involution in the stem: 3 in the paper's classifiers, 7 in
+            its backbones for detection and segmentation.
+
+    Returns:
+        A functional ``keras.Model`` from images (B, H, W, channels) to logits (B, classes); or to
+        the last stage's map; or to a dictionary of the maps of all stages, from ``"stage1"`` on,
+        which in the paper's networks have the sizes H / 4, / 8, / 16 and / 32, rounded up, and 256,
+        512, 1024 and 2048 channels. It is channels last whatever Keras's setting, and has the types
+        of Keras's dtype policy.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Source: Li et al., arXiv:2103.06255, section 4.
+    """
+
+
+def _network(name, function_name, text):
+    variant = VARIANTS[name]
+
+    def network(
+        input_shape=(None, None, 3),
+        classes=variant.classes,
+        include_top=True,
+        feature_maps=False,
+        stem_kernel_size=3,
+    ):
+        return _build(
+            name, variant, input_shape, classes, include_top, feature_maps, stem_kernel_size
+        )
+
+    network.__name__ = network.__qualname__ = function_name
+    network.__doc__ = text + ARGUMENTS
+    return network
+
+
+RedNet26 = _network(
+    "rednet26",
+    "RedNet26",
+    """RedNet-26, the smallest of the paper's networks: 9.2 million parameters.
+
+    >>> import involution
+    >>> involution.models.RedNet26().count_params() // 10**5 / 10
+    9.2
+    """,
+)
+RedNet38 = _network("rednet38", "RedNet38", "RedNet-38: 12.4 million parameters; see RedNet26.")
+RedNet50 = _network("rednet50", "RedNet50", "RedNet-50: 15.5 million parameters; see RedNet26.")
+RedNet101 = _network("rednet101", "RedNet101", "RedNet-101: 25.7 million parameters; see RedNet26.")
+RedNet152 = _network("rednet152", "RedNet152", "RedNet-152: 34.0 million parameters; see RedNet26.")
+rednet_tiny = _network(
+    "rednet_tiny",
+    "rednet_tiny",
+    """A RedNet for images of some 32x32: three stages of one block, which the stem does not shrink.
+
+    >>> import involution
+    >>> tuple(involution.models.rednet_tiny((32, 32, 3)).output.shape)
+    (None, 10)
+    """,
+)
