@@ -56,14 +56,15 @@ def count_multiply_adds(model, input_shape=None, involutions=True) -> int:
     Example:
 
     >>> import involution
-    >>> involution.models.count_multiply_adds(involution.models.RedNet50(), (224, 224, 3)) / 1e9
-    2.7
+    >>> involution.models.count_multiply_adds(involution.models.RedNet50(), (224, 224, 3))
+    2648505856
     """
-    shape = tuple(model.input.shape[1:] if input_shape is None else input_shape)
+    (tensor,) = model.inputs
+    shape = tuple(tensor.shape[1:] if input_shape is None else input_shape)
     if None in shape:
         raise ValueError(
             "`input_shape` must be given where the model leaves a size open. "
-            f"Received: input_shape={input_shape}, and the model's {tuple(model.input.shape[1:])}"
+            f"Received: input_shape={input_shape}, and the model's {tuple(tensor.shape[1:])}"
         )
     # The same layers, with every size known.
     sized = keras.models.clone_model(model, input_tensors=keras.Input(shape))

@@ -13,7 +13,8 @@ from keras import layers
 
 from involution.kernel_generators import KAIMING
 from involution.layers import Involution2D
-from involution.ops.geometry import CHANNELS_LAST
+from involution.ops.api import standardize_data_format
+from involution.ops.geometry import CHANNELS_FIRST, CHANNELS_LAST
 
 EXPANSION = 4
 
@@ -42,39 +43,42 @@ VARIANTS = {
 }
 
 
-def _build(
-    name, variant, input_shape, classes, include_top, feature_maps, stem_kernel_size
-) -> keras.Model:
-    _check(input_shape, classes, include_top, feature_maps, stem_kernel_size)
+def _build(name, variant, input_shape, classes, include_top, feature_maps, stem_kernel_size, form):
+    _check(input_shape, classes, include_top, feature_maps, stem_kernel_size, form)
     inputs = keras.Input(shape=input_shape)
-    x = _stem(inputs, variant, stem_kernel_size)
+    x = inputs
+    # Inside, the channels are last: TensorFlow has no other convolution on CPUs.
+    if form == CHANNELS_FIRST:
+        x = layers.Permute((2, 3, 1), name="channels_last")(x)
+    x = _stem(x, variant, stem_kernel_size)
     maps = {}
     for i, (blocks, width) in enumerate(zip(variant.blocks, variant.widths, strict=True)):
         for block in range(blocks):
             stride = 2 if i > 0 and block == 0 else 1
             x = _block(x, width, stride, block == 0, f"stage{i + 1}_block{block + 1}")
         maps[f"stage{i + 1}"] = x
-    if feature_maps:
-        return keras.Model(inputs, maps, name=name)
-    if include_top:
+    if include_top and not feature_maps:
         x = layers.GlobalAveragePooling2D(data_format=CHANNELS_LAST, name="pool")(x)
-        x = layers.Dense(
-            classes,
-            kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
-            name="logits",
-        )(x)
-    return keras.Model(inputs, x, name=name)
+        initializer = keras.initializers.RandomNormal(stddev=0.01)
+        x = layers.Dense(classes, kernel_initializer=initializer, name="logits")(x)
+        return keras.Model(inputs, x, name=name)
+    if form == CHANNELS_FIRST:
+        maps = {
+            stage: layers.Permute((3, 1, 2), name=f"{stage}_channels_first")(map_)
+            for stage, map_ in maps.items()
+        }
+    return keras.Model(inputs, maps if feature_maps else maps[f"stage{len(maps)}"], name=name)
 
 
 def _stem(x, variant, kernel_size):
     half, stride = variant.stem_width // 2, 2 if variant.stem_shrinks else 1
+    # Keras's "same" would move the windows of stride 2 by one.
     x = layers.ZeroPadding2D(1, data_format=CHANNELS_LAST, name="stem_1_pad")(x)
     x = _convolution(half, 3, stride, "stem_1_conv")(x)
     x = _normalized(x, "stem_1")
     x = _involution(kernel_size, 1, "stem_2_involution")(x)
     x = _normalized(x, "stem_2")
-    x = layers.ZeroPadding2D(1, data_format=CHANNELS_LAST, name="stem_3_pad")(x)
-    x = _convolution(variant.stem_width, 3, 1, "stem_3_conv")(x)
+    x = _convolution(variant.stem_width, 3, 1, "stem_3_conv", padding="same")(x)
     x = _normalized(x, "stem_3")
     if not variant.stem_shrinks:
         return x
@@ -99,11 +103,12 @@ def _block(x, width, stride, first, name):
     return layers.ReLU(name=f"{name}_relu")(x)
 
 
-def _convolution(filters, kernel_size, strides, name):
+def _convolution(filters, kernel_size, strides, name, padding="valid"):
     return layers.Conv2D(
         filters,
         kernel_size,
         strides,
+        padding,
         use_bias=False,
         kernel_initializer=keras.initializers.get(KAIMING),
         data_format=CHANNELS_LAST,
@@ -125,13 +130,16 @@ def _normalized(x, name):
     return layers.ReLU(name=f"{name}_relu")(_normalization(f"{name}_bn")(x))
 
 
-def _check(input_shape, classes, include_top, feature_maps, stem_kernel_size):
+def _check(input_shape, classes, include_top, feature_maps, stem_kernel_size, form):
     sizes = tuple(input_shape)
+    channels = 2 if form == CHANNELS_LAST else 0
     if len(sizes) != 3 or not all(
-        (n is None and i < 2) or (isinstance(n, int) and n >= 1) for i, n in enumerate(sizes)
+        (n is None and i != channels) or (isinstance(n, int) and n >= 1)
+        for i, n in enumerate(sizes)
     ):
         raise ValueError(
-            "`input_shape` must be (height, width, channels), with None for a size that varies. "
+            "`input_shape` must be (height, width, channels), or (channels, height, width) for "
+            "channels_first, with None for a size that varies. "
             f"Received: input_shape={input_shape!r}"
         )
     if not isinstance(classes, int) or classes < 1:
@@ -150,20 +158,22 @@ def _check(input_shape, classes, include_top, feature_maps, stem_kernel_size):
 ARGUMENTS = """
 
     Args:
-        input_shape: (height, width, channels) of the images; None for sizes that vary. Any size
-            works, odd ones too.
+        input_shape: (height, width, channels) of the images, or (channels, height, width) for
+            ``"channels_first"``; None for sizes that vary. Any size works, odd ones too. Unless
+            given: three channels of any size.
         classes: Number of classes.
         include_top: Whether the model ends with the classifier, or with the last stage's map.
         feature_maps: Whether the model returns the maps of all stages, without the classifier.
         stem_kernel_size: Window of the involution in the stem: 3 in the paper's classifiers, 7 in
             its backbones for detection and segmentation.
+        data_format: ``"channels_last"`` whatever Keras's setting, as this package reads images;
+            ``"channels_first"``; or None for the setting. The weights are the same for both.
 
     Returns:
         A functional ``keras.Model`` from images (B, H, W, channels) to logits (B, classes); or to
         the last stage's map; or to a dictionary of the maps of all stages, from ``"stage1"`` on,
         which in the paper's networks have the sizes H / 4, / 8, / 16 and / 32, rounded up, and 256,
-        512, 1024 and 2048 channels. It is channels last whatever Keras's setting, and has the types
-        of Keras's dtype policy.
+        512, 1024 and 2048 channels. It has the types of Keras's dtype policy.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -176,14 +186,18 @@ def _network(name, function_name, text):
     variant = VARIANTS[name]
 
     def network(
-        input_shape=(None, None, 3),
+        input_shape=None,
         classes=variant.classes,
         include_top=True,
         feature_maps=False,
         stem_kernel_size=3,
+        data_format="channels_last",
     ):
+        form = standardize_data_format(data_format)
+        if input_shape is None:
+            input_shape = (None, None, 3) if form == CHANNELS_LAST else (3, None, None)
         return _build(
-            name, variant, input_shape, classes, include_top, feature_maps, stem_kernel_size
+            name, variant, input_shape, classes, include_top, feature_maps, stem_kernel_size, form
         )
 
     network.__name__ = network.__qualname__ = function_name

@@ -114,7 +114,7 @@ class Geometry:
     def _output_size(self, i, n):
         stride = self.strides[i]
         if self.padding == SAME:
-            return -(-n // stride)
+            return ceil_divide(n, stride)
         span = self.dilation_rate[i] * (self.kernel_size[i] - 1)
         if isinstance(self.padding, tuple):
             total = sum(self.padding[i])
@@ -143,6 +143,12 @@ class Geometry:
         return dataclasses.replace(self, strides=tuple(strides), dilation_rate=tuple(rates))
 
 
+def ceil_divide(n, stride):
+    """How many strides cover a size n, which may be a tensor."""
+    # Not -(-n // stride): in ONNX the division of a negative integer rounds towards zero.
+    return (n + stride - 1) // stride
+
+
 def _pads(padding, n, kernel, stride, dilation, maximum):
     span = dilation * (kernel - 1)
     if padding == VALID:
@@ -154,5 +160,7 @@ def _pads(padding, n, kernel, stride, dilation, maximum):
     elif n is None:
         raise ValueError("'same' padding with strides above 1 depends on the input's size")
     else:
-        total = maximum((-(-n // stride) - 1) * stride + span + 1 - n, 0)
+        total = (ceil_divide(n, stride) - 1) * stride + span + 1 - n
+        if span + 1 < stride:
+            total = maximum(total, 0)
     return (total // 2, total - total // 2)

@@ -6,6 +6,7 @@ group, so that one tap of the kernel broadcasts over it.
 
 import math
 
+import keras
 from keras import ops
 
 from involution.ops.geometry import CHANNELS_LAST
@@ -77,7 +78,17 @@ def pad_spatial(view, pads, g):
     if all(isinstance(p, int) and p == 0 for pair in pads for p in pair):
         return view
     around = [(0, 0)] * spatial_axis(g) + list(pads)
-    return ops.pad(view, around + [(0, 0)] * (len(view.shape) - len(around)))
+    return zero_pad(view, around + [(0, 0)] * (len(view.shape) - len(around)))
+
+
+def zero_pad(x, around):
+    """``keras.ops.pad`` with (before, after) for every axis."""
+    if keras.config.backend() == "torch":
+        import torch
+
+        # Keras asks whether padding is 0, which a program exported for all sizes cannot know.
+        return torch.nn.functional.pad(x, [n for pair in reversed(around) for n in pair])
+    return ops.pad(x, around)
 
 
 def window(view, start, strides, count, g, first=None):
