@@ -11,6 +11,8 @@ from involution.layers import Involution, Involution2D
 from involution.ops.geometry import CHANNELS_LAST
 
 HEADS = ("dense", "convolutional")
+# The example's visualizer: no classes, what the involutions generate.
+KERNELS = "kernels"
 
 
 def cnn(input_shape=(32, 32, 3), classes=10, head="dense"):
@@ -36,7 +38,7 @@ def cnn(input_shape=(32, 32, 3), classes=10, head="dense"):
     >>> involution.models.cnn().count_params()
     319178
     """
-    _check(input_shape, classes, head)
+    _check(input_shape, classes, head, HEADS)
     inputs = keras.Input(shape=input_shape)
     x = inputs
     for stage, filters in enumerate((32, 64, 64), start=1):
@@ -59,14 +61,15 @@ def inn(
     """The involutional network: three involutions, which keep the channels of the image.
 
     Args:
-        input_shape: (height, width, channels); sizes may be None with the convolutional head.
+        input_shape: (height, width, channels); sizes may be None unless the head is dense.
         classes: Number of classes.
         kernel_size: Side of the windows.
         group_number: Groups of every involution; divides the channels.
         reduction_ratio: Channels for each hidden channel of the kernel generators.
         kernel_generator: None for the example's layer, ``Involution``; a name, or a Keras layer of
             which each stage gets a copy, for ``Involution2D`` with that generator.
-        head: As for ``cnn``.
+        head: As for ``cnn``; or ``"kernels"``: no classifier, the model returns the kernels of its
+            three involutions, a list, as the example's visualizer does.
 
     Returns:
         A functional ``keras.Model`` named ``inv_model``, from images to logits (B, classes), with
@@ -82,7 +85,7 @@ def inn(
     >>> involution.models.inn().count_params()
     13080
     """
-    _check(input_shape, classes, head)
+    _check(input_shape, classes, head, (*HEADS, KERNELS))
 
     def involution(name):
         if kernel_generator is None:
@@ -105,25 +108,28 @@ def inn(
 
     inputs = keras.Input(shape=input_shape)
     x = inputs
+    kernels = []
     for stage in (1, 2, 3):
-        x, _ = involution(f"inv_{stage}")(x)
+        x, kernel = involution(f"inv_{stage}")(x)
+        kernels.append(kernel)
         x = layers.ReLU()(x)
         if stage < 3:
             x = layers.MaxPooling2D((2, 2), data_format=CHANNELS_LAST)(x)
-    return keras.Model(inputs=inputs, outputs=_head(x, classes, head), name="inv_model")
+    outputs = kernels if head == KERNELS else _head(x, classes, head)
+    return keras.Model(inputs=inputs, outputs=outputs, name="inv_model")
 
 
-def _check(input_shape, classes, head):
-    if head not in HEADS:
-        raise ValueError(f"`head` must be one of {', '.join(HEADS)}. Received: head={head!r}")
-    sizes, free = tuple(input_shape), head == "convolutional"
+def _check(input_shape, classes, head, heads):
+    if head not in heads:
+        raise ValueError(f"`head` must be one of {', '.join(heads)}. Received: head={head!r}")
+    sizes, free = tuple(input_shape), head != "dense"
     if len(sizes) != 3 or not all(
         (n is None and free and i < 2) or (isinstance(n, int) and n >= (1 if i == 2 else 4))
         for i, n in enumerate(sizes)
     ):
         raise ValueError(
             "`input_shape` must be (height, width, channels) with sides of at least 4, or of None "
-            f"with the convolutional head. Received: input_shape={input_shape!r}, head={head!r}"
+            f"unless the head is dense. Received: input_shape={input_shape!r}, head={head!r}"
         )
     if not isinstance(classes, int) or classes < 2:
         raise ValueError(f"`classes` must be at least 2. Received: classes={classes!r}")
