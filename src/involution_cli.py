@@ -23,7 +23,7 @@ from cyclopts import Parameter
 
 app = cyclopts.App(
     name="involution",
-    help="Involution for Keras: compare it with convolution, train, predict, explain.",
+    help="Involution for Keras: compare it with convolution, train, predict, explain, export.",
     help_format="plaintext",
     version=lambda: metadata.version("involution"),
     version_flags=["--version"],
@@ -148,6 +148,76 @@ def explain(
         classifier, tensors = _read(saved_model, model, images)
         for line in explaining.write(classifier, images, tensors, output):
             session.console.say(line)
+
+
+@app.command
+def convert(source: pathlib.Path, destination: pathlib.Path, *, backend: Backend | None = None):
+    """Convert a published checkpoint into a folder of this package: config.json, model.safetensors.
+
+    Nothing in the checkpoint is executed. What the new model computes is compared with what NumPy
+    computes from the checkpoint.
+
+    Parameters
+    ----------
+    source
+        A RedNet of the paper's authors (PyTorch, .pth) or of PaddleClas (.pdparams); or the folder
+        of the SavedModel keras-io/involution.
+    destination
+        The folder to write: new or empty.
+    backend
+        Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
+    """
+    with _session(f"Converting {source}.", backend) as session:
+        from involution.models.convert import convert
+
+        for line in convert(source, destination).lines:
+            session.console.say(line)
+        session.console.say(f"Model: {destination}")
+
+
+@app.command
+def export(
+    model: pathlib.Path,
+    *,
+    format: Literal["onnx", "saved_model", "pt2"] = "onnx",
+    output: pathlib.Path | None = None,
+    image_size: str | None = None,
+    backend: Backend | None = None,
+):
+    """Write a model for another runtime, and check what was written by that runtime.
+
+    Parameters
+    ----------
+    model
+        A .keras file, or a folder written by convert.
+    format
+        onnx, from every backend; saved_model, from TensorFlow; pt2, from PyTorch.
+    output
+        What to write: an existing file is replaced, a folder (saved_model) must be new. Named after
+        the model unless given.
+    image_size
+        Side, or HEIGHTxWIDTH, for a model that takes images of any size; then only of that one.
+    backend
+        Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
+    """
+    with _session(f"Exporting {model} as {format}, and checking it.", backend) as session:
+        from involution import saved_model
+        from involution.export import export
+
+        size = _size(image_size)
+        loaded = saved_model.load_model(model)
+        path = output or pathlib.Path(
+            f"{model.stem}_saved_model" if format == "saved_model" else f"{model.stem}.{format}"
+        )
+        done = export(loaded, path, format, _with_size(loaded, size))
+        session.console.say(
+            f"{done.path}: {done.bytes:,} bytes, from {', '.join(done.inputs)} to "
+            f"{', '.join(done.outputs)}, any batch, in {done.seconds:.0f} s"
+        )
+        session.console.say(
+            f"check: for batches of {' and '.join(map(str, done.batches))} {done.runtime} gives "
+            f"the model's numbers to {done.error:.1e} of the largest"
+        )
 
 
 @app.command
@@ -338,6 +408,22 @@ def _size(text) -> tuple[int, int] | None:
 
         raise InputError(f"--image-size must be a side or HEIGHTxWIDTH, above 0. Received: {text}")
     return (int(parts[0]), int(parts[-1]))
+
+
+def _with_size(model, size) -> tuple | None:
+    """The model's input shape with (height, width) where it leaves two sizes open."""
+    if size is None:
+        return None
+    shape = model.inputs[0].shape[1:]
+    if shape.count(None) != len(size):
+        from involution.errors import InputError
+
+        raise InputError(
+            "--image-size is for a model that leaves both sizes open. "
+            f"Received: one for images of {shape}"
+        )
+    sizes = iter(size)
+    return tuple(next(sizes) if n is None else n for n in shape)
 
 
 def _conclude(run, output, console):

@@ -16,7 +16,8 @@ import involution
 import involution_cli
 
 BACKEND = keras.config.backend()
-COMMANDS = ("compare", "train", "predict", "explain", "doctor")
+COMMANDS = ("compare", "train", "predict", "explain", "bench", "convert", "export", "doctor")
+HOSTED = pathlib.Path(__file__).parent / "data" / "hosted"
 
 
 @pytest.fixture
@@ -112,6 +113,35 @@ def test_explain(call, trained, pets, tmp_path):
     assert (tmp_path / "explain.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_convert_and_export(call, tmp_path):
+    code, lines = call("convert", HOSTED, "folder")
+    assert code == 0
+    assert lines[1].startswith("inn from a TensorFlow checkpoint: 24 tensors, ")
+    assert lines[-1] == "Model: folder"
+    code, lines = call("export", "folder", "--image-size", "12x8")
+    assert code == 0
+    assert re.fullmatch(
+        r"folder\.onnx: [\d,]+ bytes, from input to output_0, output_1, output_2, any batch, "
+        r"in \d+ s",
+        lines[1],
+    )
+    assert re.fullmatch(
+        r"check: for batches of 1 and 5 onnxruntime \S+ gives the model's numbers to "
+        r"\d\.\de-\d\d of the largest",
+        lines[2],
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "folder.onnx"]
+
+
+def test_export_of_a_trained_model(call, trained, tmp_path):
+    format = {"tensorflow": "saved_model", "jax": "onnx", "torch": "pt2"}[BACKEND]
+    code, lines = call("export", trained[0] / "inn.keras", "--format", format)
+    assert code == 0
+    name = "inn_saved_model" if format == "saved_model" else f"inn.{format}"
+    assert lines[1].startswith(f"{name}: ")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 def test_doctor(call):
     code, lines = call("doctor")
     assert code == 0
@@ -184,6 +214,17 @@ def bad_inputs(root, trained):
         (["predict", cnn, image, "--top", "0"], "--top must be at least 1"),
         (["explain", cnn, image], "must have an involution"),
         (["explain", inn, image, "--output", root / "none" / "x.png"], "writable"),
+        (["convert", root / "none.pth", root / "new"], "none.pth"),
+        (["convert", root / "text.png", root / "new"], "must be a PyTorch .pth file"),
+        (["convert", root / "ok", root / "new"], "a folder without variables"),
+        (["convert", HOSTED, root / "used"], "new or empty"),
+        (["convert", HOSTED, root / "text.png" / "x"], "writable"),
+        (["export", root / "none.keras"], "which does not exist"),
+        (["export", root / "text.png"], "must be a .keras file"),
+        (["export", root / "used"], "must hold config.json and model.safetensors"),
+        (["export", cnn, "--image-size", "9"], "Received: one for images of (16, 16, 3)"),
+        (["export", cnn, "--output", root / "none" / "x.onnx"], "none/x.onnx"),
+        (["export", cnn, "--format", "tflite"], "tflite"),
     ]
 
 

@@ -41,7 +41,20 @@ ORDER = [
     "kernel_generators",
     "layers",
     "models.classifiers",
+    "models.rednet",
+    "models.flops",
     "models",
+    "models.checkpoints.errors",
+    "models.checkpoints.arrays",
+    "models.checkpoints.pickles",
+    "models.checkpoints.pytorch",
+    "models.checkpoints.paddle",
+    "models.checkpoints.tensorflow",
+    "models.checkpoints",
+    "models.weights",
+    "models.formulas",
+    "models.convert",
+    "export",
     "data",
     "saved_model",
     "training",
@@ -105,8 +118,9 @@ def test_examples_in_docstrings_run(name):
 def test_public_docstrings_have_examples():
     public = [getattr(involution, name) for name in involution.__all__]
     public += [getattr(involution.ops, name) for name in involution.ops.__all__]
-    public += [involution.models.cnn, involution.models.inn]
-    public += [involution.kernel_generators.Bottleneck, involution.kernel_generators.Linear]
+    models = involution.models
+    public += [models.cnn, models.inn, models.RedNet26, models.rednet_tiny]
+    public += [models.count_multiply_adds, *involution.kernel_generators.GENERATORS.values()]
     for thing in public:
         if isinstance(thing, type(sys)):
             continue

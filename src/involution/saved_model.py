@@ -15,6 +15,7 @@ import numpy as np
 from involution import data
 from involution.errors import InputError
 from involution.files import replacing
+from involution.models import weights
 
 ENTRY = "involution.json"
 SCALING = "pixels / 255"
@@ -76,11 +77,32 @@ def load(path) -> Classifier:
             "A model must be a .keras file written by `involution compare` or `train`, which holds "
             f"its classes and image size. Received: {path}"
         ) from error
+    return Classifier(_load_keras(path), class_names, (height, width, channels))
+
+
+def load_model(path) -> keras.Model:
+    """Reads any model: a ``.keras`` file, or a folder that ``models.weights.save`` wrote.
+
+    Raises:
+        InputError: It is neither.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        return weights.load(path)
+    if not path.is_file():
+        raise InputError(
+            "A model must be a .keras file, or a folder written by `involution convert`. "
+            f"Received: {path}, which does not exist"
+        )
+    return _load_keras(path)
+
+
+def _load_keras(path) -> keras.Model:
     try:
-        model = keras.saving.load_model(path, compile=False)
+        return keras.saving.load_model(path, compile=False)
     except Exception as error:  # Keras raises many kinds for a file that it cannot load
         raise InputError(
-            "A model must load without code of its own: one with a user's own layers is for "
-            f"keras.saving.load_model(file, custom_objects=...). Received: {path}: {error}"
+            "A model must be a .keras file, and load without code of its own: one with a user's "
+            "own layers is for keras.saving.load_model(file, custom_objects=...). "
+            f"Received: {path}: {error}"
         ) from error
-    return Classifier(model, class_names, (height, width, channels))
