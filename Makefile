@@ -5,6 +5,8 @@
 PYTHON ?= python3
 # Backends that `make test` installs and tests: some of tensorflow jax torch.
 BACKENDS ?= tensorflow jax torch
+# Processes that share a backend's tests, a file at a time; each needs up to 3 GB of memory.
+JOBS ?= 2
 # What `make run` trains with.
 BACKEND ?= tensorflow
 # The keras.io example's text, for `make test-example`.
@@ -45,7 +47,7 @@ run: $(RUN_VENV)/ready
 test: lint $(addprefix test-,$(BACKENDS)) coverage
 
 test-tensorflow test-jax test-torch: test-%: $(TEST_VENV)/ready
-	KERAS_BACKEND=$* COVERAGE_FILE=.coverage.$* $(PYTEST) --cov --cov-report=
+	KERAS_BACKEND=$* COVERAGE_FILE=.coverage.$* $(PYTEST) -n $(JOBS) --dist loadscope --cov --cov-report=
 
 # Lines that no backend ran count as missing: the three are read together.
 coverage: $(addprefix test-,$(BACKENDS))

@@ -125,6 +125,17 @@ LAYERS = {
         (7, 6, 8),
         lambda: involution.Involution2D(3, kernel_generator="pairwise_attention"),
     ),
+    "contextual": (
+        (9, 6, 16),
+        lambda: involution.Involution2D(3, 2, kernel_generator="contextual"),
+    ),
+    "static": ((9, 6, 16), lambda: involution.Involution2D(3, 2, kernel_generator="static")),
+    "all options": (
+        (7, 6, 8),
+        lambda: involution.Involution2D(
+            3, filters=5, kernel_softmax=True, kernel_dropout=0.3, return_kernel=True
+        ),
+    ),
     "pooling": (
         (13, 12, 4),
         lambda: keras.Sequential(
@@ -170,6 +181,26 @@ def test_onnx_of_volumes(tmp_path):
     done = export(model, tmp_path / "model.onnx")
     x = some(2, 5, 4, 5, 16)
     assert relative_error(run_onnx(done.path, x)["output"], numpy(model(x))) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", WRITTEN)
+def test_rednet26_gives_its_numbers(tmp_path, format):
+    sizes = (65, 47, 3) if BACKEND == "jax" else (None, None, 3)
+    model = involution.models.RedNet26(sizes, classes=7)
+    rng = np.random.default_rng(0)
+    for weight in model.weights:  # normalizations that start as 0 would hide their blocks
+        if weight.path.endswith("gamma"):
+            weight.assign(rng.uniform(0.3, 0.7, tuple(weight.shape)))
+    done = export(model, tmp_path / "rednet26", format)
+    print(f"{BACKEND}, {format}: {done.error:.1e} by {done.runtime}, {done.bytes:,} bytes")
+    for batch in BATCHES:
+        x = some(batch, 65, 47, 3)
+        if format == "onnx":
+            got = run_onnx(done.path, x)["output"]
+        else:
+            got = run_fresh(done.path, format, x, tmp_path)["output"]
+        assert relative_error(got, numpy(model(x, training=False))) < LIMIT
 
 
 def test_names_of_inputs_and_outputs_are_kept(tmp_path):

@@ -9,18 +9,20 @@ from involution.ops.geometry import CONTIGUOUS
 from involution.programs import tensors
 
 
-def patches(x, kernel, kernel_size, strides=1, dilation_rate=1, groups=1, group_layout=CONTIGUOUS):
+def patches(
+    x, kernel, kernel_size, strides=1, dilation_rate=1, groups=1, group_layout=CONTIGUOUS, pads=None
+):
     """Involution of images as the keras.io example writes it: patches, a product, a sum.
 
     The patches are the framework's own: ``tf.image.extract_patches``, JAX's
-    ``conv_general_dilated_patches``, PyTorch's ``unfold``. Padding is ``"same"``, data channels
-    last, and every argument one integer.
+    ``conv_general_dilated_patches``, PyTorch's ``unfold``. Padding is ``"same"`` unless ``pads``
+    gives (before, after) for height and width; data are channels last, all else is one integer.
     """
     batch, *_, channels = ops.shape(x)
     out = ops.shape(kernel)[1:3]
     taps, members = kernel_size**2, channels // groups
     seen = ops.reshape(
-        _PATCHES[keras.config.backend()](x, out, kernel_size, strides, dilation_rate),
+        _PATCHES[keras.config.backend()](x, out, kernel_size, strides, dilation_rate, pads),
         (batch, *out, taps, channels),
     )
     if group_layout == CONTIGUOUS:
@@ -32,29 +34,40 @@ def patches(x, kernel, kernel_size, strides=1, dilation_rate=1, groups=1, group_
     return ops.reshape(y, (batch, *out, channels))
 
 
-def _tensorflow_patches(x, out, k, s, d):
+def _tensorflow_patches(x, out, k, s, d, pads):
     import tensorflow as tf
 
-    return tf.image.extract_patches(x, [1, k, k, 1], [1, s, s, 1], [1, d, d, 1], padding="SAME")
+    padding = "SAME"
+    if pads is not None:
+        x, padding = tf.pad(x, [(0, 0), *pads, (0, 0)]), "VALID"
+    return tf.image.extract_patches(x, [1, k, k, 1], [1, s, s, 1], [1, d, d, 1], padding)
 
 
-def _jax_patches(x, out, k, s, d):
+def _jax_patches(x, out, k, s, d, pads):
     import jax
 
     channels = x.shape[-1]
     seen = jax.lax.conv_general_dilated_patches(
-        x, (k, k), (s, s), "SAME", rhs_dilation=(d, d), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        (k, k),
+        (s, s),
+        "SAME" if pads is None else pads,
+        rhs_dilation=(d, d),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     return ops.swapaxes(ops.reshape(seen, (*seen.shape[:3], channels, k * k)), -1, -2)
 
 
-def _torch_patches(x, out, k, s, d):
+def _torch_patches(x, out, k, s, d, pads):
     import torch
 
-    around: list[int] = []
-    for n, m in zip(x.shape[1:3], out, strict=True):
-        total = max((m - 1) * s + (k - 1) * d + 1 - n, 0)
-        around = [total // 2, total - total // 2, *around]
+    if pads is None:
+        totals = [
+            max((m - 1) * s + (k - 1) * d + 1 - n, 0)
+            for n, m in zip(x.shape[1:3], out, strict=True)
+        ]
+        pads = [(total // 2, total - total // 2) for total in totals]
+    around = [n for pair in reversed(pads) for n in pair]
     padded = torch.nn.functional.pad(x.permute(0, 3, 1, 2), around)
     seen = torch.nn.functional.unfold(padded, k, dilation=d, stride=s)
     return seen.reshape(len(x), x.shape[-1], k * k, *out).permute(0, 3, 4, 2, 1)
