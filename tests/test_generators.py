@@ -177,24 +177,25 @@ def test_pairwise_attention_is_local_self_attention(rank, arguments):
 
 
 def test_attention_over_the_whole_map_is_multi_head_attention():
-    height, width, channels, heads = 5, 4, 12, 3
-    generator = PairwiseAttention(key_channels=7)
+    # Keras on JAX cannot have values of another width than the keys'.
+    height, width, channels, heads, each = 5, 4, 12, 3, 4
+    generator = PairwiseAttention(key_channels=each)
     layer = Involution2D((2 * height - 1, 2 * width - 1), groups=heads, kernel_generator=generator)
     x = random(2, height, width, channels)
     layer(x)
     randomize(layer)
-    other = keras.layers.MultiHeadAttention(heads, 7, value_dim=channels // heads)
+    other = keras.layers.MultiHeadAttention(heads, each)
     flat = x.reshape(2, height * width, channels)
     other.build(flat.shape, flat.shape)
-    identity = np.eye(channels).reshape(channels, heads, channels // heads)
+    identity = np.eye(channels).reshape(channels, heads, each)
     other.set_weights(
         [
-            numpy(generator.query.kernel).reshape(channels, heads, 7),
-            numpy(generator.query.bias).reshape(heads, 7),
-            numpy(generator.key.kernel).reshape(channels, heads, 7),
-            numpy(generator.key.bias).reshape(heads, 7),
+            numpy(generator.query.kernel).reshape(channels, heads, each),
+            numpy(generator.query.bias).reshape(heads, each),
+            numpy(generator.key.kernel).reshape(channels, heads, each),
+            numpy(generator.key.bias).reshape(heads, each),
             identity,
-            np.zeros((heads, channels // heads)),
+            np.zeros((heads, each)),
             identity.transpose(1, 2, 0),
             np.zeros(channels),
         ]
