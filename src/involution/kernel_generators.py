@@ -459,16 +459,30 @@ def average_pool(x, strides, centred=False):
     shape = ops.shape(x)
     counts = [ceil_divide(n, s) for n, s in zip(shape[1:-1], strides, strict=True)]
     missing = [c * s - n for c, s, n in zip(counts, strides, shape[1:-1], strict=True)]
-    around = [(m // 2, m - m // 2) if centred else (0, m) for m in missing]
+    before = [m // 2 if centred else 0 for m in missing]
+    known = all(isinstance(m, int) for m in missing)
     tiles = [size for pair in zip(counts, strides, strict=True) for size in pair]
     axes = tuple(range(2, 2 + 2 * len(strides), 2))
 
     def sums(values):
-        padded = zero_pad(wide(values), [(0, 0), *around, (0, 0)])
+        if known:
+            around = [(b, m - b) for b, m in zip(before, missing, strict=True)]
+            padded = zero_pad(wide(values), [(0, 0), *around, (0, 0)])
+        else:
+            # PyTorch's exporter takes it from its example whether there are zeros, and whether a
+            # slice ends where its tensor does: so more zeros than needed, and a slice of that.
+            most = [s - 1 if centred else 0 for s in strides]
+            around = [(a, s) for a, s in zip(most, strides, strict=True)]
+            padded = zero_pad(wide(values), [(0, 0), *around, (0, 0)])
+            parts = (
+                slice(a - b, a - b + c * s)
+                for a, b, c, s in zip(most, before, counts, strides, strict=True)
+            )
+            padded = padded[(slice(None), *parts)]
         lead = ops.shape(values)
         return ops.sum(ops.reshape(padded, (lead[0], *tiles, lead[-1])), axis=axes)
 
-    if all(isinstance(m, int) and m == 0 for m in missing):
+    if known and not any(missing):
         return ops.cast(sums(x) / math.prod(strides), x.dtype)
     return ops.cast(sums(x) / sums(ops.ones_like(x[:1, ..., :1])), x.dtype)
 

@@ -19,6 +19,7 @@ from involution.ops.geometry import (
     CONTIGUOUS,
     INTERLEAVED,
     SAME,
+    SYMMETRIC,
     Geometry,
 )
 from involution.ops.views import sizes as view_sizes
@@ -308,9 +309,12 @@ class InvolutionND(keras.layers.Layer):
 
     def _features(self, inputs):
         """What the kernels are generated from: the windows' centres and what follows each."""
-        if self.padding == SAME:
-            return inputs
         g = self._geometry()
+        odd = not any(last % 2 for last in g.tap_offsets[-1])
+        if self.padding == SAME or (self.padding == SYMMETRIC and odd):
+            # All positions. Slices of that length would do, but for PyTorch's exporter: it takes it
+            # from its example whether they reach the end.
+            return inputs
         parts = tuple(
             slice(centre, centre + out * s)
             for centre, out, s in zip(

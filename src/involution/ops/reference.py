@@ -8,7 +8,8 @@ from involution.ops import views
 from involution.ops.geometry import CHANNELS_LAST
 from involution.ops.views import (
     merge_groups,
-    padded_view,
+    pad_spatial,
+    pads,
     sizes,
     spatial_axis,
     split_groups,
@@ -52,7 +53,12 @@ def _rows(x, g):
     ones."""
     x_sizes = sizes(x, g)
     count = g.output_sizes(x_sizes)
-    padded = padded_view(wide(x), x_sizes, g)
+    around = pads(x_sizes, g)
+    if not all(isinstance(n, int) for n in x_sizes):
+        # PyTorch's exporter takes it from its example whether a slice ends where its tensor does:
+        # so that none does.
+        around = tuple((before, after + 1) for before, after in around)
+    padded = pad_spatial(split_groups(wide(x), g), around, g)
     last = _tap_axis(g) - 1
     width = g.kernel_size[-1]
     columns = ops.stack(
