@@ -26,7 +26,7 @@ def refusal(problem) -> str | None:
 def apply(x, kernel, problem):
     """Y[b, p, c] = sum over taps of kernel[b, p, tap, group of c] * X[b, window of p at tap, c]."""
     g = problem.geometry
-    weights, width = wide(kernel), g.kernel_size[-1]
+    weights, width = wide(kernel), _width(g)
     y = 0.0
     for row, seen in enumerate(_rows(x, g)):
         taps = slice(row * width, (row + 1) * width)
@@ -59,8 +59,13 @@ def _rows(x, g):
         # so that none does.
         around = tuple((before, after + 1) for before, after in around)
     padded = pad_spatial(split_groups(wide(x), g), around, g)
+    width = _width(g)
+    if width == 1:
+        for offset in g.tap_offsets:
+            here = window(padded, offset, g.strides, count, g)
+            yield ops.expand_dims(here, _tap_axis(g))
+        return
     last = _tap_axis(g) - 1
-    width = g.kernel_size[-1]
     columns = ops.stack(
         [
             window(padded, offset[-1:], g.strides[-1:], count[-1:], g, last)
@@ -70,6 +75,11 @@ def _rows(x, g):
     )
     for offset in g.tap_offsets[::width]:
         yield window(columns, offset[:-1], g.strides[:-1], count[:-1], g)
+
+
+def _width(g) -> int:
+    """Taps in a row; in three dimensions one, because XLA's code for rows crashes there."""
+    return g.kernel_size[-1] if g.rank < 3 else 1
 
 
 def _tap_axis(g) -> int:
