@@ -1,18 +1,15 @@
-"""The formula, one row of a window after another, in ``keras.ops``: slow, and short enough to check
-by eye. Rows and not single taps, because it is what exporters write, which take long for each
-operation: at 7 x 7 taps these are a sixth."""
+"""The formula, one tap after another, in ``keras.ops``: slow, and short enough to check by eye."""
 
 from keras import ops
 
 from involution.ops import views
-from involution.ops.geometry import CHANNELS_LAST
 from involution.ops.views import (
     merge_groups,
     pad_spatial,
     pads,
     sizes,
-    spatial_axis,
     split_groups,
+    tap_kernel,
     wide,
     window,
 )
@@ -26,66 +23,35 @@ def refusal(problem) -> str | None:
 def apply(x, kernel, problem):
     """Y[b, p, c] = sum over taps of kernel[b, p, tap, group of c] * X[b, window of p at tap, c]."""
     g = problem.geometry
-    weights, width = wide(kernel), _width(g)
+    x_sizes = sizes(x, g)
+    padded, weights = _padded(x, x_sizes, g), wide(kernel)
     y = 0.0
-    for row, seen in enumerate(_rows(x, g)):
-        taps = slice(row * width, (row + 1) * width)
-        here = weights[(slice(None),) * g.tap_axis + (taps,)]
-        # The taps stand behind the positions: with channels first they came before the groups.
-        here = here if g.data_format == CHANNELS_LAST else ops.moveaxis(here, g.tap_axis, -1)
-        y = y + ops.sum(ops.expand_dims(here, _member_axis(g)) * seen, axis=_tap_axis(g))
+    for tap, offset in enumerate(g.tap_offsets):
+        here = window(padded, offset, g.strides, g.output_sizes(x_sizes), g)
+        y = y + tap_kernel(weights, tap, g) * here
     return ops.cast(merge_groups(y, g), x.dtype)
 
 
 def products(x, y, problem):
     """P[b, p, tap, group] = sum over channels of Y[b, p, c] * X[b, window of p at tap, c]."""
     g = problem.geometry
-    own = ops.expand_dims(split_groups(wide(y), g), _tap_axis(g))
-    rows = [ops.sum(own * seen, axis=_member_axis(g)) for seen in _rows(x, g)]
-    if g.data_format != CHANNELS_LAST:
-        rows = [ops.moveaxis(row, -1, g.tap_axis) for row in rows]
-    return ops.cast(ops.concatenate(rows, axis=g.tap_axis), x.dtype)
-
-
-def _rows(x, g):
-    """For each row of taps, which differ in the last dimension alone, what all positions see
-    there: a view as ``split_groups`` has it, with an axis for the row's taps behind the spatial
-    ones."""
     x_sizes = sizes(x, g)
-    count = g.output_sizes(x_sizes)
+    padded, seen = _padded(x, x_sizes, g), split_groups(wide(y), g)
+    taps = [
+        ops.sum(
+            seen * window(padded, offset, g.strides, g.output_sizes(x_sizes), g),
+            axis=g.member_axis,
+        )
+        for offset in g.tap_offsets
+    ]
+    return ops.cast(ops.stack(taps, axis=g.tap_axis), x.dtype)
+
+
+def _padded(x, x_sizes, g):
+    """``x`` as ``split_groups`` has it, with the zeros that its padding asks for."""
     around = pads(x_sizes, g)
     if not all(isinstance(n, int) for n in x_sizes):
         # PyTorch's exporter takes it from its example whether a slice ends where its tensor does:
         # so that none does.
         around = tuple((before, after + 1) for before, after in around)
-    padded = pad_spatial(split_groups(wide(x), g), around, g)
-    width = _width(g)
-    if width == 1:
-        for offset in g.tap_offsets:
-            here = window(padded, offset, g.strides, count, g)
-            yield ops.expand_dims(here, _tap_axis(g))
-        return
-    last = _tap_axis(g) - 1
-    columns = ops.stack(
-        [
-            window(padded, offset[-1:], g.strides[-1:], count[-1:], g, last)
-            for offset in g.tap_offsets[:width]
-        ],
-        axis=last + 1,
-    )
-    for offset in g.tap_offsets[::width]:
-        yield window(columns, offset[:-1], g.strides[:-1], count[:-1], g)
-
-
-def _width(g) -> int:
-    """Taps in a row; in three dimensions one, because XLA's code for rows crashes there."""
-    return g.kernel_size[-1] if g.rank < 3 else 1
-
-
-def _tap_axis(g) -> int:
-    return spatial_axis(g) + g.rank
-
-
-def _member_axis(g) -> int:
-    """The axis that counts the channels of a group, where taps have one behind the positions."""
-    return g.member_axis + (1 if g.data_format == CHANNELS_LAST else 0)
+    return pad_spatial(split_groups(wide(x), g), around, g)
