@@ -27,7 +27,7 @@ from involution.ops.geometry import (
     Geometry,
     ceil_divide,
 )
-from involution.ops.views import wide, zero_pad
+from involution.ops.views import wide, window, zero_pad
 
 # The paper's code: Kaiming's normal distribution over the outputs of a layer.
 KAIMING = {
@@ -339,15 +339,7 @@ class PairwiseAttention(Linear):
         g = self._geometry()
         shape = ops.shape(features)
         sizes = g.output_sizes(g.spatial(shape))
-        centres = features[
-            (
-                slice(None),
-                *(
-                    slice(start, start + (n - 1) * s + 1, s)
-                    for start, n, s in zip(g.first_centre, sizes, self.strides, strict=True)
-                ),
-            )
-        ]
+        centres = window(features, g.first_centre, self.strides, sizes, g, first=1)
         query = self.query(centres) / math.sqrt(self.query.filters // self.groups)
         scores = wide(self._products(self.key(features), query, self.groups))
         inside = self._products(
