@@ -22,6 +22,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
+from involution import models
 from involution.models import checkpoints, formulas, weights
 from involution.models.checkpoints import CheckpointError
 from involution.models.rednet import VARIANTS
@@ -393,7 +394,7 @@ def _model(plan, source) -> keras.Model:
             "Weights must be finite floating-point numbers. "
             f"Received: {source}, with others in {len(broken)}: {weights.listed(broken)}"
         )
-    model = weights.models.MODELS[plan.name](**plan.arguments)
+    model = models.MODELS[plan.name](**plan.arguments)
     variables = weights.named_weights(model)
     expected = {
         name: layout.shape_before(tuple(variables[target].shape))
