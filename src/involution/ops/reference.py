@@ -5,8 +5,7 @@ from keras import ops
 from involution.ops import views
 from involution.ops.views import (
     merge_groups,
-    pad_spatial,
-    pads,
+    padded_view,
     sizes,
     split_groups,
     tap_kernel,
@@ -24,7 +23,7 @@ def apply(x, kernel, problem):
     """Y[b, p, c] = sum over taps of kernel[b, p, tap, group of c] * X[b, window of p at tap, c]."""
     g = problem.geometry
     x_sizes = sizes(x, g)
-    padded, weights = _padded(x, x_sizes, g), wide(kernel)
+    padded, weights = padded_view(wide(x), x_sizes, g), wide(kernel)
     y = 0.0
     for tap, offset in enumerate(g.tap_offsets):
         here = window(padded, offset, g.strides, g.output_sizes(x_sizes), g)
@@ -36,7 +35,7 @@ def products(x, y, problem):
     """P[b, p, tap, group] = sum over channels of Y[b, p, c] * X[b, window of p at tap, c]."""
     g = problem.geometry
     x_sizes = sizes(x, g)
-    padded, seen = _padded(x, x_sizes, g), split_groups(wide(y), g)
+    padded, seen = padded_view(wide(x), x_sizes, g), split_groups(wide(y), g)
     taps = [
         ops.sum(
             seen * window(padded, offset, g.strides, g.output_sizes(x_sizes), g),
@@ -45,13 +44,3 @@ def products(x, y, problem):
         for offset in g.tap_offsets
     ]
     return ops.cast(ops.stack(taps, axis=g.tap_axis), x.dtype)
-
-
-def _padded(x, x_sizes, g):
-    """``x`` as ``split_groups`` has it, with the zeros that its padding asks for."""
-    around = pads(x_sizes, g)
-    if not all(isinstance(n, int) for n in x_sizes):
-        # PyTorch's exporter takes it from its example whether a slice ends where its tensor does:
-        # so that none does.
-        around = tuple((before, after + 1) for before, after in around)
-    return pad_spatial(split_groups(wide(x), g), around, g)

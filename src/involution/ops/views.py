@@ -48,8 +48,14 @@ def merge_groups(view, g):
 
 
 def padded_view(x, x_sizes, g):
-    """``split_groups`` of ``x`` with the zeros that its padding asks for."""
-    return pad_spatial(split_groups(x, g), pads(x_sizes, g), g)
+    """``split_groups`` of ``x`` with the zeros that its padding asks for; where sizes are not known
+    yet, with one more behind."""
+    around = pads(x_sizes, g)
+    if not all(isinstance(n, int) for n in x_sizes):
+        # PyTorch's exporter takes it from its example whether a slice ends where its tensor does:
+        # so that none does.
+        around = tuple((before, after + 1) for before, after in around)
+    return pad_spatial(split_groups(x, g), around, g)
 
 
 def pads(x_sizes, g) -> tuple:
