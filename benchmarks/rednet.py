@@ -12,10 +12,10 @@ import functools
 import statistics
 import sys
 import time
-import types
 
 import keras
 import numpy as np
+from training import implementation
 
 import involution
 from involution import benchmark, files, memory, yardsticks
@@ -36,10 +36,6 @@ def free(x, kernel, problem):
     # Every gradient is there, and as small as it can be.
     stride = problem.geometry.strides[0]
     return x[:, ::stride, ::stride] * keras.ops.mean(kernel)
-
-
-def implementation(apply):
-    return types.SimpleNamespace(refusal=lambda problem: None, apply=apply)
 
 
 def networks():
@@ -98,16 +94,14 @@ def kind(layer):
 def alone(model, seconds=0.2):
     """Milliseconds of inference for each kind of layer, every layer run alone."""
     totals, counts = collections.Counter(), collections.Counter()
+    known: dict[tuple, float] = {}
     for layer in model.layers:
         if isinstance(layer, keras.layers.InputLayer):
             continue
-        made = functools.partial(single, layer)
-        key = (
-            kind(layer),
-            tuple(map(str, keras.tree.flatten(layer.output.shape))),
-            str(shapes(layer)),
-        )
-        totals[kind(layer)] += timed(key, made, seconds)
+        same = (kind(layer), *shapes(layer), layer.output.shape)
+        if same not in known:
+            known[same] = timed(single(layer), seconds)
+        totals[kind(layer)] += known[same]
         counts[kind(layer)] += 1
     return {name: (counts[name], ms) for name, ms in totals.most_common()}
 
@@ -133,28 +127,20 @@ def single(layer):
         return torch.no_grad()(call)
     import jax
 
-    compiled = jax.jit(lambda: call())
+    compiled = jax.jit(call)
     return lambda: compiled().block_until_ready()
 
 
-@functools.cache
-def cached(key):
-    return []
-
-
-def timed(key, make, seconds):
-    known = cached(key)
-    if not known:
-        run, times = make(), []
-        for _ in range(3):
-            run()
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times) < 5:
-            started = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - started)
-        known.append(statistics.median(times) * 1e3)
-    return known[0]
+def timed(run, seconds):
+    times = []
+    for _ in range(3):
+        run()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 5:
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1e3
 
 
 def main(count=15, file=None):
