@@ -38,6 +38,7 @@ ORDER = [
     "ops.api",
     "ops",
     "ops.cases",
+    "pointwise",
     "kernel_generators",
     "layers",
     "models.classifiers",

@@ -28,6 +28,7 @@ from involution.ops.geometry import (
     ceil_divide,
 )
 from involution.ops.views import wide, window, zero_pad
+from involution.pointwise import POINTWISE
 
 # The paper's code: Kaiming's normal distribution over the outputs of a layer.
 KAIMING = {
@@ -157,7 +158,8 @@ class Linear(KernelGenerator):
     def _convolution(self, name, filters, channels, use_bias=True, kernel_size=1):
         """A convolution with the channels last, which every backend has on every device."""
         rank = len(self.kernel_size)
-        layer = getattr(keras.layers, f"Conv{rank}D")(
+        kind = POINTWISE[rank] if kernel_size == 1 else getattr(keras.layers, f"Conv{rank}D")
+        layer = kind(
             filters,
             kernel_size,
             padding="same",

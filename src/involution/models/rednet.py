@@ -15,6 +15,7 @@ from involution.kernel_generators import KAIMING
 from involution.layers import Involution2D
 from involution.ops.api import standardize_data_format
 from involution.ops.geometry import CHANNELS_FIRST, CHANNELS_LAST
+from involution.pointwise import PointwiseConv2D
 
 EXPANSION = 4
 
@@ -104,7 +105,8 @@ def _block(x, width, stride, first, name):
 
 
 def _convolution(filters, kernel_size, strides, name, padding="valid"):
-    return layers.Conv2D(
+    kind = PointwiseConv2D if kernel_size == 1 else layers.Conv2D
+    return kind(
         filters,
         kernel_size,
         strides,

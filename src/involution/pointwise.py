@@ -1,0 +1,38 @@
+"""Convolutions with windows of one position as products of matrices, which they are.
+
+On PyTorch Keras copies channels-last images twice on their way into a convolution: in RedNet the
+convolutions of this kind take twice as long that way. Elsewhere it makes no difference.
+"""
+
+import keras
+from keras import ops
+
+
+class _Pointwise(keras.layers.Layer):
+    """For a Keras convolution with a window of 1, channels last: its product, by ``matmul``."""
+
+    rank: int
+    strides: tuple[int, ...]
+
+    def convolution_op(self, inputs, kernel):
+        if any(s > 1 for s in self.strides):
+            inputs = inputs[(slice(None), *(slice(None, None, s) for s in self.strides))]
+        return ops.matmul(inputs, kernel[(0,) * self.rank])
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class PointwiseConv1D(_Pointwise, keras.layers.Conv1D):
+    """``keras.layers.Conv1D`` with a window of 1, channels last."""
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class PointwiseConv2D(_Pointwise, keras.layers.Conv2D):
+    """``keras.layers.Conv2D`` with a window of 1, channels last."""
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class PointwiseConv3D(_Pointwise, keras.layers.Conv3D):
+    """``keras.layers.Conv3D`` with a window of 1, channels last."""
+
+
+POINTWISE = {1: PointwiseConv1D, 2: PointwiseConv2D, 3: PointwiseConv3D}

@@ -1,0 +1,36 @@
+"""Convolutions of one position: Keras's numbers, by another way."""
+
+import keras
+import numpy as np
+import pytest
+from frameworks import numpy
+from keras_io_formula import relative_error
+
+from involution.pointwise import POINTWISE
+
+SHAPES = {1: (2, 9, 5), 2: (2, 9, 6, 5), 3: (2, 5, 4, 3, 5)}
+
+
+@pytest.mark.parametrize("strides", [1, 2, 3])
+@pytest.mark.parametrize("rank", POINTWISE)
+def test_it_is_the_convolution_of_keras(rank, strides):
+    arguments = {"kernel_size": 1, "strides": strides, "activation": "tanh"}
+    layer = POINTWISE[rank](7, data_format="channels_last", **arguments)
+    other = getattr(keras.layers, f"Conv{rank}D")(7, data_format="channels_last", **arguments)
+    x = np.random.default_rng(0).standard_normal(SHAPES[rank]).astype("float32")
+    y = layer(x)
+    other(x)
+    layer.bias.assign(np.arange(7) / 7)
+    other.set_weights(layer.get_weights())
+    y = layer(x)
+    assert tuple(y.shape) == tuple(layer.compute_output_shape(x.shape))
+    assert relative_error(numpy(y), np.float64(numpy(other(x)))) < 1e-6
+
+
+def test_a_model_of_it_is_saved_and_loaded(tmp_path):
+    model = keras.Sequential([keras.Input((None, None, 3)), POINTWISE[2](4, 1, 2)])
+    model.save(tmp_path / "model.keras")
+    x = np.random.default_rng(0).random((1, 5, 4, 3), "float32")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.layers[-1]) is POINTWISE[2]
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
