@@ -34,6 +34,7 @@ ORDER = [
     "ops.native_torch",
     "ops.native",
     "ops.reference",
+    "ops.rows",
     "ops.taps",
     "ops.api",
     "ops",

@@ -1,6 +1,6 @@
 """A model in a file for other runtimes: ONNX, TensorFlow's SavedModel, PyTorch's .pt2.
 
-Every involution is traced as ``reference``, made of standard operations alone: what is written runs
+Every involution is traced as ``rows``, made of standard operations alone: what is written runs
 where involution is not installed. A file counts as written when the runtime of its format has read
 it and given the model's numbers.
 """
@@ -42,8 +42,8 @@ WRITERS: dict[str, dict[str, tuple[str, ...]]] = {
 # What brings the packages, where it is not "export".
 EXTRAS = {"jax": "export-jax"}
 
-# The implementation that every runtime has.
-PORTABLE = "reference"
+# Implementations that every runtime has.
+PORTABLE = ("rows", "reference")
 
 # The newest version of ONNX's operators that all three exporters write.
 OPSET = 18

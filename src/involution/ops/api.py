@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import keras
 
-from involution.ops import native, reference, taps
+from involution.ops import native, reference, rows, taps
 from involution.ops.geometry import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
@@ -23,6 +23,8 @@ from involution.ops.geometry import (
 # In order of preference: the first that can run is taken. One with a ``reluctance(problem)`` says
 # where the one after it is faster.
 IMPLEMENTATIONS = (("native", native), ("taps", taps), ("reference", reference))
+# Taken where it is named, and nowhere else.
+ROWS = ("rows", rows)
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -231,7 +233,7 @@ def implementations(x, kernel, kernel_size, **arguments):
     ['native', 'taps', 'reference']
     """
     problem = make_problem(x, kernel, kernel_size, **arguments)
-    modules = dict(IMPLEMENTATIONS)
+    modules = _modules()
     return [(name, modules[name].refusal(problem)) for name in _preference(problem)]
 
 
@@ -279,7 +281,7 @@ def _tensor(value):
 
 def implementation_names(implementation) -> tuple[str, ...]:
     """The names to be tried in order; ValueError unless all are known."""
-    known = [name for name, _ in IMPLEMENTATIONS]
+    known = list(_modules())
     names = (implementation,) if isinstance(implementation, str) else implementation
     if not isinstance(names, Sequence) or not names or any(name not in known for name in names):
         raise ValueError(
@@ -287,6 +289,10 @@ def implementation_names(implementation) -> tuple[str, ...]:
             f"Received: implementation={implementation!r}"
         )
     return tuple(names)
+
+
+def _modules() -> dict:
+    return dict((*IMPLEMENTATIONS, ROWS))
 
 
 def _preference(problem) -> list[str]:
@@ -300,7 +306,7 @@ def _preference(problem) -> list[str]:
 
 
 def _choose(problem, implementation=None):
-    modules = dict(IMPLEMENTATIONS)
+    modules = _modules()
     names = _forced.names or (
         _preference(problem) if implementation is None else implementation_names(implementation)
     )

@@ -1,0 +1,78 @@
+"""The formula, one row of a window after another: what exporters write, for they and the runtimes
+take long for each operation, and at 7 x 7 taps these are a sixth of ``reference``'s.
+
+It is never chosen where a program runs here: its sums change their order with the batch under XLA.
+"""
+
+from keras import ops
+
+from involution.ops import views
+from involution.ops.geometry import CHANNELS_LAST
+from involution.ops.views import (
+    merge_groups,
+    padded_view,
+    sizes,
+    spatial_axis,
+    split_groups,
+    wide,
+    window,
+)
+
+
+def refusal(problem) -> str | None:
+    if problem.geometry.rank == 3:
+        return "XLA's code for rows in three dimensions crashes"
+    return views.refusal(problem)
+
+
+def apply(x, kernel, problem):
+    """Y[b, p, c] = sum over taps of kernel[b, p, tap, group of c] * X[b, window of p at tap, c]."""
+    g = problem.geometry
+    weights, width = wide(kernel), g.kernel_size[-1]
+    y = 0.0
+    for row, seen in enumerate(_rows(x, g)):
+        taps = slice(row * width, (row + 1) * width)
+        here = weights[(slice(None),) * g.tap_axis + (taps,)]
+        # The taps stand behind the positions: with channels first they came before the groups.
+        here = here if g.data_format == CHANNELS_LAST else ops.moveaxis(here, g.tap_axis, -1)
+        y = y + ops.sum(ops.expand_dims(here, _member_axis(g)) * seen, axis=_tap_axis(g))
+    return ops.cast(merge_groups(y, g), x.dtype)
+
+
+def products(x, y, problem):
+    """P[b, p, tap, group] = sum over channels of Y[b, p, c] * X[b, window of p at tap, c]."""
+    g = problem.geometry
+    own = ops.expand_dims(split_groups(wide(y), g), _tap_axis(g))
+    rows = [ops.sum(own * seen, axis=_member_axis(g)) for seen in _rows(x, g)]
+    if g.data_format != CHANNELS_LAST:
+        rows = [ops.moveaxis(row, -1, g.tap_axis) for row in rows]
+    return ops.cast(ops.concatenate(rows, axis=g.tap_axis), x.dtype)
+
+
+def _rows(x, g):
+    """For each row of taps, which differ in the last dimension alone, what all positions see
+    there: a view as ``split_groups`` has it, with an axis for the row's taps behind the spatial
+    ones."""
+    x_sizes = sizes(x, g)
+    count = g.output_sizes(x_sizes)
+    padded = padded_view(wide(x), x_sizes, g)
+    last = _tap_axis(g) - 1
+    width = g.kernel_size[-1]
+    columns = ops.stack(
+        [
+            window(padded, offset[-1:], g.strides[-1:], count[-1:], g, last)
+            for offset in g.tap_offsets[:width]
+        ],
+        axis=last + 1,
+    )
+    for offset in g.tap_offsets[::width]:
+        yield window(columns, offset[:-1], g.strides[:-1], count[:-1], g)
+
+
+def _tap_axis(g) -> int:
+    return spatial_axis(g) + g.rank
+
+
+def _member_axis(g) -> int:
+    """The axis that counts the channels of a group, where taps have one behind the positions."""
+    return g.member_axis + (1 if g.data_format == CHANNELS_LAST else 0)
