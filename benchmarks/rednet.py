@@ -15,7 +15,7 @@ import time
 
 import keras
 import numpy as np
-from training import implementation
+from training import free, implementation
 
 import involution
 from involution import benchmark, files, memory, yardsticks
@@ -30,12 +30,6 @@ def unfold(x, kernel, problem):
     (kernel_size,), (strides,) = set(g.kernel_size), set(g.strides)
     pads = g.pads(x.shape[1:3])
     return yardsticks.patches(x, kernel, kernel_size, strides, 1, g.groups, g.group_layout, pads)
-
-
-def free(x, kernel, problem):
-    # Every gradient is there, and as small as it can be.
-    stride = problem.geometry.strides[0]
-    return x[:, ::stride, ::stride] * keras.ops.mean(kernel)
 
 
 def networks():

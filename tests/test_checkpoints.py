@@ -60,10 +60,10 @@ def write(kind, folder):
     return path, tensors, [path]
 
 
-def refused(path):
+def refused(path, read=checkpoints.read):
     """The message of the error with which a checkpoint is refused."""
     with pytest.raises(CheckpointError) as caught:
-        checkpoints.read(path)
+        read(path)
     assert "\n" not in str(caught.value)
     assert "Received: " in str(caught.value)
     return str(caught.value)

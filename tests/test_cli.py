@@ -247,8 +247,11 @@ def test_unknown_backend_and_a_stale_configuration(tmp_path, trained):
         command = [sys.executable, "-c", code + "import involution_cli as c; c.main()", "predict"]
         return subprocess.run(  # noqa: S603 - our own command
             [*command, str(trained[0] / "cnn.keras"), "x.png"],
-            capture_output=True, text=True, check=False, env=env,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+            env=env,
+        )
 
     result = run("", KERAS_BACKEND="theano")
     assert result.returncode == 2
@@ -265,9 +268,11 @@ def test_names_that_the_terminal_cannot_show(trained, pets):
     image.write_bytes((pets / "test" / "ant" / "0.png").read_bytes())
     result = subprocess.run(  # noqa: S603 - our own command
         [sys.executable, "-m", "involution_cli", "predict", trained[0] / "cnn.keras", image],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     assert "\\u732b.png: " in result.stdout
 

@@ -286,9 +286,17 @@ def test_native_is_the_first_choice_for_every_kind_of_call():
     count = 0
     for rank, dtype, group_layout, data_format in kinds:
         call = Call(
-            2, (7,) * rank, 12, (3,) * rank, (2,) * rank, "same", (1,) * rank, 3,
-            group_layout, data_format,
-        )  # fmt: skip
+            2,
+            (7,) * rank,
+            12,
+            (3,) * rank,
+            (2,) * rank,
+            "same",
+            (1,) * rank,
+            3,
+            group_layout,
+            data_format,
+        )
         x, kernel = tensors(call.arrays()[:2], dtype)
         (name, reason), *_ = involution.ops.implementations(x, kernel, **call.arguments)
         print(f"{BACKEND}, rank {rank}, {dtype}, {group_layout}, {data_format}: {name}")
@@ -378,9 +386,17 @@ def test_f12_windows_wider_than_the_input(
     for n, kernel_size, rate in itertools.product((4, 5, 33), (2, 3), (3, 4, 5, 6, 11, 32, 40)):
         for strides in (1, 2):
             call = Call(
-                1, (n,), channels, (kernel_size,), (strides,), padding, (rate,), groups,
-                group_layout, data_format,
-            )  # fmt: skip
+                1,
+                (n,),
+                channels,
+                (kernel_size,),
+                (strides,),
+                padding,
+                (rate,),
+                groups,
+                group_layout,
+                data_format,
+            )
             arrays = call.arrays()
             for member, truth in core.expected(call, *arrays).items():
                 value = core.run(member, call, *core.ARGUMENTS[member](*arrays))

@@ -255,10 +255,12 @@ def test_f16_a_visible_gpu_is_a_reason_by_name(monkeypatch):
 def reason_with(monkeypatch, file):
     """Why native cannot run if its binding is this file."""
     monkeypatch.setattr(
-        native_library, "find", lambda name, find=native_library.find: (
+        native_library,
+        "find",
+        lambda name, find=native_library.find: (
             file if name == "libinvolution_tensorflow.so" else find(name)
-        )
-    )  # fmt: skip
+        ),
+    )
     native_tensorflow._operation.cache_clear()
     x, kernel = (keras.KerasTensor(a.shape) for a in CALL.arrays()[:2])
     try:

@@ -24,9 +24,14 @@ def run():
     names = ("<script>alert(1)</script>", r"b & $\no$")
     dataset = data.Dataset("<b>pets</b>", "", images, labels, images, labels, names)
     return experiment.Run(
-        experiment.Config(), dataset, 4, [result("one", 0.75, 3.0), result("two", 0.5, 2.0)],
-        "involution compare", "2026-01-01", peak_memory_bytes=2**30,
-    )  # fmt: skip
+        experiment.Config(),
+        dataset,
+        4,
+        [result("one", 0.75, 3.0), result("two", 0.5, 2.0)],
+        "involution compare",
+        "2026-01-01",
+        peak_memory_bytes=2**30,
+    )
 
 
 def test_the_verdict_is_one_sentence(run):

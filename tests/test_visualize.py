@@ -72,10 +72,15 @@ def test_every_map_shows_its_own_range():
 
 def test_curves_have_the_same_axes_titles_and_units():
     rows = [
-        {"epoch": e, "train_loss": 2 / e, "test_loss": 3 / e, "train_accuracy": 0.1 * e,
-         "test_accuracy": 0.05 * e}
+        {
+            "epoch": e,
+            "train_loss": 2 / e,
+            "test_loss": 3 / e,
+            "train_accuracy": 0.1 * e,
+            "test_accuracy": 0.05 * e,
+        }
         for e in (1, 2, 3)
-    ]  # fmt: skip
+    ]
     figure = visualize.curves({"cnn": rows, "inn": rows[:2]})
     assert titles(figure) == ["cnn: loss", "inn: loss", "cnn: accuracy", "inn: accuracy"]
     loss, other = figure.axes[0], figure.axes[1]

@@ -1,8 +1,8 @@
 """A model in a file for other runtimes: ONNX, TensorFlow's SavedModel, PyTorch's .pt2.
 
-Every involution is traced as ``rows``, made of standard operations alone: what is written runs
-where involution is not installed. A file counts as written when the runtime of its format has read
-it and given the model's numbers.
+Every involution is traced as ``rows``, in three dimensions as ``reference``, made of standard
+operations alone: what is written runs where involution is not installed. A file counts as written
+when the runtime of its format has read it and given the model's numbers.
 """
 
 import contextlib

@@ -28,7 +28,7 @@ from involution.ops.geometry import (
     ceil_divide,
 )
 from involution.ops.views import wide, window, zero_pad
-from involution.pointwise import POINTWISE
+from involution.pointwise import convolution
 
 # The paper's code: Kaiming's normal distribution over the outputs of a layer.
 KAIMING = {
@@ -65,11 +65,11 @@ class KernelGenerator(keras.layers.Layer):
 
     def _build_generator(self, channels):
         """Makes the weights for features of so many channels."""
-        raise NotImplementedError
+        raise NotImplementedError  # each generator has its own
 
     def _generate(self, features):
         """The kernel map of features (B, *spatial, C): (B, *out_spatial, taps * groups)."""
-        raise NotImplementedError
+        raise NotImplementedError  # each generator has its own
 
     def _output_sizes(self, sizes) -> tuple:
         return tuple(
@@ -158,8 +158,7 @@ class Linear(KernelGenerator):
     def _convolution(self, name, filters, channels, use_bias=True, kernel_size=1):
         """A convolution with the channels last, which every backend has on every device."""
         rank = len(self.kernel_size)
-        kind = POINTWISE[rank] if kernel_size == 1 else getattr(keras.layers, f"Conv{rank}D")
-        layer = kind(
+        layer = convolution(rank, kernel_size)(
             filters,
             kernel_size,
             padding="same",

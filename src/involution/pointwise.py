@@ -36,3 +36,8 @@ class PointwiseConv3D(_Pointwise, keras.layers.Conv3D):
 
 
 POINTWISE = {1: PointwiseConv1D, 2: PointwiseConv2D, 3: PointwiseConv3D}
+
+
+def convolution(rank, kernel_size):
+    """The layer class for a convolution, channels last, with windows of this side."""
+    return POINTWISE[rank] if kernel_size == 1 else getattr(keras.layers, f"Conv{rank}D")

@@ -15,7 +15,7 @@ from involution.kernel_generators import KAIMING
 from involution.layers import Involution2D
 from involution.ops.api import standardize_data_format
 from involution.ops.geometry import CHANNELS_FIRST, CHANNELS_LAST
-from involution.pointwise import PointwiseConv2D
+from involution.pointwise import convolution
 
 EXPANSION = 4
 
@@ -105,8 +105,7 @@ def _block(x, width, stride, first, name):
 
 
 def _convolution(filters, kernel_size, strides, name, padding="valid"):
-    kind = PointwiseConv2D if kernel_size == 1 else layers.Conv2D
-    return kind(
+    return convolution(2, kernel_size)(
         filters,
         kernel_size,
         strides,
