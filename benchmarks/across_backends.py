@@ -38,8 +38,8 @@ def train(arguments):
             network.save_weights(weights)
         network.load_weights(weights)
         order = data.order(len(dataset.x_train), 42, 1)
-        trainer = training.Trainer(network)
-        size = dataset.batch_size
+        recipe, size = training.RECIPES["example"], dataset.batch_size
+        trainer = training.Trainer(network, dataset, recipe, 1, 42)
         losses = []
         for step in range(arguments.steps):
             batch = order[step * size : (step + 1) * size]
@@ -48,13 +48,12 @@ def train(arguments):
                 if not here.exists():
                     network.save_weights(here)
                 network.load_weights(here)
-            losses.append(trainer.train_epoch(dataset, batch, size)[0])
+            losses.append(trainer.train(batch)[0])
         found[name] = {"losses": losses}
         if name == "inn" and arguments.epochs:
             network.load_weights(weights)
-            *_, last = training.epochs(
-                training.Trainer(network), dataset, arguments.epochs, size, 42, lambda: None
-            )
+            trainer = training.Trainer(network, dataset, recipe, arguments.epochs, 42)
+            *_, last = trainer.epochs()
             found[name]["test_accuracy"] = last["test_accuracy"]
     print(json.dumps(found))
 

@@ -8,7 +8,7 @@ import pytest
 from frameworks import numpy
 from images import write_folder, write_image
 
-from involution import Involution2D, data, experiment, models, saved_model
+from involution import Involution2D, data, experiment, model_labels, models, saved_model
 from involution.errors import InputError
 from involution.experiment import Config, compare
 
@@ -293,7 +293,7 @@ def test_models_of_ones_own_from_python_and_from_a_file(folder, tmp_path):
 
 
 def test_variants_take_the_options_of_their_function():
-    builders = experiment.parse_models("cnn, inn:kernel_size=5:kernel_generator=linear")
+    builders = model_labels.parse("cnn, inn:kernel_size=5:kernel_generator=linear")
     model = builders["inn:kernel_size=5:kernel_generator=linear"]((8, 8, 3), 10)
     assert model.get_layer("inv_1").kernel_size == (5, 5)
     assert type(model.get_layer("inv_1").kernel_generator).__name__ == "Linear"
@@ -312,17 +312,17 @@ def test_variants_take_the_options_of_their_function():
 )
 def test_models_that_cannot_be_named(text, match):
     with pytest.raises(InputError, match=match):
-        experiment.parse_models(text)
+        model_labels.parse(text)
 
 
 def test_a_file_without_the_function(tmp_path):
     file = tmp_path / "own.py"
     file.write_text("x = 1\n")
     with pytest.raises(InputError, match="must define the function build"):
-        experiment.parse_models(str(file))
+        model_labels.parse(str(file))
     file.write_text("import nothing_of_that_name\n")
     with pytest.raises(InputError, match="nothing_of_that_name"):
-        experiment.parse_models(f"{file}:f")
+        model_labels.parse(f"{file}:f")
 
 
 def test_a_file_may_define_classes_and_have_colons_in_its_name(tmp_path):
@@ -332,7 +332,7 @@ def test_a_file_may_define_classes_and_have_colons_in_its_name(tmp_path):
         "@dataclasses.dataclass\nclass Sizes:\n    width: int = 3\n"
         "def f(input_shape, classes, width=1):\n    return (Sizes().width, classes, width)\n"
     )
-    (builder,) = experiment.parse_models(f"{file}:f:width=2").values()
+    (builder,) = model_labels.parse(f"{file}:f:width=2").values()
     assert builder(None, 7) == (3, 7, 2)
 
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from involution import data, experiment, report
+from involution import data, experiment, report, training
 from involution.saved_model import Classifier
 
 
@@ -26,7 +26,7 @@ def run():
     return experiment.Run(
         experiment.Config(),
         dataset,
-        4,
+        training.RECIPES["example"],
         [result("one", 0.75, 3.0), result("two", 0.5, 2.0)],
         "involution compare",
         "2026-01-01",
@@ -61,8 +61,8 @@ def test_the_table_pastes_as_markdown(run):
     assert len(lines) == 4
     assert lines[0].startswith("| model | trainable | non-trainable | optimizer | total | size |")
     assert lines[2] == (
-        "| one | 386 | 0 | 0 | 386 | 1.51 KB | 1.5000 | 0.5000 | 1.2500 | 0.7500 | 0.7500 | 3.0 "
-        "| 3.0 |"
+        "| one | 386 | 0 | 0 | 386 | 1.51 KB | 0.00 M | 1.5000 | 0.5000 | 1.2500 | 0.7500 | 0.7500 "
+        "| 3.0 | 3.0 |"
     )
 
 

@@ -66,6 +66,28 @@ class Dataset:
     def image_shape(self) -> tuple[int, int, int]:
         return self.x_train.shape[1:]
 
+    def validation(self, count) -> "Dataset":
+        """Without its test images: ``count`` training images, always the same, in their place.
+
+        Raises:
+            InputError: There are not so many.
+        """
+        total = len(self.x_train)
+        if not 0 < count < total:
+            raise InputError(
+                f"Training images to be held out must be from 1 to {total - 1}. Received: {count}"
+            )
+        mixed = order(total, 0, 0)
+        test, train = mixed[:count], mixed[count:]
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}, {count} of its training images held out",
+            x_train=self.x_train[train],
+            y_train=self.y_train[train],
+            x_test=self.x_train[test],
+            y_test=self.y_train[test],
+        )
+
 
 def load(dataset, image_size=None, download=False, progress=lambda done, total: None) -> Dataset:
     """Loads a data set.
@@ -107,6 +129,11 @@ def load(dataset, image_size=None, download=False, progress=lambda done, total: 
 def order(count, seed, epoch) -> np.ndarray:
     """The order of training images in an epoch: a function of its arguments alone."""
     return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def mirrored(count, seed, epoch) -> np.ndarray:
+    """Which training images an epoch sees in a mirror: a function of its arguments alone."""
+    return np.random.default_rng([seed, epoch, 1]).random(count) < 0.5
 
 
 def scale(images) -> np.ndarray:

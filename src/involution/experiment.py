@@ -5,29 +5,24 @@ import csv
 import dataclasses
 import datetime
 import functools
-import importlib.util
-import inspect
 import io
 import math
 import os
 import pathlib
 import platform
-import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from importlib import metadata
 
 import keras
 
-from involution import data, models, training
+from involution import data, model_labels, training
 from involution.errors import InputError
 from involution.files import write_json, write_text
+from involution.models import count_multiply_adds
 from involution.saved_model import Classifier
-
-Builder = Callable[..., keras.Model]
 
 # Keras's policies by the names of types.
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
@@ -55,11 +50,16 @@ class Config:
 
     Attributes:
         dataset: See ``data.load``.
-        models: Names of models: see ``parse_models``.
+        models: Names of models: see ``model_labels.parse``.
         epochs: Passes over the training images.
-        batch_size: Images in a step; None: what suits the data set (256, for the digits 32).
+        recipe: How to train, one of ``training.RECIPES``.
+        batch_size: Images in a step; None: the recipe's, or what suits the data set (256, for the
+            digits 32).
         seed: Of the initial weights, the order of the images and the choice of examples.
-        learning_rate: Of Adam.
+        learning_rate: Of Adam; with a one-cycle recipe the largest. None: the recipe's.
+        weight_decay: Of AdamW, 0 for Adam. None: the recipe's.
+        validation: So many training images, always the same, are held out and measured on in place
+            of the test images; None: none.
         image_size: (height, width) for a folder of images, None for their own.
         download: Whether CIFAR-10 may be fetched.
         precision: Of what layers compute, one of ``PRECISIONS``; weights are float32 in any case.
@@ -70,26 +70,47 @@ class Config:
     epochs: int = 20
     batch_size: int | None = None
     seed: int = 42
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
+    weight_decay: float | None = None
     image_size: tuple[int, int] | None = None
     download: bool = False
     precision: str = "float32"
+    recipe: str = "example"
+    validation: int | None = None
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "validation"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1. Received: {name}={value}")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must be from 0 to 2**32 - 1. Received: seed={self.seed}")
-        if not (0 < self.learning_rate < math.inf):
+        if self.learning_rate is not None and not (0 < self.learning_rate < math.inf):
             raise InputError(
                 f"learning_rate must be above 0. Received: learning_rate={self.learning_rate}"
+            )
+        if self.weight_decay is not None and not (0 <= self.weight_decay < math.inf):
+            raise InputError(
+                f"weight_decay must be at least 0. Received: weight_decay={self.weight_decay}"
             )
         if self.precision not in PRECISIONS:
             raise InputError(
                 f"precision must be one of {', '.join(PRECISIONS)}. Received: {self.precision}"
             )
+        if self.recipe not in training.RECIPES:
+            raise InputError(
+                f"recipe must be one of {', '.join(training.RECIPES)}. Received: {self.recipe}"
+            )
+
+    def recipe_for(self, dataset) -> training.Recipe:
+        """The recipe, with what else is asked for."""
+        recipe = training.RECIPES[self.recipe]
+        return dataclasses.replace(
+            recipe,
+            learning_rate=self.learning_rate or recipe.learning_rate,
+            weight_decay=recipe.weight_decay if self.weight_decay is None else self.weight_decay,
+            batch_size=self.batch_size or recipe.batch_size or dataset.batch_size,
+        )
 
 
 @dataclasses.dataclass
@@ -105,7 +126,7 @@ class Result:
     @property
     def file(self) -> str:
         """Name of the model's file in the run's folder."""
-        return file_name(self.label)
+        return model_labels.file_name(self.label)
 
     @functools.cached_property
     def parameters(self) -> dict[str, int]:
@@ -130,12 +151,21 @@ class Result:
             ),
         }
 
+    @functools.cached_property
+    def multiply_adds(self) -> int | None:
+        """Of one image; None where a layer is of a kind that cannot be counted."""
+        try:
+            return count_multiply_adds(self.classifier.model)
+        except ValueError:
+            return None
+
     @property
     def metrics(self) -> dict:
         """This model's entry in metrics.json."""
         last = self.rows[-1] if self.rows else {}
         return {
             **self.parameters,
+            "multiply_adds": self.multiply_adds,
             **{measure: last.get(measure) for measure in training.MEASURES},
             "best_test_accuracy": max((r["test_accuracy"] for r in self.rows), default=None),
             # The first epoch compiles; where there are others, they tell the speed.
@@ -151,7 +181,7 @@ class Run:
 
     config: Config
     dataset: data.Dataset
-    batch_size: int
+    recipe: training.Recipe
     results: list[Result]
     command: str
     started: str
@@ -173,9 +203,10 @@ class Run:
         """What config.json holds: all it takes to repeat it, and where it ran."""
         return {
             **dataclasses.asdict(self.config),
-            "batch_size": self.batch_size,
+            "training": dataclasses.asdict(self.recipe),
             "command": self.command,
             "started": self.started,
+            "images": {"train": len(self.dataset.x_train), "test": len(self.dataset.x_test)},
             "backend": keras.config.backend(),
             "versions": versions(),
             "platform": platform.platform(),
@@ -187,7 +218,7 @@ def compare(
     config: Config,
     output,
     console=None,
-    builders: dict[str, Builder] | None = None,
+    builders: dict[str, model_labels.Builder] | None = None,
     command: str = "",
 ) -> Run:
     """Trains models on the same data and writes one folder about it.
@@ -212,22 +243,22 @@ def compare(
     console = console or Silent()
     output = pathlib.Path(output)
     check_folder(output)
-    builders = parse_models(config.models) if builders is None else builders
-    dataset = _load(config, console)
+    builders = model_labels.parse(config.models) if builders is None else builders
+    dataset = load(config, console)
     networks = {
-        label: _build(label, builder, dataset, config) for label, builder in builders.items()
+        label: build(label, builder, dataset, config) for label, builder in builders.items()
     }
     run = Run(
         config=config,
         dataset=dataset,
-        batch_size=config.batch_size or dataset.batch_size,
+        recipe=config.recipe_for(dataset),
         results=[],
         command=command,
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     make_folder(output)
     write_json(output / "config.json", run.description)
-    with _interruptions(console) as asked:
+    with interruptions(console) as asked:
         try:
             for label, network in networks.items():
                 _train(run, label, network, output, console, asked)
@@ -242,7 +273,7 @@ def compare(
 
 
 @contextlib.contextmanager
-def _interruptions(console):
+def interruptions(console):
     """Within the block the first Ctrl-C is a request, which the event yielded holds: an exception
     in the midst of a step could leave a model without its weights. The second one is as ever."""
     asked = threading.Event()
@@ -263,7 +294,9 @@ def _interruptions(console):
         signal.signal(signal.SIGINT, before)
 
 
-def _load(config, console):
+def load(config, console) -> data.Dataset:
+    """The images of a run."""
+
     def progress(done, total):
         if done == 1:
             console.start("reading images", total)
@@ -271,10 +304,12 @@ def _load(config, console):
         if done == total:
             console.stop()
 
-    return data.load(config.dataset, config.image_size, config.download, progress)
+    dataset = data.load(config.dataset, config.image_size, config.download, progress)
+    return dataset if config.validation is None else dataset.validation(config.validation)
 
 
-def _build(label, builder, dataset, config):
+def build(label, builder, dataset, config) -> keras.Model:
+    """A model for these images, from the seed, or InputError."""
     classes = len(dataset.class_names)
     # Every model starts from the seed alone, whatever was made before it.
     keras.utils.clear_session()
@@ -306,17 +341,14 @@ def _train(run, label, network, output, console, asked):
         if asked.is_set():
             raise KeyboardInterrupt
 
-    keras.utils.set_random_seed(config.seed)
-    trainer = training.Trainer(network, config.learning_rate)
+    trainer = training.Trainer(network, dataset, run.recipe, config.epochs, config.seed)
     classifier = Classifier(network, dataset.class_names, dataset.image_shape)
     result = Result(label, classifier, trainer.optimizer_variables, [], 0.0)
     run.results.append(result)
     start = time.perf_counter()
-    console.start(label, config.epochs * training.steps(dataset, run.batch_size))
+    console.start(label, trainer.steps)
     try:
-        for row in training.epochs(
-            trainer, dataset, config.epochs, run.batch_size, config.seed, step
-        ):
+        for row in trainer.epochs(step):
             result.rows.append(row)
             result.seconds = time.perf_counter() - start
             write_text(output / "history.csv", history(run.results))
@@ -341,91 +373,6 @@ def history(results) -> str:
         for row in result.rows:
             table.writerow((result.label, row["epoch"], *(row[m] for m in training.MEASURES)))
     return text.getvalue()
-
-
-def parse_models(text) -> dict[str, Builder]:
-    """Models by label, from "cnn,inn,inn:kernel_size=5:group_number=3,my_file.py:my_function".
-
-    A name of ``involution.models``, or a Python file with the name of a function in it (``build``
-    unless given), called with (input_shape, classes) and the options that follow.
-    """
-    labels = [part.strip() for part in text.split(",")]
-    builders = {}
-    for label in labels:
-        if label in builders:
-            raise InputError(f"Every model must be named once. Received: {text}")
-        builders[label] = _parse_model(label)
-    files = [file_name(label) for label in labels]
-    if len(set(files)) < len(files):
-        raise InputError(f"Every model must have a name of its own. Received: {text}")
-    return builders
-
-
-def _parse_model(label) -> Builder:
-    # A file's name may hold colons of its own, as paths do on Windows.
-    file = re.match(r".*?\.py(?=:|$)", label)
-    name = file[0] if file else label.split(":")[0]
-    options = label[len(name) + 1 :].split(":") if len(label) > len(name) else []
-    builder: Builder
-    if file:
-        function = options.pop(0) if options and "=" not in options[0] else "build"
-        builder = _function_from(name, function)
-    elif name in models.MODELS:
-        builder = models.MODELS[name]
-    else:
-        raise InputError(
-            f"A model must be one of {', '.join(models.MODELS)} or a Python file. "
-            f"Received: {name or 'none'}"
-        )
-    arguments = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals or key not in inspect.signature(builder).parameters:
-            known = list(inspect.signature(builder).parameters)[2:]
-            raise InputError(
-                f"An option of {name} must be name=value with a name of {', '.join(known)}. "
-                f"Received: {option}"
-            )
-        arguments[key] = _value(value)
-    return lambda input_shape, classes: builder(
-        input_shape=input_shape, classes=classes, **arguments
-    )
-
-
-def _value(text):
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return {"None": None, "True": True, "False": False}.get(text, text)
-
-
-def _function_from(file, function) -> Builder:
-    if not pathlib.Path(file).is_file():
-        raise InputError(f"A model's Python file must exist. Received: {file}")
-    spec = importlib.util.spec_from_file_location(
-        f"involution_user_{pathlib.Path(file).stem}", file
-    )
-    if spec is None or spec.loader is None:
-        raise InputError(f"A model's file must be a Python file. Received: {file}")
-    module = importlib.util.module_from_spec(spec)
-    # Where classes in it look for their own module.
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # and so may a user's own file
-        raise InputError(f"A model's file must run. Received: {file}: {error}") from error
-    if not callable(getattr(module, function, None)):
-        raise InputError(
-            f"A model's file must define the function {function}. Received: {file}, which does not"
-        )
-    return getattr(module, function)
-
-
-def file_name(label) -> str:
-    """The label of a model as the name of its file."""
-    return "".join(c if c.isalnum() or c in "-_=." else "-" for c in label) + ".keras"
 
 
 def check_folder(output):

@@ -1,27 +1,11 @@
 """The page of a run: one HTML file that opens without a network, and the figures beside it."""
 
-import base64
-import io
-import pathlib
-
 import keras
 import numpy as np
 
-from involution import data
-from involution.errors import InputError
-from involution.files import replacing, write_text
+from involution import data, pages, visualize
+from involution.files import replacing
 
-try:
-    import jinja2
-
-    from involution import visualize
-except ImportError as error:
-    raise InputError(
-        "A report is drawn with Matplotlib and Jinja: pip install 'involution[compare]'. "
-        f"Received: no module {error.name}"
-    ) from error
-
-TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 EXPLAINED_IMAGES = 10
 
 
@@ -29,13 +13,13 @@ def write(run, output):
     """Writes the figures (PNG) and report.html of a run into its folder."""
     figures = {}
     for name, figure in _figures(run).items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
+        image = pages.png(figure)
         with replacing(output / f"{name}.png") as temporary:
-            temporary.write_bytes(buffer.getvalue())
-        figures[name] = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+            temporary.write_bytes(image)
+        figures[name] = pages.data_url(image)
+    pages.write(
+        output / "report.html",
+        "report.html.j2",
         run=run,
         metrics=run.metrics["models"],
         description=run.description,
@@ -47,7 +31,6 @@ def write(run, output):
         figures=figures,
         captions=CAPTIONS,
     )
-    write_text(output / "report.html", page)
 
 
 # Columns of the table of a run: title, and the entry of metrics.json.
@@ -58,6 +41,7 @@ COLUMNS = (
     ("optimizer", "optimizer_params"),
     ("total", "total_params"),
     ("size", "bytes"),
+    ("multiply-adds", "multiply_adds"),
     ("train loss", "train_loss"),
     ("train accuracy", "train_accuracy"),
     ("test loss", "test_loss"),
@@ -71,6 +55,7 @@ CAPTIONS = {
     "curves": "Loss and accuracy by epoch on the training and on the test images, the models on "
     "the same axes. Training figures are means over an epoch while the weights change, so early "
     "ones lie below the test's.",
+    "costs": "Accuracy on the test images after the last epoch, against what a model costs.",
     "samples": "Training images, drawn by the seed, the classes taking turns.",
     "words": "The kernels that the first involution generated at four places of one test image, "
     "and the first convolution's, as each channel sees them.",
@@ -147,7 +132,9 @@ def size(count) -> str:
 
 def _text(key, value) -> str:
     if value is None:
-        return "not reached"
+        return "not counted" if key == "multiply_adds" else "not reached"
+    if key == "multiply_adds":
+        return f"{value / 1e6:.2f} M"
     if key == "bytes":
         return size(value)
     if key.endswith("_params"):
@@ -161,6 +148,8 @@ def _figures(run) -> dict:
     figures = {}
     if rows:
         figures["curves"] = visualize.curves(rows)
+    if len(rows) > 2:
+        figures["costs"] = visualize.costs(run.metrics["models"])
     figures["samples"] = visualize.samples(
         dataset.x_train, dataset.y_train, dataset.class_names, seed
     )

@@ -78,6 +78,37 @@ def curves(histories) -> Figure:
     return figure
 
 
+def costs(models) -> Figure:
+    """Accuracy on the test images against the trainable parameters and the multiply-adds.
+
+    Args:
+        models: By label, dictionaries with ``test_accuracy``, ``trainable_params`` and
+            ``multiply_adds``; models that lack one of them are left out where it matters.
+    """
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    columns = {"trainable_params": "trainable parameters", "multiply_adds": "multiply-adds"}
+    for ax, (cost, title) in zip(figure.subplots(1, 2, sharey=True), columns.items(), strict=True):
+        for label, model in models.items():
+            if None in (model[cost], model["test_accuracy"]):
+                continue
+            point = (model[cost], model["test_accuracy"])
+            ax.plot(*point, "o", color=TEST)
+            ax.annotate(
+                label,
+                point,
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize=8,
+                parse_math=False,
+            )
+        ax.set_xscale("log")
+        ax.set_xlabel(title)
+        ax.margins(x=0.25, y=0.15)
+        ax.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("accuracy on the test images (share)")
+    return figure
+
+
 def samples(images, labels, class_names, seed, rows=5, columns=5) -> Figure:
     """A grid of images with their classes, drawn by the seed: as many of every class as fit."""
     figure = Figure(figsize=(1.8 * columns, 2.0 * rows), layout="constrained")

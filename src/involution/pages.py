@@ -1,0 +1,39 @@
+"""Pages that open without a network: templates, and figures within them."""
+
+import base64
+import io
+import pathlib
+
+from involution.errors import InputError
+from involution.files import write_text
+
+try:
+    import jinja2
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise InputError(
+        "A report is drawn with Matplotlib and Jinja: pip install 'involution[compare]'. "
+        f"Received: no module {error.name}"
+    ) from error
+
+
+def write(path, template, **values):
+    """Writes the page that a template beside this file makes of these values, all escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    write_text(path, environment.get_template(template).render(values))
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def data_url(image: bytes) -> str:
+    """A PNG file inside a page."""
+    return "data:image/png;base64," + base64.b64encode(image).decode()
