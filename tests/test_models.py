@@ -130,6 +130,17 @@ def test_the_convolutional_head_takes_every_size_with_one_set_of_weights(make):
         assert relative_error(logits, fixed.predict(x, verbose=0)) < 1e-5
 
 
+def test_a_narrower_cnn():
+    model = cnn((8, 8, 3), classes=5, filters=(3, 5, 7), hidden=11)
+    shapes = [tuple(w.shape) for w in model.weights if len(w.shape) > 1]
+    assert shapes == [(3, 3, 3, 3), (3, 3, 3, 5), (3, 3, 5, 7), (28, 11), (11, 5)]
+    assert cnn((None, None, 3), head="convolutional", hidden=9).layers[-3].filters == 9
+    with pytest.raises(ValueError, match=r"`filters` must be .* 3 of them.*Received: filters="):
+        cnn(filters=(3, 4))
+    with pytest.raises(ValueError, match="Received: hidden=0"):
+        cnn(hidden=0)
+
+
 def test_the_convolutional_head_averages_positions():
     model = cnn((8, 8, 3), classes=5, head="convolutional")
     randomize(model)

@@ -12,7 +12,8 @@ import involution
 from involution import models
 from involution.models.rednet import VARIANTS
 
-BUILDERS = {name: models.MODELS[name] for name in VARIANTS}
+NAMES = ("rednet_tiny", *VARIANTS)
+BUILDERS = {name: models.MODELS[name] for name in NAMES}
 # Millions of parameters and GFLOPs by the paper.
 PAPER = {
     "rednet26": (9.23, 1.73),
@@ -21,10 +22,12 @@ PAPER = {
     "rednet101": (25.65, 4.74),
     "rednet152": (33.99, 6.79),
 }
+# Of the maps of their stages.
+CHANNELS = dict.fromkeys(PAPER, (256, 512, 1024, 2048)) | {"rednet_tiny": (48, 80)}
 # The default run takes the smallest; `make test-slow` takes all, for which XLA compiles long.
 every = pytest.mark.parametrize(
     "name",
-    [n if n == "rednet_tiny" else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS],
+    [n if n == "rednet_tiny" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES],
 )
 
 
@@ -173,18 +176,17 @@ def halved(n, times):
 
 @every
 def test_feature_maps_of_every_stage_at_any_size(name):
-    variant = VARIANTS[name]
     model = BUILDERS[name](feature_maps=True)
-    first = 2 if variant.stem_shrinks else 0
+    first = 1 if name == "rednet_tiny" else 2
     last = BUILDERS[name](include_top=False)
     last.set_weights(model.get_weights())
     for height, width in ((64, 32), (45, 37)):
         x = images(1, height, width, 3)
         maps = model.predict(x, verbose=0)
-        assert list(maps) == [f"stage{i + 1}" for i in range(len(variant.blocks))]
-        for i, (map_, channels) in enumerate(zip(maps.values(), variant.widths, strict=True)):
+        assert list(maps) == [f"stage{i + 1}" for i in range(len(CHANNELS[name]))]
+        for i, (map_, channels) in enumerate(zip(maps.values(), CHANNELS[name], strict=True)):
             sizes = (halved(height, first + i), halved(width, first + i))
-            assert map_.shape == (1, *sizes, 4 * channels)
+            assert map_.shape == (1, *sizes, channels)
         np.testing.assert_array_equal(last.predict(x, verbose=0), map_)
 
 
@@ -204,7 +206,7 @@ def test_channels_first_is_channels_last_transposed(name):
     for model in (maps, alone):
         model.set_weights(last.get_weights()[:-2])
     stages = maps.predict(np.moveaxis(x, -1, 1), verbose=0)
-    assert [m.shape[1] for m in stages.values()] == [4 * w for w in VARIANTS[name].widths]
+    assert [m.shape[1] for m in stages.values()] == list(CHANNELS[name])
     *_, final = stages.values()
     assert relative_error(alone.predict(np.moveaxis(x, -1, 1), verbose=0), final) < 1e-6
     matrix, bias = last.get_layer("logits").get_weights()
@@ -272,3 +274,57 @@ def test_it_takes_the_types_of_the_policy():
 def test_bad_arguments_are_refused(arguments, received):
     with pytest.raises(ValueError, match="Received: " + received):
         models.RedNet26(**arguments)
+
+
+def test_a_tiny_network_of_other_sizes_and_generators():
+    generator = involution.kernel_generators.Linear()
+    model = models.rednet_tiny(
+        (20, 17, 3),
+        classes=4,
+        blocks=(1, 2),
+        widths=(6, 8),
+        expansion=3,
+        stem_width=5,
+        stem_pool=False,
+        kernel_size=5,
+        group_channels=2,
+        reduction_ratio=2,
+        kernel_generator=generator,
+    )
+    found = [layer for layer in model.layers if isinstance(layer, involution.Involution2D)]
+    assert [(f.kernel_size, f.groups, f.strides) for f in found] == [
+        ((5, 5), 3, (1, 1)),
+        ((5, 5), 4, (2, 2)),
+        ((5, 5), 4, (1, 1)),
+    ]
+    generators = [f.kernel_generator for f in found]
+    assert {type(g) for g in generators} == {type(generator)}
+    assert len({*map(id, generators), id(generator)}) == 4
+    assert model.get_layer("stem_conv").filters == 5
+    assert model.get_layer("stage2_block2_add").output.shape == (None, 10, 9, 24)
+    assert (
+        models.rednet_tiny(blocks=2, widths=16).get_layer("stage1_block2_add").output.shape[-1]
+        == 32
+    )
+    assert models.rednet_tiny((20, 17, 3)).get_layer("stem_pool").output.shape[1:3] == (10, 9)
+    static = models.rednet_tiny((8, 8, 3), kernel_generator="static")
+    assert trainable(static) < trainable(models.rednet_tiny((8, 8, 3)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "received"),
+    [
+        ({"blocks": (1, 2), "widths": (8,)}, r"blocks=\(1, 2\), widths=\(8,\)"),
+        ({"blocks": (), "widths": ()}, r"blocks=\(\), widths=\(\)"),
+        ({"blocks": (1, 0, 1)}, r"blocks=\(1, 0, 1\)"),
+        ({"widths": (8, 8.5, 8)}, r"widths=\(8, 8.5, 8\)"),
+        ({"kernel_size": 4}, "kernel_size=4"),
+        ({"expansion": 0}, "expansion=0"),
+        ({"stem_width": -1}, "stem_width=-1"),
+        ({"stem_pool": 2}, "stem_pool=2"),
+        ({"kernel_generator": "magic"}, "kernel_generator='magic'"),
+    ],
+)
+def test_bad_arguments_of_the_tiny_network_are_refused(arguments, received):
+    with pytest.raises(ValueError, match="Received: " + received):
+        models.rednet_tiny((16, 16, 3), **arguments)

@@ -73,7 +73,7 @@ def test_names_are_the_layers_and_the_paths_inside():
         "dense_1/bias",
     ]
     names = list(weights.named_weights(models.rednet_tiny()))
-    assert "stem_2_involution/bottleneck/normalization/moving_mean" in names
+    assert "stage1_block1_2_involution/bottleneck/normalization/moving_mean" in names
     assert names[-2:] == ["logits/kernel", "logits/bias"]
 
 

@@ -1,7 +1,5 @@
 """Models made of involutions, and the convolutional ones they are compared with."""
 
-from collections.abc import Callable
-
 from involution.models.classifiers import cnn, inn
 from involution.models.flops import count_multiply_adds
 from involution.models.rednet import (
@@ -12,18 +10,9 @@ from involution.models.rednet import (
     RedNet152,
     rednet_tiny,
 )
-
-# The models that commands and files know by name: functions of (input_shape, classes, ...).
-MODELS: dict[str, Callable] = {
-    "cnn": cnn,
-    "inn": inn,
-    "rednet_tiny": rednet_tiny,
-    "rednet26": RedNet26,
-    "rednet38": RedNet38,
-    "rednet50": RedNet50,
-    "rednet101": RedNet101,
-    "rednet152": RedNet152,
-}
+from involution.models.shipped import load
+from involution.models.table import MODELS
+from involution.models.twins import twin
 
 __all__ = [
     "MODELS",
@@ -35,5 +24,7 @@ __all__ = [
     "cnn",
     "count_multiply_adds",
     "inn",
+    "load",
     "rednet_tiny",
+    "twin",
 ]

@@ -7,7 +7,9 @@ same; each stage is the layer, a ReLU and, but for the last stage, a 2x2 max poo
 import keras
 from keras import layers
 
+from involution.kernel_generators import copied
 from involution.layers import Involution, Involution2D
+from involution.ops.api import integers
 from involution.ops.geometry import CHANNELS_LAST
 
 HEADS = ("dense", "convolutional")
@@ -15,22 +17,24 @@ HEADS = ("dense", "convolutional")
 KERNELS = "kernels"
 
 
-def cnn(input_shape=(32, 32, 3), classes=10, head="dense"):
-    """The convolutional network: three 3x3 convolutions of 32, 64 and 64 filters.
+def cnn(input_shape=(32, 32, 3), classes=10, head="dense", filters=(32, 64, 64), hidden=64):
+    """The convolutional network: three 3x3 convolutions, with pooling between them.
 
     Args:
         input_shape: (height, width, channels); sizes may be None with the convolutional head.
         classes: Number of classes.
-        head: ``"dense"``: flatten, a hidden layer of 64, the classes, as in the example;
+        head: ``"dense"``: flatten, a hidden layer, the classes, as in the example;
             ``"convolutional"``: the same two layers at every position and a mean over positions,
             which serves any image size.
+        filters: Of the three convolutions.
+        hidden: Units of the hidden layer.
 
     Returns:
         A functional ``keras.Model`` named ``conv_model``, from images to logits (B, classes). It
         has 319,178 parameters at 32x32x3.
 
     Raises:
-        ValueError: ``input_shape``, ``classes`` or ``head`` is out of its range.
+        ValueError: An argument is out of its range.
 
     Example:
 
@@ -39,14 +43,15 @@ def cnn(input_shape=(32, 32, 3), classes=10, head="dense"):
     319178
     """
     _check(input_shape, classes, head, HEADS)
+    integers("hidden", hidden, 1)
     inputs = keras.Input(shape=input_shape)
     x = inputs
-    for stage, filters in enumerate((32, 64, 64), start=1):
-        x = layers.Conv2D(filters, (3, 3), padding="same", data_format=CHANNELS_LAST)(x)
+    for stage, width in enumerate(integers("filters", filters, 3), start=1):
+        x = layers.Conv2D(width, (3, 3), padding="same", data_format=CHANNELS_LAST)(x)
         x = layers.ReLU(name=f"relu{stage}")(x)
         if stage < 3:
             x = layers.MaxPooling2D((2, 2), data_format=CHANNELS_LAST)(x)
-    return keras.Model(inputs, _head(x, classes, head), name="conv_model")
+    return keras.Model(inputs, _head(x, classes, head, hidden), name="conv_model")
 
 
 def inn(
@@ -92,14 +97,11 @@ def inn(
             return Involution(
                 input_shape[-1], group_number, kernel_size, 1, reduction_ratio, name=name
             )
-        generator = kernel_generator
-        if isinstance(generator, keras.layers.Layer):
-            generator = type(generator).from_config(generator.get_config())
         return Involution2D(
             kernel_size,
             groups=group_number,
             reduction_ratio=reduction_ratio,
-            kernel_generator=generator,
+            kernel_generator=copied(kernel_generator),
             return_kernel=True,
             group_layout="interleaved",
             data_format=CHANNELS_LAST,
@@ -135,11 +137,11 @@ def _check(input_shape, classes, head, heads):
         raise ValueError(f"`classes` must be at least 2. Received: classes={classes!r}")
 
 
-def _head(x, classes, head):
+def _head(x, classes, head, hidden=64):
     if head == "dense":
         x = layers.Flatten(data_format=CHANNELS_LAST)(x)
-        x = layers.Dense(64, activation="relu")(x)
+        x = layers.Dense(hidden, activation="relu")(x)
         return layers.Dense(classes)(x)
-    x = layers.Conv2D(64, 1, activation="relu", data_format=CHANNELS_LAST)(x)
+    x = layers.Conv2D(hidden, 1, activation="relu", data_format=CHANNELS_LAST)(x)
     x = layers.GlobalAveragePooling2D(data_format=CHANNELS_LAST)(x)
     return layers.Dense(classes)(x)

@@ -13,8 +13,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from involution import files, models
+from involution import files
 from involution.models.checkpoints.errors import CheckpointError
+from involution.models.table import MODELS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT, VERSION = "involution model", 1
@@ -48,10 +49,8 @@ def save(folder, name, arguments, model, extra=None):
     ...     weights.load(folder).output_shape
     (None, 7)
     """
-    if name not in models.MODELS:
-        raise ValueError(
-            f"`name` must be one of {', '.join(models.MODELS)}. Received: name={name!r}"
-        )
+    if name not in MODELS:
+        raise ValueError(f"`name` must be one of {', '.join(MODELS)}. Received: name={name!r}")
     tensors = {key: _array(variable) for key, variable in named_weights(model).items()}
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +119,7 @@ def read_config(folder) -> dict:
         config = json.loads(text)
         if (config["format"], config["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {config['format']!r}, version {config['version']!r}")
-        if config["name"] not in models.MODELS:
+        if config["name"] not in MODELS:
             raise ValueError(f"unknown model {config['name']!r}")
         if not isinstance(config["arguments"], dict) or not isinstance(config["extra"], dict):
             raise TypeError("arguments and extra must be objects")
@@ -223,7 +222,7 @@ def _build(folder, config, shapes) -> keras.Model:
             f"Received: {folder / CONFIG} with classes={str(classes)[:50]}"
         )
     try:
-        return models.MODELS[config["name"]](**arguments)
+        return MODELS[config["name"]](**arguments)
     except Exception as error:  # a builder, and Keras, raise many kinds for wrong arguments
         raise CheckpointError(
             f"A model's arguments must suit {config['name']}. "
