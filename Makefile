@@ -87,7 +87,7 @@ $(RUN_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 $(TEST_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(TEST_VENV)
 	$(TEST_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
-	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),compare,$(if $(filter jax,$(BACKENDS)),export-jax,export)]" --group test --group lint -c constraints.txt
+	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),sweep,$(if $(filter jax,$(BACKENDS)),export-jax,export)]" --group test --group lint -c constraints.txt
 	touch $@
 
 clean:

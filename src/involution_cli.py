@@ -44,12 +44,19 @@ class Recipe:
     """digits, cifar10, a CIFAR-10 archive, or a folder with train/<class>/ and test/<class>/."""
     epochs: int = 20
     """Passes over the training images."""
+    recipe: Literal["example", "one-cycle"] = "example"
+    """The keras.io example's training, or AdamW, a rate that rises and falls, images mirrored."""
     batch_size: int | None = None
-    """Images in a step; what suits the data set unless given (256, for the digits 32)."""
+    """Images in a step; the recipe's, or what suits the data set, unless given."""
     seed: int = 42
     """Of the initial weights, the order of images and the choice of examples."""
-    learning_rate: float = 1e-3
-    """Of Adam."""
+    learning_rate: float | None = None
+    """Of Adam; the recipe's unless given (0.001 in the example's)."""
+    weight_decay: float | None = None
+    """Of AdamW; the recipe's unless given (none in the example's)."""
+    validation: int | None = None
+    """Hold out so many training images, and measure on them in place of the test images; a search
+    holds out a tenth unless told."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of what layers compute; bfloat16 is faster where the processor has it. Weights: float32."""
     image_size: str | None = None
@@ -87,9 +94,56 @@ def train(*, model: str = "inn", recipe: Recipe = Recipe()):
 
 
 @app.command
+def sweep(
+    *search: str,
+    model: str = "rednet_tiny",
+    trials: int = 40,
+    max_parameters: int | None = None,
+    study: str | None = None,
+    recipe: Recipe = Recipe(epochs=5),
+):
+    """Search for the best values of a model's options, and of the training, by Optuna.
+
+    Run it again with the same --output to go on, or several times at once to share the work: the
+    processes take turns at the trials of one study. Each trial is judged on training images that
+    were held out; hopeless ones are given up early. The folder gets trials.csv and report.html.
+
+    Parameters
+    ----------
+    search
+        What to vary: NAME=A,B,C or NAME=LOW..HIGH, of the model's options or learning_rate,
+        weight_decay, batch_size; as kernel_size=3,5,7 learning_rate=0.001..0.03
+    model
+        A name with the options that stay as they are, as for train.
+    trials
+        How many the study shall have, those of all processes and of earlier runs together.
+    max_parameters
+        Models with more trainable parameters are not tried.
+    study
+        URL of a database to share between machines, as postgresql://host/name; otherwise a journal
+        in the output folder.
+    """
+    with _session(f"Searching {model} on {recipe.dataset}.", recipe.backend) as session:
+        from involution import experiment, memory
+        from involution.sweep import Plan, run
+
+        memory.keep_freed()
+        plan = Plan(_config(experiment, model, recipe), search, trials, max_parameters)
+        output = recipe.output or _free_folder(f"sweep-{recipe.dataset}")
+        command = shlex.join(["involution", *sys.argv[1:]])
+        done = run(plan, output, study, session.console, command)
+        session.folder = output
+        session.console.say(f"Report: {output / 'report.html'}")
+        session.console.say(f"Trials: {done.trials}")
+        if done.best is not None:
+            session.console.say(f"Best: {done.accuracy:.4f}, {plan.command(done.best)}")
+        if done.interrupted:
+            raise SystemExit(130)
+
+
+@app.command
 def predict(
-    model: pathlib.Path,
-    *images: pathlib.Path,
+    *files: pathlib.Path,
     top: int = 3,
     backend: Backend | None = None,
 ):
@@ -97,23 +151,22 @@ def predict(
 
     Parameters
     ----------
-    model
-        A .keras file written by compare or train.
-    images
-        Image files: PNG, JPEG or WebP.
+    files
+        A model, if not inn-cifar10: a .keras file written by compare or train, a folder, or the
+        name of a model that comes along, as cnn-cifar10. Then images: PNG, JPEG or WebP.
     top
         How many classes to show for each image.
     backend
         Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
     """
-    with _session(f"Reading {model}.", backend) as session:
+    with _session("Reading the model.", backend) as session:
         from involution import saved_model
         from involution.errors import InputError
 
         if top < 1:
             raise InputError(f"--top must be at least 1. Received: {top}")
-        classifier, tensors = _read(saved_model, model, images)
-        for image, tensor in zip(images, tensors, strict=True):
+        classifier, images = _read(saved_model, files)
+        for image, tensor in images:
             scores = classifier.scores(tensor)[0]
             best = scores.argsort()[::-1][:top]
             session.console.say(
@@ -124,8 +177,7 @@ def predict(
 
 @app.command
 def explain(
-    model: pathlib.Path,
-    *images: pathlib.Path,
+    *files: pathlib.Path,
     output: pathlib.Path = pathlib.Path("explain.png"),
     backend: Backend | None = None,
 ):
@@ -133,20 +185,19 @@ def explain(
 
     Parameters
     ----------
-    model
-        A .keras file written by compare or train, of a model with involutions.
-    images
-        Image files: PNG, JPEG or WebP.
+    files
+        A model with involutions, if not inn-cifar10, which comes along: a .keras file written
+        by compare or train, or a folder. Then images: PNG, JPEG or WebP.
     output
         The PNG file to write; an existing one is replaced.
     backend
         Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
     """
-    with _session(f"Explaining {len(images)} images by {model}.", backend) as session:
+    with _session("Explaining images.", backend) as session:
         from involution import explaining, saved_model
 
-        classifier, tensors = _read(saved_model, model, images)
-        for line in explaining.write(classifier, images, tensors, output):
+        classifier, images = _read(saved_model, files)
+        for line in explaining.write(classifier, images, output):
             session.console.say(line)
 
 
@@ -379,17 +430,7 @@ def _run(what, models, recipe):
         from involution import experiment, memory
 
         memory.keep_freed()
-        config = experiment.Config(
-            dataset=recipe.dataset,
-            models=models,
-            epochs=recipe.epochs,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            learning_rate=recipe.learning_rate,
-            precision=recipe.precision,
-            image_size=_size(recipe.image_size),
-            download=recipe.download,
-        )
+        config = _config(experiment, models, recipe)
         output = recipe.output or _free_folder(config.dataset)
         command = shlex.join(["involution", *sys.argv[1:]])
         run = experiment.compare(config, output, session.console, command=command)
@@ -397,6 +438,13 @@ def _run(what, models, recipe):
         _conclude(run, output, session.console)
         if run.interrupted:
             raise SystemExit(130)
+
+
+def _config(experiment, models, recipe):
+    """What is run: the recipe's fields are the configuration's, but for these."""
+    given = dataclasses.asdict(recipe)
+    del given["output"], given["backend"]
+    return experiment.Config(**given | {"models": models, "image_size": _size(recipe.image_size)})
 
 
 def _size(text) -> tuple[int, int] | None:
@@ -452,12 +500,15 @@ def _free_folder(dataset) -> pathlib.Path:
     return folder
 
 
-def _read(saved_model, model, images):
+def _read(saved_model, files):
+    """(classifier, pairs of a file and its image), of the files that a command was given."""
     from involution.errors import InputError
 
+    named = bool(files) and saved_model.is_model(files[0])
+    images = files[1:] if named else files
     if not images:
         raise InputError("At least one image must be given. Received: none")
-    classifier = saved_model.load(model)
+    classifier = saved_model.load(files[0] if named else saved_model.DEFAULT)
 
     def read(image):
         try:
@@ -465,7 +516,7 @@ def _read(saved_model, model, images):
         except InputError as error:
             raise InputError(f"{error}. Received: {image}") from error
 
-    return classifier, [read(image) for image in images]
+    return classifier, [(image, read(image)) for image in images]
 
 
 def main():
