@@ -9,8 +9,10 @@ from involution.files import replacing
 from involution.saved_model import Classifier
 
 
-def write(classifier: Classifier, files, tensors, output) -> list[str]:
+def write(classifier: Classifier, images, output) -> list[str]:
     """Draws the images with their kernels' heat maps, beside and over them, into a PNG file.
+
+    ``images`` are pairs: the name of a file, and the image as the classifier reads it.
 
     Returns:
         Lines that say what was drawn: each image's class, and the range of every map.
@@ -25,16 +27,17 @@ def write(classifier: Classifier, files, tensors, output) -> list[str]:
             "Figures are drawn with Matplotlib: pip install 'involution[compare]'. "
             f"Received: no module {error.name}"
         ) from error
-    images = np.concatenate(tensors)
-    maps = visualize.kernel_maps(classifier.model, images)
+    files, tensors = zip(*images, strict=True)
+    pixels = np.concatenate(tensors)
+    maps = visualize.kernel_maps(classifier.model, pixels)
     if not maps:
         raise InputError(
             "A model must have an involution to be explained. "
             f"Received: {classifier.model.name}, which has none"
         )
-    scores = classifier.scores(images)
+    scores = classifier.scores(pixels)
     best = [f"{classifier.class_names[s.argmax()]} {s.max():.2f}" for s in scores]
-    figure = visualize.heat_maps(images, maps, best, overlay=True)
+    figure = visualize.heat_maps(pixels, maps, best, overlay=True)
     output = pathlib.Path(output)
     try:
         with replacing(output) as temporary:

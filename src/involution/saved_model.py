@@ -15,10 +15,12 @@ import numpy as np
 from involution import data
 from involution.errors import InputError
 from involution.files import replacing
-from involution.models import weights
+from involution.models import shipped, weights
 
 ENTRY = "involution.json"
 SCALING = "pixels / 255"
+# What classifies where no model is named.
+DEFAULT = "inn-cifar10"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,15 @@ class Classifier:
     model: keras.Model
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
+
+    @property
+    def about(self) -> dict:
+        """What stands beside the weights."""
+        return {
+            "class_names": self.class_names,
+            "image_shape": self.image_shape,
+            "scaling": SCALING,
+        }
 
     def read(self, file) -> np.ndarray:
         """An image file as the model takes it: float32 (1, height, width, channels)."""
@@ -44,40 +55,46 @@ class Classifier:
         with replacing(path) as temporary:
             self.model.save(temporary)
             with zipfile.ZipFile(temporary, "a") as archive:
-                archive.writestr(
-                    ENTRY,
-                    json.dumps(
-                        {
-                            "class_names": self.class_names,
-                            "image_shape": self.image_shape,
-                            "scaling": SCALING,
-                        }
-                    ),
-                )
+                archive.writestr(ENTRY, json.dumps(self.about))
 
 
 def load(path) -> Classifier:
-    """Reads a file that ``Classifier.save`` wrote. No code from the file runs.
+    """A classifier: from a file that ``Classifier.save`` wrote, from a folder that
+    ``models.weights.save`` wrote with the same entries, or one of ``models.shipped.names()``.
+    No code from a file runs.
 
     Raises:
-        InputError: It is not such a file.
+        InputError: It is none of these.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise InputError(f"A model must be a .keras file. Received: {path}, which is no file")
+    if not path.exists() and str(path) in shipped.names():
+        path = shipped.folder(str(path))
     try:
-        with zipfile.ZipFile(path) as archive:
-            about = json.loads(archive.read(ENTRY))
+        about = _about(path)
         class_names = tuple(str(name) for name in about["class_names"])
         height, width, channels = (int(n) for n in about["image_shape"])
         if about["scaling"] != SCALING:
             raise ValueError(about["scaling"])
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
         raise InputError(
-            "A model must be a .keras file written by `involution compare` or `train`, which holds "
-            f"its classes and image size. Received: {path}"
+            "A model must be a .keras file or a folder with its classes and image size, as "
+            "`involution compare` and `train` write it, or one of "
+            f"{', '.join(shipped.names())}. Received: {path}"
         ) from error
-    return Classifier(_load_keras(path), class_names, (height, width, channels))
+    return Classifier(load_model(path), class_names, (height, width, channels))
+
+
+def _about(path) -> dict:
+    if path.is_dir():
+        return weights.read_config(path)["extra"]
+    with zipfile.ZipFile(path) as archive:
+        return json.loads(archive.read(ENTRY))
+
+
+def is_model(path) -> bool:
+    """Whether a name on a command line is a model's, and not an image's."""
+    path = pathlib.Path(path)
+    return path.suffix == ".keras" or path.is_dir() or str(path) in shipped.names()
 
 
 def load_model(path) -> keras.Model:
