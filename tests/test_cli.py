@@ -206,7 +206,7 @@ def bad_inputs(root, trained):
         (["compare", *ok, "--backend", "theano"], "theano"),
         (["paint"], "paint"),
         (["train", *ok, "--model", "x.py"], "must exist"),
-        (["predict", root / "none.keras", image], "none.keras"),
+        (["predict", root / "none.keras", image], "does not exist"),
         (["predict", root / "text.png", image], "text.png"),
         (["predict", cnn, root / "none.png"], "none.png"),
         (["predict", cnn, root / "text.png"], "text.png"),

@@ -381,7 +381,7 @@ def test_what_is_no_classifier_is_refused(tmp_path):
     plain = own_model((8, 8, 3), 2)
     plain.save(tmp_path / "plain.keras")
     for name, match in (
-        ("missing.keras", "is no file"),
+        ("missing.keras", "missing.keras, which does not exist"),
         ("x.keras", "written by `involution compare`"),
         ("plain.keras", "written by `involution compare`"),
     ):

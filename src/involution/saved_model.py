@@ -69,6 +69,11 @@ def load(path) -> Classifier:
     path = pathlib.Path(path)
     if not path.exists() and str(path) in shipped.names():
         path = shipped.folder(str(path))
+    if not path.exists():
+        raise InputError(
+            f"A model must be a .keras file, a folder, or one of {', '.join(shipped.names())}. "
+            f"Received: {path}, which does not exist"
+        )
     try:
         about = _about(path)
         class_names = tuple(str(name) for name in about["class_names"])
