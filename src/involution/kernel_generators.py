@@ -511,10 +511,11 @@ def nearly_static(taps):
 
     Example:
 
-    >>> import numpy as np, involution
+    >>> import keras
     >>> from involution.kernel_generators import Bottleneck, nearly_static
     >>> generator = Bottleneck(kernel_size=3, groups=8, **nearly_static(9))
-    >>> kernels = np.array(generator(np.random.normal(size=(1, 32, 32, 32)).astype("float32")))
+    >>> features = keras.random.normal((1, 32, 32, 32))
+    >>> kernels = keras.ops.convert_to_numpy(generator(features))
     >>> bool(kernels.std(axis=(1, 2)).mean() < kernels.mean(axis=(1, 2)).std() / 3)
     True
     """
