@@ -9,8 +9,6 @@ multiply-adds; prints the means as Markdown.
 
 import argparse
 import collections
-import csv
-import io
 import json
 import pathlib
 import statistics
@@ -41,11 +39,7 @@ def main():
     parser.add_argument("--output", type=pathlib.Path, required=True)
     options = parser.parse_args()
     found = sorted(rows(options.folders), key=lambda r: (r["recipe"], r["model"], r["seed"]))
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(found)
-    files.write_text(options.output.with_suffix(".csv"), text.getvalue())
+    files.write_text(options.output.with_suffix(".csv"), files.csv_text(COLUMNS, found))
     groups = collections.defaultdict(list)
     for row in found:
         groups[row["recipe"], row["model"]].append(row)

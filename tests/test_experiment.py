@@ -382,8 +382,8 @@ def test_what_is_no_classifier_is_refused(tmp_path):
     plain.save(tmp_path / "plain.keras")
     for name, match in (
         ("missing.keras", "missing.keras, which does not exist"),
-        ("x.keras", "as `involution compare` and"),
-        ("plain.keras", "as `involution compare` and"),
+        ("x.keras", "written by `involution compare`"),
+        ("plain.keras", "written by `involution compare`"),
     ):
         with pytest.raises(InputError, match=match):
             saved_model.load(tmp_path / name)

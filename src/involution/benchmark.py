@@ -6,11 +6,9 @@ machine allows: what it takes to move the bytes, or to do the multiplications an
 measured in the same run.
 """
 
-import csv
 import dataclasses
 import datetime
 import functools
-import io
 import math
 import multiprocessing
 import os
@@ -27,6 +25,7 @@ import numpy as np
 from involution import memory, ops, yardsticks
 from involution.errors import InputError
 from involution.experiment import versions
+from involution.files import csv_text
 from involution.ops import native_library
 from involution.ops.api import IMPLEMENTATIONS, make_problem
 from involution.ops.cases import CASES, Case
@@ -376,11 +375,7 @@ def with_setting(rows: Sequence[dict], names: Sequence[str]) -> str:
         "versions": " ".join(f"{n}={v}" for n, v in versions().items()),
         "date": datetime.date.today().isoformat(),
     }
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*names, *setting], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, **setting} for row in rows)
-    return text.getvalue()
+    return csv_text([*names, *setting], [{**row, **setting} for row in rows])
 
 
 def _rounded(value):

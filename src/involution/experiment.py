@@ -1,11 +1,9 @@
 """One run = one folder: models trained on the same data, side by side, and what came of it."""
 
 import contextlib
-import csv
 import dataclasses
 import datetime
 import functools
-import io
 import math
 import os
 import pathlib
@@ -20,7 +18,7 @@ import keras
 
 from involution import data, model_labels, training
 from involution.errors import InputError
-from involution.files import write_json, write_text
+from involution.files import csv_text, write_json, write_text
 from involution.models import count_multiply_adds
 from involution.saved_model import Classifier
 
@@ -132,14 +130,8 @@ class Result:
     def parameters(self) -> dict[str, int]:
         """Numbers of parameters, and their bytes with the optimizer's: training changes none."""
         model = self.classifier.model
-        counts = [
-            sum(math.prod(v.shape) for v in variables)
-            for variables in (
-                model.trainable_variables,
-                model.non_trainable_variables,
-                self.optimizer_variables,
-            )
-        ]
+        kinds = (model.trainable_variables, model.non_trainable_variables, self.optimizer_variables)
+        counts = [count(variables) for variables in kinds]
         return {
             "trainable_params": counts[0],
             "non_trainable_params": counts[1],
@@ -258,10 +250,10 @@ def compare(
     )
     make_folder(output)
     write_json(output / "config.json", run.description)
-    with interruptions(console) as asked:
+    with interruptions(console) as step:
         try:
             for label, network in networks.items():
-                _train(run, label, network, output, console, asked)
+                _train(run, label, network, output, console, step)
         except KeyboardInterrupt:
             run.interrupted = True
             console.stop()
@@ -274,11 +266,18 @@ def compare(
 
 @contextlib.contextmanager
 def interruptions(console):
-    """Within the block the first Ctrl-C is a request, which the event yielded holds: an exception
-    in the midst of a step could leave a model without its weights. The second one is as ever."""
+    """Within the block the first Ctrl-C is a request: an exception in the midst of a step could
+    leave a model without its weights. The function yielded, called after each step, tells the
+    console and raises KeyboardInterrupt when asked to. The second one is as ever."""
     asked = threading.Event()
+
+    def step():
+        console.step()
+        if asked.is_set():
+            raise KeyboardInterrupt
+
     if threading.current_thread() is not threading.main_thread():
-        yield asked  # signals are for the main thread alone
+        yield step  # signals are for the main thread alone
         return
 
     def ask(signal_number, frame):
@@ -289,7 +288,7 @@ def interruptions(console):
 
     before = signal.signal(signal.SIGINT, ask)
     try:
-        yield asked
+        yield step
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -333,14 +332,8 @@ def build(label, builder, dataset, config) -> keras.Model:
     return network
 
 
-def _train(run, label, network, output, console, asked):
+def _train(run, label, network, output, console, step):
     config, dataset = run.config, run.dataset
-
-    def step():
-        console.step()
-        if asked.is_set():
-            raise KeyboardInterrupt
-
     trainer = training.Trainer(network, dataset, run.recipe, config.epochs, config.seed)
     classifier = Classifier(network, dataset.class_names, dataset.image_shape)
     result = Result(label, classifier, trainer.optimizer_variables, [], 0.0)
@@ -366,13 +359,9 @@ def _train(run, label, network, output, console, asked):
 
 def history(results) -> str:
     """history.csv: nothing in it depends on the clock, so one seed gives one file."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(("model", "epoch", *training.MEASURES))
-    for result in results:
-        for row in result.rows:
-            table.writerow((result.label, row["epoch"], *(row[m] for m in training.MEASURES)))
-    return text.getvalue()
+    columns = ("model", "epoch", *training.MEASURES)
+    rows = [{"model": result.label, **row} for result in results for row in result.rows]
+    return csv_text(columns, rows)
 
 
 def check_folder(output):
@@ -412,6 +401,11 @@ def peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def count(variables) -> int:
+    """Of numbers in variables."""
+    return sum(math.prod(v.shape) for v in variables)
 
 
 def _median(values):

@@ -1,6 +1,8 @@
 """Files that are whole or not there: written beside their place, synced, renamed."""
 
 import contextlib
+import csv
+import io
 import json
 import math
 import os
@@ -39,6 +41,15 @@ def write_json(path, value):
     """JSON as every parser reads it: what is not finite is null."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
+
+
+def csv_text(columns, rows) -> str:
+    """CSV with a heading of these columns, from dictionaries that may hold more."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
 
 
 def _finite(value):

@@ -30,11 +30,16 @@ from involution.ops.geometry import (
 from involution.ops.views import wide, window, zero_pad
 from involution.pointwise import convolution
 
+
+def _normal(scale):
+    return {
+        "class_name": "VarianceScaling",
+        "config": {"scale": scale, "mode": "fan_out", "distribution": "untruncated_normal"},
+    }
+
+
 # The paper's code: Kaiming's normal distribution over the outputs of a layer.
-KAIMING = {
-    "class_name": "VarianceScaling",
-    "config": {"scale": 2.0, "mode": "fan_out", "distribution": "untruncated_normal"},
-}
+KAIMING = _normal(2.0)
 # The score of a position outside the input: no weight after a softmax, and no NaN where all are.
 OUTSIDE = -1e9
 
@@ -47,6 +52,8 @@ class KernelGenerator(keras.layers.Layer):
 
     # Whether it reads the layer's whole input, or only what follows the windows' centres.
     whole_input = False
+    # Whether initial values that are not its own, as of ``nearly_static``, make sense in it.
+    begins_as_told = False
 
     def __init__(self, kernel_size=None, groups=None, strides=None, data_format=None, **kwargs):
         super().__init__(**kwargs)
@@ -130,6 +137,8 @@ class Linear(KernelGenerator):
     >>> tuple(layer(np.ones((1, 8, 8, 32), "float32")).shape)
     (1, 8, 8, 32)
     """
+
+    begins_as_told = True
 
     def __init__(
         self,
@@ -303,6 +312,7 @@ class PairwiseAttention(Linear):
     """
 
     whole_input = True
+    begins_as_told = False  # its convolutions make queries and keys, no kernels
 
     def __init__(self, key_channels=None, padding=None, dilation_rate=None, **kwargs):
         super().__init__(**kwargs)
@@ -522,10 +532,7 @@ def nearly_static(taps):
     (taps,) = integers("taps", taps, 1)
     return {
         # A tenth of the paper's; in the first convolution normalization takes the scale away.
-        "kernel_initializer": {
-            "class_name": "VarianceScaling",
-            "config": {"scale": 0.02, "mode": "fan_out", "distribution": "untruncated_normal"},
-        },
+        "kernel_initializer": _normal(0.02),
         "bias_initializer": {
             "class_name": "RandomNormal",
             "config": {"stddev": math.sqrt(2 / taps)},
@@ -550,7 +557,7 @@ def get(identifier, reduction_ratio=4, dtype=None, initial=None):
             f"Received: kernel_generator={identifier!r}"
         )
     make = GENERATORS[name]
-    options = {} if issubclass(make, (PairwiseAttention, Static)) else dict(initial or {})
+    options = dict(initial or {}) if make.begins_as_told else {}
     if issubclass(make, Bottleneck):
         options["reduction_ratio"] = reduction_ratio
     return make(dtype=dtype, **options)

@@ -82,8 +82,8 @@ def load(path) -> Classifier:
             raise ValueError(about["scaling"])
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
         raise InputError(
-            "A model must be a .keras file or a folder with its classes and image size, as "
-            "`involution compare` and `train` write it, or one of "
+            "A model must be a .keras file or a folder with its classes and image size, written "
+            "by `involution compare` or `train`, or one of "
             f"{', '.join(shipped.names())}. Received: {path}"
         ) from error
     return Classifier(load_model(path), class_names, (height, width, channels))

@@ -6,11 +6,9 @@ killed loses the trial it was at: the next one that looks finds its process gone
 """
 
 import contextlib
-import csv
 import dataclasses
 import datetime
 import functools
-import io
 import math
 import os
 import pathlib
@@ -21,7 +19,7 @@ import warnings
 
 from involution import experiment, model_labels, pages, training
 from involution.errors import InputError
-from involution.files import write_text
+from involution.files import csv_text, write_text
 
 try:
     import optuna
@@ -199,7 +197,7 @@ def run(plan, folder, study_url=None, console=None, command="") -> Outcome:
     experiment.make_folder(folder)
     study = _open(plan, folder, study_url)
     refusals, interrupted = 0, False
-    with experiment.interruptions(console) as asked:
+    with experiment.interruptions(console) as step:
         try:
             while refusals < PATIENCE and _wanted(study, plan, console):
                 trial = study.ask()
@@ -207,8 +205,9 @@ def run(plan, folder, study_url=None, console=None, command="") -> Outcome:
                     model = _proposed(study, plan, trial, dataset)
                     refusals = refusals + 1 if model is None else 0
                     if model is not None:
-                        _try(study, plan, trial, model, dataset, console, asked)
-                write_report(study, plan, dataset, folder, command)
+                        _try(study, plan, trial, model, dataset, console, step)
+                if model is not None:
+                    write_report(study, plan, dataset, folder, command)
             if refusals == PATIENCE:
                 console.say(
                     f"{PATIENCE} proposals in a row were known, or could not be tried: the search "
@@ -313,7 +312,7 @@ def _proposed(study, plan, trial, dataset):
         except InputError as error:
             reason = str(error)
     if model is not None:
-        count = sum(math.prod(v.shape) for v in model.trainable_variables)
+        count = experiment.count(model.trainable_variables)
         trial.set_user_attr("parameters", count)
         if plan.max_parameters is not None and count > plan.max_parameters:
             reason = f"{count} parameters, more than {plan.max_parameters}"
@@ -324,14 +323,8 @@ def _proposed(study, plan, trial, dataset):
     return None
 
 
-def _try(study, plan, trial, model, dataset, console, asked):
+def _try(study, plan, trial, model, dataset, console, step):
     config = plan.configured(trial.params)
-
-    def step():
-        console.step()
-        if asked.is_set():
-            raise KeyboardInterrupt
-
     label = f"trial {trial.number}"
     console.say(f"{label}: {_described(trial.params)}")
     recipe = config.recipe_for(dataset)
@@ -423,11 +416,7 @@ def write_report(study, plan, dataset, folder, command):
         for t in trials
     ]
     columns = ["trial", "state", "accuracy", "epochs", "parameters", *plan.space]
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_text(folder / "trials.csv", text.getvalue())
+    write_text(folder / "trials.csv", csv_text(columns, rows))
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     pages.write(
         folder / "report.html",

@@ -247,8 +247,7 @@ def rednet_tiny(
 ):
     """A RedNet for images of some 32x32 pixels: its stem is one 3x3 convolution.
 
-    Unless told otherwise it is the best that a search found with fewer than 31,917 parameters, a
-    tenth of ``cnn``'s, on CIFAR-10.
+    Unless told otherwise it has 30,744 trainable parameters at ten classes, a tenth of ``cnn``'s.
 
     Args:
         input_shape, classes, include_top, feature_maps, data_format: As for ``RedNet26``.

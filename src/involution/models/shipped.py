@@ -5,8 +5,6 @@ import pathlib
 
 import keras
 
-from involution.models import weights
-
 FOLDERS = pathlib.Path(__file__).with_name("trained")
 
 
@@ -43,4 +41,6 @@ def load(name) -> keras.Model:
     >>> involution.models.load("inn-cifar10").count_params()
     13080
     """
+    from involution.models import weights  # whose readers not every import shall wait for
+
     return weights.load(folder(name))

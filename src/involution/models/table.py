@@ -2,24 +2,16 @@
 
 from collections.abc import Callable
 
-from involution.models.classifiers import cnn, inn
-from involution.models.rednet import (
-    RedNet26,
-    RedNet38,
-    RedNet50,
-    RedNet101,
-    RedNet152,
-    rednet_tiny,
-)
+from involution.models import classifiers, rednet
 
 # Functions of (input_shape, classes, ...).
 MODELS: dict[str, Callable] = {
-    "cnn": cnn,
-    "inn": inn,
-    "rednet_tiny": rednet_tiny,
-    "rednet26": RedNet26,
-    "rednet38": RedNet38,
-    "rednet50": RedNet50,
-    "rednet101": RedNet101,
-    "rednet152": RedNet152,
+    "cnn": classifiers.cnn,
+    "inn": classifiers.inn,
+    "rednet_tiny": rednet.rednet_tiny,
+    "rednet26": rednet.RedNet26,
+    "rednet38": rednet.RedNet38,
+    "rednet50": rednet.RedNet50,
+    "rednet101": rednet.RedNet101,
+    "rednet152": rednet.RedNet152,
 }
