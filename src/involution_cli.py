@@ -179,9 +179,11 @@ def predict(
 def explain(
     *files: pathlib.Path,
     output: pathlib.Path = pathlib.Path("explain.png"),
+    show: Literal["maps", "outputs", "place", "groups"] = "maps",
+    place: str = "0.5,0.5",
     backend: Backend | None = None,
 ):
-    """Draw the kernels that involutions generate for images: heat maps beside and over each image.
+    """Draw the kernels that involutions generate for images.
 
     Parameters
     ----------
@@ -189,7 +191,14 @@ def explain(
         A model with involutions, if not inn-cifar10, which comes along: a .keras file written
         by compare or train, or a folder. Then images: PNG, JPEG or WebP.
     output
-        The PNG file to write; an existing one is replaced.
+        The file to write: .png or .svg, for one kind of figure, or .html, a page with all of them.
+        An existing one is replaced.
+    show
+        The figure: maps, heat maps beside and over each image; outputs, heat maps beside what the
+        involutions give; place, the kernels at one place before and after training; groups, a heat
+        map for each group of channels.
+    place
+        ROW,COLUMN of the place, as shares of the image: 0,0 is the top left corner, 1,1 the other.
     backend
         Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
     """
@@ -197,7 +206,7 @@ def explain(
         from involution import explaining, saved_model
 
         classifier, images = _read(saved_model, files)
-        for line in explaining.write(classifier, images, output):
+        for line in explaining.write(classifier, images, output, show, _place(place)):
             session.console.say(line)
 
 
@@ -458,6 +467,15 @@ def _size(text) -> tuple[int, int] | None:
     return (int(parts[0]), int(parts[-1]))
 
 
+def _place(text) -> tuple[float, ...]:
+    try:
+        return tuple(float(share) for share in text.split(","))
+    except ValueError:
+        from involution.errors import InputError
+
+        raise InputError(f"--place must be ROW,COLUMN. Received: {text}") from None
+
+
 def _with_size(model, size) -> tuple | None:
     """The model's input shape with (height, width) where it leaves two sizes open."""
     if size is None:
@@ -475,7 +493,7 @@ def _with_size(model, size) -> tuple | None:
 
 
 def _conclude(run, output, console):
-    from involution import report, visualize
+    from involution import looking, report
 
     console.say("")
     console.say(report.verdict(run))
@@ -487,7 +505,7 @@ def _conclude(run, output, console):
         return
     file = output / run.results[-1].file
     console.say(f"Next: involution predict {file} IMAGE...")
-    if visualize.involutions(run.results[-1].classifier.model):
+    if looking.has_involutions(run.results[-1].classifier.model):
         console.say(f"      involution explain {file} IMAGE...")
 
 

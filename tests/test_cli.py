@@ -113,6 +113,31 @@ def test_explain(call, trained, pets, tmp_path):
     assert (tmp_path / "explain.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("show", ["maps", "outputs", "place", "groups"])
+def test_explain_draws_what_is_asked_for(call, trained, pets, tmp_path, show):
+    image = pets / "test" / "ant" / "1.png"
+    arguments = ("explain", trained[0] / "inn.keras", image, "--show", show, "--place", "0,1")
+    for file in ("a.svg", "b.svg"):
+        code, lines = call(*arguments, "--output", file)
+        assert code == 0
+        assert lines[2] == f"Figure: {file}"
+    a, b = ((tmp_path / file).read_bytes() for file in ("a.svg", "b.svg"))
+    assert a.startswith(b"<?xml")
+    assert a == b
+
+
+def test_explain_writes_a_page_of_everything(call, trained, pets, tmp_path):
+    images = [pets / "test" / "ant" / f"{i}.png" for i in range(2)]
+    code, lines = call("explain", trained[0] / "inn.keras", *images, "--output", "page.html")
+    assert code == 0
+    assert lines[-1] == "Page: page.html"
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/png;base64,") == 8
+    assert page.count("<h2>") == 2
+    assert all(str(image) in page for image in images)
+    assert not re.search(r"https?://|<script", page)
+
+
 def test_convert_and_export(call, tmp_path):
     code, lines = call("convert", HOSTED, "folder")
     assert code == 0
@@ -214,6 +239,11 @@ def bad_inputs(root, trained):
         (["predict", cnn, image, "--top", "0"], "--top must be at least 1"),
         (["explain", cnn, image], "must have an involution"),
         (["explain", inn, image, "--output", root / "none" / "x.png"], "writable"),
+        (["explain", inn, image, "--output", root / "x.gif"], "must be a .png, .svg or .html"),
+        (["explain", inn, image, image, "--show", "groups"], "of one image"),
+        (["explain", inn, image, "--place", "0.5"], "Received: 0.5"),
+        (["explain", inn, image, "--place", "0.5,nan"], "Received: 0.5, nan"),
+        (["explain", inn, image, "--place", "a,b"], "--place must be ROW,COLUMN"),
         (["convert", root / "none.pth", root / "new"], "none.pth"),
         (["convert", root / "text.png", root / "new"], "must be a PyTorch .pth file"),
         (["convert", root / "ok", root / "new"], "a folder without variables"),

@@ -64,6 +64,7 @@ ORDER = [
     "saved_model",
     "model_labels",
     "training",
+    "looking",
     "visualize",
     "pages",
     "report",

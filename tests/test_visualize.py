@@ -1,10 +1,8 @@
-import keras
 import numpy as np
 import pytest
-from frameworks import numpy
 from matplotlib.figure import Figure
 
-from involution import Involution2D, models, visualize
+from involution import models, visualize
 
 
 @pytest.fixture(scope="module")
@@ -15,37 +13,18 @@ def inn():
 images = np.random.default_rng(0).random((3, 32, 32, 3), "float32")
 
 
-def test_a_heat_map_is_the_sum_over_the_window_and_the_groups(inn):
-    maps = visualize.kernel_maps(inn, images)
-    assert {name: m.shape for name, m in maps.items()} == {
-        "inv_1": (3, 32, 32),
-        "inv_2": (3, 16, 16),
-        "inv_3": (3, 8, 8),
-    }
-    outputs = [inn.get_layer(name).output[1] for name in maps]
-    for name, kernel in zip(maps, keras.Model(inn.input, outputs)(images), strict=True):
-        assert kernel.shape[3:] == (25, 1, 3)
-        np.testing.assert_allclose(maps[name], numpy(kernel).sum((3, 4, 5)), atol=1e-5)
-
-
-def test_layers_that_return_no_kernel_and_channels_first_are_explained_too():
-    inputs = keras.Input((3, 10, 12))
-    layer = Involution2D(3, strides=2, reduction_ratio=1, data_format="channels_first", name="i")
-    model = keras.Model(inputs, layer(inputs))
-    x = np.moveaxis(images[:, :10, :12], -1, 1)
-    found = visualize.kernels(model, x)["i"]
-    assert found.shape == (3, 5, 6, 9, 1)
-    np.testing.assert_allclose(
-        found, np.moveaxis(numpy(layer.generate_kernel(x)), (1, 2), (-2, -1)), atol=1e-6
-    )
-
-
-def test_a_model_without_involutions_has_no_maps():
-    assert visualize.kernel_maps(models.cnn((32, 32, 3), 4), images) == {}
-
-
 def titles(figure):
     return [ax.get_title() for ax in figure.axes]
+
+
+def panel(figure, title):
+    """The array that is drawn under a title, and its limits."""
+    (ax,) = (ax for ax in figure.axes if ax.get_title() == title)
+    return np.asarray(ax.images[-1].get_array()), ax.images[-1].get_clim()
+
+
+def bars(figure):
+    return [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
 
 
 def test_a_constant_map_is_drawn_flat_and_says_so():
@@ -53,21 +32,101 @@ def test_a_constant_map_is_drawn_flat_and_says_so():
     maps["flat"][0, 1, 1] += 1e-8
     figure = visualize.heat_maps(images[:1], maps, overlay=True)
     assert isinstance(figure, Figure)
-    assert "flat (5x4, constant)" in titles(figure)
-    assert "flat over the image (5x4, constant)" in titles(figure)
-    assert "other (4x4)" in titles(figure)
-    drawn = next(ax for ax in figure.axes if ax.get_title() == "flat (5x4, constant)").images[0]
-    assert np.ptp(drawn.get_array()) == 0
-    bars = [ax for ax in figure.axes if not ax.get_title()]
-    assert len(bars) == 4
+    assert {"flat (5x4, constant)", "flat over the image (5x4, constant)", "other (4x4)"} < set(
+        titles(figure)
+    )
+    drawn, limits = panel(figure, "flat (5x4, constant)")
+    assert np.ptp(drawn) == 0
+    assert limits[0] < 0.3 < limits[1]
+    assert len(bars(figure)) == 4
 
 
-def test_every_map_shows_its_own_range():
+def test_a_map_that_is_not_finite_says_so():
+    values = np.linspace(0, 1, 16).reshape(1, 4, 4)
+    values[0, 0, 0] = np.nan
+    figure = visualize.heat_maps(images[:1], {"m": values, "none": values * np.nan})
+    assert panel(figure, "m (4x4, not finite)")[1] == (1 / 15, 1)
+    assert "none (4x4, not finite)" in titles(figure)
+
+
+def test_the_grid_of_the_example_has_one_scale_in_a_column(inn):
+    maps = visualize.kernel_maps(inn, images)
+    figure = visualize.heat_maps(images, maps, ["a", "b", "c"])
+    grid = [ax for ax in figure.axes if ax not in bars(figure)]
+    assert len(grid) == 3 * 4
+    assert len(bars(figure)) == 3
+    for column, values in enumerate(maps.values(), start=1):
+        for row in range(3):
+            (drawn,) = grid[4 * row + column].images
+            np.testing.assert_allclose(drawn.get_array(), values[row].sum(-1))
+            assert drawn.get_clim() == pytest.approx(
+                (values.sum(-1).min(), values.sum(-1).max()), rel=1e-6
+            )
+    own = visualize.heat_maps(images, maps, shared=False)
+    grid = [ax for ax in own.axes if ax not in bars(own)]
+    for row in range(3):
+        (drawn,) = grid[4 * row + 1].images
+        assert drawn.get_clim() == (drawn.get_array().min(), drawn.get_array().max())
+    assert len(bars(own)) == 9
+
+
+def test_outputs_stand_beside_the_maps():
     values = np.linspace(-3, 7, 16).reshape(1, 4, 4)
-    figure = visualize.heat_maps(images[:1], {"m": values}, ["a title"])
-    (drawn,) = next(ax for ax in figure.axes if ax.get_title() == "m (4x4)").images
-    assert drawn.get_clim() == (-3, 7)
+    figure = visualize.heat_maps(
+        images[:1], {"m": values}, ["a title"], activations={"m": values**2}
+    )
+    assert panel(figure, "m (4x4)")[1] == (-3, 7)
+    np.testing.assert_array_equal(panel(figure, "m: output (4x4)")[0], values[0] ** 2)
     assert titles(figure)[0] == "a title"
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 2), (1, 3, 4, 5, 2)])
+def test_maps_of_series_and_volumes_are_refused(shape):
+    maps = {"m": np.ones(shape)}
+    if len(shape) == 3:  # what a series has with its groups, an image has without
+        maps = {"m": np.ones((1, 9))}
+    with pytest.raises(ValueError, match=r"`maps` must be of images: .* Received: m of shape"):
+        visualize.heat_maps(images[:1], maps)
+
+
+def test_every_group_has_its_map_on_one_scale():
+    maps = {"a": np.arange(60.0).reshape(4, 5, 3), "b": np.eye(3)[..., None].repeat(11, -1)}
+    figure = visualize.group_maps(maps, columns=4)
+    shown = [ax for ax in figure.axes if ax.images and ax not in bars(figure)]
+    assert [ax.get_title() for ax in shown] == [
+        *(f"group {i}" for i in range(3)),
+        *(f"group {i}" for i in range(11)),
+    ]
+    for i in range(3):
+        np.testing.assert_array_equal(shown[i].images[-1].get_array(), maps["a"][..., i])
+        assert shown[i].images[-1].get_clim() == (0, 59)
+    over = visualize.group_maps(maps, image=images[0])
+    assert all(len(ax.images) == 2 for ax in over.axes if ax.get_title().startswith("group"))
+
+
+def test_the_kernel_at_a_place_before_and_after_training(inn):
+    looks = visualize.looks(inn, images)
+    place = (0.25, 0.75)
+    random = np.random.default_rng(0)
+    after = {
+        name: look.kernel_at(0, place) + random.normal(size=(5, 5, 3))
+        for name, look in looks.items()
+    }
+    before = {name: np.zeros_like(kernel) for name, kernel in after.items()}
+    windows = {name: look.window_at(place) for name, look in looks.items()}
+    figure = visualize.place_kernels(images[0], place, {"before": before, "after": after}, windows)
+    rows = [[ax for ax in figure.axes if ax.get_title() == t] for t in ("before", "after")]
+    assert [len(row) for row in rows] == [3, 3]
+    for ax_before, ax_after, kernel in zip(*rows, after.values(), strict=True):
+        np.testing.assert_array_equal(ax_after.images[0].get_array(), kernel.mean(-1))
+        low, high = ax_after.images[0].get_clim()
+        assert -low == high == np.abs(kernel.mean(-1)).max()
+        assert ax_before.images[0].get_clim() == (low, high)
+    first = figure.axes[0]
+    box = first.patches[0]
+    # The nearest place to (8, 24) of 32: the window of 5 around pixel 8, and pixel 24.
+    assert (box.get_y(), box.get_height()) == pytest.approx((6, 5))
+    assert (box.get_x(), box.get_width()) == pytest.approx((22, 5))
 
 
 def test_curves_have_the_same_axes_titles_and_units():

@@ -1,6 +1,10 @@
 """Involution layers: the keras.io example's as a drop-in, and the paper's in one to three
 dimensions."""
 
+import contextlib
+import threading
+from typing import NamedTuple
+
 import keras
 from keras import ops
 
@@ -27,6 +31,45 @@ from involution.ops.views import wide
 
 # What a generator is told where it says None.
 FILLED_IN = ("kernel_size", "groups", "strides", "padding", "dilation_rate", "data_format")
+
+
+class Call(NamedTuple):
+    """What one involution was given, generated and gave, as ``recording`` tells it.
+
+    Attributes:
+        layer: The layer.
+        geometry: Where its windows lie.
+        inputs: Its input.
+        kernel: The kernels, as ``involution.ops.involution`` takes them.
+        outputs: Its output, without the kernels.
+    """
+
+    layer: keras.layers.Layer
+    geometry: Geometry
+    inputs: object
+    kernel: object
+    outputs: object
+
+
+class _Record(threading.local):
+    """The calls of this thread, while they are recorded."""
+
+    calls: list[Call] | None = None
+
+
+_record = _Record()
+
+
+@contextlib.contextmanager
+def recording():
+    """Within the block every involution that runs in this thread, in whatever model, adds a
+    ``Call`` to the list yielded: with values where a model is called, with symbols where it is
+    traced."""
+    before, _record.calls = _record.calls, []
+    try:
+        yield _record.calls
+    finally:
+        _record.calls = before
 
 
 @keras.saving.register_keras_serializable(package="involution")
@@ -147,6 +190,8 @@ class Involution(keras.layers.Layer):
             group_layout=INTERLEAVED,
             data_format=CHANNELS_LAST,
         )
+        if _record.calls is not None:
+            _record.calls.append(Call(self, self._geometry, inputs, kernel, output))
         return (output, ops.expand_dims(kernel, -2)) if self.return_kernel else output
 
     def compute_output_shape(self, input_shape):
@@ -363,6 +408,8 @@ class InvolutionND(keras.layers.Layer):
         )
         if self.filters is not None:
             output = self._project(output)
+        if _record.calls is not None:
+            _record.calls.append(Call(self, self._geometry(), inputs, kernel, output))
         return (output, kernel) if self.return_kernel else output
 
     def _project(self, output):

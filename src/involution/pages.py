@@ -9,6 +9,7 @@ from involution.files import write_text
 
 try:
     import jinja2
+    import matplotlib
     from matplotlib.figure import Figure
 except ImportError as error:
     raise InputError(
@@ -27,11 +28,17 @@ def write(path, template, **values):
     write_text(path, environment.get_template(template).render(values))
 
 
-def png(figure: Figure) -> bytes:
-    """A figure as a file."""
+def image(figure: Figure, format) -> bytes:
+    """A figure as a file, "png" or "svg": of one figure always the same bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    with matplotlib.rc_context({"svg.hashsalt": "involution"}):
+        metadata = {"Date": None} if format == "svg" else None
+        figure.savefig(buffer, format=format, dpi=110, metadata=metadata)
     return buffer.getvalue()
+
+
+def png(figure: Figure) -> bytes:
+    return image(figure, "png")
 
 
 def data_url(image: bytes) -> str:

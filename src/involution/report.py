@@ -159,23 +159,24 @@ def _figures(run) -> dict:
     inputs, filters = data.scale(images), _first_filters(run)
     for result in run.results:
         model = result.classifier.model
-        kernels = visualize.kernels(model, inputs)
-        if not kernels:
+        looks = {k: v for k, v in visualize.looks(model, inputs).items() if len(v.sizes) == 2}
+        if not looks:
             continue
         figures[f"heatmaps-{result.file.removesuffix('.keras')}"] = visualize.heat_maps(
-            images, visualize.sums(kernels), titles
+            images, {name: look.maps for name, look in looks.items()}, titles
         )
         if filters is not None and "words" not in figures:
-            layer = visualize.involutions(model)[0]
-            figures["words"] = _words(kernels[layer.name][0, ..., 0], layer.kernel_size, filters)
+            figures["words"] = _words(next(iter(looks.values())), filters)
     return figures
 
 
-def _words(kernel, window, filters):
+def _words(look, filters):
+    kernel = look.kernels[0, ..., 0]
     height, width, _ = kernel.shape
-    window = (window, window) if isinstance(window, int) else window
     places = [(y, x) for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
-    return visualize.words(kernel.reshape(height, width, *window), filters, places)
+    return visualize.words(
+        kernel.reshape(height, width, *look.geometry.kernel_size), filters, places
+    )
 
 
 def _first_filters(run) -> np.ndarray | None:

@@ -5,53 +5,27 @@ state of Matplotlib is touched. The colours (cividis, Okabe and Ito's) keep thei
 for the colour-blind.
 """
 
-import keras
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from involution.layers import Involution, InvolutionND
-from involution.ops.geometry import CHANNELS_LAST
+from involution.looking import kernel_maps, looks
+
+__all__ = [
+    "costs",
+    "curves",
+    "group_maps",
+    "heat_maps",
+    "kernel_maps",
+    "looks",
+    "place_kernels",
+    "samples",
+    "words",
+]
 
 TRAIN, TEST = "#0072B2", "#D55E00"
-COLOURS = "cividis"
-
-
-def involutions(model) -> list[keras.layers.Layer]:
-    """The 2D involutions of a functional model, in its order; not those of models inside it."""
-    return [
-        layer
-        for layer in model.layers
-        if isinstance(layer, Involution) or (isinstance(layer, InvolutionND) and layer.rank == 2)
-    ]
-
-
-def kernels(model, images) -> dict[str, np.ndarray]:
-    """The kernels that every 2D involution of a functional model generates for ``images``.
-
-    Returns:
-        By name of the layer, in the model's order: (N, height, width, taps, groups).
-    """
-    layers = involutions(model)
-    if not layers:
-        return {}
-    features = keras.Model(model.input, [layer.input for layer in layers])
-    found = {}
-    for layer, x in zip(layers, _as_list(features(images, training=False)), strict=True):
-        kernel = keras.ops.convert_to_numpy(layer.generate_kernel(x)).astype("float32")
-        if getattr(layer, "data_format", CHANNELS_LAST) != CHANNELS_LAST:
-            kernel = np.moveaxis(kernel, (1, 2), (-2, -1))
-        found[layer.name] = kernel
-    return found
-
-
-def kernel_maps(model, images) -> dict[str, np.ndarray]:
-    """The ``sums`` of the kernels that a model generates for ``images``."""
-    return sums(kernels(model, images))
-
-
-def sums(kernels) -> dict[str, np.ndarray]:
-    """The sum of every kernel over its window and the groups: (N, height, width) by layer."""
-    return {name: kernel.sum(axis=(-2, -1)) for name, kernel in kernels.items()}
+# For values in order, and for values around 0.
+COLOURS, SIGNED = "cividis", "PuOr"
 
 
 def curves(histories) -> Figure:
@@ -133,62 +107,178 @@ def across_classes(labels, count, seed) -> np.ndarray:
     return mixed[np.lexsort((labels[mixed], turn[mixed]))][:count]
 
 
-def heat_maps(images, maps, titles=None, overlay=False) -> Figure:
+def heat_maps(images, maps, titles=None, overlay=False, activations=None, shared=True) -> Figure:
     """One row for each image: the image, and beside it each involution's kernels as a heat map.
 
-    A value is the sum of the kernel generated at that place over its window and the groups. Every
-    map has its own colour bar; a constant map is drawn flat and says so.
+    With the maps of three involutions it is the grid of the keras.io example. A value is the sum of
+    the kernel generated at that place over its window and the groups. What is constant is drawn
+    flat and says so.
 
     Args:
         images: (N, height, width, 3), uint8, or float from 0 to 1.
-        maps: As ``kernel_maps`` gives them for these images.
+        maps: By title, (N, height, width, groups) as ``kernel_maps`` gives them for these images,
+            or (N, height, width).
         titles: What to write over each image.
         overlay: Whether to draw every map a second time, over the image.
+        activations: By the same titles, what to draw beside each map: (N, height, width), as
+            ``Look.activations``.
+        shared: Whether a column has one scale, so that images can be compared; otherwise every map
+            has its own, as in the example.
+
+    Raises:
+        ValueError: A map is not one of images: those of series and volumes are for drawings of
+            one's own.
     """
-    columns = 1 + len(maps) * (2 if overlay else 1)
-    figure = Figure(figsize=(2.6 * columns, 2.3 * len(images)), layout="constrained")
-    axes = figure.subplots(len(images), columns, squeeze=False)
+    columns: list[tuple[str, np.ndarray, bool]] = []
+    for name, values in maps.items():
+        values = values.sum(axis=-1) if values.ndim == 4 else values
+        columns.append((name, values, False))
+        if overlay:
+            columns.append((f"{name} over the image", values, True))
+        if activations is not None:
+            columns.append((f"{name}: output", activations[name], False))
+    for name, values, _ in columns:
+        if values.ndim != 3:
+            raise ValueError(
+                "`maps` must be of images: (N, height, width, groups). "
+                f"Received: {name} of shape {values.shape}"
+            )
+    figure = Figure(figsize=(2.6 * (1 + len(columns)), 2.3 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), 1 + len(columns), squeeze=False)
     for row, image in enumerate(images):
         axes[row, 0].imshow(image)
         title = titles[row] if titles else "image"
         axes[row, 0].set_title(title, fontsize=9, parse_math=False)
-        free = iter(axes[row, 1:])
-        for name, values in maps.items():
-            _heat_map(figure, next(free), name, values[row])
-            if overlay:
-                _heat_map(figure, next(free), f"{name} over the image", values[row], image)
-    for ax in axes.ravel():
-        ax.set_xticks([])
-        ax.set_yticks([])
+    for column, (name, values, over) in enumerate(columns, start=1):
+        for row, image in enumerate(images):
+            drawn = _heat_map(
+                axes[row, column],
+                name,
+                values[row],
+                _limits(values if shared else values[row]),
+                image if over else None,
+            )
+            if not shared:
+                _bar(figure, drawn, axes[row, column])
+        if shared:
+            _bar(figure, drawn, axes[:, column])
+    _bare(axes)
     return figure
 
 
-def _heat_map(figure, ax, name, values, image=None):
+def group_maps(maps, image=None, columns=8) -> Figure:
+    """The kernels of each group as heat maps, for one image: one involution after another.
+
+    Args:
+        maps: By title, (height, width, groups): one image's of what ``kernel_maps`` gives.
+        image: What to draw each map over; None: nothing.
+        columns: Most maps in a row. All maps of an involution have one scale.
+    """
+    rows = {name: -(-values.shape[-1] // columns) for name, values in maps.items()}
+    width = min(columns, max(values.shape[-1] for values in maps.values()))
+    height = sum(rows.values())
+    figure = Figure(
+        figsize=(max(1.5 * width + 1, 3), 1.6 * height + 0.5 * len(rows)), layout="constrained"
+    )
+    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=list(rows.values()))
+    for part, (name, values) in zip(parts[:, 0], maps.items(), strict=True):
+        axes = part.subplots(rows[name], width, squeeze=False)
+        for group, ax in enumerate(axes.ravel()):
+            if group >= values.shape[-1]:
+                ax.axis("off")
+                continue
+            title = f"group {group}"
+            drawn = _heat_map(ax, title, values[..., group], _limits(values), image, size=False)
+        _bar(part, drawn, axes)
+        part.suptitle(f"{name} ({values.shape[1]}x{values.shape[0]})", fontsize=10)
+        _bare(axes)
+    return figure
+
+
+def place_kernels(image, place, kernels, windows) -> Figure:
+    """What one place looks at: each involution's window on the image, and its kernel there.
+
+    Args:
+        image: (height, width, 3), uint8, or float from 0 to 1.
+        place: (row, column) as shares of the image's sizes.
+        kernels: By title, as "before training" and "after training", a row each: by name of the
+            layer, (rows, columns, groups), as ``Look.kernel_at``. Drawn is the mean over groups; a
+            layer has one scale in all rows.
+        windows: By name of the layer, as ``Look.window_at``.
+    """
+    height, width = image.shape[:2]
+    figure = Figure(
+        figsize=(max(2.2 * len(windows), 4), 1.9 * (1 + len(kernels))), layout="constrained"
+    )
+    axes = figure.subplots(1 + len(kernels), len(windows), squeeze=False)
+    for column, (name, ((top, bottom), (left, right))) in enumerate(windows.items()):
+        ax = axes[0, column]
+        ax.imshow(image, extent=(0, width, height, 0))
+        # White within black: seen on any image.
+        for colour, line in (("black", 3.5), ("white", 1.5)):
+            corner = (left * width, top * height)
+            sizes = ((right - left) * width, (bottom - top) * height)
+            ax.add_patch(Rectangle(corner, *sizes, fill=False, edgecolor=colour, linewidth=line))
+        ax.plot(place[1] * width, place[0] * height, "o", color="white", mec="black", ms=4)
+        ax.set_title(name, fontsize=9, parse_math=False)
+        means = [of_layer[name].mean(axis=-1) for of_layer in kernels.values()]
+        extreme = float(np.nanmax(np.abs(means), initial=0)) or 1.0
+        for ax, title, mean in zip(axes[1:, column], kernels, means, strict=True):
+            drawn = ax.imshow(mean, cmap=SIGNED, vmin=-extreme, vmax=extreme)
+            ax.set_title(title, fontsize=9, parse_math=False)
+        _bar(figure, drawn, axes[1:, column])
+    _bare(axes)
+    return figure
+
+
+def _limits(values) -> tuple[float, float]:
+    """The lowest and the highest of the finite values."""
     finite = values[np.isfinite(values)]
     # A model that diverged has no finite kernels; the picture then says so.
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+
+
+def _is_flat(low, high) -> bool:
     # Differences below the precision of the sum are rounding, not a pattern.
-    flat = high - low <= 1e-6 * max(abs(low), abs(high))
-    remark = ", not finite" if finite.size < values.size else ", constant" if flat else ""
-    height, width = values.shape
-    extent = (0, width, height, 0)
+    return high - low <= 1e-6 * max(abs(low), abs(high))
+
+
+def _heat_map(ax, name, values, limits, image=None, size=True):
+    low, high = _limits(values)
+    flat = _is_flat(low, high)
+    remarks = [f"{values.shape[1]}x{values.shape[0]}"] if size else []
+    if not np.isfinite(values).all():
+        remarks.append("not finite")
+    elif flat:
+        remarks.append("constant")
+    if _is_flat(*limits):
+        limits = (limits[0] - 0.5, limits[0] + 0.5)
+    extent = (0, values.shape[1], values.shape[0], 0)
     if image is not None:
         ax.imshow(image, extent=extent)
-    limits = {"vmin": low - 0.5, "vmax": low + 0.5} if flat else {"vmin": low, "vmax": high}
-    alpha = None if image is None else 0.6
-    drawn = ax.imshow(
+    ax.set_title(
+        f"{name} ({', '.join(remarks)})" if remarks else name, fontsize=9, parse_math=False
+    )
+    return ax.imshow(
         np.where(np.isfinite(values), low, np.nan) if flat else values,
         cmap=COLOURS,
         extent=extent,
-        alpha=alpha,
+        alpha=None if image is None else 0.6,
         interpolation="nearest",
-        **limits,
+        vmin=limits[0],
+        vmax=limits[1],
     )
-    bar = figure.colorbar(drawn, ax=ax, shrink=0.85)
+
+
+def _bar(figure, drawn, axes):
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.85)
     bar.ax.tick_params(labelsize=7)
-    if flat:
-        bar.set_ticks([low])
-    ax.set_title(f"{name} ({width}x{height}{remark})", fontsize=9, parse_math=False)
+
+
+def _bare(axes):
+    for ax in axes.ravel():
+        ax.set_xticks([])
+        ax.set_yticks([])
 
 
 def words(kernel, filters, places) -> Figure:
@@ -232,7 +322,3 @@ def words(kernel, filters, places) -> Figure:
                     ax.set_ylabel(f"channel {c}", fontsize=8)
         part.colorbar(axes[0, 0].images[0], ax=axes, label="weight", shrink=0.8)
     return figure
-
-
-def _as_list(value):
-    return list(value) if isinstance(value, (list, tuple)) else [value]
