@@ -9,14 +9,14 @@ from keras import layers
 from involution.models import rednet_tiny, twin
 
 
-def depthwise(input_shape, classes, **options):
+def depthwise(input_shape, classes, kernel_size=3, **options):
     """rednet_tiny with a depthwise convolution in each involution's place."""
-    return twin(rednet_tiny(input_shape, classes, **options), "depthwise")
+    return twin(rednet_tiny(input_shape, classes, kernel_size=kernel_size, **options), "depthwise")
 
 
-def convolution(input_shape, classes, **options):
+def convolution(input_shape, classes, kernel_size=3, **options):
     """rednet_tiny with a convolution in each involution's place: a ResNet of bottlenecks."""
-    return twin(rednet_tiny(input_shape, classes, **options))
+    return twin(rednet_tiny(input_shape, classes, kernel_size=kernel_size, **options))
 
 
 @keras.saving.register_keras_serializable(package="controls")

@@ -51,7 +51,7 @@ class Recipe:
 # By the names that commands know. The first is the keras.io example's.
 RECIPES = {
     "example": Recipe(1e-3),
-    "one-cycle": Recipe(1e-2, weight_decay=0.02, one_cycle=True, flip=True, batch_size=128),
+    "one-cycle": Recipe(0.018, weight_decay=0.02, one_cycle=True, flip=True, batch_size=128),
 }
 
 

@@ -235,19 +235,20 @@ def rednet_tiny(
     include_top=True,
     feature_maps=False,
     data_format="channels_last",
-    blocks=(3, 2),
-    widths=(24, 40),
+    blocks=(2, 3),
+    widths=(32, 32),
     expansion=2,
-    stem_width=32,
+    stem_width=16,
     stem_pool=True,
-    kernel_size=3,
-    group_channels=2,
+    kernel_size=5,
+    group_channels=8,
     reduction_ratio=8,
     kernel_generator=None,
 ):
     """A RedNet for images of some 32x32 pixels: its stem is one 3x3 convolution.
 
-    Unless told otherwise it has 30,744 trainable parameters at ten classes, a tenth of ``cnn``'s.
+    Unless told otherwise it has 29,894 trainable parameters at ten classes, less than a tenth of
+    ``cnn``'s: the best of 40 trials of a search on CIFAR-10.
 
     Args:
         input_shape, classes, include_top, feature_maps, data_format: As for ``RedNet26``.
