@@ -11,8 +11,10 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from importlib import metadata
@@ -278,6 +280,45 @@ def export(
             f"check: for batches of {' and '.join(map(str, done.batches))} {done.runtime} gives "
             f"the model's numbers to {done.error:.1e} of the largest"
         )
+
+
+@app.command
+def demo(
+    *models: str,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    backend: Backend | None = None,
+):
+    """Serve the page: an image in; classes, heat maps and the kernels of any place out.
+
+    It listens to this machine alone unless told otherwise, keeps no image, and fetches nothing.
+
+    Parameters
+    ----------
+    models
+        Models to show side by side, as for predict; those that come along unless given.
+    host
+        The address to listen at; 0.0.0.0 lets other machines in.
+    port
+        The port; 0 takes a free one.
+    backend
+        Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
+    """
+    with _session("Preparing the page.", backend) as session:
+        from involution import app as page
+
+        with page.served(page.build(page.load(models), page.cards(models)), host, port) as address:
+            session.console.say(f"Page: {address} (Ctrl-C ends it)")
+            _wait_for_the_end()
+        session.console.say("Ended.")
+
+
+def _wait_for_the_end():
+    """Until Ctrl-C or a request to terminate."""
+    end = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: end.set())
+    end.wait()
 
 
 @app.command

@@ -74,6 +74,8 @@ ORDER = [
     "yardsticks",
     "benchmark",
     "explaining",
+    "answers",
+    "app",
     "diagnosis",
     "console",
 ]

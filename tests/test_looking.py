@@ -181,7 +181,7 @@ def test_involutions_within_other_models_are_found():
     maps = kernel_maps(nested, images)
     assert len(maps) == 5
     assert has_involutions(nested)
-    assert maps["stage1_block1_2_involution"].shape == (3, 5, 7, 12)
+    assert maps["stage1_block1_2_involution"].shape == (3, 5, 7, 4)
     assert not has_involutions(models.cnn((32, 32, 3), 4))
 
 

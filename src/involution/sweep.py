@@ -472,7 +472,11 @@ def _drawn(draw, study) -> str:
     with warnings.catch_warnings():
         # Optuna calls its drawings by Matplotlib experimental; those by Plotly need a network.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        figure = draw(study).figure
+        axes = draw(study)
+    figure = axes.figure
+    legend = axes.get_legend()
+    if legend is not None and len(legend.get_texts()) > 10:
+        legend.remove()  # it would not fit
     try:
         figure.set_size_inches(9, 5)
         figure.tight_layout()

@@ -1,0 +1,8 @@
+"""The page of involution, as a Space runs it."""
+
+import threading
+
+from involution import app
+
+with app.served(app.build(app.load(()), app.cards(())), host="0.0.0.0", port=7860):  # noqa: S104
+    threading.Event().wait()

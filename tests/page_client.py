@@ -1,0 +1,86 @@
+"""What a program sees of the page: it is served by the command, in a process of its own."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import httpx
+
+
+class Page:
+    """A page that is served, and what is known of its process."""
+
+    def __init__(self, process, first_lines, address):
+        self.process, self.first_lines, self.address = process, first_lines, address
+        self.client = httpx.Client(base_url=address + "/gradio_api", timeout=60)
+
+    def upload(self, name, content) -> httpx.Response:
+        return self.client.post("/upload", files={"files": (name, content)})
+
+    def ask(self, path, **more) -> httpx.Response:
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}, **more}
+        return self.client.post("/call/classify", json={"data": [file]})
+
+    def answer(self, response) -> tuple[str, object]:
+        """("complete", the scores) or ("error", what is said)."""
+        event = response.json()["event_id"]
+        text = self.client.get(f"/call/classify/{event}").text
+        kind, data = re.findall(r"event: (\w+)\ndata: (.*)", text)[-1]
+        found = json.loads(data)
+        return kind, found[0] if kind == "complete" else found
+
+    def classify(self, name, content) -> tuple[str, object]:
+        response = self.upload(name, content)
+        if response.status_code != 200:
+            return str(response.status_code), response.text
+        return self.answer(self.ask(response.json()[0]))
+
+    @property
+    def peak_memory(self) -> int:
+        """In bytes, since its process began or ``forget_peak``."""
+        return self._status("VmHWM")
+
+    @property
+    def memory(self) -> int:
+        return self._status("VmRSS")
+
+    def forget_peak(self):
+        with open(f"/proc/{self.process.pid}/clear_refs", "w") as file:
+            file.write("5")
+
+    def _status(self, name):
+        with open(f"/proc/{self.process.pid}/status") as file:
+            return 1024 * int(re.search(rf"{name}:\s+(\d+)", file.read())[1])
+
+
+@contextlib.contextmanager
+def served(log, *arguments):
+    """The page of ``involution demo``; ``log`` is a file for what its process writes."""
+    command = [sys.executable, "-m", "involution_cli", "demo", "--port", "0", *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment.pop("PYTHONWARNINGS", None)
+    with (
+        open(log, "wb") as errors,
+        subprocess.Popen(  # noqa: S603
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as process,
+    ):
+        lines = []
+        try:
+            for line in process.stdout:
+                lines.append(line.strip())
+                if found := re.search(r"Page: (http://\S+?)/? ", line):
+                    page = Page(process, lines, found[1])
+                    with page.client:
+                        yield page
+                    break
+            else:
+                raise AssertionError(f"no page: {lines}, {log.read_text()}")
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            lines.extend(line.strip() for line in process.stdout)
