@@ -1,13 +1,19 @@
 """The page as programs and strangers meet it; browsers are in test_browser.py."""
 
+import gc
+import json
 import pathlib
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
+import types
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import gradio
 import hostile_images
 import numpy as np
 import pytest
@@ -211,3 +217,91 @@ def test_a_port_that_is_taken_is_refused_in_one_line(page):
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].endswith(f"Received: 127.0.0.1, {port}")
     assert "Traceback" not in result.stderr
+
+
+def test_what_a_browser_asks_for(page):
+    path = page.upload("a.png", hostile_images.good()).json()[0]
+    image = {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+    def ask(index, *data, **more):
+        body = {"data": data, "fn_index": index, "session_hash": "me", **more}
+        assert page.client.post("/queue/join", json=body).status_code == 200
+        text = page.client.get("/queue/data", params={"session_hash": "me"}).text
+        events = [json.loads(line[6:]) for line in text.splitlines() if line]
+        (done,) = (e for e in events if e["msg"] == "process_completed")
+        return done["success"], done["output"]
+
+    change, click, _, slide, _, classify = range(6)
+    place = {"event_data": {"row": 0.25, "column": 0.75}}
+    # Before there is an image.
+    ok, said = ask(click, None, **place)
+    assert not ok
+    assert said["error"] == "An image must be given, and a place in it."
+    assert ask(slide, None, 0.1, 0.2)[1]["data"] == [""]
+    assert ask(classify, None)[1]["data"] == [None]
+    ok, output = ask(change, image)
+    assert ok
+    before = output["data"][-3]
+    ok, output = ask(click, None, **place)
+    assert ok
+    assert output["data"][:2] == [0.25, 0.75]
+    assert ask(slide, None, 0.25, 0.75)[1]["data"] == [output["data"][2]] != [before]
+    assert not ask(click, None, event_data={"row": 7, "column": "a"})[0]
+    assert ask(change, None)[0]
+    assert ask(slide, None, 0.1, 0.2)[1]["data"] == [""]
+
+
+def test_what_the_page_shows_of_an_upload(classifiers, tmp_path):
+    file = tmp_path / "a.png"
+    file.write_bytes(hostile_images.good())
+    *found, maps, kernels, timing, seen = app.explain(classifiers, str(file))
+    assert found == list(app.scores(classifiers, file).values())
+    assert all(sum(shares.values()) == pytest.approx(1) for shares in found)
+    assert "inv_3" in maps
+    assert kernels == app.kernels(seen, 0.5, 0.5)
+    assert re.match(r"Scores in \d+ ms, kernels in \d+ ms \(Keras on ", timing)
+    row, column, there, tabs = app.clicked(seen, types.SimpleNamespace(row=0.25, column=0.7501))
+    assert (row, column) == (0.25, 0.75)
+    assert there == app.kernels(seen, 0.25, 0.7501)
+    assert tabs.selected == 1
+    assert app.explain(classifiers, None) == [None] * len(classifiers) + ["", "", "", None]
+    assert app.scores(classifiers, None) is None
+    assert app.kernels(None, 0.5, 0.5) == ""
+    for seen_, row in ((None, 0.5), (seen, 1.1), (seen, float("nan")), (seen, "0.5")):
+        with pytest.raises(gradio.Error, match="An image must be given"):
+            app.clicked(seen_, types.SimpleNamespace(row=row, column=0.5))
+    file.write_bytes(hostile_images.good()[:200])
+    with pytest.raises(gradio.Error, match="An image must be a whole PNG"):
+        app.explain(classifiers, str(file))
+
+
+@pytest.fixture
+def built(classifiers):
+    """The page, not served. Gradio leaves an event loop open."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        page = app.build(classifiers, "a card")
+        yield page
+        page.close()
+        del page
+        gc.collect()
+
+
+def test_an_upload_is_checked_before_it_is_opened(built, tmp_path):
+    (image,) = (block for block in built.blocks.values() if isinstance(block, gradio.Image))
+    file = tmp_path / "a.png"
+    file.write_bytes(hostile_images.good())
+    payload = types.SimpleNamespace(path=str(file))
+    assert image.preprocess(payload) == str(file)
+    assert image.preprocess(None) is None
+    for content, said in (
+        (bytes(9 * MEGABYTE), "at most 8,388,608 bytes. Received: 9,437,184"),
+        (hostile_images.png(4001, 4000), "16,000,000 pixels. Received: 4001x4000"),
+        (b"GIF89a", "a PNG, JPEG or WebP file"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(gradio.Error, match=said):
+            image.preprocess(payload)
+    fetching = image.async_move_resource_to_block_cache("http://127.0.0.1:9/a.png")
+    with pytest.raises(gradio.Error, match="must be uploaded"):
+        fetching.send(None)

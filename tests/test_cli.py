@@ -16,7 +16,17 @@ import involution
 import involution_cli
 
 BACKEND = keras.config.backend()
-COMMANDS = ("compare", "train", "predict", "explain", "bench", "convert", "export", "demo", "doctor")
+COMMANDS = (
+    "compare",
+    "train",
+    "predict",
+    "explain",
+    "bench",
+    "convert",
+    "export",
+    "demo",
+    "doctor",
+)
 HOSTED = pathlib.Path(__file__).parent / "data" / "hosted"
 
 

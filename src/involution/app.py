@@ -5,6 +5,7 @@ on at a time, few wait, nothing is fetched from elsewhere, and an error says one
 """
 
 import contextlib
+import functools
 import os
 import pathlib
 import tempfile
@@ -110,6 +111,41 @@ def load(names) -> dict[str, saved_model.Classifier]:
     return classifiers
 
 
+def explain(classifiers, file) -> list:
+    """What the page shows of an upload: scores by model, heat maps, the middle's kernels, timing,
+    and what a click on it will be answered from."""
+    if file is None:
+        return [*(None for _ in classifiers), "", "", "", None]
+    start = time.perf_counter()
+    found = _told(answers.scores, classifiers, file)
+    scored = time.perf_counter() - start
+    explanation = _told(answers.Explanation, classifiers, file)
+    timing = (
+        f"Scores in {1000 * scored:.0f} ms, kernels in {1000 * explanation.seconds:.0f} ms "
+        f"(Keras on {keras.config.backend()})."
+    )
+    shown = [found[name] for name in classifiers]
+    return [*shown, explanation.maps(), explanation.kernels((0.5, 0.5)), timing, explanation]
+
+
+def scores(classifiers, file) -> dict | None:
+    """Probabilities by model and class."""
+    return None if file is None else _told(answers.scores, classifiers, file)
+
+
+def kernels(seen, row, column) -> str:
+    """What a place of the last image looks at."""
+    return "" if seen is None else seen.kernels((row, column))
+
+
+def clicked(seen, event: gradio.EventData):
+    """The place of a click for the sliders, what it looks at, and the tab that shows this."""
+    place = (event.row, event.column)
+    if seen is None or not all(isinstance(n, (int, float)) and 0 <= n <= 1 for n in place):
+        raise gradio.Error("An image must be given, and a place in it.", print_exception=False)
+    return *(round(share, 3) for share in place), seen.kernels(place), gradio.Tabs(selected=1)
+
+
 def build(classifiers, cards="") -> gradio.Blocks:
     """The page of some classifiers.
 
@@ -117,33 +153,6 @@ def build(classifiers, cards="") -> gradio.Blocks:
         classifiers: By the names that the page shows.
         cards: Markdown about what they were trained on.
     """
-
-    def explain(file):
-        """Everything about an image: scores by model, heat maps, the middle's kernels, timing."""
-        if file is None:
-            return [None] * len(classifiers) + ["", "", "", None]
-        start = time.perf_counter()
-        found = _told(answers.scores, classifiers, file)
-        scored = time.perf_counter() - start
-        explanation = _told(answers.Explanation, classifiers, file)
-        timing = (
-            f"Scores in {1000 * scored:.0f} ms, kernels in {1000 * explanation.seconds:.0f} ms "
-            f"(Keras on {keras.config.backend()})."
-        )
-        shown = [found[name] for name in classifiers]
-        middle = explanation.kernels((0.5, 0.5))
-        return [*shown, explanation.maps(), middle, timing, explanation]
-
-    def kernels(seen, row, column):
-        if seen is None:
-            return ""
-        return seen.kernels((row, column))
-
-    def clicked(seen, event: gradio.EventData):
-        place = (event.row, event.column)
-        if seen is None or not all(isinstance(n, (int, float)) and 0 <= n <= 1 for n in place):
-            raise gradio.Error("An image must be given, and a place in it.", print_exception=False)
-        return *(round(share, 3) for share in place), seen.kernels(place), gradio.Tabs(selected=1)
 
     # The queue's: one image at a time, whatever is asked about it.
     alone: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
@@ -186,7 +195,12 @@ def build(classifiers, cards="") -> gradio.Blocks:
                 at_place = gradio.HTML(elem_classes="answers", js_on_load=ON_LOAD)
         with gradio.Accordion("What these models were trained on", open=False):
             gradio.Markdown(cards)
-        image.change(explain, image, [*labels, maps, at_place, timing, seen], **private)
+        image.change(
+            functools.partial(explain, classifiers),
+            image,
+            [*labels, maps, at_place, timing, seen],
+            **private,
+        )
         for answer in (maps, at_place):
             answer.click(clicked, seen, [row, column, at_place, tabs], **private)
         for slider in (row, column):
@@ -195,7 +209,7 @@ def build(classifiers, cards="") -> gradio.Blocks:
             )
         # For programs: the same numbers, as JSON.
         gradio.Button(visible=False).click(
-            lambda file: None if file is None else _told(answers.scores, classifiers, file),
+            functools.partial(scores, classifiers),
             image,
             gradio.JSON(visible=False),
             api_name="classify",
