@@ -33,9 +33,9 @@ def test_one_cycle_rises_from_a_25th_and_falls_to_nothing():
     for step in range(101):
         optimizer.iterations.assign(step)
         rates.append(float(numpy(optimizer.learning_rate)))
-    assert rates[0] == pytest.approx(0.01 / 25)
+    assert rates[0] == pytest.approx(0.018 / 25)
     assert int(np.argmax(rates)) == 25
-    assert rates[25] == pytest.approx(0.01)
+    assert rates[25] == pytest.approx(0.018)
     assert rates[100] == pytest.approx(0, abs=1e-9)
     assert (np.diff(rates[:26]) > 0).all()
     assert (np.diff(rates[25:]) < 0).all()
