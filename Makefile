@@ -34,12 +34,12 @@ NEW_PIP := "pip>=25.1"
 NATIVE := CMakeLists.txt $(wildcard src/involution/native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-tensorflow test-jax test-torch test-slow test-example test-browser space sanitize lint format coverage clean
+.PHONY: help run test test-tensorflow test-jax test-torch test-slow test-example test-browser space publish sanitize lint format coverage clean
 
 help:
 	@echo "make run     compare a convolutional and an involutional network; writes runs/.../report.html"
 	@echo "make test    lint, and test on every backend (make test BACKENDS=jax: on one)"
-	@echo "make test-slow, test-browser, test-example EXAMPLE=file, space, sanitize, lint, format, clean"
+	@echo "make test-slow, test-browser, test-example EXAMPLE=file, space, publish, sanitize, lint, format, clean"
 
 run: $(RUN_VENV)/ready
 	$(RUN_VENV)/bin/involution compare --dataset digits --backend $(BACKEND)
@@ -70,6 +70,11 @@ space: $(RUN_VENV)/ready
 	rm -f deploy/space/*.whl
 	$(RUN_VENV)/bin/pip wheel --quiet --no-deps --wheel-dir deploy/space .
 
+# For a person who is logged in at the hub: make publish RUN=runs/... MODEL=inn REPO=owner/name
+publish: $(RUN_VENV)/ready
+	$(RUN_VENV)/bin/pip install --quiet --editable ".[hub]" -c constraints.txt
+	$(RUN_VENV)/bin/python deploy/publish.py "$(RUN)" "$(MODEL)" "$(REPO)"
+
 # The C++ core alone; a report ends it. The thread sanitizer is some ten times slower.
 sanitize: sanitize-address sanitize-undefined sanitize-thread
 sanitize-address sanitize-undefined: CALLS = 60
@@ -97,7 +102,7 @@ $(RUN_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 $(TEST_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(TEST_VENV)
 	$(TEST_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
-	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),sweep,demo,$(if $(filter jax,$(BACKENDS)),export-jax,export)]" --group test --group lint -c constraints.txt
+	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),sweep,demo,hub,$(if $(filter jax,$(BACKENDS)),export-jax,export)]" --group test --group lint -c constraints.txt
 	touch $@
 
 clean:

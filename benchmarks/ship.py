@@ -7,67 +7,21 @@ that are there.
 RUN/FOLDER is what ``involution compare`` wrote, LABEL the model in it, NAME its name from now on.
 """
 
-import json
 import pathlib
 import sys
 
 import keras
 import numpy as np
 
-from involution import data, files, model_labels, saved_model
+from involution import data, hub, model_labels, saved_model
 from involution.models import shipped, weights
-
-CARD = """# {name}
-
-{model}, {parameters:,} trainable parameters, for images of {width}x{height} pixels in {count}
-classes: {classes}.
-
-| trained on | {dataset}: {train} images; measured on its {test} test images |
-|---|---|
-| test accuracy after the last epoch | {accuracy:.4f} |
-| test loss | {loss:.4f} |
-| recipe | {recipe} |
-| command | `{command}` |
-| versions | {versions} |
-
-Pixels go in as float32 from 0 to 1, logits come out. It knows the classes above and no others, in
-pictures like those of CIFAR-10: tiny photographs of one thing each. The license is the package's.
-"""
 
 
 def ship(run, label, name):
-    run = pathlib.Path(run)
-    config, metrics = (json.loads((run / f"{f}.json").read_text()) for f in ("config", "metrics"))
-    classifier = saved_model.load(run / model_labels.file_name(label))
-    height, width, _ = classifier.image_shape
-    figures = metrics["models"][label]
-    function, arguments = model_labels.function_and_options(label)
-    arguments |= {"input_shape": classifier.image_shape, "classes": len(classifier.class_names)}
+    classifier = saved_model.load(pathlib.Path(run) / model_labels.file_name(label))
+    logits = classifier.model.predict(ramp(classifier), verbose=0)[0].tolist()
     folder = shipped.FOLDERS / name
-    extra = classifier.about | {
-        "test_accuracy": figures["test_accuracy"],
-        "logits_of_a_ramp": classifier.model.predict(ramp(classifier), verbose=0)[0].tolist(),
-    }
-    weights.save(folder, function, arguments, classifier.model, extra)
-    card = CARD.format(
-        name=name,
-        model=label,
-        parameters=figures["trainable_params"],
-        width=width,
-        height=height,
-        count=len(classifier.class_names),
-        classes=", ".join(classifier.class_names),
-        dataset=metrics["dataset"],
-        train=config["images"]["train"],
-        test=config["images"]["test"],
-        accuracy=figures["test_accuracy"],
-        loss=figures["test_loss"],
-        recipe=f"{config['recipe']}, {config['epochs']} epochs, "
-        + ", ".join(f"{k} {v}" for k, v in config["training"].items()),
-        command=config["command"],
-        versions=", ".join(f"{k} {v}" for k, v in config["versions"].items()),
-    )
-    files.write_text(folder / "README.md", card)
+    hub.save(run, label, folder, extra={"logits_of_a_ramp": logits})
     print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()):,} bytes")
 
 

@@ -74,6 +74,7 @@ ORDER = [
     "yardsticks",
     "benchmark",
     "explaining",
+    "hub",
     "answers",
     "app",
     "diagnosis",

@@ -1,0 +1,166 @@
+"""The hub, by a stand-in on this machine that speaks its protocol."""
+
+import json
+import pathlib
+
+import hub_server
+import numpy as np
+import pytest
+from frameworks import numpy
+from images import write_folder
+
+from involution import experiment, hub, models, saved_model
+from involution.errors import InputError
+from involution.models import weights
+
+HOSTED = pathlib.Path(__file__).parent / "data" / "hosted"
+LABEL = "inn:head=convolutional"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    pets = write_folder(folder / "pets")
+    mine = folder / "mine.py"
+    mine.write_text("from involution.models import cnn as net\n")
+    config = experiment.Config(str(pets), f"{LABEL},{mine}:net", 1)
+    experiment.compare(config, folder / "run", command="involution compare --epochs 1")
+    return folder / "run"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with hub_server.served() as pair:
+        yield pair
+
+
+@pytest.fixture
+def pushed(run, server, tmp_path):
+    """(the hub, options for it, the commit) of a model that was put there."""
+    folder = tmp_path / "folder"
+    hub.save(run, LABEL, folder, name="small inn")
+    (folder / "secret.txt").write_text("mine")
+    standing, url = server
+    revision = hub.push(folder, "me/small", token="right", endpoint=url)  # noqa: S106
+    return standing, {"endpoint": url, "cache": tmp_path / "cache"}, revision
+
+
+def test_what_is_pushed_comes_back(pushed, run):
+    standing, options, revision = pushed
+    files = standing.repositories["me/small"][revision]
+    assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
+    model = hub.load("me/small", revision, **options)
+    original = saved_model.load(run / "inn-head=convolutional.keras").model
+    x = np.random.default_rng(0).random((2, 16, 16, 3), "float32")
+    np.testing.assert_array_equal(numpy(model(x)), numpy(original(x)))
+    card = files["README.md"].decode()
+    accuracy = json.loads((run / "metrics.json").read_text())["models"][LABEL]["test_accuracy"]
+    assert card.startswith("---\nlicense: mit\n")
+    for part in ("# small inn\n", "`involution compare --epochs 1`", f"{accuracy:.4f}", "ant, bee"):
+        assert part in card
+
+
+def test_a_revision_is_a_commit(pushed):
+    _, options, revision = pushed
+    for wrong in (None, "main", revision[:7], revision.upper() + "x", "v1"):
+        with pytest.raises(InputError, match="must be a commit, 40 hexadecimal digits"):
+            hub.load("me/small", wrong, **options)
+    for right in (None, "main", revision):
+        assert hub.load("me/small", right, allow_unpinned=True, **options).output_shape == (None, 3)
+
+
+def test_offline_takes_what_was_fetched_and_asks_nobody(pushed):
+    standing, options, revision = pushed
+    with pytest.raises(InputError, match="Received: me/small: LocalEntryNotFoundError"):
+        hub.load("me/small", revision, offline=True, **options)
+    hub.load("me/small", revision, **options)
+    asked = len(standing.requests)
+    assert hub.load("me/small", revision, offline=True, **options).output_shape == (None, 3)
+    assert len(standing.requests) == asked
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_changed_content_is_refused(pushed, file):
+    standing, options, revision = pushed
+    content = bytearray(standing.repositories["me/small"][revision][file])
+    content[-3] ^= 1
+    standing.changed[file] = bytes(content)
+    with pytest.raises(InputError, match=rf"must be what the hub says: .*{file} with"):
+        hub.load("me/small", revision, **options)
+    # Nor is it taken from the cache later.
+    with pytest.raises(InputError, match="must be what the hub says"):
+        hub.load("me/small", revision, offline=True, **options)
+
+
+def test_what_changed_in_the_cache_is_refused(pushed):
+    _, options, revision = pushed
+    hub.load("me/small", revision, **options)
+    (file,) = options["cache"].rglob("snapshots/*/model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.resolve().write_bytes(content)
+    with pytest.raises(InputError, match=r"must be what the hub says: .*safetensors with"):
+        hub.load("me/small", revision, offline=True, **options)
+
+
+def test_what_the_hub_does_not_give(pushed, tmp_path):
+    standing, options, _ = pushed
+    none = "0" * 40
+    for repo, reason in (
+        ("me/none", "RepositoryNotFoundError"),
+        ("me/small", "RevisionNotFoundError"),
+        ("not a name", "HFValidationError"),
+    ):
+        with pytest.raises(InputError, match=f"Received: {repo}: {reason}") as caught:
+            hub.load(repo, none, **options)
+        assert "\n" not in str(caught.value)
+    other = standing.commit("me/other", {"pickle.bin": b"\x80\x04.", "README.md": b"hello"})
+    with pytest.raises(InputError, match="Received: me/other with neither"):
+        hub.load("me/other", other, **options)
+    assert not list((options["cache"]).rglob("pickle.bin"))
+    with pytest.raises(InputError, match=r"Received: me/small: \w+Error"):
+        hub.load("me/small", none, endpoint="http://127.0.0.1:9", cache=tmp_path / "empty")
+
+
+def test_the_hosted_model_is_converted(server, tmp_path):
+    """The form of keras-io/involution: a SavedModel, of which nothing is run."""
+    standing, url = server
+    files = {
+        f"variables/{file.name}": file.read_bytes() for file in (HOSTED / "variables").iterdir()
+    }
+    graph = {"saved_model.pb": b"not to be read"}
+    revision = standing.commit("keras-io/involution", {**files, **graph})
+    model = hub.load("keras-io/involution", revision, endpoint=url, cache=tmp_path / "cache")
+    models.convert.convert(HOSTED, tmp_path / "converted")
+    expected = weights.load(tmp_path / "converted")
+    x = np.random.default_rng(0).random((2, 32, 32, 3), "float32")
+    for kernel, other in zip(model(x), expected(x), strict=True):
+        np.testing.assert_allclose(numpy(kernel), numpy(other), rtol=0, atol=1e-6)
+    assert not list((tmp_path / "cache").rglob("*.pb"))
+
+
+def test_pushing_needs_a_token_and_a_whole_folder(run, server, tmp_path):
+    standing, url = server
+    folder = tmp_path / "folder"
+    hub.save(run, LABEL, folder)
+    with pytest.raises(InputError, match=r"Received: me/small: HfHubHTTPError: .*401"):
+        hub.push(folder, "me/small", token="wrong", endpoint=url)  # noqa: S106
+    (folder / "README.md").unlink()
+    with pytest.raises(InputError, match=r"without README\.md"):
+        hub.push(folder, "me/small", token="right", endpoint=url)  # noqa: S106
+    assert standing.repositories == {}
+
+
+def test_what_cannot_be_saved(run, tmp_path):
+    mine = next(name for name in json.loads((run / "metrics.json").read_text())["models"])
+    assert mine == LABEL
+    own = f"{run.parent / 'mine.py'}:net"
+    for source, label, reason in (
+        (run, own, "a Python file's cannot be built"),
+        (run, "none", "and the model one of it"),
+        (tmp_path, LABEL, "must be a folder with config.json and metrics.json"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            hub.save(source, label, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
