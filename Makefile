@@ -34,12 +34,12 @@ NEW_PIP := "pip>=25.1"
 NATIVE := CMakeLists.txt $(wildcard src/involution/native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-tensorflow test-jax test-torch test-slow test-example test-browser space publish sanitize lint format coverage clean
+.PHONY: help run test test-tensorflow test-jax test-torch test-slow test-example test-browser docs space publish sanitize lint format coverage clean
 
 help:
 	@echo "make run     compare a convolutional and an involutional network; writes runs/.../report.html"
 	@echo "make test    lint, and test on every backend (make test BACKENDS=jax: on one)"
-	@echo "make test-slow, test-browser, test-example EXAMPLE=file, space, publish, sanitize, lint, format, clean"
+	@echo "make test-slow, test-browser, test-example EXAMPLE=file, docs, space, publish, sanitize, lint, format, clean"
 
 run: $(RUN_VENV)/ready
 	$(RUN_VENV)/bin/involution compare --dataset digits --backend $(BACKEND)
@@ -69,6 +69,11 @@ test-browser: $(TEST_VENV)/ready
 space: $(RUN_VENV)/ready
 	rm -f deploy/space/*.whl
 	$(RUN_VENV)/bin/pip wheel --quiet --no-deps --wheel-dir deploy/space .
+
+# build/docs/en/index.html; a warning is an error.
+docs: $(TEST_VENV)/ready
+	$(TEST_VENV)/bin/pip install --quiet --group docs -c constraints.txt
+	KERAS_BACKEND=$(BACKEND) $(TEST_VENV)/bin/python -m sphinx -q -E -W --keep-going -c docs docs/en build/docs/en
 
 # For a person who is logged in at the hub: make publish RUN=runs/... MODEL=inn REPO=owner/name
 publish: $(RUN_VENV)/ready

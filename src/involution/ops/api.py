@@ -153,8 +153,8 @@ def window_products(
     Args:
         x: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
         y: Tensor (B, *out_spatial, C) or (B, C, *out_spatial), of the type of ``x``.
-        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format,
-            implementation: As for ``involution``.
+        kernel_size, strides, padding, dilation_rate: As for ``involution``.
+        groups, group_layout, data_format, implementation: As for ``involution``.
 
     Returns:
         Tensor (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial), of the type of

@@ -1,0 +1,61 @@
+"""The pages of the documentation: their code runs, and what they point to is there."""
+
+import pathlib
+import re
+
+import keras
+import matplotlib
+import pytest
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.glob("en/**/*.md"))
+# What a page does at length is done shortly here; each must be in its page.
+SHORTER = {"tutorial": [("epochs = 20\n", "epochs = 1\n")]}
+
+
+def name_of(page):
+    return str(page.relative_to(DOCS).with_suffix(""))
+
+
+def code(page):
+    """The Python of a page, each line where it stands there."""
+    lines, inside = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            inside = line == "```python"
+            lines.append("")
+        else:
+            lines.append(line if inside else "")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if code(p).strip()], ids=name_of)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("agg")
+    text = code(page)
+    for long, short in SHORTER.get(page.stem, ()):
+        assert long in text
+        text = text.replace(long, short)
+    keras.utils.set_random_seed(0)
+    exec(compile(text, str(page), "exec"), {"__name__": name_of(page)})  # noqa: S102
+    printed = re.sub(r"torch\.Size\(\[(.*?)\]\)", r"(\1)", capsys.readouterr().out).splitlines()
+    # What a page says that a line prints.
+    for expected in re.findall(r"print\(.*\)  # (.+)", text):
+        assert expected in printed, (expected, printed)
+
+
+def test_the_tutorial_says_what_involution_is_in_twenty_lines():
+    block = re.search(
+        r"class SmallInvolution.*?```", (DOCS / "en" / "tutorial.md").read_text(), re.S
+    )
+    definition = [line for line in block[0].splitlines()[:-1] if line.strip()]
+    assert len(definition) <= 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_what_a_page_points_to_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).is_file(), target
