@@ -240,7 +240,7 @@ def _open(plan, folder, url) -> optuna.Study:
             f"Received: {url or file}: {' '.join(str(error).split())}"
         ) from error
     study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
     begun = _plan_text(plan)
     known = study.user_attrs.get("plan")
     if known is None:
