@@ -73,7 +73,8 @@ space: $(RUN_VENV)/ready
 # build/docs/en/index.html; a warning is an error.
 docs: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/pip install --quiet --group docs -c constraints.txt
-	KERAS_BACKEND=$(BACKEND) $(TEST_VENV)/bin/python -m sphinx -q -E -W --keep-going -c docs docs/en build/docs/en
+	KERAS_BACKEND=$(BACKEND) $(TEST_VENV)/bin/python -m sphinx -q -E -W --keep-going -c docs -D language=en docs/en build/docs/en
+	KERAS_BACKEND=$(BACKEND) $(TEST_VENV)/bin/python -m sphinx -q -E -W --keep-going -c docs -D language=ko docs/ko build/docs/ko
 
 # For a person who is logged in at the hub: make publish RUN=runs/... MODEL=inn REPO=owner/name
 publish: $(RUN_VENV)/ready

@@ -1,5 +1,6 @@
 """The pages of the documentation: their code runs, and what they point to is there."""
 
+import hashlib
 import pathlib
 import re
 
@@ -8,13 +9,17 @@ import matplotlib
 import pytest
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
-PAGES = sorted(DOCS.glob("en/**/*.md"))
+PAGES = sorted([*DOCS.glob("en/**/*.md"), *DOCS.glob("ko/**/*.md")])
 # What a page does at length is done shortly here; each must be in its page.
 SHORTER = {"tutorial": [("epochs = 20\n", "epochs = 1\n")]}
 
 
 def name_of(page):
     return str(page.relative_to(DOCS).with_suffix(""))
+
+
+def english(page):
+    return DOCS / "en" / page.relative_to(DOCS / "ko")
 
 
 def code(page):
@@ -29,7 +34,9 @@ def code(page):
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if code(p).strip()], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if code(p).strip() and "ko" not in p.parts], ids=name_of
+)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")
@@ -59,3 +66,24 @@ def test_what_a_page_points_to_is_there(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if not target.startswith("http"):
             assert (page.parent / target).is_file(), target
+
+
+TRANSLATIONS = [p for p in sorted(DOCS.glob("ko/**/*.md")) if english(p).is_file()]
+
+
+@pytest.mark.parametrize("page", TRANSLATIONS, ids=name_of)
+def test_a_translation_is_of_the_page_as_it_is(page):
+    """The first line of a translation names the English text that it says the same as."""
+    now = hashlib.sha256(english(page).read_bytes()).hexdigest()[:16]
+    first = page.read_text(encoding="utf-8").splitlines()[0]
+    assert first == f"% english: {now}", "translate what changed, then write this"
+
+
+@pytest.mark.parametrize("page", TRANSLATIONS, ids=name_of)
+def test_a_translation_has_the_same_code_and_parts(page):
+    assert code(page).split() == code(english(page)).split()
+    headings = [
+        [line.split()[0] for line in p.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
+        for p in (page, english(page))
+    ]
+    assert headings[0] == headings[1]
