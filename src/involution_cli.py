@@ -154,8 +154,8 @@ def predict(
     Parameters
     ----------
     files
-        A model, if not inn-cifar10: a .keras file written by compare or train, a folder, or the
-        name of a model that comes along, as cnn-cifar10. Then images: PNG, JPEG or WebP.
+        A model, if not rednet_tiny-cifar10: a .keras file written by compare or train, a folder,
+        or the name of a model that comes along, as cnn-cifar10. Then images: PNG, JPEG or WebP.
     top
         How many classes to show for each image.
     backend
@@ -190,8 +190,8 @@ def explain(
     Parameters
     ----------
     files
-        A model with involutions, if not inn-cifar10, which comes along: a .keras file written
-        by compare or train, or a folder. Then images: PNG, JPEG or WebP.
+        A model with involutions, if not rednet_tiny-cifar10, which comes along: a .keras file
+        written by compare or train, or a folder. Then images: PNG, JPEG or WebP.
     output
         The file to write: .png or .svg, for one kind of figure, or .html, a page with all of them.
         An existing one is replaced.

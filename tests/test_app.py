@@ -196,6 +196,7 @@ def test_the_cards_say_what_the_models_were_trained_on():
     for name in shipped.names():
         assert f"### {name}\n" in text
     assert "50000 images" in text
+    assert "license:" not in text
     assert app.cards(("inn-cifar10",)).count("###") == 1
 
 

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -226,7 +227,9 @@ def cards(names) -> str:
         for name in names or shipped.names()
         if name in shipped.names()
     ]
-    return "\n\n".join(text.replace("# ", "### ", 1) for text in texts)
+    # Without what a hub reads, between two lines of dashes.
+    bodies = (re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL) for text in texts)
+    return "\n\n".join(body.strip().replace("# ", "### ", 1) for body in bodies)
 
 
 @contextlib.contextmanager

@@ -50,8 +50,8 @@ classes: {classes}.
 | versions | {versions} |
 
 Pixels go in as float32 from 0 to 1, logits come out. It knows the classes above and no others, in
-pictures like those it was trained on. The model is made of
-[involutions](https://arxiv.org/abs/2103.06255); `involution.hub.load` reads this folder.
+pictures like those it was trained on. The package `involution`, named after
+[the operator](https://arxiv.org/abs/2103.06255), reads this folder.
 """
 
 

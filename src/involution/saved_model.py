@@ -20,7 +20,7 @@ from involution.models import shipped, weights
 ENTRY = "involution.json"
 SCALING = "pixels / 255"
 # What classifies where no model is named.
-DEFAULT = "inn-cifar10"
+DEFAULT = "rednet_tiny-cifar10"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,8 +26,9 @@ def load(name) -> keras.Model:
     The folder ``involution/models/trained`` has a card for each: data, recipe, command, figures.
 
     Args:
-        name: ``"cnn-cifar10"`` or ``"inn-cifar10"``, the keras.io example's pair: models for images
-            (B, 32, 32, 3) of pixels / 255, trained on CIFAR-10 (as JPEG).
+        name: ``"cnn-cifar10"`` or ``"inn-cifar10"``, the keras.io example's pair, or
+            ``"rednet_tiny-cifar10"``: models for images (B, 32, 32, 3) of pixels / 255, trained on
+            CIFAR-10 (as JPEG).
 
     Returns:
         A ``keras.Model`` from images to logits (B, 10), not compiled.
