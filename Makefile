@@ -9,6 +9,8 @@ BACKENDS ?= tensorflow jax torch
 JOBS ?= 2
 # What `make run` trains with.
 BACKEND ?= tensorflow
+# The images that `make notebooks` trains with.
+DATA ?=
 # The keras.io example's text, for `make test-example`.
 EXAMPLE ?=
 
@@ -34,12 +36,12 @@ NEW_PIP := "pip>=25.1"
 NATIVE := CMakeLists.txt $(wildcard src/involution/native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-tensorflow test-jax test-torch test-slow test-example test-browser docs space publish sanitize lint format coverage clean
+.PHONY: help run test test-tensorflow test-jax test-torch test-slow test-example test-browser docs notebooks space publish sanitize lint format coverage clean
 
 help:
 	@echo "make run     compare a convolutional and an involutional network; writes runs/.../report.html"
 	@echo "make test    lint, and test on every backend (make test BACKENDS=jax: on one)"
-	@echo "make test-slow, test-browser, test-example EXAMPLE=file, docs, space, publish, sanitize, lint, format, clean"
+	@echo "make test-slow, test-browser, test-example EXAMPLE=file, docs, notebooks, space, publish, sanitize, lint, format, clean"
 
 run: $(RUN_VENV)/ready
 	$(RUN_VENV)/bin/involution compare --dataset digits --backend $(BACKEND)
@@ -64,6 +66,10 @@ test-example: $(TEST_VENV)/ready
 test-browser: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/pip install --quiet --group browser -c constraints.txt
 	KERAS_BACKEND=$(BACKEND) $(PYTEST) -m browser -rP
+
+# The tutorial as notebooks, with results: make notebooks DATA=folder, of CIFAR-10 as JPEG files.
+notebooks: $(TEST_VENV)/ready
+	KERAS_BACKEND=tensorflow INVOLUTION_DATASET="$(abspath $(DATA))" $(TEST_VENV)/bin/python docs/notebooks.py
 
 # What a Hugging Face Space takes: deploy/space with the wheel in it.
 space: $(RUN_VENV)/ready

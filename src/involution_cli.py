@@ -35,6 +35,8 @@ Backend = Literal["tensorflow", "jax", "torch"]
 
 # Exit code of an error that is not the user's.
 OWN_ERROR = 3
+# Of a run whose loss was no number any more.
+DIVERGED = 4
 
 
 @Parameter(name="*")
@@ -56,6 +58,8 @@ class Recipe:
     """Of Adam; the recipe's unless given (0.001 in the example's)."""
     weight_decay: float | None = None
     """Of AdamW; the recipe's unless given (none in the example's)."""
+    clip_norm: float | None = None
+    """Cut the gradients, all together, to this norm; they are left as they are unless given."""
     validation: int | None = None
     """Hold out so many training images, and measure on them in place of the test images; a search
     holds out a tenth unless told."""
@@ -71,8 +75,21 @@ class Recipe:
     """Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed."""
 
 
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resume:
+    """How ``compare`` and ``train`` outlive the process."""
+
+    resume: bool = False
+    """Go on from the last checkpoint in --output, if there is one; the result is the same."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints within an epoch; there is one after each epoch in any case."""
+    allow_change: bool = False
+    """Go on although options, images or versions are others than before."""
+
+
 @app.command
-def compare(*, models: str = "cnn,inn", recipe: Recipe = Recipe()):
+def compare(*, models: str = "cnn,inn", recipe: Recipe = Recipe(), resume: Resume = Resume()):
     """Train models on the same data and write one folder: figures, metrics, models, report.html.
 
     Parameters
@@ -80,11 +97,11 @@ def compare(*, models: str = "cnn,inn", recipe: Recipe = Recipe()):
     models
         Names, comma-separated, with options: cnn,inn,inn:kernel_size=5,my_file.py:my_function.
     """
-    _run(f"Comparing {models} on {recipe.dataset}", models, recipe)
+    _run(f"Comparing {models} on {recipe.dataset}", models, recipe, resume)
 
 
 @app.command
-def train(*, model: str = "inn", recipe: Recipe = Recipe()):
+def train(*, model: str = "inn", recipe: Recipe = Recipe(), resume: Resume = Resume()):
     """Train one model and write its folder.
 
     Parameters
@@ -92,7 +109,7 @@ def train(*, model: str = "inn", recipe: Recipe = Recipe()):
     model
         A name with options, as for compare: inn, inn:kernel_size=5, my_file.py:my_function.
     """
-    _run(f"Training {model} on {recipe.dataset}", model, recipe)
+    _run(f"Training {model} on {recipe.dataset}", model, recipe, resume)
 
 
 @app.command
@@ -139,8 +156,8 @@ def sweep(
         session.console.say(f"Trials: {done.trials}")
         if done.best is not None:
             session.console.say(f"Best: {done.accuracy:.4f}, {plan.command(done.best)}")
-        if done.interrupted:
-            raise SystemExit(130)
+        if done.exit_code:
+            raise SystemExit(done.exit_code)
 
 
 @app.command
@@ -475,19 +492,27 @@ def _fail(message, code=2) -> int:
     return code
 
 
-def _run(what, models, recipe):
+def _run(what, models, recipe, resume):
     with _session(f"{what}, {recipe.epochs} epochs.", recipe.backend) as session:
         from involution import experiment, memory
+        from involution.errors import InputError
 
         memory.keep_freed()
         config = _config(experiment, models, recipe)
         output = recipe.output or _free_folder(config.dataset)
         command = shlex.join(["involution", *sys.argv[1:]])
-        run = experiment.compare(config, output, session.console, command=command)
+        if resume.resume and recipe.output is None:
+            raise InputError("--resume needs --output, the folder to go on in. Received: none")
+        how = dataclasses.asdict(resume)
+        run = experiment.compare(config, output, session.console, command=command, **how)
         session.folder = output
         _conclude(run, output, session.console)
+        if run.interrupted or run.failure is not None:
+            session.console.say(f"Go on:  the same command with --output {output} --resume")
         if run.interrupted:
-            raise SystemExit(130)
+            raise SystemExit(run.exit_code)
+        if run.failure is not None:
+            raise SystemExit(DIVERGED)
 
 
 def _config(experiment, models, recipe):

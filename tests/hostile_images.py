@@ -5,7 +5,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 MEGABYTE = 2**20
 
@@ -65,6 +65,10 @@ def refused() -> dict[str, bytes]:
             32, 32, bytes(97 * 32), more=png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**8)))
         ),
     }
+    canvas = bytearray(odd()["moving.webp"])
+    height = canvas.index(b"VP8X") + 15
+    canvas[height : height + 3] = b"\xff\xff\x3f"
+    files["claims 20 by 4 million.webp"] = bytes(canvas)
     for format, end in (("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp")):
         whole = good(format, seed=1)
         for share in (0.02, 0.1, 0.3, 0.5, 0.7, 0.9):
@@ -103,3 +107,50 @@ def odd() -> dict[str, bytes]:
         "exif that points to itself.jpg": good("JPEG", exif=exif([(0x8769, 4, 1, 8)])),
         "exif of 4 billion.jpg": good("JPEG", exif=exif([(0x010E, 2, 2**32 - 1, 8)])),
     }
+
+
+def damaged(count, seed=0) -> dict[str, bytes]:
+    """Files with something lost, changed, repeated or put elsewhere: some are still images."""
+    rng = np.random.default_rng(seed)
+    turned = exif([(0x0112, 3, 1, 6), (0x8769, 4, 1, 26), (0x010E, 2, 40, 8)])
+    whole = [
+        ("png", good()),
+        ("png", good(pnginfo=_text())),
+        ("jpg", good("JPEG", exif=turned)),
+        ("jpg", good("JPEG", progressive=True)),
+        ("webp", good("WEBP", exif=turned)),
+        ("webp", good("WEBP", lossless=True)),
+        *((name.rpartition(".")[2], content) for name, content in odd().items()),
+    ]
+    files = {}
+    for number in range(count):
+        end, content = whole[rng.integers(len(whole))]
+        bytes_ = bytearray(content)
+        # Most of what a decoder believes stands at the beginning.
+        reach = len(bytes_) if rng.random() < 0.3 else min(len(bytes_), 120)
+        at, length = int(rng.integers(reach)), int(rng.integers(1, 40))
+        match rng.integers(5):
+            case 0:
+                for place in rng.integers(reach, size=rng.integers(1, 8)):
+                    bytes_[place] = rng.integers(256)
+            case 1:
+                del bytes_[at : at + length]
+            case 2:
+                bytes_[at:at] = bytes_[at : at + length] * int(rng.integers(1, 50))
+            case 3:
+                bytes_[at : at + 4] = rng.choice(
+                    [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff"]
+                )
+            case 4:
+                other = whole[rng.integers(len(whole))][1]
+                bytes_[at:] = other[at:]
+        files[f"damaged {number}.{end}"] = bytes(bytes_)
+    return files
+
+
+def _text():
+    """What a PNG file may say of itself."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("a", "b" * 50)
+    text.add_itxt("c", "d" * 50, zip=True)
+    return text

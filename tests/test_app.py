@@ -92,6 +92,16 @@ def test_what_is_no_image_is_refused_in_one_line(page):
     assert page.classify("a.png", hostile_images.good())[0] == "complete"
 
 
+def test_damaged_images_are_images_or_refused(page):
+    page.forget_peak()
+    before = page.memory
+    found = [page.classify(*item) for item in hostile_images.damaged(200).items()]
+    for kind, said in found:
+        assert kind == "complete" or said["error"].startswith("An image must "), said
+    assert {kind for kind, _ in found} == {"complete", "error"}
+    assert page.peak_memory - before < 300 * MEGABYTE
+
+
 def test_the_largest_images_are_bounded_in_memory(page):
     wide = hostile_images.png(4000, 4000, b"\0" + bytes(3 * 4000) * 4000 + bytes(4000))
     page.forget_peak()

@@ -13,6 +13,7 @@ from involution.errors import InputError
 from involution.experiment import Config, compare
 
 FILES = {
+    ".lock",
     "config.json",
     "history.csv",
     "metrics.json",
@@ -33,7 +34,7 @@ class Recorder(experiment.Silent):
     def say(self, text):
         self.lines.append(text)
 
-    def start(self, label, total):
+    def start(self, label, total, done=0):
         self.totals.append((label, total))
 
     def step(self):
@@ -189,7 +190,7 @@ def test_an_interruption_leaves_what_there_is(folder, tmp_path):
     output = tmp_path / "run"
     result = compare(Config(str(folder), "cnn,inn", 2, 10), output, Impatient())
     assert result.interrupted
-    assert {f.name for f in output.iterdir()} == FILES
+    assert {f.name for f in output.iterdir()} == FILES | {"checkpoints"}
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["interrupted"] is True
     assert [m["epochs"] for m in metrics["models"].values()] == [2, 1]
@@ -214,18 +215,23 @@ def test_ctrl_c_takes_effect_after_the_step_at_work(folder, tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_run_that_diverges_is_reported(folder, tmp_path):
+def test_a_run_that_diverges_stops_and_is_reported(folder, tmp_path):
     def broken(input_shape, classes):
         model = models.inn(input_shape, classes)
         model.set_weights([np.full_like(w, np.nan) for w in model.get_weights()])
         return model
 
     config = Config(str(folder), epochs=1, batch_size=12)
-    result = compare(config, tmp_path / "run", builders={"inn": broken})
-    assert np.isnan(result.results[0].rows[0]["train_loss"])
+    builders = {"cnn": models.cnn, "inn": broken, "never": models.cnn}
+    result = compare(config, tmp_path / "run", builders=builders)
+    assert "Received: nan at step 1, in epoch 1; weights: " in result.failure
+    assert result.failure.endswith("; checkpoint 2 is from before")
+    assert " not finite" in result.failure
+    assert [len(one.rows) for one in result.results] == [1, 0]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["failure"] == result.failure
     assert metrics["models"]["inn"]["train_loss"] is None
-    assert (tmp_path / "run" / "report.html").is_file()
+    assert "This run was stopped." in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_windows_need_not_be_square(folder, tmp_path):

@@ -63,6 +63,7 @@ ORDER = [
     "data",
     "saved_model",
     "model_labels",
+    "checkpoint",
     "training",
     "looking",
     "visualize",

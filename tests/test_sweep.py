@@ -109,7 +109,7 @@ def test_a_search_and_its_report(planned, images, network, tmp_path):
     folder = tmp_path / "new" / "folder"
     found = rows(folder)
     assert done.trials == len(found) == 4
-    assert not done.interrupted
+    assert done.exit_code == 0
     accuracies = [float(r["accuracy"]) for r in found if r["state"] == "complete"]
     assert done.accuracy == pytest.approx(max(accuracies), abs=1e-4)
     assert accuracies == sorted(accuracies, reverse=True)
@@ -207,7 +207,7 @@ def test_an_interruption_gives_the_trial_back(planned, tmp_path):
                 raise KeyboardInterrupt
 
     console = Impatient()
-    assert sweep.run(planned(), tmp_path, console=console).interrupted
+    assert sweep.run(planned(), tmp_path, console=console).exit_code == 130
     begun = [line for line in console.lines if "width" in line]
     again = Recorder()
     assert sweep.run(planned(), tmp_path, console=again).trials == 3

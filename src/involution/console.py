@@ -26,15 +26,15 @@ class Console:
         )
         self._progress: Progress | None = None
         self._label = ""
-        self._total = self._done = 0
+        self._total = self._done = self._before = 0
         self._started = self._last = 0.0
 
     def say(self, text):
         self._console.print(text, markup=False)
 
-    def start(self, label, total):
+    def start(self, label, total, done=0):
         self.stop()
-        self._label, self._total, self._done = label, total, 0
+        self._label, self._total, self._done, self._before = label, total, done, done
         self._started = self._last = time.monotonic()
         if self._console.is_terminal:
             self._progress = Progress(
@@ -47,7 +47,7 @@ class Console:
                 console=self._console,
                 transient=True,
             )
-            self._progress.add_task(label, total=total)
+            self._progress.add_task(label, total=total, completed=done)
             self._progress.start()
 
     def step(self):
@@ -58,7 +58,8 @@ class Console:
         now = time.monotonic()
         if now - self._last >= INTERVAL:
             self._last = now
-            left = (now - self._started) / self._done * (self._total - self._done)
+            speed = (self._done - self._before) / (now - self._started)
+            left = (self._total - self._done) / speed
             self.say(f"{self._label}: step {self._done} of {self._total}, {left:.0f} s left")
 
     def stop(self):

@@ -66,6 +66,14 @@ class Dataset:
     def image_shape(self) -> tuple[int, int, int]:
         return self.x_train.shape[1:]
 
+    def fingerprint(self) -> str:
+        """SHA-256 of all images, labels and names of classes, in hexadecimal."""
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for array in (self.x_train, self.y_train, self.x_test, self.y_test):
+            digest.update(f"{array.shape} {array.dtype}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
     def validation(self, count) -> "Dataset":
         """Without its test images: ``count`` training images, always the same, in their place.
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import json
 import math
 import os
 import pathlib
@@ -16,9 +17,9 @@ from importlib import metadata
 
 import keras
 
-from involution import data, model_labels, training
+from involution import checkpoint, data, model_labels, training
 from involution.errors import InputError
-from involution.files import csv_text, write_json, write_text
+from involution.files import csv_text, sha256, write_json, write_text
 from involution.models import count_multiply_adds
 from involution.saved_model import Classifier
 
@@ -32,8 +33,8 @@ class Silent:
     def say(self, text):
         """One line."""
 
-    def start(self, label, total):
-        """A piece of work of so many steps begins."""
+    def start(self, label, total, done=0):
+        """A piece of work of so many steps begins, some of which are done."""
 
     def step(self):
         """One step is done."""
@@ -61,6 +62,7 @@ class Config:
         image_size: (height, width) for a folder of images, None for their own.
         download: Whether CIFAR-10 may be fetched.
         precision: Of what layers compute, one of ``PRECISIONS``; weights are float32 in any case.
+        clip_norm: What the norm of all gradients together is cut to; None: the recipe's.
     """
 
     dataset: str = "digits"
@@ -75,6 +77,7 @@ class Config:
     precision: str = "float32"
     recipe: str = "example"
     validation: int | None = None
+    clip_norm: float | None = None
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "validation"):
@@ -83,10 +86,10 @@ class Config:
                 raise InputError(f"{name} must be at least 1. Received: {name}={value}")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must be from 0 to 2**32 - 1. Received: seed={self.seed}")
-        if self.learning_rate is not None and not (0 < self.learning_rate < math.inf):
-            raise InputError(
-                f"learning_rate must be above 0. Received: learning_rate={self.learning_rate}"
-            )
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} must be above 0. Received: {name}={value}")
         if self.weight_decay is not None and not (0 <= self.weight_decay < math.inf):
             raise InputError(
                 f"weight_decay must be at least 0. Received: weight_decay={self.weight_decay}"
@@ -108,6 +111,7 @@ class Config:
             learning_rate=self.learning_rate or recipe.learning_rate,
             weight_decay=recipe.weight_decay if self.weight_decay is None else self.weight_decay,
             batch_size=self.batch_size or recipe.batch_size or dataset.batch_size,
+            clip_norm=self.clip_norm or recipe.clip_norm,
         )
 
 
@@ -117,9 +121,10 @@ class Result:
 
     label: str
     classifier: Classifier
-    optimizer_variables: list
-    rows: list[dict]
-    seconds: float
+    optimizer: tuple[int, int] = (0, 0)  # numbers that the optimizer holds, and their bytes
+    rows: list[dict] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    digest: str | None = None  # of the model's file, once it is trained
 
     @property
     def file(self) -> str:
@@ -130,17 +135,14 @@ class Result:
     def parameters(self) -> dict[str, int]:
         """Numbers of parameters, and their bytes with the optimizer's: training changes none."""
         model = self.classifier.model
-        kinds = (model.trainable_variables, model.non_trainable_variables, self.optimizer_variables)
-        counts = [count(variables) for variables in kinds]
+        kinds = (model.trainable_variables, model.non_trainable_variables)
+        counts = [*(count(variables) for variables in kinds), self.optimizer[0]]
         return {
             "trainable_params": counts[0],
             "non_trainable_params": counts[1],
             "optimizer_params": counts[2],
             "total_params": sum(counts),
-            "bytes": sum(
-                keras.ops.convert_to_numpy(v).nbytes
-                for v in (*model.variables, *self.optimizer_variables)
-            ),
+            "bytes": size(model.variables) + self.optimizer[1],
         }
 
     @functools.cached_property
@@ -177,8 +179,13 @@ class Run:
     results: list[Result]
     command: str
     started: str
-    interrupted: bool = False
+    exit_code: int = 0  # 128 and the number of the signal that ended it early
+    failure: str | None = None  # why it could not go on
     peak_memory_bytes: int | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        return self.exit_code != 0
 
     @property
     def metrics(self) -> dict:
@@ -186,6 +193,7 @@ class Run:
             "dataset": self.dataset.name,
             "backend": keras.config.backend(),
             "interrupted": self.interrupted,
+            "failure": self.failure,
             "peak_memory_bytes": self.peak_memory_bytes,
             "models": {r.label: r.metrics for r in self.results},
         }
@@ -212,12 +220,17 @@ def compare(
     console=None,
     builders: dict[str, model_labels.Builder] | None = None,
     command: str = "",
+    resume: bool = False,
+    checkpoint_every: int | None = None,
+    allow_change: bool = False,
 ) -> Run:
     """Trains models on the same data and writes one folder about it.
 
-    The folder gets config.json, history.csv, metrics.json, the models, figures and report.html. An
-    interruption (Ctrl-C) takes effect after the step at work and leaves what there is, with a
-    report of it; a second one stops at once. Keras's session is cleared and its seed set.
+    The folder gets config.json, history.csv, metrics.json, the models, figures and report.html;
+    and, until all of these are there, checkpoints: after each epoch, and when the run is
+    interrupted. An interruption (SIGINT, which is Ctrl-C, or SIGTERM) takes effect after the step
+    at work and leaves what there is, with a report of it; a second one ends the process at once.
+    Keras's session is cleared and its seed set.
 
     Args:
         config: What to run.
@@ -226,15 +239,24 @@ def compare(
         builders: Models of one's own, instead of ``config.models``: functions of (input_shape,
             classes) that return a Keras model from images to logits, by label.
         command: What was typed, for the report.
+        resume: Whether to go on from the last checkpoint in the folder, where there is one. On the
+            machine and backend of the first part what comes of it is the same, to the bit, as
+            without a break.
+        checkpoint_every: Steps between checkpoints within an epoch; None: only after epochs.
+        allow_change: Whether to go on although the configuration, the images or a version is
+            another than before.
 
     Raises:
-        InputError: Something given cannot be used; nothing has been written then.
+        InputError: Something given cannot be used, another process is at work in the folder, or
+            what is resumed was something else; nothing has been written then.
     """
     from involution import report  # draws, and so needs the extra packages
 
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise InputError(f"checkpoint_every must be at least 1. Received: {checkpoint_every}")
     console = console or Silent()
     output = pathlib.Path(output)
-    check_folder(output)
+    check_folder(output, resume)
     builders = model_labels.parse(config.models) if builders is None else builders
     dataset = load(config, console)
     networks = {
@@ -249,48 +271,203 @@ def compare(
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     make_folder(output)
-    write_json(output / "config.json", run.description)
-    with interruptions(console) as step:
+    with checkpoint.alone(output), interruptions(console) as step:
+        check_folder(output, resume)
+        work = _Work(run, output, console, checkpoint_every)
+        if resume:
+            work.restore(allow_change)
+        write_json(output / "config.json", run.description)
         try:
             for label, network in networks.items():
-                _train(run, label, network, output, console, step)
-        except KeyboardInterrupt:
-            run.interrupted = True
+                work.train(label, network, step)
+        except KeyboardInterrupt as stop:
+            run.exit_code = exit_code(stop)
             console.stop()
             console.say("Interrupted: writing what there is.")
+        except training.DivergenceError as failure:
+            run.failure = f"{failure}; {work.last}"
+            console.stop()
+            console.say(f"Stopped: {run.failure}")
         run.peak_memory_bytes = peak_memory()
         write_json(output / "metrics.json", run.metrics)
         report.write(run, output)
+        if not run.interrupted and run.failure is None:
+            work.store.clear()
     return run
+
+
+# What a checkpoint keeps of a result, besides the label.
+KEPT = ("digest", "optimizer", "rows", "seconds")
+
+
+class _Work:
+    """A run at work, and what it takes to go on with it."""
+
+    def __init__(self, run, output, console, every):
+        self.run, self.output, self.console, self.every = run, output, console, every
+        self.store = checkpoint.Store(output)
+        self.last = "there is no checkpoint from before"
+        self._identity = identity(run)
+        # What the checkpoint holds that is gone on from.
+        self._begun: dict[str, dict] = {}
+        self._arrays: dict = {}
+        self._at: training.Position | None = None
+
+    def restore(self, allow_change):
+        """Takes up the newest checkpoint."""
+        saved = self.store.latest(self.console.say)
+        if saved is None:
+            if any(name.name != checkpoint.LOCK for name in self.output.iterdir()):
+                raise InputError(
+                    "To go on, the output folder must have a whole checkpoint. "
+                    f"Received: {self.output}, which has none"
+                )
+            return
+        was = saved.state["identity"]
+        changed = [
+            f"{name} was {was.get(name)} and is {now}"
+            for name, now in self._identity.items()
+            if was.get(name) != now
+        ]
+        if changed and not allow_change:
+            raise InputError(
+                "To go on, all must be as before, or --allow-change given. "
+                f"Received: {'; '.join(changed)}"
+            )
+        for begun in saved.state["results"]:
+            if self._is_whole(begun):
+                self._begun[begun["label"]] = begun
+        self._arrays = saved.arrays
+        if saved.state["at"] is not None:
+            self._at = training.Position(**saved.state["at"])
+        self.console.say(f"Going on from checkpoint {saved.number}.")
+
+    def _is_whole(self, begun) -> bool:
+        """Whether the file of a trained model is as it was written."""
+        file = self.output / model_labels.file_name(begun["label"])
+        if begun["digest"] in (None, sha256(file) if file.is_file() else ""):
+            return True
+        self.console.say(f"{file.name} is not as it was written: it is trained again.")
+        return False
+
+    def train(self, label, network, step):
+        run, console = self.run, self.console
+        config, dataset = run.config, run.dataset
+        result = Result(label, Classifier(network, dataset.class_names, dataset.image_shape))
+        begun = self._begun.get(label)
+        if begun is not None:
+            for name in KEPT:
+                setattr(result, name, begun[name])
+        run.results.append(result)
+        if result.digest is not None:
+            network.load_weights(self.output / result.file)
+            return
+        trainer = training.Trainer(network, dataset, run.recipe, config.epochs, config.seed)
+        variables = trainer.optimizer_variables
+        result.optimizer = (count(variables), size(variables))
+        if begun is not None:
+            trainer.restore(self._arrays, self._at)
+        start = time.perf_counter() - result.seconds
+
+        def after_step():
+            result.seconds = time.perf_counter() - start
+            try:
+                step()
+            except KeyboardInterrupt:
+                self._save(trainer)
+                raise
+            if self.every is not None and trainer.steps_done % self.every == 0:
+                self._save(trainer)
+
+        console.start(label, trainer.steps, trainer.steps_done)
+        try:
+            for row in trainer.epochs(after_step):
+                result.rows.append(row)
+                result.seconds = time.perf_counter() - start
+                write_text(self.output / "history.csv", history(run.results))
+                self._save(trainer)
+                console.say(
+                    f"{label}: epoch {row['epoch']}/{config.epochs}: "
+                    f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.4f}; "
+                    f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.4f} "
+                    f"({row['seconds']:.1f} s)"
+                )
+        except (KeyboardInterrupt, training.DivergenceError):
+            result.classifier.save(self.output / result.file)
+            raise
+        finally:
+            console.stop()
+            result.seconds = time.perf_counter() - start
+        result.classifier.save(self.output / result.file)
+        result.digest = sha256(self.output / result.file)
+        self._save(None)
+
+    def _save(self, trainer):
+        """A checkpoint of all results, and of the training at work if there is one."""
+        results = [
+            {
+                "label": r.label,
+                **{name: getattr(r, name) for name in KEPT},
+            }
+            for r in self.run.results
+        ]
+        state = {
+            "identity": self._identity,
+            "results": results,
+            "at": None if trainer is None else dataclasses.asdict(trainer.at),
+        }
+        saved = self.store.save({} if trainer is None else trainer.arrays(), state)
+        self.last = f"checkpoint {saved.number} is from before"
+
+
+def identity(run) -> dict:
+    """What must be the same for a run to go on as if there had been no break, as JSON has it."""
+    config = dataclasses.asdict(run.config)
+    del config["download"]
+    told = {
+        **config,
+        **{f"recipe: {k}": v for k, v in dataclasses.asdict(run.recipe).items()},
+        "backend": keras.config.backend(),
+        **{f"version of {k}": v for k, v in versions().items()},
+        "images": run.dataset.fingerprint(),
+    }
+    return json.loads(json.dumps(told))
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """128 and the number of the signal, which is SIGINT's unless the exception tells another."""
+    return stop.args[0] if stop.args else 128 + signal.SIGINT
 
 
 @contextlib.contextmanager
 def interruptions(console):
-    """Within the block the first Ctrl-C is a request: an exception in the midst of a step could
-    leave a model without its weights. The function yielded, called after each step, tells the
-    console and raises KeyboardInterrupt when asked to. The second one is as ever."""
-    asked = threading.Event()
+    """Within the block the first SIGINT (Ctrl-C) or SIGTERM is a request: an exception in the midst
+    of a step could leave a model without its weights. The function yielded, called after each step,
+    tells the console and raises KeyboardInterrupt when asked to; ``exit_code`` takes it. The second
+    signal ends the process at once: files are whole or not there at any moment."""
+    asked = []
 
     def step():
         console.step()
-        if asked.is_set():
-            raise KeyboardInterrupt
+        if asked:
+            raise KeyboardInterrupt(asked[0])
 
     if threading.current_thread() is not threading.main_thread():
         yield step  # signals are for the main thread alone
         return
 
     def ask(signal_number, frame):
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
+        if asked:
+            os._exit(128 + signal_number)
+        asked.append(128 + signal_number)
         console.say("Stopping after this step; once more to stop at once.")
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield step
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def load(config, console) -> data.Dataset:
@@ -332,31 +509,6 @@ def build(label, builder, dataset, config) -> keras.Model:
     return network
 
 
-def _train(run, label, network, output, console, step):
-    config, dataset = run.config, run.dataset
-    trainer = training.Trainer(network, dataset, run.recipe, config.epochs, config.seed)
-    classifier = Classifier(network, dataset.class_names, dataset.image_shape)
-    result = Result(label, classifier, trainer.optimizer_variables, [], 0.0)
-    run.results.append(result)
-    start = time.perf_counter()
-    console.start(label, trainer.steps)
-    try:
-        for row in trainer.epochs(step):
-            result.rows.append(row)
-            result.seconds = time.perf_counter() - start
-            write_text(output / "history.csv", history(run.results))
-            console.say(
-                f"{label}: epoch {row['epoch']}/{config.epochs}: "
-                f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.4f}; "
-                f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.4f} "
-                f"({row['seconds']:.1f} s)"
-            )
-    finally:
-        console.stop()
-        result.seconds = time.perf_counter() - start
-        classifier.save(output / result.file)
-
-
 def history(results) -> str:
     """history.csv: nothing in it depends on the clock, so one seed gives one file."""
     columns = ("model", "epoch", *training.MEASURES)
@@ -364,10 +516,12 @@ def history(results) -> str:
     return csv_text(columns, rows)
 
 
-def check_folder(output):
-    """Raises InputError unless a run can be written there."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"The output folder must be new or empty. Received: {output}")
+def check_folder(output, resume=False):
+    """Raises InputError unless a run can be written there; ``resume``: or may have begun there."""
+    if output.exists():
+        empty = output.is_dir() and all(f.name == checkpoint.LOCK for f in output.iterdir())
+        if not (empty or (resume and output.is_dir())):
+            raise InputError(f"The output folder must be new or empty. Received: {output}")
     parent = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise InputError(f"The output folder must be writable. Received: {output}")
@@ -406,6 +560,11 @@ def peak_memory() -> int | None:
 def count(variables) -> int:
     """Of numbers in variables."""
     return sum(math.prod(v.shape) for v in variables)
+
+
+def size(variables) -> int:
+    """Of variables, in bytes."""
+    return sum(keras.ops.convert_to_numpy(v).nbytes for v in variables)
 
 
 def _median(values):

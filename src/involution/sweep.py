@@ -165,7 +165,7 @@ class Outcome:
     """Its accuracy on the images held out."""
     trials: int
     """Complete ones and those given up early."""
-    interrupted: bool
+    exit_code: int  # 0, or 128 and the number of the signal that ended it
 
 
 def run(plan, folder, study_url=None, console=None, command="") -> Outcome:
@@ -184,7 +184,7 @@ def run(plan, folder, study_url=None, console=None, command="") -> Outcome:
         command: What was typed, for the report.
 
     Returns:
-        The best complete trial so far, and whether the search was interrupted.
+        The best complete trial so far, and how the search ended.
 
     Raises:
         InputError: Something given cannot be used.
@@ -196,7 +196,7 @@ def run(plan, folder, study_url=None, console=None, command="") -> Outcome:
         dataset = dataset.validation(max(len(dataset.x_train) // 10, 1))
     experiment.make_folder(folder)
     study = _open(plan, folder, study_url)
-    refusals, interrupted = 0, False
+    refusals, code = 0, 0
     with experiment.interruptions(console) as step:
         try:
             while refusals < PATIENCE and _wanted(study, plan, console):
@@ -213,14 +213,14 @@ def run(plan, folder, study_url=None, console=None, command="") -> Outcome:
                     f"{PATIENCE} proposals in a row were known, or could not be tried: the search "
                     "is exhausted."
                 )
-        except KeyboardInterrupt:
-            interrupted = True
+        except KeyboardInterrupt as stop:
+            code = experiment.exit_code(stop)
             console.stop()
             console.say("Interrupted: the trial at work will be repeated.")
     write_report(study, plan, dataset, folder, command)
     trials = _settled(study)
     best = trials[0] if trials and trials[0].state == TrialState.COMPLETE else None
-    return Outcome(best and best.params, best and best.value, len(trials), interrupted)
+    return Outcome(best and best.params, best and best.value, len(trials), code)
 
 
 # --- Trials --------------------------------------------------------------------------------------
@@ -332,12 +332,15 @@ def _try(study, plan, trial, model, dataset, console, step):
     console.start(label, trainer.steps)
     given_up = ""
     accuracy = math.nan
-    for row in trainer.epochs(step):
-        accuracy, epoch = row["test_accuracy"], row["epoch"]
-        trial.report(accuracy, epoch)
-        if epoch < config.epochs and trial.should_prune():
-            given_up = f", given up after epoch {epoch}"
-            break
+    try:
+        for row in trainer.epochs(step):
+            accuracy, epoch = row["test_accuracy"], row["epoch"]
+            trial.report(accuracy, epoch)
+            if epoch < config.epochs and trial.should_prune():
+                given_up = f", given up after epoch {epoch}"
+                break
+    except training.DivergenceError as failure:
+        given_up = f": {failure}"
     console.stop()
     if given_up:
         study.tell(trial, state=TrialState.PRUNED)

@@ -1,6 +1,7 @@
 """Training and testing a model, epoch by epoch, in an order that is a function of the seed."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -8,6 +9,7 @@ import keras
 import numpy as np
 
 from involution import data
+from involution.errors import InputError
 
 # Columns of history.csv after the model and the epoch.
 MEASURES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
@@ -25,6 +27,8 @@ class Recipe:
             falls to 0 along a cosine.
         flip: Whether half of the images, others in every epoch, are seen in a mirror.
         batch_size: Images in a step; None: what suits the data set.
+        clip_norm: What the norm of all gradients together is cut to where it is larger; None: it
+            is left as it is.
     """
 
     learning_rate: float
@@ -32,6 +36,7 @@ class Recipe:
     one_cycle: bool = False
     flip: bool = False
     batch_size: int | None = None
+    clip_norm: float | None = None
 
     def optimizer(self, steps) -> keras.optimizers.Optimizer:
         """The optimizer for so many steps."""
@@ -42,8 +47,10 @@ class Recipe:
                 rate / 25, max(steps - rising, 1), warmup_target=rate, warmup_steps=rising
             )
         if self.weight_decay == 0:
-            return keras.optimizers.Adam(rate)
-        optimizer = keras.optimizers.AdamW(rate, weight_decay=self.weight_decay)
+            return keras.optimizers.Adam(rate, global_clipnorm=self.clip_norm)
+        optimizer = keras.optimizers.AdamW(
+            rate, weight_decay=self.weight_decay, global_clipnorm=self.clip_norm
+        )
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
         return optimizer
 
@@ -53,6 +60,30 @@ RECIPES = {
     "example": Recipe(1e-3),
     "one-cycle": Recipe(0.018, weight_decay=0.02, one_cycle=True, flip=True, batch_size=128),
 }
+
+
+@dataclasses.dataclass
+class Position:
+    """How far a training is: after which batch.
+
+    Attributes:
+        epoch: The one at work, from 1.
+        images: How many of it were seen: of training, then of testing.
+        train_loss, train_accuracy, test_loss, test_accuracy: Sums over these images.
+        seconds: What the epoch took so far.
+    """
+
+    epoch: int = 1
+    images: int = 0
+    train_loss: float = 0.0
+    train_accuracy: float = 0.0
+    test_loss: float = 0.0
+    test_accuracy: float = 0.0
+    seconds: float = 0.0
+
+
+class DivergenceError(InputError):
+    """The loss is no number any more, or infinite: of no use to go on."""
 
 
 class Trainer:
@@ -68,6 +99,7 @@ class Trainer:
 
     Attributes:
         steps: Batches in all epochs, of training and of testing.
+        at: After which batch the training is.
     """
 
     def __init__(self, network, dataset, recipe, epochs, seed):
@@ -75,9 +107,8 @@ class Trainer:
         self.network, self.dataset, self.recipe = network, dataset, recipe
         self._epochs, self._seed = epochs, seed
         self.batch_size = recipe.batch_size or dataset.batch_size
-        train, test = (
-            -(-len(images) // self.batch_size) for images in (dataset.x_train, dataset.x_test)
-        )
+        self.at = Position()
+        train, test = self._batches
         self.steps = epochs * (train + test)
         inputs = keras.Input(network.input_shape[1:])
         self._compiled = keras.Model(inputs, network(inputs))
@@ -92,43 +123,141 @@ class Trainer:
     def optimizer_variables(self) -> list:
         return self._compiled.optimizer.variables
 
+    @property
+    def steps_done(self) -> int:
+        train, test = self._batches
+        seen = min(self.at.images, len(self.dataset.x_train))
+        rest = self.at.images - seen
+        return (self.at.epoch - 1) * (train + test) + sum(
+            -(-images // self.batch_size) for images in (seen, rest)
+        )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that training changes but ``at``, for ``restore``."""
+        return {name: _exact(variable) for name, variable in self._variables().items()}
+
+    def restore(self, arrays, at: Position):
+        """Goes on from there.
+
+        Raises:
+            InputError: The arrays are those of another model or recipe.
+        """
+        variables = self._variables()
+        shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
+        if shapes != {name: array.shape for name, array in arrays.items()}:
+            raise InputError(
+                "A checkpoint must be of this model and recipe. Received: weights of other shapes"
+            )
+        # TensorFlow compiles a step for the first batch's size, and a second one for all other
+        # sizes, which rounds differently: the first must be a whole batch, as it was before.
+        first = slice(0, self.batch_size)
+        for run, images, labels in (
+            (self._compiled.train_on_batch, self.dataset.x_train, self.dataset.y_train),
+            (self._compiled.test_on_batch, self.dataset.x_test, self.dataset.y_test),
+        ):
+            run(data.scale(images[first]), labels[first])
+        for name, variable in variables.items():
+            variable.assign(arrays[name])
+        self.at = at
+
     def epochs(self, step: Callable[[], None] = lambda: None) -> Iterator[dict]:
-        """Trains epoch by epoch; yields each one's measures, and its seconds, when it is done."""
-        for epoch in range(1, self._epochs + 1):
-            start = time.perf_counter()
-            order = data.order(len(self.dataset.x_train), self._seed, epoch)
-            mirrored = data.mirrored(len(order), self._seed, epoch) if self.recipe.flip else None
-            train = self.train(order, mirrored, step)
-            test = self.test(step)
-            yield {
+        """Trains epoch by epoch; yields each one's measures, and its seconds, when it is done.
+
+        ``step`` is called after each batch, when ``at`` and ``arrays`` are those of that moment.
+
+        Raises:
+            DivergenceError: The loss of a batch is not finite.
+        """
+        train, test = len(self.dataset.x_train), len(self.dataset.x_test)
+        while self.at.epoch <= self._epochs:
+            start = time.perf_counter() - self.at.seconds
+
+            def done(start=start):
+                self.at.seconds = time.perf_counter() - start
+                step()
+
+            epoch = self.at.epoch
+            order = data.order(train, self._seed, epoch)
+            mirrored = data.mirrored(train, self._seed, epoch) if self.recipe.flip else None
+            self._train(order, mirrored, done)
+            self._test(done)
+            row = {
                 "epoch": epoch,
-                **dict(zip(MEASURES, (*train, *test), strict=True)),
+                "train_loss": self.at.train_loss / train,
+                "train_accuracy": self.at.train_accuracy / train,
+                "test_loss": self.at.test_loss / test,
+                "test_accuracy": self.at.test_accuracy / test,
                 "seconds": time.perf_counter() - start,
             }
+            self.at = Position(epoch + 1)
+            yield row
 
     def train(self, order, mirrored=None, step=lambda: None) -> tuple[float, float]:
         """One pass over training images in this order, some of them seen in a mirror; the means of
         loss and accuracy."""
+        self.at = Position()
+        self._train(order, mirrored, step)
+        return self.at.train_loss / len(order), self.at.train_accuracy / len(order)
 
-        def images(batch):
-            chosen = self.dataset.x_train[batch]
+    @property
+    def _batches(self) -> tuple[int, int]:
+        """Numbers of batches in an epoch, of training and of testing."""
+        train, test = (
+            -(-len(images) // self.batch_size)
+            for images in (self.dataset.x_train, self.dataset.x_test)
+        )
+        return train, test
+
+    def _variables(self) -> dict:
+        kinds = {"model": self.network.variables, "optimizer": self.optimizer_variables}
+        return {f"{kind}.{n}": v for kind, of_kind in kinds.items() for n, v in enumerate(of_kind)}
+
+    def _train(self, order, mirrored, step):
+        while self.at.images < len(order):
+            batch = order[self.at.images : self.at.images + self.batch_size]
+            images = self.dataset.x_train[batch]
             if mirrored is not None:
-                chosen[mirrored[batch]] = chosen[mirrored[batch], :, ::-1]
-            return chosen
-
-        return self._mean(self._compiled.train_on_batch, images, self.dataset.y_train, order, step)
-
-    def test(self, step=lambda: None) -> tuple[float, float]:
-        """Loss and accuracy on the test images."""
-        images, order = self.dataset.x_test.__getitem__, np.arange(len(self.dataset.x_test))
-        return self._mean(self._compiled.test_on_batch, images, self.dataset.y_test, order, step)
-
-    def _mean(self, run, images, labels, order, step):
-        loss = accuracy = 0.0
-        for i in range(0, len(order), self.batch_size):
-            batch = order[i : i + self.batch_size]
-            result = run(data.scale(images(batch)), labels[batch], return_dict=True)
-            loss += float(result["loss"]) * len(batch)
-            accuracy += float(result["accuracy"]) * len(batch)
+                images[mirrored[batch]] = images[mirrored[batch], :, ::-1]
+            result = self._run(self._compiled.train_on_batch, images, self.dataset.y_train[batch])
+            self.at.train_loss += result["loss"] * len(batch)
+            self.at.train_accuracy += result["accuracy"] * len(batch)
+            self.at.images += len(batch)
             step()
-        return loss / len(order), accuracy / len(order)
+
+    def _test(self, step):
+        before = len(self.dataset.x_train)
+        while (begin := self.at.images - before) < len(self.dataset.x_test):
+            batch = slice(begin, begin + self.batch_size)
+            images, labels = self.dataset.x_test[batch], self.dataset.y_test[batch]
+            result = self._run(self._compiled.test_on_batch, images, labels)
+            self.at.test_loss += result["loss"] * len(images)
+            self.at.test_accuracy += result["accuracy"] * len(images)
+            self.at.images += len(images)
+            step()
+
+    def _run(self, run, images, labels) -> dict[str, float]:
+        result = run(data.scale(images), labels, return_dict=True)
+        if not math.isfinite(result["loss"]):
+            raise DivergenceError(
+                f"The loss must be finite. Received: {float(result['loss'])} at step "
+                f"{self.steps_done + 1}, in epoch {self.at.epoch}; {self._worst()}"
+            )
+        return {name: float(value) for name, value in result.items()}
+
+    def _worst(self, shown=3) -> str:
+        """Of which layers the weights are strangest."""
+        layers = []
+        for variable in self.network.variables:
+            values = keras.ops.convert_to_numpy(variable).astype("float64")
+            finite = values[np.isfinite(values)]
+            layers.append((values.size - finite.size, np.abs(finite).max(initial=0), variable.path))
+        return "weights: " + "; ".join(
+            f"{path} {lost} not finite, largest {largest:.3g}"
+            for lost, largest, path in sorted(layers, reverse=True)[:shown]
+        )
+
+
+def _exact(variable) -> np.ndarray:
+    """A variable's values; those of types that NumPy lacks as float32, which holds them exactly."""
+    values = keras.ops.convert_to_numpy(variable)
+    return values if values.dtype.isbuiltin == 1 else values.astype("float32")

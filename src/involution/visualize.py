@@ -256,9 +256,9 @@ def _heat_map(ax, name, values, limits, image=None, size=True):
     extent = (0, values.shape[1], values.shape[0], 0)
     if image is not None:
         ax.imshow(image, extent=extent)
-    ax.set_title(
-        f"{name} ({', '.join(remarks)})" if remarks else name, fontsize=9, parse_math=False
-    )
+    title = f"{name} ({', '.join(remarks)})" if remarks else name
+    # Long names must leave room for the neighbour's bar and title.
+    ax.set_title(title, fontsize=min(9, max(5, 9 * 24 / len(title))), parse_math=False)
     return ax.imshow(
         np.where(np.isfinite(values), low, np.nan) if flat else values,
         cmap=COLOURS,
