@@ -79,7 +79,10 @@ def execute(made, folder):
     """Runs all cells in a process of their own, which starts in ``folder``; an error in a cell is
     an error here."""
     client = nbclient.NotebookClient(
-        made, timeout=None, resources={"metadata": {"path": str(folder)}}
+        made,
+        timeout=None,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}},
     )
     client.create_kernel_manager()
     with tempfile.TemporaryDirectory() as sockets:

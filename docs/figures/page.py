@@ -47,7 +47,7 @@ def shoot(browser, address, image, name):
 
 def main(image):
     command = [sys.executable, "-m", "involution_cli", "demo", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as served:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as served:  # noqa: S603
         try:
             address = next(
                 found[1] for line in served.stdout if (found := re.search(r"Page: (\S+)", line))

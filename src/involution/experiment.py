@@ -311,7 +311,7 @@ class _Work:
         # What the checkpoint holds that is gone on from.
         self._begun: dict[str, dict] = {}
         self._arrays: dict = {}
-        self._at: training.Position | None = None
+        self._at = training.Position()
 
     def restore(self, allow_change):
         """Takes up the newest checkpoint."""
@@ -445,7 +445,7 @@ def interruptions(console):
     of a step could leave a model without its weights. The function yielded, called after each step,
     tells the console and raises KeyboardInterrupt when asked to; ``exit_code`` takes it. The second
     signal ends the process at once: files are whole or not there at any moment."""
-    asked = []
+    asked: list[int] = []
 
     def step():
         console.step()
