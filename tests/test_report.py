@@ -13,7 +13,8 @@ def result(label, test_accuracy, seconds):
     model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(inputs)))
     row = {"epoch": 1, "train_loss": 1.5, "train_accuracy": 0.5, "test_loss": 1.25}
     rows = [{**row, "test_accuracy": test_accuracy, "seconds": seconds}]
-    return experiment.Result(label, Classifier(model, ("a", "b"), (8, 8, 3)), [], rows, seconds)
+    classifier = Classifier(model, ("a", "b"), (8, 8, 3))
+    return experiment.Result(label, classifier, rows=rows, seconds=seconds)
 
 
 @pytest.fixture
