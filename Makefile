@@ -11,6 +11,9 @@ JOBS ?= 2
 BACKEND ?= tensorflow
 # The images that `make notebooks` trains with.
 DATA ?=
+# What `make mutants` changes: of the page and of the data the way of an upload.
+MUTANTS ?= "involution.[cfmos]*" "involution.app.x_check__*" "involution.app.x__guard__*" "involution.app.x__told__*" \
+	"involution.data.x_read_image__*" "involution.data.x__resize__*" "involution.data.x_scale__*"
 # The keras.io example's text, for `make test-example`.
 EXAMPLE ?=
 
@@ -27,7 +30,9 @@ endif
 extras = $(subst $(space),$(comma),$(strip $(subst tensorflow,$(tensorflow),$(1))))
 
 RUN_VENV := .venv/run-$(BACKEND)
+OLDEST_VENV := .venv/oldest-$(BACKEND)
 TEST_VENV := .venv/test-$(subst $(space),-,$(strip $(BACKENDS)))
+OLDEST_EXTRAS = $(call extras,$(BACKEND)) sweep demo hub $(if $(filter jax,$(BACKEND)),export-jax,export)
 PYTEST = $(TEST_VENV)/bin/python -m pytest
 # pip reads the groups of pyproject.toml from this release on.
 NEW_PIP := "pip>=25.1"
@@ -36,12 +41,12 @@ NEW_PIP := "pip>=25.1"
 NATIVE := CMakeLists.txt $(wildcard src/involution/native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-tensorflow test-jax test-torch test-slow test-example test-browser docs notebooks space publish sanitize lint format coverage clean
+.PHONY: help run test test-tensorflow test-jax test-torch test-long test-oldest test-example test-browser audit mutants docs notebooks space publish sanitize lint format coverage clean
 
 help:
 	@echo "make run     compare a convolutional and an involutional network; writes runs/.../report.html"
 	@echo "make test    lint, and test on every backend (make test BACKENDS=jax: on one)"
-	@echo "make test-slow, test-browser, test-example EXAMPLE=file, docs, notebooks, space, publish, sanitize, lint, format, clean"
+	@echo "make test-long, test-oldest, test-browser, test-example EXAMPLE=file, audit, mutants, docs, notebooks, space, publish, sanitize, lint, format, clean"
 
 run: $(RUN_VENV)/ready
 	$(RUN_VENV)/bin/involution compare --dataset digits --backend $(BACKEND)
@@ -56,8 +61,15 @@ coverage: $(addprefix test-,$(BACKENDS))
 	$(TEST_VENV)/bin/python -m coverage combine --keep --quiet $(addprefix .coverage.,$(BACKENDS))
 	$(TEST_VENV)/bin/python -m coverage report --skip-covered $(if $(filter 3,$(words $(BACKENDS))),--fail-under=95)
 
-test-slow: $(TEST_VENV)/ready
-	set -e; for backend in $(BACKENDS); do KERAS_BACKEND=$$backend $(PYTEST) -m slow -rP; done
+# All that is exhaustive, for hours: the slow tests, many more random sizes, runs that are killed.
+test-long: $(TEST_VENV)/ready
+	set -e; for backend in $(BACKENDS); do export KERAS_BACKEND=$$backend; \
+	$(PYTEST) -m slow --hypothesis-profile=long -rP; \
+	$(TEST_VENV)/bin/python -m tests.crash --kills 60; done
+
+# The tests with the oldest releases that pyproject.toml allows: make test-oldest BACKEND=jax
+test-oldest: $(OLDEST_VENV)/ready
+	KERAS_BACKEND=$(BACKEND) $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) --dist loadscope
 
 test-example: $(TEST_VENV)/ready
 	KERAS_BACKEND=tensorflow INVOLUTION_EXAMPLE="$(EXAMPLE)" $(PYTEST) -m example -rP
@@ -96,6 +108,21 @@ sanitize-%:
 	cmake --build build/sanitize-$* --parallel 2
 	build/sanitize-$*/sanitize $(CALLS)
 
+# Small changes of the code that no test notices: `mutmut show NAME` for each line that is left. Made
+# of what must not be wrong unnoticed, but not of decorated functions, which mutmut passes over.
+mutants: $(TEST_VENV)/ready
+	$(TEST_VENV)/bin/pip install --quiet --group mutants -c constraints.txt
+	KERAS_BACKEND=$(firstword $(filter torch,$(BACKENDS)) $(BACKENDS)) OMP_NUM_THREADS=1 \
+	$(TEST_VENV)/bin/mutmut run --max-children $(JOBS) $(MUTANTS)
+	! $(TEST_VENV)/bin/mutmut results | grep -v ": not checked"
+
+# Known holes in what is installed for `make test`; what could not be asked about is an error.
+audit: $(TEST_VENV)/ready
+	$(TEST_VENV)/bin/pip install --quiet --group audit -c constraints.txt
+	mkdir -p build
+	$(TEST_VENV)/bin/pip freeze --exclude-editable | sed 's/+.*//' > build/audit.txt
+	$(TEST_VENV)/bin/pip-audit --strict --disable-pip --no-deps -r build/audit.txt
+
 lint: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/ruff format --check .
 	$(TEST_VENV)/bin/ruff check .
@@ -117,5 +144,17 @@ $(TEST_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),sweep,demo,hub,$(if $(filter jax,$(BACKENDS)),export-jax,export)]" --group test --group lint -c constraints.txt
 	touch $@
 
+# pip knows the newest releases alone; what uv finds are constraints, so that PyTorch may come
+# without CUDA here too.
+$(OLDEST_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
+	$(OLDEST_VENV)/bin/pip install --quiet --group oldest -c constraints.txt
+	$(OLDEST_VENV)/bin/uv pip compile --quiet --python $(OLDEST_VENV)/bin/python --resolution lowest-direct \
+		--only-binary :all: pyproject.toml $(foreach extra,$(OLDEST_EXTRAS),--extra $(extra)) --group test \
+		-c constraints.txt -o $(OLDEST_VENV)/oldest.txt
+	$(OLDEST_VENV)/bin/pip install --quiet --editable ".[$(subst $(space),$(comma),$(OLDEST_EXTRAS))]" --group test -c $(OLDEST_VENV)/oldest.txt
+	touch $@
+
 clean:
-	rm -rf .venv build .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build mutants .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -4,7 +4,6 @@ A notebook is its page, with what only a notebook needs: the first cell installs
 where they are drawn, and two variables of the environment say on what, and how long, to train.
 """
 
-import os
 import pathlib
 import re
 import sys
@@ -14,6 +13,8 @@ import time
 import jupytext
 import nbclient
 import nbformat
+
+from involution import files
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Pages, their notebooks, and what a notebook says of itself.
@@ -109,9 +110,7 @@ def main():
             if cell.source != done.source:
                 raise ValueError(f"the code of {page} must be that of the first: {cell.source!r}")
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
-        temporary = (ROOT / target).with_suffix(".part")
-        temporary.write_text(nbformat.writes(made) + "\n", encoding="utf-8")
-        os.replace(temporary, ROOT / target)
+        files.write_text(ROOT / target, nbformat.writes(made) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ Backend = Literal["tensorflow", "jax", "torch"]
 OWN_ERROR = 3
 # Of a run whose loss was no number any more.
 DIVERGED = 4
+# Where a file could not be written: the disk is full.
+UNWRITTEN = 5
 
 
 @Parameter(name="*")
@@ -455,11 +457,19 @@ def _session(first_line, backend):
     finally:
         # The log goes where the run is; without a run only an error of our own keeps it.
         if session is not None and session.folder is not None:
-            shutil.copyfile(log, session.folder / "log.txt")
+            _keep(log, session.folder)
         if failure is None or failure[1] != OWN_ERROR:
             shutil.rmtree(log.parent, ignore_errors=True)
     if failure is not None:
         raise SystemExit(_fail(*failure))
+
+
+def _keep(log, folder):
+    from involution import files
+
+    # Of a full disk the command has told by now.
+    with contextlib.suppress(OSError), files.replacing(folder / "log.txt") as temporary:
+        shutil.copyfile(log, temporary)
 
 
 def _explain(error, log) -> tuple[str, int]:
@@ -467,6 +477,8 @@ def _explain(error, log) -> tuple[str, int]:
     ours = sys.modules.get("involution.errors")
     if isinstance(error, ImportError) or (ours and isinstance(error, ours.InputError)):
         return str(error), 2
+    if ours and isinstance(error, ours.WriteError):
+        return str(error), UNWRITTEN
     with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
         traceback.print_exception(error, file=file)
     return f"an error of our own, {type(error).__name__}; all about it is in {log}", OWN_ERROR

@@ -2,6 +2,7 @@ import os
 import types
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -20,6 +21,10 @@ collect_ignore = [
     for backend in ("jax", "tensorflow", "torch")
     if backend != os.environ["KERAS_BACKEND"]
 ]
+
+
+# `--hypothesis-profile=long -m slow`: what has no number of examples of its own gets this one.
+settings.register_profile("long", max_examples=5000)
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def served(log, *arguments):
     environment.pop("PYTHONWARNINGS", None)
     with (
         open(log, "wb") as errors,
-        subprocess.Popen(  # noqa: S603
+        subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
         ) as process,
     ):

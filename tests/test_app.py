@@ -217,7 +217,7 @@ def test_two_models_of_one_name_are_refused():
 
 def test_a_port_that_is_taken_is_refused_in_one_line(page):
     port = page.address.rsplit(":", 1)[1]
-    result = subprocess.run(  # noqa: S603
+    result = subprocess.run(
         [sys.executable, "-m", "involution_cli", "demo", "--port", port],
         capture_output=True,
         text=True,

@@ -20,7 +20,7 @@ importlib.util.find_spec = lambda name, *a: None if name in hidden else found(na
 
 def run(code, home, hidden=(), **environment):
     env = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
-    return subprocess.run(  # noqa: S603 - our own code
+    return subprocess.run(
         [sys.executable, "-c", HIDE.format(hidden=list(hidden)) + code],
         env={**env, "KERAS_HOME": str(home), **environment},
         capture_output=True,

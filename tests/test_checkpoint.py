@@ -1,170 +1,20 @@
-"""Checkpoints, and runs that go on from them."""
+"""Runs that go on from their checkpoints."""
 
+import errno
 import functools
-import hashlib
 import json
+import os
+import re
 import signal
-import subprocess
-import sys
 
 import keras
-import numpy as np
 import pytest
 from images import write_folder
 
 from involution import checkpoint, files, models, report, saved_model
 from involution.checkpoint import Store
-from involution.errors import InputError
+from involution.errors import InputError, WriteError
 from involution.experiment import Config, Silent, compare
-
-ARRAYS = {
-    "a": np.arange(12, dtype="float32").reshape(3, 4),
-    "b": np.array(7, "int64"),
-    "c": np.zeros((0, 2), "uint32"),
-}
-STATE = {"at": 3, "loss": float("nan"), "text": "말"}
-
-
-def no_word(line):
-    raise AssertionError(line)
-
-
-@pytest.fixture
-def store(tmp_path):
-    return Store(tmp_path)
-
-
-def content(store):
-    return sorted(path.name for path in store.folder.iterdir())
-
-
-# --- Files ---------------------------------------------------------------------------------------
-
-
-def test_what_is_saved_comes_back_to_the_bit(store):
-    assert store.latest(no_word) is None
-    assert store.save(ARRAYS, STATE).number == 1
-    found = store.latest(no_word)
-    assert found.number == 1
-    assert repr(found.state) == repr(STATE)
-    assert {k: (v.dtype, v.shape) for k, v in found.arrays.items()} == {
-        k: (v.dtype, v.shape) for k, v in ARRAYS.items()
-    }
-    assert all(np.array_equal(found.arrays[k], ARRAYS[k]) for k in ARRAYS)
-
-
-def test_two_are_kept(store):
-    for number in range(1, 5):
-        assert store.save(ARRAYS, {"number": number}).number == number
-        assert len(content(store)) == min(number, 2)
-    assert store.latest(no_word).state == {"number": 4}
-    store.clear()
-    assert not store.folder.exists()
-    store.clear()
-
-
-def test_the_older_stays_until_the_newer_is_read_back(store, monkeypatch):
-    for number in (1, 2):
-        store.save(ARRAYS, {"number": number})
-    real = files.replacing
-
-    def faulty(path):
-        return real(path.with_name("elsewhere"))
-
-    before = content(store)
-    monkeypatch.setattr(files, "replacing", faulty)
-    with pytest.raises(OSError, match="No such file"):
-        store.save(ARRAYS, {"number": 3})
-    assert set(before) < set(content(store))
-    assert store.latest(no_word).state == {"number": 2}
-
-
-def test_a_medium_that_changes_what_is_written(store, monkeypatch):
-    store.save(ARRAYS, {"number": 1})
-    real = files.replacing
-
-    class Changing:
-        def __init__(self, path):
-            self.path, self.inner = path, real(path)
-
-        def __enter__(self):
-            return self.inner.__enter__()
-
-        def __exit__(self, *error):
-            self.inner.__exit__(*error)
-            self.path.write_bytes(self.path.read_bytes()[:-1])
-
-    monkeypatch.setattr(files, "replacing", Changing)
-    with pytest.raises(OSError, match="was not read back as it was written"):
-        store.save(ARRAYS, {"number": 2})
-    assert store.latest(no_word).state == {"number": 1}
-    assert len(content(store)) == 1
-
-
-def test_every_truncation_and_flips_of_bits_are_detected(store):
-    store.save(ARRAYS, {"number": 1})
-    store.save(ARRAYS, {"number": 2})
-    newest = store.folder / content(store)[-1]
-    whole = newest.read_bytes()
-    rng = np.random.default_rng(0)
-
-    def damaged():
-        for length in range(len(whole)):
-            yield whole[:length]
-        for bit in rng.integers(8 * len(whole), size=500):
-            changed = bytearray(whole)
-            changed[bit // 8] ^= 1 << (bit % 8)
-            yield bytes(changed)
-
-    for damage in damaged():
-        newest.write_bytes(damage)
-        lines = []
-        assert store.latest(lines.append).state == {"number": 1}
-        assert len(lines) == 1
-        assert lines[0].startswith("Checkpoint 2 is damaged, the one before it is taken: ")
-    newest.write_bytes(whole)
-    assert store.latest(no_word).state == {"number": 2}
-
-
-def test_a_file_with_the_right_hash_and_the_wrong_content(store):
-    store.save(ARRAYS, {"number": 1})
-    for number, made in enumerate((b"", b"hello", bytes(8) + b"{}", b"\2" + bytes(7) + b"{}"), 2):
-        name = f"{number:012d}-{hashlib.sha256(made).hexdigest()}.safetensors"
-        (store.folder / name).write_bytes(made)
-    lines = []
-    assert store.latest(lines.append).state == {"number": 1}
-    assert len(lines) == 4
-
-
-def test_what_else_lies_there_is_left_out(store):
-    store.save(ARRAYS, {"number": 1})
-    (store.folder / ".half").write_bytes(b"x")
-    (store.folder / "notes.txt").write_bytes(b"x")
-    assert store.latest(no_word).number == 1
-    store.clear()
-    assert not store.folder.exists()
-
-
-def test_one_process_at_a_time(tmp_path):
-    with checkpoint.alone(tmp_path):
-        # Another process, and as quick as this: it does not import Keras.
-        code = (
-            "import filelock, sys\n"
-            "try:\n    filelock.FileLock(sys.argv[1]).acquire(blocking=False); print('in')\n"
-            "except filelock.Timeout: print('out')"
-        )
-        command = [sys.executable, "-c", code, str(tmp_path / checkpoint.LOCK)]
-        second = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
-        assert second.stdout == "out\n"
-        with pytest.raises(InputError, match="must be free"), checkpoint.alone(tmp_path):
-            raise AssertionError
-    after = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
-    assert after.stdout == "in\n"
-    with checkpoint.alone(tmp_path):
-        pass
-
-
-# --- Runs ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -197,13 +47,13 @@ def config(folder, **more):
     return Config(str(folder), **{"recipe": "one-cycle", "epochs": 2, "batch_size": 10} | more)
 
 
-def outcome(output):
+def outcome(output, builders=BUILDERS):
     """All that must not depend on breaks."""
     weights = {
         label: [
             w.tobytes() for w in saved_model.load(output / f"{label}.keras").model.get_weights()
         ]
-        for label in BUILDERS
+        for label in builders
     }
     metrics = json.loads((output / "metrics.json").read_text())["models"]
     clock = ("seconds", "seconds_per_epoch")
@@ -232,7 +82,6 @@ def uninterrupted(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "write", lambda run, output: None)
         compare(config(folder), output, builders=BUILDERS)
-    assert not (output / checkpoint.FOLDER).exists()
     return outcome(output)
 
 
@@ -258,7 +107,13 @@ def test_a_run_with_breaks_gives_what_it_gives_without(folder, tmp_path, uninter
     assert 36 + 10**6 - rest.left == 36 + STEPS - sum(stops)
     assert any(line.startswith("Going on from checkpoint ") for line in rest.lines)
     assert outcome(output) == uninterrupted
-    assert not (output / checkpoint.FOLDER).exists()
+    # What has ended has nothing left to do.
+    (state,) = (output / checkpoint.FOLDER).iterdir()
+    again = StopAfter(10**6)
+    compare(config(folder), output, again, BUILDERS, resume=True)
+    assert again.left == 10**6
+    assert outcome(output) == uninterrupted
+    assert state.stat().st_size < 5000
 
 
 def test_a_damaged_checkpoint_costs_what_came_after_the_one_before(folder, tmp_path, uninterrupted):
@@ -299,6 +154,79 @@ def test_a_signal_loses_no_step(folder, tmp_path, uninterrupted):
     compare(config(folder), output, rest, BUILDERS, resume=True)
     assert 10**6 - rest.left == STEPS - 3
     assert outcome(output) == uninterrupted
+
+
+def test_a_signal_in_the_midst_of_writing(folder, tmp_path, monkeypatch, uninterrupted):
+    output = tmp_path / "run"
+    real, left = os.fsync, 9
+
+    def sync(handle):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            signal.raise_signal(signal.SIGTERM)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    first, rest = StopAfter(10**6), StopAfter(10**6)
+    run = compare(config(folder), output, first, BUILDERS, checkpoint_every=1)
+    assert run.exit_code == 143
+    compare(config(folder), output, rest, BUILDERS, resume=True)
+    done = [10**6 - console.left for console in (first, rest)]
+    assert min(done) > 0
+    assert sum(done) == STEPS
+    assert outcome(output) == uninterrupted
+
+
+def test_a_full_disk_costs_what_came_after_the_last_checkpoint(folder, tmp_path, monkeypatch):
+    """Each file that a run writes is in its turn the one for which there is no room."""
+    output, left = tmp_path / "run", 0
+    one = config(folder, epochs=1)
+    compare(one, tmp_path / "whole", builders=ONE)
+    real = os.fsync
+
+    def sync(handle):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    for number in range(1, 100):
+        left, console, failure = number, StopAfter(10**6), None
+        try:
+            compare(one, output, console, ONE, resume=True, checkpoint_every=3)
+        except WriteError as error:
+            failure = str(error)
+        assert not list(output.rglob(f"{files.PART}*"))
+        if failure is None:
+            break
+        rule, received = failure.split(". Received: ")
+        assert rule == "A file must be written whole"
+        assert received.endswith(": No space left on device")
+        if number > 2:  # 1 and 2 are of the first checkpoint
+            assert re.fullmatch(r"Stopped: checkpoint \d+ is from before\.", console.lines[-1])
+    assert 4 < number < 99
+    assert outcome(output, ONE) == outcome(tmp_path / "whole", ONE)
+
+
+def test_what_a_killed_process_was_writing_is_removed(folder, tmp_path):
+    output = tmp_path / "run"
+    (output / checkpoint.FOLDER).mkdir(parents=True)
+    for place in (output, output / checkpoint.FOLDER):
+        (place / f"{files.PART}000000000001-1234.safetensors").write_bytes(b"half")
+    run = compare(config(folder, epochs=1), output, builders=ONE, resume=True)
+    assert run.exit_code == 0
+    assert not list(output.rglob(f"{files.PART}*"))
+    # In a folder that is no run's nothing is touched.
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in (f"{files.PART}x", "thesis.txt"):
+        (other / name).write_bytes(b"mine")
+    with pytest.raises(InputError, match="must have a whole checkpoint"):
+        compare(config(folder, epochs=1), other, builders=ONE, resume=True)
+    assert (other / f"{files.PART}x").read_bytes() == b"mine"
 
 
 def test_a_change_is_refused_by_name(folder, tmp_path):
@@ -347,6 +275,8 @@ def test_a_folder_without_checkpoints(folder, tmp_path):
     output = tmp_path / "run"
     run = compare(config(folder, epochs=1), output, builders=ONE, resume=True)
     assert len(run.results[0].rows) == 1
+    for path in (output / checkpoint.FOLDER).iterdir():
+        path.unlink()
     with pytest.raises(InputError, match="must have a whole checkpoint"):
         compare(config(folder, epochs=1), output, builders=ONE, resume=True)
     with pytest.raises(InputError, match="must be new or empty"):
@@ -365,10 +295,10 @@ def test_steps_between_checkpoints(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Store, "save", save)
     compare(config(folder, epochs=1), tmp_path / "a", builders=ONE)
-    assert saved == [0, None]
+    assert saved == [None, 0, None]  # at the beginning, after the epoch, after the model
     saved.clear()
     compare(config(folder, epochs=1), tmp_path / "b", builders=ONE, checkpoint_every=2)
-    # 24 training and 12 test images in batches of 10; then the epoch's end, then the model's.
-    assert saved == [20, 34, 0, None]
+    # 24 training and 12 test images in batches of 10.
+    assert saved == [None, 20, 34, 0, None]
     with pytest.raises(InputError, match="checkpoint_every must be at least 1"):
         compare(config(folder), tmp_path / "c", checkpoint_every=0)

@@ -78,7 +78,7 @@ def refused(source, folder):
 
 @every_policy
 @pytest.mark.parametrize("kind", ["pth", "pdparams"])
-def test_converted_logits_are_those_of_the_independent_network(policy, kind, network, tmp_path):
+def test_f26_converted_logits_are_those_of_the_independent_network(policy, kind, network, tmp_path):
     typed = {k: v.to(getattr(torch, policy)) for k, v in network.state_dict().items()}
     done = convert.convert(saved(typed, kind, tmp_path), tmp_path / "out")
     error = relative_error(
@@ -97,7 +97,7 @@ def test_converted_logits_are_those_of_the_independent_network(policy, kind, net
 @pytest.mark.slow
 @every_policy
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_all_depths_give_the_logits_of_the_independent_network(policy, depth, tmp_path):
+def test_f26_all_depths_give_the_logits_of_the_independent_network(policy, depth, tmp_path):
     network = rednet_torch.network(depth, classes=1000, seed=depth)
     typed = {k: v.to(getattr(torch, policy)) for k, v in network.state_dict().items()}
     want = rednet_torch.logits(network, IMAGES)
@@ -132,22 +132,37 @@ def test_lists_of_names_are_those_of_the_independent_network(depth):
     assert set(convert.rednet_layouts(checkpoints.PADDLE, blocks)) == renamed
 
 
+@pytest.fixture(scope="module")
+def rednet26():
+    """Not for tests that change it."""
+    return models.RedNet26()
+
+
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_every_weight_of_the_model_has_a_tensor(depth):
+def test_every_weight_of_the_model_has_a_tensor(depth, rednet26):
     if depth > 26:
         blocks = rednet_torch.BLOCKS[depth]
         assert models.rednet.VARIANTS[f"rednet{depth}"].blocks == blocks
         return
     targets = [t for t, _ in convert.rednet_layouts("PyTorch", rednet_torch.BLOCKS[26]).values()]
     assert len(set(targets)) == len(targets)
-    assert set(targets) == set(weights.named_weights(models.RedNet26()))
+    assert set(targets) == set(weights.named_weights(rednet26))
 
 
-def test_the_places_of_stride_2():
+def test_f26_normalizations_have_the_epsilon_and_momentum_of_the_independent_network(rednet26):
+    """Of the momentum no output tells; PyTorch's is what Keras's leaves of 1."""
+    with torch.device("meta"):
+        parts = rednet_torch.Classifier(26, 5).modules()
+    theirs = [(m.eps, 1 - m.momentum) for m in parts if isinstance(m, torch.nn.BatchNorm2d)]
+    layers = [getattr(p, "kernel_generator", p) for p in rednet26.layers]
+    layers = [getattr(p, "normalization", p) for p in layers]
+    ours = [p for p in layers if isinstance(p, keras.layers.BatchNormalization)]
+    assert [(p.epsilon, p.momentum) for p in ours] == theirs
+
+
+def test_the_places_of_stride_2(rednet26):
     strided = {
-        layer.name
-        for layer in models.RedNet26().layers
-        if 2 in np.ravel(getattr(layer, "strides", 1))
+        layer.name for layer in rednet26.layers if 2 in np.ravel(getattr(layer, "strides", 1))
     }
     assert strided == {
         "stem_1_conv",
@@ -187,7 +202,7 @@ def test_a_detector_becomes_its_maps(tmp_path):
 
 
 @pytest.mark.parametrize("mistake", ["group order", "classifier", "epsilon"])
-def test_f3_f26_the_check_finds_what_shapes_do_not(mistake, state, tmp_path, monkeypatch):
+def test_f03_f26_the_check_finds_what_shapes_do_not(mistake, state, tmp_path, monkeypatch):
     if mistake == "group order":
         monkeypatch.setattr(convert, "_tap_major", lambda taps: lambda array: array)
     elif mistake == "classifier":

@@ -35,6 +35,13 @@ def code(page):
     return "\n".join(lines) + "\n"
 
 
+def check_printed(text, output):
+    """What code says in a comment that a line prints is printed."""
+    lines = re.sub(r"torch\.Size\(\[(.*?)\]\)", r"(\1)", output).splitlines()
+    for expected in re.findall(r"print\(.*\)  # (.+)", text):
+        assert expected in lines, (expected, lines)
+
+
 @pytest.mark.parametrize(
     "page",
     # The tutorial is executed as a notebook; translations have the same code.
@@ -46,11 +53,8 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     matplotlib.use("agg")
     text = code(page)
     keras.utils.set_random_seed(0)
-    exec(compile(text, str(page), "exec"), {"__name__": page.stem})  # noqa: S102
-    printed = re.sub(r"torch\.Size\(\[(.*?)\]\)", r"(\1)", capsys.readouterr().out).splitlines()
-    # What a page says that a line prints.
-    for expected in re.findall(r"print\(.*\)  # (.+)", text):
-        assert expected in printed, (expected, printed)
+    exec(compile(text, str(page), "exec"), {"__name__": page.stem})  # noqa: S102 - our own pages
+    check_printed(text, capsys.readouterr().out)
 
 
 def test_the_tutorial_says_what_involution_is_in_twenty_lines():

@@ -46,29 +46,33 @@ def run_onnx(path, *arrays):
     return dict(zip((value.name for value in session.get_outputs()), results, strict=True))
 
 
-def run_fresh(path, format, x, tmp_path):
-    """What a process that has not imported the package computes."""
-    stored, computed = tmp_path / "x.npy", tmp_path / "y.npz"
-    np.save(stored, x)
-    run = {
-        "saved_model": (
-            "import tensorflow as tf; loaded = tf.saved_model.load({path!r}); "
-            "y = loaded.serve(tf.constant(x))"
-        ),
-        "pt2": (
-            "import torch; loaded = torch.export.load({path!r}).module(); "
-            "y = loaded(torch.from_numpy(x))"
-        ),
-    }[format].format(path=str(path))
-    code = (
-        f"import sys, numpy as np; x = np.load({str(stored)!r}); {run}; "
-        "assert not [m for m in sys.modules if m.startswith('involution')]; "
-        f"np.savez({str(computed)!r}, **{{k: v.detach().numpy() if hasattr(v, 'detach') "
-        "else v.numpy() for k, v in y.items()})"
-    )
-    fresh_process(code)
-    with np.load(computed) as results:
-        return dict(results)
+LOADED = {
+    "saved_model": """
+import tensorflow as tf
+loaded = tf.saved_model.load({path!r})
+run = lambda x: loaded.serve(tf.constant(x))["output"].numpy()
+""",
+    "pt2": """
+import torch
+loaded = torch.export.load({path!r}).module()
+run = lambda x: loaded(torch.from_numpy(x))["output"].detach().numpy()
+""",
+}
+FRESH = """
+import sys, numpy as np
+with np.load({stored!r}) as arrays:
+    np.savez({computed!r}, *map(run, arrays.values()))
+assert not [m for m in sys.modules if m.startswith("involution")]
+"""
+
+
+def run_fresh(path, format, xs, tmp_path):
+    """The outputs that a process computes which has not imported the package."""
+    files = {name: str(tmp_path / f"{name}.npz") for name in ("stored", "computed")}
+    np.savez(files["stored"], *xs)
+    fresh_process((LOADED[format] + FRESH).format(path=str(path), **files))
+    with np.load(files["computed"]) as results:
+        return [*results.values()]
 
 
 @functools.cache
@@ -196,12 +200,12 @@ def test_rednet26_gives_its_numbers(tmp_path, format):
             weight.assign(rng.uniform(0.3, 0.7, tuple(weight.shape)))
     done = export(model, tmp_path / "rednet26", format)
     print(f"{BACKEND}, {format}: {done.error:.1e} by {done.runtime}, {done.bytes:,} bytes")
-    for batch in BATCHES:
-        x = some(batch, 65, 47, 3)
-        if format == "onnx":
-            got = run_onnx(done.path, x)["output"]
-        else:
-            got = run_fresh(done.path, format, x, tmp_path)["output"]
+    xs = [some(batch, 65, 47, 3) for batch in BATCHES]
+    if format == "onnx":
+        outputs = [run_onnx(done.path, x)["output"] for x in xs]
+    else:
+        outputs = run_fresh(done.path, format, xs, tmp_path)
+    for x, got in zip(xs, outputs, strict=True):
         assert relative_error(got, numpy(model(x, training=False))) < LIMIT
 
 
@@ -255,8 +259,11 @@ def test_strides_over_open_sizes(tmp_path, format):
     given = (19, 16, 4) if BACKEND == "jax" else None
     done = export(model, tmp_path / "model", format, given)
     x = some(2, 19, 16, 4)
-    run = run_onnx(done.path, x) if format == "onnx" else run_fresh(done.path, format, x, tmp_path)
-    assert relative_error(run["output"], numpy(model(x))) < 1e-5
+    if format == "onnx":
+        got = run_onnx(done.path, x)["output"]
+    else:
+        (got,) = run_fresh(done.path, format, [x], tmp_path)
+    assert relative_error(got, numpy(model(x))) < 1e-5
 
 
 def test_input_shape_closes_open_sizes(tmp_path):
@@ -307,9 +314,8 @@ def test_it_runs_where_only_its_framework_is(tmp_path, format):
     done = export(model, tmp_path / "inn", format)
     assert done.runtime.startswith("torch " if format == "pt2" else "tensorflow ")
     assert [file.name for file in tmp_path.iterdir()] == ["inn"]
-    for batch in BATCHES:
-        x = some(batch, 16, 12, 3)
-        got = run_fresh(done.path, format, x, tmp_path)["output"]
+    xs = [some(batch, 16, 12, 3) for batch in BATCHES]
+    for x, got in zip(xs, run_fresh(done.path, format, xs, tmp_path), strict=True):
         assert relative_error(got, numpy(model(x, training=False))) < 1e-5
 
 

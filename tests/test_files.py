@@ -1,7 +1,16 @@
+"""Files that are whole or not there, and what is written into them."""
+
+import errno
+import hashlib
+import math
 import os
+import pathlib
+import stat
 
 import pytest
 
+from involution import files
+from involution.errors import WriteError
 from involution.files import replacing, write_json, write_text
 
 
@@ -26,3 +35,103 @@ def test_a_failure_leaves_the_old_file(tmp_path):
         fail()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["x.txt"]
+
+
+@pytest.mark.parametrize(
+    ("cause", "number", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC, "No space left on device"),
+        (OSError("of another kind"), None, "of another kind"),
+    ],
+)
+def test_what_keeps_a_file_from_being_written_is_told_in_one_line(tmp_path, cause, number, reason):
+    path = tmp_path / "x.txt"
+    with pytest.raises(WriteError) as caught, replacing(str(path)):
+        raise cause
+    assert str(caught.value) == f"A file must be written whole. Received: {path}: {reason}"
+    assert (caught.value.errno, caught.value.filename) == (number, str(path))
+    assert caught.value.__cause__ is cause
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_temporary_file_says_what_it_is_of(tmp_path):
+    with replacing(tmp_path / ("n" * 50 + ".keras")) as temporary:
+        assert temporary.parent == tmp_path
+        assert temporary.name.startswith(".part-" + "n" * 40 + "-")
+        assert temporary.suffix == ".keras"
+        assert temporary.read_bytes() == b""
+
+
+def test_content_reaches_the_disk_before_its_name_and_its_name_before_the_end(
+    tmp_path, monkeypatch
+):
+    path, order = tmp_path / "x.txt", []
+    real_sync, real_replace = os.fsync, pathlib.Path.replace
+
+    def sync(handle):
+        status = os.fstat(handle)
+        order.append(("folder" if stat.S_ISDIR(status.st_mode) else "file", path.exists()))
+        real_sync(handle)
+
+    def replace(source, target):
+        order.append(("name", path.exists()))
+        return real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(pathlib.Path, "replace", replace)
+    write_text(path, "new")
+    assert order == [("file", False), ("name", False), ("folder", True)]
+
+
+def test_a_file_is_as_readable_as_others_are(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "x.txt", "new")
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x.txt").stat().st_mode) == 0o640
+
+
+def test_a_folder_is_closed_whatever_happens(tmp_path, monkeypatch):
+    handles, closed = [], []
+    real_close = os.close
+
+    def sync(handle):
+        handles.append(handle)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "close", lambda handle: closed.append(handle) or real_close(handle))
+    with pytest.raises(OSError, match="Input/output error"):
+        files._sync_folder(tmp_path)
+    assert len(handles) == 1
+    assert closed == handles
+    # Where a folder cannot be opened nothing is tried.
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        files._sync_folder("missing")
+
+
+def test_what_was_being_written_is_removed_in_all_folders(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in (".part-1", "a/.part-x.keras", "a/b/.part-", "a/part-1", ".parts", "a/x.part-"):
+        (tmp_path / name).write_bytes(b"x")
+    files.remove_parts(str(tmp_path))
+    left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
+    assert left == [".parts", "a/part-1", "a/x.part-"]
+
+
+def test_what_is_written_is_the_same_everywhere(tmp_path):
+    path = tmp_path / "x"
+    write_text(path, "é\n\n")
+    assert path.read_bytes() == b"\xc3\xa9\n\n"
+    assert files.sha256(path) == hashlib.sha256(b"\xc3\xa9\n\n").hexdigest()
+    value = {"nan": math.nan, "deep": [(math.inf, 1.5), {"x": -math.inf, "n": None, "i": 10**400}]}
+    write_json(path, value)
+    assert path.read_text() == (
+        '{\n  "nan": null,\n  "deep": [\n    [\n      null,\n      1.5\n    ],\n    {\n'
+        '      "x": null,\n      "n": null,\n      "i": 1' + "0" * 400 + "\n    }\n  ]\n}\n"
+    )
+    rows = [{"a": 1, "b": "x,y", "c": 3}, {"b": '"', "a": None}]
+    assert files.csv_text(("a", "b"), rows) == 'a,b\n1,"x,y"\n,""""\n'

@@ -42,7 +42,7 @@ def pushed(run, server, tmp_path):
     hub.save(run, LABEL, folder, name="small inn")
     (folder / "secret.txt").write_text("mine")
     standing, url = server
-    revision = hub.push(folder, "me/small", token="right", endpoint=url)  # noqa: S106
+    revision = hub.push(folder, "me/small", token="right", endpoint=url)
     return standing, {"endpoint": url, "cache": tmp_path / "cache"}, revision
 
 
@@ -145,10 +145,10 @@ def test_pushing_needs_a_token_and_a_whole_folder(run, server, tmp_path):
     folder = tmp_path / "folder"
     hub.save(run, LABEL, folder)
     with pytest.raises(InputError, match=r"Received: me/small: HfHubHTTPError: .*401"):
-        hub.push(folder, "me/small", token="wrong", endpoint=url)  # noqa: S106
+        hub.push(folder, "me/small", token="wrong", endpoint=url)
     (folder / "README.md").unlink()
     with pytest.raises(InputError, match=r"without README\.md"):
-        hub.push(folder, "me/small", token="right", endpoint=url)  # noqa: S106
+        hub.push(folder, "me/small", token="right", endpoint=url)
     assert standing.repositories == {}
 
 

@@ -346,6 +346,22 @@ def test_f06_channels_that_do_not_divide_name_those_that_do():
         Involution2D(3)(random(1, 4, 4, 20))
 
 
+# --- Empty batches -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Involution(None, 2, 3, 2, return_kernel=False),
+        lambda: Involution2D(3, 2, groups=2),
+        lambda: Involution2D(3, 2, groups=2, kernel_generator="pairwise_attention"),
+    ],
+)
+def test_f13_an_empty_batch_stays_empty(make):
+    y = make()(np.zeros((0, 7, 10, 6), "float32"))
+    assert tuple(y.shape) == (0, 4, 5, 6)
+
+
 # --- Strides and padding -------------------------------------------------------------------------
 
 

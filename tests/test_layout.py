@@ -24,6 +24,7 @@ ORDER = [
     "errors",
     "files",
     "memory",
+    "stored_images",
     "ops.geometry",
     "ops.views",
     "ops.gradients",
@@ -107,6 +108,81 @@ def test_every_module_has_its_place():
 def test_imports_point_towards_the_operator(name):
     for other in imports(modules[name]):
         assert ORDER.index(other) < ORDER.index(name), (name, other)
+
+
+# Where dependencies keep what they do not publish, besides names that begin with an underscore.
+INTERNAL = ("keras.src", "tensorflow.python")
+
+
+def private(name):
+    return re.fullmatch("_[^_].*", name)
+
+
+def foreign(path):
+    """Whether a module comes with a dependency."""
+    first = path.split(".")[0]
+    return first not in sys.stdlib_module_names and not first.startswith("involution")
+
+
+def private_uses(code):
+    """What code takes of its dependencies though they do not publish it, and what it takes of
+    itself by no name of its own; but for what it can do without."""
+    nodes = list(ast.walk(ast.parse(code)))
+    tries = [node for node in nodes if isinstance(node, ast.Try)]
+    spared = {
+        node
+        for attempt in tries
+        if any("ImportError" in ast.unparse(h.type) for h in attempt.handlers if h.type)
+        for statement in attempt.body
+        for node in ast.walk(statement)
+    }
+    paths, own = {}, set()
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom) and node not in spared:
+            prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            paths |= {a.asname or a.name.split(".")[0]: prefix + a.name for a in node.names}
+        elif isinstance(node, ast.FunctionDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            own.add(node.attr)
+    for path in filter(foreign, paths.values()):
+        if path.startswith(INTERNAL) or any(map(private, path.split("."))):
+            yield path
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in own:
+            name = ast.unparse(node)
+            if foreign(paths.get(name.split(".")[0], "dependency")):
+                yield name
+
+
+def test_f15_dependencies_are_used_as_they_are_published():
+    for file in (*modules.values(), pathlib.Path(involution_cli.__file__)):
+        assert list(private_uses(file.read_text(encoding="utf-8"))) == [], file
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import jax._src.core",
+        "from keras.src import backend",
+        "from tensorflow.python.framework import ops",
+        "from torch import _C",
+        "import torch as t\nt._C.thing()",
+        "import keras\nkeras.layers.Layer._private",
+        "class Own(Layer):\n  def call(self, x):\n    return self._theirs(x)",
+        "def f(tensor):\n  return tensor._version",
+        "try:\n  import jax._src\nexcept KeyError:\n  pass",
+    ],
+)
+def test_f15_what_is_private_is_found(code):
+    assert len(list(private_uses(code))) == 1
+
+
+def test_f15_what_code_can_do_without_and_what_is_its_own_may_be_private():
+    spared = "try:\n  from jax import _src\nexcept (ImportError, AttributeError):\n  pass"
+    own = "class Own:\n  def _f(self):\n    self._x = 1\n    return self._x, self._f"
+    ours = "import involution as i\nimport os\ni._f(), os._exit(0), i.__name__"
+    assert list(private_uses("\n".join((spared, own, ours)))) == []
 
 
 def test_every_binding_is_a_module():

@@ -1,4 +1,4 @@
-"""The page under load, by `make test-slow`: what it prints is for the record."""
+"""The page under load, by `make test-long`: what it prints is for the record."""
 
 import collections
 import itertools
@@ -53,7 +53,7 @@ def test_sixteen_clients_and_two_thousand_requests(tmp_path):
                     if time.monotonic() > end:
                         return
                     ask(page, file)
-            except Exception as error:  # noqa: BLE001 of a thread
+            except Exception as error:  # noqa: BLE001 - of a thread
                 failures.append(error)
 
         threads = [threading.Thread(target=client, args=(n,)) for n in range(CLIENTS)]

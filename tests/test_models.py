@@ -6,12 +6,11 @@ import pathlib
 import subprocess
 import sys
 
-import backend_pairs
 import keras
 import keras_io_formula as formula
 import numpy as np
 import pytest
-from frameworks import BACKEND, numpy
+from frameworks import each_other_backend, numpy
 from keras_io_formula import randomize, relative_error
 
 import involution
@@ -216,11 +215,11 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("other", [f for f in backend_pairs.FRAMEWORKS if f != BACKEND])
+@each_other_backend
 def test_saved_here_predicts_the_same_where_only_another_backend_is(saved, other):
     if importlib.util.find_spec(other) is None:
         pytest.skip(f"{other} is not installed")
-    run = subprocess.run(  # noqa: S603 - our own script
+    run = subprocess.run(
         [sys.executable, TESTS / "backend_pairs.py", other, saved],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,

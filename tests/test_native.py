@@ -249,16 +249,14 @@ def roundings():
     return core.run(OUTPUT, call, x, kernel).tobytes().hex()
 
 
-def test_instructions_are_those_of_the_environment(monkeypatch):
+def test_instructions_are_those_of_the_environment(pool):
     expected = {}
     for name in LEVELS:
         native_library.use_level(name)
         expected[name] = roundings()
     # The last level is in use again. Without another, nothing is chosen here.
     assert len(LEVELS) == 1 or expected["plain"] != expected[LEVELS[-1]]
-    monkeypatch.setenv("INVOLUTION_INSTRUCTIONS", "plain")
-    told = fresh_process("import test_native; print(test_native.roundings())")
-    assert told.strip() == expected["plain"]
+    assert pool["roundings"] == expected["plain"]
 
 
 def load():
@@ -444,6 +442,22 @@ def test_f12_a_window_of_one_position_has_no_dilation(dilation_rate):
     assert_equals_oracle(call, operation(call, None)(x, kernel), x, kernel)
 
 
+@each_level
+@pytest.mark.parametrize("member", [OUTPUT, KERNEL])
+def test_f11_taps_that_lie_two_to_the_31_elements_apart(member, level, tmp_path):
+    """Of what is between them nothing is read: a file's holes take neither memory nor disk."""
+    near = Call(1, (6,), 64, (2,), (1,), "valid", (3,), 4)
+    far = dataclasses.replace(near, sizes=(2**25 + 3,), dilation_rate=(2**25,))
+    arrays = core.coarse(near.arrays())
+    truth = core.expected(near, *arrays)[member]
+    x, kernel, dy = (a.astype("float32") for a in arrays)
+    apart = np.memmap(tmp_path / "x", "float32", "w+", shape=far.x_shape)
+    assert apart.size > 2**31
+    apart[:, :3], apart[:, -3:] = x[:, :3], x[:, 3:]
+    value = native_in_place(member, far, *core.ARGUMENTS[member](apart, kernel, dy))
+    assert_same(value, truth, member)
+
+
 @pytest.mark.slow
 def test_f11_more_than_two_to_the_31_elements():
     """One tap and one group, so that the kernel is small; 4 GB for each of x and y."""
@@ -598,12 +612,16 @@ def pool_of_a_process():
             other.start()
     over.set()
     other.join()
-    print(json.dumps({"started": started, "children": codes}))
+    print(json.dumps({"started": started, "children": codes, "roundings": roundings()}))
 
 
 @pytest.fixture(scope="module")
 def pool():
-    return json.loads(fresh_process("import test_native; test_native.pool_of_a_process()"))
+    """Of a process whose environment names the instructions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INVOLUTION_INSTRUCTIONS", "plain")
+        told = fresh_process("import test_native; test_native.pool_of_a_process()")
+    return json.loads(told)
 
 
 @on_linux

@@ -139,6 +139,16 @@ def test_f28_an_input_given_away_is_no_result():
     assert_equals_oracle(call, y, jnp.array(x), jnp.array(kernel))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:-1])
+@pytest.mark.parametrize("changed", [0, 1])
+def test_f28_an_input_given_away_before_the_backward_pass_raises(changed, implementation):
+    inputs = tensors(CALL.arrays()[:2], "float64")
+    y, pullback = jax.vjp(operation(CALL, implementation), *inputs)
+    jax.jit(lambda t: t + 1, donate_argnums=0)(inputs[changed])
+    with pytest.raises((RuntimeError, ValueError), match="deleted"):
+        pullback(y)
+
+
 def sharded():
     """Prints what two devices made of a batch that they share."""
     devices = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import types
 
+import core
 import keras
 import numpy as np
 import pytest
@@ -137,6 +138,28 @@ def test_f23_mapped_by_a_loop_and_never_wrong(caplog):
     assert "Using a while_loop for converting Involution" in caplog.text
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_f28_variables_changed_before_the_backward_pass_count_as_they_were(
+    compiled, implementation
+):
+    """And what was computed from them stays."""
+    arrays = CALL.arrays()
+    variables = [tf.Variable(a) for a in arrays[:2]]
+
+    def of():
+        with tf.GradientTape() as tape:
+            y = operation(CALL, implementation)(*variables)
+        for variable in variables:
+            variable.assign_add(tf.ones_like(variable))
+        return y, *tape.gradient(y, variables, arrays[2])
+
+    results = (tf.function(of) if compiled else of)()
+    for value, want in zip(results, core.expected(CALL, *arrays).values(), strict=True):
+        np.testing.assert_allclose(numpy(value), want, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(numpy(variables[0]), arrays[0] + 1)
+
+
 # --- XLA ------------------------------------------------------------------------------------------
 
 IN_XLA = r"code compiled by jit_compile=True can call no custom operation"
@@ -167,6 +190,14 @@ def test_f29_a_graph_within_xla_is_xla_too(ran):
     # What was traced outside is another graph.
     assert_equals_oracle(CALL, tf.function(operation(CALL, None))(x, kernel), x, kernel)
     assert ran == ["native"]
+
+
+def test_f15_without_what_tensorflow_does_not_publish_its_error_names_the_operation(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow.python.ops.control_flow_util", None)
+    x, kernel = tensors(CALL.arrays()[:2], "float64")
+    assert_equals_oracle(CALL, tf.function(operation(CALL, None))(x, kernel), x, kernel)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="node involution_native"):
+        tf.function(operation(CALL, "native"), jit_compile=True)(x, kernel)
 
 
 @pytest.mark.parametrize(("jit_compile", "name"), [(False, "native"), (True, "taps")])
@@ -223,9 +254,7 @@ def test_a_model_saved_with_the_reference_runs_where_this_package_is_not(save, t
     np.savez(tmp_path / "arrays.npz", x=x, kernel=kernel)
     files = [tmp_path / name for name in ("model", "arrays.npz", "y.npy")]
     command = [sys.executable, "-c", LOADED, *map(str, files)]
-    done = subprocess.run(  # noqa: S603 - our own code
-        command, capture_output=True, text=True
-    )
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     want, _ = CALL.involution(x, kernel)
     np.testing.assert_allclose(np.load(files[-1]), want, rtol=0, atol=1e-12)

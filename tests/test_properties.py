@@ -3,6 +3,7 @@
 XLA compiles every new shape anew, so that sizes come from short lists and values from any seed.
 """
 
+import collections
 import dataclasses
 import functools
 import importlib.util
@@ -15,6 +16,7 @@ from frameworks import (
     BACKEND,
     IMPLEMENTATIONS,
     assert_equals_oracle,
+    each_other_backend,
     fresh_process,
     gradients,
     in_graph,
@@ -24,7 +26,7 @@ from frameworks import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Call, pads
+from oracle import Call, pads, random_calls
 
 import involution
 from involution.ops import api
@@ -47,6 +49,12 @@ def run(call, implementation, *arrays):
     return numpy(operation(call, implementation)(*tensors(arrays, "float64")))
 
 
+@functools.cache
+def program(call, implementation, compiled):
+    apply = operation(call, implementation)
+    return in_graph(apply) if compiled else apply
+
+
 def close(value, expected, tolerance=1e-12):
     np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance)
 
@@ -57,6 +65,43 @@ def close(value, expected, tolerance=1e-12):
 def test_p01_equals_the_oracle(implementation, call, seed, dtype):
     x, kernel = tensors(call.arrays(seed)[:2], dtype)
     assert_equals_oracle(call, operation(call, implementation)(x, kernel), x, kernel)
+
+
+@functools.cache
+def pool():
+    """Small calls, each with a type: every kind of call with every type, twice the exact ones."""
+    types = ("float64", "float32", "bfloat16", "float16", "float64", "float32")
+    return list(zip(random_calls(288, seed=10), np.repeat(types, 48).tolist(), strict=True))
+
+
+@pytest.mark.slow
+def test_p01_equals_the_oracle_at_length():
+    """Numbers of very different sizes, eager and compiled; `--hypothesis-profile=long`: 5,000."""
+    errors = collections.defaultdict(list)
+
+    @settings(derandomize=True, deadline=None)
+    @given(
+        st.sampled_from(pool()),
+        st.sampled_from(IMPLEMENTATIONS),
+        st.booleans(),
+        st.integers(0, 3),
+        seeds,
+    )
+    def holds(call_and_type, implementation, compiled, spread, seed):
+        call, dtype = call_and_type
+        scales = np.random.default_rng(seed)
+        arrays = [
+            a * 2.0 ** scales.integers(-spread, spread + 1, a.shape) for a in call.arrays(seed)
+        ]
+        x, kernel = tensors(arrays[:2], dtype)
+        y = program(call, implementation, compiled)(x, kernel)
+        errors[implementation, dtype].append(assert_equals_oracle(call, y, x, kernel))
+
+    holds()
+    for names, some_errors in errors.items():
+        count, error = len(some_errors), max(some_errors)
+        print(f"{BACKEND}, {', '.join(names)}, {count} examples: at most {error:.4f} of the bound")
+    print(f"{BACKEND}, {sum(map(len, errors.values()))} examples of {len(pool())} calls")
 
 
 @each_implementation
@@ -168,12 +213,6 @@ def test_p06_permuting_groups_permutes_channels(implementation, group_layout, or
     close(y, run(call, implementation, x, kernel)[..., channels])
 
 
-@functools.cache
-def program(call, implementation, compiled):
-    apply = operation(call, implementation)
-    return in_graph(apply) if compiled else apply
-
-
 @pytest.mark.parametrize(
     ("implementation", "compiled"),
     [(name, compiled) for name in IMPLEMENTATIONS[:-1] for compiled in (False, True)]
@@ -248,13 +287,28 @@ def test_p10_stride_is_subsampling_of_the_output(implementation, padding, seed):
     close(run(strided, implementation, x, kernel[part]), y[part])
 
 
+LINE = Call(1, (7,), 4, (3,), (2,), "same", (1,), 2)
+PLANE = Call(1, (5, 7), 4, (3, 2), (1, 2), "same", (1, 1), 2)
+
+
 @each_implementation
 @some
-@given(st.sampled_from([(0, "same", 3), (1, "symmetric", 3), (2, "same", 1)]), seeds)
+@given(
+    st.sampled_from(
+        [
+            (LINE, 0, "same", 3),
+            (LINE, 1, "symmetric", 1),
+            (PLANE, 0, "same", 3),
+            (PLANE, 1, "symmetric", 3),
+            (PLANE, 2, "same", 1),
+        ]
+    ),
+    seeds,
+)
 def test_p11_a_side_of_one_is_a_dimension_less(implementation, kind, seed):
     """Of the window along that side, the tap that reads the one position is all that counts."""
-    axis, padding, window = kind
-    call = Call(1, (5, 7), 4, (3, 2), (1, 2), padding, (1, 1), 2)
+    call, axis, padding, window = kind
+    call = dataclasses.replace(call, padding=padding)
     x, kernel, _ = call.arrays(seed)
     tuples = {
         name: (*values[:axis], extra, *values[axis:])
@@ -266,11 +320,10 @@ def test_p11_a_side_of_one_is_a_dimension_less(implementation, kind, seed):
         )
     }
     deeper = dataclasses.replace(call, **tuples)
-    wide = np.random.default_rng(seed).standard_normal(
-        (*deeper.kernel_shape[:4], *deeper.kernel_size, 2)
-    )
-    windows = np.expand_dims(kernel, 1 + axis).reshape((*wide.shape[:4], *call.kernel_size, 2))
-    wide[(slice(None),) * (4 + axis) + (window // 2,)] = windows
+    places = deeper.kernel_shape[:-2]
+    wide = np.random.default_rng(seed).standard_normal((*places, *deeper.kernel_size, 2))
+    windows = np.expand_dims(kernel, 1 + axis).reshape((*places, *call.kernel_size, 2))
+    wide[(slice(None),) * (len(places) + axis) + (window // 2,)] = windows
     y = run(deeper, implementation, np.expand_dims(x, 1 + axis), wide.reshape(deeper.kernel_shape))
     close(np.squeeze(y, 1 + axis), run(call, implementation, x, kernel))
 
@@ -291,7 +344,7 @@ def compute_all(folder):
         compute(f"{folder}/{implementation}.npz", implementation)
 
 
-@pytest.mark.parametrize("other", sorted({"tensorflow", "jax", "torch"} - {BACKEND}))
+@each_other_backend
 def test_p12_another_backend_computes_the_same(other, tmp_path):
     if importlib.util.find_spec(other) is None:
         pytest.skip(f"{other} is not installed")

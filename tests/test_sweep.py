@@ -246,7 +246,7 @@ def process(folder, images, network, killed_at=0, url=None):
         killed_at=killed_at,
         url=url,
     )
-    return subprocess.Popen(  # noqa: S603 - our own code
+    return subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stdout=subprocess.PIPE,

@@ -2,18 +2,19 @@
 
     python docs/figures/page.py IMAGE
 
-starts `involution demo`, gives it the image, clicks in a heat map, and writes
+serves the page, gives it the image, clicks in a heat map, and writes
 docs/figures/page-{light,dark}.png: wide, and as narrow as a telephone.
 """
 
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 
 from PIL import Image
 from playwright import sync_api
+
+from involution import app
 
 FOLDER = pathlib.Path(__file__).parent
 SHOTS = {
@@ -46,21 +47,14 @@ def shoot(browser, address, image, name):
 
 
 def main(image):
-    command = [sys.executable, "-m", "involution_cli", "demo", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as served:  # noqa: S603
-        try:
-            address = next(
-                found[1] for line in served.stdout if (found := re.search(r"Page: (\S+)", line))
-            )
-            with sync_api.sync_playwright() as driver:
-                browser = driver.chromium.launch(
-                    executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-                )
-                for name in SHOTS:
-                    shoot(browser, address, image, name)
-                browser.close()
-        finally:
-            served.terminate()
+    page = app.build(app.load(()), app.cards(()))
+    with app.served(page, port=0) as address, sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        for name in SHOTS:
+            shoot(browser, address, image, name)
+        browser.close()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ bytes: one rename makes it, and no changed or shortened file passes for one.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import pathlib
@@ -19,7 +20,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from involution import files
-from involution.errors import InputError
+from involution.errors import InputError, WriteError
 
 FOLDER, LOCK = "checkpoints", ".lock"
 NAME = re.compile(r"(\d{12})-([0-9a-f]{64})\.safetensors")
@@ -73,7 +74,11 @@ class Store:
         self.folder = pathlib.Path(folder) / FOLDER
 
     def save(self, arrays, state) -> Checkpoint:
-        """Writes a checkpoint, reads it back, and only then removes all older ones but one."""
+        """Writes a checkpoint, reads it back, and only then removes all older ones but one.
+
+        Raises:
+            WriteError: It cannot be written, or read back; the older ones are there as before.
+        """
         found = self._found()
         number = 1 + (found[0][0] if found else 0)
         self.folder.mkdir(exist_ok=True)
@@ -88,7 +93,7 @@ class Store:
             temporary.write_bytes(content)
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             path.unlink()
-            raise OSError(f"{path} was not read back as it was written")
+            raise WriteError(errno.EIO, "it is not read back as it was written", str(path))
         for _, _, old in self._found()[KEEP:]:
             old.unlink()
         return Checkpoint(number, arrays, state)
@@ -105,12 +110,10 @@ class Store:
                 say(f"Checkpoint {number} is damaged, the one before it is taken: {error}")
         return None
 
-    def clear(self):
-        """Removes all checkpoints, and what a killed process left of one."""
-        if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                path.unlink()
-            self.folder.rmdir()
+    def remove_older(self):
+        """Removes all checkpoints but the newest."""
+        for _, _, path in self._found()[1:]:
+            path.unlink()
 
     def _found(self) -> list[tuple[int, str, pathlib.Path]]:
         """(number, digest, path), the newest first."""

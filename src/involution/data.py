@@ -6,6 +6,7 @@ to 1. ``read_image`` and ``scale`` are the only way from a file to a model, in t
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import io
 import math
@@ -18,7 +19,9 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from involution import memory
 from involution.errors import InputError
+from involution.stored_images import StoredImages
 
 CIFAR10_CLASSES = [
     "airplane",
@@ -37,6 +40,7 @@ CIFAR10_KERAS = "cifar-10-batches-py-target_archive"
 CIFAR10_KERAS_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CIFAR10_BINARY_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+BLOCK = 1024  # images that are read at a time
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -47,7 +51,7 @@ class Dataset:
     Attributes:
         name: What to call it in a report.
         note: What a reader must know about its images; empty where there is nothing.
-        x_train, x_test: uint8 (N, height, width, 3).
+        x_train, x_test: uint8 (N, height, width, 3); in memory, or in their files.
         y_train, y_test: int64 (N,), indices into ``class_names``.
         class_names: One name for each class.
         batch_size: The batch size that suits it.
@@ -55,9 +59,9 @@ class Dataset:
 
     name: str
     note: str
-    x_train: np.ndarray
+    x_train: np.ndarray | StoredImages
     y_train: np.ndarray
-    x_test: np.ndarray
+    x_test: np.ndarray | StoredImages
     y_test: np.ndarray
     class_names: tuple[str, ...]
     batch_size: int = 256
@@ -71,7 +75,8 @@ class Dataset:
         digest = hashlib.sha256(repr(self.class_names).encode())
         for array in (self.x_train, self.y_train, self.x_test, self.y_test):
             digest.update(f"{array.shape} {array.dtype}".encode())
-            digest.update(np.ascontiguousarray(array).data)
+            for begin in range(0, len(array), BLOCK):
+                digest.update(np.ascontiguousarray(array[begin : begin + BLOCK]).data)
         return digest.hexdigest()
 
     def validation(self, count) -> "Dataset":
@@ -90,11 +95,15 @@ class Dataset:
         return dataclasses.replace(
             self,
             name=f"{self.name}, {count} of its training images held out",
-            x_train=self.x_train[train],
+            x_train=_part(self.x_train, train),
             y_train=self.y_train[train],
-            x_test=self.x_train[test],
+            x_test=_part(self.x_train, test),
             y_test=self.y_train[test],
         )
+
+
+def _part(images, index):
+    return images.part(index) if isinstance(images, StoredImages) else images[index]
 
 
 def load(dataset, image_size=None, download=False, progress=lambda done, total: None) -> Dataset:
@@ -324,9 +333,9 @@ def _folder(root, image_size, progress) -> Dataset:
     return Dataset(
         name=root.resolve().name,
         note="",
-        x_train=images[:train],
+        x_train=_part(images, slice(train)),
         y_train=labels[:train],
-        x_test=images[train:],
+        x_test=_part(images, slice(train, None)),
         y_test=labels[train:],
         class_names=class_names,
     )
@@ -358,32 +367,49 @@ def _visible(entries) -> list[pathlib.Path]:
     return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
 
 
-def _read_all(files, image_size, progress) -> np.ndarray:
+def _read_all(files, image_size, progress) -> np.ndarray | StoredImages:
+    """All are read once; those that would take more than a quarter of the memory are not kept."""
+
     def read(file):
         try:
             return read_image(file, image_size)
         except InputError as error:
             return error
 
-    images: list = []
-    broken = []
-    # Decoding runs outside of Python's lock.
+    images: np.ndarray | None = None
+    shape: tuple[int, ...] = ()
+    broken, others = [], []
+    # Decoding runs outside of Python's lock. What is decoded waits: not all at once.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for file, image in zip(files, pool.map(read, files), strict=True):
+        decoded = (
+            image
+            for begin in range(0, len(files), BLOCK)
+            for image in pool.map(read, files[begin : begin + BLOCK])
+        )
+        for number, (file, image) in enumerate(zip(files, decoded, strict=True)):
+            progress(number + 1, len(files))
             if isinstance(image, InputError):
                 broken.append((file, image))
-            images.append(image)
-            progress(len(images), len(files))
+                continue
+            if not shape:
+                shape = image.shape
+                if len(files) * image.nbytes <= memory.allowed() / 4:
+                    images = np.empty((len(files), *shape), "uint8")
+            if image.shape != shape:
+                others.append((file, image.shape))
+            elif images is not None:
+                images[number] = image
     if broken:
         file, error = broken[0]
         raise InputError(
             f"{error}. Received: {file} ({len(broken)} of {len(files)} files cannot be read)"
         )
-    for file, image in zip(files, images, strict=True):
-        if image.shape != images[0].shape:
-            sizes = [f"{i.shape[1]}x{i.shape[0]}" for i in (images[0], image)]
-            raise InputError(
-                "Images must have one size, or --image-size must be given. "
-                f"Received: {sizes[0]} in {files[0]}, {sizes[1]} in {file}"
-            )
-    return np.stack(images)
+    if others:
+        sizes = [f"{width}x{height}" for height, width, *_ in (shape, others[0][1])]
+        raise InputError(
+            "Images must have one size, or --image-size must be given. "
+            f"Received: {sizes[0]} in {files[0]}, {sizes[1]} in {others[0][0]}"
+        )
+    if images is None:
+        return StoredImages(files, shape, functools.partial(read_image, size=image_size))
+    return images

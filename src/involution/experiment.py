@@ -18,8 +18,8 @@ from importlib import metadata
 import keras
 
 from involution import checkpoint, data, model_labels, training
-from involution.errors import InputError
-from involution.files import csv_text, sha256, write_json, write_text
+from involution.errors import InputError, WriteError
+from involution.files import PART, csv_text, remove_parts, sha256, write_json, write_text
 from involution.models import count_multiply_adds
 from involution.saved_model import Classifier
 
@@ -227,9 +227,9 @@ def compare(
     """Trains models on the same data and writes one folder about it.
 
     The folder gets config.json, history.csv, metrics.json, the models, figures and report.html;
-    and, until all of these are there, checkpoints: after each epoch, and when the run is
-    interrupted. An interruption (SIGINT, which is Ctrl-C, or SIGTERM) takes effect after the step
-    at work and leaves what there is, with a report of it; a second one ends the process at once.
+    and checkpoints: at the beginning, after each epoch, and when the run is interrupted. An
+    interruption (SIGINT, which is Ctrl-C, or SIGTERM) takes effect after the step at work and
+    leaves what there is, with a report of it; a second one ends the process at once.
     Keras's session is cleared and its seed set.
 
     Args:
@@ -274,25 +274,22 @@ def compare(
     with checkpoint.alone(output), interruptions(console) as step:
         check_folder(output, resume)
         work = _Work(run, output, console, checkpoint_every)
-        if resume:
+        if _has_begun(output):
             work.restore(allow_change)
-        write_json(output / "config.json", run.description)
+        else:
+            work.save(None)  # from here on the run can be gone on with
+        remove_parts(output)
         try:
-            for label, network in networks.items():
-                work.train(label, network, step)
-        except KeyboardInterrupt as stop:
-            run.exit_code = exit_code(stop)
-            console.stop()
-            console.say("Interrupted: writing what there is.")
-        except training.DivergenceError as failure:
-            run.failure = f"{failure}; {work.last}"
-            console.stop()
-            console.say(f"Stopped: {run.failure}")
-        run.peak_memory_bytes = peak_memory()
-        write_json(output / "metrics.json", run.metrics)
-        report.write(run, output)
+            write_json(output / "config.json", run.description)
+            work.train_all(networks, step)
+            run.peak_memory_bytes = peak_memory()
+            write_json(output / "metrics.json", run.metrics)
+            report.write(run, output)
+        except WriteError:
+            console.say(f"Stopped: {work.last}.")
+            raise
         if not run.interrupted and run.failure is None:
-            work.store.clear()
+            work.store.remove_older()
     return run
 
 
@@ -317,12 +314,10 @@ class _Work:
         """Takes up the newest checkpoint."""
         saved = self.store.latest(self.console.say)
         if saved is None:
-            if any(name.name != checkpoint.LOCK for name in self.output.iterdir()):
-                raise InputError(
-                    "To go on, the output folder must have a whole checkpoint. "
-                    f"Received: {self.output}, which has none"
-                )
-            return
+            raise InputError(
+                "To go on, the output folder must have a whole checkpoint. "
+                f"Received: {self.output}, which has none"
+            )
         was = saved.state["identity"]
         changed = [
             f"{name} was {was.get(name)} and is {now}"
@@ -340,6 +335,7 @@ class _Work:
         self._arrays = saved.arrays
         if saved.state["at"] is not None:
             self._at = training.Position(**saved.state["at"])
+        self.last = f"checkpoint {saved.number} is from before"
         self.console.say(f"Going on from checkpoint {saved.number}.")
 
     def _is_whole(self, begun) -> bool:
@@ -349,6 +345,18 @@ class _Work:
             return True
         self.console.say(f"{file.name} is not as it was written: it is trained again.")
         return False
+
+    def train_all(self, networks, step):
+        """Trains them in turn, as far as that goes: the run tells how far."""
+        try:
+            for label, network in networks.items():
+                self.train(label, network, step)
+        except KeyboardInterrupt as stop:
+            self.run.exit_code = exit_code(stop)
+            self.console.say("Interrupted: writing what there is.")
+        except training.DivergenceError as failure:
+            self.run.failure = f"{failure}; {self.last}"
+            self.console.say(f"Stopped: {self.run.failure}")
 
     def train(self, label, network, step):
         run, console = self.run, self.console
@@ -374,10 +382,10 @@ class _Work:
             try:
                 step()
             except KeyboardInterrupt:
-                self._save(trainer)
+                self.save(trainer)
                 raise
             if self.every is not None and trainer.steps_done % self.every == 0:
-                self._save(trainer)
+                self.save(trainer)
 
         console.start(label, trainer.steps, trainer.steps_done)
         try:
@@ -385,7 +393,7 @@ class _Work:
                 result.rows.append(row)
                 result.seconds = time.perf_counter() - start
                 write_text(self.output / "history.csv", history(run.results))
-                self._save(trainer)
+                self.save(trainer)
                 console.say(
                     f"{label}: epoch {row['epoch']}/{config.epochs}: "
                     f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.4f}; "
@@ -400,9 +408,9 @@ class _Work:
             result.seconds = time.perf_counter() - start
         result.classifier.save(self.output / result.file)
         result.digest = sha256(self.output / result.file)
-        self._save(None)
+        self.save(None)
 
-    def _save(self, trainer):
+    def save(self, trainer):
         """A checkpoint of all results, and of the training at work if there is one."""
         results = [
             {
@@ -525,6 +533,14 @@ def check_folder(output, resume=False):
     parent = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise InputError(f"The output folder must be writable. Received: {output}")
+
+
+def _has_begun(output) -> bool:
+    """Whether there is more than a process leaves that was killed before its first checkpoint."""
+    return any(
+        file.is_file() and file.name != checkpoint.LOCK and not file.name.startswith(PART)
+        for file in output.rglob("*")
+    )
 
 
 def make_folder(output):

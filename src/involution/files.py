@@ -10,27 +10,57 @@ import os
 import pathlib
 import tempfile
 
+from involution.errors import WriteError
+
+# Of files that are being written; where a process was killed, such a file is left.
+PART = ".part-"
+
 
 @contextlib.contextmanager
 def replacing(path):
     """Yields a temporary path in the same folder; what is written there replaces ``path`` when the
-    block ends well, and is removed when it does not."""
+    block ends well, and is removed when it does not.
+
+    Raises:
+        WriteError: The disk is full, or something else keeps the file from being written.
+    """
     path = pathlib.Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    try:
+        with _part(path) as temporary:
+            yield temporary
+            _place(temporary, path)
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def remove_parts(folder):
+    """Removes what killed processes left of files that they were writing, in this folder and in
+    those within. No other process may be at work there."""
+    for path in pathlib.Path(folder).rglob(f"{PART}*"):
+        path.unlink()
+
+
+@contextlib.contextmanager
+def _part(path):
+    prefix = f"{PART}{path.stem[:40]}-"
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
     os.close(handle)
     temporary = pathlib.Path(name)
     try:
         yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        # mkstemp's files are readable by their owner alone; these are made to be shared.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _place(temporary, path):
+    with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+    # mkstemp's files are readable by their owner alone; these are made to be shared.
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)
+    temporary.replace(path)
+    _sync_folder(path.parent)
 
 
 def sha256(path) -> str:

@@ -80,7 +80,7 @@ def load(path) -> Classifier:
         height, width, channels = (int(n) for n in about["image_shape"])
         if about["scaling"] != SCALING:
             raise ValueError(about["scaling"])
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
+    except Exception as error:  # a damaged archive breaks its reader in many ways
         raise InputError(
             "A model must be a .keras file or a folder with its classes and image size, written "
             "by `involution compare` or `train`, or one of "
@@ -92,8 +92,9 @@ def load(path) -> Classifier:
 def _about(path) -> dict:
     if path.is_dir():
         return weights.read_config(path)["extra"]
-    with zipfile.ZipFile(path) as archive:
-        return json.loads(archive.read(ENTRY))
+    # What is cut off is no JSON; without an end a small file could fill the memory.
+    with zipfile.ZipFile(path) as archive, archive.open(ENTRY) as entry:
+        return json.loads(entry.read(weights.CONFIG_LIMIT))
 
 
 def is_model(path) -> bool:
@@ -126,5 +127,5 @@ def _load_keras(path) -> keras.Model:
         raise InputError(
             "A model must be a .keras file, and load without code of its own: one with a user's "
             "own layers is for keras.saving.load_model(file, custom_objects=...). "
-            f"Received: {path}: {error}"
+            f"Received: {path}: {' '.join(str(error).split())[:1000]}"
         ) from error

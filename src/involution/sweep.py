@@ -263,7 +263,7 @@ def _created(file, url, attempts=3) -> optuna.Study:
         return optuna.create_study(
             storage=storage, study_name=NAME, direction="maximize", load_if_exists=True
         )
-    except Exception:
+    except Exception:  # of any driver
         # Of processes that make the tables of a new database at once, one succeeds.
         if url is None or attempts == 1:
             raise
@@ -353,7 +353,7 @@ def _try(study, plan, trial, model, dataset, console, step):
 def _given_back_unless_done(study, trial):
     try:
         yield
-    except BaseException:
+    except BaseException:  # an interrupt too
         _give_back(study, trial.number, trial.params)
         raise
 

@@ -11,7 +11,7 @@ import re
 import keras
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as save_arrays
 
 from involution import files
 from involution.models.checkpoints.errors import CheckpointError
@@ -55,7 +55,7 @@ def save(folder, name, arguments, model, extra=None):
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with files.replacing(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary)
+        temporary.write_bytes(save_arrays(tensors))
     # Last, because a folder is a model from here on.
     files.write_json(
         folder / CONFIG,

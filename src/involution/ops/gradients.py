@@ -59,7 +59,8 @@ def _tensorflow(compute):
                 return compute(member, g, sizes, tf.stop_gradient(a), tf.stop_gradient(b)), gradient
             return compute(member, g, sizes, a, b), gradient
 
-        return member_of(a, b)
+        # A variable is read here: in the gradient it may have changed.
+        return member_of(tf.convert_to_tensor(a), tf.convert_to_tensor(b))
 
     return call
 

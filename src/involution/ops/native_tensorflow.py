@@ -59,7 +59,7 @@ def call(member, g, x_sizes, a, b):
     if not tf.executing_eagerly():
         # Nobody reads the result. It binds the graph to a tensor that no saved model can hold:
         # what is saved with a custom operation could be loaded nowhere else.
-        tf.raw_ops.OptionalHasValue(optional=_notice())
+        tf.raw_ops.OptionalHasValue(optional=_notice(), name="involution_native")
     return _differentiable(member, g, x_sizes, a, b)
 
 

@@ -1,0 +1,273 @@
+"""Checkpoints as files: their names, their texts, what is taken for one."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save as save_arrays
+
+from involution import checkpoint, files
+from involution.checkpoint import Store
+from involution.errors import InputError, WriteError
+
+ARRAYS = {
+    "a": np.arange(12, dtype="float32").reshape(3, 4),
+    "b": np.array(7, "int64"),
+    "c": np.zeros((0, 2), "uint32"),
+}
+STATE = {"at": 3, "loss": float("nan"), "text": "말"}
+
+
+def no_word(line):
+    raise AssertionError(line)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(str(tmp_path))
+
+
+def content(store):
+    return sorted(path.name for path in store.folder.iterdir())
+
+
+def test_the_name_and_the_text_of_a_checkpoint(store, tmp_path):
+    arrays = {"turned": np.arange(6.0).reshape(2, 3).T, "list": [1, 2]}
+    saved = store.save(arrays, {"at": float("inf")})
+    assert (saved.number, saved.arrays, saved.state) == (1, arrays, {"at": float("inf")})
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    written = path.read_bytes()
+    assert path.name == f"000000000001-{hashlib.sha256(written).hexdigest()}.safetensors"
+    header = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])
+    assert header["__metadata__"] == {"state": '{"format": 1, "at": Infinity}'}
+    found = store.latest(no_word).arrays
+    np.testing.assert_array_equal(found["turned"], arrays["turned"])
+    np.testing.assert_array_equal(found["list"], [1, 2])
+
+
+def test_checkpoints_are_counted_from_the_newest(store):
+    store.folder.mkdir()
+    whole = save_arrays({}, {"state": '{"format": 1, "n": 9}'})
+    for number in (2, 10**9):
+        name = f"{number:012d}-{hashlib.sha256(whole).hexdigest()}.safetensors"
+        (store.folder / name).write_bytes(whole)
+    found = store.latest(no_word)
+    assert (found.number, found.state) == (10**9, {"n": 9})
+    assert store.save({}, {}).number == 10**9 + 1
+    assert [name[:12] for name in content(store)] == ["001000000000", "001000000001"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"format": 2}', "its format must be 1"),
+        ("{}", "'format'"),
+        ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        (None, "'state'"),
+    ],
+)
+def test_a_text_that_is_not_ours(store, text, reason):
+    store.folder.mkdir()
+    made = save_arrays({}, {"x": "y"} if text is None else {"state": text})
+    name = f"000000000007-{hashlib.sha256(made).hexdigest()}.safetensors"
+    (store.folder / name).write_bytes(made)
+    lines = []
+    assert store.latest(lines.append) is None
+    rule = "Checkpoint 7 is damaged, the one before it is taken: "
+    assert lines == [rule + reason]
+    (store.folder / name).write_bytes(b"")
+    assert store.latest(lines.append) is None
+    assert lines[1:] == [f"{rule}its content is not what its name says"]
+
+
+def test_names_that_are_no_checkpoints(store):
+    store.folder.mkdir()
+    whole = save_arrays({}, {"state": '{"format": 1}'})
+    digest = hashlib.sha256(whole).hexdigest()
+    for name in (
+        f"{1:011d}-{digest}.safetensors",
+        f"{1:012d}-{digest}.safetensors.x",
+        f"x{1:012d}-{digest}.safetensors",
+        f"{1:012d}-{digest}xsafetensors",
+        f"{1:012d}-{digest.upper()}.safetensors",
+        f"{1:012d}-{digest[:-1]}.safetensors",
+    ):
+        (store.folder / name).write_bytes(whole)
+    assert store.latest(no_word) is None
+
+
+def test_a_folder_where_another_process_works(tmp_path):
+    with checkpoint.alone(str(tmp_path)):
+        assert os.listdir(tmp_path) == [".lock"]
+        with pytest.raises(InputError) as caught, checkpoint.alone(tmp_path):
+            raise AssertionError
+    assert str(caught.value) == (
+        f"The output folder must be free. Received: {tmp_path}, where another process is at work"
+    )
+    # It is free again however the block ends.
+    with pytest.raises(KeyboardInterrupt), checkpoint.alone(tmp_path):
+        raise KeyboardInterrupt
+    with checkpoint.alone(tmp_path):
+        pass
+
+
+def test_the_newest_two_are_kept_and_then_one(store):
+    for number in range(1, 5):
+        store.save({}, {"n": number})
+        assert [int(name[:12]) for name in content(store)] == [
+            *range(max(1, number - 1), number + 1)
+        ]
+    store.remove_older()
+    assert [name[:12] for name in content(store)] == ["000000000004"]
+    store.remove_older()
+    assert store.latest(no_word).state == {"n": 4}
+
+
+def test_what_is_not_read_back_as_it_was_written_is_no_checkpoint(store, monkeypatch):
+    store.save({}, {"n": 1})
+    real = pathlib.Path.replace
+
+    def replace(source, target):
+        source.write_bytes(source.read_bytes()[:-1])
+        return real(source, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", replace)
+    with pytest.raises(WriteError) as caught:
+        store.save({}, {"n": 2})
+    assert re.fullmatch(
+        rf"A file must be written whole\. Received: {store.folder}/0{{11}}2-\w{{64}}\.safetensors: "
+        "it is not read back as it was written",
+        str(caught.value),
+    )
+    assert store.latest(no_word).state == {"n": 1}
+    assert len(content(store)) == 1
+
+
+def test_what_is_saved_comes_back_to_the_bit(store):
+    assert store.latest(no_word) is None
+    assert store.save(ARRAYS, STATE).number == 1
+    found = store.latest(no_word)
+    assert found.number == 1
+    assert repr(found.state) == repr(STATE)
+    assert {k: (v.dtype, v.shape) for k, v in found.arrays.items()} == {
+        k: (v.dtype, v.shape) for k, v in ARRAYS.items()
+    }
+    assert all(np.array_equal(found.arrays[k], ARRAYS[k]) for k in ARRAYS)
+
+
+def test_the_older_stays_until_the_newer_is_read_back(store, monkeypatch):
+    for number in (1, 2):
+        store.save(ARRAYS, {"number": number})
+    real = files.replacing
+
+    def faulty(path):
+        return real(path.with_name("elsewhere"))
+
+    before = content(store)
+    monkeypatch.setattr(files, "replacing", faulty)
+    with pytest.raises(OSError, match="No such file"):
+        store.save(ARRAYS, {"number": 3})
+    assert set(before) < set(content(store))
+    assert store.latest(no_word).state == {"number": 2}
+
+
+@pytest.mark.parametrize("flips", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_every_truncation_and_flips_of_bits_are_detected(store, flips):
+    store.save(ARRAYS, {"number": 1})
+    store.save(ARRAYS, {"number": 2})
+    newest = store.folder / content(store)[-1]
+    whole = newest.read_bytes()
+    rng = np.random.default_rng(0)
+
+    def damaged():
+        for length in range(len(whole)):
+            yield whole[:length]
+        for bit in rng.integers(8 * len(whole), size=flips):
+            changed = bytearray(whole)
+            changed[bit // 8] ^= 1 << (bit % 8)
+            yield bytes(changed)
+
+    for damage in damaged():
+        newest.write_bytes(damage)
+        lines = []
+        assert store.latest(lines.append).state == {"number": 1}
+        assert len(lines) == 1
+        assert lines[0].startswith("Checkpoint 2 is damaged, the one before it is taken: ")
+    newest.write_bytes(whole)
+    assert store.latest(no_word).state == {"number": 2}
+
+
+def test_a_file_with_the_right_hash_and_the_wrong_content(store):
+    store.save(ARRAYS, {"number": 1})
+    for number, made in enumerate((b"", b"hello", bytes(8) + b"{}", b"\2" + bytes(7) + b"{}"), 2):
+        name = f"{number:012d}-{hashlib.sha256(made).hexdigest()}.safetensors"
+        (store.folder / name).write_bytes(made)
+    lines = []
+    assert store.latest(lines.append).state == {"number": 1}
+    assert len(lines) == 4
+
+
+def test_what_else_lies_there_is_left_out(store):
+    store.save(ARRAYS, {"number": 1})
+    for name in (f"{files.PART}1-2.safetensors", "notes.txt"):
+        (store.folder / name).write_bytes(b"x")
+    assert store.latest(no_word).number == 1
+    store.remove_older()
+    assert store.latest(no_word).number == 1
+    assert len(content(store)) == 3
+
+
+def test_one_process_at_a_time(tmp_path):
+    with checkpoint.alone(tmp_path):
+        # Another process, and as quick as this: it does not import Keras.
+        code = (
+            "import filelock, sys\n"
+            "try:\n    filelock.FileLock(sys.argv[1]).acquire(blocking=False); print('in')\n"
+            "except filelock.Timeout: print('out')"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path / checkpoint.LOCK)]
+        second = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert second.stdout == "out\n"
+        with pytest.raises(InputError, match="must be free"), checkpoint.alone(tmp_path):
+            raise AssertionError
+    after = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert after.stdout == "in\n"
+    with checkpoint.alone(tmp_path):
+        pass
+
+
+def start(folders, barrier, wins):
+    for folder in folders:
+        barrier.wait()
+        try:
+            with checkpoint.alone(folder):
+                wins.put(str(folder))
+                barrier.wait()  # the other has been refused
+        except InputError:
+            barrier.wait()
+
+
+@pytest.mark.slow  # both import Keras
+def test_of_two_processes_that_start_at_once_one_wins(tmp_path):
+    folders = [tmp_path / str(number) for number in range(100)]
+    for folder in folders:
+        folder.mkdir()
+    processes = multiprocessing.get_context("spawn")
+    barrier, wins = processes.Barrier(2, timeout=120), processes.SimpleQueue()
+    both = [processes.Process(target=start, args=(folders, barrier, wins)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    won = []
+    while not wins.empty():
+        won.append(wins.get())
+    assert won == [str(folder) for folder in folders]
