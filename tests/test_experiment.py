@@ -24,6 +24,7 @@ FILES = {
     "heatmaps-inn.png",
     "cnn.keras",
     "inn.keras",
+    "checkpoints",
 }
 
 
@@ -190,7 +191,7 @@ def test_an_interruption_leaves_what_there_is(folder, tmp_path):
     output = tmp_path / "run"
     result = compare(Config(str(folder), "cnn,inn", 2, 10), output, Impatient())
     assert result.interrupted
-    assert {f.name for f in output.iterdir()} == FILES | {"checkpoints"}
+    assert {f.name for f in output.iterdir()} == FILES
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["interrupted"] is True
     assert [m["epochs"] for m in metrics["models"].values()] == [2, 1]
@@ -225,7 +226,7 @@ def test_a_run_that_diverges_stops_and_is_reported(folder, tmp_path):
     builders = {"cnn": models.cnn, "inn": broken, "never": models.cnn}
     result = compare(config, tmp_path / "run", builders=builders)
     assert "Received: nan at step 1, in epoch 1; weights: " in result.failure
-    assert result.failure.endswith("; checkpoint 2 is from before")
+    assert result.failure.endswith("; checkpoint 3 is from before")
     assert " not finite" in result.failure
     assert [len(one.rows) for one in result.results] == [1, 0]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
