@@ -4,6 +4,7 @@ A notebook is its page, with what only a notebook needs: the first cell installs
 where they are drawn, and two variables of the environment say on what, and how long, to train.
 """
 
+import asyncio
 import pathlib
 import re
 import sys
@@ -89,7 +90,7 @@ def execute(made, folder):
     with tempfile.TemporaryDirectory() as sockets:
         # Files in place of ports, which others on the machine could open.
         client.km.transport, client.km.ip = "ipc", f"{sockets}/kernel"
-        client.execute()
+        asyncio.run(client.async_execute())  # which leaves no event loop behind
     for cell in made.cells:
         cell.metadata.pop("execution", None)  # times of day
     return made
