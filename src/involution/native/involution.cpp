@@ -4,6 +4,8 @@
 #include <array>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -114,11 +116,13 @@ void split(Tensor& t, Size outers, Size inners, bool inner_is_fast) {
 }
 
 // Vectors run across what there is enough of, and what lies together in memory if possible.
-Across choose_across(const Call& c) {
+Across choose_across(const Call& c, bool generated) {
   const Size members = c.channels / c.groups, groups = c.groups;
   // Rows are copied with zeros around them; these must not outgrow the row.
   const bool plain_rows = c.strides[2] == 1 && std::min(c.input[2], c.output[2]) >= 4 &&
                           (c.kernel_size[2] - 1) * c.dilation_rate[2] <= c.input[2] + 64;
+  // A position's kernel is generated as one row.
+  if (generated) return members < 4 && groups > members ? Across::groups : Across::members;
   if (c.channels_first && plain_rows) return Across::positions;
   if (c.channels_first) return members < 4 && groups > members ? Across::groups : Across::members;
   if (c.interleaved && groups % 4 == 0) return Across::groups;
@@ -134,15 +138,33 @@ Size choose_lanes(Size count, Size most) {
   return lanes;
 }
 
+// What kernels are generated from. The copies are in the type that sums are made in, of rows that
+// are whole vectors.
+struct Generator {
+  Tensor hidden;
+  Size count;    // of hidden channels
+  Size columns;  // numbers of a kernel, as the kernels of this job lie
+  Size row;      // these, and what makes them whole vectors
+  Size padded;   // hidden channels, likewise
+  const char* weight;  // (count, row)
+  const char* bias;    // (row)
+  const char* turned;  // (columns, padded): the weight's transpose, for the gradients
+};
+
 struct Prepared {
   Job job;
   std::array<std::vector<Reach>, 3> reach;
   std::size_t bytes;  // of a number in a sum
   Size taps;
+  const Generator* generator = nullptr;  // null: kernels are given
 };
 
-Prepared prepare(const Call& c, Size batch, const Level& level, const void* a, const void* b,
-                 void* result) {
+// Where the three tensors of a member are: x, the kernel and y, or their gradients.
+struct Places {
+  const void *x, *kernel, *y;
+};
+
+Prepared prepare(const Call& c, Size batch, const Level& level, const Places& at, bool generated) {
   Prepared p;
   Job& job = p.job;
   job.member = c.member;
@@ -153,7 +175,7 @@ Prepared prepare(const Call& c, Size batch, const Level& level, const void* a, c
 
   const bool first = c.channels_first, backwards = job.member == Member::input;
   const Size members = c.channels / c.groups;
-  job.across = choose_across(c);
+  job.across = choose_across(c, generated);
   // The last tap of a row comes first where places go backwards.
   job.first_place = backwards ? c.pads[2] : -c.pads[2];
 
@@ -193,13 +215,13 @@ Prepared prepare(const Call& c, Size batch, const Level& level, const void* a, c
   };
   switch (job.member) {
     case Member::output:
-      job.values = place(x, a), job.weights = place(kernel, b), job.result = place(y, result);
+      job.values = place(x, at.x), job.weights = place(kernel, at.kernel), job.result = place(y, at.y);
       break;
     case Member::input:
-      job.weights = place(kernel, a), job.values = place(y, b), job.result = place(x, result);
+      job.values = place(y, at.y), job.weights = place(kernel, at.kernel), job.result = place(x, at.x);
       break;
     case Member::kernel:
-      job.values = place(x, a), job.weights = place(y, b), job.result = place(kernel, result);
+      job.values = place(x, at.x), job.weights = place(y, at.y), job.result = place(kernel, at.kernel);
       break;
   }
 
@@ -233,6 +255,9 @@ constexpr Size PIECES = 4;
 // Bytes of copies for a piece: they should fit into a core's second cache. The larger a piece, the
 // fewer of its neighbours' rows are copied twice.
 constexpr Size COPIES = 1 << 20;
+// Where every piece has a gradient of the generator's weight: small enough that there are some for
+// all threads, large enough that adding these up costs little.
+constexpr Size COPIES_OF_GRADIENT = 1 << 18;
 
 // The places that a box of results reads.
 Box places(const Job& job, const Box& box) {
@@ -268,16 +293,38 @@ Size packed(const Tensor& t, const Box& box) {
   return t.direct ? 0 : positions(box) * t.outers * t.padded;
 }
 
-Size packed(const Job& job, const Box& box) {
+// The positions whose kernels a box of results needs, or makes.
+const Box& kernels_of(const Job& job, const Box& box, const Box& around) {
+  return job.member == Member::input ? around : box;
+}
+
+// Numbers in the copies that a box takes.
+Size packed(const Prepared& p, const Box& box) {
+  const Job& job = p.job;
   const Box around = places(job, box);
-  return packed(job.values, around) +
-         packed(job.weights, job.member == Member::input ? around : box) + packed(job.result, box);
+  const Box& kernels = kernels_of(job, box, around);
+  const Generator* const g = p.generator;
+  const bool gradient = job.member == Member::kernel;
+  Size count = packed(job.values, around);
+  count += gradient ? packed(job.weights, box) : packed(job.result, box);
+  if (g == nullptr) return count + packed(gradient ? job.result : job.weights, kernels);
+  count += packed(g->hidden, kernels) + positions(kernels) * g->row;
+  return count + (gradient ? positions(kernels) * g->padded : 0);
+}
+
+Size copies_of_gradient(const Prepared& p) {
+  const Generator& g = *p.generator;
+  return std::max(COPIES_OF_GRADIENT, 2 * (g.count + 1) * g.row * static_cast<Size>(p.bytes));
 }
 
 struct Pieces {
   const Prepared* prepared;
   const Level* level;
   Size step[3], count[3];
+  // Of gradients of a generator: each piece's of the weight and bias, (count + 1, row), and where
+  // the hidden channels' go.
+  char* partial = nullptr;
+  Tensor dhidden = {};
   std::atomic<bool> failed{false};
 };
 
@@ -296,7 +343,10 @@ void divide_up(Pieces& pieces, int threads) {
   const Prepared& p = *pieces.prepared;
   const Job& job = p.job;
   for (int i = 0; i < 3; ++i) pieces.step[i] = job.dimension[i].results;
-  const Size wanted = threads > 1 ? threads * PIECES : 1;
+  // Where pieces add up what is one sum, threads and other samples must not change its order.
+  const bool added_up = p.generator != nullptr && job.member == Member::kernel;
+  const Size wanted = threads > 1 && !added_up ? threads * PIECES : 1;
+  const Size most = added_up ? copies_of_gradient(p) : COPIES;
   const Size work = p.taps * job.values.outers * job.values.inners;
   for (;;) {
     Box box = {};
@@ -306,7 +356,7 @@ void divide_up(Pieces& pieces, int threads) {
       number *= (job.dimension[i].results + pieces.step[i] - 1) / pieces.step[i];
     }
     const bool few = number < wanted && positions(box) * work > 2 * SMALLEST_PIECE;
-    const bool large = packed(job, box) * static_cast<Size>(p.bytes) > COPIES;
+    const bool large = packed(p, box) * static_cast<Size>(p.bytes) > most;
     const int i = pieces.step[0] > 1 ? 0 : pieces.step[1] > 1 ? 1 : 2;
     if (!(few || large) || pieces.step[i] == 1) break;
     pieces.step[i] = (pieces.step[i] + 1) / 2;
@@ -358,39 +408,278 @@ View copied(const Job& job, const Tensor& t, const Box& box, char*& memory, std:
   return view;
 }
 
-void do_piece(void* context, Size index) {
-  thread_local Scratch scratch;
-  Pieces& pieces = *static_cast<Pieces*>(context);
-  const Prepared& p = *pieces.prepared;
-  const Job& job = p.job;
-  const Size boxes = volume(pieces.count);
-  const Size sample = index / boxes;
-  const Box box = box_of(pieces, index % boxes), around = places(job, box);
-  const Box& weighted = job.member == Member::input ? around : box;
-  const std::size_t offsets = job.member == Member::kernel ? p.taps : 0;
-  const std::size_t size = packed(job, box) * p.bytes + offsets * sizeof(Size) + 4 * 64;
-  char* memory = scratch.take(size);
-  if (memory == nullptr) {
-    pieces.failed.store(true);
-    return;
-  }
-  Size* const offset_memory = reinterpret_cast<Size*>(memory);
-  memory += round_up(offsets * sizeof(Size), 64);
+// One piece: which it is, and its copies.
+class Piece {
+ public:
+  Piece(Pieces& pieces, Size index)
+      : pieces_(pieces),
+        prepared(*pieces.prepared),
+        job(prepared.job),
+        sample(index / volume(pieces.count)),
+        box(box_of(pieces, index % volume(pieces.count))),
+        around(places(job, box)),
+        kernels(kernels_of(job, box, around)) {}
 
-  const auto read = [&](const Tensor& t, const Box& part, Size size) {
-    if (t.direct) return in_place(t, sample, p.bytes);
-    const View view = copied(job, t, part, memory, p.bytes);
-    pieces.level->pack(t, job.type, sample, part, size, view);
+  // False where there is no memory.
+  bool take() {
+    thread_local Scratch scratch;
+    const std::size_t offset_bytes =
+        job.member == Member::kernel ? round_up(prepared.taps * sizeof(Size), 64) : 0;
+    memory_ = scratch.take(packed(prepared, box) * prepared.bytes + offset_bytes + 6 * 64);
+    if (memory_ == nullptr) {
+      pieces_.failed.store(true);
+      return false;
+    }
+    offsets = reinterpret_cast<Size*>(memory_);
+    memory_ += offset_bytes;
+    return true;
+  }
+
+  View room(const Tensor& t, const Box& part) {
+    return copied(job, t, part, memory_, prepared.bytes);
+  }
+
+  // Room for rows of numbers, one for each position of the box.
+  View rows(Size numbers, const Box& part) {
+    Tensor t = {};
+    t.outers = 1;
+    t.padded = numbers;
+    return room(t, part);
+  }
+
+  View read(const Tensor& t, const Box& part, Size size) {
+    if (t.direct) return in_place(t, sample, prepared.bytes);
+    const View view = room(t, part);
+    pieces_.level->pack(t, job.type, sample, part, size, view);
     return view;
-  };
+  }
+
+  View to_write(const Tensor& t, const Box& part) {
+    return t.direct ? in_place(t, sample, prepared.bytes) : room(t, part);
+  }
+
+  void compute(const View& values, const View& weights, const View& result) {
+    pieces_.level->compute(job, box, values, weights, result, offsets);
+  }
+
+  void write(const Tensor& t, const View& view) {
+    if (!t.direct) pieces_.level->unpack(t, job.type, sample, box, view);
+  }
+
+ private:
+  Pieces& pieces_;
+  char* memory_ = nullptr;
+
+ public:
+  const Prepared& prepared;
+  const Job& job;
+  const Size sample;
+  const Box box, around;
+  const Box& kernels;
+  Size* offsets = nullptr;
+};
+
+void do_piece(void* context, Size index) {
+  Pieces& pieces = *static_cast<Pieces*>(context);
+  Piece piece(pieces, index);
+  if (!piece.take()) return;
+  const Job& job = piece.job;
   const Dimension& last = job.dimension[2];
-  const bool at_place = job.member == Member::input;
-  const View values = read(job.values, around, last.places);
-  const View weights = read(job.weights, weighted, at_place ? last.places : last.results);
-  const View result = job.result.direct ? in_place(job.result, sample, p.bytes)
-                                        : copied(job, job.result, box, memory, p.bytes);
-  pieces.level->compute(job, box, values, weights, result, offset_memory);
-  if (!job.result.direct) pieces.level->unpack(job.result, job.type, sample, box, result);
+  const View values = piece.read(job.values, piece.around, last.places);
+  const View weights = piece.read(job.weights, piece.kernels,
+                                  job.member == Member::input ? last.places : last.results);
+  const View result = piece.to_write(job.result, piece.box);
+  piece.compute(values, weights, result);
+  piece.write(job.result, result);
+}
+
+// --- Kernels that are generated --------------------------------------------------------------------
+
+// Calls visit(positions, in a, in b) for positions of the box that follow each other in both views.
+template <class Visit>
+void each_run(const Box& box, const View& a, const View& b, std::size_t bytes, Visit visit) {
+  Size size[3];
+  for (int i = 0; i < 3; ++i) size[i] = box.high[i] - box.low[i];
+  const auto joined = [&](int i) {
+    return a.position[i] == size[i + 1] * a.position[i + 1] &&
+           b.position[i] == size[i + 1] * b.position[i + 1];
+  };
+  const int levels = !joined(1) ? 2 : !joined(0) ? 1 : 0;
+  const auto at = [&](const View& view, Size i, Size j) {
+    return static_cast<char*>(view.data) +
+           static_cast<Size>(bytes) * ((i - view.origin[0]) * view.position[0] +
+                                       (j - view.origin[1]) * view.position[1] +
+                                       (box.low[2] - view.origin[2]) * view.position[2]);
+  };
+  const Size count = size[2] * (levels < 2 ? size[1] : 1) * (levels < 1 ? size[0] : 1);
+  for (Size i = box.low[0]; i < (levels < 1 ? box.low[0] + 1 : box.high[0]); ++i)
+    for (Size j = box.low[1]; j < (levels < 2 ? box.low[1] + 1 : box.high[1]); ++j)
+      visit(count, at(a, i, j), at(b, i, j));
+}
+
+void generate(const Piece& piece, const Level& level, const View& hidden, const View& kernels) {
+  const Generator& g = *piece.prepared.generator;
+  Product product = {};
+  product.columns = product.b_term = product.c_row = g.row;
+  product.terms = g.count;
+  product.a_row = hidden.position[2];
+  product.a_term = 1;
+  product.b = g.weight;
+  product.start = g.bias;
+  each_run(piece.kernels, hidden, kernels, piece.prepared.bytes,
+           [&](Size count, const char* from, char* to) {
+             product.rows = count;
+             product.a = from;
+             product.c = to;
+             level.multiply(piece.job.type, product);
+           });
+}
+
+// From the kernels' gradients those of the hidden channels, and this piece's share of the weight's
+// and the bias's.
+void take_gradients(const Piece& piece, const Level& level, const View& hidden,
+                    const View& gradients, const View& dhidden, char* partial) {
+  const Generator& g = *piece.prepared.generator;
+  const Type type = piece.job.type;
+  const std::size_t bytes = piece.prepared.bytes;
+  const double one = 1;
+  const float one_float = 1;
+
+  Product of_hidden = {};
+  of_hidden.columns = of_hidden.b_term = of_hidden.c_row = g.padded;
+  of_hidden.terms = g.columns;
+  of_hidden.a_row = g.row;
+  of_hidden.a_term = 1;
+  of_hidden.b = g.turned;
+  of_hidden.c = dhidden.data;
+
+  Product of_weight = {};
+  of_weight.rows = g.count;
+  of_weight.columns = of_weight.b_term = of_weight.c_row = g.row;
+  of_weight.a_row = 1;
+  of_weight.a_term = hidden.position[2];
+  of_weight.c = partial;
+
+  Product of_bias = of_weight;
+  of_bias.rows = 1;
+  of_bias.a = type == Type::float64 ? static_cast<const void*>(&one) : &one_float;
+  of_bias.a_row = of_bias.a_term = 0;
+  of_bias.c = partial + g.count * g.row * static_cast<Size>(bytes);
+
+  each_run(piece.box, hidden, gradients, bytes, [&](Size count, const char* h, char* gradient) {
+    of_hidden.rows = count;
+    of_hidden.a = gradient;
+    level.multiply(type, of_hidden);
+    of_hidden.c = static_cast<char*>(of_hidden.c) + count * g.padded * static_cast<Size>(bytes);
+    of_weight.terms = of_bias.terms = count;
+    of_weight.a = h;
+    of_weight.b = of_bias.b = gradient;
+    level.multiply(type, of_weight);
+    level.multiply(type, of_bias);
+    of_weight.add = of_bias.add = true;
+  });
+}
+
+void do_generated_piece(void* context, Size index) {
+  Pieces& pieces = *static_cast<Pieces*>(context);
+  Piece piece(pieces, index);
+  if (!piece.take()) return;
+  const Job& job = piece.job;
+  const Generator& g = *piece.prepared.generator;
+  const Dimension& last = job.dimension[2];
+  const bool at_places = job.member == Member::input;
+  const View values = piece.read(job.values, piece.around, last.places);
+  const View hidden = piece.read(g.hidden, piece.kernels, at_places ? last.places : last.results);
+  const View kernels = piece.rows(g.row, piece.kernels);
+  if (job.member == Member::kernel) {
+    const View weights = piece.read(job.weights, piece.box, last.results);
+    const View dhidden = piece.rows(g.padded, piece.box);
+    piece.compute(values, weights, kernels);
+    take_gradients(piece, *pieces.level, hidden, kernels, dhidden,
+                   pieces.partial + index * (g.count + 1) * g.row * piece.prepared.bytes);
+    piece.write(pieces.dhidden, dhidden);
+  } else {
+    const View result = piece.to_write(job.result, piece.box);
+    generate(piece, *pieces.level, hidden, kernels);
+    piece.compute(values, kernels, result);
+    piece.write(job.result, result);
+  }
+}
+
+// Memory on a vector's boundary; null where there is none.
+struct Free {
+  void operator()(char* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+Memory take_memory(Size bytes) {
+  return Memory(static_cast<char*>(std::aligned_alloc(64, round_up(std::max<Size>(bytes, 1), 64))));
+}
+
+// Copies of the generator's weight and bias, for which `memory` has room.
+void copy_weights(Generator& g, const Prepared& p, const Level& level, Size groups,
+                  const void* weight, const void* bias, char* memory) {
+  const Size bytes = static_cast<Size>(p.bytes), padded = g.columns / p.taps;
+  const auto copy = [&](const void* from, Size rows) {
+    Tensor t = {};
+    t.data = const_cast<void*>(from);
+    t.position[2] = p.taps * groups;
+    t.outer = t.inners = groups;
+    t.inner = 1;
+    t.outers = p.taps;
+    t.padded = padded;
+    View view = {};
+    view.data = memory;
+    view.position[2] = g.row;
+    view.outer = padded;
+    view.inner = 1;
+    std::memset(memory, 0, rows * g.row * bytes);
+    level.pack(t, p.job.type, 0, {{0, 0, 0}, {1, 1, rows}}, rows, view);
+    memory += rows * g.row * bytes;
+    return static_cast<const char*>(view.data);
+  };
+  g.weight = copy(weight, g.count);
+  if (bias != nullptr) g.bias = copy(bias, 1);
+  if (p.job.member != Member::kernel) return;
+  g.turned = memory;
+  std::memset(memory, 0, g.columns * g.padded * bytes);
+  for (Size n = 0; n < g.count; ++n)
+    for (Size f = 0; f < g.columns; ++f)
+      std::memcpy(memory + (f * g.padded + n) * bytes, g.weight + (n * g.row + f) * bytes, bytes);
+}
+
+// What it takes to add up the gradients of the weight and the bias.
+struct Sums {
+  const Pieces* pieces;
+  Size groups;
+  void* result;
+};
+
+template <class S>
+void add_up(const Sums& sums, Size sample) {
+  const Prepared& p = *sums.pieces->prepared;
+  const Generator& g = *p.generator;
+  const Size boxes = volume(sums.pieces->count), size = (g.count + 1) * g.row;
+  const Size padded = g.columns / p.taps;
+  const S* const partial = reinterpret_cast<const S*>(sums.pieces->partial) + sample * boxes * size;
+  S* to = static_cast<S*>(sums.result) + sample * (g.count + 1) * p.taps * sums.groups;
+  for (Size row = 0; row <= g.count; ++row)
+    for (Size tap = 0; tap < p.taps; ++tap, to += sums.groups) {
+      const S* from = partial + row * g.row + tap * padded;
+      std::copy(from, from + sums.groups, to);
+      for (Size box = 1; box < boxes; ++box) {
+        from += size;
+        for (Size n = 0; n < sums.groups; ++n) to[n] += from[n];
+      }
+    }
+}
+
+void add_up_sample(void* context, Size sample) {
+  const Sums& sums = *static_cast<const Sums*>(context);
+  if (sums.pieces->prepared->job.type == Type::float64)
+    add_up<double>(sums, sample);
+  else
+    add_up<float>(sums, sample);
 }
 
 }  // namespace
@@ -402,12 +691,66 @@ int involution_run(const std::int64_t* numbers, std::int64_t batch, int threads,
   const Call call(numbers);
   if (batch == 0 || volume(call.input) == 0) return 0;
   const Level& level = involution::level();
-  const Prepared prepared = prepare(call, batch, level, a, b, result);
+  const Places places = call.member == Member::output  ? Places{a, b, result}
+                        : call.member == Member::input ? Places{result, a, b}
+                                                       : Places{a, result, b};
+  const Prepared prepared = prepare(call, batch, level, places, false);
   Pieces pieces;
   pieces.prepared = &prepared;
   pieces.level = &level;
   divide_up(pieces, threads);
   share(batch * volume(pieces.count), threads, do_piece, &pieces);
+  return pieces.failed.load() ? -1 : 0;
+} catch (const std::bad_alloc&) {
+  return -1;
+}
+
+int involution_run_fused(const std::int64_t* numbers, std::int64_t batch, int threads,
+                         const void* a, const void* b, const void* c, const void* d, void* result,
+                         void* second) try {
+  using namespace involution;
+  const Call call(numbers);
+  if (batch == 0 || volume(call.input) == 0) return 0;
+  const Level& level = involution::level();
+  const bool gradient = call.member == Member::kernel, backwards = call.member == Member::input;
+  const Places places = backwards ? Places{result, nullptr, d}
+                                  : Places{a, nullptr, gradient ? d : result};
+  const void *const hidden = backwards ? a : b, *const weight = backwards ? b : c;
+  const void* const bias = gradient ? nullptr : backwards ? c : d;
+
+  Prepared prepared = prepare(call, batch, level, places, true);
+  const Size lanes = level.bytes / static_cast<Size>(prepared.bytes);
+  Generator g = {};
+  g.count = numbers[INVOLUTION_NUMBERS];
+  g.columns = prepared.taps * (gradient ? prepared.job.result : prepared.job.weights).padded;
+  g.row = round_up(g.columns, lanes);
+  g.padded = round_up(g.count, lanes);
+  g.hidden = tensor(hidden, call.output, g.count, false);
+  split(g.hidden, 1, g.count, true);
+  g.hidden.direct = call.type == Type::float64 || call.type == Type::float32;
+  const Memory copies = take_memory(static_cast<Size>(prepared.bytes) *
+                                    ((g.count + 1) * g.row + (gradient ? g.columns * g.padded : 0)));
+  if (copies == nullptr) return -1;
+  copy_weights(g, prepared, level, call.groups, weight, bias, copies.get());
+  prepared.generator = &g;
+
+  Pieces pieces;
+  pieces.prepared = &prepared;
+  pieces.level = &level;
+  divide_up(pieces, threads);
+  const Size count = batch * volume(pieces.count);
+  const Memory partial = take_memory(
+      gradient ? count * (g.count + 1) * g.row * static_cast<Size>(prepared.bytes) : 0);
+  if (partial == nullptr) return -1;
+  pieces.partial = partial.get();
+  pieces.dhidden = g.hidden;
+  pieces.dhidden.data = result;
+  pieces.dhidden.direct = false;
+  share(count, threads, do_generated_piece, &pieces);
+  if (gradient && !pieces.failed.load()) {
+    Sums sums = {&pieces, call.groups, second};
+    share(batch, threads, add_up_sample, &sums);
+  }
   return pieces.failed.load() ? -1 : 0;
 } catch (const std::bad_alloc&) {
   return -1;
