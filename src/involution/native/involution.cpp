@@ -146,6 +146,8 @@ struct Generator {
   Size columns;  // numbers of a kernel, as the kernels of this job lie
   Size row;      // these, and what makes them whole vectors
   Size padded;   // hidden channels, likewise
+  Size parts;    // into which the groups are divided: pieces of their own
+  Size part;     // bytes from one part's copies to the next's
   const char* weight;  // (count, row)
   const char* bias;    // (row)
   const char* turned;  // (columns, padded): the weight's transpose, for the gradients
@@ -255,9 +257,9 @@ constexpr Size PIECES = 4;
 // Bytes of copies for a piece: they should fit into a core's second cache. The larger a piece, the
 // fewer of its neighbours' rows are copied twice.
 constexpr Size COPIES = 1 << 20;
-// Where every piece has a gradient of the generator's weight: small enough that there are some for
-// all threads, large enough that adding these up costs little.
-constexpr Size COPIES_OF_GRADIENT = 1 << 18;
+// Pieces of a sample at most where each has a gradient of the generator's weight, which must be added
+// up: enough for some threads, few enough that these gradients take little memory.
+constexpr Size SUMMED_PIECES = 16;
 
 // The places that a box of results reads.
 Box places(const Job& job, const Box& box) {
@@ -312,15 +314,13 @@ Size packed(const Prepared& p, const Box& box) {
   return count + (gradient ? positions(kernels) * g->padded : 0);
 }
 
-Size copies_of_gradient(const Prepared& p) {
-  const Generator& g = *p.generator;
-  return std::max(COPIES_OF_GRADIENT, 2 * (g.count + 1) * g.row * static_cast<Size>(p.bytes));
-}
-
 struct Pieces {
   const Prepared* prepared;
   const Level* level;
   Size step[3], count[3];
+  Size boxes;   // in all
+  Size stride;  // boxes that a piece does, one after the other
+  Size number() const { return (boxes + stride - 1) / stride; }  // of pieces of a sample
   // Of gradients of a generator: each piece's of the weight and bias, (count + 1, row), and where
   // the hidden channels' go.
   char* partial = nullptr;
@@ -339,6 +339,8 @@ Box box_of(const Pieces& pieces, Size index) {
   return box;
 }
 
+Size parts(const Prepared& p) { return p.generator == nullptr ? 1 : p.generator->parts; }
+
 void divide_up(Pieces& pieces, int threads) {
   const Prepared& p = *pieces.prepared;
   const Job& job = p.job;
@@ -346,23 +348,27 @@ void divide_up(Pieces& pieces, int threads) {
   // Where pieces add up what is one sum, threads and other samples must not change its order.
   const bool added_up = p.generator != nullptr && job.member == Member::kernel;
   const Size wanted = threads > 1 && !added_up ? threads * PIECES : 1;
-  const Size most = added_up ? copies_of_gradient(p) : COPIES;
   const Size work = p.taps * job.values.outers * job.values.inners;
   for (;;) {
     Box box = {};
-    Size number = job.batch;
+    Size number = job.batch * parts(p);
     for (int i = 0; i < 3; ++i) {
       box.high[i] = pieces.step[i];
       number *= (job.dimension[i].results + pieces.step[i] - 1) / pieces.step[i];
     }
     const bool few = number < wanted && positions(box) * work > 2 * SMALLEST_PIECE;
-    const bool large = packed(p, box) * static_cast<Size>(p.bytes) > most;
-    const int i = pieces.step[0] > 1 ? 0 : pieces.step[1] > 1 ? 1 : 2;
+    const bool large = packed(p, box) * static_cast<Size>(p.bytes) > COPIES;
+    int i = pieces.step[0] > 1 ? 0 : pieces.step[1] > 1 ? 1 : 2;
+    // The kernels around a piece are generated more than once: it should have a short border.
+    if (p.generator != nullptr && job.member == Member::input)
+      i = static_cast<int>(std::max_element(pieces.step, pieces.step + 3) - pieces.step);
     if (!(few || large) || pieces.step[i] == 1) break;
     pieces.step[i] = (pieces.step[i] + 1) / 2;
   }
   for (int i = 0; i < 3; ++i)
     pieces.count[i] = (job.dimension[i].results + pieces.step[i] - 1) / pieces.step[i];
+  pieces.boxes = volume(pieces.count);
+  pieces.stride = added_up ? (pieces.boxes + SUMMED_PIECES - 1) / SUMMED_PIECES : 1;
 }
 
 // Memory of a thread's own that lasts from piece to piece, on a vector's boundary.
@@ -415,8 +421,9 @@ class Piece {
       : pieces_(pieces),
         prepared(*pieces.prepared),
         job(prepared.job),
-        sample(index / volume(pieces.count)),
-        box(box_of(pieces, index % volume(pieces.count))),
+        sample(index / pieces.boxes / parts(prepared)),
+        part(index / pieces.boxes % parts(prepared)),
+        box(box_of(pieces, index % pieces.boxes)),
         around(places(job, box)),
         kernels(kernels_of(job, box, around)) {}
 
@@ -435,27 +442,34 @@ class Piece {
     return true;
   }
 
-  View room(const Tensor& t, const Box& part) {
-    return copied(job, t, part, memory_, prepared.bytes);
+  View room(const Tensor& t, const Box& around) {
+    return copied(job, t, around, memory_, prepared.bytes);
   }
 
   // Room for rows of numbers, one for each position of the box.
-  View rows(Size numbers, const Box& part) {
+  View rows(Size numbers, const Box& positions) {
     Tensor t = {};
     t.outers = 1;
     t.padded = numbers;
-    return room(t, part);
+    return room(t, positions);
   }
 
-  View read(const Tensor& t, const Box& part, Size size) {
+  // A tensor's groups of this part.
+  Tensor own(Tensor t) const {
+    const Size bytes = job.type == Type::float64 ? 8 : job.type == Type::float32 ? 4 : 2;
+    t.data = static_cast<char*>(t.data) + part * t.outers * t.outer * bytes;
+    return t;
+  }
+
+  View read(const Tensor& t, const Box& around, Size size) {
     if (t.direct) return in_place(t, sample, prepared.bytes);
-    const View view = room(t, part);
-    pieces_.level->pack(t, job.type, sample, part, size, view);
+    const View view = room(t, around);
+    pieces_.level->pack(t, job.type, sample, around, size, view);
     return view;
   }
 
-  View to_write(const Tensor& t, const Box& part) {
-    return t.direct ? in_place(t, sample, prepared.bytes) : room(t, part);
+  View to_write(const Tensor& t) {
+    return t.direct ? in_place(t, sample, prepared.bytes) : room(t, box);
   }
 
   void compute(const View& values, const View& weights, const View& result) {
@@ -473,7 +487,7 @@ class Piece {
  public:
   const Prepared& prepared;
   const Job& job;
-  const Size sample;
+  const Size sample, part;
   const Box box, around;
   const Box& kernels;
   Size* offsets = nullptr;
@@ -488,7 +502,7 @@ void do_piece(void* context, Size index) {
   const View values = piece.read(job.values, piece.around, last.places);
   const View weights = piece.read(job.weights, piece.kernels,
                                   job.member == Member::input ? last.places : last.results);
-  const View result = piece.to_write(job.result, piece.box);
+  const View result = piece.to_write(job.result);
   piece.compute(values, weights, result);
   piece.write(job.result, result);
 }
@@ -524,8 +538,8 @@ void generate(const Piece& piece, const Level& level, const View& hidden, const 
   product.terms = g.count;
   product.a_row = hidden.position[2];
   product.a_term = 1;
-  product.b = g.weight;
-  product.start = g.bias;
+  product.b = g.weight + piece.part * g.part;
+  product.start = g.bias + piece.part * g.part;
   each_run(piece.kernels, hidden, kernels, piece.prepared.bytes,
            [&](Size count, const char* from, char* to) {
              product.rows = count;
@@ -538,7 +552,7 @@ void generate(const Piece& piece, const Level& level, const View& hidden, const 
 // From the kernels' gradients those of the hidden channels, and this piece's share of the weight's
 // and the bias's.
 void take_gradients(const Piece& piece, const Level& level, const View& hidden,
-                    const View& gradients, const View& dhidden, char* partial) {
+                    const View& gradients, const View& dhidden, char* partial, bool add) {
   const Generator& g = *piece.prepared.generator;
   const Type type = piece.job.type;
   const std::size_t bytes = piece.prepared.bytes;
@@ -559,6 +573,7 @@ void take_gradients(const Piece& piece, const Level& level, const View& hidden,
   of_weight.a_row = 1;
   of_weight.a_term = hidden.position[2];
   of_weight.c = partial;
+  of_weight.add = add;
 
   Product of_bias = of_weight;
   of_bias.rows = 1;
@@ -587,22 +602,36 @@ void do_generated_piece(void* context, Size index) {
   const Job& job = piece.job;
   const Generator& g = *piece.prepared.generator;
   const Dimension& last = job.dimension[2];
-  const bool at_places = job.member == Member::input;
-  const View values = piece.read(job.values, piece.around, last.places);
-  const View hidden = piece.read(g.hidden, piece.kernels, at_places ? last.places : last.results);
+  const View values = piece.read(piece.own(job.values), piece.around, last.places);
+  const View hidden = piece.read(g.hidden, piece.kernels,
+                                 job.member == Member::input ? last.places : last.results);
   const View kernels = piece.rows(g.row, piece.kernels);
-  if (job.member == Member::kernel) {
+  const Tensor own = piece.own(job.result);
+  const View result = piece.to_write(own);
+  generate(piece, *pieces.level, hidden, kernels);
+  piece.compute(values, kernels, result);
+  piece.write(own, result);
+}
+
+void do_gradient_piece(void* context, Size index) {
+  Pieces& pieces = *static_cast<Pieces*>(context);
+  const Size sample = index / pieces.number(), first = index % pieces.number() * pieces.stride;
+  const Prepared& p = *pieces.prepared;
+  const Generator& g = *p.generator;
+  char* const partial = pieces.partial + index * (g.count + 1) * g.row * static_cast<Size>(p.bytes);
+  for (Size n = first; n < std::min(first + pieces.stride, pieces.boxes); ++n) {
+    Piece piece(pieces, sample * pieces.boxes + n);
+    if (!piece.take()) return;
+    const Job& job = piece.job;
+    const Dimension& last = job.dimension[2];
+    const View values = piece.read(job.values, piece.around, last.places);
+    const View hidden = piece.read(g.hidden, piece.box, last.results);
+    const View kernels = piece.rows(g.row, piece.box);
     const View weights = piece.read(job.weights, piece.box, last.results);
     const View dhidden = piece.rows(g.padded, piece.box);
     piece.compute(values, weights, kernels);
-    take_gradients(piece, *pieces.level, hidden, kernels, dhidden,
-                   pieces.partial + index * (g.count + 1) * g.row * piece.prepared.bytes);
+    take_gradients(piece, *pieces.level, hidden, kernels, dhidden, partial, n > first);
     piece.write(pieces.dhidden, dhidden);
-  } else {
-    const View result = piece.to_write(job.result, piece.box);
-    generate(piece, *pieces.level, hidden, kernels);
-    piece.compute(values, kernels, result);
-    piece.write(job.result, result);
   }
 }
 
@@ -620,32 +649,79 @@ Memory take_memory(Size bytes) {
 void copy_weights(Generator& g, const Prepared& p, const Level& level, Size groups,
                   const void* weight, const void* bias, char* memory) {
   const Size bytes = static_cast<Size>(p.bytes), padded = g.columns / p.taps;
-  const auto copy = [&](const void* from, Size rows) {
+  const Size stored = p.job.type == Type::float64 ? 8 : p.job.type == Type::float32 ? 4 : 2;
+  const auto copy = [&](const void* from, Size rows, Size part, char* to) {
     Tensor t = {};
-    t.data = const_cast<void*>(from);
+    t.inners = groups / g.parts;
+    t.data = static_cast<char*>(const_cast<void*>(from)) + part * t.inners * stored;
     t.position[2] = p.taps * groups;
-    t.outer = t.inners = groups;
+    t.outer = groups;
     t.inner = 1;
     t.outers = p.taps;
     t.padded = padded;
     View view = {};
-    view.data = memory;
+    view.data = to;
     view.position[2] = g.row;
     view.outer = padded;
     view.inner = 1;
-    std::memset(memory, 0, rows * g.row * bytes);
+    std::memset(to, 0, rows * g.row * bytes);
     level.pack(t, p.job.type, 0, {{0, 0, 0}, {1, 1, rows}}, rows, view);
-    memory += rows * g.row * bytes;
-    return static_cast<const char*>(view.data);
   };
-  g.weight = copy(weight, g.count);
-  if (bias != nullptr) g.bias = copy(bias, 1);
+  char* const biases = memory + g.count * g.row * bytes;
+  for (Size part = 0; part < g.parts; ++part) {
+    copy(weight, g.count, part, memory + part * g.part);
+    if (bias != nullptr) copy(bias, 1, part, biases + part * g.part);
+  }
+  g.weight = memory;
+  g.bias = biases;
   if (p.job.member != Member::kernel) return;
-  g.turned = memory;
-  std::memset(memory, 0, g.columns * g.padded * bytes);
+  char* const turned = biases + g.row * bytes;
+  g.turned = turned;
+  std::memset(turned, 0, g.columns * g.padded * bytes);
   for (Size n = 0; n < g.count; ++n)
     for (Size f = 0; f < g.columns; ++f)
-      std::memcpy(memory + (f * g.padded + n) * bytes, g.weight + (n * g.row + f) * bytes, bytes);
+      std::memcpy(turned + (f * g.padded + n) * bytes, memory + (n * g.row + f) * bytes, bytes);
+}
+
+// Divides the groups of an input gradient into more parts: of fewer groups a piece holds the kernels
+// at more positions, and relatively fewer of these lie around it.
+void take_part(Prepared& p, Generator& g, Size lanes) {
+  Job& job = p.job;
+  g.parts *= 2;
+  job.values.outers /= 2;
+  job.result.outers /= 2;
+  job.weights.inners = job.weights.padded = job.weights.padded / 2;
+  g.columns /= 2;
+  g.row = round_up(g.columns, lanes);
+}
+
+// Numbers of kernels that are generated in all.
+Size generated(const Pieces& pieces) {
+  const Prepared& p = *pieces.prepared;
+  Size sum = 0;
+  for (Size n = 0; n < pieces.boxes; ++n)
+    sum += positions(places(p.job, box_of(pieces, n)));
+  return sum * p.generator->parts * p.generator->row;
+}
+
+// Divides groups as often as that saves work.
+void divide_groups(Prepared& p, Generator& g, Pieces& pieces, Size lanes, int threads) {
+  divide_up(pieces, threads);
+  Size least = generated(pieces);
+  while (p.job.across == Across::members && p.job.weights.padded % 2 == 0) {
+    const Job job_before = p.job;
+    const Generator generator_before = g;
+    take_part(p, g, lanes);
+    divide_up(pieces, threads);
+    const Size now = generated(pieces);
+    if (now >= least) {
+      p.job = job_before;
+      g = generator_before;
+      divide_up(pieces, threads);
+      return;
+    }
+    least = now;
+  }
 }
 
 // What it takes to add up the gradients of the weight and the bias.
@@ -659,7 +735,7 @@ template <class S>
 void add_up(const Sums& sums, Size sample) {
   const Prepared& p = *sums.pieces->prepared;
   const Generator& g = *p.generator;
-  const Size boxes = volume(sums.pieces->count), size = (g.count + 1) * g.row;
+  const Size boxes = sums.pieces->number(), size = (g.count + 1) * g.row;
   const Size padded = g.columns / p.taps;
   const S* const partial = reinterpret_cast<const S*>(sums.pieces->partial) + sample * boxes * size;
   S* to = static_cast<S*>(sums.result) + sample * (g.count + 1) * p.taps * sums.groups;
@@ -699,7 +775,7 @@ int involution_run(const std::int64_t* numbers, std::int64_t batch, int threads,
   pieces.prepared = &prepared;
   pieces.level = &level;
   divide_up(pieces, threads);
-  share(batch * volume(pieces.count), threads, do_piece, &pieces);
+  share(batch * pieces.boxes, threads, do_piece, &pieces);
   return pieces.failed.load() ? -1 : 0;
 } catch (const std::bad_alloc&) {
   return -1;
@@ -728,29 +804,36 @@ int involution_run_fused(const std::int64_t* numbers, std::int64_t batch, int th
   g.hidden = tensor(hidden, call.output, g.count, false);
   split(g.hidden, 1, g.count, true);
   g.hidden.direct = call.type == Type::float64 || call.type == Type::float32;
-  const Memory copies = take_memory(static_cast<Size>(prepared.bytes) *
-                                    ((g.count + 1) * g.row + (gradient ? g.columns * g.padded : 0)));
-  if (copies == nullptr) return -1;
-  copy_weights(g, prepared, level, call.groups, weight, bias, copies.get());
+  g.parts = 1;
   prepared.generator = &g;
 
   Pieces pieces;
   pieces.prepared = &prepared;
   pieces.level = &level;
-  divide_up(pieces, threads);
-  const Size count = batch * volume(pieces.count);
-  const Memory partial = take_memory(
-      gradient ? count * (g.count + 1) * g.row * static_cast<Size>(prepared.bytes) : 0);
+  if (backwards)
+    divide_groups(prepared, g, pieces, lanes, threads);
+  else
+    divide_up(pieces, threads);
+  g.part = (g.count + 1) * g.row * static_cast<Size>(prepared.bytes);
+  const Memory copies = take_memory(
+      g.parts * g.part + (gradient ? g.columns * g.padded * static_cast<Size>(prepared.bytes) : 0));
+  if (copies == nullptr) return -1;
+  copy_weights(g, prepared, level, call.groups, weight, bias, copies.get());
+  if (!gradient) {
+    share(batch * g.parts * pieces.boxes, threads, do_generated_piece, &pieces);
+    return pieces.failed.load() ? -1 : 0;
+  }
+  const Size count = batch * pieces.number();
+  const Memory partial =
+      take_memory(count * (g.count + 1) * g.row * static_cast<Size>(prepared.bytes));
   if (partial == nullptr) return -1;
   pieces.partial = partial.get();
   pieces.dhidden = g.hidden;
   pieces.dhidden.data = result;
   pieces.dhidden.direct = false;
-  share(count, threads, do_generated_piece, &pieces);
-  if (gradient && !pieces.failed.load()) {
-    Sums sums = {&pieces, call.groups, second};
-    share(batch, threads, add_up_sample, &sums);
-  }
+  share(count, threads, do_gradient_piece, &pieces);
+  Sums sums = {&pieces, call.groups, second};
+  if (!pieces.failed.load()) share(batch, threads, add_up_sample, &sums);
   return pieces.failed.load() ? -1 : 0;
 } catch (const std::bad_alloc&) {
   return -1;
