@@ -10,6 +10,12 @@ MEMBERS = {OUTPUT: 0, INPUT: 1, KERNEL: 2}
 DTYPES = {"float64": 0, "float32": 1, "bfloat16": 2, "float16": 3}
 
 
+# Which arguments of a fused member have a batch.
+BATCHED = {
+    OUTPUT: (True, True, False, False),
+    INPUT: (True, False, False, True),
+    KERNEL: (True, True, False, True),
+}
 # Where the operator's input, or for its gradient the output's, stands in a fused member's arguments,
 # and where the hidden channels do.
 FEATURES = {OUTPUT: 0, INPUT: 3, KERNEL: 0}
