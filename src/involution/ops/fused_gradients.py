@@ -18,6 +18,7 @@ from keras import ops
 
 from involution.ops.gradients import INPUT, KERNEL, OUTPUT
 from involution.ops.native_call import wide_type
+from involution.ops.views import matmul
 
 
 def plain(call, member, g, sizes, *arguments):
@@ -33,17 +34,17 @@ def plain(call, member, g, sizes, *arguments):
     # One row for each position.
     shape = ops.shape(hidden)
     dkernel = ops.reshape(dkernel, (shape[0], -1, g.taps * g.groups))
-    dhidden = ops.reshape(ops.matmul(dkernel, ops.transpose(weight)), shape)
+    dhidden = ops.reshape(matmul(dkernel, ops.transpose(weight)), shape)
     wide = wide_type(x.dtype)
     dkernel, rows = (
         ops.cast(t, wide) for t in (dkernel, ops.reshape(hidden, (shape[0], -1, shape[-1])))
     )
-    dweight = ops.matmul(ops.swapaxes(rows, 1, 2), dkernel)
+    dweight = matmul(ops.swapaxes(rows, 1, 2), dkernel)
     return dhidden, ops.concatenate([dweight, ops.sum(dkernel, axis=1, keepdims=True)], axis=1)
 
 
 def _kernel(g, hidden, weight, bias):
-    kernel = ops.matmul(hidden, weight) + bias
+    kernel = matmul(hidden, weight) + bias
     return ops.reshape(kernel, (*ops.shape(hidden)[:-1], g.taps, g.groups))
 
 
@@ -95,7 +96,7 @@ def _tensorflow(compute, two_steps):
             inside = arguments
             if tf.executing_eagerly():
                 # A tape would record what happens inside, and keep every tensor of it.
-                inside = [tf.stop_gradient(a) for a in arguments]
+                inside = tuple(tf.stop_gradient(a) for a in arguments)
             return compute(member, g, sizes, *inside), gradient
 
         # A variable is read here: in the gradient it may have changed.

@@ -16,8 +16,8 @@ BATCHED = {
     INPUT: (True, False, False, True),
     KERNEL: (True, True, False, True),
 }
-# Where the operator's input, or for its gradient the output's, stands in a fused member's arguments,
-# and where the hidden channels do.
+# Where the operator's input, or for its gradient the output's, stands in a fused member's
+# arguments, and where the hidden channels do.
 FEATURES = {OUTPUT: 0, INPUT: 3, KERNEL: 0}
 HIDDEN = {OUTPUT: 1, INPUT: 0, KERNEL: 1}
 

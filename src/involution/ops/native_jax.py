@@ -54,9 +54,7 @@ def _register() -> str | None:
 
 def _on_one_device(member, g, x_sizes, a, b):
     result = jax.ShapeDtypeStruct(result_shape(member, g, x_sizes, a, b), a.dtype)
-    return jax.ffi.ffi_call(TARGET, result)(
-        a, b, **_attributes(numbers(member, g, x_sizes, a, b))
-    )
+    return jax.ffi.ffi_call(TARGET, result)(a, b, **_attributes(numbers(member, g, x_sizes, a, b)))
 
 
 def _fused_on_one_device(member, g, x_sizes, *arguments):
@@ -100,8 +98,8 @@ def _divided(compute, batched):
         leaves, tree = jax.tree.flatten(results)
         return (
             tuple(over_batch(given, *pair) for pair in zip(arguments, of_arguments, strict=True)),
-            tree.unflatten(
-                over_batch(given, *pair) for pair in zip(leaves, of_results, strict=True)
+            jax.tree.unflatten(
+                tree, [over_batch(given, *pair) for pair in zip(leaves, of_results, strict=True)]
             ),
         )
 
@@ -164,9 +162,7 @@ def _mapped(compute, batched):
                         *(next(own) if m else a for a, m in zip(arguments, mapped, strict=True))
                     )
 
-                results = jax.lax.map(
-                    one, [a for a, m in zip(arguments, mapped, strict=True) if m]
-                )
+                results = jax.lax.map(one, [a for a, m in zip(arguments, mapped, strict=True) if m])
                 return results, jax.tree.map(lambda _: True, results)
             batch = arguments[0].shape[mapped[0]]
             merged = (
@@ -178,13 +174,11 @@ def _mapped(compute, batched):
                 for a, m, b in zip(arguments, mapped, of_arguments, strict=True)
             )
             results, tree = jax.tree.flatten(run(*merged))
-            return (
-                tree.unflatten(
-                    r.reshape(size, batch, *r.shape[1:]) if b else r
-                    for r, b in zip(results, of_results, strict=True)
-                ),
-                tree.unflatten(of_results),
-            )
+            apart = [
+                r.reshape(size, batch, *r.shape[1:]) if b else r
+                for r, b in zip(results, of_results, strict=True)
+            ]
+            return jax.tree.unflatten(tree, apart), jax.tree.unflatten(tree, of_results)
 
         return run(*arguments)
 
