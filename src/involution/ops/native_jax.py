@@ -79,55 +79,56 @@ def _attributes(integers):
     }
 
 
-def _divided(compute, batched):
+class _OverBatch:
     """``compute(member, geometry, sizes, *arguments)`` on a sharded batch, which stays where it is:
     every device computes its own part. Of nothing else can a part be computed alone.
 
     ``batched`` tells of a member which arguments and which results have a batch.
     """
 
-    def over_batch(sharding, tensor, has_batch):
-        first = sharding.spec[0] if has_batch and len(sharding.spec) else None
-        rest = [None] * (tensor.ndim - 1 if has_batch else tensor.ndim)
-        return NamedSharding(sharding.mesh, PartitionSpec(*[first] * has_batch, *rest))
-
-    def shardings(member, arguments, results):
-        # The first argument has a batch in every member.
-        given = arguments[0].sharding
-        of_arguments, of_results = batched(member)
-        leaves, tree = jax.tree.flatten(results)
-        return (
-            tuple(over_batch(given, *pair) for pair in zip(arguments, of_arguments, strict=True)),
-            jax.tree.unflatten(
-                tree, [over_batch(given, *pair) for pair in zip(leaves, of_results, strict=True)]
-            ),
+    def __init__(self, compute, batched):
+        self.compute, self.batched = compute, batched
+        self.call = custom_partitioning(compute, static_argnums=(0, 1, 2))
+        self.call.def_partition(
+            partition=self.partition,
+            infer_sharding_from_operands=self.result_sharding,
+            sharding_rule=self.rule,
         )
 
-    def result_sharding(member, g, x_sizes, mesh, arguments, results):
-        return shardings(member, arguments, results)[1]
+    def _shardings(self, member, arguments, results):
+        # The first argument has a batch in every member.
+        given = arguments[0].sharding
+        leaves, tree = jax.tree.flatten(results)
+        before, after = (
+            [_sharding(given, *pair) for pair in zip(tensors, has_batch, strict=True)]
+            for tensors, has_batch in zip((arguments, leaves), self.batched(member), strict=True)
+        )
+        return tuple(before), jax.tree.unflatten(tree, after)
 
-    def partition(member, g, x_sizes, mesh, arguments, results):
-        before, after = shardings(member, arguments, results)
-        return mesh, functools.partial(compute, member, g, x_sizes), after, before
+    def result_sharding(self, member, g, x_sizes, mesh, arguments, results):
+        return self._shardings(member, arguments, results)[1]
 
-    def rule(member, g, x_sizes, mesh, arguments, results):
+    def partition(self, member, g, x_sizes, mesh, arguments, results):
+        before, after = self._shardings(member, arguments, results)
+        return mesh, functools.partial(self.compute, member, g, x_sizes), after, before
+
+    def rule(self, member, g, x_sizes, mesh, arguments, results):
         names = (f"axis{n}" for n in itertools.count())
         before, after = (
             [
-                ["batch"] * b + list(itertools.islice(names, t.rank - b))
-                for t, b in zip(tensors, has_batch, strict=True)
+                ["batch"] * has + list(itertools.islice(names, tensor.rank - has))
+                for tensor, has in zip(tensors, has_batch, strict=True)
             ]
-            for tensors, has_batch in zip((arguments, results), batched(member), strict=True)
+            for tensors, has_batch in zip((arguments, results), self.batched(member), strict=True)
         )
         text = " -> ".join(", ".join(map(" ".join, side)) for side in (before, after))
         whole = tuple(name for some in (*before, *after) for name in some if name != "batch")
         return text, {"need_replication_factors": whole}
 
-    divided = custom_partitioning(compute, static_argnums=(0, 1, 2))
-    divided.def_partition(
-        partition=partition, infer_sharding_from_operands=result_sharding, sharding_rule=rule
-    )
-    return divided
+
+def _sharding(given, tensor, has_batch):
+    first = given.spec[:1] if has_batch else ()
+    return NamedSharding(given.mesh, PartitionSpec(*first, *[None] * (tensor.ndim - len(first))))
 
 
 def _all_batched(member):
@@ -138,8 +139,8 @@ def _fused_batched(member):
     return BATCHED[member], (True, member == KERNEL)
 
 
-_partitioned = _divided(_on_one_device, _all_batched)
-_fused_partitioned = _divided(_fused_on_one_device, _fused_batched)
+TWO_STEPS = _OverBatch(_on_one_device, _all_batched)
+FUSED = _OverBatch(_fused_on_one_device, _fused_batched)
 
 
 def _mapped(compute, batched):
@@ -185,5 +186,5 @@ def _mapped(compute, batched):
     return call
 
 
-call = differentiable(_mapped(_partitioned, _all_batched))
-call_fused = fused_gradients.differentiable(_mapped(_fused_partitioned, _fused_batched), call)
+call = differentiable(_mapped(TWO_STEPS.call, _all_batched))
+call_fused = fused_gradients.differentiable(_mapped(FUSED.call, _fused_batched), call)
