@@ -350,7 +350,7 @@ def _generate_and_run(x, hidden, weight, bias, implementation, arguments):
     problem = make_generating_problem(x, hidden, weight, bias, **arguments)
     hidden = _sized(hidden, x, problem, problem.hidden)
     module = _choose(problem, implementation)
-    if module is fused:
+    if module is FUSED[1]:
         return module.apply(x, (hidden, weight, bias), problem)
     g = problem.geometry
     last = g.data_format == CHANNELS_LAST
@@ -364,7 +364,7 @@ def _generate_and_run(x, hidden, weight, bias, implementation, arguments):
 def can_fuse(x, hidden, implementation=None, **arguments) -> bool:
     """Whether ``generate_and_apply`` would take ``fused`` with so many hidden channels."""
     problem = dataclasses.replace(make_problem(x, None, **arguments), hidden=hidden)
-    return _choose(problem, implementation) is fused
+    return _choose(problem, implementation) is FUSED[1]
 
 
 def _sized(tensor, x, problem, *channels):
