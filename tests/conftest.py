@@ -40,12 +40,11 @@ def ran(monkeypatch):
 
             return call
 
-        return name, types.SimpleNamespace(
-            refusal=module.refusal,
-            apply=telling(module.apply),
-            products=telling(module.products),
-        )
+        of = {n: getattr(module, n) for n in ("refusal", "reluctance") if hasattr(module, n)}
+        of |= {n: telling(getattr(module, n)) for n in ("apply", "products") if hasattr(module, n)}
+        return name, types.SimpleNamespace(**of)
 
     pairs = tuple(recorded(*pair) for pair in api.IMPLEMENTATIONS)
     monkeypatch.setattr(api, "IMPLEMENTATIONS", pairs)
+    monkeypatch.setattr(api, "FUSED", recorded(*api.FUSED))
     return names

@@ -63,6 +63,66 @@ def expected(call, x, kernel, dy):
     return {OUTPUT: y, INPUT: dx, KERNEL: dkernel}
 
 
+# The arguments of each fused member, from x, hidden, weight, bias and dy.
+FUSED_ARGUMENTS = {
+    OUTPUT: lambda x, hidden, weight, bias, dy: (x, hidden, weight, bias),
+    INPUT: lambda x, hidden, weight, bias, dy: (hidden, weight, bias, dy),
+    KERNEL: lambda x, hidden, weight, bias, dy: (x, hidden, weight, dy),
+}
+
+
+def run_fused(member, call, arguments, threads=1):
+    """The two results of one member of the fused family for an ``oracle.Call``."""
+    g = Geometry(**call.arguments)
+    numbers = native_call.fused_numbers(member, g, call.sizes, arguments)
+    shapes = native_call.fused_shapes(member, g, call.sizes, arguments)
+    dtype = arguments[0].dtype
+    wide = np.dtype(native_call.wide_type(dtype.name))
+    results, edges = zip(
+        *(surrounded(s, d) for s, d in zip(shapes, (dtype, wide), strict=True)), strict=True
+    )
+    inside = []
+    for array in arguments:
+        inside.append(surrounded(array.shape, array.dtype)[0])
+        inside[-1][...] = array
+    addresses = (array.ctypes.data for array in (*inside, *results))
+    native_library.run_fused(numbers, len(arguments[0]), threads, *addresses)
+    for edge in (e for pair in edges for e in pair):
+        assert (edge == NAN).all(), f"written beside the result: {member} of {call}"
+    return results
+
+
+def fused_arrays(call, hidden=5, seed=0):
+    """x, hidden, weight, bias and dy for a call."""
+    x, kernel, dy = call.arrays(seed)
+    random = np.random.default_rng(seed)
+    count = kernel.shape[-2] * kernel.shape[-1]
+    return [
+        x,
+        random.standard_normal((*kernel.shape[:-2], hidden)),
+        random.standard_normal((hidden, count)) / np.sqrt(hidden),
+        random.standard_normal(count),
+        dy,
+    ]
+
+
+def generated(hidden, weight, bias, groups):
+    """The kernels."""
+    kernel = hidden @ weight + bias
+    return kernel.reshape(*kernel.shape[:-1], -1, groups)
+
+
+def expected_fused(call, x, hidden, weight, bias, dy):
+    """The results of all members, by the oracle; the second ones summed over the samples."""
+    kernel = generated(hidden, weight, bias, call.groups)
+    y, _ = call.involution(x, kernel)
+    dx, dkernel = call.gradients(x, kernel, dy)
+    flat = dkernel.reshape(*hidden.shape[:-1], -1)
+    dweight = np.tensordot(hidden, flat, axes=(range(flat.ndim - 1),) * 2)
+    both = np.concatenate([dweight, flat.reshape(-1, flat.shape[-1]).sum(0)[None]])
+    return {OUTPUT: (y, None), INPUT: (dx, None), KERNEL: (flat @ weight.T, both)}
+
+
 def coarse(arrays):
     """Multiples of 1/8 up to 2: exact in every type, and so are their products' sums in float32."""
     return [np.clip(np.round(8 * a), -16, 16) / 8 for a in arrays]

@@ -200,7 +200,7 @@ def test_of_all_axes_the_batch_alone_is_divided(member):
     assert native_jax._register() is None
     of = member, Geometry(**CALL.arguments), CALL.sizes
     types = [types_of.SimpleNamespace(rank=t.ndim) for t in (a, b, c)]
-    rule, told = native_jax._sharding_rule(*of, None, types[:2], types[2:])
+    rule, told = native_jax.TWO_STEPS.rule(*of, None, types[:2], types[2:])
     factors = [part.split() for part in rule.replace("->", ",").split(",")]
     assert [len(some) for some in factors] == [t.ndim for t in (a, b, c)]
     assert {some[0] for some in factors} == {"batch"}
@@ -213,9 +213,9 @@ def test_of_all_axes_the_batch_alone_is_divided(member):
     over_two = jax.sharding.NamedSharding(mesh, spec("devices", None))
     shapes = [jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=over_two) for t in (a, b, c)]
     wanted = [spec("devices", *[None] * (t.ndim - 1)) for t in (a, b, c)]
-    found = native_jax._result_sharding(*of, mesh, shapes[:2], shapes[2])
+    found = native_jax.TWO_STEPS.result_sharding(*of, mesh, shapes[:2], shapes[2])
     assert found.spec == wanted[2]
-    _, part, result, arguments = native_jax._partition(*of, mesh, shapes[:2], shapes[2])
+    _, part, result, arguments = native_jax.TWO_STEPS.partition(*of, mesh, shapes[:2], shapes[2])
     assert [s.spec for s in (*arguments, result)] == wanted
     np.testing.assert_allclose(part(*map(jnp.array, (a, b))), c, rtol=0, atol=1e-12)
 

@@ -200,7 +200,7 @@ def test_f15_without_what_tensorflow_does_not_publish_its_error_names_the_operat
         tf.function(operation(CALL, "native"), jit_compile=True)(x, kernel)
 
 
-@pytest.mark.parametrize(("jit_compile", "name"), [(False, "native"), (True, "taps")])
+@pytest.mark.parametrize(("jit_compile", "name"), [(False, "fused"), (True, "taps")])
 def test_f29_a_model_is_trained_by_what_its_compilation_allows(jit_compile, name, ran):
     model = keras.Sequential([keras.Input((6, 6, 8)), involution.Involution2D(3, groups=2)])
     ran.clear()
@@ -290,12 +290,12 @@ def reason_with(monkeypatch, file):
             file if name == "libinvolution_tensorflow.so" else find(name)
         ),
     )
-    native_tensorflow._operation.cache_clear()
+    native_tensorflow._operations.cache_clear()
     x, kernel = (keras.KerasTensor(a.shape) for a in CALL.arrays()[:2])
     try:
         return dict(involution.ops.implementations(x, kernel, **CALL.arguments))["native"]
     finally:
-        native_tensorflow._operation.cache_clear()
+        native_tensorflow._operations.cache_clear()
 
 
 def test_a_core_built_without_its_binding_is_refused(monkeypatch):

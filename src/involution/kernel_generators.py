@@ -162,7 +162,12 @@ class Linear(KernelGenerator):
         self.expand = self._convolution("expand", self._kernel_channels, channels)
 
     def _generate(self, features):
-        return self.expand(average_pool(features, self.strides))
+        return self.expand(self.hidden(features))
+
+    def hidden(self, features):
+        """What the last convolution, ``expand``, turns into kernels: (B, *out_spatial, hidden
+        channels), from features (B, *spatial, C)."""
+        return average_pool(features, self.strides)
 
     def _convolution(self, name, filters, channels, use_bias=True, kernel_size=1):
         """A convolution with the channels last, which every backend has on every device."""
@@ -241,9 +246,9 @@ class Bottleneck(Linear):
         self.normalization.build((None,) * (len(self.kernel_size) + 1) + (hidden,))
         self.expand = self._convolution("expand", self._kernel_channels, hidden)
 
-    def _generate(self, features):
+    def hidden(self, features):
         pooled = average_pool(features, self.strides)
-        return self.expand(ops.relu(self.normalization(self.reduce(pooled))))
+        return ops.relu(self.normalization(self.reduce(pooled)))
 
     def get_config(self):
         return {**super().get_config(), "reduction_ratio": self.reduction_ratio}
@@ -448,6 +453,19 @@ class Static(KernelGenerator):
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
         }
+
+
+def expansion(generator):
+    """The weight (hidden channels, taps * groups) and bias by which a generator makes kernels of
+    what its ``hidden`` gives, as a caller may do in its place; or None where its kernels are made
+    in another way."""
+    kind = type(generator)
+    if not isinstance(generator, Linear):
+        return None
+    if kind._generate is not Linear._generate or kind.call is not KernelGenerator.call:
+        return None
+    kernel = generator.expand.kernel
+    return kernel[(0,) * (len(kernel.shape) - 2)], generator.expand.bias
 
 
 def average_pool(x, strides, centred=False):

@@ -10,6 +10,8 @@ from keras import ops
 
 from involution import kernel_generators
 from involution.ops.api import (
+    can_fuse,
+    generate_and_apply,
     implementation_names,
     integers,
     involution,
@@ -393,24 +395,41 @@ class InvolutionND(keras.layers.Layer):
 
     def call(self, inputs):
         self._output_sizes(inputs.shape)
+        arguments = {
+            "kernel_size": self.kernel_size,
+            "strides": self.strides,
+            "padding": self.padding,
+            "dilation_rate": self.dilation_rate,
+            "groups": self.groups,
+            "group_layout": self.group_layout,
+            "data_format": self.data_format,
+            "implementation": self.implementation,
+        }
+        expansion = self._expansion(inputs, arguments)
+        if expansion is not None:
+            hidden = self.kernel_generator.hidden(self._features(inputs))
+            output = generate_and_apply(inputs, hidden, *expansion, **arguments)
+            return output if self.filters is None else self._project(output)
         kernel = self.generate_kernel(inputs)
-        output = involution(
-            inputs,
-            kernel,
-            self.kernel_size,
-            strides=self.strides,
-            padding=self.padding,
-            dilation_rate=self.dilation_rate,
-            groups=self.groups,
-            group_layout=self.group_layout,
-            data_format=self.data_format,
-            implementation=self.implementation,
-        )
+        output = involution(inputs, kernel, **arguments)
         if self.filters is not None:
             output = self._project(output)
         if _record.calls is not None:
             _record.calls.append(Call(self, self._geometry(), inputs, kernel, output))
         return (output, kernel) if self.return_kernel else output
+
+    def _expansion(self, inputs, arguments):
+        """The weight and bias that make kernels of the generator's hidden channels, if these shall
+        be generated where they are used: nobody else sees them then. None where they shall not."""
+        seen = self.return_kernel or self.kernel_softmax or self.kernel_dropout is not None
+        if seen or _record.calls is not None:
+            return None
+        expansion = kernel_generators.expansion(self.kernel_generator)
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        if expansion is None or self.kernel_generator.compute_dtype != dtype:
+            return None
+        weight, bias = (ops.cast(t, dtype) for t in expansion)
+        return (weight, bias) if can_fuse(inputs, weight.shape[0], **arguments) else None
 
     def _project(self, output):
         if self.data_format == CHANNELS_LAST:

@@ -5,7 +5,8 @@ convolutions of this kind take twice as long that way. Elsewhere it makes no dif
 """
 
 import keras
-from keras import ops
+
+from involution.ops.views import matmul
 
 
 class _Pointwise(keras.layers.Layer):
@@ -17,7 +18,7 @@ class _Pointwise(keras.layers.Layer):
     def convolution_op(self, inputs, kernel):
         if any(s > 1 for s in self.strides):
             inputs = inputs[(slice(None), *(slice(None, None, s) for s in self.strides))]
-        return ops.matmul(inputs, kernel[(0,) * self.rank])
+        return matmul(inputs, kernel[(0,) * self.rank])
 
 
 @keras.saving.register_keras_serializable(package="involution")

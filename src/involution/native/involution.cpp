@@ -4,6 +4,8 @@
 #include <array>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -114,11 +116,13 @@ void split(Tensor& t, Size outers, Size inners, bool inner_is_fast) {
 }
 
 // Vectors run across what there is enough of, and what lies together in memory if possible.
-Across choose_across(const Call& c) {
+Across choose_across(const Call& c, bool generated) {
   const Size members = c.channels / c.groups, groups = c.groups;
   // Rows are copied with zeros around them; these must not outgrow the row.
   const bool plain_rows = c.strides[2] == 1 && std::min(c.input[2], c.output[2]) >= 4 &&
                           (c.kernel_size[2] - 1) * c.dilation_rate[2] <= c.input[2] + 64;
+  // A position's kernel is generated as one row.
+  if (generated) return members < 4 && groups > members ? Across::groups : Across::members;
   if (c.channels_first && plain_rows) return Across::positions;
   if (c.channels_first) return members < 4 && groups > members ? Across::groups : Across::members;
   if (c.interleaved && groups % 4 == 0) return Across::groups;
@@ -134,15 +138,35 @@ Size choose_lanes(Size count, Size most) {
   return lanes;
 }
 
+// What kernels are generated from. The copies are in the type that sums are made in, of rows that
+// are whole vectors.
+struct Generator {
+  Tensor hidden;
+  Size count;    // of hidden channels
+  Size columns;  // numbers of a kernel, as the kernels of this job lie
+  Size row;      // these, and what makes them whole vectors
+  Size padded;   // hidden channels, likewise
+  Size parts;    // into which the groups are divided: pieces of their own
+  Size part;     // bytes from one part's copies to the next's
+  const char* weight;  // (count, row)
+  const char* bias;    // (row)
+  const char* turned;  // (columns, padded): the weight's transpose, for the gradients
+};
+
 struct Prepared {
   Job job;
   std::array<std::vector<Reach>, 3> reach;
   std::size_t bytes;  // of a number in a sum
   Size taps;
+  const Generator* generator = nullptr;  // null: kernels are given
 };
 
-Prepared prepare(const Call& c, Size batch, const Level& level, const void* a, const void* b,
-                 void* result) {
+// Where the three tensors of a member are: x, the kernel and y, or their gradients.
+struct Places {
+  const void *x, *kernel, *y;
+};
+
+Prepared prepare(const Call& c, Size batch, const Level& level, const Places& at, bool generated) {
   Prepared p;
   Job& job = p.job;
   job.member = c.member;
@@ -153,7 +177,7 @@ Prepared prepare(const Call& c, Size batch, const Level& level, const void* a, c
 
   const bool first = c.channels_first, backwards = job.member == Member::input;
   const Size members = c.channels / c.groups;
-  job.across = choose_across(c);
+  job.across = choose_across(c, generated);
   // The last tap of a row comes first where places go backwards.
   job.first_place = backwards ? c.pads[2] : -c.pads[2];
 
@@ -193,13 +217,13 @@ Prepared prepare(const Call& c, Size batch, const Level& level, const void* a, c
   };
   switch (job.member) {
     case Member::output:
-      job.values = place(x, a), job.weights = place(kernel, b), job.result = place(y, result);
+      job.values = place(x, at.x), job.weights = place(kernel, at.kernel), job.result = place(y, at.y);
       break;
     case Member::input:
-      job.weights = place(kernel, a), job.values = place(y, b), job.result = place(x, result);
+      job.values = place(y, at.y), job.weights = place(kernel, at.kernel), job.result = place(x, at.x);
       break;
     case Member::kernel:
-      job.values = place(x, a), job.weights = place(y, b), job.result = place(kernel, result);
+      job.values = place(x, at.x), job.weights = place(y, at.y), job.result = place(kernel, at.kernel);
       break;
   }
 
@@ -233,6 +257,9 @@ constexpr Size PIECES = 4;
 // Bytes of copies for a piece: they should fit into a core's second cache. The larger a piece, the
 // fewer of its neighbours' rows are copied twice.
 constexpr Size COPIES = 1 << 20;
+// Pieces of a sample at most where each has a gradient of the generator's weight, which must be added
+// up: enough for some threads, few enough that these gradients take little memory.
+constexpr Size SUMMED_PIECES = 16;
 
 // The places that a box of results reads.
 Box places(const Job& job, const Box& box) {
@@ -268,16 +295,36 @@ Size packed(const Tensor& t, const Box& box) {
   return t.direct ? 0 : positions(box) * t.outers * t.padded;
 }
 
-Size packed(const Job& job, const Box& box) {
+// The positions whose kernels a box of results needs, or makes.
+const Box& kernels_of(const Job& job, const Box& box, const Box& around) {
+  return job.member == Member::input ? around : box;
+}
+
+// Numbers in the copies that a box takes.
+Size packed(const Prepared& p, const Box& box) {
+  const Job& job = p.job;
   const Box around = places(job, box);
-  return packed(job.values, around) +
-         packed(job.weights, job.member == Member::input ? around : box) + packed(job.result, box);
+  const Box& kernels = kernels_of(job, box, around);
+  const Generator* const g = p.generator;
+  const bool gradient = job.member == Member::kernel;
+  Size count = packed(job.values, around);
+  count += gradient ? packed(job.weights, box) : packed(job.result, box);
+  if (g == nullptr) return count + packed(gradient ? job.result : job.weights, kernels);
+  count += packed(g->hidden, kernels) + positions(kernels) * g->row;
+  return count + (gradient ? positions(kernels) * g->padded : 0);
 }
 
 struct Pieces {
   const Prepared* prepared;
   const Level* level;
   Size step[3], count[3];
+  Size boxes;   // in all
+  Size stride;  // boxes that a piece does, one after the other
+  Size number() const { return (boxes + stride - 1) / stride; }  // of pieces of a sample
+  // Of gradients of a generator: each piece's of the weight and bias, (count + 1, row), and where
+  // the hidden channels' go.
+  char* partial = nullptr;
+  Tensor dhidden = {};
   std::atomic<bool> failed{false};
 };
 
@@ -292,27 +339,36 @@ Box box_of(const Pieces& pieces, Size index) {
   return box;
 }
 
+Size parts(const Prepared& p) { return p.generator == nullptr ? 1 : p.generator->parts; }
+
 void divide_up(Pieces& pieces, int threads) {
   const Prepared& p = *pieces.prepared;
   const Job& job = p.job;
   for (int i = 0; i < 3; ++i) pieces.step[i] = job.dimension[i].results;
-  const Size wanted = threads > 1 ? threads * PIECES : 1;
+  // Where pieces add up what is one sum, threads and other samples must not change its order.
+  const bool added_up = p.generator != nullptr && job.member == Member::kernel;
+  const Size wanted = threads > 1 && !added_up ? threads * PIECES : 1;
   const Size work = p.taps * job.values.outers * job.values.inners;
   for (;;) {
     Box box = {};
-    Size number = job.batch;
+    Size number = job.batch * parts(p);
     for (int i = 0; i < 3; ++i) {
       box.high[i] = pieces.step[i];
       number *= (job.dimension[i].results + pieces.step[i] - 1) / pieces.step[i];
     }
     const bool few = number < wanted && positions(box) * work > 2 * SMALLEST_PIECE;
-    const bool large = packed(job, box) * static_cast<Size>(p.bytes) > COPIES;
-    const int i = pieces.step[0] > 1 ? 0 : pieces.step[1] > 1 ? 1 : 2;
+    const bool large = packed(p, box) * static_cast<Size>(p.bytes) > COPIES;
+    int i = pieces.step[0] > 1 ? 0 : pieces.step[1] > 1 ? 1 : 2;
+    // The kernels around a piece are generated more than once: it should have a short border.
+    if (p.generator != nullptr && job.member == Member::input)
+      i = static_cast<int>(std::max_element(pieces.step, pieces.step + 3) - pieces.step);
     if (!(few || large) || pieces.step[i] == 1) break;
     pieces.step[i] = (pieces.step[i] + 1) / 2;
   }
   for (int i = 0; i < 3; ++i)
     pieces.count[i] = (job.dimension[i].results + pieces.step[i] - 1) / pieces.step[i];
+  pieces.boxes = volume(pieces.count);
+  pieces.stride = added_up ? (pieces.boxes + SUMMED_PIECES - 1) / SUMMED_PIECES : 1;
 }
 
 // Memory of a thread's own that lasts from piece to piece, on a vector's boundary.
@@ -358,39 +414,348 @@ View copied(const Job& job, const Tensor& t, const Box& box, char*& memory, std:
   return view;
 }
 
-void do_piece(void* context, Size index) {
-  thread_local Scratch scratch;
-  Pieces& pieces = *static_cast<Pieces*>(context);
-  const Prepared& p = *pieces.prepared;
-  const Job& job = p.job;
-  const Size boxes = volume(pieces.count);
-  const Size sample = index / boxes;
-  const Box box = box_of(pieces, index % boxes), around = places(job, box);
-  const Box& weighted = job.member == Member::input ? around : box;
-  const std::size_t offsets = job.member == Member::kernel ? p.taps : 0;
-  const std::size_t size = packed(job, box) * p.bytes + offsets * sizeof(Size) + 4 * 64;
-  char* memory = scratch.take(size);
-  if (memory == nullptr) {
-    pieces.failed.store(true);
-    return;
-  }
-  Size* const offset_memory = reinterpret_cast<Size*>(memory);
-  memory += round_up(offsets * sizeof(Size), 64);
+// One piece: which it is, and its copies.
+class Piece {
+ public:
+  Piece(Pieces& pieces, Size index)
+      : pieces_(pieces),
+        prepared(*pieces.prepared),
+        job(prepared.job),
+        sample(index / pieces.boxes / parts(prepared)),
+        part(index / pieces.boxes % parts(prepared)),
+        box(box_of(pieces, index % pieces.boxes)),
+        around(places(job, box)),
+        kernels(kernels_of(job, box, around)) {}
 
-  const auto read = [&](const Tensor& t, const Box& part, Size size) {
-    if (t.direct) return in_place(t, sample, p.bytes);
-    const View view = copied(job, t, part, memory, p.bytes);
-    pieces.level->pack(t, job.type, sample, part, size, view);
+  // False where there is no memory.
+  bool take() {
+    thread_local Scratch scratch;
+    const std::size_t offset_bytes =
+        job.member == Member::kernel ? round_up(prepared.taps * sizeof(Size), 64) : 0;
+    memory_ = scratch.take(packed(prepared, box) * prepared.bytes + offset_bytes + 6 * 64);
+    if (memory_ == nullptr) {
+      pieces_.failed.store(true);
+      return false;
+    }
+    offsets = reinterpret_cast<Size*>(memory_);
+    memory_ += offset_bytes;
+    return true;
+  }
+
+  View room(const Tensor& t, const Box& around) {
+    return copied(job, t, around, memory_, prepared.bytes);
+  }
+
+  // Room for rows of numbers, one for each position of the box.
+  View rows(Size numbers, const Box& positions) {
+    Tensor t = {};
+    t.outers = 1;
+    t.padded = numbers;
+    return room(t, positions);
+  }
+
+  // A tensor's groups of this part.
+  Tensor own(Tensor t) const {
+    const Size bytes = job.type == Type::float64 ? 8 : job.type == Type::float32 ? 4 : 2;
+    t.data = static_cast<char*>(t.data) + part * t.outers * t.outer * bytes;
+    return t;
+  }
+
+  View read(const Tensor& t, const Box& around, Size size) {
+    if (t.direct) return in_place(t, sample, prepared.bytes);
+    const View view = room(t, around);
+    pieces_.level->pack(t, job.type, sample, around, size, view);
     return view;
-  };
+  }
+
+  View to_write(const Tensor& t) {
+    return t.direct ? in_place(t, sample, prepared.bytes) : room(t, box);
+  }
+
+  void compute(const View& values, const View& weights, const View& result) {
+    pieces_.level->compute(job, box, values, weights, result, offsets);
+  }
+
+  void write(const Tensor& t, const View& view) {
+    if (!t.direct) pieces_.level->unpack(t, job.type, sample, box, view);
+  }
+
+ private:
+  Pieces& pieces_;
+  char* memory_ = nullptr;
+
+ public:
+  const Prepared& prepared;
+  const Job& job;
+  const Size sample, part;
+  const Box box, around;
+  const Box& kernels;
+  Size* offsets = nullptr;
+};
+
+void do_piece(void* context, Size index) {
+  Pieces& pieces = *static_cast<Pieces*>(context);
+  Piece piece(pieces, index);
+  if (!piece.take()) return;
+  const Job& job = piece.job;
   const Dimension& last = job.dimension[2];
-  const bool at_place = job.member == Member::input;
-  const View values = read(job.values, around, last.places);
-  const View weights = read(job.weights, weighted, at_place ? last.places : last.results);
-  const View result = job.result.direct ? in_place(job.result, sample, p.bytes)
-                                        : copied(job, job.result, box, memory, p.bytes);
-  pieces.level->compute(job, box, values, weights, result, offset_memory);
-  if (!job.result.direct) pieces.level->unpack(job.result, job.type, sample, box, result);
+  const View values = piece.read(job.values, piece.around, last.places);
+  const View weights = piece.read(job.weights, piece.kernels,
+                                  job.member == Member::input ? last.places : last.results);
+  const View result = piece.to_write(job.result);
+  piece.compute(values, weights, result);
+  piece.write(job.result, result);
+}
+
+// --- Kernels that are generated --------------------------------------------------------------------
+
+// Calls visit(positions, in a, in b) for positions of the box that follow each other in both views.
+template <class Visit>
+void each_run(const Box& box, const View& a, const View& b, std::size_t bytes, Visit visit) {
+  Size size[3];
+  for (int i = 0; i < 3; ++i) size[i] = box.high[i] - box.low[i];
+  const auto joined = [&](int i) {
+    return a.position[i] == size[i + 1] * a.position[i + 1] &&
+           b.position[i] == size[i + 1] * b.position[i + 1];
+  };
+  const int levels = !joined(1) ? 2 : !joined(0) ? 1 : 0;
+  const auto at = [&](const View& view, Size i, Size j) {
+    return static_cast<char*>(view.data) +
+           static_cast<Size>(bytes) * ((i - view.origin[0]) * view.position[0] +
+                                       (j - view.origin[1]) * view.position[1] +
+                                       (box.low[2] - view.origin[2]) * view.position[2]);
+  };
+  const Size count = size[2] * (levels < 2 ? size[1] : 1) * (levels < 1 ? size[0] : 1);
+  for (Size i = box.low[0]; i < (levels < 1 ? box.low[0] + 1 : box.high[0]); ++i)
+    for (Size j = box.low[1]; j < (levels < 2 ? box.low[1] + 1 : box.high[1]); ++j)
+      visit(count, at(a, i, j), at(b, i, j));
+}
+
+void generate(const Piece& piece, const Level& level, const View& hidden, const View& kernels) {
+  const Generator& g = *piece.prepared.generator;
+  Product product = {};
+  product.columns = product.b_term = product.c_row = g.row;
+  product.terms = g.count;
+  product.a_row = hidden.position[2];
+  product.a_term = 1;
+  product.b = g.weight + piece.part * g.part;
+  product.start = g.bias + piece.part * g.part;
+  each_run(piece.kernels, hidden, kernels, piece.prepared.bytes,
+           [&](Size count, const char* from, char* to) {
+             product.rows = count;
+             product.a = from;
+             product.c = to;
+             level.multiply(piece.job.type, product);
+           });
+}
+
+// From the kernels' gradients those of the hidden channels, and this piece's share of the weight's
+// and the bias's.
+void take_gradients(const Piece& piece, const Level& level, const View& hidden,
+                    const View& gradients, const View& dhidden, char* partial, bool add) {
+  const Generator& g = *piece.prepared.generator;
+  const Type type = piece.job.type;
+  const std::size_t bytes = piece.prepared.bytes;
+  const double one = 1;
+  const float one_float = 1;
+
+  Product of_hidden = {};
+  of_hidden.columns = of_hidden.b_term = of_hidden.c_row = g.padded;
+  of_hidden.terms = g.columns;
+  of_hidden.a_row = g.row;
+  of_hidden.a_term = 1;
+  of_hidden.b = g.turned;
+  of_hidden.c = dhidden.data;
+
+  Product of_weight = {};
+  of_weight.rows = g.count;
+  of_weight.columns = of_weight.b_term = of_weight.c_row = g.row;
+  of_weight.a_row = 1;
+  of_weight.a_term = hidden.position[2];
+  of_weight.c = partial;
+  of_weight.add = add;
+
+  Product of_bias = of_weight;
+  of_bias.rows = 1;
+  of_bias.a = type == Type::float64 ? static_cast<const void*>(&one) : &one_float;
+  of_bias.a_row = of_bias.a_term = 0;
+  of_bias.c = partial + g.count * g.row * static_cast<Size>(bytes);
+
+  each_run(piece.box, hidden, gradients, bytes, [&](Size count, const char* h, char* gradient) {
+    of_hidden.rows = count;
+    of_hidden.a = gradient;
+    level.multiply(type, of_hidden);
+    of_hidden.c = static_cast<char*>(of_hidden.c) + count * g.padded * static_cast<Size>(bytes);
+    of_weight.terms = of_bias.terms = count;
+    of_weight.a = h;
+    of_weight.b = of_bias.b = gradient;
+    level.multiply(type, of_weight);
+    level.multiply(type, of_bias);
+    of_weight.add = of_bias.add = true;
+  });
+}
+
+void do_generated_piece(void* context, Size index) {
+  Pieces& pieces = *static_cast<Pieces*>(context);
+  Piece piece(pieces, index);
+  if (!piece.take()) return;
+  const Job& job = piece.job;
+  const Generator& g = *piece.prepared.generator;
+  const Dimension& last = job.dimension[2];
+  const View values = piece.read(piece.own(job.values), piece.around, last.places);
+  const View hidden = piece.read(g.hidden, piece.kernels,
+                                 job.member == Member::input ? last.places : last.results);
+  const View kernels = piece.rows(g.row, piece.kernels);
+  const Tensor own = piece.own(job.result);
+  const View result = piece.to_write(own);
+  generate(piece, *pieces.level, hidden, kernels);
+  piece.compute(values, kernels, result);
+  piece.write(own, result);
+}
+
+void do_gradient_piece(void* context, Size index) {
+  Pieces& pieces = *static_cast<Pieces*>(context);
+  const Size sample = index / pieces.number(), first = index % pieces.number() * pieces.stride;
+  const Prepared& p = *pieces.prepared;
+  const Generator& g = *p.generator;
+  char* const partial = pieces.partial + index * (g.count + 1) * g.row * static_cast<Size>(p.bytes);
+  for (Size n = first; n < std::min(first + pieces.stride, pieces.boxes); ++n) {
+    Piece piece(pieces, sample * pieces.boxes + n);
+    if (!piece.take()) return;
+    const Job& job = piece.job;
+    const Dimension& last = job.dimension[2];
+    const View values = piece.read(job.values, piece.around, last.places);
+    const View hidden = piece.read(g.hidden, piece.box, last.results);
+    const View kernels = piece.rows(g.row, piece.box);
+    const View weights = piece.read(job.weights, piece.box, last.results);
+    const View dhidden = piece.rows(g.padded, piece.box);
+    piece.compute(values, weights, kernels);
+    take_gradients(piece, *pieces.level, hidden, kernels, dhidden, partial, n > first);
+    piece.write(pieces.dhidden, dhidden);
+  }
+}
+
+// Memory on a vector's boundary; null where there is none.
+struct Free {
+  void operator()(char* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+Memory take_memory(Size bytes) {
+  return Memory(static_cast<char*>(std::aligned_alloc(64, round_up(std::max<Size>(bytes, 1), 64))));
+}
+
+// Copies of the generator's weight and bias, for which `memory` has room.
+void copy_weights(Generator& g, const Prepared& p, const Level& level, Size groups,
+                  const void* weight, const void* bias, char* memory) {
+  const Size bytes = static_cast<Size>(p.bytes), padded = g.columns / p.taps;
+  const Size stored = p.job.type == Type::float64 ? 8 : p.job.type == Type::float32 ? 4 : 2;
+  const auto copy = [&](const void* from, Size rows, Size part, char* to) {
+    Tensor t = {};
+    t.inners = groups / g.parts;
+    t.data = static_cast<char*>(const_cast<void*>(from)) + part * t.inners * stored;
+    t.position[2] = p.taps * groups;
+    t.outer = groups;
+    t.inner = 1;
+    t.outers = p.taps;
+    t.padded = padded;
+    View view = {};
+    view.data = to;
+    view.position[2] = g.row;
+    view.outer = padded;
+    view.inner = 1;
+    std::memset(to, 0, rows * g.row * bytes);
+    level.pack(t, p.job.type, 0, {{0, 0, 0}, {1, 1, rows}}, rows, view);
+  };
+  char* const biases = memory + g.count * g.row * bytes;
+  for (Size part = 0; part < g.parts; ++part) {
+    copy(weight, g.count, part, memory + part * g.part);
+    if (bias != nullptr) copy(bias, 1, part, biases + part * g.part);
+  }
+  g.weight = memory;
+  g.bias = biases;
+  if (p.job.member != Member::kernel) return;
+  char* const turned = biases + g.row * bytes;
+  g.turned = turned;
+  std::memset(turned, 0, g.columns * g.padded * bytes);
+  for (Size n = 0; n < g.count; ++n)
+    for (Size f = 0; f < g.columns; ++f)
+      std::memcpy(turned + (f * g.padded + n) * bytes, memory + (n * g.row + f) * bytes, bytes);
+}
+
+// Divides the groups of an input gradient into more parts: of fewer groups a piece holds the kernels
+// at more positions, and relatively fewer of these lie around it.
+void take_part(Prepared& p, Generator& g, Size lanes) {
+  Job& job = p.job;
+  g.parts *= 2;
+  job.values.outers /= 2;
+  job.result.outers /= 2;
+  job.weights.inners = job.weights.padded = job.weights.padded / 2;
+  g.columns /= 2;
+  g.row = round_up(g.columns, lanes);
+}
+
+// Numbers of kernels that are generated in all.
+Size generated(const Pieces& pieces) {
+  const Prepared& p = *pieces.prepared;
+  Size sum = 0;
+  for (Size n = 0; n < pieces.boxes; ++n)
+    sum += positions(places(p.job, box_of(pieces, n)));
+  return sum * p.generator->parts * p.generator->row;
+}
+
+// Divides groups as often as that saves work.
+void divide_groups(Prepared& p, Generator& g, Pieces& pieces, Size lanes, int threads) {
+  divide_up(pieces, threads);
+  Size least = generated(pieces);
+  while (p.job.across == Across::members && p.job.weights.padded % 2 == 0) {
+    const Job job_before = p.job;
+    const Generator generator_before = g;
+    take_part(p, g, lanes);
+    divide_up(pieces, threads);
+    const Size now = generated(pieces);
+    if (now >= least) {
+      p.job = job_before;
+      g = generator_before;
+      divide_up(pieces, threads);
+      return;
+    }
+    least = now;
+  }
+}
+
+// What it takes to add up the gradients of the weight and the bias.
+struct Sums {
+  const Pieces* pieces;
+  Size groups;
+  void* result;
+};
+
+template <class S>
+void add_up(const Sums& sums, Size sample) {
+  const Prepared& p = *sums.pieces->prepared;
+  const Generator& g = *p.generator;
+  const Size boxes = sums.pieces->number(), size = (g.count + 1) * g.row;
+  const Size padded = g.columns / p.taps;
+  const S* const partial = reinterpret_cast<const S*>(sums.pieces->partial) + sample * boxes * size;
+  S* to = static_cast<S*>(sums.result) + sample * (g.count + 1) * p.taps * sums.groups;
+  for (Size row = 0; row <= g.count; ++row)
+    for (Size tap = 0; tap < p.taps; ++tap, to += sums.groups) {
+      const S* from = partial + row * g.row + tap * padded;
+      std::copy(from, from + sums.groups, to);
+      for (Size box = 1; box < boxes; ++box) {
+        from += size;
+        for (Size n = 0; n < sums.groups; ++n) to[n] += from[n];
+      }
+    }
+}
+
+void add_up_sample(void* context, Size sample) {
+  const Sums& sums = *static_cast<const Sums*>(context);
+  if (sums.pieces->prepared->job.type == Type::float64)
+    add_up<double>(sums, sample);
+  else
+    add_up<float>(sums, sample);
 }
 
 }  // namespace
@@ -402,12 +767,73 @@ int involution_run(const std::int64_t* numbers, std::int64_t batch, int threads,
   const Call call(numbers);
   if (batch == 0 || volume(call.input) == 0) return 0;
   const Level& level = involution::level();
-  const Prepared prepared = prepare(call, batch, level, a, b, result);
+  const Places places = call.member == Member::output  ? Places{a, b, result}
+                        : call.member == Member::input ? Places{result, a, b}
+                                                       : Places{a, result, b};
+  const Prepared prepared = prepare(call, batch, level, places, false);
   Pieces pieces;
   pieces.prepared = &prepared;
   pieces.level = &level;
   divide_up(pieces, threads);
-  share(batch * volume(pieces.count), threads, do_piece, &pieces);
+  share(batch * pieces.boxes, threads, do_piece, &pieces);
+  return pieces.failed.load() ? -1 : 0;
+} catch (const std::bad_alloc&) {
+  return -1;
+}
+
+int involution_run_fused(const std::int64_t* numbers, std::int64_t batch, int threads,
+                         const void* a, const void* b, const void* c, const void* d, void* result,
+                         void* second) try {
+  using namespace involution;
+  const Call call(numbers);
+  if (batch == 0 || volume(call.input) == 0) return 0;
+  const Level& level = involution::level();
+  const bool gradient = call.member == Member::kernel, backwards = call.member == Member::input;
+  const Places places = backwards ? Places{result, nullptr, d}
+                                  : Places{a, nullptr, gradient ? d : result};
+  const void *const hidden = backwards ? a : b, *const weight = backwards ? b : c;
+  const void* const bias = gradient ? nullptr : backwards ? c : d;
+
+  Prepared prepared = prepare(call, batch, level, places, true);
+  const Size lanes = level.bytes / static_cast<Size>(prepared.bytes);
+  Generator g = {};
+  g.count = numbers[INVOLUTION_NUMBERS];
+  g.columns = prepared.taps * (gradient ? prepared.job.result : prepared.job.weights).padded;
+  g.row = round_up(g.columns, lanes);
+  g.padded = round_up(g.count, lanes);
+  g.hidden = tensor(hidden, call.output, g.count, false);
+  split(g.hidden, 1, g.count, true);
+  g.hidden.direct = call.type == Type::float64 || call.type == Type::float32;
+  g.parts = 1;
+  prepared.generator = &g;
+
+  Pieces pieces;
+  pieces.prepared = &prepared;
+  pieces.level = &level;
+  if (backwards)
+    divide_groups(prepared, g, pieces, lanes, threads);
+  else
+    divide_up(pieces, threads);
+  g.part = (g.count + 1) * g.row * static_cast<Size>(prepared.bytes);
+  const Memory copies = take_memory(
+      g.parts * g.part + (gradient ? g.columns * g.padded * static_cast<Size>(prepared.bytes) : 0));
+  if (copies == nullptr) return -1;
+  copy_weights(g, prepared, level, call.groups, weight, bias, copies.get());
+  if (!gradient) {
+    share(batch * g.parts * pieces.boxes, threads, do_generated_piece, &pieces);
+    return pieces.failed.load() ? -1 : 0;
+  }
+  const Size count = batch * pieces.number();
+  const Memory partial =
+      take_memory(count * (g.count + 1) * g.row * static_cast<Size>(prepared.bytes));
+  if (partial == nullptr) return -1;
+  pieces.partial = partial.get();
+  pieces.dhidden = g.hidden;
+  pieces.dhidden.data = result;
+  pieces.dhidden.direct = false;
+  share(count, threads, do_gradient_piece, &pieces);
+  Sums sums = {&pieces, call.groups, second};
+  if (!pieces.failed.load()) share(batch, threads, add_up_sample, &sums);
   return pieces.failed.load() ? -1 : 0;
 } catch (const std::bad_alloc&) {
   return -1;

@@ -23,6 +23,23 @@ enum { INVOLUTION_NUMBERS = 24 };
 INVOLUTION_EXPORT int involution_run(const std::int64_t* numbers, std::int64_t batch, int threads,
                                      const void* a, const void* b, void* result);
 
+// The same with kernels that are generated where they are used, and nowhere stored: the kernel at a
+// position is bias + hidden * weight. `numbers` has one more, the number of hidden channels, and
+// channels are last. In the order of their arguments,
+//
+//    0  (x, hidden, weight, bias) -> y
+//    1  (hidden, weight, bias, dy) -> dx
+//    2  (x, hidden, weight, dy) -> dhidden, dweights
+//
+// with hidden (batch, *output, hidden channels), weight (hidden channels, taps * groups) and bias
+// (taps * groups). dweights are (batch, hidden channels + 1, taps * groups), each sample's own, the
+// bias's gradient last; they are float64 for float64, else float32. `second` is used by 2 alone.
+enum { INVOLUTION_FUSED_NUMBERS = INVOLUTION_NUMBERS + 1 };
+INVOLUTION_EXPORT int involution_run_fused(const std::int64_t* numbers, std::int64_t batch,
+                                           int threads, const void* a, const void* b,
+                                           const void* c, const void* d, void* result,
+                                           void* second);
+
 // Uses the threads of an OpenMP library, given its GOMP_parallel, instead of the core's own pool; or
 // the pool again, given null. A forked child uses the pool.
 INVOLUTION_EXPORT void involution_use_team(void* gomp_parallel);

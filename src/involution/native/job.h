@@ -70,6 +70,20 @@ struct Box {
   Size low[3], high[3];
 };
 
+// c[row, column] = start[column] + sum over terms of a[row, term] * b[term, column], all in the type
+// that sums are made in. Columns are whole vectors of the level, and follow each other in b and c.
+struct Product {
+  Size rows, columns, terms;
+  const void* a;
+  Size a_row, a_term;  // strides
+  const void* b;
+  Size b_term;
+  void* c;
+  Size c_row;
+  const void* start;  // null: zeros
+  bool add;           // to what c holds, in place of start
+};
+
 // The code for one level of instructions.
 struct Level {
   const char* name;
@@ -81,6 +95,7 @@ struct Level {
   // The results of one box. `offsets` has room for a window's taps.
   void (*compute)(const Job&, const Box&, const View& values, const View& weights,
                   const View& result, Size* offsets);
+  void (*multiply)(Type, const Product&);
   // Multiply-adds of vectors of float32 in registers, 12 each time: for measuring what is possible.
   float (*multiply_add)(Size times);
 };

@@ -806,6 +806,10 @@ void kernel_gradient_positions(const Job& job, const Box& box, const View& value
         });
 }
 
+// --- Kernels that are generated ---------------------------------------------------------------------
+
+#include "product.h"
+
 // --- What the machine can do ------------------------------------------------------------------------
 
 // Twelve independent chains of multiply-adds: enough for every multiplier, few enough for the
@@ -868,6 +872,6 @@ void compute(const Job& job, const Box& box, const View& values, const View& wei
 #define INVOLUTION_STRING(level) INVOLUTION_TEXT(level)
 
 extern const Level INVOLUTION_NAME(INVOLUTION_LEVEL) = {
-    INVOLUTION_STRING(INVOLUTION_LEVEL), INVOLUTION_BYTES, pack, unpack, compute, multiply_add};
+    INVOLUTION_STRING(INVOLUTION_LEVEL), INVOLUTION_BYTES, pack, unpack, compute, multiply, multiply_add};
 
 }  // namespace involution

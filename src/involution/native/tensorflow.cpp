@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <initializer_list>
 
 #include "involution.h"
 
@@ -55,7 +56,7 @@ void TF_DeleteTensor(TF_Tensor*);
 namespace {
 
 // With a namespace, so that TensorFlow refuses to save a model that only this library could run.
-constexpr char NAME[] = "Involution>Native";
+constexpr char NAME[] = "Involution>Native", FUSED[] = "Involution>NativeFused";
 
 struct Status {
   TF_Status* of = TF_NewStatus();
@@ -139,24 +140,71 @@ void compute(void* kernel, TF_OpKernelContext* context) {
     fail(TF_RESOURCE_EXHAUSTED, "involution: memory ran out");
 }
 
-bool register_operation() {
+// A fused member: four arguments, the numbers, two results, of which the second has a type of its
+// own and, but for the kernel's gradient, no elements.
+void compute_fused(void* kernel, TF_OpKernelContext* context) {
   Status status;
-  TF_OpDefinitionBuilder* operation = TF_NewOpDefinitionBuilder(NAME);
+  const auto fail = [&](TF_Code code, const char* message) {
+    if (code != TF_OK) TF_SetStatus(status.of, code, message);
+    TF_OpKernelContext_Failure(context, status.of);
+  };
+  Tensor arguments[4], numbers, result, second;
+  for (int i = 0; i < 4 && status.ok(); ++i) TF_GetInput(context, i, &arguments[i].of, status.of);
+  if (status.ok()) TF_GetInput(context, 4, &numbers.of, status.of);
+  if (!status.ok()) return fail(TF_OK, "");
+  if (TF_NumDims(numbers.of) != 1 || TF_Dim(numbers.of, 0) != INVOLUTION_FUSED_NUMBERS)
+    return fail(TF_INVALID_ARGUMENT, "involution: numbers of another version");
+
+  const auto* n = static_cast<const std::int64_t*>(TF_TensorData(numbers.of));
+  const TF_Tensor* const first = arguments[0].of;
+  const int rank = TF_NumDims(first) - 2;
+  if (rank < 1 || rank > 3) return fail(TF_INVALID_ARGUMENT, "involution: tensors of another rank");
+  const bool gradient = n[0] == 2;
+  const std::int64_t batch = TF_Dim(first, 0), hidden = n[INVOLUTION_NUMBERS];
+  const std::int64_t* const sizes = (n[0] == 1 ? n + 6 : n + 9) + 3 - rank;
+  std::int64_t dims[5] = {batch}, weights[3] = {0, hidden + 1, n[12] * n[13] * n[14] * n[5]};
+  for (int i = 0; i < rank; ++i) dims[i + 1] = sizes[i];
+  dims[rank + 1] = gradient ? hidden : n[4];
+  if (gradient) weights[0] = batch;
+  const auto allocate = [&](int index, TF_DataType type, const std::int64_t* of, int axes) {
+    std::size_t size = type == TF_DOUBLE ? 8 : type == TF_FLOAT ? 4 : 2;
+    for (int i = 0; i < axes; ++i) size *= static_cast<std::size_t>(of[i]);
+    return TF_AllocateOutput(context, index, type, of, axes, size, status.of);
+  };
+  const TF_DataType type = TF_TensorType(first);
+  result.of = allocate(0, type, dims, rank + 2);
+  if (status.ok())
+    second.of = allocate(1, type == TF_DOUBLE ? TF_DOUBLE : TF_FLOAT, weights, gradient ? 3 : 1);
+  if (!status.ok()) return fail(TF_OK, "");
+  const void* data[4];
+  for (int i = 0; i < 4; ++i) data[i] = TF_TensorData(arguments[i].of);
+  if (involution_run_fused(n, batch, static_cast<Kernel*>(kernel)->threads, data[0], data[1],
+                           data[2], data[3], TF_TensorData(result.of), TF_TensorData(second.of)))
+    fail(TF_RESOURCE_EXHAUSTED, "involution: memory ran out");
+}
+
+bool register_operation(const char* name, std::initializer_list<const char*> inputs,
+                        std::initializer_list<const char*> outputs, const char* more,
+                        void (*compute)(void*, TF_OpKernelContext*)) {
+  Status status;
+  TF_OpDefinitionBuilder* operation = TF_NewOpDefinitionBuilder(name);
   TF_OpDefinitionBuilderAddAttr(operation, "T: {double, float, bfloat16, half}");
+  if (more != nullptr) TF_OpDefinitionBuilderAddAttr(operation, more);
   TF_OpDefinitionBuilderAddAttr(operation, "threads: int");
-  TF_OpDefinitionBuilderAddInput(operation, "a: T");
-  TF_OpDefinitionBuilderAddInput(operation, "b: T");
-  TF_OpDefinitionBuilderAddInput(operation, "numbers: int64");
-  TF_OpDefinitionBuilderAddOutput(operation, "result: T");
+  for (const char* input : inputs) TF_OpDefinitionBuilderAddInput(operation, input);
+  for (const char* output : outputs) TF_OpDefinitionBuilderAddOutput(operation, output);
   TF_OpDefinitionBuilderSetShapeInferenceFunction(operation, &shape);
   TF_RegisterOpDefinition(operation, status.of);
   if (status.ok())
-    TF_RegisterKernelBuilder(NAME, TF_NewKernelBuilder(NAME, "CPU", &create, &compute, &destroy),
+    TF_RegisterKernelBuilder(name, TF_NewKernelBuilder(name, "CPU", &create, compute, &destroy),
                              status.of);
   if (!status.ok()) std::fprintf(stderr, "involution: %s\n", TF_Message(status.of));
   return status.ok();
 }
 
-const bool registered = register_operation();
+const bool registered =
+    register_operation(NAME, {"a: T", "b: T", "numbers: int64"}, {"result: T"}, nullptr, &compute) &&
+    register_operation(FUSED, {"a: T", "b: T", "c: T", "d: T", "numbers: int64"},
+                       {"result: T", "second: W"}, "W: {double, float}", &compute_fused);
 
 }  // namespace

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import keras
 
-from involution.ops import native, reference, rows, taps
+from involution.ops import fused, native, reference, rows, taps
 from involution.ops.geometry import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
@@ -19,12 +19,15 @@ from involution.ops.geometry import (
     VALID,
     Geometry,
 )
+from involution.ops.views import matmul
 
 # In order of preference: the first that can run is taken. One with a ``reluctance(problem)`` says
 # where the one after it is faster.
 IMPLEMENTATIONS = (("native", native), ("taps", taps), ("reference", reference))
 # Taken where it is named, and nowhere else.
 ROWS = ("rows", rows)
+# Where kernels are generated, it comes before the others.
+FUSED = ("fused", fused)
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -47,6 +50,7 @@ class Problem:
     kernel_shape: tuple[int | None, ...]
     dtype: str
     device: str | None  # the kind, as "cpu" or "cuda", where a tensor tells it
+    hidden: int | None = None  # channels that kernels are generated from; None: they are given
 
     @property
     def output_shape(self) -> tuple[int | None, ...]:
@@ -192,25 +196,102 @@ def window_products(
     return _choose(problem, implementation).products(x, y, problem)
 
 
-@keras.saving.register_keras_serializable(package="involution")
-class InvolutionOperation(keras.Operation):
-    """``involution`` as a node of a functional Keras model; the same arguments, by name."""
+def generate_and_apply(
+    x,
+    hidden,
+    weight,
+    bias,
+    kernel_size,
+    strides=1,
+    padding="same",
+    dilation_rate=1,
+    groups=1,
+    group_layout="contiguous",
+    data_format=None,
+    implementation=None,
+):
+    """``involution`` with the kernels hidden[b, p] . weight + bias, in one step where that can be.
+
+    Kernels take taps * groups numbers at every place, which is often many times what the features
+    take. ``fused``, the implementation that is preferred, makes them where they are used and stores
+    none, in the gradients neither. Where it cannot run, they are made first and then applied.
+
+    Args:
+        x: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
+        hidden: Tensor (B, *out_spatial, H) or (B, H, *out_spatial): what the kernels depend on.
+        weight: Tensor (H, taps * groups), channels tap-major.
+        bias: Tensor (taps * groups,).
+        kernel_size, strides, padding, dilation_rate: As for ``involution``.
+        groups, group_layout, data_format: As for ``involution``.
+        implementation: As for ``involution``, and ``"fused"``; the other names make kernels first.
+
+    Returns:
+        Tensor (B, *out_spatial, C) or (B, C, *out_spatial), of the type of ``x``. Sums are made as
+        in ``involution``; in one step kernels are not rounded to the type of ``x``.
+
+    Raises:
+        ValueError: An argument is out of its range, or the shapes or types do not fit.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> x, hidden = np.ones((1, 4, 5, 6), "float32"), np.ones((1, 4, 5, 2), "float32")
+    >>> weight, bias = np.ones((2, 18), "float32"), np.ones(18, "float32")
+    >>> y = involution.ops.generate_and_apply(x, hidden, weight, bias, kernel_size=3, groups=2)
+    >>> float(y[0, 0, 0, 0]), float(y[0, 1, 1, 0])
+    (12.0, 27.0)
+    """
+    arguments = {
+        "kernel_size": kernel_size,
+        "strides": strides,
+        "padding": padding,
+        "dilation_rate": dilation_rate,
+        "groups": groups,
+        "group_layout": group_layout,
+        "data_format": standardize_data_format(data_format),
+    }
+    if any(isinstance(t, keras.KerasTensor) for t in (x, hidden, weight, bias)):
+        operation = GenerateAndApplyOperation(implementation, **arguments)
+        return operation(x, hidden, weight, bias)
+    return _generate_and_run(x, hidden, weight, bias, implementation, arguments)
+
+
+class _Node(keras.Operation):
+    """A node of a functional Keras model, with a function's arguments by name."""
 
     def __init__(self, implementation=None, name=None, **arguments):
         super().__init__(name=name)
         self.implementation = implementation
         self.arguments = arguments
 
-    def call(self, x, kernel):
-        return _run(x, kernel, self.implementation, self.arguments)
-
-    def compute_output_spec(self, x, kernel):
-        problem = make_problem(x, kernel, **self.arguments)
+    def _spec(self, problem):
         _choose(problem, self.implementation)
         return keras.KerasTensor(problem.output_shape, dtype=problem.dtype)
 
     def get_config(self):
         return {"name": self.name, "implementation": self.implementation, **self.arguments}
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class InvolutionOperation(_Node):
+    """``involution`` as a node."""
+
+    def call(self, x, kernel):
+        return _run(x, kernel, self.implementation, self.arguments)
+
+    def compute_output_spec(self, x, kernel):
+        return self._spec(make_problem(x, kernel, **self.arguments))
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class GenerateAndApplyOperation(_Node):
+    """``generate_and_apply`` as a node."""
+
+    def call(self, x, hidden, weight, bias):
+        return _generate_and_run(x, hidden, weight, bias, self.implementation, self.arguments)
+
+    def compute_output_spec(self, x, hidden, weight, bias):
+        return self._spec(make_generating_problem(x, hidden, weight, bias, **self.arguments))
 
 
 def implementations(x, kernel, kernel_size, **arguments):
@@ -264,6 +345,28 @@ def _run(x, kernel, implementation, arguments):
     return _choose(problem, implementation).apply(x, kernel, problem)
 
 
+def _generate_and_run(x, hidden, weight, bias, implementation, arguments):
+    x, hidden, weight, bias = (_tensor(t) for t in (x, hidden, weight, bias))
+    problem = make_generating_problem(x, hidden, weight, bias, **arguments)
+    hidden = _sized(hidden, x, problem, problem.hidden)
+    module = _choose(problem, implementation)
+    if module is FUSED[1]:
+        return module.apply(x, (hidden, weight, bias), problem)
+    g = problem.geometry
+    last = g.data_format == CHANNELS_LAST
+    kernel = matmul(hidden if last else keras.ops.moveaxis(hidden, 1, -1), weight) + bias
+    shape = keras.ops.shape(hidden)
+    kernel = kernel if last else keras.ops.moveaxis(kernel, -1, 1)
+    kernel = keras.ops.reshape(kernel, g.shape(shape[0], g.spatial(shape), g.taps, g.groups))
+    return module.apply(x, kernel, problem)
+
+
+def can_fuse(x, hidden, implementation=None, **arguments) -> bool:
+    """Whether ``generate_and_apply`` would take ``fused`` with so many hidden channels."""
+    problem = dataclasses.replace(make_problem(x, None, **arguments), hidden=hidden)
+    return _choose(problem, implementation) is FUSED[1]
+
+
 def _sized(tensor, x, problem, *channels):
     """``tensor``, which has the output's sizes, where only the running program knows them: another
     size would be broadcast in silence."""
@@ -292,7 +395,7 @@ def implementation_names(implementation) -> tuple[str, ...]:
 
 
 def _modules() -> dict:
-    return dict((*IMPLEMENTATIONS, ROWS))
+    return dict((*IMPLEMENTATIONS, ROWS, FUSED))
 
 
 def _preference(problem) -> list[str]:
@@ -302,7 +405,10 @@ def _preference(problem) -> list[str]:
         reluctance = getattr(module, "reluctance", None)
         if reluctance is not None and reluctance(problem) is not None:
             names[i], names[i + 1] = names[i + 1], names[i]
-    return names
+    if problem.hidden is None:
+        return names
+    name = FUSED[0]
+    return [name, *names] if fused.reluctance(problem) is None else [*names, name]
 
 
 def _choose(problem, implementation=None):
@@ -368,6 +474,37 @@ def make_problem(
     problem = Problem(geometry, x_shape, kernel_shape, dtype, device)
     nearer = geometry.without_excess(geometry.spatial(x_shape))
     return dataclasses.replace(problem, geometry=nearer)
+
+
+def make_generating_problem(x, hidden, weight, bias, **arguments) -> Problem:
+    """The same for one call of ``generate_and_apply``."""
+    problem = make_problem(x, None, **arguments)
+    g = problem.geometry
+    shapes = {
+        name: _shape(name, tensor)
+        for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias))
+    }
+    count = shapes["weight"][0] if len(shapes["weight"]) == 2 else None
+    batch, sizes = problem.output_shape[0], g.spatial(problem.output_shape)
+    fitting = {
+        "hidden": g.shape(batch, sizes, count),
+        "weight": (count, g.taps * g.groups),
+        "bias": (g.taps * g.groups,),
+    }
+    if not count or not all(_fits(fitting[name], shapes[name]) for name in shapes):
+        raise ValueError(
+            "`hidden`, `weight` and `bias` must have the shapes (batch, output's sizes, hidden "
+            f"channels), (hidden channels, {g.taps * g.groups}) and ({g.taps * g.groups},), with "
+            f"the output's sizes {sizes}. Received: "
+            + ", ".join(f"{name}.shape={shape}" for name, shape in shapes.items())
+        )
+    types = [keras.backend.standardize_dtype(t.dtype) for t in (hidden, weight, bias)]
+    if any(dtype != problem.dtype for dtype in types):
+        raise ValueError(
+            f"`hidden`, `weight` and `bias` must have the type of `x`, {problem.dtype}. "
+            f"Received: {', '.join(types)}"
+        )
+    return dataclasses.replace(problem, hidden=count)
 
 
 def _kernel_shape(g, x_shape) -> tuple[int | None, ...]:

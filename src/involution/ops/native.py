@@ -1,7 +1,8 @@
 """The compiled kernels for CPUs, by each framework's own way of calling foreign code.
 
 The core (``involution/native``) has the three members of the family in ``gradients.py``. A binding
-is a module with ``refusal(problem)`` and ``call(member, geometry, sizes, a, b)``.
+is a module with ``refusal(problem)``, ``call(member, geometry, sizes, a, b)``, and ``call_fused``
+for the family in ``fused_gradients.py``.
 """
 
 import keras
@@ -40,6 +41,11 @@ def apply(x, kernel, problem):
 
 def products(x, y, problem):
     return _call(KERNEL, x, y, problem.geometry)
+
+
+def call_fused(member, g, x_sizes, *arguments):
+    """A member of the family in ``fused_gradients.py``."""
+    return _binding(keras.config.backend()).call_fused(member, g, x_sizes, *arguments)
 
 
 def _call(member, a, b, g):

@@ -46,6 +46,11 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_void_p,
         ctypes.c_void_p,
     ]
+    library.involution_run_fused.restype = ctypes.c_int
+    library.involution_run_fused.argtypes = [
+        *library.involution_run.argtypes[:3],
+        *[ctypes.c_void_p] * 6,
+    ]
     library.involution_level.restype = ctypes.c_char_p
     library.involution_level.argtypes = [ctypes.c_int]
     library.involution_use_level.restype = None
@@ -111,6 +116,17 @@ def run(numbers, batch: int, threads: int, a: int, b: int, result: int) -> None:
         raise RuntimeError(reason)
     if library.involution_run(
         (ctypes.c_int64 * len(numbers))(*numbers), batch, threads, a, b, result
+    ):
+        raise MemoryError("involution: memory ran out")
+
+
+def run_fused(numbers, batch: int, threads: int, *addresses: int) -> None:
+    """The same for one with kernels that are generated: four arguments and two results."""
+    library, reason = core()
+    if library is None:
+        raise RuntimeError(reason)
+    if library.involution_run_fused(
+        (ctypes.c_int64 * len(numbers))(*numbers), batch, threads, *addresses
     ):
         raise MemoryError("involution: memory ran out")
 

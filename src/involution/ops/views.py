@@ -110,3 +110,9 @@ def window(view, start, strides, count, g, first=None):
 def tap_kernel(kernel, tap, g):
     """One tap of a kernel tensor, with an axis of 1 for the channels of a group."""
     return ops.expand_dims(kernel[(slice(None),) * g.tap_axis + (tap,)], g.member_axis)
+
+
+def matmul(a, b):
+    """``keras.ops.matmul``, which on PyTorch makes float32 of float64."""
+    wide = keras.backend.standardize_dtype(a.dtype) == "float64"
+    return a @ b if wide else ops.matmul(a, b)

@@ -1,0 +1,34 @@
+"""Kernels generated where they are used: the compiled core makes a few places' kernels from their
+hidden channels, applies them while they are in its cache, and forgets them.
+"""
+
+import math
+
+from involution.ops import native
+from involution.ops.geometry import CHANNELS_LAST
+from involution.ops.gradients import OUTPUT
+from involution.ops.views import sizes
+
+
+def refusal(problem) -> str | None:
+    if problem.hidden is None:
+        return "it generates the kernels, and these are given"
+    if problem.geometry.data_format != CHANNELS_LAST:
+        return "its channels are last"
+    return native.refusal(problem)
+
+
+def reluctance(problem) -> str | None:
+    """Why storing the kernels is faster, or None where this is."""
+    g = problem.geometry
+    places = g.output_sizes(g.spatial(problem.x_shape))
+    if None not in places and math.prod(places) < problem.hidden:
+        return "of fewer places than hidden channels the weight's gradient takes most of the time"
+    return None
+
+
+def apply(x, generator, problem):
+    """``generator`` is (hidden, weight, bias)."""
+    g = problem.geometry
+    y, _ = native.call_fused(OUTPUT, g, sizes(x, g), x, *generator)
+    return y

@@ -1,0 +1,501 @@
+"""Kernels that are generated where they are used: the core, the operator, and the layers."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+
+import core
+import keras
+import numpy as np
+import pytest
+from core import DTYPES
+from frameworks import (
+    BACKEND,
+    IMPLEMENTATIONS,
+    exact,
+    fresh_process,
+    grad,
+    gradients,
+    in_graph,
+    mapped,
+    missing,
+    numpy,
+    tensors,
+)
+from oracle import Call, error_bound, random_calls
+
+import involution
+from involution import Involution2D, kernel_generators, layers
+from involution.ops import api, fused, native_call, native_library
+from involution.ops.gradients import INPUT, KERNEL, OUTPUT
+
+pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
+
+LEVELS = native_library.levels()
+HIDDEN = (1, 3, 8, 17, 33)
+CALL = Call(2, (5, 7), 12, (3, 3), (2, 1), "same", (1, 2), 3)
+NAMES = ("x", "hidden", "weight", "bias")
+
+
+@pytest.fixture
+def level(request):
+    """Everything runs by the instructions of this level."""
+    native_library.use_level(request.param)
+    yield request.param
+    native_library.use_level(os.environ.get("INVOLUTION_INSTRUCTIONS") or LEVELS[-1])
+
+
+each_level = pytest.mark.parametrize("level", LEVELS, indirect=True)
+
+
+def apply(call, implementation="fused"):
+    """``generate_and_apply`` with a call's arguments."""
+    return functools.partial(
+        involution.ops.generate_and_apply, **call.arguments, implementation=implementation
+    )
+
+
+# --- The core -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def random_values(dtype):
+    """Calls with their arrays, and what each member gives and how far off it may be."""
+    found = []
+    for n, call in enumerate(random_calls(96, seed=3)):
+        call = dataclasses.replace(call, data_format="channels_last")
+        hidden = HIDDEN[n % len(HIDDEN)]
+        arrays = [a.astype(DTYPES[dtype]) for a in core.fused_arrays(call, hidden, seed=n)]
+        wide = [a.astype("float64") for a in arrays]
+        truth = core.expected_fused(call, *wide)
+        magnitude = core.expected_fused(call, *map(np.abs, wide))
+        # Each sum is one of sums: of hidden channels, taps, a group's channels, places.
+        terms = sum((hidden + 1, call.taps, call.channels // call.groups, call.taps * call.groups))
+        places = terms + call.batch * math.prod(call.output_sizes)
+        kinds = dtype, "float64" if dtype == "float64" else "float32"
+        bounds = {
+            member: [
+                (t, error_bound(t, m, n, kind))
+                for t, m, n, kind in zip(
+                    truth[member], magnitude[member], (terms, places), kinds, strict=True
+                )
+                if t is not None
+            ]
+            for member in truth
+        }
+        found.append((call, arrays, bounds))
+    return found
+
+
+@each_level
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_member_equals_the_oracle(dtype, level):
+    for n, (call, arrays, bounds) in enumerate(random_values(dtype)):
+        for member, arguments in core.FUSED_ARGUMENTS.items():
+            first, second = core.run_fused(member, call, arguments(*arrays), threads=1 + n % 3)
+            results = first, second.astype("float64").sum(0)
+            for result, (truth, bound) in zip(results, bounds[member], strict=False):
+                error = np.abs(result.astype("float64") - truth)
+                assert (error <= bound).all(), (member, call)
+
+
+# Of these sizes a sample is divided into many pieces, and the groups of the input's gradient too.
+LARGE = [
+    Call(2, (30, 31), 64, (7, 7), (1, 1), "same", (1, 1), 4),
+    Call(1, (70, 130), 32, (5, 5), (2, 1), "same", (1, 2), 16, "interleaved"),
+    Call(1, (9, 12, 13), 48, (3, 3, 3), (1, 1, 1), "symmetric", (1, 1, 1), 12),
+    Call(3, (700,), 32, (9,), (1,), "valid", (3,), 8),
+]
+
+
+@each_level
+@pytest.mark.parametrize("call", LARGE, ids=str)
+def test_large_calls_equal_two_steps(call, level):
+    arrays = core.fused_arrays(call, hidden=19)
+    x, hidden, weight, bias, dy = arrays
+    kernel = core.generated(hidden, weight, bias, call.groups)
+    two = core.results(call, x, kernel, dy)
+    flat = two[KERNEL].reshape(call.batch, -1, call.taps * call.groups)
+    rows = hidden.reshape(call.batch, -1, hidden.shape[-1])
+    by_sample = [np.concatenate([h.T @ k, k.sum(0)[None]]) for h, k in zip(rows, flat, strict=True)]
+    expected = {
+        OUTPUT: [two[OUTPUT]],
+        INPUT: [two[INPUT]],
+        KERNEL: [(flat @ weight.T).reshape(hidden.shape), by_sample],
+    }
+    for member, arguments in core.FUSED_ARGUMENTS.items():
+        results = core.run_fused(member, call, arguments(*arrays), threads=3)
+        for result, truth in zip(results, expected[member], strict=False):
+            np.testing.assert_allclose(result, truth, rtol=0, atol=1e-12 * np.abs(truth).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("call", LARGE[:2], ids=str)
+def test_f18_threads_and_other_samples_change_no_bit(call, dtype):
+    call = dataclasses.replace(call, batch=3)
+    alone = dataclasses.replace(call, batch=1)
+    arrays = [a.astype(DTYPES[dtype]) for a in core.fused_arrays(call, hidden=5)]
+    for member, arguments in core.FUSED_ARGUMENTS.items():
+        given = arguments(*arrays)
+        results = core.run_fused(member, call, given, threads=1)
+        again = core.run_fused(member, call, given, threads=4)
+        last = [
+            a[-1:] if has else a for a, has in zip(given, native_call.BATCHED[member], strict=True)
+        ]
+        own = core.run_fused(member, alone, last, threads=2)
+        for r, a, o in zip(results, again, own, strict=True):
+            assert r.tobytes() == a.tobytes()
+            assert r[-1:].tobytes() == o.tobytes()
+
+
+def test_a_nan_stays_within_windows_that_contain_it():
+    x, hidden, weight, bias, _ = core.fused_arrays(CALL)
+    x[0, 2, 3, 4] = np.nan
+    hidden[1, 1, 1, 0] = np.nan
+    y, _ = core.run_fused(OUTPUT, CALL, (x, hidden, weight, bias))
+    expected = core.expected_fused(CALL, x, hidden, weight, bias, y)[OUTPUT][0]
+    assert (np.isnan(y) == np.isnan(expected)).all()
+    assert 0 < np.isnan(y).sum() < y.size
+
+
+def test_f13_an_empty_batch():
+    call = dataclasses.replace(CALL, batch=0)
+    arrays = core.fused_arrays(call)
+    for member, arguments in core.FUSED_ARGUMENTS.items():
+        first, second = core.run_fused(member, call, arguments(*arrays))
+        assert first.size == second.size == 0
+
+
+# --- The operator ---------------------------------------------------------------------------------
+
+CALLS = [
+    CALL,
+    Call(1, (11,), 8, (4,), (2,), ((3, 1),), (1,), 2, "interleaved"),
+    Call(2, (3, 4, 5), 6, (2, 3, 1), (1, 2, 2), "valid", (1, 1, 1), 6),
+    Call(3, (4, 6), 5, (3, 2), (1, 1), "symmetric", (1, 1), 1),
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_output_and_gradients_equal_the_oracle(call):
+    *arrays, dy = core.fused_arrays(call, hidden=3)
+    expected = core.expected_fused(call, *arrays, dy)
+    y = apply(call)(*tensors(arrays, "float64"))
+    np.testing.assert_allclose(exact(y), expected[OUTPUT][0], rtol=0, atol=1e-12)
+    dx, dhidden, dweight, dbias = gradients(apply(call), arrays, dy)
+    (dkernel, both) = expected[KERNEL]
+    np.testing.assert_allclose(dx, expected[INPUT][0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(dhidden, dkernel, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(dweight, both[:-1], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(dbias, both[-1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_have_the_types_of_what_they_are_for(dtype):
+    *arrays, dy = core.fused_arrays(CALL)
+    given = tensors(arrays, dtype)
+    y = apply(CALL)(*given)
+    assert keras.backend.standardize_dtype(y.dtype) == dtype
+    dy = tensors([dy], dtype)[0]
+    found = grad(lambda *t: keras.ops.sum(apply(CALL)(*t) * dy))(*given)
+    assert [keras.backend.standardize_dtype(g.dtype) for g in found] == [dtype] * 4
+    two = grad(lambda *t: keras.ops.sum(apply(CALL, IMPLEMENTATIONS)(*t) * dy))(*given)
+    digits = {"float64": 53, "float32": 24, "bfloat16": 8, "float16": 11}[dtype]
+    for one, other in zip(found, two, strict=True):
+        scale = np.abs(exact(other)).max()
+        np.testing.assert_allclose(exact(one), exact(other), rtol=0, atol=64 * scale / 2**digits)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_f17_second_derivatives_are_those_of_two_steps(compiled):
+    *arrays, dy = core.fused_arrays(CALL, hidden=3)
+    given, (dy,) = tensors(arrays, "float64"), tensors([dy], "float64")
+
+    def second(implementation):
+        first = grad(lambda *t: keras.ops.sum(apply(CALL, implementation)(*t) ** 3 * dy))
+        both = grad(lambda *t: sum(keras.ops.sum(g**2) for g in first(*t)))
+        return (in_graph(both) if compiled else both)(*given)
+
+    for name, one, other in zip(NAMES, second("fused"), second("native"), strict=True):
+        scale = np.abs(exact(other)).max()
+        np.testing.assert_allclose(exact(one), exact(other), atol=1e-11 * scale, err_msg=name)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="vectorized_map knows no custom operation")
+@pytest.mark.parametrize("axes", [(0, 0, None, None), (1, None, None, None), (None, 0, 0, None)])
+def test_f23_a_mapped_axis(axes):
+    *arrays, _ = core.fused_arrays(CALL)
+    given = tensors(arrays, "float64")
+    doubled = [
+        t if axis is None else keras.ops.stack([t, 2 * t], axis)
+        for t, axis in zip(given, axes, strict=True)
+    ]
+    y = mapped(apply(CALL), axes)(*doubled)
+    for n in (0, 1):
+        own = [t if axis is None else (n + 1) * t for t, axis in zip(given, axes, strict=True)]
+        np.testing.assert_allclose(exact(y[n]), exact(apply(CALL)(*own)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's compiler")
+def test_f22_torch_compile_has_no_breaks():
+    import torch
+
+    *arrays, dy = core.fused_arrays(CALL)
+    given = [torch.tensor(a, requires_grad=True) for a in arrays]
+    y = torch.compile(apply(CALL), fullgraph=True, backend="aot_eager")(*given)
+    found = torch.autograd.grad(y, given, torch.tensor(dy))
+    for one, other in zip(found, gradients(apply(CALL), arrays, dy), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's custom operations")
+def test_the_custom_operation_is_as_pytorch_wants_it():
+    import torch
+
+    from involution.ops import native_torch
+    from involution.ops.geometry import Geometry
+
+    arrays = core.fused_arrays(CALL)
+    for member, arguments in core.FUSED_ARGUMENTS.items():
+        given = [torch.tensor(a) for a in arguments(*arrays)]
+        numbers = native_call.fused_numbers(member, Geometry(**CALL.arguments), CALL.sizes, given)
+        torch.library.opcheck(native_torch.fused_operation, (*given, numbers, 2))
+
+
+def sharded():
+    """Prints what two devices made of a batch that they share."""
+    import jax
+
+    devices = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+    over = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("batch"))
+    same = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
+    *arrays, dy = core.fused_arrays(dataclasses.replace(CALL, batch=4))
+    derive = jax.grad(lambda *t: (apply(CALL)(*t) * dy).sum(), range(4))
+    program = jax.jit(derive, in_shardings=(over, over, same, same))
+    given = [jax.device_put(a, s) for a, s in zip(arrays, (over, over, same, same), strict=True)]
+    text = program.lower(*given).compile().as_text()
+    found, alone = program(*given), jax.jit(derive)(*arrays)
+    told = {word: text.count(f" {word}(") for word in ("all-gather", "all-to-all")}
+    told["fused"] = text.count('custom_call_target="involution_fused"')
+    told["parts"] = [g.addressable_shards[0].data.shape[0] for g in found[:2]]
+    told["apart"] = [float(np.abs(f - a).max()) for f, a in zip(found, alone, strict=True)]
+    print(json.dumps(told))
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX's partitioner")
+def test_a_batch_shared_by_two_devices_stays_where_it_is(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    told = json.loads(fresh_process("import test_fused as t; t.sharded()"))
+    # The output is not needed, but for its gradients.
+    assert (told["all-gather"], told["all-to-all"], told["fused"]) == (0, 0, 2)
+    assert told["parts"] == [2, 2]
+    assert max(told["apart"]) <= 1e-12
+
+
+def test_sizes_that_are_known_only_when_it_runs():
+    shapes = [(None, None, None, 12), (None, None, None, 5), (5, 27), (27,)]
+    *arrays, _ = core.fused_arrays(CALL)
+    run = in_graph(apply(CALL), shapes)
+    y = run(*tensors(arrays, "float64"))
+    np.testing.assert_allclose(
+        exact(y), exact(apply(CALL)(*tensors(arrays, "float64"))), rtol=0, atol=0
+    )
+
+
+def test_a_functional_model_holds_it(tmp_path):
+    inputs = [keras.Input((6, 8, 4)), keras.Input((6, 8, 3))]
+    weight, bias = np.ones((3, 18), "float32"), np.zeros(18, "float32")
+    y = involution.ops.generate_and_apply(*inputs, weight, bias, 3, groups=2, padding="same")
+    assert y.shape == (None, 6, 8, 4)
+    model = keras.Model(inputs, y)
+    given = [np.ones((2, 6, 8, n), "float32") for n in (4, 3)]
+    assert numpy(model(given))[0, 1, 1, 0] == 27
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_other_names_make_kernels_first(data_format):
+    *arrays, _ = core.fused_arrays(CALL)
+    x, hidden, weight, bias = tensors(arrays, "float32")
+    expected = numpy(apply(CALL)(x, hidden, weight, bias))
+    call = dataclasses.replace(CALL, data_format=data_format)
+    if data_format == "channels_first":
+        x, hidden = (keras.ops.moveaxis(t, -1, 1) for t in (x, hidden))
+        expected = np.moveaxis(expected, -1, 1)
+    for implementation in (None, *IMPLEMENTATIONS):
+        y = numpy(apply(call, implementation)(x, hidden, weight, bias))
+        np.testing.assert_allclose(y, expected, rtol=0, atol=1e-4)
+
+
+def test_channels_first_are_refused_by_name():
+    call = dataclasses.replace(CALL, data_format="channels_first")
+    *arrays, _ = core.fused_arrays(CALL)
+    x, hidden, *rest = tensors(arrays, "float32")
+    x, hidden = (keras.ops.moveaxis(t, -1, 1) for t in (x, hidden))
+    with pytest.raises(ValueError, match="fused: its channels are last"):
+        apply(call)(x, hidden, *rest)
+
+
+def test_kernels_that_are_given_are_refused_by_name():
+    x, kernel, _ = CALL.arrays()
+    with pytest.raises(ValueError, match="fused: it generates the kernels, and these are given"):
+        involution.ops.involution(x, kernel, **CALL.arguments, implementation="fused")
+
+
+def test_what_is_forced_is_taken(monkeypatch):
+    *arrays, _ = core.fused_arrays(CALL)
+    monkeypatch.setattr(fused, "apply", None)
+    with involution.ops.use("reference"):
+        apply(CALL, None)(*tensors(arrays, "float32"))
+    with pytest.raises(TypeError):
+        apply(CALL, None)(*tensors(arrays, "float32"))
+
+
+def test_few_places_are_done_in_two_steps(monkeypatch):
+    call = dataclasses.replace(CALL, strides=(1, 1))
+    monkeypatch.setattr(fused, "apply", lambda x, generator, problem: "fused")
+    fits, more = (
+        apply(call, None)(*tensors(core.fused_arrays(call, hidden=n)[:-1], "float32"))
+        for n in (35, 36)
+    )
+    assert fits == "fused"
+    assert tuple(more.shape) == call.output_shape
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden": np.ones((2, 3, 7, 5, 1))}, "must have the shapes"),
+        ({"hidden": np.ones((2, 3, 6, 5))}, "must have the shapes"),
+        ({"hidden": np.ones((1, 3, 7, 5))}, "must have the shapes"),
+        ({"hidden": np.ones((2, 3, 7, 4))}, "must have the shapes"),
+        ({"weight": np.ones((5, 26))}, r"\(hidden channels, 27\) and \(27,\)"),
+        ({"weight": np.ones(27)}, "must have the shapes"),
+        ({"bias": np.ones((1, 27))}, "must have the shapes"),
+        ({"hidden": np.ones((2, 3, 7, 0)), "weight": np.ones((0, 27))}, "must have the shapes"),
+        ({"bias": np.ones(27, "float32")}, "must have the type of `x`, float64"),
+    ],
+)
+def test_p14_what_does_not_fit_is_told_before_anything_runs(change, said):
+    given = dict(zip(NAMES, core.fused_arrays(CALL), strict=False)) | change
+    given = {name: tensors([array], array.dtype.name)[0] for name, array in given.items()}
+    with pytest.raises(ValueError, match=said) as error:
+        apply(CALL, None)(**given)
+    assert "Received: " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- The layers -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """A list that gets an entry for each involution that is fused."""
+    found = []
+    take = fused.apply
+    monkeypatch.setattr(fused, "apply", lambda *given: found.append(given) or take(*given))
+    return found
+
+
+IMAGES = np.random.default_rng(0).standard_normal((2, 9, 8, 16)).astype("float32")
+
+
+@pytest.mark.parametrize("kernel_generator", ["bottleneck", "contextual", "linear"])
+@pytest.mark.parametrize("training", [False, True])
+def test_layers_take_it_and_give_the_same_numbers(kernel_generator, training, runs):
+    layer = Involution2D(
+        3, strides=2, group_channels=4, kernel_generator=kernel_generator, filters=6
+    )
+    layer.build(IMAGES.shape)
+    before = layer.get_weights()
+    y = numpy(layer(IMAGES, training=training))
+    assert len(runs) == 1
+    after = layer.get_weights()
+    layer.set_weights(before)
+    with involution.ops.use("native"):
+        expected = numpy(layer(IMAGES, training=training))
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
+    assert len(runs) == 1
+    # Batch normalization has seen the same.
+    for one, other in zip(after, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_all_weights_of_a_layer_are_trained(runs):
+    layer = Involution2D(3, group_channels=4)
+    model = keras.Sequential([keras.Input((9, 8, 16)), layer, keras.layers.GlobalMaxPooling2D()])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    before = layer.get_weights()
+    model.fit(IMAGES, np.zeros((2, 16)), verbose=0)
+    assert runs
+    for variable, old, new in zip(layer.weights, before, layer.get_weights(), strict=True):
+        assert (old != new).any(), variable.path
+
+
+class Doubled(kernel_generators.Linear):
+    def call(self, features):
+        return 2 * super().call(features)
+
+
+class Sine(kernel_generators.Linear):
+    def _generate(self, features):
+        return keras.ops.sin(super()._generate(features))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"return_kernel": True},
+        {"kernel_softmax": True},
+        {"kernel_dropout": 0.5},
+        {"kernel_generator": "static"},
+        {"kernel_generator": "pairwise_attention"},
+        {"kernel_generator": Doubled()},
+        {"kernel_generator": Sine()},
+        {"kernel_generator": keras.layers.Conv2D(9 * 4, 1)},
+        {"kernel_generator": kernel_generators.Linear(dtype="mixed_bfloat16")},
+        {"implementation": "native"},
+    ],
+    ids=str,
+)
+def test_where_somebody_asks_for_the_kernels_they_are_made(options, runs):
+    Involution2D(3, **{"groups": 4, **options})(IMAGES)
+    assert not runs
+
+
+def test_where_kernels_are_recorded_they_are_made(runs):
+    layer = Involution2D(3, groups=4)
+    with layers.recording() as calls:
+        layer(IMAGES)
+    assert not runs
+    assert tuple(calls[0].kernel.shape) == (2, 9, 8, 9, 4)
+
+
+def test_a_layer_may_ask_for_it_and_is_told_why_not(runs):
+    Involution2D(3, groups=4, implementation=("fused", "native"))(IMAGES)
+    assert len(runs) == 1
+    layer = Involution2D(3, groups=4, implementation="fused", return_kernel=True)
+    with pytest.raises(ValueError, match="fused: it generates the kernels, and these are given"):
+        layer(IMAGES)
+
+
+@pytest.mark.parametrize("policy", ["float64", "mixed_bfloat16"])
+def test_dtype_policies(policy, runs):
+    layer = Involution2D(3, groups=4, dtype=policy)
+    y = layer(IMAGES)
+    assert len(runs) == 1
+    assert keras.backend.standardize_dtype(y.dtype) == layer.compute_dtype
+    with involution.ops.use("native"):
+        expected = exact(layer(IMAGES))
+    bound = {"float64": 1e-12, "mixed_bfloat16": 0.05}[policy]
+    np.testing.assert_allclose(exact(y), expected, rtol=0, atol=bound * np.abs(expected).max())
+
+
+def test_can_fuse_tells_what_is_taken():
+    x = keras.KerasTensor((2, 9, 8, 16))
+    assert api.can_fuse(x, 4, kernel_size=3, groups=4)
+    assert not api.can_fuse(x, 73, kernel_size=3, groups=4)
+    assert api.can_fuse(x, 73, kernel_size=3, groups=4, implementation="fused")
+    x = keras.KerasTensor((2, 16, 9, 8))
+    assert not api.can_fuse(x, 4, kernel_size=3, groups=4, data_format="channels_first")
