@@ -24,6 +24,8 @@ ORDER = [
     "errors",
     "files",
     "memory",
+    "outline",
+    "keras_files",
     "stored_images",
     "ops.geometry",
     "ops.views",
