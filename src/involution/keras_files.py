@@ -23,6 +23,8 @@ CONFIG, WEIGHTS = "config.json", "model.weights.h5"
 # Bytes. RedNet152's configuration takes 0.6 MB; Python's objects take some twenty times as much.
 LIMITS = {"metadata.json": 2**16, CONFIG: 2**21, ENTRY: 2**20, WEIGHTS: math.inf}
 DEPTH = 64
+# RedNet152 has 523. Each takes some 50 KB, and a row of them the square of its length in time.
+MOST_LAYERS = 2000
 # Not among them: layers that hold code (Lambda, wrappers of other frameworks' models), that read
 # files (lookups, TextVectorization), or that make arrays of any size besides their weights
 # (Normalization, spectrograms).
@@ -94,6 +96,9 @@ def check(path) -> dict:
         del config["compile_config"]
         registered: dict = {}
         _check_value(config, registered, 0)
+        layers = _layers(config)
+        if layers > MOST_LAYERS:
+            raise ValueError(f"{layers:,} layers")
         weights = member(archive, WEIGHTS)
     with h5py.File(io.BytesIO(weights), "r") as file:
         _check_weights(file, len(weights))
@@ -154,6 +159,17 @@ def _check_object(value, registered):
         raise ValueError(
             f"{ascii(what[:200])[1:-1]}, which is neither a layer of numbers nor registered here"
         )
+
+
+def _layers(value) -> int:
+    """How many layers stand in lists of them."""
+    if isinstance(value, list):
+        return sum(map(_layers, value))
+    if not isinstance(value, dict):
+        return 0
+    found = value.get("layers")
+    own = len(found) if isinstance(found, list) else 0
+    return own + sum(map(_layers, value.values()))
 
 
 def _check_weights(file, size):
