@@ -1,5 +1,5 @@
-"""Files of strangers that would harm whoever reads them, made when a test asks: one for each kind of
-hole that Keras's files are known to have had, and their like in pickles, archives and HDF5.
+"""Files of strangers that would harm whoever reads them, made when a test asks: one for each kind
+of hole that Keras's files are known to have had, and their like in pickles, archives and HDF5.
 
 A maker takes a ``Place``, and returns the path of what it wrote into ``place.given``.
 """
@@ -362,8 +362,7 @@ def statistics_of_any_size(place):
 
 @hostile(*KERAS)
 def units_by_the_billion(place):
-    config = {"units": 2**31, "use_bias": True, "name": "dense_1"}
-    return with_layer(place, "keras.layers", "Dense", config)
+    return configured(place, lambda layers: layers[2]["config"].update(units=2**31))
 
 
 @hostile(*KERAS)
@@ -539,8 +538,8 @@ def array_of_wide_texts(place):
 @hostile(*KERAS)
 def array_of_references(place):
     def make(group):
-        made = group.create_dataset("0", (48, 2), h5py.ref_dtype)
-        made[0, 0] = group.ref
+        made = group.create_dataset("0", (1,), h5py.ref_dtype)
+        made[0] = group.ref
 
     return weighted(place, lambda f: in_place(f, make))
 
@@ -729,7 +728,8 @@ def folder_parts() -> tuple[dict, bytes]:
 
 def folder(place, arguments=None, content=None, **changes):
     config, whole = copy.deepcopy(folder_parts())
-    config["arguments"].update(arguments or {})
+    # Those of a model of another name are all that it has.
+    config["arguments"] = {**({} if "name" in changes else SMALL), **(arguments or {})}
     (place.given / weights.CONFIG).write_text(json.dumps({**config, **changes}))
     (place.given / weights.WEIGHTS).write_bytes(whole if content is None else content)
     return place.given
@@ -752,7 +752,7 @@ def images_by_the_gigabyte(place):
 
 @hostile(*FOLDER)
 def blocks_by_the_billion(place):
-    return folder(place, {"blocks": [10**9, 1], "widths": [16, 16]}, name="rednet_tiny")
+    return folder(place, {"blocks": [1, 10**9], "widths": [16, 16]}, name="rednet_tiny")
 
 
 @hostile(*FOLDER)

@@ -1,5 +1,5 @@
-"""Files of strangers at every place where one comes in: no code runs, nothing else is opened, nobody
-is called, memory stays, and one line says what is wrong."""
+"""Files of strangers at every place where one comes in: no code runs, nothing else is opened,
+nobody is called, memory stays, and one line says what is wrong."""
 
 import ctypes
 import hashlib
@@ -242,7 +242,7 @@ def unpickle(place):
 
 
 def start(place):
-    subprocess.run(["true"], check=True)
+    subprocess.run([sys.executable, "-c", ""], check=True)
 
 
 def import_canary(place):

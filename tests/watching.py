@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import gc
 import os
 import pathlib
 import sys
@@ -45,11 +44,15 @@ class Watch:
         self.sockets: list[str] = []
         self.grown = 0
         self.active = False
+        # Compiled modules of libraries, opened and not yet read.
+        self.modules = 0
         self.known = {name.split(".")[0] for name in sys.modules}
 
     def event(self, name, arguments):
         if name.startswith("socket."):
             self.sockets.append(name)
+        elif name == "marshal.loads" and self.modules:
+            self.modules -= 1
         elif name in RUNS:
             self.ran.append(f"{name} {arguments!r}"[:300])
         elif name == "import" and arguments[0].split(".")[0] not in self.known:
@@ -73,6 +76,7 @@ class Watch:
         if name == "os.remove" and arguments[1] != -1:
             return  # in a folder that was opened
         path = os.path.abspath(os.fsdecode(path))
+        self.modules += path.endswith(".pyc") and within(path, LIBRARIES)
         writes = name != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         reads = () if writes and name not in ("os.listdir", "os.scandir") else LIBRARIES
         if not within(path, [*self.folders, *reads, *SYSTEM]):
@@ -100,7 +104,6 @@ def watching(*folders):
         sys.addaudithook(_hook)  # for ever
     watch = Watch(*folders)
     _watches[:] = [watch]
-    gc.collect()
     memory.give_back()
     before, temporary = held(), tempfile.tempdir
     tempfile.tempdir = str(folders[-1])

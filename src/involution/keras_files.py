@@ -150,7 +150,7 @@ def _check_object(value, registered):
     if kind in VALUES:
         return
     # Without a module Keras would read it as a form of old.
-    name = value["config" if kind == "function" else "registered_name"]
+    name = value.get("config" if kind == "function" else "registered_name")
     found = keras.saving.get_registered_object(name) if "module" in value else None
     if found is not None:
         registered[name] = found

@@ -4,6 +4,7 @@ The archive holds one more entry, ``involution.json``, with the names of the cla
 the images, so that ``predict`` and ``explain`` feed a model exactly what it was trained on.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -143,8 +144,19 @@ def load_model(path) -> keras.Model:
     return _load_keras(path)
 
 
+def load_weights(model, path):
+    """Sets a model's weights from a ``.keras`` file of the same model.
+
+    Raises:
+        InputError: It is none.
+    """
+    with _told(path):
+        keras_files.check(path)
+        model.load_weights(path)
+
+
 def _load_keras(path) -> keras.Model:
-    try:
+    with _told(path):
         registered = keras_files.check(path)
 
         def read():
@@ -153,6 +165,12 @@ def _load_keras(path) -> keras.Model:
         # Keras holds every variable's shape against the weights, before there is memory for it.
         outline(read)
         return read()
+
+
+@contextlib.contextmanager
+def _told(path):
+    try:
+        yield
     except Exception as error:  # Keras raises many kinds for a file that it cannot load
         raise InputError(
             "A model must be a .keras file, and load without code of its own: one with a user's "
