@@ -1,8 +1,10 @@
 """Files of strangers at every place where one comes in: no code runs, nothing else is opened,
 nobody is called, memory stays, and one line says what is wrong."""
 
+import contextlib
 import ctypes
 import hashlib
+import io
 import os
 import pathlib
 import pickle
@@ -19,7 +21,7 @@ import test_checkpoints
 from frameworks import numpy
 from hostile_files import FILES, Place
 from images import write_folder, write_image
-from watching import Doorbell, held, watching
+from watching import Doorbell, watching
 
 import involution_cli
 from involution import checkpoint, data, hub, saved_model
@@ -174,6 +176,9 @@ def warm(tmp_path_factory):
         made.given.mkdir()
         made.written.mkdir()
         ENTRIES[entry](made, HONEST[name][0](made))()
+    # Pillow looks for all its readers, and for what they need, at its first failure.
+    with contextlib.suppress(InputError):
+        data.read_image(io.BytesIO(b"x"))
 
 
 @pytest.mark.parametrize(("name", "entry"), HONEST_CASES)
@@ -283,10 +288,11 @@ def test_memory_is_noticed(place):
     def take():
         ctypes.memset(ctypes.create_string_buffer(100 * 2**20), 1, 100 * 2**20)
 
-    before = held()
     *_, grown = watched(place, take)
     assert 95 * 2**20 <= grown < 160 * 2**20
-    assert held() < before + 50 * 2**20  # given back: the peak is what counts
+    # Given back: the peak is what counts, and of the block alone.
+    *_, grown = watched(place, lambda: None)
+    assert grown < 10 * 2**20
 
 
 def test_what_takes_memory_without_a_look_at_it(place):
