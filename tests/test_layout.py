@@ -24,6 +24,8 @@ ORDER = [
     "errors",
     "files",
     "memory",
+    "outline",
+    "keras_files",
     "stored_images",
     "ops.geometry",
     "ops.views",
@@ -185,6 +187,90 @@ def test_f15_what_code_can_do_without_and_what_is_its_own_may_be_private():
     own = "class Own:\n  def _f(self):\n    self._x = 1\n    return self._x, self._f"
     ours = "import involution as i\nimport os\ni._f(), os._exit(0), i.__name__"
     assert list(private_uses("\n".join((spared, own, ours)))) == []
+
+
+# What makes code of data, or may be told to. Subclasses of pickle.Unpickler refuse what they read.
+UNSAFE_CALLS = (
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "pickle.load",
+    "pickle.loads",
+    "pickle.Unpickler",
+    "marshal.load",
+    "marshal.loads",
+    "joblib.load",
+    "dill.load",
+    "dill.loads",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "os.system",
+    "keras.config.enable_unsafe_deserialization",
+)
+UNSAFE_OPTIONS = {"weights_only": False, "allow_pickle": True, "safe_mode": False, "shell": True}
+
+
+def unsafe(code):
+    """What in a text makes code of data, by the names that its imports give."""
+    nodes = list(ast.walk(ast.parse(code)))
+    names = {}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {a.asname: a.name for a in node.names if a.asname}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+    for node in nodes:
+        if isinstance(node, ast.Name | ast.Attribute):
+            first, dot, rest = ast.unparse(node).partition(".")
+            if (path := names.get(first, first) + dot + rest) in UNSAFE_CALLS:
+                yield path
+        elif isinstance(node, ast.keyword) and node.arg in UNSAFE_OPTIONS:
+            safe = not UNSAFE_OPTIONS[node.arg]
+            if not (isinstance(node.value, ast.Constant) and node.value.value is safe):
+                yield f"{node.arg}={ast.unparse(node.value)}"
+
+
+# Where its subclass takes the names of NumPy's arrays and no others.
+REVIEWED = {"data": ["pickle.Unpickler"]}
+
+
+def test_no_code_is_made_of_data():
+    for name, file in modules.items():
+        assert list(unsafe(file.read_text(encoding="utf-8"))) == REVIEWED.get(name, []), file
+    command = pathlib.Path(involution_cli.__file__).read_text(encoding="utf-8")
+    assert list(unsafe(command)) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "eval('1')",
+        "exec(text)",
+        "compile(text, '', 'exec')",
+        "import pickle\npickle.load(file)",
+        "import pickle as p\np.loads(b'')",
+        "from pickle import loads\nloads(b'')",
+        "from pickle import load as read\nread(file)",
+        "import pickle\nclass Reader(pickle.Unpickler):\n  pass",
+        "import marshal\nmarshal.loads(b'')",
+        "import yaml\nyaml.load(text, yaml.SafeLoader)",
+        "import yaml\nread = yaml.unsafe_load",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=trusted)",
+        "np.load(path, allow_pickle=True)",
+        "keras.saving.load_model(path, safe_mode=False)",
+        "keras.config.enable_unsafe_deserialization()",
+        "subprocess.run(text, shell=True)",
+        "import os\nos.system(text)",
+    ],
+)
+def test_what_makes_code_of_data_is_found(code):
+    assert len(list(unsafe(code))) == 1
+
+
+def test_what_makes_no_code_of_data_is_not_found():
+    assert list(unsafe("np.load(p, allow_pickle=False)\nyaml.safe_load(t)\nre.compile('x')")) == []
 
 
 def test_every_binding_is_a_module():

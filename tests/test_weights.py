@@ -296,26 +296,43 @@ def test_every_refusal_says_what_is_wrong(tmp_path, monkeypatch):
     assert "No such file" in refused(tmp_path)
 
 
-def test_classes_are_the_size_of_a_tensor(tmp_path, monkeypatch):
-    small(monkeypatch)
+def test_arguments_are_such_that_building_ends(tmp_path, monkeypatch):
+    asked = small(monkeypatch)
     weights.save(tmp_path, "small", {}, weights.MODELS["small"]())
     config = tmp_path / "config.json"
     whole = json.loads(config.read_text())
+    asked.clear()
 
-    def message(**changes):
-        config.write_text(json.dumps({**whole, **changes}))
+    def message(**arguments):
+        config.write_text(json.dumps({**whole, "arguments": arguments}))
         return refused(tmp_path)
 
-    assert message(arguments={"classes": 4}) == (
-        "A model's `classes` must be the size of one of its tensors. "
-        f"Received: {config} with classes=4"
+    rule = (
+        "A model's arguments must be numbers, texts, booleans, null, or lists of them. Received: "
     )
-    assert message(arguments={"classes": "9" * 60}).endswith(f" with classes={'9' * 50}")
-    # 2 is the size of an axis, and 3 of the last one.
-    assert "with classes=2" in message(arguments={"classes": 2})
-    for arguments in ({"classes": 3}, {"classes": None}):
+    harm = {"class_name": "Lambda", "config": {}}
+    assert message(a={"b": 1}) == f"{rule}{config} with a=\"{{'b': 1}}\""
+    assert message(a=[1, harm]).startswith(f"{rule}{config} with a=")
+    assert message(a=[[1]]) == f"{rule}{config} with a='([1],)'"
+    rule = "A model must have tensors for all its `blocks`. Received: "
+    assert message(blocks=2) == f"{rule}{config} with blocks=2, and 1 tensors"
+    assert message(blocks=[1, 9999]) == f"{rule}{config} with blocks=(1, 9999), and 1 tensors"
+    assert asked == []
+    for arguments in ({"blocks": 1}, {"blocks": [1, 0]}, {"blocks": None}, {"blocks": ["x", 1]}):
         config.write_text(json.dumps({**whole, "arguments": arguments}))
         weights.load(tmp_path)
+
+
+def test_shapes_are_compared_before_the_model_is_built(tmp_path, monkeypatch):
+    asked = small(monkeypatch)
+    weights.save(tmp_path, "small", {}, weights.MODELS["small"]())
+    asked.clear()
+    weights.load(tmp_path)
+    assert len(asked) == 2
+    save_file({"head/kernel": np.ones((2, 4), "f")}, tmp_path / "model.safetensors")
+    asked.clear()
+    refused(tmp_path)
+    assert len(asked) == 1
 
 
 def test_only_models_with_a_name_are_saved(tmp_path):
@@ -360,7 +377,7 @@ def test_configurations_that_are_none_are_refused(tmp_path):
     assert "must suit cnn" in message(arguments={"classes": 7, "wings": 3})
     assert "must suit cnn" in message(arguments={"classes": 7, "input_shape": "large"})
     # Before memory is taken.
-    assert "size of one of its tensors" in message(arguments={"classes": 10**12})
+    assert "(64, 1000000000000)" in message(arguments={**config["arguments"], "classes": 10**12})
     assert "more than" in message(extra={"x": "y" * 2**20})
     for text in ("", "[]", "{", '"x"', "[" * 10**5, "\udcff", '{"format": 1}'):
         file.write_bytes(text.encode("utf-8", "surrogateescape"))

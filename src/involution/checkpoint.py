@@ -25,6 +25,8 @@ from involution.errors import InputError, WriteError
 FOLDER, LOCK = "checkpoints", ".lock"
 NAME = re.compile(r"(\d{12})-([0-9a-f]{64})\.safetensors")
 KEEP = 2
+# What reading another's JSON may raise, of any form and depth.
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 STATE, FORMAT = "state", 1
 
 
@@ -106,7 +108,7 @@ class Store:
                 if hashlib.sha256(content).hexdigest() != digest:
                     raise ValueError("its content is not what its name says")
                 return Checkpoint(number, load_arrays(content), _state(content))
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
+            except (*DAMAGED, SafetensorError) as error:
                 say(f"Checkpoint {number} is damaged, the one before it is taken: {error}")
         return None
 

@@ -21,7 +21,7 @@ from involution import checkpoint, data, model_labels, training
 from involution.errors import InputError, WriteError
 from involution.files import PART, csv_text, remove_parts, sha256, write_json, write_text
 from involution.models import count_multiply_adds
-from involution.saved_model import Classifier
+from involution.saved_model import Classifier, load_weights
 
 # Keras's policies by the names of types.
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
@@ -368,7 +368,7 @@ class _Work:
                 setattr(result, name, begun[name])
         run.results.append(result)
         if result.digest is not None:
-            network.load_weights(self.output / result.file)
+            load_weights(network, self.output / result.file)
             return
         trainer = training.Trainer(network, dataset, run.recipe, config.epochs, config.seed)
         variables = trainer.optimizer_variables

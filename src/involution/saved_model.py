@@ -4,6 +4,7 @@ The archive holds one more entry, ``involution.json``, with the names of the cla
 the images, so that ``predict`` and ``explain`` feed a model exactly what it was trained on.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -12,13 +13,16 @@ import zipfile
 import keras
 import numpy as np
 
-from involution import data
+from involution import data, keras_files
 from involution.errors import InputError
 from involution.files import replacing
+from involution.keras_files import ENTRY
 from involution.models import shipped, weights
+from involution.outline import outline
 
-ENTRY = "involution.json"
 SCALING = "pixels / 255"
+# An image that a model takes: some 50 MB as the model gets it.
+MOST_PIXELS = 2**22
 # What classifies where no model is named.
 DEFAULT = "rednet_tiny-cifar10"
 
@@ -78,6 +82,8 @@ def load(path) -> Classifier:
         about = _about(path)
         class_names = tuple(str(name) for name in about["class_names"])
         height, width, channels = (int(n) for n in about["image_shape"])
+        if min(height, width) < 1 or height * width > MOST_PIXELS or channels != 3:
+            raise ValueError(about["image_shape"])
         if about["scaling"] != SCALING:
             raise ValueError(about["scaling"])
     except Exception as error:  # a damaged archive breaks its reader in many ways
@@ -86,15 +92,33 @@ def load(path) -> Classifier:
             "by `involution compare` or `train`, or one of "
             f"{', '.join(shipped.names())}. Received: {path}"
         ) from error
-    return Classifier(load_model(path), class_names, (height, width, channels))
+    model = load_model(path)
+    _check_suits(model, path, (height, width, channels), len(class_names))
+    return Classifier(model, class_names, (height, width, channels))
+
+
+def _check_suits(model, path, image_shape, classes):
+    # A model of a user's own class may know no shapes.
+    takes = getattr(model, "input_shape", (None,) * 4)
+    gives = getattr(model, "output_shape", (None, classes))
+    suits = isinstance(takes, tuple) and len(takes) == 4
+    if not suits or any(n not in (None, m) for n, m in zip(takes[1:], image_shape, strict=True)):
+        raise InputError(
+            f"A model must take the images that are said to be its own, {image_shape}. "
+            f"Received: {path}, which takes {str(takes)[:200]}"
+        )
+    if gives != (None, classes):
+        raise InputError(
+            f"A model must give one number for each of its {classes} classes. "
+            f"Received: {path}, which gives {str(gives)[:200]}"
+        )
 
 
 def _about(path) -> dict:
     if path.is_dir():
         return weights.read_config(path)["extra"]
-    # What is cut off is no JSON; without an end a small file could fill the memory.
-    with zipfile.ZipFile(path) as archive, archive.open(ENTRY) as entry:
-        return json.loads(entry.read(weights.CONFIG_LIMIT))
+    with zipfile.ZipFile(path) as archive:
+        return json.loads(keras_files.member(archive, ENTRY))
 
 
 def is_model(path) -> bool:
@@ -120,9 +144,33 @@ def load_model(path) -> keras.Model:
     return _load_keras(path)
 
 
+def load_weights(model, path):
+    """Sets a model's weights from a ``.keras`` file of the same model.
+
+    Raises:
+        InputError: It is none.
+    """
+    with _told(path):
+        keras_files.check(path)
+        model.load_weights(path)
+
+
 def _load_keras(path) -> keras.Model:
+    with _told(path):
+        registered = keras_files.check(path)
+
+        def read():
+            return keras.saving.load_model(path, custom_objects=registered, compile=False)
+
+        # Keras holds every variable's shape against the weights, before there is memory for it.
+        outline(read)
+        return read()
+
+
+@contextlib.contextmanager
+def _told(path):
     try:
-        return keras.saving.load_model(path, compile=False)
+        yield
     except Exception as error:  # Keras raises many kinds for a file that it cannot load
         raise InputError(
             "A model must be a .keras file, and load without code of its own: one with a user's "

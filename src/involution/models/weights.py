@@ -7,6 +7,7 @@ No code is stored, so that loading runs none: the configuration names a function
 import json
 import pathlib
 import re
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.numpy import save as save_arrays
 from involution import files
 from involution.models.checkpoints.errors import CheckpointError
 from involution.models.table import MODELS
+from involution.outline import outline
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT, VERSION = "involution model", 1
@@ -88,12 +90,14 @@ def load(folder) -> keras.Model:
     try:
         with safe_open(folder / WEIGHTS, framework="numpy") as file:
             shapes = {key: _shape(file, key) for key in file.keys()}  # noqa: SIM118 - no mapping
-            model = _build(folder, config, shapes)
-            variables = named_weights(model)
+            build = _builder(folder, config, shapes)
+            # Before the model takes memory.
+            expected = named_weights(outline(build))
             check_tensors(
-                {key: tuple(v.shape) for key, v in variables.items()}, shapes, folder / WEIGHTS
+                {key: tuple(v.shape) for key, v in expected.items()}, shapes, folder / WEIGHTS
             )
-            for key, variable in variables.items():
+            model = build()
+            for key, variable in named_weights(model).items():
                 assign(variable, file.get_tensor(key))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -209,25 +213,39 @@ def listed(names, shown=SHOWN) -> str:
     return ", ".join(names[:shown]) + more
 
 
-def _build(folder, config, shapes) -> keras.Model:
+def _builder(folder, config, shapes) -> Callable[[], keras.Model]:
+    """The function that builds the model, its arguments being such that it ends."""
     arguments = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in config["arguments"].items()
     }
-    # Before the model takes memory for them.
-    classes = arguments.get("classes")
-    if classes is not None and not any(s and s[-1] == classes for s in shapes.values()):
+    # A dictionary would be a layer, of whatever class it names.
+    for key, value in arguments.items():
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(part, (dict, list)) for part in parts):
+            raise CheckpointError(
+                "A model's arguments must be numbers, texts, booleans, null, or lists of them. "
+                f"Received: {folder / CONFIG} with {listed([key])}={str(value)[:100]!a}"
+            )
+    # Every block has weights; without an end the building would have none.
+    blocks = arguments.get("blocks", ())
+    counts = blocks if isinstance(blocks, tuple) else (blocks,)
+    if sum(n for n in counts if isinstance(n, int) and n > 0) > len(shapes):
         raise CheckpointError(
-            "A model's `classes` must be the size of one of its tensors. "
-            f"Received: {folder / CONFIG} with classes={str(classes)[:50]}"
+            "A model must have tensors for all its `blocks`. "
+            f"Received: {folder / CONFIG} with blocks={str(blocks)[:50]}, and {len(shapes)} tensors"
         )
-    try:
-        return MODELS[config["name"]](**arguments)
-    except Exception as error:  # a builder, and Keras, raise many kinds for wrong arguments
-        raise CheckpointError(
-            f"A model's arguments must suit {config['name']}. "
-            f"Received: {folder / CONFIG}: {_one_line(error)}"
-        ) from error
+
+    def build():
+        try:
+            return MODELS[config["name"]](**arguments)
+        except Exception as error:  # a builder, and Keras, raise many kinds for wrong arguments
+            raise CheckpointError(
+                f"A model's arguments must suit {config['name']}. "
+                f"Received: {folder / CONFIG}: {_one_line(error)}"
+            ) from error
+
+    return build
 
 
 def _shape(file, key) -> tuple[int, ...]:
