@@ -1,56 +1,79 @@
 """Runs that differ in their seed, as one table and one figure.
 
-    python benchmarks/seeds.py RUN/FOLDER... --output STEM
+    python benchmarks/seeds.py RUN/FOLDER... [FORMER.csv...] --output STEM
 
-Reads config.json and metrics.json of folders that ``involution compare`` or ``train`` wrote; writes
-STEM.csv, a row for each model, recipe and seed, and STEM.png, mean accuracy against parameters and
-multiply-adds; prints the means as Markdown.
+Reads config.json and metrics.json of folders that ``involution compare`` or ``train`` wrote, and
+tables that this program wrote; writes STEM.csv, a row for each model, recipe, number of epochs and
+seed, and STEM.png, mean accuracy against parameters and multiply-adds; prints the means as
+Markdown.
 """
 
 import argparse
 import collections
+import csv
 import json
 import pathlib
 import statistics
 
 from involution import files, visualize
 
-COLUMNS = ("recipe", "model", "seed", "trainable_params", "multiply_adds", "test_accuracy")
+COLUMNS = (
+    "recipe",
+    "epochs",
+    "model",
+    "seed",
+    "trainable_params",
+    "multiply_adds",
+    "test_accuracy",
+)
 
 
-def rows(folders):
-    for folder in map(pathlib.Path, folders):
-        config, metrics = (
-            json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics")
-        )
-        for label, model in metrics["models"].items():
-            if model["epochs"] == config["epochs"]:
-                yield {
-                    "recipe": config["recipe"],
-                    "model": label.rsplit("controls.py:", 1)[-1],
-                    "seed": config["seed"],
-                    **{column: model[column] for column in COLUMNS[3:]},
-                }
+def rows(places):
+    for place in map(pathlib.Path, places):
+        if place.suffix == ".csv":
+            with open(place, encoding="utf-8") as table:
+                for row in csv.DictReader(table):
+                    numbers = {c: int(row[c]) for c in COLUMNS[:-1] if row[c].isdigit()}
+                    yield {**row, **numbers, "test_accuracy": float(row["test_accuracy"])}
+        else:
+            yield from _run(place)
+
+
+def _run(folder):
+    config, metrics = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics")
+    )
+    for label, model in metrics["models"].items():
+        if model["epochs"] == config["epochs"]:
+            yield {
+                "recipe": config["recipe"],
+                "epochs": config["epochs"],
+                "model": label.rsplit("controls.py:", 1)[-1],
+                "seed": config["seed"],
+                **{column: model[column] for column in COLUMNS[4:]},
+            }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folders", nargs="+")
+    parser.add_argument("places", nargs="+")
     parser.add_argument("--output", type=pathlib.Path, required=True)
     options = parser.parse_args()
-    found = sorted(rows(options.folders), key=lambda r: (r["recipe"], r["model"], r["seed"]))
+    found = sorted(rows(options.places), key=lambda r: [r[c] for c in COLUMNS[:4]])
     files.write_text(options.output.with_suffix(".csv"), files.csv_text(COLUMNS, found))
     groups = collections.defaultdict(list)
     for row in found:
-        groups[row["recipe"], row["model"]].append(row)
-    print("| recipe | model | parameters | multiply-adds | accuracy, mean | of each seed |")
-    print("|---|---|---|---|---|---|")
+        groups[row["recipe"], row["epochs"], row["model"]].append(row)
+    print(
+        "| recipe | epochs | model | parameters | multiply-adds | accuracy, mean | of each seed |"
+    )
+    print("|---|---|---|---|---|---|---|")
     means = {}
-    for (recipe, model), runs in sorted(groups.items(), key=lambda g: -mean(g[1])):
+    for (recipe, epochs, model), runs in sorted(groups.items(), key=lambda g: -mean(g[1])):
         first = runs[0]
         each = ", ".join(f"{r['test_accuracy']:.4f}" for r in runs)
         print(
-            f"| {recipe} | {model} | {first['trainable_params']:,} | "
+            f"| {recipe} | {epochs} | {model} | {first['trainable_params']:,} | "
             f"{first['multiply_adds'] / 1e6:.2f} M | {mean(runs):.4f} | {each} |"
         )
         means[f"{model}, {recipe}"] = first | {"test_accuracy": mean(runs)}

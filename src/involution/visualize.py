@@ -5,6 +5,8 @@ state of Matplotlib is touched. The colours (cividis, Okabe and Ito's) keep thei
 for the colour-blind.
 """
 
+import itertools
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -24,6 +26,8 @@ __all__ = [
 ]
 
 TRAIN, TEST = "#0072B2", "#D55E00"
+# Of Okabe and Ito's palette, which most people can tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # For values in order, and for values around 0.
 COLOURS, SIGNED = "cividis", "PuOr"
 
@@ -59,26 +63,33 @@ def costs(models) -> Figure:
         models: By label, dictionaries with ``test_accuracy``, ``trainable_params`` and
             ``multiply_adds``; models that lack one of them are left out where it matters.
     """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.6 + 0.2 * len(models)), layout="constrained")
     columns = {"trainable_params": "trainable parameters", "multiply_adds": "multiply-adds"}
+    # Models that are alike lie on each other: their names stand beside signs of their own.
+    every = itertools.cycle((marker, color) for marker in "os^D" for color in COLORS)
+    signs = dict(zip(models, every, strict=False))
+    found = {}
     for ax, (cost, title) in zip(figure.subplots(1, 2, sharey=True), columns.items(), strict=True):
         for label, model in models.items():
             if None in (model[cost], model["test_accuracy"]):
                 continue
-            point = (model[cost], model["test_accuracy"])
-            ax.plot(*point, "o", color=TEST)
-            ax.annotate(
-                label,
-                point,
-                xytext=(5, 4),
-                textcoords="offset points",
-                fontsize=8,
-                parse_math=False,
-            )
+            marker, color = signs[label]
+            found[label] = ax.plot(
+                model[cost],
+                model["test_accuracy"],
+                marker,
+                color=color,
+                markersize=9,
+                markerfacecolor="none",
+                markeredgewidth=2,
+            )[0]
         ax.set_xscale("log")
         ax.set_xlabel(title)
         ax.margins(x=0.25, y=0.15)
         ax.grid(alpha=0.3)
+    legend = figure.legend(found.values(), found, loc="outside lower center", ncols=2, fontsize=9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     figure.axes[0].set_ylabel("accuracy on the test images (share)")
     return figure
 
