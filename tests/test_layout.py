@@ -28,6 +28,7 @@ ORDER = [
     "keras_files",
     "stored_images",
     "ops.geometry",
+    "ops.problem",
     "ops.views",
     "ops.gradients",
     "ops.native_library",

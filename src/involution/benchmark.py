@@ -27,9 +27,10 @@ from involution.errors import InputError
 from involution.experiment import versions
 from involution.files import csv_text
 from involution.ops import native_library
-from involution.ops.api import IMPLEMENTATIONS, make_problem
+from involution.ops.api import IMPLEMENTATIONS
 from involution.ops.cases import CASES, Case
 from involution.ops.native_library import processors
+from involution.ops.problem import make_problem
 from involution.programs import program, tensors
 
 PATCHES = "patches"

@@ -13,12 +13,7 @@ import math
 import keras
 from keras import ops
 
-from involution.ops.api import (
-    integers,
-    standardize_data_format,
-    standardize_padding,
-    window_products,
-)
+from involution.ops.api import window_products
 from involution.ops.geometry import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
@@ -27,6 +22,7 @@ from involution.ops.geometry import (
     Geometry,
     ceil_divide,
 )
+from involution.ops.problem import integers, standardize_data_format, standardize_padding
 from involution.ops.views import wide, window, zero_pad
 from involution.pointwise import convolution
 

@@ -9,17 +9,7 @@ import keras
 from keras import ops
 
 from involution import kernel_generators
-from involution.ops.api import (
-    can_fuse,
-    generate_and_apply,
-    implementation_names,
-    integers,
-    involution,
-    one_of,
-    output_sizes,
-    standardize_data_format,
-    standardize_padding,
-)
+from involution.ops.api import can_fuse, generate_and_apply, implementation_names, involution
 from involution.ops.geometry import (
     CHANNELS_LAST,
     CONTIGUOUS,
@@ -27,6 +17,13 @@ from involution.ops.geometry import (
     SAME,
     SYMMETRIC,
     Geometry,
+)
+from involution.ops.problem import (
+    integers,
+    one_of,
+    output_sizes,
+    standardize_data_format,
+    standardize_padding,
 )
 from involution.ops.views import sizes as view_sizes
 from involution.ops.views import wide

@@ -9,8 +9,8 @@ from keras import layers
 
 from involution.kernel_generators import copied
 from involution.layers import Involution, Involution2D
-from involution.ops.api import integers
 from involution.ops.geometry import CHANNELS_LAST
+from involution.ops.problem import integers
 
 HEADS = ("dense", "convolutional")
 # The example's visualizer: no classes, what the involutions generate.

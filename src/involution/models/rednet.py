@@ -14,8 +14,8 @@ from keras import layers
 from involution import kernel_generators
 from involution.kernel_generators import KAIMING
 from involution.layers import Involution2D
-from involution.ops.api import integers, standardize_data_format
 from involution.ops.geometry import CHANNELS_FIRST, CHANNELS_LAST
+from involution.ops.problem import integers, standardize_data_format
 from involution.pointwise import convolution
 
 
