@@ -174,7 +174,12 @@ class Involution(keras.layers.Layer):
         """The kernels for ``inputs``: (B, H', W', kernel_size**2, group_number)."""
         # Keras's own "same" pooling gives other means on PyTorch than on TensorFlow and JAX.
         pooled = kernel_generators.average_pool(inputs, (self.stride,) * 2, centred=True)
-        kernel = self.kernel_gen(pooled)
+        if pooled.shape[0] == 0:
+            # To a convolution of nothing TensorFlow gives a wrong shape on some processors.
+            one = ops.zeros((1, *ops.shape(pooled)[1:]), pooled.dtype)
+            kernel = self.kernel_gen(one, training=False)[:0]
+        else:
+            kernel = self.kernel_gen(pooled)
         batch, height, width, _ = ops.shape(kernel)
         return ops.reshape(kernel, (batch, height, width, self._geometry.taps, self.group_number))
 
