@@ -90,7 +90,12 @@ def execute(made, folder):
     with tempfile.TemporaryDirectory() as sockets:
         # Files in place of ports, which others on the machine could open.
         client.km.transport, client.km.ip = "ipc", f"{sockets}/kernel"
-        asyncio.run(client.async_execute())  # which leaves no event loop behind
+        # Not asyncio.run, which forgets the event loop that the caller may have.
+        loop = asyncio.new_event_loop()
+        try:
+            loop.run_until_complete(client.async_execute())
+        finally:
+            loop.close()
     for cell in made.cells:
         cell.metadata.pop("execution", None)  # times of day
     return made

@@ -464,6 +464,21 @@ def test_where_somebody_asks_for_the_kernels_they_are_made(options, runs):
     assert not runs
 
 
+def test_a_subclass_may_make_kernels_of_its_own(runs):
+    class Negative(Involution2D):
+        def generate_kernel(self, inputs):
+            return -super().generate_kernel(inputs)
+
+    layer = Negative(3, groups=4)
+    y = numpy(layer(IMAGES))
+    assert not runs
+    plain = Involution2D(3, groups=4)
+    plain.build(IMAGES.shape)
+    plain.set_weights(layer.get_weights())
+    np.testing.assert_allclose(-y, numpy(plain(IMAGES)), rtol=0, atol=1e-5)
+    assert len(runs) == 1
+
+
 def test_where_kernels_are_recorded_they_are_made(runs):
     layer = Involution2D(3, groups=4)
     with layers.recording() as calls:
