@@ -13,7 +13,7 @@ if os.environ.get("KERAS_BACKEND") == "jax":
     jax.config.update("jax_enable_x64", True)
 
 import involution  # noqa: F401 - settles the backend before a test imports Keras
-from involution.ops import api
+from involution.ops import api, native_library
 
 # What a framework alone has is tested where it runs. Elsewhere there is nothing to skip.
 collect_ignore = [
@@ -48,3 +48,12 @@ def ran(monkeypatch):
     monkeypatch.setattr(api, "IMPLEMENTATIONS", pairs)
     monkeypatch.setattr(api, "FUSED", recorded(*api.FUSED))
     return names
+
+
+@pytest.fixture
+def level(request):
+    """Everything runs by the instructions of this level."""
+    native_library.use_level(request.param)
+    yield request.param
+    highest = native_library.levels()[-1]
+    native_library.use_level(os.environ.get("INVOLUTION_INSTRUCTIONS") or highest)

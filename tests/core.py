@@ -2,6 +2,7 @@
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from involution.ops import native_call, native_library
 from involution.ops.geometry import Geometry
@@ -13,6 +14,8 @@ DTYPES = {
     "bfloat16": ml_dtypes.bfloat16,
     "float16": np.float16,
 }
+# The fixture `level` makes everything run by the instructions of one.
+each_level = pytest.mark.parametrize("level", native_library.levels(), indirect=True)
 # The arguments of each member, from x, kernel and dy.
 ARGUMENTS = {
     OUTPUT: lambda x, kernel, dy: (x, kernel),

@@ -4,13 +4,12 @@ import dataclasses
 import functools
 import json
 import math
-import os
 
 import core
 import keras
 import numpy as np
 import pytest
-from core import DTYPES
+from core import DTYPES, each_level
 from frameworks import (
     BACKEND,
     IMPLEMENTATIONS,
@@ -37,17 +36,6 @@ LEVELS = native_library.levels()
 HIDDEN = (1, 3, 8, 17, 33)
 CALL = Call(2, (5, 7), 12, (3, 3), (2, 1), "same", (1, 2), 3)
 NAMES = ("x", "hidden", "weight", "bias")
-
-
-@pytest.fixture
-def level(request):
-    """Everything runs by the instructions of this level."""
-    native_library.use_level(request.param)
-    yield request.param
-    native_library.use_level(os.environ.get("INVOLUTION_INSTRUCTIONS") or LEVELS[-1])
-
-
-each_level = pytest.mark.parametrize("level", LEVELS, indirect=True)
 
 
 def apply(call, implementation="fused"):

@@ -17,7 +17,7 @@ import core
 import keras
 import numpy as np
 import pytest
-from core import DTYPES
+from core import DTYPES, each_level
 from frameworks import (
     BACKEND,
     IMPLEMENTATIONS,
@@ -43,15 +43,6 @@ LEVELS = native_library.levels()
 MEMBERS = tuple(core.ARGUMENTS)
 
 
-@pytest.fixture
-def level(request):
-    """Everything runs by the instructions of this level."""
-    native_library.use_level(request.param)
-    yield request.param
-    native_library.use_level(os.environ.get("INVOLUTION_INSTRUCTIONS") or LEVELS[-1])
-
-
-each_level = pytest.mark.parametrize("level", LEVELS, indirect=True)
 each_half = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="told as Linux tells it")
 

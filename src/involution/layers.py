@@ -432,8 +432,9 @@ class InvolutionND(keras.layers.Layer):
         dtype = keras.backend.standardize_dtype(inputs.dtype)
         if expansion is None or self.kernel_generator.compute_dtype != dtype:
             return None
-        weight, bias = (ops.cast(t, dtype) for t in expansion)
-        return (weight, bias) if can_fuse(inputs, weight.shape[0], **arguments) else None
+        if not can_fuse(inputs, expansion[0].shape[0], **arguments):
+            return None
+        return tuple(ops.cast(t, dtype) for t in expansion)
 
     def _project(self, output):
         if self.data_format == CHANNELS_LAST:
