@@ -229,15 +229,17 @@ def test_contextual_looks_as_far_as_it_says():
 # --- What is optional ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_softmax_makes_weights_of_every_window(data_format):
+def test_softmax_makes_weights_of_every_window(rank, data_format):
+    make = {1: Involution1D, 2: Involution2D, 3: Involution3D}[rank]
     arguments = {"kernel_size": 3, "groups": 2, "data_format": data_format, "return_kernel": True}
-    shape = (2, 5, 6, 4) if data_format == "channels_last" else (2, 4, 5, 6)
-    x = random(*shape)
-    plain = Involution2D(**arguments)
+    sizes = (5, 6, 4)[:rank]
+    x = random(2, *sizes, 4) if data_format == "channels_last" else random(2, 4, *sizes)
+    plain = make(**arguments)
     plain(x)
     randomize(plain)
-    layer = Involution2D(kernel_softmax=True, **arguments)
+    layer = make(kernel_softmax=True, **arguments)
     layer(x)
     layer.set_weights(plain.get_weights())
     axis = -2 if data_format == "channels_last" else 1

@@ -101,8 +101,8 @@ def test_seeds_become_a_table_and_a_figure(runs, tmp_path, monkeypatch, capsys):
     )
     script("seeds").main()
     lines = stem.with_suffix(".csv").read_text().splitlines()
-    assert lines[0] == "recipe,model,seed,trainable_params,multiply_adds,test_accuracy"
-    assert [line.split(",")[1:3] for line in lines[1:]] == [
+    assert lines[0] == "recipe,epochs,model,seed,trainable_params,multiply_adds,test_accuracy"
+    assert [line.split(",")[2:4] for line in lines[1:]] == [
         ["cnn:filters=2-3-4", "1"],
         ["cnn:filters=2-3-4", "2"],
         ["inn:head=convolutional", "1"],

@@ -23,7 +23,7 @@ from involution.ops.geometry import (
     ceil_divide,
 )
 from involution.ops.problem import integers, standardize_data_format, standardize_padding
-from involution.ops.views import wide, window, zero_pad
+from involution.ops.views import softmax, wide, window, zero_pad
 from involution.pointwise import convolution
 
 
@@ -358,7 +358,7 @@ class PairwiseAttention(Linear):
             ops.ones((1, *g.spatial(shape), 1), "float32"), ops.ones((1, *sizes, 1), "float32"), 1
         )
         scores = ops.where(inside > 0.5, scores, OUTSIDE)
-        kernel = ops.cast(ops.softmax(scores, axis=-2), self.compute_dtype)
+        kernel = ops.cast(softmax(scores, -2), self.compute_dtype)
         return ops.reshape(kernel, (shape[0], *sizes, self._kernel_channels))
 
     def _products(self, x, y, groups):

@@ -26,7 +26,7 @@ from involution.ops.problem import (
     standardize_padding,
 )
 from involution.ops.views import sizes as view_sizes
-from involution.ops.views import wide
+from involution.ops.views import softmax, wide
 
 # What a generator is told where it says None.
 FILLED_IN = ("kernel_size", "groups", "strides", "padding", "dilation_rate", "data_format")
@@ -390,7 +390,7 @@ class InvolutionND(keras.layers.Layer):
             )
         kernel = ops.reshape(kernel, g.shape(shape[0], g.spatial(shape), g.taps, g.groups))
         if self.kernel_softmax:
-            kernel = ops.softmax(wide(kernel), axis=g.tap_axis)
+            kernel = softmax(wide(kernel), g.tap_axis)
         if self.kernel_dropout is not None:
             kernel = self.kernel_dropout(kernel)
         return ops.cast(kernel, inputs.dtype)

@@ -116,3 +116,13 @@ def matmul(a, b):
     """``keras.ops.matmul``, which on PyTorch makes float32 of float64."""
     wide = keras.backend.standardize_dtype(a.dtype) == "float64"
     return a @ b if wide else ops.matmul(a, b)
+
+
+def softmax(x, axis):
+    """``keras.ops.softmax``; TensorFlow's with oneDNN takes at most five axes."""
+    if keras.config.backend() != "tensorflow":
+        return ops.softmax(x, axis=axis)
+    shape = ops.shape(x)
+    axis %= len(shape)
+    before, after = (math.prod(part) for part in (shape[:axis], shape[axis + 1 :]))
+    return ops.reshape(ops.softmax(ops.reshape(x, (before, shape[axis], after)), axis=1), shape)
