@@ -16,6 +16,7 @@ from involution.ops import api, taps
 from involution.ops.cases import CASES, Case
 from involution.programs import program
 
+FUSED = ["fused"] if "native" in IMPLEMENTATIONS else []
 SMALL = Case("small", 2, (5, 4), 6, 2, 3)
 STRIDED = Case("strided", 1, (5, 4), 6, 2, 3, strides=2, group_layout="interleaved")
 
@@ -32,7 +33,7 @@ def test_every_candidate_is_measured_forward_and_backward(small):
     names = [
         n
         for n in benchmark.CANDIDATES
-        if n in IMPLEMENTATIONS or n not in dict(api.IMPLEMENTATIONS)
+        if n in (*IMPLEMENTATIONS, *FUSED) or n not in dict((*api.IMPLEMENTATIONS, api.FUSED))
     ]
     expected = [
         (case, name, passes)
@@ -91,16 +92,22 @@ def test_the_limit_counts_what_meets_the_input():
     # Windows of 3 x 3 on 5 x 4 positions: (3 * 5 - 2) * (3 * 4 - 2) taps lie inside.
     assert benchmark._taps_inside(SMALL) == 13 * 10
     # x and y 2 * 5 * 4 * 6 numbers each, the kernel 2 * 5 * 4 * 9 * 2.
-    assert benchmark.tensor_bytes(SMALL, "float32", False) == 4 * (2 * 240 + 720)
-    assert benchmark.tensor_bytes(SMALL, "bfloat16", True) == 2 * 2 * (2 * 240 + 720)
+    assert benchmark.tensor_bytes(SMALL, "float32", False, "native") == 4 * (2 * 240 + 720)
+    assert benchmark.tensor_bytes(SMALL, "bfloat16", True, "native") == 2 * 2 * (2 * 240 + 720)
+    # One hidden channel: 2 * 5 * 4 of its numbers, 18 of the weight and as many of the bias.
+    fused = 2 * 240 + 40 + 36
+    assert benchmark.tensor_bytes(SMALL, "float32", False, "fused") == 4 * fused
+    assert benchmark.tensor_bytes(SMALL, "float32", True, "two-steps") == 2 * 4 * (fused + 720)
     slow = benchmark.least_ms(SMALL, "float32", False, peak=1e3)
     assert slow == pytest.approx(1e3 * 2 * 2 * 6 * 130 / 1e3)
+    slow = benchmark.least_ms(SMALL, "float32", True, peak=1e3, generating=True)
+    assert slow == pytest.approx(3 * 1e3 * (2 * 2 * 6 * 130 + 2 * 720) / 1e3)
 
 
 def test_memory_is_measured_in_a_process_of_its_own(small):
     (case,) = (case for case in CASES if case.name == "red4")
     peak = benchmark._in_fresh_process(case, IMPLEMENTATIONS[0], "float32", True)
-    tensors = benchmark.tensor_bytes(case, "float32", True) / 1e6
+    tensors = benchmark.tensor_bytes(case, "float32", True, IMPLEMENTATIONS[0]) / 1e6
     assert peak is None or tensors / 2 < peak < 40 * tensors
 
 
@@ -110,7 +117,7 @@ def test_peak_memory_leaves_out_what_was_there_before(small):
         return
     (case,) = (case for case in CASES if case.name == "red2")
     for backward in (False, True):
-        tensors = benchmark.tensor_bytes(case, "float32", backward) / 1e6
+        tensors = benchmark.tensor_bytes(case, "float32", backward, IMPLEMENTATIONS[0]) / 1e6
         assert tensors < benchmark._resident("VmRSS") / 1e6
         peak = benchmark._peak_memory(case, IMPLEMENTATIONS[0], "float32", backward)
         assert 0 <= peak < 6 * tensors

@@ -120,7 +120,8 @@ def test_explain(call, trained, pets, tmp_path):
     code, lines = call("explain", trained[0] / "inn.keras", image)
     assert code == 0
     assert re.search(r"inv_1 16x16 from .* inv_2 8x8 from .* inv_3 4x4 from ", lines[1])
-    assert lines[2] == "Figure: explain.png"
+    assert re.search(r"^Predictions run \d x \w+(, \d x \w+)*; here ", lines[2])
+    assert lines[3] == "Figure: explain.png"
     assert (tmp_path / "explain.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -131,7 +132,7 @@ def test_explain_draws_what_is_asked_for(call, trained, pets, tmp_path, show):
     for file in ("a.svg", "b.svg"):
         code, lines = call(*arguments, "--output", file)
         assert code == 0
-        assert lines[2] == f"Figure: {file}"
+        assert lines[-1] == f"Figure: {file}"
     a, b = ((tmp_path / file).read_bytes() for file in ("a.svg", "b.svg"))
     assert a.startswith(b"<?xml")
     assert a == b
@@ -186,7 +187,12 @@ def test_doctor(call):
         m[1] for line in lines if (m := re.search(r"(\w+) +error \d\.\de[+-]\d\d \(taken\)", line))
     ]
     few_channels = "taps" if BACKEND == "jax" else IMPLEMENTATIONS[0]
-    assert taken == [few_channels] + 7 * [IMPLEMENTATIONS[0]]
+    assert taken == [few_channels] + (len(CASES) - 1) * [IMPLEMENTATIONS[0]]
+    fused = [line for line in lines if " fused " in line]
+    assert len(fused) == len(CASES)
+    there = "native" in IMPLEMENTATIONS
+    assert all(("error" if there else "cannot run") in line for line in fused)
+    assert any("(taken where kernels are generated)" in line for line in fused) == there
 
 
 def test_doctor_fails_on_a_wrong_implementation(call, monkeypatch):

@@ -495,10 +495,23 @@ def test_dtype_policies(policy, runs):
     np.testing.assert_allclose(exact(y), expected, rtol=0, atol=bound * np.abs(expected).max())
 
 
-def test_can_fuse_tells_what_is_taken():
+def test_what_is_taken_is_told():
     x = keras.KerasTensor((2, 9, 8, 16))
-    assert api.can_fuse(x, 4, kernel_size=3, groups=4)
-    assert not api.can_fuse(x, 73, kernel_size=3, groups=4)
-    assert api.can_fuse(x, 73, kernel_size=3, groups=4, implementation="fused")
-    x = keras.KerasTensor((2, 16, 9, 8))
-    assert not api.can_fuse(x, 4, kernel_size=3, groups=4, data_format="channels_first")
+    call = {"kernel_size": 3, "groups": 4}
+    first = api.chosen(x, **call)
+    assert first == api.implementations(x, None, **call)[0][0]
+    assert api.chosen(x, 4, **call) == "fused"
+    assert api.implementations(x, None, hidden=4, **call)[0] == ("fused", None)
+    # Fewer places than hidden channels.
+    assert api.chosen(x, 73, **call) == first
+    assert api.implementations(x, None, hidden=73, **call)[-1] == ("fused", None)
+    assert api.chosen(x, 73, implementation="fused", **call) == "fused"
+    x_first = keras.KerasTensor((2, 16, 9, 8))
+    assert api.chosen(x_first, 4, data_format="channels_first", **call) == first
+    layer = Involution2D(3, groups=4)
+    layer.build(x.shape)
+    assert layer.chosen_implementation(x) == "fused"
+    layer.return_kernel = True
+    assert layer.chosen_implementation(x) == first
+    drop_in = involution.Involution(16, 4, 3, 1, 4)
+    assert drop_in.chosen_implementation(x) == first

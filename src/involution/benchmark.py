@@ -27,16 +27,20 @@ from involution.errors import InputError
 from involution.experiment import versions
 from involution.files import csv_text
 from involution.ops import native_library
-from involution.ops.api import IMPLEMENTATIONS
+from involution.ops.api import FUSED, IMPLEMENTATIONS
 from involution.ops.cases import CASES, Case
 from involution.ops.native_library import processors
-from involution.ops.problem import make_problem
+from involution.ops.problem import make_generating_problem, make_problem
 from involution.programs import program, tensors
 
 PATCHES = "patches"
-CANDIDATES = (*dict(IMPLEMENTATIONS), PATCHES, *yardsticks.CONVOLUTIONS)
+# Kernels from hidden features, and their use: stored between, or not.
+TWO_STEPS = "two-steps"
+GENERATING = {TWO_STEPS: tuple(dict(IMPLEMENTATIONS)), FUSED[0]: FUSED[0]}
+CANDIDATES = (*dict(IMPLEMENTATIONS), *GENERATING, PATCHES, *yardsticks.CONVOLUTIONS)
 PASSES = {"forward": False, "forward+backward": True}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+MOST_PATCHES = 2**28
 # Largest difference from `reference` in float32, relative to the largest value.
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
 
@@ -104,7 +108,6 @@ def run(plan: Plan, say=lambda line: None) -> Iterator[Row]:
 
 def _rows(case, dtype, passes, plan, peak, say):
     backward = PASSES[passes]
-    limit = least_ms(case, dtype, backward, peak)
     ready = {}
     for name in plan.candidates:
         try:
@@ -135,6 +138,7 @@ def _rows(case, dtype, passes, plan, peak, say):
         median = statistics.median(each)
         quartiles = statistics.quantiles(each, n=4) if len(each) > 2 else [median] * 3
         ours = name not in yardsticks.CONVOLUTIONS
+        limit = least_ms(case, dtype, backward, peak, generating=name in GENERATING)
         yield Row(
             case=case.name,
             candidate=name,
@@ -147,17 +151,27 @@ def _rows(case, dtype, passes, plan, peak, say):
             limit_ms=limit if ours else None,
             times_limit=median / limit if ours else None,
             peak_mb=_in_fresh_process(case, name, dtype, backward) if plan.memory else None,
-            tensors_mb=tensor_bytes(case, dtype, backward) / 1e6 if ours else None,
+            tensors_mb=tensor_bytes(case, dtype, backward, name) / 1e6 if ours else None,
         )
 
 
 def candidate(name, case: Case, dtype):
     """(function, arguments, cotangent), or NotImplementedError with the reason."""
     random = np.random.default_rng(0)
-    shapes = case.x_shape, case.kernel_shape
     if name in yardsticks.CONVOLUTIONS:
         function, arguments = yardsticks.CONVOLUTIONS[name](case, random, dtype)
+    elif name in GENERATING:
+        generator = case.x_shape, *case.generator_shapes
+        arguments = tensors([random.standard_normal(s) for s in generator], dtype)
+        problem = make_generating_problem(*arguments, **case.arguments)
+        reason = FUSED[1].refusal(problem) if name == FUSED[0] else None
+        if reason is not None:
+            raise NotImplementedError(reason)
+        function = functools.partial(
+            ops.generate_and_apply, implementation=GENERATING[name], **case.arguments
+        )
     else:
+        shapes = case.x_shape, case.kernel_shape
         arguments = tensors([random.standard_normal(s) for s in shapes], dtype)
         if name == PATCHES:
             function = _patches(case)
@@ -177,6 +191,8 @@ def candidate(name, case: Case, dtype):
 def _patches(case):
     if len(case.sizes) != 2:
         raise NotImplementedError("patches are for images")
+    if math.prod(case.kernel_shape[:-1]) * case.channels > MOST_PATCHES:
+        raise NotImplementedError(f"patches of more than {MOST_PATCHES} numbers fill the memory")
     if case.padding != "same" and (case.padding != "symmetric" or case.strides > 1):
         raise NotImplementedError("patches are padded as Keras does")
     names = "kernel_size", "strides", "dilation_rate", "groups", "group_layout"
@@ -187,7 +203,8 @@ def difference(function, arguments, cotangent, case, dtype) -> float:
     """The largest difference of output and gradients from those of ``reference`` in float32 or
     wider, relative to the largest value of each."""
     wide = "float64" if dtype == "float64" else "float32"
-    reference = functools.partial(ops.involution, implementation="reference", **case.arguments)
+    operation = ops.involution if len(arguments) == 2 else ops.generate_and_apply
+    reference = functools.partial(operation, implementation="reference", **case.arguments)
     want = program(reference, *_cast(arguments, cotangent, wide))()
     have = program(function, arguments, cotangent)()
     worst = 0.0
@@ -219,24 +236,31 @@ def measure(programs, seconds) -> dict[str, list[float]]:
 # --- The least time that the machine allows
 
 
-def _sizes(case, dtype):
-    """Bytes of x, kernel and y."""
+def _sizes(case, dtype, generating):
+    """Bytes of the arguments and of y."""
     item = {"float64": 8, "float32": 4}.get(dtype, 2)
     y = (case.batch, *case.kernel_shape[1:-2], case.channels)
-    return [item * math.prod(shape) for shape in (case.x_shape, case.kernel_shape, y)]
+    kernel = case.generator_shapes if generating else [case.kernel_shape]
+    return [item * math.prod(shape) for shape in (case.x_shape, *kernel, y)]
 
 
-def tensor_bytes(case, dtype, backward) -> int:
-    """Of arguments and results; with gradients, of the output's and of both arguments' too."""
-    return sum(_sizes(case, dtype)) * (2 if backward else 1)
+def tensor_bytes(case, dtype, backward, name) -> int:
+    """Of arguments and results, and of kernels that are stored between; with gradients, of those of
+    all of these too."""
+    total = sum(_sizes(case, dtype, name in GENERATING))
+    if name == TWO_STEPS:
+        total += _sizes(case, dtype, False)[1]
+    return total * (2 if backward else 1)
 
 
-def least_ms(case, dtype, backward, peak) -> float:
+def least_ms(case, dtype, backward, peak, generating=False) -> float:
     """Moving every tensor that a pass reads or writes once, or the multiplications and additions:
-    whichever takes longer. An output, an input gradient and a kernel gradient each touch one tensor
-    of every kind and do as many operations."""
-    total = sum(_sizes(case, dtype))
+    whichever takes longer. An output, an input gradient and a kernel gradient, or that of what
+    generates the kernels, each touch one tensor of every kind and do as many operations."""
+    total = sum(_sizes(case, dtype, generating))
     operations = 2 * case.batch * case.channels * _taps_inside(case)
+    if generating:
+        operations += 2 * math.prod(case.kernel_shape) * case.generator_shapes[1][0]
     # As many values as in float32: half types move half the bytes, sums are in float32.
     rate = peak / (2 if dtype == "float64" else 1)
     seconds = max(total / copy_bandwidth(total), operations / rate)

@@ -10,6 +10,7 @@ import numpy as np
 
 from involution import backend, ops
 from involution.experiment import versions
+from involution.ops.api import FUSED
 from involution.ops.cases import CASES
 
 # In float32, relative to the largest value: sums of up to some hundred terms.
@@ -37,22 +38,33 @@ def lines() -> Iterator[tuple[str, bool]]:
 
 def _case(case):
     random = np.random.default_rng(0)
-    x, kernel = (
+    x, kernel, hidden, weight, bias = (
         random.standard_normal(shape).astype("float32")
-        for shape in (case.x_shape, case.kernel_shape)
+        for shape in (case.x_shape, case.kernel_shape, *case.generator_shapes)
     )
+    inputs = [keras.Input(array.shape[1:]) for array in (x, kernel, hidden)]
 
-    inputs = [keras.Input(shape[1:]) for shape in (case.x_shape, case.kernel_shape)]
-
-    def run(name):
+    def given(name):
         # As a model, so that it is compiled where Keras compiles.
         y = ops.involution(inputs[0], inputs[1], implementation=name, **case.arguments)
-        return keras.Model(inputs, y).predict([x, kernel], verbose=0)
+        return keras.Model(inputs[:2], y).predict([x, kernel], verbose=0)
 
-    truth = run("reference")
-    possible = ops.implementations(*inputs, **case.arguments)
+    def generated(name):
+        chosen = {"implementation": name, **case.arguments}
+        y = ops.generate_and_apply(inputs[0], inputs[2], weight, bias, **chosen)
+        return keras.Model([inputs[0], inputs[2]], y).predict([x, hidden], verbose=0)
+
+    possible = ops.implementations(*inputs[:2], **case.arguments)
+    yield from _compared(case, given, possible, possible)
+    possible = ops.implementations(inputs[0], None, hidden=len(weight), **case.arguments)
+    own = [(name, reason) for name, reason in possible if name == FUSED[0]]
+    yield from _compared(case, generated, possible, own, " where kernels are generated")
+
+
+def _compared(case, run, possible, shown, where=""):
     chosen = next(name for name, reason in possible if reason is None)
-    for name, reason in possible:
+    truth = run("reference")
+    for name, reason in shown:
         label = f"  {case.name:5} {name:10}"
         if reason is not None:
             yield f"{label} cannot run: {reason}", True
@@ -60,4 +72,4 @@ def _case(case):
         error = np.abs(run(name) - truth).max() / np.abs(truth).max()
         fine = bool(error <= TOLERANCE)
         verdict = "" if fine else f", WRONG: above {TOLERANCE:.0e}"
-        yield f"{label} error {error:.1e}{verdict}{' (taken)' if name == chosen else ''}", fine
+        yield f"{label} error {error:.1e}{verdict}{f' (taken{where})' * (name == chosen)}", fine

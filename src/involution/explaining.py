@@ -1,5 +1,6 @@
 """Heat maps of one's own images: what ``involution explain`` draws and says."""
 
+import collections
 import pathlib
 
 import keras
@@ -90,6 +91,9 @@ def write(
             for layer, m in ((k, look.maps[i].sum(axis=-1)) for k, look in drawing.looks.items())
         )
         lines.append(f"{name}: {best[i]}; {', '.join(ranges)}")
+    ran = collections.Counter(look.implementation for look in drawing.looks.values())
+    counts = ", ".join(f"{count} x {name}" for name, count in ran.items())
+    lines.append(f"Predictions run {counts}; here kernels were stored to be drawn")
     return [*lines, f"{'Page' if output.suffix == '.html' else 'Figure'}: {output}"]
 
 

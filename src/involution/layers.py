@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from involution import kernel_generators
-from involution.ops.api import can_fuse, generate_and_apply, implementation_names, involution
+from involution.ops.api import chosen, generate_and_apply, implementation_names, involution
 from involution.ops.geometry import (
     CHANNELS_LAST,
     CONTIGUOUS,
@@ -183,17 +183,23 @@ class Involution(keras.layers.Layer):
         batch, height, width, _ = ops.shape(kernel)
         return ops.reshape(kernel, (batch, height, width, self._geometry.taps, self.group_number))
 
+    def chosen_implementation(self, inputs) -> str:
+        """The name of the implementation that runs on ``inputs``, a tensor or a
+        ``keras.KerasTensor``."""
+        return chosen(inputs, **self._arguments())
+
+    def _arguments(self) -> dict:
+        return {
+            "kernel_size": self.kernel_size,
+            "strides": self.stride,
+            "groups": self.group_number,
+            "group_layout": INTERLEAVED,
+            "data_format": CHANNELS_LAST,
+        }
+
     def call(self, inputs):
         kernel = self.generate_kernel(inputs)
-        output = involution(
-            inputs,
-            kernel,
-            self.kernel_size,
-            strides=self.stride,
-            groups=self.group_number,
-            group_layout=INTERLEAVED,
-            data_format=CHANNELS_LAST,
-        )
+        output = involution(inputs, kernel, **self._arguments())
         if _record.calls is not None:
             _record.calls.append(Call(self, self._geometry, inputs, kernel, output))
         return (output, ops.expand_dims(kernel, -2)) if self.return_kernel else output
@@ -395,21 +401,19 @@ class InvolutionND(keras.layers.Layer):
             kernel = self.kernel_dropout(kernel)
         return ops.cast(kernel, inputs.dtype)
 
+    def chosen_implementation(self, inputs) -> str:
+        """The name of the implementation that runs on ``inputs``, a tensor or a
+        ``keras.KerasTensor``; ``"fused"`` where no kernels are stored."""
+        expansion = self._expansion(inputs.dtype)
+        hidden = None if expansion is None else expansion[0].shape[0]
+        return chosen(inputs, hidden, **self._arguments())
+
     def call(self, inputs):
         self._output_sizes(inputs.shape)
-        arguments = {
-            "kernel_size": self.kernel_size,
-            "strides": self.strides,
-            "padding": self.padding,
-            "dilation_rate": self.dilation_rate,
-            "groups": self.groups,
-            "group_layout": self.group_layout,
-            "data_format": self.data_format,
-            "implementation": self.implementation,
-        }
-        expansion = self._expansion(inputs, arguments)
-        if expansion is not None:
+        arguments = self._arguments()
+        if _record.calls is None and self.chosen_implementation(inputs) == "fused":
             hidden = self.kernel_generator.hidden(self._features(inputs))
+            expansion = (ops.cast(t, inputs.dtype) for t in self._expansion(inputs.dtype))
             output = generate_and_apply(inputs, hidden, *expansion, **arguments)
             return output if self.filters is None else self._project(output)
         kernel = self.generate_kernel(inputs)
@@ -420,21 +424,30 @@ class InvolutionND(keras.layers.Layer):
             _record.calls.append(Call(self, self._geometry(), inputs, kernel, output))
         return (output, kernel) if self.return_kernel else output
 
-    def _expansion(self, inputs, arguments):
-        """The weight and bias that make kernels of the generator's hidden channels, if these shall
-        be generated where they are used: nobody else sees them then. None where they shall not."""
+    def _arguments(self) -> dict:
+        """Those of ``involution``."""
+        return {
+            "kernel_size": self.kernel_size,
+            "strides": self.strides,
+            "padding": self.padding,
+            "dilation_rate": self.dilation_rate,
+            "groups": self.groups,
+            "group_layout": self.group_layout,
+            "data_format": self.data_format,
+            "implementation": self.implementation,
+        }
+
+    def _expansion(self, dtype):
+        """The weight and bias that make kernels of the generator's hidden channels, if these may
+        be generated where they are used: nobody else sees them then. None where they may not."""
         seen = self.return_kernel or self.kernel_softmax or self.kernel_dropout is not None
         # A subclass may have a function of its own for them.
         own = getattr(self.generate_kernel, "__func__", None) is not InvolutionND.generate_kernel
-        if seen or own or _record.calls is not None:
-            return None
         expansion = kernel_generators.expansion(self.kernel_generator)
-        dtype = keras.backend.standardize_dtype(inputs.dtype)
-        if expansion is None or self.kernel_generator.compute_dtype != dtype:
+        if seen or own or expansion is None:
             return None
-        if not can_fuse(inputs, expansion[0].shape[0], **arguments):
-            return None
-        return tuple(ops.cast(t, dtype) for t in expansion)
+        same = self.kernel_generator.compute_dtype == keras.backend.standardize_dtype(dtype)
+        return expansion if same else None
 
     def _project(self, output):
         if self.data_format == CHANNELS_LAST:

@@ -26,6 +26,8 @@ class Look:
         kernels: (N, *out_spatial, taps, groups).
         outputs: (N, *out_spatial, channels).
         shares: Whether the kernels are shares of one, by a softmax over the window.
+        implementation: What runs in the layer where nobody looks, as ``fused``, which stores no
+            kernels: they were stored to be seen here.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Look:
     kernels: np.ndarray
     outputs: np.ndarray
     shares: bool
+    implementation: str
 
     @functools.cached_property
     def maps(self) -> np.ndarray:
@@ -208,6 +211,7 @@ def _look(model, images) -> dict[str, Look]:
             outputs,
             isinstance(getattr(call.layer, "kernel_generator", None), PairwiseAttention)
             or getattr(call.layer, "kernel_softmax", False),
+            call.layer.chosen_implementation(call.inputs),
         )
     return found
 

@@ -271,17 +271,18 @@ class GenerateAndApplyOperation(_Node):
         return self._spec(make_generating_problem(x, hidden, weight, bias, **self.arguments))
 
 
-def implementations(x, kernel, kernel_size, **arguments):
+def implementations(x, kernel, kernel_size, hidden=None, **arguments):
     """Which implementations can compute a call, in order of preference.
 
     Args:
         x, kernel, kernel_size: As for ``involution``; tensors, or ``keras.KerasTensor`` for their
-            shapes and types alone.
+            shapes and types alone. ``kernel`` may be None, for the one that fits.
+        hidden: How many hidden channels ``generate_and_apply`` is given; None for ``involution``.
         **arguments: The other arguments of ``involution``, without ``implementation``.
 
     Returns:
         List of (name, reason): the reason why it cannot run, or None where it can. The first one
-        that can is what ``involution`` takes.
+        that can is what is taken.
 
     Example:
 
@@ -291,6 +292,7 @@ def implementations(x, kernel, kernel_size, **arguments):
     ['native', 'taps', 'reference']
     """
     problem = make_problem(x, kernel, kernel_size, **arguments)
+    problem = dataclasses.replace(problem, hidden=hidden)
     modules = _modules()
     return [(name, modules[name].refusal(problem)) for name in _preference(problem)]
 
@@ -338,10 +340,11 @@ def _generate_and_run(x, hidden, weight, bias, implementation, arguments):
     return module.apply(x, kernel, problem)
 
 
-def can_fuse(x, hidden, implementation=None, **arguments) -> bool:
-    """Whether ``generate_and_apply`` would take ``fused`` with so many hidden channels."""
+def chosen(x, hidden=None, implementation=None, **arguments) -> str:
+    """The name that ``involution`` takes for an input, or ``generate_and_apply`` with so many
+    hidden channels. ``x`` may be a ``keras.KerasTensor``."""
     problem = dataclasses.replace(make_problem(x, None, **arguments), hidden=hidden)
-    return _choose(problem, implementation) is FUSED[1]
+    return _chosen(problem, implementation)
 
 
 def _sized(tensor, x, problem, *channels):
@@ -389,6 +392,10 @@ def _preference(problem) -> list[str]:
 
 
 def _choose(problem, implementation=None):
+    return _modules()[_chosen(problem, implementation)]
+
+
+def _chosen(problem, implementation) -> str:
     modules = _modules()
     names = _forced.names or (
         _preference(problem) if implementation is None else implementation_names(implementation)
@@ -397,6 +404,6 @@ def _choose(problem, implementation=None):
     for name in names:
         reasons[name] = modules[name].refusal(problem)
         if reasons[name] is None:
-            return modules[name]
+            return name
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise ValueError(f"No implementation named can run here ({why}). Received: {problem}")

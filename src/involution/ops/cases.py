@@ -28,6 +28,13 @@ class Case:
         return (self.batch, *out, self.kernel_size ** len(self.sizes), self.groups)
 
     @property
+    def generator_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of hidden features, a quarter of the channels, of the weight and of the bias."""
+        batch, *out, taps, groups = self.kernel_shape
+        hidden = max(self.channels // 4, 1)
+        return (batch, *out, hidden), (hidden, taps * groups), (taps * groups,)
+
+    @property
     def arguments(self) -> dict:
         return {
             "kernel_size": self.kernel_size,
@@ -53,6 +60,8 @@ CASES = (
     Case("red2", 8, (28, 28), 128, 8, 7, padding="symmetric"),
     Case("red3", 8, (14, 14), 256, 16, 7, padding="symmetric"),
     Case("red4", 8, (7, 7), 512, 32, 7, padding="symmetric"),
+    # Such a layer on maps of a photograph of 512 x 1024.
+    Case("photo", 1, (128, 256), 256, 16, 7, padding="symmetric"),
     # A strided layer on a size that the stride does not divide.
     Case("odd", 8, (33, 47), 48, 3, 5, strides=2),
     Case("line", 8, (1000,), 64, 4, 9, dilation_rate=2),

@@ -182,7 +182,7 @@ def setup_fused_context(ctx, inputs, output):
 def fused_backward(ctx, *cotangents):
     if NAMES[ctx.numbers[0]] != OUTPUT:
         raise NotImplementedError(
-            "A compiled fused involution has no second derivatives: see `fused=False`"
+            '`fused` has no second derivatives in compiled programs: use("native") has'
         )
 
     def member(name, g, sizes, *arguments):
