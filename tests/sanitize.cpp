@@ -1,8 +1,10 @@
-// The core under a sanitizer: every member, type, layout and level, on sizes that divide by nothing,
-// from several threads at once. Built and run by `make sanitize`; prints nothing but its last line.
+// The core under a sanitizer: every member, with kernels that are given and that are generated, type,
+// layout and level, on sizes that divide by nothing, from several threads at once. Built and run by
+// `make sanitize`; prints nothing but its last line.
 //
 // Tensors lie in memory of exactly their size, so that whatever reads or writes beside them is
 // reported, and hold NaN where a result must be written.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -88,6 +90,37 @@ bool run(const Call& call, int threads) {
   return true;
 }
 
+// The same with kernels that are generated: channels are last.
+bool run_fused(const Call& call, Size hidden_channels, int threads) {
+  const Size type = call.numbers[1], channels = call.numbers[4];
+  const Size columns = call.numbers[12] * call.numbers[13] * call.numbers[14] * call.numbers[5];
+  const Size places = call.y / channels;
+  const auto x = filled(call.x, type, 0x3c), y = filled(call.y, type, 0x3a);
+  const auto hidden = filled(places * hidden_channels, type, 0x3b);
+  const auto weight = filled(hidden_channels * columns, type, 0x39);
+  const auto bias = filled(columns, type, 0x38);
+  const std::vector<unsigned char>*const arguments[3][4] = {
+      {&x, &hidden, &weight, &bias}, {&hidden, &weight, &bias, &y}, {&x, &hidden, &weight, &y}};
+  const Size results[3] = {call.y, call.x, places * hidden_channels};
+  const Size sums = call.batch * (hidden_channels + 1) * columns;
+  for (int member = 0; member < 3; ++member) {
+    Size numbers[INVOLUTION_FUSED_NUMBERS];
+    std::copy(call.numbers, call.numbers + INVOLUTION_NUMBERS, numbers);
+    numbers[0] = member, numbers[2] = 0, numbers[INVOLUTION_NUMBERS] = hidden_channels;
+    auto once = filled(results[member], type, 0xff), again = once;
+    auto sums_once = filled(member == 2 ? sums : 0, type == 0 ? 0 : 1, 0xff), sums_again = sums_once;
+    if (involution_run_fused(numbers, call.batch, threads, arguments[member][0]->data(),
+                             arguments[member][1]->data(), arguments[member][2]->data(),
+                             arguments[member][3]->data(), once.data(), sums_once.data()) ||
+        involution_run_fused(numbers, call.batch, 1, arguments[member][0]->data(),
+                             arguments[member][1]->data(), arguments[member][2]->data(),
+                             arguments[member][3]->data(), again.data(), sums_again.data()))
+      return false;
+    if (once != again || sums_once != sums_again) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -100,8 +133,12 @@ int main(int count, char** arguments) {
     for (int caller = 0; caller < 4; ++caller)
       callers.emplace_back([&, caller] {
         std::mt19937 random(static_cast<unsigned>(1000 * level + caller));
-        for (int i = 0; i < calls; ++i)
-          if (!run(draw(random, i % 4), 1 + i % 8)) ++failures[caller];
+        for (int i = 0; i < calls; ++i) {
+          const Call call = draw(random, i % 4);
+          const Size hidden_channels[] = {1, 3, 8, 17, 33};
+          if (!run(call, 1 + i % 8) || !run_fused(call, hidden_channels[i % 5], 1 + i % 8))
+            ++failures[caller];
+        }
       });
     for (auto& caller : callers) caller.join();
     for (int n : failures)
@@ -111,6 +148,6 @@ int main(int count, char** arguments) {
       }
     done += 4 * calls;
   }
-  std::printf("%d calls, each with both gradients: no report\n", done);
+  std::printf("%d calls, each with its gradients, and with kernels that are generated: no report\n", done);
   return 0;
 }
