@@ -141,7 +141,7 @@ $(RUN_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 $(TEST_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(TEST_VENV)
 	$(TEST_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
-	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),sweep,demo,hub,$(if $(filter jax,$(BACKENDS)),export-jax,export)]" --group test --group lint -c constraints.txt
+	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),sweep,demo,hub,$(if $(filter jax,$(BACKENDS)),export-jax,export)]" --group test --group lint $(if $(filter torch,$(BACKENDS)),--group triton) -c constraints.txt
 	touch $@
 
 # pip knows the newest releases alone; what uv finds are constraints, so that PyTorch may come
@@ -151,9 +151,9 @@ $(OLDEST_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(OLDEST_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
 	$(OLDEST_VENV)/bin/pip install --quiet --group oldest -c constraints.txt
 	$(OLDEST_VENV)/bin/uv pip compile --quiet --python $(OLDEST_VENV)/bin/python --resolution lowest-direct \
-		--only-binary :all: pyproject.toml $(foreach extra,$(OLDEST_EXTRAS),--extra $(extra)) --group test \
+		--only-binary :all: pyproject.toml $(foreach extra,$(OLDEST_EXTRAS),--extra $(extra)) --group test $(if $(filter torch,$(BACKEND)),--group triton) \
 		-c constraints.txt -o $(OLDEST_VENV)/oldest.txt
-	$(OLDEST_VENV)/bin/pip install --quiet --editable ".[$(subst $(space),$(comma),$(OLDEST_EXTRAS))]" --group test -c $(OLDEST_VENV)/oldest.txt
+	$(OLDEST_VENV)/bin/pip install --quiet --editable ".[$(subst $(space),$(comma),$(OLDEST_EXTRAS))]" --group test $(if $(filter torch,$(BACKEND)),--group triton) -c $(OLDEST_VENV)/oldest.txt
 	touch $@
 
 clean:

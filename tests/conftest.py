@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import types
 
@@ -12,6 +13,14 @@ if os.environ.get("KERAS_BACKEND") == "jax":
     # The oracle is in float64, and so are the finite differences.
     jax.config.update("jax_enable_x64", True)
 
+if os.environ.get("KERAS_BACKEND") == "torch" and importlib.util.find_spec("triton"):
+    # Whether Triton's own functions can be interpreted is settled when it is imported, which
+    # PyTorch does at some time. Without a device test_triton.py interprets.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
+
 import involution  # noqa: F401 - settles the backend before a test imports Keras
 from involution.ops import api, native_library
 
@@ -21,6 +30,9 @@ collect_ignore = [
     for backend in ("jax", "tensorflow", "torch")
     if backend != os.environ["KERAS_BACKEND"]
 ]
+# Triton is released for Linux alone.
+if os.environ["KERAS_BACKEND"] != "torch" or importlib.util.find_spec("triton") is None:
+    collect_ignore.append("test_triton.py")
 
 
 # `--hypothesis-profile=long -m slow`: what has no number of examples of its own gets this one.

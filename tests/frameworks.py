@@ -34,8 +34,9 @@ def missing():
     return reason if reason and told and told in reason else None
 
 
-KNOWN = ("native", "taps", "reference")
-IMPLEMENTATIONS = KNOWN if missing() is None else KNOWN[1:]
+KNOWN = ("triton", "native", "taps", "reference")
+# Without a CUDA device; test_triton.py has the tests of `triton`.
+IMPLEMENTATIONS = KNOWN[1:] if missing() is None else KNOWN[2:]
 
 
 def numpy(tensor):

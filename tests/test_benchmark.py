@@ -77,7 +77,7 @@ def test_the_formula_of_the_example_is_involution(case):
     ("changes", "message"),
     [
         ({"cases": ("red1", "red9")}, "--cases must be some of tut,red1"),
-        ({"candidates": ()}, "--candidates must be some of native,taps"),
+        ({"candidates": ()}, "--candidates must be some of triton,native,taps"),
         ({"dtypes": ("int8",)}, "--dtypes must be some of float32"),
         ({"calls": 0}, "--calls must be at least 1"),
         ({"seconds": float("nan")}, "--seconds above 0"),

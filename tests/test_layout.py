@@ -2,7 +2,7 @@
 
 import ast
 import doctest
-import importlib
+import importlib.util
 import pathlib
 import re
 import sys
@@ -36,8 +36,12 @@ ORDER = [
     "ops.fused_gradients",
     "ops.native_jax",
     "ops.native_tensorflow",
+    "ops.torch_operations",
     "ops.native_torch",
     "ops.native",
+    "ops.triton_kernels",
+    "ops.triton_torch",
+    "ops.triton",
     "ops.fused",
     "ops.reference",
     "ops.rows",
@@ -285,6 +289,10 @@ def binding(backend):
 
 # A binding imports its framework, which need not be installed.
 OTHERS = [binding(backend) for backend in native.BINDINGS if backend != BACKEND]
+if BACKEND != "torch":
+    OTHERS.append("ops.torch_operations")
+if BACKEND != "torch" or importlib.util.find_spec("triton") is None:
+    OTHERS += ["ops.triton_kernels", "ops.triton_torch"]
 
 
 @pytest.mark.parametrize("name", ["", *(name for name in ORDER if name not in OTHERS)])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import keras
 
-from involution.ops import fused, native, reference, rows, taps
+from involution.ops import fused, native, reference, rows, taps, triton
 from involution.ops.geometry import CHANNELS_LAST
 from involution.ops.problem import (
     fits,
@@ -20,7 +20,12 @@ from involution.ops.views import matmul
 
 # In order of preference: the first that can run is taken. One with a ``reluctance(problem)`` says
 # where the one after it is faster.
-IMPLEMENTATIONS = (("native", native), ("taps", taps), ("reference", reference))
+IMPLEMENTATIONS = (
+    ("triton", triton),
+    ("native", native),
+    ("taps", taps),
+    ("reference", reference),
+)
 # Taken where it is named, and nowhere else.
 ROWS = ("rows", rows)
 # Where kernels are generated, it comes before the others.
@@ -289,7 +294,7 @@ def implementations(x, kernel, kernel_size, hidden=None, **arguments):
     >>> import keras, involution
     >>> x, kernel = keras.KerasTensor((None, 8, 8, 6)), keras.KerasTensor((None, 8, 8, 9, 1))
     >>> [name for name, reason in involution.ops.implementations(x, kernel, 3)]
-    ['native', 'taps', 'reference']
+    ['triton', 'native', 'taps', 'reference']
     """
     problem = make_problem(x, kernel, kernel_size, **arguments)
     problem = dataclasses.replace(problem, hidden=hidden)

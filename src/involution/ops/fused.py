@@ -1,10 +1,10 @@
-"""Kernels generated where they are used: the compiled core makes a few places' kernels from their
-hidden channels, applies them while they are in its cache, and forgets them.
+"""Kernels generated where they are used: the compiled core, or a CUDA device's program, makes a few
+places' kernels from their hidden channels, applies them while it has them, and forgets them.
 """
 
 import math
 
-from involution.ops import native
+from involution.ops import native, triton
 from involution.ops.geometry import CHANNELS_LAST
 from involution.ops.gradients import OUTPUT
 from involution.ops.views import sizes
@@ -15,6 +15,8 @@ def refusal(problem) -> str | None:
         return "it generates the kernels, and these are given"
     if problem.geometry.data_format != CHANNELS_LAST:
         return "its channels are last"
+    if triton.fused_refusal(problem) is None:
+        return None
     return native.refusal(problem)
 
 
@@ -30,5 +32,6 @@ def reluctance(problem) -> str | None:
 def apply(x, generator, problem):
     """``generator`` is (hidden, weight, bias)."""
     g = problem.geometry
-    y, _ = native.call_fused(OUTPUT, g, sizes(x, g), x, *generator)
+    maker = triton if triton.fused_refusal(problem) is None else native
+    y, _ = maker.call_fused(OUTPUT, g, sizes(x, g), x, *generator)
     return y

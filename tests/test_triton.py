@@ -1,0 +1,286 @@
+"""``triton`` and its part of ``fused``: on a CUDA device where there is one, else interpreted."""
+
+import dataclasses
+import functools
+import math
+
+import core
+import keras
+import numpy as np
+import pytest
+import torch
+from core import ARGUMENTS, DTYPES, FUSED_ARGUMENTS
+from frameworks import assert_equals_oracle, operation
+from oracle import Call, error_bound, random_calls
+
+import involution
+from involution.ops import api, native_call, triton
+from involution.ops.geometry import Geometry
+from involution.ops.gradients import KERNEL
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+with pytest.MonkeyPatch.context() as patch:
+    # Whether programs are interpreted is settled when they are defined.
+    if DEVICE == "cpu":
+        patch.setenv("TRITON_INTERPRET", "1")
+    from involution.ops import triton_torch
+
+CALL = Call(2, (4, 5), 6, (3, 2), (2, 1), "same", (1, 2), 3)
+FIRST = dataclasses.replace(CALL, data_format="channels_first", group_layout="interleaved")
+# More members, groups, hidden channels and taps than a block has.
+MANY = Call(1, (5, 6), 130, (5, 5), (1, 1), "same", (1, 1), 1)
+GROUPS = Call(1, (5, 3), 70, (1, 3), (1, 2), "symmetric", (1, 1), 70, "interleaved")
+HIDDEN = (1, 3, 8, 17, 70)
+MARGIN = 37
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def tensor(array, dtype, strange=False):
+    """On the device, with NaN on all sides; ``strange``: in memory in another order."""
+    values = torch.tensor(np.asarray(array, "float64")).to(getattr(torch, dtype))
+    axes = range(values.dim())[::-1] if strange else range(values.dim())
+    memory = torch.full((values.numel() + 2 * MARGIN,), math.nan, dtype=values.dtype)
+    inside = memory[MARGIN : MARGIN + values.numel()]
+    inside.view([values.shape[i] for i in axes])[...] = values.permute(*axes)
+    moved = memory.to(DEVICE)[MARGIN : MARGIN + values.numel()]
+    return moved.view([values.shape[i] for i in axes]).permute(*axes)
+
+
+def run(launch, shapes, types):
+    """Results of these shapes, in memory with NaN on all sides, which is left as it was."""
+    memory = [
+        torch.full((math.prod(shape) + 2 * MARGIN,), math.nan, dtype=dtype, device=DEVICE)
+        for shape, dtype in zip(shapes, types, strict=True)
+    ]
+    inside = [m[MARGIN : len(m) - MARGIN].view(s) for m, s in zip(memory, shapes, strict=True)]
+    launch(*inside)
+    for m in memory:
+        assert m[:MARGIN].isnan().all()
+        assert m[len(m) - MARGIN :].isnan().all()
+    return [result.double().cpu().numpy() for result in inside]
+
+
+def bound(truth, magnitude, terms, dtype):
+    # The interpreter cuts numbers off to make bfloat16 of them; devices round.
+    cut = 2 if DEVICE == "cpu" and dtype == "bfloat16" else 1
+    return cut * error_bound(truth, magnitude, terms, dtype)
+
+
+def check(call, dtype, strange=False, seed=0):
+    given = [tensor(a, dtype, strange) for a in call.arrays(seed)]
+    wide = [t.double().cpu().numpy() for t in given]
+    truth, magnitude = core.expected(call, *wide), core.expected(call, *map(np.abs, wide))
+    g = Geometry(**call.arguments)
+    for member, arguments in ARGUMENTS.items():
+        a, b = arguments(*given)
+        numbers = native_call.numbers(member, g, call.sizes, a, b)
+        shape = native_call.result_shape(member, g, call.sizes, a, b)
+        launch = functools.partial(triton_torch._run, numbers, g.rank, a, b)
+        (result,) = run(launch, [shape], [a.dtype])
+        terms = call.channels // call.groups if member == KERNEL else call.taps
+        limit = bound(truth[member], magnitude[member], terms, dtype)
+        assert (np.abs(result - truth[member]) <= limit).all(), (member, call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_member_equals_the_oracle(dtype):
+    for n, call in enumerate(random_calls(48, seed=list(DTYPES).index(dtype))):
+        check(call, dtype, strange=n % 3 == 2, seed=n)
+
+
+@pytest.mark.parametrize("call", [MANY, GROUPS], ids=["members", "groups"])
+def test_more_than_a_block_has(call):
+    check(call, "float32")
+
+
+def check_fused(call, hidden, dtype, seed=0):
+    given = [tensor(a, dtype) for a in core.fused_arrays(call, hidden, seed)]
+    wide = [t.double().cpu().numpy() for t in given]
+    truth = core.expected_fused(call, *wide)
+    magnitude = core.expected_fused(call, *map(np.abs, wide))
+    terms = hidden + 1 + call.taps + call.channels // call.groups + call.taps * call.groups
+    places = terms + call.batch * math.prod(call.output_sizes)
+    g = Geometry(**call.arguments)
+    for member, arguments in FUSED_ARGUMENTS.items():
+        tensors = arguments(*given)
+        numbers = native_call.fused_numbers(member, g, call.sizes, tensors)
+        shapes = native_call.fused_shapes(member, g, call.sizes, tensors)
+        launch = functools.partial(_run_fused, numbers, g.rank, tensors)
+        first, second = run(launch, shapes, (tensors[0].dtype, torch.float32))
+        # In two steps kernels, and their gradients, are rounded in between.
+        rounding = {"float32": 0, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+        results = (first, second.sum(0))
+        for result, want, size, count in zip(
+            results, truth[member], magnitude[member], (terms, places), strict=True
+        ):
+            if want is not None:
+                limit = bound(want, size, count, dtype) + rounding * size
+                assert (np.abs(result - want) <= limit).all(), (member, call)
+
+
+def _run_fused(numbers, rank, tensors, *results):
+    triton_torch._run_fused(numbers, rank, tensors, results)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_fused_member_equals_the_oracle(dtype):
+    for n, call in enumerate(random_calls(36, seed=7)):
+        call = dataclasses.replace(call, data_format="channels_last")
+        check_fused(call, HIDDEN[n % len(HIDDEN)], dtype, seed=n)
+
+
+@pytest.mark.parametrize("call", [MANY, GROUPS], ids=["members", "groups"])
+def test_more_than_a_fused_block_has(call):
+    check_fused(call, 5, "float32")
+
+
+def test_a_few_samples_at_a_time(monkeypatch):
+    monkeypatch.setattr(triton_torch, "PIECE_BYTES", 2 * 4 * 3 * 4 * 6 * 5 * 3 // 2)
+    check_fused(dataclasses.replace(CALL, batch=5), 3, "float32")
+
+
+def test_an_infinite_kernel_outside_is_no_nan():
+    call = dataclasses.replace(CALL, padding="same")
+    x, kernel, _ = call.arrays()
+    outside, _ = call.involution(np.ones_like(x), np.ones_like(kernel))
+    assert outside.min() < call.taps
+    kernel[0, 0, 0, 0] = np.inf
+    want, _ = call.involution(x, kernel)
+    y = operation(call, "triton")(tensor(x, "float64"), tensor(kernel, "float64"))
+    np.testing.assert_allclose(y.cpu().numpy(), want, rtol=1e-12)
+
+
+def test_offsets_have_64_bits():
+    """Samples that lie more than 2**31 elements apart."""
+    call = Call(2, (3,), 4, (3,), (1,), "same", (1,), 2)
+    x, kernel, _ = (tensor(a, "float16") for a in call.arrays())
+    memory = torch.empty(2**31 + 100, dtype=torch.float16, device=DEVICE)
+    apart = memory.as_strided(x.shape, (2**31 + 11, *x.stride()[1:]))
+    apart[...] = x
+    assert_equals_oracle(call, operation(call, "triton")(apart, kernel), x, kernel)
+
+
+# --- As the operator takes it ---------------------------------------------------------------------
+
+
+def leaves(call, dtype="float64", arrays=None):
+    arrays = call.arrays()[:2] if arrays is None else arrays
+    return [tensor(a, dtype).contiguous().requires_grad_() for a in arrays]
+
+
+@pytest.mark.parametrize("call", [CALL, FIRST])
+def test_gradients_of_first_and_second_order_are_differences(call):
+    call = dataclasses.replace(call, batch=1, sizes=(3, 3), channels=3)
+    of = operation(call, "triton")
+    assert torch.autograd.gradcheck(of, leaves(call), fast_mode=True)
+    assert torch.autograd.gradgradcheck(of, leaves(call), fast_mode=True)
+
+
+def fused(call):
+    return functools.partial(
+        involution.ops.generate_and_apply, **call.arguments, implementation="fused"
+    )
+
+
+def test_fused_gradients_are_those_of_two_steps(monkeypatch):
+    ran = []
+    call_fused = triton.call_fused
+    monkeypatch.setattr(triton, "call_fused", lambda *a: ran.append(a[0]) or call_fused(*a))
+    *arrays, dy = core.fused_arrays(CALL)
+    given = leaves(CALL, "float32", arrays)
+    found = torch.autograd.grad(fused(CALL)(*given), given, tensor(dy, "float32"))
+    assert ran == ["output"]
+    truth = core.expected_fused(CALL, *arrays, dy)
+    want = truth["input"][0], truth["kernel"][0], truth["kernel"][1][:-1], truth["kernel"][1][-1]
+    for one, other in zip(found, want, strict=True):
+        np.testing.assert_allclose(one.cpu().numpy(), other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "interleaved"])
+def test_a_layer_takes_it(layout):
+    layer = involution.Involution2D(3, groups=2, group_layout=layout)
+    x = tensor(np.random.default_rng(0).standard_normal((2, 7, 5, 8)), "float32")
+    layer.to(DEVICE)(x)
+    kernel = layer.generate_kernel(x)
+    y = involution.ops.involution(
+        x,
+        kernel,
+        3,
+        groups=2,
+        group_layout=layout,
+        padding=layer.padding,
+        implementation="reference",
+    )
+    assert api.chosen(x, None, **layer._arguments()) == "triton"
+    assert layer.chosen_implementation(x) == "fused"
+    np.testing.assert_allclose(
+        layer(x).detach().cpu().numpy(), y.detach().cpu().numpy(), rtol=1e-4, atol=1e-5
+    )
+
+
+def given(call):
+    return operation(call, "triton")
+
+
+@pytest.mark.parametrize("of", [given, fused])
+def test_f22_torch_compile_has_no_breaks(of):
+    torch.compiler.reset()
+    arrays = core.fused_arrays(CALL)[:-1] if of is fused else CALL.arrays()[:2]
+    results = []
+    for function in (of(CALL), torch.compile(of(CALL), fullgraph=True, backend="aot_eager")):
+        tensors = leaves(CALL, "float32", arrays)
+        y = function(*tensors)
+        results.append((y, *torch.autograd.grad(y.pow(2).sum(), tensors)))
+    for eager, whole in zip(*results, strict=True):
+        assert torch.equal(eager, whole)
+
+
+def test_operations_are_what_pytorch_asks_of_them():
+    g = Geometry(**CALL.arguments)
+    for member, arguments in ARGUMENTS.items():
+        given = [tensor(a, "float32") for a in arguments(*CALL.arrays())]
+        numbers = native_call.numbers(member, g, CALL.sizes, *given)
+        torch.library.opcheck(triton_torch.operations.plain, (*given, numbers, g.rank))
+    for member, arguments in FUSED_ARGUMENTS.items():
+        given = [tensor(a, "float32") for a in arguments(*core.fused_arrays(CALL))]
+        numbers = native_call.fused_numbers(member, g, CALL.sizes, given)
+        torch.library.opcheck(triton_torch.operations.fused, (*given, numbers, g.rank))
+
+
+# --- Where it does not run ------------------------------------------------------------------------
+
+
+def problem(dtype="float32", device="cuda"):
+    x = keras.KerasTensor((2, 5, 5, 4), dtype=dtype)
+    return dataclasses.replace(api.make_problem(x, None, 3), device=device)
+
+
+def test_it_says_why_it_does_not_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    elsewhere = "it runs on CUDA devices, and the tensors are on"
+    assert triton.refusal(problem(device="cpu")) == f"{elsewhere} cpu"
+    assert triton.refusal(problem(device=None)) == f"{elsewhere} none yet"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton.refusal(problem()) == "there is no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for generation, dtype, reason in (
+        ((7, 0), "float32", "the device is of generation 7.0: too old"),
+        ((7, 5), "float32", None),
+        ((7, 5), "bfloat16", "the device is of generation 7.5: too old"),
+        ((9, 0), "bfloat16", None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda g=generation: g)
+        assert triton.refusal(problem(dtype)) == reason
+    assert triton.fused_refusal(problem("float64")) == "its products of matrices are not in float64"
+    assert triton.refusal(problem("float64")) is None
+    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+    assert triton.refusal(problem()) == "it is for PyTorch"
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert triton.refusal(problem()) == "there is no module triton"
