@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from core import ARGUMENTS, DTYPES, FUSED_ARGUMENTS
-from frameworks import assert_equals_oracle, operation
+from frameworks import operation
 from oracle import Call, error_bound, random_calls
 
 import involution
@@ -156,13 +156,30 @@ def test_an_infinite_kernel_outside_is_no_nan():
 
 
 def test_offsets_have_64_bits():
-    """Samples that lie more than 2**31 elements apart."""
+    """Samples, taps, groups or channels that lie 2**31 elements apart, or half as many."""
     call = Call(2, (3,), 4, (3,), (1,), "same", (1,), 2)
-    x, kernel, _ = (tensor(a, "float16") for a in call.arrays())
+    arrays = call.arrays()
+    x, kernel, dy = (tensor(a, "float16") for a in arrays)
+    wide = [t.double().cpu().numpy() for t in (x, kernel, dy)]
+    want = core.expected(call, *wide)
     memory = torch.empty(2**31 + 100, dtype=torch.float16, device=DEVICE)
-    apart = memory.as_strided(x.shape, (2**31 + 11, *x.stride()[1:]))
-    apart[...] = x
-    assert_equals_oracle(call, operation(call, "triton")(apart, kernel), x, kernel)
+    g = Geometry(**call.arguments)
+    for given, strides in (
+        (0, (2**31 + 11, 4, 1)),
+        (0, (13, 4, 2**29 + 9)),
+        (0, (1, 2**30 - 9, 2)),
+        (1, (18, 6, 2**30 - 9, 1)),
+        (1, (19, 6, 2, 2**31 - 9)),
+        (2, (13, 4, 2**29 + 9)),
+    ):
+        tensors = [x, kernel, dy]
+        apart = memory.as_strided(tensors[given].shape, strides)
+        apart[...] = tensors[given]
+        tensors[given] = apart
+        for member, arguments in ARGUMENTS.items():
+            a, b = arguments(*tensors)
+            y = triton_torch.operations.call(member, g, call.sizes, a, b)
+            np.testing.assert_allclose(y.double().cpu().numpy(), want[member], rtol=0, atol=1e-2)
 
 
 # --- As the operator takes it ---------------------------------------------------------------------

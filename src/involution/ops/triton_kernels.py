@@ -59,7 +59,8 @@ def _reader(i, tap, stride, rate, pad, size):
 # In what follows, after a tensor's name: b, d, h, w, k, g and c are its strides of the batch, the
 # spatial dimensions, the taps, the groups and the channels. `cg` and `cm` are those of the groups
 # and of the members among channels; `count` is all samples' positions together, and `scale` its
-# magnitude, by which block sizes are remembered.
+# magnitude, by which block sizes are remembered. Numbers that fit into 32 bits come as such: so a
+# product must begin with one of 64.
 
 
 @triton.jit
@@ -85,7 +86,8 @@ def output(
     kernel_at = kernel + b * kb + z * kd + v * kh + u * kw + g * kg
     x_at = x + b * xb + channel * xc
     total = tl.zeros(mine.shape, WIDE)
-    for tap in range(KD * KH * KW):
+    for i in range(KD * KH * KW):
+        tap = first_p * 0 + i
         iz, in_z = _read(z, tap // (KH * KW), sd, rd, pd, id_)
         iv, in_v = _read(v, tap // KW % KH, sh, rh, ph, ih)
         iu, in_u = _read(u, tap % KW, sw, rw, pw, iw)
@@ -120,7 +122,8 @@ def input_gradient(
     kernel_at = kernel + b * kb + g * kg
     dy_at = dy + b * yb + channel * yc
     total = tl.zeros(mine.shape, WIDE)
-    for tap in range(KD * KH * KW):
+    for i in range(KD * KH * KW):
+        tap = first_p * 0 + i
         oz, of_z = _reader(z, tap // (KH * KW), sd, rd, pd, od)
         ov, of_v = _reader(v, tap // KW % KH, sh, rh, ph, oh)
         ou, of_u = _reader(u, tap % KW, sw, rw, pw, ow)
@@ -147,15 +150,19 @@ def kernel_gradient(
     # All members in turn: they are what is summed over.
     first_p, first_g, _ = _block(count, groups, 1, P, G, M)
     p, g, m = _axes(
-        first_p + tl.arange(0, P), first_g + tl.arange(0, G), tl.arange(0, M), POSITIONS_LAST
+        first_p + tl.arange(0, P),
+        first_g + tl.arange(0, G),
+        first_p * 0 + tl.arange(0, M),
+        POSITIONS_LAST,
     )
     b, z, v, u = _place(p, od, oh, ow)
     there = (p < count) & (g < groups)
-    x_at = x + b * xb + g * (cg * xc)
-    dy_at = dy + b * yb + z * yd + v * yh + u * yw + g * (cg * yc)
+    x_at = x + b * xb + g * cg * xc
+    dy_at = dy + b * yb + z * yd + v * yh + u * yw + g * cg * yc
     dkernel_at = dkernel + b * kb + z * kd + v * kh + u * kw + g * kg
     axis: tl.constexpr = 1 if POSITIONS_LAST else 2
-    for tap in range(KD * KH * KW):
+    for i in range(KD * KH * KW):
+        tap = first_p * 0 + i
         iz, in_z = _read(z, tap // (KH * KW), sd, rd, pd, id_)
         iv, in_v = _read(v, tap // KW % KH, sh, rh, ph, ih)
         iu, in_u = _read(u, tap % KW, sw, rw, pw, iw)
@@ -192,7 +199,7 @@ def fused_output(
     x_at = x + b[:, None, None] * xb + channel[None, None, :] * xc
     total = tl.zeros((P, M), tl.float32)
     for first in range(0, TAPS, TAPS_AT_ONCE):
-        tap = first + tl.arange(0, TAPS_AT_ONCE)
+        tap = first_p * 0 + first + tl.arange(0, TAPS_AT_ONCE)
         taps_there = tap < TAPS
         start = tl.load(bias + g * TAPS + tap, mask=taps_there, other=0.0).to(tl.float32)
         kernel = tl.zeros((P, TAPS_AT_ONCE), tl.float32) + start[None, :]
