@@ -410,6 +410,40 @@ def test_layers_take_it_and_give_the_same_numbers(kernel_generator, training, ru
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_drop_in_layer_gives_what_two_steps_give(stride, training, runs):
+    layer = involution.Involution(8, 4, 3, stride, 2, return_kernel=False)
+    layer.build(IMAGES.shape)
+    before = layer.get_weights()
+    y = numpy(layer(IMAGES, training=training))
+    assert len(runs) == 1
+    after = layer.get_weights()
+    layer.set_weights(before)
+    layer.return_kernel = True
+    expected, _ = layer(IMAGES, training=training)
+    np.testing.assert_allclose(y, numpy(expected), rtol=0, atol=1e-5)
+    assert len(runs) == 1
+    for one, other in zip(after, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_drop_in_layer_makes_kernels_where_they_are_recorded_or_made_otherwise(runs):
+    class Negative(involution.Involution):
+        def generate_kernel(self, inputs):
+            return -super().generate_kernel(inputs)
+
+    Negative(16, 4, return_kernel=False)(IMAGES)
+    layer = involution.Involution(16, 4, return_kernel=False)
+    with layers.recording() as calls:
+        layer(IMAGES)
+    layer(IMAGES[:0])
+    assert not runs
+    assert tuple(calls[0].kernel.shape) == (2, 9, 8, 9, 4)
+    layer(IMAGES)
+    assert len(runs) == 1
+
+
 def test_all_weights_of_a_layer_are_trained(runs):
     layer = Involution2D(3, group_channels=4)
     model = keras.Sequential([keras.Input((9, 8, 16)), layer, keras.layers.GlobalMaxPooling2D()])
@@ -515,4 +549,9 @@ def test_what_is_taken_is_told():
     layer.return_kernel = True
     assert layer.chosen_implementation(x) == first
     drop_in = involution.Involution(16, 4, 3, 1, 4)
+    drop_in.build(x.shape)
     assert drop_in.chosen_implementation(x) == first
+    drop_in.return_kernel = False
+    assert drop_in.chosen_implementation(x) == "fused"
+    x = keras.KerasTensor((2, 9, 8, 3))
+    assert api.chosen(x, 1, kernel_size=3) == api.chosen(x, kernel_size=3)

@@ -172,8 +172,7 @@ class Involution(keras.layers.Layer):
 
     def generate_kernel(self, inputs):
         """The kernels for ``inputs``: (B, H', W', kernel_size**2, group_number)."""
-        # Keras's own "same" pooling gives other means on PyTorch than on TensorFlow and JAX.
-        pooled = kernel_generators.average_pool(inputs, (self.stride,) * 2, centred=True)
+        pooled = self._pooled(inputs)
         if pooled.shape[0] == 0:
             # To a convolution of nothing TensorFlow gives a wrong shape on some processors.
             one = ops.zeros((1, *ops.shape(pooled)[1:]), pooled.dtype)
@@ -185,8 +184,27 @@ class Involution(keras.layers.Layer):
 
     def chosen_implementation(self, inputs) -> str:
         """The name of the implementation that runs on ``inputs``, a tensor or a
-        ``keras.KerasTensor``."""
-        return chosen(inputs, **self._arguments())
+        ``keras.KerasTensor``; ``"fused"`` where no kernels are stored."""
+        return _chosen(self, inputs)
+
+    def _expansion(self, inputs):
+        """As ``InvolutionND`` has it."""
+        own = getattr(self.generate_kernel, "__func__", None) is not Involution.generate_kernel
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        if self.return_kernel or own or dtype != self.compute_dtype or inputs.shape[0] == 0:
+            return None
+        expand = self.kernel_gen.layers[-1]
+        return expand.kernel[0, 0], expand.bias
+
+    def _hidden(self, inputs):
+        hidden = self._pooled(inputs)
+        for layer in self.kernel_gen.layers[:-1]:
+            hidden = layer(hidden)
+        return hidden
+
+    def _pooled(self, inputs):
+        # Keras's own "same" pooling gives other means on PyTorch than on TensorFlow and JAX.
+        return kernel_generators.average_pool(inputs, (self.stride,) * 2, centred=True)
 
     def _arguments(self) -> dict:
         return {
@@ -198,6 +216,8 @@ class Involution(keras.layers.Layer):
         }
 
     def call(self, inputs):
+        if _record.calls is None and self.chosen_implementation(inputs) == "fused":
+            return _fused(self, inputs)
         kernel = self.generate_kernel(inputs)
         output = involution(inputs, kernel, **self._arguments())
         if _record.calls is not None:
@@ -222,6 +242,19 @@ class Involution(keras.layers.Layer):
             "reduction_ratio": self.reduction_ratio,
             "return_kernel": self.return_kernel,
         }
+
+
+def _chosen(layer, inputs) -> str:
+    """What a layer with an ``_expansion`` takes for its inputs."""
+    expansion = layer._expansion(inputs)
+    hidden = None if expansion is None else expansion[0].shape[0]
+    return chosen(inputs, hidden, **layer._arguments())
+
+
+def _fused(layer, inputs):
+    """The output of such a layer, with no kernels stored."""
+    expansion = (ops.cast(t, inputs.dtype) for t in layer._expansion(inputs))
+    return generate_and_apply(inputs, layer._hidden(inputs), *expansion, **layer._arguments())
 
 
 class InvolutionND(keras.layers.Layer):
@@ -404,20 +437,15 @@ class InvolutionND(keras.layers.Layer):
     def chosen_implementation(self, inputs) -> str:
         """The name of the implementation that runs on ``inputs``, a tensor or a
         ``keras.KerasTensor``; ``"fused"`` where no kernels are stored."""
-        expansion = self._expansion(inputs.dtype)
-        hidden = None if expansion is None else expansion[0].shape[0]
-        return chosen(inputs, hidden, **self._arguments())
+        return _chosen(self, inputs)
 
     def call(self, inputs):
         self._output_sizes(inputs.shape)
-        arguments = self._arguments()
         if _record.calls is None and self.chosen_implementation(inputs) == "fused":
-            hidden = self.kernel_generator.hidden(self._features(inputs))
-            expansion = (ops.cast(t, inputs.dtype) for t in self._expansion(inputs.dtype))
-            output = generate_and_apply(inputs, hidden, *expansion, **arguments)
+            output = _fused(self, inputs)
             return output if self.filters is None else self._project(output)
         kernel = self.generate_kernel(inputs)
-        output = involution(inputs, kernel, **arguments)
+        output = involution(inputs, kernel, **self._arguments())
         if self.filters is not None:
             output = self._project(output)
         if _record.calls is not None:
@@ -437,7 +465,10 @@ class InvolutionND(keras.layers.Layer):
             "implementation": self.implementation,
         }
 
-    def _expansion(self, dtype):
+    def _hidden(self, inputs):
+        return self.kernel_generator.hidden(self._features(inputs))
+
+    def _expansion(self, inputs):
         """The weight and bias that make kernels of the generator's hidden channels, if these may
         be generated where they are used: nobody else sees them then. None where they may not."""
         seen = self.return_kernel or self.kernel_softmax or self.kernel_dropout is not None
@@ -446,7 +477,8 @@ class InvolutionND(keras.layers.Layer):
         expansion = kernel_generators.expansion(self.kernel_generator)
         if seen or own or expansion is None:
             return None
-        same = self.kernel_generator.compute_dtype == keras.backend.standardize_dtype(dtype)
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        same = self.kernel_generator.compute_dtype == dtype
         return expansion if same else None
 
     def _project(self, output):

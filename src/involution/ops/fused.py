@@ -20,9 +20,15 @@ def refusal(problem) -> str | None:
     return native.refusal(problem)
 
 
+# As measured on TensorFlow and PyTorch, and on JAX where XLA makes one loop of two steps.
+FEWEST_CHANNELS = 4
+
+
 def reluctance(problem) -> str | None:
     """Why storing the kernels is faster, or None where this is."""
     g = problem.geometry
+    if problem.x_shape[g.channel_axis] < FEWEST_CHANNELS:
+        return f"of fewer than {FEWEST_CHANNELS} channels a vector of the processor holds too few"
     places = g.output_sizes(g.spatial(problem.x_shape))
     if None not in places and math.prod(places) < problem.hidden:
         return "of fewer places than hidden channels the weight's gradient takes most of the time"
