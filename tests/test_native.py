@@ -287,9 +287,10 @@ def test_native_is_the_first_choice_for_every_kind_of_call():
             data_format,
         )
         x, kernel = tensors(call.arrays()[:2], dtype)
-        (name, reason), *_ = involution.ops.implementations(x, kernel, **call.arguments)
+        told = involution.ops.implementations(x, kernel, **call.arguments)
+        name = next(name for name, reason in told if reason is None)
         print(f"{BACKEND}, rank {rank}, {dtype}, {group_layout}, {data_format}: {name}")
-        assert (name, reason) == ("native", None)
+        assert name == "native"
         count += 1
     assert count == 48
 

@@ -54,4 +54,4 @@ def test_volumes_are_refused_and_left_to_the_next_named():
 def test_rows_are_taken_only_where_they_are_named():
     x, kernel = keras.KerasTensor((1, 8, 8, 6)), keras.KerasTensor((1, 8, 8, 9, 1))
     names = [name for name, _ in involution.ops.implementations(x, kernel, 3)]
-    assert sorted(names) == ["native", "reference", "taps"]
+    assert sorted(names) == ["native", "reference", "taps", "triton"]
