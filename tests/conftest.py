@@ -14,12 +14,15 @@ if os.environ.get("KERAS_BACKEND") == "jax":
     jax.config.update("jax_enable_x64", True)
 
 if os.environ.get("KERAS_BACKEND") == "torch" and importlib.util.find_spec("triton"):
+    import torch
+
     # Whether Triton's own functions can be interpreted is settled when it is imported, which
     # PyTorch does at some time. Without a device test_triton.py interprets.
-    os.environ["TRITON_INTERPRET"] = "1"
-    import triton.language  # noqa: F401
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+        import triton.language  # noqa: F401 - imported now, as told
 
-    del os.environ["TRITON_INTERPRET"]
+        del os.environ["TRITON_INTERPRET"]
 
 import involution  # noqa: F401 - settles the backend before a test imports Keras
 from involution.ops import api, native_library

@@ -389,6 +389,23 @@ def runs(monkeypatch):
 IMAGES = np.random.default_rng(0).standard_normal((2, 9, 8, 16)).astype("float32")
 
 
+def call_anew(layer, training):
+    """What a layer gives, and the weights that it has then; it gets back those that it had."""
+    before = layer.get_weights()
+    result = layer(IMAGES, training=training)
+    after = layer.get_weights()
+    layer.set_weights(before)
+    return result, after
+
+
+def assert_same(one, other):
+    """Of two results of ``call_anew``."""
+    np.testing.assert_allclose(numpy(one[0]), numpy(other[0]), rtol=0, atol=1e-5)
+    # Batch normalization has seen the same.
+    for weight, same in zip(one[1], other[1], strict=True):
+        np.testing.assert_array_equal(weight, same)
+
+
 @pytest.mark.parametrize("kernel_generator", ["bottleneck", "contextual", "linear"])
 @pytest.mark.parametrize("training", [False, True])
 def test_layers_take_it_and_give_the_same_numbers(kernel_generator, training, runs):
@@ -396,18 +413,11 @@ def test_layers_take_it_and_give_the_same_numbers(kernel_generator, training, ru
         3, strides=2, group_channels=4, kernel_generator=kernel_generator, filters=6
     )
     layer.build(IMAGES.shape)
-    before = layer.get_weights()
-    y = numpy(layer(IMAGES, training=training))
-    assert len(runs) == 1
-    after = layer.get_weights()
-    layer.set_weights(before)
     with involution.ops.use("native"):
-        expected = numpy(layer(IMAGES, training=training))
-    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
+        two_steps = call_anew(layer, training)
+    assert not runs
+    assert_same(call_anew(layer, training), two_steps)
     assert len(runs) == 1
-    # Batch normalization has seen the same.
-    for one, other in zip(after, layer.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -415,17 +425,12 @@ def test_layers_take_it_and_give_the_same_numbers(kernel_generator, training, ru
 def test_the_drop_in_layer_gives_what_two_steps_give(stride, training, runs):
     layer = involution.Involution(8, 4, 3, stride, 2, return_kernel=False)
     layer.build(IMAGES.shape)
-    before = layer.get_weights()
-    y = numpy(layer(IMAGES, training=training))
-    assert len(runs) == 1
-    after = layer.get_weights()
-    layer.set_weights(before)
     layer.return_kernel = True
-    expected, _ = layer(IMAGES, training=training)
-    np.testing.assert_allclose(y, numpy(expected), rtol=0, atol=1e-5)
+    (y, _), weights = call_anew(layer, training)
+    assert not runs
+    layer.return_kernel = False
+    assert_same(call_anew(layer, training), (y, weights))
     assert len(runs) == 1
-    for one, other in zip(after, layer.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 def test_the_drop_in_layer_makes_kernels_where_they_are_recorded_or_made_otherwise(runs):

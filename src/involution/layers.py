@@ -185,7 +185,7 @@ class Involution(keras.layers.Layer):
     def chosen_implementation(self, inputs) -> str:
         """The name of the implementation that runs on ``inputs``, a tensor or a
         ``keras.KerasTensor``; ``"fused"`` where no kernels are stored."""
-        return _chosen(self, inputs)
+        return _chosen(self, inputs, self._expansion(inputs))
 
     def _expansion(self, inputs):
         """As ``InvolutionND`` has it."""
@@ -216,8 +216,9 @@ class Involution(keras.layers.Layer):
         }
 
     def call(self, inputs):
-        if _record.calls is None and self.chosen_implementation(inputs) == "fused":
-            return _fused(self, inputs)
+        output = _fused(self, inputs)
+        if output is not None:
+            return output
         kernel = self.generate_kernel(inputs)
         output = involution(inputs, kernel, **self._arguments())
         if _record.calls is not None:
@@ -244,16 +245,19 @@ class Involution(keras.layers.Layer):
         }
 
 
-def _chosen(layer, inputs) -> str:
-    """What a layer with an ``_expansion`` takes for its inputs."""
-    expansion = layer._expansion(inputs)
+def _chosen(layer, inputs, expansion) -> str:
+    """What a layer takes for its inputs, given its ``_expansion``."""
     hidden = None if expansion is None else expansion[0].shape[0]
     return chosen(inputs, hidden, **layer._arguments())
 
 
 def _fused(layer, inputs):
-    """The output of such a layer, with no kernels stored."""
-    expansion = (ops.cast(t, inputs.dtype) for t in layer._expansion(inputs))
+    """The output of a layer with an ``_expansion``, with no kernels stored; None where they are:
+    somebody records them, or another implementation is chosen."""
+    expansion = layer._expansion(inputs) if _record.calls is None else None
+    if expansion is None or _chosen(layer, inputs, expansion) != "fused":
+        return None
+    expansion = (ops.cast(t, inputs.dtype) for t in expansion)
     return generate_and_apply(inputs, layer._hidden(inputs), *expansion, **layer._arguments())
 
 
@@ -437,12 +441,12 @@ class InvolutionND(keras.layers.Layer):
     def chosen_implementation(self, inputs) -> str:
         """The name of the implementation that runs on ``inputs``, a tensor or a
         ``keras.KerasTensor``; ``"fused"`` where no kernels are stored."""
-        return _chosen(self, inputs)
+        return _chosen(self, inputs, self._expansion(inputs))
 
     def call(self, inputs):
         self._output_sizes(inputs.shape)
-        if _record.calls is None and self.chosen_implementation(inputs) == "fused":
-            output = _fused(self, inputs)
+        output = _fused(self, inputs)
+        if output is not None:
             return output if self.filters is None else self._project(output)
         kernel = self.generate_kernel(inputs)
         output = involution(inputs, kernel, **self._arguments())

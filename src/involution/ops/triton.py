@@ -25,12 +25,13 @@ def interpreting() -> bool:
 def refusal(problem) -> str | None:
     if keras.config.backend() != "torch":
         return "it is for PyTorch"
+    # First what costs least: every call asks.
+    if problem.device != "cuda" and not interpreting():
+        return f"it runs on CUDA devices, and the tensors are on {problem.device or 'none yet'}"
     if importlib.util.find_spec("triton") is None:
         return "there is no module triton"
     if interpreting():
         return None
-    if problem.device != "cuda":
-        return f"it runs on CUDA devices, and the tensors are on {problem.device or 'none yet'}"
     import torch
 
     if not torch.cuda.is_available():

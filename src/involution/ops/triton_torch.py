@@ -93,12 +93,14 @@ def _fused_output(told, rank, x, hidden, weight, bias, y, _):
         return
     channels = hidden.shape[-1]
     count = hidden.numel() // channels
+    # Programs do not see that a tensor is to be negated.
+    x, hidden, weight, bias = (t.resolve_neg() for t in (x, hidden, weight, bias))
     # The groups first: a program makes the kernels of one.
     weight = weight.reshape(channels, told.taps, told.groups).permute(2, 0, 1).contiguous()
     bias = bias.reshape(told.taps, told.groups).t().contiguous()
     members = min(next_power_of_2(told.members), MOST_MEMBERS)
     blocks = told.groups * cdiv(told.members, members)
-    x, hidden = x.resolve_neg(), hidden.contiguous().resolve_neg()
+    hidden = hidden.contiguous()
     with _device(y):
         triton_kernels.FUSED[lambda meta: (cdiv(count, meta["P"]) * blocks,)](
             x,
