@@ -4,14 +4,15 @@ second at 224 x 224 in batches of 8, and what the layers of both networks take a
 `chosen` is RedNet-50 as it runs unasked, its kernels generated where they are used; `native` stores
 them. `free` has an operator that costs nothing. The networks take turns, a step each.
 
-    KERAS_BACKEND=tensorflow python benchmarks/rednet.py [STEPS] [FILE.csv]
+    KERAS_BACKEND=tensorflow python benchmarks/rednet.py --steps 15 --output FILE.csv
 """
 
+import argparse
 import collections
 import contextlib
 import functools
+import pathlib
 import statistics
-import sys
 import time
 
 import keras
@@ -22,9 +23,10 @@ import involution
 from involution import benchmark, files, memory, yardsticks
 from involution.ops import api
 
-BATCH, SIDE = 8, 224
+SIDE = 224
 SLOW = ("unfold",)
-CHOSEN = "chosen"
+CHOSEN, RESNET = "chosen", "resnet50"
+NETWORKS = (CHOSEN, "native", "free", *SLOW, RESNET)
 
 
 def unfold(x, kernel, problem):
@@ -34,14 +36,14 @@ def unfold(x, kernel, problem):
     return yardsticks.patches(x, kernel, kernel_size, strides, 1, g.groups, g.group_layout, pads)
 
 
-def networks():
-    """Name: (the implementation of involution that it runs with, the network)."""
+def networks(names):
     made = {}
-    for name in (CHOSEN, "native", "free", *SLOW):
+    for name in names:
         keras.utils.set_random_seed(0)
-        made[name] = involution.models.RedNet50((SIDE, SIDE, 3))
-    keras.utils.set_random_seed(0)
-    made["resnet50"] = keras.applications.ResNet50(weights=None, classifier_activation=None)
+        if name == RESNET:
+            made[name] = keras.applications.ResNet50(weights=None, classifier_activation=None)
+        else:
+            made[name] = involution.models.RedNet50((SIDE, SIDE, 3))
     for model in made.values():
         model.compile(
             keras.optimizers.SGD(1e-4, momentum=0.9),
@@ -74,17 +76,18 @@ def steps(made, x, y, count):
 
 def running(name):
     """Where a network runs as its name says."""
-    if name in (CHOSEN, "resnet50"):
+    if name in (CHOSEN, RESNET):
         return contextlib.nullcontext()
     return involution.ops.use(name)
 
 
 def check(made, x):
-    """Unfold computes what the kernels of this package do."""
+    """Whatever RedNet-50 runs with, it computes the same."""
     results = []
-    for name in ("native", CHOSEN, "unfold"):
-        with running(name):
-            results.append(keras.ops.convert_to_numpy(made[name](x[:1], training=False)))
+    for name in made:
+        if name not in ("free", RESNET):
+            with running(name):
+                results.append(keras.ops.convert_to_numpy(made[name](x[:1], training=False)))
     for result in results[1:]:
         assert np.abs(results[0] - result).max() <= 1e-4 * np.abs(results[0]).max()
 
@@ -95,29 +98,30 @@ def kind(layer):
     return type(layer).__name__
 
 
-def alone(model, seconds=0.2):
+def alone(model, batch, seconds=0.2):
     """Milliseconds of inference for each kind of layer, every layer run alone."""
     totals, counts = collections.Counter(), collections.Counter()
     known: dict[tuple, float] = {}
     for layer in model.layers:
         if isinstance(layer, keras.layers.InputLayer):
             continue
-        same = (kind(layer), *shapes(layer), layer.output.shape)
+        same = (kind(layer), *shapes(layer, batch), layer.output.shape)
         if same not in known:
-            known[same] = timed(single(layer), seconds)
+            known[same] = timed(single(layer, batch), seconds)
         totals[kind(layer)] += known[same]
         counts[kind(layer)] += 1
     return {name: (counts[name], ms) for name, ms in totals.most_common()}
 
 
-def shapes(layer):
-    return [(BATCH, *t.shape[1:]) for t in keras.tree.flatten(layer.input)]
+def shapes(layer, batch):
+    return [(batch, *t.shape[1:]) for t in keras.tree.flatten(layer.input)]
 
 
-def single(layer):
+def single(layer, batch):
     random = np.random.default_rng(0)
     inputs = [
-        keras.ops.convert_to_tensor(random.random(shape, "float32")) for shape in shapes(layer)
+        keras.ops.convert_to_tensor(random.random(shape, "float32"))
+        for shape in shapes(layer, batch)
     ]
     call = functools.partial(layer, inputs[0] if len(inputs) == 1 else inputs)
     backend = keras.config.backend()
@@ -147,23 +151,27 @@ def timed(run, seconds):
     return statistics.median(times) * 1e3
 
 
-def main(count=15, file=None):
+def main(options):
     memory.keep_freed()  # as the commands do
     api.IMPLEMENTATIONS += (("unfold", implementation(unfold)), ("free", implementation(free)))
+    keras.config.set_dtype_policy(options.dtype_policy)
     random = np.random.default_rng(0)
-    x = random.random((BATCH, SIDE, SIDE, 3), "float32")
-    y = random.integers(0, 1000, BATCH)
-    made = networks()
-    check(made, x)
-    times = steps(made, x, y, count)
+    x = random.random((options.batch, SIDE, SIDE, 3), "float32")
+    y = random.integers(0, 1000, options.batch)
+    made = networks(options.networks.split(","))
+    if options.dtype_policy == "float32":
+        check(made, x)
+    times = steps(made, x, y, options.steps)
     rows = []
     for (label, name), seconds in times.items():
-        rate = BATCH / statistics.median(seconds)
-        own = BATCH / statistics.median(times[label, CHOSEN])
+        rate = options.batch / statistics.median(seconds)
+        own = options.batch / statistics.median(times[label, CHOSEN])
         rows.append(
             {
                 "what": label,
-                "network": name if name == "resnet50" else f"rednet50, {name}",
+                "dtype_policy": options.dtype_policy,
+                "batch": options.batch,
+                "network": name if name == RESNET else f"rednet50, {name}",
                 "images_per_s": f"{rate:.2f}",
                 "rednet50_is_times": f"{own / rate:.2f}",
             }
@@ -171,16 +179,28 @@ def main(count=15, file=None):
         print(
             f"{label:10} {rows[-1]['network']:18} {rate:8.2f} images/s; rednet50 {own / rate:.2f}x"
         )
-    for name in (CHOSEN, "resnet50"):
-        for layers, (number, ms) in alone(made[name]).items():
+    for name in (CHOSEN, RESNET) if options.layers else ():
+        for layers, (number, ms) in alone(made[name], options.batch).items():
             rows.append({"what": "layers alone", "network": name, "layers": layers})
             rows[-1] |= {"number": number, "ms": f"{ms:.1f}"}
             print(f"{name:10} {number:4} {layers:24} {ms:8.1f} ms")
-    if file is not None:
+    if options.output is not None:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         rows = [dict.fromkeys(columns, "") | row for row in rows]
-        files.write_text(file, benchmark.with_setting(rows, columns))
+        files.write_text(options.output, benchmark.with_setting(rows, columns, options.device))
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--dtype-policy", default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--layers", action="store_true", help="every kind of layer alone, too")
+    parser.add_argument("--output", type=pathlib.Path)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 15, *sys.argv[2:3])
+    main(arguments())

@@ -369,6 +369,8 @@ def bench(
     calls: int = 10,
     seconds: float = 2.0,
     memory: bool = False,
+    device: str = "cpu",
+    batch: int | None = None,
     output: pathlib.Path | None = None,
     backend: Backend | None = None,
 ):
@@ -383,7 +385,8 @@ def bench(
         Named sizes, comma-separated.
     candidates
         Implementations; patches, the keras.io example's formula; conv3, Keras's convolution with a
-        window of 3; depthwise, its depthwise convolution with involution's window.
+        window of 3; depthwise, its depthwise convolution with involution's window; on PyTorch
+        compiled-taps, and on CUDA devices per-number, the formula of the paper's own code.
     dtypes
         Some of float32, bfloat16, float16, float64.
     calls
@@ -392,6 +395,10 @@ def bench(
         How long to measure each candidate at least.
     memory
         Measure peak memory too, each in a process of its own: some seconds more for every figure.
+    device
+        cpu, or on PyTorch cuda: there the device's time for a recorded graph of the calls.
+    batch
+        How many samples, instead of the cases' own.
     output
         A CSV file to write; an existing one is replaced.
     backend
@@ -407,17 +414,19 @@ def bench(
             calls=calls,
             seconds=seconds,
             memory=memory,
+            device=device,
+            batch=batch,
         )
         benchmark.check(plan, output)
         rows = []
-        for line in benchmark.heading():
+        for line in benchmark.heading(plan):
             session.console.say(line)
         for row in benchmark.run(plan, session.console.say):
             rows.append(row)
             session.console.say(benchmark.line(row))
             if output is not None:
                 # After each: a run that is cut short has lost nothing.
-                files.write_text(output, benchmark.to_csv(rows))
+                files.write_text(output, benchmark.to_csv(rows, device))
         if output is not None:
             session.console.say(f"Figures: {output}")
 

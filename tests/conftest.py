@@ -33,9 +33,11 @@ collect_ignore = [
     for backend in ("jax", "tensorflow", "torch")
     if backend != os.environ["KERAS_BACKEND"]
 ]
+if os.environ["KERAS_BACKEND"] != "torch":
+    collect_ignore += ["test_bench_cuda.py", "test_cuda.py", "test_triton.py"]
 # Triton is released for Linux alone.
-if os.environ["KERAS_BACKEND"] != "torch" or importlib.util.find_spec("triton") is None:
-    collect_ignore.append("test_triton.py")
+elif importlib.util.find_spec("triton") is None:
+    collect_ignore += ["test_cuda.py", "test_triton.py"]
 
 
 # `--hypothesis-profile=long -m slow`: what has no number of examples of its own gets this one.

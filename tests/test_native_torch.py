@@ -82,6 +82,16 @@ def test_f22_compiled_by_the_default_compiler(fresh):
         torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
 
 
+# PyTorch's compiler makes an instance of a function's class, and deprecates it.
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["native", "taps", "reference"])
+def test_f22_inference_is_compiled_whole(name, fresh):
+    of = operation(CALL, name)
+    x, kernel = tensors(CALL.arrays()[:2], "float64")
+    y = torch.compile(of, fullgraph=True, backend="aot_eager")(x, kernel)
+    assert_equals_oracle(CALL, y, x, kernel)
+
+
 def test_f14_one_program_for_every_batch_size(fresh):
     counter = CompileCounter()
     program = torch.compile(operation(CALL, None), fullgraph=True, backend=counter, dynamic=True)

@@ -13,33 +13,42 @@ import math
 import multiprocessing
 import os
 import pathlib
-import platform
 import statistics
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import numpy as np
 
-from involution import memory, ops, yardsticks
+from involution import ops, yardsticks
+from involution.devices import DEVICES
 from involution.errors import InputError
 from involution.experiment import versions
 from involution.files import csv_text
-from involution.ops import native_library
+from involution.ops import gradients, taps
 from involution.ops.api import FUSED, IMPLEMENTATIONS
 from involution.ops.cases import CASES, Case
-from involution.ops.native_library import processors
 from involution.ops.problem import make_generating_problem, make_problem
+from involution.ops.views import sizes
 from involution.programs import program, tensors
 
 PATCHES = "patches"
+# PyTorch's: the paper's formula for CUDA devices, and what its compiler makes of `taps`.
+PER_NUMBER, COMPILED_TAPS = "per-number", "compiled-taps"
 # Kernels from hidden features, and their use: stored between, or not.
 TWO_STEPS = "two-steps"
 GENERATING = {TWO_STEPS: tuple(dict(IMPLEMENTATIONS)), FUSED[0]: FUSED[0]}
-CANDIDATES = (*dict(IMPLEMENTATIONS), *GENERATING, PATCHES, *yardsticks.CONVOLUTIONS)
+CANDIDATES = (
+    *dict(IMPLEMENTATIONS),
+    *GENERATING,
+    PATCHES,
+    PER_NUMBER,
+    COMPILED_TAPS,
+    *yardsticks.CONVOLUTIONS,
+)
 PASSES = {"forward": False, "forward+backward": True}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Bytes that no cache holds.
+LARGE = 2**29
 # A gigabyte in float32, and as much again for each gradient.
 MOST_PATCHES = 2**28
 # Largest difference from `reference` in float32, relative to the largest value.
@@ -56,6 +65,8 @@ class Plan:
     calls: int = 10
     seconds: float = 2.0
     memory: bool = False
+    device: str = "cpu"
+    batch: int | None = None  # instead of the cases' own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +77,7 @@ class Row:
     candidate: str
     dtype: str
     passes: str
+    batch: int
     median_ms: float
     spread_ms: float  # half of the distance between the quartiles
     runs: int
@@ -88,6 +100,13 @@ def check(plan: Plan, output: pathlib.Path | None = None) -> None:
             raise InputError(
                 f"--{option} must be some of {','.join(known)}. Received: {','.join(names)}"
             )
+    if plan.device not in DEVICES:
+        raise InputError(f"--device must be one of {', '.join(DEVICES)}. Received: {plan.device}")
+    reason = DEVICES[plan.device].refusal()
+    if reason is not None:
+        raise InputError(f"--device must be one to measure on: {reason}. Received: {plan.device}")
+    if plan.batch is not None and plan.batch < 1:
+        raise InputError(f"--batch must be at least 1. Received: {plan.batch}")
     if plan.calls < 1 or not plan.seconds > 0:
         raise InputError(
             "--calls must be at least 1 and --seconds above 0. "
@@ -99,94 +118,151 @@ def check(plan: Plan, output: pathlib.Path | None = None) -> None:
 
 def run(plan: Plan, say=lambda line: None) -> Iterator[Row]:
     """Measures, and yields each figure. ``say`` is told what was left out, and why."""
-    peak = multiply_add_peak()
     for name in plan.cases:
         case = next(case for case in CASES if case.name == name)
+        if plan.batch is not None:
+            case = dataclasses.replace(case, batch=plan.batch)
         for dtype in plan.dtypes:
             for passes in PASSES:
-                yield from _rows(case, dtype, passes, plan, peak, say)
+                # Not around what is yielded: there the caller's own work goes on.
+                with keras.device(plan.device):
+                    rows = list(_rows(case, dtype, passes, plan, say))
+                yield from rows
 
 
-def _rows(case, dtype, passes, plan, peak, say):
+def _rows(case, dtype, passes, plan, say):
     backward = PASSES[passes]
+    device = DEVICES[plan.device]
     ready = {}
     for name in plan.candidates:
         try:
-            function, arguments, cotangent = candidate(name, case, dtype)
-        except NotImplementedError as reason:
-            if not backward:
-                say(f"{case.name} {name} {dtype}: left out: {reason}")
-            continue
-        if name not in yardsticks.CONVOLUTIONS:
-            wrong = difference(function, arguments, cotangent, case, dtype)
+            tried = candidate(name, case, dtype)
+            wrong = 0.0 if tried.reference is None else difference(tried, dtype)
             if wrong > TOLERANCE[dtype]:
                 raise RuntimeError(
                     f"{case.name} {name} {dtype} is wrong, so it has no speed: its largest "
                     f"difference from `reference` is {wrong:.1e}"
                 )
-        made = functools.partial(program, function, arguments, cotangent if backward else None)
-        single = made(1)
-        single()  # compiles
-        started = time.perf_counter()
-        single()
-        seconds = time.perf_counter() - started
-        # Very slow ones once a run: their way to the framework does not matter.
-        calls = plan.calls if seconds < 0.5 else 1
-        ready[name] = (made(calls) if calls > 1 else single, calls)
-    times = measure({name: program for name, (program, _) in ready.items()}, plan.seconds)
+            single = device.stopwatch(tried.program(backward))
+            single()  # compiles
+            # Very slow ones once a run: their way to the framework does not matter.
+            calls = plan.calls if single() < 0.5 else 1
+            repeated = device.stopwatch(tried.program(backward, calls)) if calls > 1 else single
+        except NotImplementedError as reason:
+            if not backward:
+                say(f"{case.name} {name} {dtype}: left out: {reason}")
+            continue
+        ready[name] = repeated, calls
+    times = measure({name: watch for name, (watch, _) in ready.items()}, plan.seconds)
     for name, (_, calls) in ready.items():
         each = [t / calls * 1e3 for t in times[name]]
         median = statistics.median(each)
         quartiles = statistics.quantiles(each, n=4) if len(each) > 2 else [median] * 3
         ours = name not in yardsticks.CONVOLUTIONS
-        limit = least_ms(case, dtype, backward, peak, generating=name in GENERATING)
+        limit = least_ms(case, dtype, backward, device, generating=name in GENERATING)
         yield Row(
             case=case.name,
             candidate=name,
             dtype=dtype,
             passes=passes,
+            batch=case.batch,
             median_ms=median,
             spread_ms=(quartiles[2] - quartiles[0]) / 2,
             runs=len(each),
             calls=calls,
             limit_ms=limit if ours else None,
             times_limit=median / limit if ours else None,
-            peak_mb=_in_fresh_process(case, name, dtype, backward) if plan.memory else None,
+            peak_mb=_peak_mb(case, name, dtype, backward, device) if plan.memory else None,
             tensors_mb=tensor_bytes(case, dtype, backward, name) / 1e6 if ours else None,
         )
 
 
-def candidate(name, case: Case, dtype):
-    """(function, arguments, cotangent), or NotImplementedError with the reason."""
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """What is measured: a function of tensors, with its arguments and its output's gradient."""
+
+    function: Callable
+    arguments: list
+    cotangent: object
+    reference: Callable | None  # the same by `reference`; None for what is no involution
+
+    def program(self, backward: bool, calls: int = 1):
+        return program(self.function, self.arguments, self.cotangent if backward else None, calls)
+
+
+def candidate(name: str, case: Case, dtype: str) -> Candidate:
+    """Raises NotImplementedError, with the reason, for what cannot run."""
     random = np.random.default_rng(0)
+    named = case.arguments
+    y_shape = (case.batch, *case.kernel_shape[1:-2], case.channels)
+    shapes = [case.x_shape, case.kernel_shape]
+    operation: Callable = ops.involution
     if name in yardsticks.CONVOLUTIONS:
         function, arguments = yardsticks.CONVOLUTIONS[name](case, random, dtype)
     elif name in GENERATING:
-        generator = case.x_shape, *case.generator_shapes
-        arguments = tensors([random.standard_normal(s) for s in generator], dtype)
+        operation = ops.generate_and_apply
+        shapes = [case.x_shape, *case.generator_shapes]
+        arguments = tensors([random.standard_normal(s) for s in shapes], dtype)
         if name == FUSED[0]:
-            reason = FUSED[1].refusal(make_generating_problem(*arguments, **case.arguments))
-            if reason is not None:
-                raise NotImplementedError(reason)
-        function = functools.partial(
-            ops.generate_and_apply, implementation=GENERATING[name], **case.arguments
-        )
+            _refuse(FUSED[1].refusal(make_generating_problem(*arguments, **named)))
+        function = functools.partial(operation, implementation=GENERATING[name], **named)
     else:
-        shapes = case.x_shape, case.kernel_shape
+        if name == PER_NUMBER:
+            function = _per_number(case, dtype)
+            # It has channels first.
+            named = named | {"data_format": "channels_first"}
+            shapes = [_channels_first(shape, case) for shape in shapes]
+            y_shape = _channels_first(y_shape, case)
         arguments = tensors([random.standard_normal(s) for s in shapes], dtype)
         if name == PATCHES:
             function = _patches(case)
-        else:
-            problem = make_problem(*arguments, **case.arguments)
-            reason = dict(IMPLEMENTATIONS)[name].refusal(problem)
-            if reason is not None:
-                raise NotImplementedError(reason)
-            function = functools.partial(ops.involution, implementation=name, **case.arguments)
+        elif name == COMPILED_TAPS:
+            function = _compiled_taps(named)
+        elif name != PER_NUMBER:
+            _refuse(dict(IMPLEMENTATIONS)[name].refusal(make_problem(*arguments, **named)))
+            function = functools.partial(operation, implementation=name, **named)
     if keras.backend.standardize_dtype(arguments[0].dtype) != dtype:
         raise NotImplementedError(f"{keras.config.backend()} makes no {dtype} here")
-    y_shape = (case.batch, *case.kernel_shape[1:-2], case.channels)
+    reference = None
+    if name not in yardsticks.CONVOLUTIONS:
+        reference = functools.partial(operation, implementation="reference", **named)
     (cotangent,) = tensors([random.standard_normal(y_shape)], dtype)
-    return function, arguments, cotangent
+    return Candidate(function, arguments, cotangent, reference)
+
+
+def _refuse(reason):
+    if reason is not None:
+        raise NotImplementedError(reason)
+
+
+def _channels_first(shape, case):
+    last = 1 + len(case.sizes)
+    return (shape[0], *shape[last:], *shape[1:last])
+
+
+def _per_number(case, dtype):
+    if keras.config.backend() != "torch":
+        raise NotImplementedError("it is for PyTorch on CUDA devices")
+    from involution import per_number
+
+    _refuse(per_number.refusal(case, dtype))
+    return functools.partial(per_number.involution, case=case)
+
+
+def _compiled_taps(named):
+    if keras.config.backend() != "torch":
+        raise NotImplementedError("`taps` is compiled by XLA as it is")
+    import torch
+
+    # Each case anew: PyTorch compiles but a few sizes of what it takes for one function.
+    torch.compiler.reset()
+    call = gradients.differentiable(torch.compile(taps.compute, fullgraph=True))
+
+    def apply(x, kernel):
+        g = make_problem(x, kernel, **named).geometry
+        return call(gradients.OUTPUT, g, sizes(x, g), x, kernel)
+
+    return apply
 
 
 def _patches(case):
@@ -200,14 +276,13 @@ def _patches(case):
     return functools.partial(yardsticks.patches, **{name: case.arguments[name] for name in names})
 
 
-def difference(function, arguments, cotangent, case, dtype) -> float:
+def difference(tried: Candidate, dtype) -> float:
     """The largest difference of output and gradients from those of ``reference`` in float32 or
     wider, relative to the largest value of each."""
     wide = "float64" if dtype == "float64" else "float32"
-    operation = ops.involution if len(arguments) == 2 else ops.generate_and_apply
-    reference = functools.partial(operation, implementation="reference", **case.arguments)
-    want = program(reference, *_cast(arguments, cotangent, wide))()
-    have = program(function, arguments, cotangent)()
+    arguments = [keras.ops.cast(a, wide) for a in tried.arguments]
+    want = program(tried.reference, arguments, keras.ops.cast(tried.cotangent, wide))()
+    have = tried.program(backward=True)()
     worst = 0.0
     for w, h in zip(want, have, strict=True):
         w, h = (np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(t, wide))) for t in (w, h))
@@ -215,23 +290,17 @@ def difference(function, arguments, cotangent, case, dtype) -> float:
     return worst if math.isfinite(worst) else math.inf
 
 
-def _cast(arguments, cotangent, dtype):
-    return [keras.ops.cast(a, dtype) for a in arguments], keras.ops.cast(cotangent, dtype)
-
-
-def measure(programs, seconds) -> dict[str, list[float]]:
-    """Seconds of each run. The programs take turns until each had its time, or three runs."""
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    for run in programs.values():
-        run()
+def measure(watches: dict[str, Callable[[], float]], seconds) -> dict[str, list[float]]:
+    """Seconds of each run. They take turns until each had its time, or three runs."""
+    times: dict[str, list[float]] = {name: [] for name in watches}
+    for watch in watches.values():
+        watch()
     while True:
         waiting = [n for n, t in times.items() if len(t) < 3 or sum(t) < seconds]
         if not waiting:
             return times
         for name in waiting:
-            started = time.perf_counter()
-            programs[name]()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(watches[name]())
 
 
 # --- The least time that the machine allows
@@ -254,17 +323,18 @@ def tensor_bytes(case, dtype, backward, name) -> int:
     return total * (2 if backward else 1)
 
 
-def least_ms(case, dtype, backward, peak, generating=False) -> float:
+def least_ms(case, dtype, backward, device, generating=False) -> float:
     """Moving every tensor that a pass reads or writes once, or the multiplications and additions:
     whichever takes longer. An output, an input gradient and a kernel gradient, or that of what
     generates the kernels, each touch one tensor of every kind and do as many operations."""
     total = sum(_sizes(case, dtype, generating))
-    operations = 2 * case.batch * case.channels * _taps_inside(case)
+    # Of half types too sums are in float32: only bytes are fewer. Products of matrices may be fast.
+    sums = "float64" if dtype == "float64" else "float32"
+    computing = 2 * case.batch * case.channels * _taps_inside(case) / device.peak(sums)
     if generating:
-        operations += 2 * math.prod(case.kernel_shape) * case.generator_shapes[1][0]
-    # As many values as in float32: half types move half the bytes, sums are in float32.
-    rate = peak / (2 if dtype == "float64" else 1)
-    seconds = max(total / copy_bandwidth(total), operations / rate)
+        operations = 2 * math.prod(case.kernel_shape) * case.generator_shapes[1][0]
+        computing += operations / device.peak(dtype)
+    seconds = max(total / device.copy_bandwidth(total), computing)
     return 1e3 * seconds * (3 if backward else 1)
 
 
@@ -284,89 +354,40 @@ def _taps_inside(case) -> int:
     return total
 
 
-@functools.cache
-def copy_bandwidth(total: int) -> float:
-    """Bytes a second, read and written, when all processors copy: for tensors of ``total`` bytes,
-    so that what fits into a cache is held to the cache's speed."""
-    workers = processors()
-    part = max(total // 8 // workers, 1)
-    pairs = [(np.ones(part, "float32"), np.empty(part, "float32")) for _ in range(workers)]
-    return total / _best(lambda pair: np.copyto(pair[1], pair[0]), pairs)
-
-
-@functools.cache
-def multiply_add_peak() -> float:
-    """Float32 operations a second of all processors: multiply-adds in registers by the compiled
-    core; without it, the product of two matrices by NumPy, which reaches less."""
-    if native_library.levels():
-        times = 20_000
-        operations = native_library.multiply_add(times) * processors()
-        return operations / _best(native_library.multiply_add, [times] * processors())
-    n = 1536
-    a = np.ones((n, n), "float32")
-    return 2 * n**3 / _best(lambda _: a @ a, [None])
-
-
-def _best(function, parts, repeats=30) -> float:
-    """Seconds that all parts take in threads of their own, the best of several runs."""
-    best = math.inf
-    with ThreadPoolExecutor(len(parts)) as pool:
-        for _ in range(repeats):
-            # Several times each, so that starting the threads does not count.
-            started = time.perf_counter()
-            list(pool.map(lambda part: [function(part) for _ in range(10)], parts))
-            best = min(best, (time.perf_counter() - started) / 10)
-    return best
-
-
 # --- Memory
 
 
-def _in_fresh_process(case, name, dtype, backward) -> float | None:
-    """Megabytes, in a process where nothing else has left its memory to be used again."""
-    if not os.path.exists("/proc/self/clear_refs"):
-        return None
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (case, name, dtype, backward))
+def _peak_mb(case, name, dtype, backward, device) -> float | None:
+    """Megabytes of one call: of its arguments, its results, and all between."""
+    told = case, name, dtype, backward, device.name
+    if not device.memory_needs_a_process:
+        peak = _peak_bytes(*told)
+    else:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peak = pool.apply(_peak_bytes, told)
+    return None if peak is None else peak / 1e6
 
 
-def _peak_memory(case, name, dtype, backward) -> float:
-    small, arguments, cotangent = candidate(name, case.small(), dtype)
-    program(small, arguments, cotangent if backward else None)()  # loads what it needs
-    memory.give_back()
-    before = _resident("VmRSS")
-    function, arguments, cotangent = candidate(name, case, dtype)
-    # The peak starts anew: making the arguments took more than they do.
-    memory.give_back()
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")
-    program(function, arguments, cotangent if backward else None)()
-    return (_resident("VmHWM") - before) / 1e6
+def _peak_bytes(case, name, dtype, backward, device) -> int | None:
+    def prepare(of):
+        return candidate(name, of, dtype).program(backward)
 
-
-def _resident(field) -> int:
-    with open("/proc/self/status", encoding="ascii") as file:
-        line = next(line for line in file if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
+    with keras.device(device):
+        # A small call first loads what it needs.
+        small, given = (functools.partial(prepare, of) for of in (case.small(), case))
+        return DEVICES[device].peak_bytes(lambda: small()(), given)
 
 
 # --- What is told
 
 
-def device() -> str:
-    """The processor's name and how many of it are used."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {processors()} processors"
-
-
-def heading() -> Iterator[str]:
+def heading(plan: Plan) -> Iterator[str]:
     """What the lines of figures need to be understood."""
-    yield f"{keras.config.backend()} on {device()}"
+    device = DEVICES[plan.device]
+    yield f"{keras.config.backend()} on {device.said()}"
+    with keras.device(plan.device):
+        copies, products = device.copy_bandwidth(LARGE) / 1e9, device.peak("float32") / 1e9
+    yield f"copies {copies:.1f} GB/s, read and written; float32 {products:.0f} GFLOP/s"
     yield "ms: median of one call; +-: half the distance between the quartiles;"
     yield "limit: the least that this machine allows; x limit: how far from it; MB: peak memory"
     yield (
@@ -386,18 +407,18 @@ def line(row: Row) -> str:
     )
 
 
-def to_csv(rows: Sequence[Row]) -> str:
+def to_csv(rows: Sequence[Row], device: str = "cpu") -> str:
     """All figures, as ``with_setting`` writes them."""
     names = [field.name for field in dataclasses.fields(Row)]
     figures = [{n: _rounded(v) for n, v in dataclasses.asdict(row).items()} for row in rows]
-    return with_setting(figures, names)
+    return with_setting(figures, names, device)
 
 
-def with_setting(rows: Sequence[dict], names: Sequence[str]) -> str:
+def with_setting(rows: Sequence[dict], names: Sequence[str], device: str = "cpu") -> str:
     """CSV of rows with these columns, each with the backend, the device, versions and the day."""
     setting = {
         "backend": keras.config.backend(),
-        "device": device(),
+        "device": DEVICES[device].said(),
         "versions": " ".join(f"{n}={v}" for n, v in versions().items()),
         "date": datetime.date.today().isoformat(),
     }

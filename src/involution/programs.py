@@ -67,11 +67,10 @@ def _jax(function, arguments, cotangent, calls):
 
     def again(_, carried):
         arguments, results = carried
-        # Something of the results, too small to count, goes into the arguments: calls that are
-        # alike would be made once.
+        # Something of the results, too small to count, goes into every argument: calls that are
+        # alike would be made once, and what is made of some arguments alone would be too.
         touch = sum(r.reshape(-1)[0] for r in results) * 1e-30
-        first = arguments[0].at[(0,) * arguments[0].ndim].add(touch.astype(arguments[0].dtype))
-        arguments = [first, *arguments[1:]]
+        arguments = [a.at[(0,) * a.ndim].add(touch.astype(a.dtype)) for a in arguments]
         return arguments, once(*arguments)
 
     @jax.jit

@@ -52,7 +52,8 @@ def products(x, y, problem):
     return _call(KERNEL, g, sizes(x, g), x, y)
 
 
-def _compute(member, g: Geometry, x_sizes, a, b):
+def compute(member, g: Geometry, x_sizes, a, b):
+    """A member of the family in ``gradients.py``."""
     result = {OUTPUT: _output, INPUT: _input_gradient, KERNEL: _kernel_gradient}[member](
         wide(a), wide(b), x_sizes, g
     )
@@ -80,7 +81,7 @@ def _compiled(compute):
     return compute
 
 
-_call = differentiable(_compiled(_compute))
+_call = differentiable(_compiled(compute))
 
 
 def _output(x, kernel, x_sizes, g):

@@ -242,7 +242,7 @@ KEY = ["scale", "groups", "members", "KD", "KH", "KW", "POSITIONS_LAST"]
 
 def _tuned(function, key, positions):
     """The fastest of some block sizes, measured once for a problem and remembered on disk."""
-    configs = [triton.Config({"P": p}, num_warps=warps) for p in positions for warps in (2, 4, 8)]
+    configs = [triton.Config({"P": p}, num_warps=warps) for p in positions for warps in (4, 8)]
     # The interpreter has no speed to measure.
     chosen = configs[:1] if INTERPRETED else configs
     return triton.autotune(chosen, key=key, cache_results=True)(function)

@@ -71,7 +71,8 @@ def refusal(problem) -> str | None:
     """Why this input cannot be padded, or None."""
     g = problem.geometry
     known = [n or 1 for n in g.spatial(problem.x_shape)]
-    padded = math.prod(n + sum(p) for n, p in zip(known, g.pads(known), strict=True))
+    # A list: PyTorch's compiler takes no generator here.
+    padded = math.prod([n + sum(p) for n, p in zip(known, g.pads(known), strict=True)])
     if padded > MOST_POSITIONS:
         return (
             f"with its padding an input would have {padded} positions, more than {MOST_POSITIONS}"

@@ -1,0 +1,57 @@
+#!/bin/sh
+# All that needs a CUDA device: tests on it, and figures. Under nine minutes; a part that takes longer
+# than its share is ended, and the others go on.
+#
+#     PYTHON=python3 sh benchmarks/gpu.sh [FOLDER]
+#
+# needs PyTorch with CUDA and Triton, Keras, pytest, pytest-xdist, hypothesis and, for `per-number`,
+# CuPy. What it prints, and the figures as CSV, are written into FOLDER (build/gpu).
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${1:-build/gpu}
+mkdir -p "$OUT"
+export KERAS_BACKEND=torch PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+failed=
+
+part() {
+  name=$1 seconds=$2
+  shift 2
+  echo "--- $name: $*"
+  begun=$(date +%s)
+  timeout "$seconds" "$@" > "$OUT/$name.log" 2>&1
+  code=$?
+  tail -n 60 "$OUT/$name.log"
+  echo "--- $name: exit $code after $(($(date +%s) - begun)) s"
+  [ $code -eq 0 ] || failed="$failed $name"
+}
+
+bench() {
+  name=$1 seconds=$2
+  shift 2
+  part "$name" "$seconds" "$PYTHON" -m involution_cli bench --device cuda --batch 64 \
+    --seconds 0.2 --output "$OUT/$name.csv" "$@"
+}
+
+"$PYTHON" -c '
+import torch, triton, keras
+print("torch", torch.__version__, "triton", triton.__version__, "keras", keras.__version__, torch.cuda.get_device_name())
+' || exit 1
+
+part oracle 100 "$PYTHON" -m pytest -n 8 -p no:cacheprovider tests/test_triton.py -o addopts=-q
+part device 100 "$PYTHON" -m pytest -p no:cacheprovider tests/test_cuda.py -o addopts=-q --durations=0
+if command -v compute-sanitizer > /dev/null; then
+  part sanitizer 80 compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -p no:cacheprovider \
+    tests/test_triton.py -o addopts=-q -k "more_than or samples_at_a_time"
+else
+  echo "--- sanitizer: there is no compute-sanitizer"
+  failed="$failed sanitizer"
+fi
+
+bench operator 90 --cases red1,red3 --dtypes float32,bfloat16 \
+  --candidates triton,per-number,patches,compiled-taps,conv3,depthwise
+bench fused 70 --cases red1,red3 --dtypes float32,bfloat16 --candidates fused,two-steps --memory
+part rednet 90 "$PYTHON" benchmarks/rednet.py --device cuda --dtype-policy mixed_bfloat16 --batch 64 \
+  --steps 10 --networks chosen,resnet50 --output "$OUT/rednet.csv"
+
+[ -z "$failed" ] || { echo "Not as it should be:$failed"; exit 1; }

@@ -1,0 +1,96 @@
+"""The formula of the paper's code for CUDA, compiled through CuPy: a yardstick of the benchmark.
+
+It differs from that code in what has no part in the speed: its windows end where the input does,
+and its kernels have their taps before their groups, as this package's do.
+"""
+
+import functools
+import importlib.util
+import math
+import pathlib
+
+import keras
+import torch
+
+from involution.ops.problem import make_problem
+
+SOURCE = pathlib.Path(__file__).with_suffix(".cu")
+TYPES = {torch.float32: "float", torch.float64: "double"}
+THREADS = 1024
+
+
+def refusal(case, dtype) -> str | None:
+    if len(case.sizes) != 2:
+        return "it is for images"
+    if case.group_layout != "contiguous":
+        return "its groups are contiguous"
+    if dtype not in ("float32", "float64"):
+        return "it knows float32 and float64 alone"
+    # It counts in 32 bits.
+    if max(math.prod(case.kernel_shape), math.prod(case.x_shape)) >= 2**31:
+        return "its tensors have fewer than 2**31 numbers"
+    if importlib.util.find_spec("cupy") is None:
+        return "there is no module cupy (pip install cupy-cuda12x or -cuda13x, as the driver is)"
+    return None
+
+
+def definitions(case, dtype) -> dict[str, object]:
+    """What the text leaves open."""
+    x, kernel = keras.KerasTensor(case.x_shape), keras.KerasTensor(case.kernel_shape)
+    (top, _), (left, _) = make_problem(x, kernel, **case.arguments).geometry.pads(case.sizes)
+    return {
+        "T": TYPES[dtype],
+        "BATCH": case.batch,
+        "CHANNELS": case.channels,
+        "GROUPS": case.groups,
+        "HEIGHT": case.sizes[0],
+        "WIDTH": case.sizes[1],
+        "OUT_HEIGHT": case.kernel_shape[1],
+        "OUT_WIDTH": case.kernel_shape[2],
+        "SIZE": case.kernel_size,
+        "STRIDES": case.strides,
+        "DILATION": case.dilation_rate,
+        "PAD_TOP": top,
+        "PAD_LEFT": left,
+    }
+
+
+@functools.cache
+def _compiled(case, dtype):
+    import cupy
+
+    options = tuple(f"-D{name}={value}" for name, value in definitions(case, dtype).items())
+    return cupy.RawModule(code=SOURCE.read_text("utf-8"), options=options)
+
+
+def _launch(case, name, result, *tensors):
+    import cupy
+
+    blocks = -(-result.numel() // THREADS)
+    pointers = tuple(t.contiguous().data_ptr() for t in (*tensors, result))
+    with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+        _compiled(case, result.dtype).get_function(name)((blocks,), (THREADS,), pointers)
+    return result
+
+
+class _Involution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kernel, case):
+        ctx.save_for_backward(x, kernel)
+        ctx.case = case
+        _, channels = x.shape[:2]
+        y = x.new_empty((len(x), channels, *kernel.shape[-2:]))
+        return _launch(case, "output", y, x, kernel)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, kernel = ctx.saved_tensors
+        dx = _launch(ctx.case, "input", torch.empty_like(x), kernel, dy)
+        dkernel = _launch(ctx.case, "kernel_gradient", torch.empty_like(kernel), x, dy)
+        return dx, dkernel, None
+
+
+def involution(x, kernel, case):
+    """``case`` with channels first: x (batch, channels, height, width) and the kernel (batch, taps,
+    groups, height, width)."""
+    return _Involution.apply(x, kernel, case)

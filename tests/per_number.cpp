@@ -1,0 +1,17 @@
+// The yardstick's text for CUDA devices as C++, its threads one after another: for tests.
+struct Index {
+  int x;
+};
+static Index blockIdx, blockDim, threadIdx, gridDim;
+#define __global__
+#define __device__
+
+#include PER_NUMBER
+
+extern "C" void launch(void (*function)(const T*, const T*, T*), int blocks, int threads,
+                       const T* a, const T* b, T* result) {
+  gridDim.x = blocks;
+  blockDim.x = threads;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
+    for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) function(a, b, result);
+}

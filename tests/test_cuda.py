@@ -1,0 +1,133 @@
+"""On a CUDA device, and nowhere else: ``benchmarks/gpu.sh`` runs these."""
+
+import functools
+
+import core
+import pytest
+import torch
+from core import ARGUMENTS, FUSED_ARGUMENTS
+from oracle import Call
+
+import involution
+from involution import benchmark, devices
+from involution.ops.cases import Case
+from involution.ops.geometry import Geometry
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(autouse=True)
+def untuned(monkeypatch):
+    """Block sizes are of speed alone."""
+    from involution.ops import triton_kernels
+
+    for program in (*triton_kernels.PROGRAMS.values(), triton_kernels.FUSED):
+        monkeypatch.setattr(program, "configs", program.configs[:1])
+
+
+CALL = Call(2, (9, 11), 24, (3, 5), (2, 1), "same", (1, 2), 3)
+STAGE = Call(4, (28, 28), 128, (7, 7), (1, 1), "symmetric", (1, 1), 8)
+
+
+def on_device(arrays, dtype, device="cuda"):
+    return [torch.tensor(a, dtype=getattr(torch, dtype), device=device) for a in arrays]
+
+
+def members(call, dtype, device="cuda"):
+    """Functions without arguments, one for each member and each fused one."""
+    from involution.ops import triton_torch
+
+    g = Geometry(**call.arguments)
+    x, kernel, dy = on_device(call.arrays(), dtype, device)
+    for member, arguments in ARGUMENTS.items():
+        a, b = arguments(x, kernel, dy)
+        yield functools.partial(triton_torch.operations.call, member, g, call.sizes, a, b)
+    given = on_device(core.fused_arrays(call), dtype, device)
+    for member, arguments in FUSED_ARGUMENTS.items():
+        of = triton_torch.operations.call_fused
+        yield functools.partial(of, member, g, call.sizes, *arguments(*given))
+
+
+def tensors(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_thousand_repeats_are_the_same_bits(dtype):
+    for call in (CALL, STAGE):
+        for run in members(call, dtype):
+            first = tensors(run())
+            for _ in range(1000):
+                assert all(map(torch.equal, first, tensors(run())))
+
+
+def test_more_than_2_to_the_31_numbers():
+    """The last sample, of which every offset is beyond, is as it is alone."""
+    batch, side, channels, groups = 33, 1024, 64, 2
+    from involution.ops import triton_torch
+
+    g = Geometry((7, 7), (1, 1), "same", (1, 1), groups, "contiguous", "channels_last")
+    generator = torch.Generator("cuda").manual_seed(0)
+    made = functools.partial(torch.randn, device="cuda", dtype=torch.float16, generator=generator)
+    x, dy = (made(batch, side, side, channels) for _ in range(2))
+    kernel = made(batch, side, side, 49, groups)
+    assert min(x.numel(), kernel.numel()) > 2**31
+    for member, arguments in ARGUMENTS.items():
+        a, b = arguments(x, kernel, dy)
+        call = functools.partial(triton_torch.operations.call, member, g, (side, side))
+        assert torch.equal(call(a, b)[-1:], call(a[-1:], b[-1:]))
+
+
+@pytest.mark.parametrize("device", range(torch.cuda.device_count()))
+def test_tensors_may_be_on_a_device_that_is_not_the_current_one(device):
+    others = [d for d in range(torch.cuda.device_count()) if d != device] or [device]
+    here = [tensors(run()) for run in members(CALL, "float32", f"cuda:{device}")]
+    with torch.cuda.device(others[0]):
+        there = [tensors(run()) for run in members(CALL, "float32", f"cuda:{device}")]
+    for one, other in zip(here, there, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_a_graph_of_the_device_holds_them():
+    for run in members(CALL, "float32"):
+        want = tensors(run())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = tensors(run())
+        for _ in range(2):
+            for result in results:
+                result.zero_()
+            graph.replay()
+            assert all(map(torch.equal, want, results))
+
+
+def test_torch_compile_makes_them_part_of_its_graph():
+    x, *given = (t.requires_grad_() for t in on_device(core.fused_arrays(CALL)[:-1], "float32"))
+    of = functools.partial(involution.ops.generate_and_apply, **CALL.arguments)
+    for run in (of, torch.compile(of, fullgraph=True)):
+        y = run(x, *given)
+        gradients = torch.autograd.grad(y.pow(2).sum(), [x, *given])
+        if run is of:
+            want = y, *gradients
+    for one, other in zip(want, (y, *gradients), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_benchmark_measures_here(monkeypatch):
+    case = Case("small", 4, (28, 28), 64, 4, 7, padding="symmetric")
+    monkeypatch.setattr(benchmark, "CASES", (case,))
+    plan = benchmark.Plan(
+        cases=("small",),
+        candidates=("triton", "fused", "two-steps", "compiled-taps", "conv3"),
+        dtypes=("float32", "bfloat16"),
+        seconds=0.01,
+        device="cuda",
+        memory=True,
+    )
+    benchmark.check(plan)
+    told = []
+    rows = list(benchmark.run(plan, told.append))
+    assert not told
+    assert len(rows) == 5 * 2 * 2
+    assert all(row.median_ms > 0 and row.peak_mb > 0 for row in rows)
+    assert devices.DEVICES["cuda"].copy_bandwidth(2**28) > 1e10

@@ -1,0 +1,35 @@
+"""What the benchmark reads off the machine, and where it refuses."""
+
+import pytest
+from frameworks import BACKEND
+
+from involution import benchmark, devices
+from involution.errors import InputError
+from involution.ops.cases import Case
+
+
+def test_a_processor_says_what_it_can_do():
+    processor = devices.DEVICES["cpu"]
+    assert processor.refusal() is None
+    assert "processors" in processor.said()
+    assert 1e8 < processor.copy_bandwidth(2**20) < 1e13
+    assert processor.peak("float32") == processor.peak("bfloat16") == 2 * processor.peak("float64")
+
+
+def test_cuda_is_refused_where_it_is_not(monkeypatch):
+    reason = "PyTorch alone has kernels for CUDA, and events to time them by"
+    if BACKEND == "torch":
+        import torch
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        reason = "there is no CUDA device"
+    with pytest.raises(InputError, match=f"--device must be one to measure on: {reason}."):
+        benchmark.check(benchmark.Plan(device="cuda"))
+
+
+@pytest.mark.parametrize("name", ["per-number", "compiled-taps"])
+def test_what_is_of_pytorch_is_left_out_elsewhere(name):
+    case = Case("small", 1, (4, 5), 4, 2, 3)
+    if BACKEND != "torch":
+        with pytest.raises(NotImplementedError, match=r"PyTorch on CUDA|compiled by XLA"):
+            benchmark.candidate(name, case, "float32")
