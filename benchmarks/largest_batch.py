@@ -25,9 +25,10 @@ from involution import benchmark, files, memory
 from involution.ops import api
 
 NETWORKS = (CHOSEN, "native", "unfold")
+STEPS = 4
 
 
-def tried(name, batch, steps):
+def tried(name, batch):
     """Peak bytes of the process, and the median seconds of a step."""
     memory.keep_freed()  # as the commands do
     api.IMPLEMENTATIONS += (("unfold", implementation(unfold)),)
@@ -43,46 +44,46 @@ def tried(name, batch, steps):
     )
     seconds = []
     with running(name):
-        for _ in range(steps):
+        for _ in range(STEPS):
             started = time.perf_counter()
             model.train_on_batch(x, y)
             seconds.append(time.perf_counter() - started)
     # The first one compiles.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return peak, statistics.median(seconds[1:] or seconds)
+    return peak, statistics.median(seconds[1:])
 
 
-def attempt(name, batch, steps=2):
+@functools.cache
+def attempt(name, batch):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        peak, seconds = pool.apply(tried, (name, batch, steps))
-    print(f"{name:8} batch {batch:4}: {peak / 2**30:6.2f} GiB, {batch / seconds:6.2f} images/s")
+        peak, seconds = pool.apply(tried, (name, batch))
+    print(
+        f"{name:8} batch {batch:4}: {peak / 2**30:6.2f} GiB, {batch / seconds:6.2f} images/s",
+        flush=True,
+    )
     return peak, seconds
 
 
 def largest(name, limit):
     """The batch that just fits: memory grows evenly with it, so that a few tries find it."""
-    ask = functools.cache(lambda batch: attempt(name, batch)[0])
-    low, high = 4, 8
-    while True:
-        each = (ask(high) - ask(low)) / (high - low)
-        guess = max(int(low + (limit - ask(low)) / each), 1)
-        if ask(guess) <= limit:
-            if ask(guess + 1) > limit:
-                return guess
-            low, high = guess, guess + 1
-        else:
-            low, high = max(guess - 1, 1), guess
-            if ask(low) <= limit:
-                return low
-        # Peaks jitter by a few megabytes: neighbours alone would tell no slope.
-        low, high = (low, high) if high - low > 2 else (low, low + max(low // 4, 1))
+
+    def fits(batch):
+        return attempt(name, batch)[0] <= limit
+
+    low, high = (attempt(name, batch)[0] for batch in (4, 8))
+    batch = max(int(4 + (limit - low) / ((high - low) / 4)), 1)
+    while batch > 1 and not fits(batch):
+        batch -= 1
+    while fits(batch + 1):
+        batch += 1
+    return batch
 
 
 def main(gib=8.0, file=None):
     rows = []
     for name in NETWORKS:
         batch = largest(name, gib * 2**30)
-        peak, seconds = attempt(name, batch, steps=5)
+        peak, seconds = attempt(name, batch)
         rows.append(
             {
                 "network": f"rednet50, {name}",

@@ -135,8 +135,8 @@ int main(int count, char** arguments) {
         std::mt19937 random(static_cast<unsigned>(1000 * level + caller));
         for (int i = 0; i < calls; ++i) {
           const Call call = draw(random, i % 4);
-          const Size hidden_channels[] = {1, 3, 8, 17, 33};
-          if (!run(call, 1 + i % 8) || !run_fused(call, hidden_channels[i % 5], 1 + i % 8))
+          const Size hidden_channels[] = {1, 2, 3, 8, 16, 17, 33};
+          if (!run(call, 1 + i % 8) || !run_fused(call, hidden_channels[i % 7], 1 + i % 8))
             ++failures[caller];
         }
       });

@@ -83,6 +83,8 @@ ORDER = [
     "sweep",
     "programs",
     "yardsticks",
+    "per_number",
+    "devices",
     "benchmark",
     "explaining",
     "hub",

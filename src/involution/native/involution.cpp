@@ -43,6 +43,17 @@ const Level& level() {
   return chosen < 0 ? *levels().back() : *levels()[chosen];
 }
 
+// Whether this processor has the level's products of bfloat16.
+bool has_pairs(const Level& level) {
+  if (level.multiply_pairs == nullptr) return false;
+#ifdef INVOLUTION_X86
+  static const bool found = __builtin_cpu_supports("avx512bf16");
+  return found;
+#else
+  return false;
+#endif
+}
+
 // --- From a call to a job -------------------------------------------------------------------------
 
 // A call's numbers, by name.
@@ -148,6 +159,7 @@ struct Generator {
   Size padded;   // hidden channels, likewise
   Size parts;    // into which the groups are divided: pieces of their own
   Size part;     // bytes from one part's copies to the next's
+  bool pairs;    // of bfloat16: two hidden channels in one number, of hidden and weight both
   const char* weight;  // (count, row)
   const char* bias;    // (row)
   const char* turned;  // (columns, padded): the weight's transpose, for the gradients
@@ -535,7 +547,7 @@ void generate(const Piece& piece, const Level& level, const View& hidden, const 
   const Generator& g = *piece.prepared.generator;
   Product product = {};
   product.columns = product.b_term = product.c_row = g.row;
-  product.terms = g.count;
+  product.terms = g.pairs ? g.count / 2 : g.count;
   product.a_row = hidden.position[2];
   product.a_term = 1;
   product.b = g.weight + piece.part * g.part;
@@ -545,7 +557,10 @@ void generate(const Piece& piece, const Level& level, const View& hidden, const 
              product.rows = count;
              product.a = from;
              product.c = to;
-             level.multiply(piece.job.type, product);
+             if (g.pairs)
+               level.multiply_pairs(product);
+             else
+               level.multiply(piece.job.type, product);
            });
 }
 
@@ -645,6 +660,19 @@ Memory take_memory(Size bytes) {
   return Memory(static_cast<char*>(std::aligned_alloc(64, round_up(std::max<Size>(bytes, 1), 64))));
 }
 
+// Rows of float32 that are bfloat16, the upper halves: two of them to one.
+void pair_up(char* rows, Size count, Size row) {
+  const auto at = [&](Size n, Size f) { return rows + (n * row + f) * 4; };
+  for (Size n = 0; n < count; n += 2)
+    for (Size f = 0; f < row; ++f) {
+      std::uint32_t first, second;
+      std::memcpy(&first, at(n, f), 4);
+      std::memcpy(&second, at(n + 1, f), 4);
+      const std::uint32_t both = first >> 16 | (second & 0xffff0000);
+      std::memcpy(at(n / 2, f), &both, 4);
+    }
+}
+
 // Copies of the generator's weight and bias, for which `memory` has room.
 void copy_weights(Generator& g, const Prepared& p, const Level& level, Size groups,
                   const void* weight, const void* bias, char* memory) {
@@ -674,6 +702,9 @@ void copy_weights(Generator& g, const Prepared& p, const Level& level, Size grou
   }
   g.weight = memory;
   g.bias = biases;
+  if (g.pairs)
+    for (Size part = 0; part < g.parts; ++part)
+      pair_up(memory + part * g.part, g.count, g.row);
   if (p.job.member != Member::kernel) return;
   char* const turned = biases + g.row * bytes;
   g.turned = turned;
@@ -801,9 +832,11 @@ int involution_run_fused(const std::int64_t* numbers, std::int64_t batch, int th
   g.columns = prepared.taps * (gradient ? prepared.job.result : prepared.job.weights).padded;
   g.row = round_up(g.columns, lanes);
   g.padded = round_up(g.count, lanes);
-  g.hidden = tensor(hidden, call.output, g.count, false);
-  split(g.hidden, 1, g.count, true);
-  g.hidden.direct = call.type == Type::float64 || call.type == Type::float32;
+  g.pairs = !gradient && call.type == Type::bfloat16 && g.count % 2 == 0 && has_pairs(level);
+  const Size numbers_of_place = g.pairs ? g.count / 2 : g.count;
+  g.hidden = tensor(hidden, call.output, numbers_of_place, false);
+  split(g.hidden, 1, numbers_of_place, true);
+  g.hidden.direct = g.pairs || call.type == Type::float64 || call.type == Type::float32;
   g.parts = 1;
   prepared.generator = &g;
 

@@ -96,6 +96,10 @@ struct Level {
   void (*compute)(const Job&, const Box&, const View& values, const View& weights,
                   const View& result, Size* offsets);
   void (*multiply)(Type, const Product&);
+  // The same of bfloat16, whose terms come in pairs, two in one number of a and b, and which has a
+  // start; null where the level has no such products. Not every processor of a level has them.
+  // Numbers below the smallest normal one count as zero.
+  void (*multiply_pairs)(const Product&);
   // Multiply-adds of vectors of float32 in registers, 12 each time: for measuring what is possible.
   float (*multiply_add)(Size times);
 };

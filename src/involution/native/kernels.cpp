@@ -5,6 +5,9 @@
 // library among it: the linker might keep the copy that this machine cannot run.
 #include <cstdint>
 #include <cstring>
+#if INVOLUTION_BYTES == 64
+#include <immintrin.h>
+#endif
 
 #include "job.h"
 
@@ -872,6 +875,12 @@ void compute(const Job& job, const Box& box, const View& values, const View& wei
 #define INVOLUTION_STRING(level) INVOLUTION_TEXT(level)
 
 extern const Level INVOLUTION_NAME(INVOLUTION_LEVEL) = {
-    INVOLUTION_STRING(INVOLUTION_LEVEL), INVOLUTION_BYTES, pack, unpack, compute, multiply, multiply_add};
+    INVOLUTION_STRING(INVOLUTION_LEVEL), INVOLUTION_BYTES, pack, unpack, compute, multiply,
+#if INVOLUTION_BYTES == 64
+    multiply_pairs,
+#else
+    nullptr,
+#endif
+    multiply_add};
 
 }  // namespace involution

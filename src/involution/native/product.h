@@ -61,3 +61,51 @@ void multiply(Type type, const Product& p) {
   else
     multiply_as<float, INVOLUTION_BYTES / 4>(p);
 }
+
+#if INVOLUTION_BYTES == 64
+// Of pairs of bfloat16: a number of A or B holds two terms, the first one in its lower half. Each is
+// two multiply-adds for what one takes. Processors that have this are asked for when it runs.
+template <int Rows, int Columns>
+__attribute__((target("avx512bf16"))) void pairs_block(const Product& p, Size row, Size column) {
+  constexpr int L = INVOLUTION_BYTES / 4;
+  float* const to = static_cast<float*>(p.c) + row * p.c_row + column;
+  __m512 sum[Rows][Columns];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < Columns; ++v)
+      sum[r][v] = _mm512_loadu_ps(static_cast<const float*>(p.start) + column + v * L);
+  const std::int32_t* a = static_cast<const std::int32_t*>(p.a) + row * p.a_row;
+  const std::int32_t* b = static_cast<const std::int32_t*>(p.b) + column;
+  for (Size n = 0; n < p.terms; ++n) {
+    __m512i by[Columns];
+#pragma GCC unroll 4
+    for (int v = 0; v < Columns; ++v) by[v] = _mm512_loadu_si512(b + v * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      std::int32_t pair;
+      std::memcpy(&pair, a + r * p.a_row, sizeof pair);  // on a boundary of two bytes
+      const __m512i both = _mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int v = 0; v < Columns; ++v)
+        sum[r][v] = _mm512_dpbf16_ps(sum[r][v], reinterpret_cast<__m512bh>(both),
+                                     reinterpret_cast<__m512bh>(by[v]));
+    }
+    ++a;
+    b += p.b_term;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < Columns; ++v) _mm512_storeu_ps(to + r * p.c_row + v * L, sum[r][v]);
+}
+
+void multiply_pairs(const Product& p) {
+  few_pieces<COLUMNS>(p.columns / (INVOLUTION_BYTES / 4), [&](auto columns, Size v) {
+    constexpr int Columns = decltype(columns)::value;
+    each_piece<ROWS>(p.rows, [&](auto rows, Size r) {
+      pairs_block<decltype(rows)::value, Columns>(p, r, v * (INVOLUTION_BYTES / 4));
+    });
+  });
+}
+#endif
