@@ -12,6 +12,7 @@ import pathlib
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -39,6 +40,8 @@ OWN_ERROR = 3
 DIVERGED = 4
 # Where a file could not be written: the disk is full.
 UNWRITTEN = 5
+# Of a host whose fellow was lost.
+LOST = 6
 
 
 @Parameter(name="*")
@@ -90,8 +93,29 @@ class Resume:
     """Go on although options, images or versions are others than before."""
 
 
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Together:
+    """What ``compare`` and ``train`` run on, with the JAX backend."""
+
+    devices: int | None = None
+    """Devices of a machine that share every batch; one, or with several hosts all, unless given."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several hosts, as all reach it; all are given the same --output."""
+    num_hosts: int | None = None
+    """How many hosts there are, each with this command and a --host-id of its own."""
+    host_id: int | None = None
+    """Which one this is, from 0."""
+
+
 @app.command
-def compare(*, models: str = "cnn,inn", recipe: Recipe = Recipe(), resume: Resume = Resume()):
+def compare(
+    *,
+    models: str = "cnn,inn",
+    recipe: Recipe = Recipe(),
+    resume: Resume = Resume(),
+    together: Together = Together(),
+):
     """Train models on the same data and write one folder: figures, metrics, models, report.html.
 
     Parameters
@@ -99,11 +123,17 @@ def compare(*, models: str = "cnn,inn", recipe: Recipe = Recipe(), resume: Resum
     models
         Names, comma-separated, with options: cnn,inn,inn:kernel_size=5,my_file.py:my_function.
     """
-    _run(f"Comparing {models} on {recipe.dataset}", models, recipe, resume)
+    _run(f"Comparing {models} on {recipe.dataset}", models, recipe, resume, together)
 
 
 @app.command
-def train(*, model: str = "inn", recipe: Recipe = Recipe(), resume: Resume = Resume()):
+def train(
+    *,
+    model: str = "inn",
+    recipe: Recipe = Recipe(),
+    resume: Resume = Resume(),
+    together: Together = Together(),
+):
     """Train one model and write its folder.
 
     Parameters
@@ -111,7 +141,7 @@ def train(*, model: str = "inn", recipe: Recipe = Recipe(), resume: Resume = Res
     model
         A name with options, as for compare: inn, inn:kernel_size=5, my_file.py:my_function.
     """
-    _run(f"Training {model} on {recipe.dataset}", model, recipe, resume)
+    _run(f"Training {model} on {recipe.dataset}", model, recipe, resume, together)
 
 
 @app.command
@@ -483,7 +513,9 @@ def _keep(log, folder):
 
 def _explain(error, log) -> tuple[str, int]:
     """What to say of an error, and the exit code."""
-    ours = sys.modules.get("involution.errors")
+    ours, cluster = (sys.modules.get(f"involution.{name}") for name in ("errors", "cluster"))
+    if cluster and isinstance(error, cluster.LostHostError):
+        return str(error), LOST
     if isinstance(error, ImportError) or (ours and isinstance(error, ours.InputError)):
         return str(error), 2
     if ours and isinstance(error, ours.WriteError):
@@ -513,9 +545,40 @@ def _fail(message, code=2) -> int:
     return code
 
 
-def _run(what, models, recipe, resume):
+def _run(what, models, recipe, resume, together):
+    # Of several hosts JAX ends those whose coordinator is lost at once.
+    several = (
+        together.num_hosts not in (None, 1) or "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ
+    )
+    if not several:
+        return _train(what, models, recipe, resume, together)
+    code = 0
+    with _last_words("involution: error: The run was ended: a host was lost; go on with --resume."):
+        try:
+            _train(what, models, recipe, resume, together)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+    if code:
+        # The others are not waited for.
+        sys.stdout.flush()
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def _last_words(text):
+    """Prints ``text`` if this process dies within the block."""
+    program = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr, flush=True)"
+    command = [sys.executable, "-S", "-E", "-c", program, text]
+    witness = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # noqa: S603
+    try:
+        yield
+    finally:
+        witness.communicate(b"all is said")
+
+
+def _train(what, models, recipe, resume, together):
     with _session(f"{what}, {recipe.epochs} epochs.", recipe.backend) as session:
-        from involution import experiment, memory
+        from involution import cluster, experiment, memory
         from involution.errors import InputError
 
         memory.keep_freed()
@@ -524,10 +587,19 @@ def _run(what, models, recipe, resume):
         command = shlex.join(["involution", *sys.argv[1:]])
         if resume.resume and recipe.output is None:
             raise InputError("--resume needs --output, the folder to go on in. Received: none")
-        how = dataclasses.asdict(resume)
+        hosts = cluster.of(
+            together.devices, together.coordinator, together.num_hosts, together.host_id
+        )
+        if hosts.hosts > 1 and recipe.output is None:
+            raise InputError("--num-hosts needs --output, the folder of all. Received: none")
+        cluster.begin(hosts)
+        how = {**dataclasses.asdict(resume), "together": hosts}
         run = experiment.compare(config, output, session.console, command=command, **how)
-        session.folder = output
-        _conclude(run, output, session.console)
+        if hosts.host > 0:
+            session.console.say("Done: the first host writes the report.")
+        else:
+            session.folder = output
+            _conclude(run, output, session.console)
         if run.interrupted or run.failure is not None:
             session.console.say(f"Go on:  the same command with --output {output} --resume")
         if run.interrupted:

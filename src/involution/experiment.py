@@ -11,13 +11,14 @@ import pathlib
 import platform
 import signal
 import sys
+import tempfile
 import threading
 import time
 from importlib import metadata
 
 import keras
 
-from involution import checkpoint, data, model_labels, training
+from involution import checkpoint, cluster, data, model_labels, training
 from involution.errors import InputError, WriteError
 from involution.files import PART, csv_text, remove_parts, sha256, write_json, write_text
 from involution.models import count_multiply_adds
@@ -223,6 +224,7 @@ def compare(
     resume: bool = False,
     checkpoint_every: int | None = None,
     allow_change: bool = False,
+    together: cluster.Cluster = cluster.ALONE,
 ) -> Run:
     """Trains models on the same data and writes one folder about it.
 
@@ -245,10 +247,13 @@ def compare(
         checkpoint_every: Steps between checkpoints within an epoch; None: only after epochs.
         allow_change: Whether to go on although the configuration, the images or a version is
             another than before.
+        together: The devices and hosts that share every batch, for which ``cluster.begin`` was
+            called. All hosts are given the same folder, which all can read and the first writes.
+            What goes on may be other ones than what began.
 
     Raises:
         InputError: Something given cannot be used, another process is at work in the folder, or
-            what is resumed was something else; nothing has been written then.
+            what is resumed was something else; nothing has been written then. A host was lost.
     """
     from involution import report  # draws, and so needs the extra packages
 
@@ -270,24 +275,38 @@ def compare(
         command=command,
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    make_folder(output)
-    with checkpoint.alone(output), interruptions(console) as step:
-        check_folder(output, resume)
-        work = _Work(run, output, console, checkpoint_every)
-        if _has_begun(output):
-            work.restore(allow_change)
+    with contextlib.ExitStack() as stack:
+        folder = output
+        if together.host == 0:
+            make_folder(output)
+            stack.enter_context(checkpoint.alone(output))
+            check_folder(output, resume)
         else:
+            # It is the first host that writes.
+            folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        step = stack.enter_context(interruptions(console))
+        work = _Work(run, folder, console, checkpoint_every, together)
+        begun = _has_begun(output)
+        if begun:
+            work.restore(allow_change, output)
+        together.wait_for_all("all have read")
+        if not begun:
             work.save(None)  # from here on the run can be gone on with
-        remove_parts(output)
+        remove_parts(folder)
         try:
-            write_json(output / "config.json", run.description)
+            write_json(folder / "config.json", run.description)
             work.train_all(networks, step)
             run.peak_memory_bytes = peak_memory()
-            write_json(output / "metrics.json", run.metrics)
-            report.write(run, output)
+            if not run.interrupted and run.failure is None:
+                together.end()
+            if together.host == 0:
+                write_json(folder / "metrics.json", run.metrics)
+                report.write(run, folder)
         except WriteError:
             console.say(f"Stopped: {work.last}.")
             raise
+        except cluster.LostHostError as lost:
+            raise cluster.LostHostError(f"{lost}; {work.last}: go on with --resume") from lost
         if not run.interrupted and run.failure is None:
             work.store.remove_older()
     return run
@@ -300,8 +319,9 @@ KEPT = ("digest", "optimizer", "rows", "seconds")
 class _Work:
     """A run at work, and what it takes to go on with it."""
 
-    def __init__(self, run, output, console, every):
+    def __init__(self, run, output, console, every, together):
         self.run, self.output, self.console, self.every = run, output, console, every
+        self.together = together
         self.store = checkpoint.Store(output)
         self.last = "there is no checkpoint from before"
         self._identity = identity(run)
@@ -310,13 +330,14 @@ class _Work:
         self._arrays: dict = {}
         self._at = training.Position()
 
-    def restore(self, allow_change):
-        """Takes up the newest checkpoint."""
-        saved = self.store.latest(self.console.say)
+    def restore(self, allow_change, folder):
+        """Takes up the newest checkpoint of a folder."""
+        self.begun_in = folder
+        saved = checkpoint.Store(folder).latest(self.console.say)
         if saved is None:
             raise InputError(
                 "To go on, the output folder must have a whole checkpoint. "
-                f"Received: {self.output}, which has none"
+                f"Received: {folder}, which has none"
             )
         was = saved.state["identity"]
         changed = [
@@ -340,7 +361,7 @@ class _Work:
 
     def _is_whole(self, begun) -> bool:
         """Whether the file of a trained model is as it was written."""
-        file = self.output / model_labels.file_name(begun["label"])
+        file = self.begun_in / model_labels.file_name(begun["label"])
         if begun["digest"] in (None, sha256(file) if file.is_file() else ""):
             return True
         self.console.say(f"{file.name} is not as it was written: it is trained again.")
@@ -368,9 +389,11 @@ class _Work:
                 setattr(result, name, begun[name])
         run.results.append(result)
         if result.digest is not None:
-            load_weights(network, self.output / result.file)
+            load_weights(network, self.begun_in / result.file)
             return
-        trainer = training.Trainer(network, dataset, run.recipe, config.epochs, config.seed)
+        trainer = training.Trainer(
+            network, dataset, run.recipe, config.epochs, config.seed, self.together
+        )
         variables = trainer.optimizer_variables
         result.optimizer = (count(variables), size(variables))
         if begun is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import keras
 import numpy as np
 
-from involution import data
+from involution import cluster, data
 from involution.errors import InputError
 
 # Columns of history.csv after the model and the epoch.
@@ -68,7 +68,7 @@ class Position:
 
     Attributes:
         epoch: The one at work, from 1.
-        images: How many of it were seen: of training, then of testing.
+        images: How many of it are done with: of training, then of testing.
         train_loss, train_accuracy, test_loss, test_accuracy: Sums over these images.
         seconds: What the epoch took so far.
     """
@@ -96,28 +96,40 @@ class Trainer:
         recipe: How to train.
         epochs: Passes over the training images.
         seed: Of the order of images and whatever else is random from here on.
+        together: The devices and hosts that share every batch. What is left over at the end of an
+            epoch when all devices have got as many is not trained on; it is other images each time.
 
     Attributes:
         steps: Batches in all epochs, of training and of testing.
         at: After which batch the training is.
     """
 
-    def __init__(self, network, dataset, recipe, epochs, seed):
+    def __init__(self, network, dataset, recipe, epochs, seed, together=cluster.ALONE):
         keras.utils.set_random_seed(seed)
         self.network, self.dataset, self.recipe = network, dataset, recipe
-        self._epochs, self._seed = epochs, seed
+        self._epochs, self._seed, self._together = epochs, seed, together
         self.batch_size = recipe.batch_size or dataset.batch_size
+        together.check_batch(self.batch_size)
+        self._images = len(dataset.x_train) - len(dataset.x_train) % together.total
+        if self._images == 0:
+            raise InputError(
+                f"There must be an image for each of {together.total} devices. "
+                f"Received: {len(dataset.x_train)} training images"
+            )
         self.at = Position()
         train, test = self._batches
         self.steps = epochs * (train + test)
-        inputs = keras.Input(network.input_shape[1:])
-        self._compiled = keras.Model(inputs, network(inputs))
-        self._compiled.compile(
-            optimizer=recipe.optimizer(epochs * train),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=["accuracy"],
-        )
-        self._compiled.optimizer.build(self._compiled.trainable_variables)
+        with together.sharing():
+            self._trained = network if together.alone else _copy(network)
+            inputs = keras.Input(network.input_shape[1:])
+            self._compiled = keras.Model(inputs, self._trained(inputs))
+            self._compiled.compile(
+                optimizer=recipe.optimizer(epochs * train),
+                loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                # Where images make a batch whole that do not count, the metric knows of it too.
+                **{"metrics" if together.alone else "weighted_metrics": ["accuracy"]},
+            )
+            self._compiled.optimizer.build(self._compiled.trainable_variables)
 
     @property
     def optimizer_variables(self) -> list:
@@ -126,8 +138,8 @@ class Trainer:
     @property
     def steps_done(self) -> int:
         train, test = self._batches
-        seen = min(self.at.images, len(self.dataset.x_train))
-        rest = self.at.images - seen
+        seen = min(self.at.images, self._images)
+        rest = max(self.at.images - len(self.dataset.x_train), 0)
         return (self.at.epoch - 1) * (train + test) + sum(
             -(-images // self.batch_size) for images in (seen, rest)
         )
@@ -155,10 +167,11 @@ class Trainer:
             (self._compiled.train_on_batch, self.dataset.x_train, self.dataset.y_train),
             (self._compiled.test_on_batch, self.dataset.x_test, self.dataset.y_test),
         ):
-            run(data.scale(images[first]), labels[first])
+            self._on_batch(run, images[first], labels[first])
         for name, variable in variables.items():
             variable.assign(arrays[name])
         self.at = at
+        self._settle()
 
     def epochs(self, step: Callable[[], None] = lambda: None) -> Iterator[dict]:
         """Trains epoch by epoch; yields each one's measures, and its seconds, when it is done.
@@ -168,7 +181,13 @@ class Trainer:
         Raises:
             DivergenceError: The loss of a batch is not finite.
         """
-        train, test = len(self.dataset.x_train), len(self.dataset.x_test)
+        try:
+            yield from self._each_epoch(step)
+        finally:
+            self._settle()
+
+    def _each_epoch(self, step):
+        train, test = self._images, len(self.dataset.x_test)
         while self.at.epoch <= self._epochs:
             start = time.perf_counter() - self.at.seconds
 
@@ -177,8 +196,9 @@ class Trainer:
                 step()
 
             epoch = self.at.epoch
-            order = data.order(train, self._seed, epoch)
-            mirrored = data.mirrored(train, self._seed, epoch) if self.recipe.flip else None
+            count = len(self.dataset.x_train)
+            order = data.order(count, self._seed, epoch)[:train]
+            mirrored = data.mirrored(count, self._seed, epoch) if self.recipe.flip else None
             self._train(order, mirrored, done)
             self._test(done)
             row = {
@@ -190,6 +210,7 @@ class Trainer:
                 "seconds": time.perf_counter() - start,
             }
             self.at = Position(epoch + 1)
+            self._settle()
             yield row
 
     def train(self, order, mirrored=None, step=lambda: None) -> tuple[float, float]:
@@ -203,13 +224,18 @@ class Trainer:
     def _batches(self) -> tuple[int, int]:
         """Numbers of batches in an epoch, of training and of testing."""
         train, test = (
-            -(-len(images) // self.batch_size)
-            for images in (self.dataset.x_train, self.dataset.x_test)
+            -(-images // self.batch_size) for images in (self._images, len(self.dataset.x_test))
         )
         return train, test
 
+    def _settle(self):
+        """Gives the network the weights of its copy that is trained, where there is one."""
+        if self._trained is not self.network:
+            for own, trained in zip(self.network.variables, self._trained.variables, strict=True):
+                own.assign(_exact(trained))
+
     def _variables(self) -> dict:
-        kinds = {"model": self.network.variables, "optimizer": self.optimizer_variables}
+        kinds = {"model": self._trained.variables, "optimizer": self.optimizer_variables}
         return {f"{kind}.{n}": v for kind, of_kind in kinds.items() for n, v in enumerate(of_kind)}
 
     def _train(self, order, mirrored, step):
@@ -226,6 +252,8 @@ class Trainer:
 
     def _test(self, step):
         before = len(self.dataset.x_train)
+        # Without those that were left over.
+        self.at.images = max(self.at.images, before)
         while (begin := self.at.images - before) < len(self.dataset.x_test):
             batch = slice(begin, begin + self.batch_size)
             images, labels = self.dataset.x_test[batch], self.dataset.y_test[batch]
@@ -236,7 +264,7 @@ class Trainer:
             step()
 
     def _run(self, run, images, labels) -> dict[str, float]:
-        result = run(data.scale(images), labels, return_dict=True)
+        result = self._on_batch(run, images, labels)
         if not math.isfinite(result["loss"]):
             raise DivergenceError(
                 f"The loss must be finite. Received: {float(result['loss'])} at step "
@@ -244,10 +272,28 @@ class Trainer:
             )
         return {name: float(value) for name, value in result.items()}
 
+    def _on_batch(self, run, images, labels):
+        """Of this host's part, on all devices: the means over all hosts' images."""
+        together, count = self._together, len(images)
+        if together.alone:
+            return run(data.scale(images), labels, return_dict=True)
+        # Once more the first ones, for devices that have fewer; of weight 0.
+        whole = -(-count // together.total) * together.total
+        index = np.arange(whole) % count
+        weights = (np.arange(whole) < count).astype("float32")
+        given = (together.part(t) for t in (images[index], labels[index], weights))
+        own, labels, weights = given
+        with together.sharing(), cluster.told_as_lost():
+            result = run(data.scale(own), labels, weights, return_dict=True)
+            # Its mean counts those of weight 0.
+            loss = float(result["loss"]) * whole / count
+            (accuracy,) = (float(v) for name, v in result.items() if name != "loss")
+        return {"loss": loss, "accuracy": accuracy}
+
     def _worst(self, shown=3) -> str:
         """Of which layers the weights are strangest."""
         layers = []
-        for variable in self.network.variables:
+        for variable in self._trained.variables:
             values = keras.ops.convert_to_numpy(variable).astype("float64")
             finite = values[np.isfinite(values)]
             layers.append((values.size - finite.size, np.abs(finite).max(initial=0), variable.path))
@@ -255,6 +301,14 @@ class Trainer:
             f"{path} {lost} not finite, largest {largest:.3g}"
             for lost, largest, path in sorted(layers, reverse=True)[:shown]
         )
+
+
+def _copy(network):
+    """The same model and weights, for the devices that share it now."""
+    copy = keras.models.clone_model(network)
+    for own, variable in zip(copy.variables, network.variables, strict=True):
+        own.assign(_exact(variable))
+    return copy
 
 
 def _exact(variable) -> np.ndarray:
