@@ -553,7 +553,10 @@ def _run(what, models, recipe, resume, together):
     if not several:
         return _train(what, models, recipe, resume, together)
     code = 0
-    with _last_words("involution: error: The run was ended: a host was lost; go on with --resume."):
+    with _last_words(
+        "involution: error: The run was ended: a host was lost, or did not come within a minute. "
+        "With all hosts there, go on with --resume."
+    ):
         try:
             _train(what, models, recipe, resume, together)
         except SystemExit as end:

@@ -74,6 +74,7 @@ ORDER = [
     "saved_model",
     "model_labels",
     "checkpoint",
+    "cluster",
     "training",
     "looking",
     "visualize",

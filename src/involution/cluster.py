@@ -96,12 +96,25 @@ class Cluster:
         finally:
             keras.distribution.set_distribution(before)
 
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Within the block, what JAX raises when a host does not answer is a LostHostError."""
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            if self.hosts == 1:
+                raise
+            raise LostHostError(
+                "All hosts must go on to the end. Received: one that was lost: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+
     def wait_for_all(self, what):
         """Returns when every host has come here."""
         if self.hosts > 1:
             from jax.experimental import multihost_utils
 
-            with told_as_lost():
+            with self.answering():
                 multihost_utils.sync_global_devices(what)
 
     def end(self):
@@ -195,15 +208,3 @@ def begin(cluster):
         raise InputError(
             f"--devices must be as many as JAX has here, {found}. Received: {cluster.devices}"
         )
-
-
-@contextlib.contextmanager
-def told_as_lost() -> Iterator[None]:
-    """What JAX raises when a host does not answer, as an error of one line."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        raise LostHostError(
-            "All hosts must go on to the end. Received: one that was lost: "
-            f"{str(error).splitlines()[0]}"
-        ) from error

@@ -275,6 +275,7 @@ def compare(
         command=command,
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+    together.check_batch(run.recipe.batch_size)
     with contextlib.ExitStack() as stack:
         folder = output
         if together.host == 0:

@@ -181,10 +181,16 @@ class Trainer:
         Raises:
             DivergenceError: The loss of a batch is not finite.
         """
+        lost = False
         try:
             yield from self._each_epoch(step)
+        except cluster.LostHostError:
+            lost = True
+            raise
         finally:
-            self._settle()
+            # What a host was lost in the midst of cannot be read.
+            if not lost:
+                self._settle()
 
     def _each_epoch(self, step):
         train, test = self._images, len(self.dataset.x_test)
@@ -281,9 +287,8 @@ class Trainer:
         whole = -(-count // together.total) * together.total
         index = np.arange(whole) % count
         weights = (np.arange(whole) < count).astype("float32")
-        given = (together.part(t) for t in (images[index], labels[index], weights))
-        own, labels, weights = given
-        with together.sharing(), cluster.told_as_lost():
+        own, labels, weights = map(together.part, (images[index], labels[index], weights))
+        with together.sharing(), together.answering():
             result = run(data.scale(own), labels, weights, return_dict=True)
             # Its mean counts those of weight 0.
             loss = float(result["loss"]) * whole / count

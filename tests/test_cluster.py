@@ -1,0 +1,220 @@
+"""Devices and hosts that share every batch: what they train, and what is refused."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+import together
+from frameworks import BACKEND
+
+from involution import cluster, training
+from involution.errors import InputError
+
+on_jax = pytest.mark.skipif(BACKEND != "jax", reason="only JAX shares batches")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"devices": 0}, "--devices must be at least 1. Received: 0"),
+        ({"hosts": 0}, "--num-hosts must be at least 1. Received: 0"),
+        (
+            {"hosts": 2, "host": 2, "coordinator": "a:1"},
+            "--host-id must be from 0 to 1. Received: 2",
+        ),
+        ({"hosts": 2}, "--coordinator must be HOST:PORT .* Received: None"),
+        ({"hosts": 2, "coordinator": "a"}, "--coordinator must be HOST:PORT .* Received: a"),
+    ],
+)
+def test_what_is_no_cluster_is_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        cluster.of(**given, environment={})
+
+
+def test_keras_own_variables_tell_of_the_hosts():
+    told = {
+        "KERAS_DISTRIBUTION_JOB_ADDRESSES": "one:12,two:12",
+        "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+        "KERAS_DISTRIBUTION_PROCESS_ID": "1",
+    }
+    assert cluster.of(environment=told) == cluster.Cluster(None, "one:12", 2, 1)
+    # What is given goes before.
+    assert cluster.of(4, "other:1", 3, 0, told) == cluster.Cluster(4, "other:1", 3, 0)
+    assert cluster.of(environment={}) == cluster.ALONE
+    with pytest.raises(InputError, match="KERAS_DISTRIBUTION_NUM_PROCESSES must be a number"):
+        cluster.of(environment={"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"})
+
+
+def test_other_backends_are_refused_in_one_line():
+    if BACKEND != "jax":
+        message = f"need the JAX backend: --backend jax .* Received: {BACKEND}"
+        with pytest.raises(InputError, match=message):
+            cluster.begin(cluster.Cluster(devices=2))
+    cluster.begin(cluster.ALONE)
+
+
+@pytest.mark.parametrize(
+    ("backend", "variable"), [("torch", "WORLD_SIZE"), ("tensorflow", "TF_CONFIG")]
+)
+def test_other_launchers_are_refused(backend, variable, monkeypatch):
+    monkeypatch.setattr(keras.config, "backend", lambda: backend)
+    with pytest.raises(
+        InputError, match=f"would train a model of its own.* Received: {variable}=2"
+    ):
+        cluster.refuse_others(cluster.ALONE, {variable: "2"})
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own strategies")
+def test_a_strategy_of_tensorflow_is_refused():
+    import tensorflow as tf
+
+    with (
+        tf.distribute.MirroredStrategy(["CPU:0"]).scope(),
+        pytest.raises(InputError, match=r"outside of a tf.distribute strategy.* MirroredStrategy"),
+    ):
+        cluster.refuse_others(cluster.ALONE, {})
+
+
+def test_every_host_takes_its_part():
+    parts = [cluster.Cluster(1, "a:1", 3, n).part(np.arange(12)) for n in range(3)]
+    assert [list(p) for p in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize(
+    ("total", "size", "message"),
+    [
+        (3, 16, "--batch-size must be a multiple of the devices of all hosts, 3. Received: 16"),
+        (48, 48, "There must be an image for each of 48 devices. Received: 40 training images"),
+    ],
+)
+def test_batches_that_cannot_be_shared_are_refused(total, size, message, monkeypatch):
+    monkeypatch.setattr(cluster.Cluster, "total", total)
+    recipe = training.Recipe(0.1, batch_size=size)
+    with pytest.raises(InputError, match=message):
+        training.Trainer(together.network(), together.dataset(), recipe, 1, 0)
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def environment():
+    path = os.pathsep.join(filter(None, sys.path))
+    return {**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": path}
+
+
+def trained(folder, devices, hosts):
+    """(rows, weights) of each host."""
+    port = free_port()
+    files = [folder / f"{devices}-{hosts}-{host}.npz" for host in range(hosts)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, together.__file__, *map(str, (devices, hosts, host, port, file))],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host, file in enumerate(files)
+    ]
+    found = []
+    for process, file in zip(processes, files, strict=True):
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        with np.load(file) as weights:
+            arrays = [weights[name] for name in weights]
+        found.append((json.loads(output.splitlines()[-1]), arrays))
+    return found
+
+
+@on_jax
+def test_devices_and_hosts_train_what_one_device_trains(tmp_path):
+    ((want, weights),) = trained(tmp_path, 1, 1)
+    assert len(want) == 3
+    for devices, hosts in ((2, 1), (1, 2), (2, 2)):
+        for rows, found in trained(tmp_path, devices, hosts):
+            for row, expected in zip(rows, want, strict=True):
+                # Keras has losses in float32.
+                assert row == pytest.approx(expected, rel=1e-6)
+            for own, other in zip(found, weights, strict=True):
+                np.testing.assert_allclose(own, other, rtol=0, atol=1e-6)
+
+
+COMMAND = (
+    "train",
+    "--model",
+    "inn",
+    "--dataset",
+    "digits",
+    "--batch-size",
+    "64",
+    "--backend",
+    "jax",
+)
+
+
+def hosts(folder, count, *more):
+    """Processes of a run; each one's output goes to a file."""
+    command = [sys.executable, "-m", "involution_cli", *COMMAND, "--output", folder / "run", *more]
+    if count > 1:
+        command += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-hosts", str(count)]
+    for host in range(count):
+        with open(folder / f"host{host}.txt", "w", encoding="utf-8") as file:
+            yield subprocess.Popen(
+                [*command, "--host-id", str(host)],
+                env={**environment(), "JAX_ENABLE_X64": "0"},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+
+def wait_for(folder, text, seconds=240):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if text in (folder / "host0.txt").read_text(encoding="utf-8"):
+            return
+        time.sleep(0.1)
+    raise AssertionError((folder / "host0.txt").read_text(encoding="utf-8"))
+
+
+@on_jax
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_host_ends_the_run_and_another_number_goes_on(tmp_path, victim):
+    more = "--epochs", "40", "--checkpoint-every", "5"
+    processes = list(hosts(tmp_path, 2, *more))
+    try:
+        wait_for(tmp_path, "epoch 1/40")
+        processes[victim].kill()
+        begun = time.monotonic()
+        survivor = processes[1 - victim].wait(60)
+        assert survivor not in (0, -signal.SIGKILL), survivor
+        assert time.monotonic() - begun < 60
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    time.sleep(1)  # what is said last
+    said = (tmp_path / f"host{1 - victim}.txt").read_text(encoding="utf-8")
+    assert "a host was lost" in said or "one that was lost" in said, said
+    assert "--resume" in said
+    (alone,) = hosts(tmp_path, 1, "--epochs", "40", "--resume", "--checkpoint-every", "5")
+    try:
+        wait_for(tmp_path, "Going on from checkpoint")
+        alone.send_signal(signal.SIGTERM)
+        assert alone.wait(240) == 143
+    finally:
+        alone.kill()
+        alone.wait()
+    history = (pathlib.Path(tmp_path) / "run" / "history.csv").read_text(encoding="utf-8")
+    assert re.search(r"^inn,1,", history, re.MULTILINE)
