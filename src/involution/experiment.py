@@ -307,7 +307,9 @@ def compare(
             console.say(f"Stopped: {work.last}.")
             raise
         except cluster.LostHostError as lost:
-            raise cluster.LostHostError(f"{lost}; {work.last}: go on with --resume") from lost
+            # Only the first host's checkpoints are the run's.
+            last = work.last if together.host == 0 else "its last checkpoint is in the folder"
+            raise cluster.LostHostError(f"{lost}; {last}: go on with --resume") from lost
         if not run.interrupted and run.failure is None:
             work.store.remove_older()
     return run
