@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import struct
 import zipfile
@@ -268,29 +269,34 @@ PADDLE = {
 }
 
 
-def crafted_index(entry_fields, key=b"variables/0/.ATTRIBUTES/VARIABLE_VALUE"):
-    """A bundle's index with a header and one entry, as TensorFlow writes them."""
+def varint(n):
+    out = b""
+    while n >= 128:
+        out, n = out + bytes([n & 127 | 128]), n >> 7
+    return out + bytes([n])
 
-    def varint(n):
-        out = b""
-        while n >= 128:
-            out, n = out + bytes([n & 127 | 128]), n >> 7
-        return out + bytes([n])
 
-    def block(pairs):
-        body = b"".join(
-            varint(0) + varint(len(k)) + varint(len(v)) + k + v for k, v in pairs
-        ) + struct.pack("<II", 0, 1)
-        return body + b"\0" + struct.pack("<I", tensorflow._masked_checksum(body + b"\0"))
+def block(pairs, shared=0):
+    """A table's block; ``shared``: so many bytes of a key are those of the one before, it says."""
+    body = b"".join(
+        varint(shared) + varint(len(k)) + varint(len(v)) + k + v for k, v in pairs
+    ) + struct.pack("<II", 0, 1)
+    return body + b"\0" + struct.pack("<I", tensorflow._masked_checksum(body + b"\0"))
 
+
+def crafted_index(
+    entry_fields, key=b"variables/0/.ATTRIBUTES/VARIABLE_VALUE", header=b"\x08\x01", blocks=1
+):
+    """A bundle's index with a header and one entry, as TensorFlow writes them; ``blocks``: how many
+    times it names its block."""
     entry = b"".join(
         varint(number << 3 | (2 if isinstance(value, bytes) else 0))
         + (varint(len(value)) + value if isinstance(value, bytes) else varint(value))
         for number, value in entry_fields
     )
-    data = block([(b"", b"\x08\x01"), (key, entry)])
+    data = block([(b"", header), (key, entry)])
     meta = block([])
-    index = block([(key, varint(0) + varint(len(data) - 5))])
+    index = block([(key, varint(0) + varint(len(data) - 5))] * blocks)
     handles = varint(len(data)) + varint(len(meta) - 5)
     handles += varint(len(data + meta)) + varint(len(index) - 5)
     return data + meta + index + handles.ljust(40, b"\0") + struct.pack("<Q", tensorflow.MAGIC)
@@ -376,6 +382,115 @@ def test_the_crafted_index_is_read_where_it_tells_the_truth(tmp_path):
     assert "checksum" in refused(folder)
     entry = {1: 1, 2: dims, 5: 24, 6: tensorflow._masked_checksum(data)}
     np.testing.assert_array_equal(tensorflow._tensor("x", entry, data), [[0, 1, 2], [3, 4, 5]])
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (crafted_index([(1, 1)], header=b"\x08\x02"), "in one data file"),
+        (crafted_index([(1, 99), (5, 4)]), "whole array of numbers.*of type 99"),
+        (crafted_index([(1, 1), (5, 4), (7, b"")]), "of type 1, in slices"),
+        (crafted_index([(1, 1)], blocks=2), "blocks of a table must follow each other"),
+        (crafted_index([(1, 1), (5, 4)])[:-48] + bytes(40) + struct.pack("<Q", 7), "magic number"),
+    ],
+)
+def test_a_bundle_that_breaks_a_rule_is_refused_by_its_name(index, message, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(DATA / "hosted", folder)
+    (folder / "variables/variables.index").write_bytes(index)
+    assert re.search(message, refused(folder))
+
+
+def test_a_bundle_has_bounds(tmp_path, monkeypatch):
+    folder = tmp_path / "bundle"
+    shutil.copytree(DATA / "hosted", folder)
+    for limit, message in (("KEYS_LIMIT", "at most 1 keys"), ("INDEX_LIMIT", "at most 1 bytes")):
+        monkeypatch.setattr(tensorflow, limit, 1)
+        assert message in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (lambda: tensorflow._varint(b"\xff" * 11, 0), "at most 10 bytes"),
+        (lambda: list(tensorflow._fields(b"\x0b")), "known wire types. Received: 3"),
+        (lambda: list(tensorflow._fields(b"\x0a\x05ab")), "hold all its bytes"),
+        (lambda: list(tensorflow._block(bytes(60), (50, 100))), "with a block up to 155"),
+        (
+            lambda: list(
+                tensorflow._block(
+                    (whole := block([(b"key", b"value")], shared=2)) + bytes(tensorflow.FOOTER),
+                    (0, len(whole) - 5),
+                )
+            ),
+            "keys must lie within their block",
+        ),
+        (lambda: checkpoints.arrays.array(b"", "f4", (0,), "x"), "must have values. Received: x"),
+    ],
+)
+def test_parts_that_break_a_rule_are_refused(read, message):
+    with pytest.raises(CheckpointError, match=message):
+        read()
+
+
+def test_numbers_of_fixed_size_are_read():
+    assert list(tensorflow._fields(b"\x0d\x01\0\0\0\x11\x02" + bytes(7))) == [(1, 1), (2, 2)]
+
+
+def legacy(path, *, protocol=1001, little=True, value=None, keys=()):
+    """A file as PyTorch wrote them before 1.6, up to its storages."""
+    parts = (0x1950A86A20F9469CFC6C, protocol, {"little_endian": little}, value or {}, list(keys))
+    path.write_bytes(b"".join(persistent(part) for part in parts))
+    return path
+
+
+def test_pytorch_files_that_break_a_rule_are_refused_by_its_name(tmp_path):
+    torch = pytorch()
+    path = tmp_path / "checkpoint"
+
+    def view(*reference):
+        rebuild = torch._utils._rebuild_tensor_v2
+        return Call(rebuild, Reference(*reference), 0, (3,), (1,), False, collections.OrderedDict())
+
+    floats = "storage", torch.FloatStorage, "0", "cpu", 6
+    for value, message in (
+        ({"a": view("other", *floats[1:])}, "must have a storage"),
+        ({"a": view(*floats, ("0", 0, 3))}, "must be whole"),
+        ({"a": torch_tensor(6, -1, (3,), (1,))}, "all within its storage"),
+        (
+            {
+                "a": Call(
+                    torch._utils._rebuild_tensor_v2,
+                    "no storage", 0, (3,), (1,), False, collections.OrderedDict(),
+                )
+            },
+            "",
+        ),
+    ):  # fmt: skip
+        torch_zip(path, value)
+        assert message in refused(path)
+    both = {"a": view(*floats), "b": view("storage", torch.IntStorage, *floats[2:])}
+    for given, message in (
+        ({"protocol": 1000}, "must have protocol 1001"),
+        ({"little": False}, "must be little-endian"),
+        ({"value": both}, "must have one type"),
+    ):
+        assert message in refused(legacy(path, **given))
+
+
+def test_pairs_and_texts_of_paddle(tmp_path):
+    path = tmp_path / "x.pdparams"
+    path.write_bytes(pickle.dumps({"a": Call(tuple, ("linear_0.w", np.ones(2)))}, 4))
+    np.testing.assert_array_equal(checkpoints.read(path).tensors["a"], [1, 1])
+    twice = b"](c_codecs\nencode\n\x94X\x01\0\0\0x\x94\x8c\x06latin1\x94\x86R"
+    for content, message in (
+        (pickle.dumps({"a": Call(tuple, [1, 2])}, 4), "tuple"),
+        (pickle.dumps(reconstructed((1, (1,), np.dtype("f4"), False, [1])), 4), "bytes and a type"),
+        # The same text once more.
+        (tagged(twice + b"h\x00h\x01h\x02\x86Re"), "list"),
+    ):
+        path.write_bytes(content)
+        assert message in refused(path)
 
 
 def test_checksum_is_crc32c():
