@@ -546,7 +546,8 @@ def _fail(message, code=2) -> int:
 
 
 def _run(what, models, recipe, resume, together):
-    # Of several hosts JAX ends those whose coordinator is lost at once.
+    # Of several hosts JAX ends those whose coordinator is lost at once. What tells of them is asked
+    # before the package, which takes seconds to import, turns standard error to the log.
     several = (
         together.num_hosts not in (None, 1) or "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ
     )
@@ -572,7 +573,7 @@ def _last_words(text):
     """Prints ``text`` if this process dies within the block."""
     program = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr, flush=True)"
     command = [sys.executable, "-S", "-E", "-c", program, text]
-    witness = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # noqa: S603
+    witness = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # noqa: S603 - our own
     try:
         yield
     finally:

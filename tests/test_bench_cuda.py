@@ -75,7 +75,7 @@ def test_a_device_is_timed_by_its_events_around_a_replay(stand):
 
 def test_what_no_graph_holds_is_left_out(stand, monkeypatch):
     monkeypatch.setattr(stand, "refuses", True)
-    with pytest.raises(NotImplementedError, match="hold it: CUDA error: operation not permit"):
+    with pytest.raises(devices.NotRecordedError, match="hold it: CUDA error: operation not permit"):
         CUDA.stopwatch(lambda: None)
 
 
@@ -142,6 +142,7 @@ def cupy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", made)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: made)
     monkeypatch.setattr(torch.cuda, "current_stream", Stand.Stream)
+    monkeypatch.setattr(per_number, "_device", lambda: "cuda")
     per_number._compiled.cache_clear()
     yield made
     per_number._compiled.cache_clear()
@@ -178,6 +179,22 @@ def test_the_formula_for_cuda_says_what_it_cannot(cupy, monkeypatch):
         assert per_number.refusal(case, dtype) == reason
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert per_number.refusal(small, "float32").startswith("there is no module cupy")
+    monkeypatch.setattr(per_number, "_device", lambda: "cpu")
+    assert per_number.refusal(small, "float32") == "it runs on CUDA devices"
+
+
+def test_what_is_not_recorded_is_told_of_each_pass(stand, monkeypatch):
+    def refuse(run):
+        raise devices.NotRecordedError("it waits")
+
+    monkeypatch.setattr(devices.DEVICES["cpu"], "stopwatch", refuse)
+    monkeypatch.setattr(benchmark, "CASES", (Case("small", 1, (5, 4), 6, 2, 3),))
+    told = []
+    plan = benchmark.Plan(cases=("small",), candidates=("taps",))
+    assert list(benchmark.run(plan, told.append)) == []
+    assert told == [
+        f"small taps float32 {passes}: left out: it waits" for passes in benchmark.PASSES
+    ]
 
 
 def test_taps_compiled_by_pytorch_are_involution():

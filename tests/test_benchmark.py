@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import io
 import os
 
@@ -161,7 +162,16 @@ def pure(function, x):
     return keras.ops.convert_to_tensor(function(numpy(x)))
 
 
-def test_a_program_makes_as_many_calls_as_it_says():
+@pytest.mark.parametrize(
+    ("use", "number", "want"),
+    [
+        (lambda count, x: pure(count, x), 1, 2.0),
+        # What is made of one argument alone is not taken out of the repetition.
+        (lambda count, x, other: x + pure(count, other), 2, 3.0),
+    ],
+    ids=["whole", "part"],
+)
+def test_a_program_makes_as_many_calls_as_it_says(use, number, want):
     calls = []
 
     def count(x):
@@ -169,26 +179,9 @@ def test_a_program_makes_as_many_calls_as_it_says():
         return np.asarray(x) * 2
 
     x = keras.ops.ones((3,), "float32")
-    run = program(lambda x: pure(count, x), [x], calls=5)
+    run = program(functools.partial(use, count), [x] * number, calls=5)
     (y,) = run()
-    np.testing.assert_allclose(numpy(y), 2.0)
-    calls.clear()
-    run()
-    assert len(calls) == 5
-
-
-def test_a_program_makes_every_part_of_a_call_each_time():
-    """What is made of one argument alone is not taken out of the repetition."""
-    calls = []
-
-    def count(x):
-        calls.append(1)
-        return np.asarray(x) * 2
-
-    x = keras.ops.ones((3,), "float32")
-    run = program(lambda a, b: a + pure(count, b), [x, x], calls=5)
-    (y,) = run()
-    np.testing.assert_allclose(numpy(y), 3.0)
+    np.testing.assert_allclose(numpy(y), want)
     calls.clear()
     run()
     assert len(calls) == 5

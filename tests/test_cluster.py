@@ -54,12 +54,20 @@ def test_keras_own_variables_tell_of_the_hosts():
         cluster.of(environment={"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"})
 
 
-def test_other_backends_are_refused_in_one_line():
-    if BACKEND != "jax":
-        message = f"need the JAX backend: --backend jax .* Received: {BACKEND}"
-        with pytest.raises(InputError, match=message):
-            cluster.begin(cluster.Cluster(devices=2))
+def test_other_backends_are_refused_in_one_line(monkeypatch):
     cluster.begin(cluster.ALONE)
+    backend = "torch" if BACKEND == "jax" else BACKEND
+    monkeypatch.setattr(keras.config, "backend", lambda: backend)
+    message = f"need the JAX backend: --backend jax .* Received: {backend}"
+    with pytest.raises(InputError, match=message):
+        cluster.begin(cluster.Cluster(devices=2))
+
+
+@on_jax
+def test_devices_are_told_before_they_are_used():
+    keras.ops.zeros(()) + 1
+    with pytest.raises(InputError, match=r"--devices must be told before JAX is used\. Received: 2:"):
+        cluster.begin(cluster.Cluster(devices=2))
 
 
 @pytest.mark.parametrize(

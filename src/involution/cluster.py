@@ -6,6 +6,7 @@ the statistics of batch normalizations, over all. Weights are the same everywher
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -86,11 +87,7 @@ class Cluster:
             yield
             return
         before = keras.distribution.distribution()
-        keras.distribution.set_distribution(
-            keras.distribution.DataParallel(
-                devices=keras.distribution.list_devices(), auto_shard_dataset=False
-            )
-        )
+        keras.distribution.set_distribution(_over_all())
         try:
             yield
         finally:
@@ -124,6 +121,14 @@ class Cluster:
             import jax
 
             jax.distributed.shutdown()
+
+
+@functools.cache
+def _over_all():
+    """Made once: every batch asks."""
+    return keras.distribution.DataParallel(
+        devices=keras.distribution.list_devices(), auto_shard_dataset=False
+    )
 
 
 ALONE = Cluster()
@@ -183,12 +188,18 @@ def begin(cluster):
         return
     import jax
 
-    try:
-        if cluster.devices is not None:
+    if cluster.devices is not None:
+        try:
             # On CPUs there are as many as one asks for.
             jax.config.update("jax_num_cpu_devices", cluster.devices)
-        if cluster.hosts > 1:
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        except RuntimeError as error:
+            raise InputError(
+                "--devices must be told before JAX is used. "
+                f"Received: {cluster.devices}: {str(error).splitlines()[0]}"
+            ) from error
+    if cluster.hosts > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        try:
             jax.distributed.initialize(
                 cluster.coordinator,
                 cluster.hosts,
@@ -197,13 +208,12 @@ def begin(cluster):
                 heartbeat_timeout_seconds=SILENCE,
                 shutdown_timeout_seconds=SILENCE,
             )
-        found = jax.local_device_count()
-    except RuntimeError as error:
-        raise InputError(
-            f"All {cluster.hosts} hosts must come to --coordinator within {WAIT} s, and --devices "
-            f"be settled first. Received: {cluster.coordinator}, host {cluster.host}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        except RuntimeError as error:
+            raise InputError(
+                f"All {cluster.hosts} hosts must come to --coordinator within {WAIT} s. Received: "
+                f"{cluster.coordinator}, host {cluster.host}: {str(error).splitlines()[0]}"
+            ) from error
+    found = jax.local_device_count()
     if cluster.devices is not None and found != cluster.devices:
         raise InputError(
             f"--devices must be as many as JAX has here, {found}. Received: {cluster.devices}"

@@ -22,6 +22,10 @@ from involution.ops.native_library import processors
 Run = Callable[[], object]
 
 
+class NotRecordedError(Exception):
+    """What a device shall run cannot be recorded."""
+
+
 class Processor:
     """The machine's processors, by the wall's clock."""
 
@@ -138,7 +142,7 @@ class Cuda:
         """Records the run as a graph; replays it, and returns the device's seconds.
 
         Raises:
-            NotImplementedError: The run does what a graph cannot hold.
+            NotRecordedError: The run does what a graph cannot hold.
         """
         import torch
 
@@ -154,7 +158,7 @@ class Cuda:
                 run()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise NotImplementedError(f"no CUDA graph can hold it: {reason}") from error
+            raise NotRecordedError(f"no CUDA graph can hold it: {reason}") from error
 
         def once():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -328,14 +328,15 @@ class _Work:
         self.store = checkpoint.Store(output)
         self.last = "there is no checkpoint from before"
         self._identity = identity(run)
-        # What the checkpoint holds that is gone on from.
+        # What the checkpoint holds that is gone on from, and where it is.
+        self._begun_in = output
         self._begun: dict[str, dict] = {}
         self._arrays: dict = {}
         self._at = training.Position()
 
     def restore(self, allow_change, folder):
         """Takes up the newest checkpoint of a folder."""
-        self.begun_in = folder
+        self._begun_in = folder
         saved = checkpoint.Store(folder).latest(self.console.say)
         if saved is None:
             raise InputError(
@@ -364,7 +365,7 @@ class _Work:
 
     def _is_whole(self, begun) -> bool:
         """Whether the file of a trained model is as it was written."""
-        file = self.begun_in / model_labels.file_name(begun["label"])
+        file = self._begun_in / model_labels.file_name(begun["label"])
         if begun["digest"] in (None, sha256(file) if file.is_file() else ""):
             return True
         self.console.say(f"{file.name} is not as it was written: it is trained again.")
@@ -392,7 +393,7 @@ class _Work:
                 setattr(result, name, begun[name])
         run.results.append(result)
         if result.digest is not None:
-            load_weights(network, self.begun_in / result.file)
+            load_weights(network, self._begun_in / result.file)
             return
         trainer = training.Trainer(
             network, dataset, run.recipe, config.epochs, config.seed, self.together

@@ -19,11 +19,18 @@ __device__ inline int kernel_at(int n, int tap, int g, int h, int w) {
   return (((n * SIZE * SIZE + tap) * GROUPS + g) * OUT_HEIGHT + h) * OUT_WIDTH + w;
 }
 
+// A number's place in a tensor (batch, planes, rows, columns).
+struct Place {
+  int n, plane, h, w;
+};
+__device__ inline Place place_of(int index, int planes, int rows, int columns) {
+  return {index / columns / rows / planes, index / columns / rows % planes,
+          index / columns % rows, index % columns};
+}
+
 extern "C" __global__ void output(const T* x, const T* kernel, T* y) {
   EACH(index, BATCH * CHANNELS * OUT_HEIGHT * OUT_WIDTH) {
-    const int w = index % OUT_WIDTH, h = index / OUT_WIDTH % OUT_HEIGHT;
-    const int c = index / OUT_WIDTH / OUT_HEIGHT % CHANNELS;
-    const int n = index / OUT_WIDTH / OUT_HEIGHT / CHANNELS;
+    const auto [n, c, h, w] = place_of(index, CHANNELS, OUT_HEIGHT, OUT_WIDTH);
     T sum = 0;
 #pragma unroll
     for (int i = 0; i < SIZE; ++i)
@@ -41,9 +48,7 @@ extern "C" __global__ void output(const T* x, const T* kernel, T* y) {
 
 extern "C" __global__ void input(const T* kernel, const T* dy, T* dx) {
   EACH(index, BATCH * CHANNELS * HEIGHT * WIDTH) {
-    const int w = index % WIDTH, h = index / WIDTH % HEIGHT;
-    const int c = index / WIDTH / HEIGHT % CHANNELS;
-    const int n = index / WIDTH / HEIGHT / CHANNELS;
+    const auto [n, c, h, w] = place_of(index, CHANNELS, HEIGHT, WIDTH);
     T sum = 0;
 #pragma unroll
     for (int i = 0; i < SIZE; ++i)
@@ -62,10 +67,8 @@ extern "C" __global__ void input(const T* kernel, const T* dy, T* dx) {
 
 extern "C" __global__ void kernel_gradient(const T* x, const T* dy, T* dkernel) {
   EACH(index, BATCH * SIZE * SIZE * GROUPS * OUT_HEIGHT * OUT_WIDTH) {
-    const int w = index % OUT_WIDTH, h = index / OUT_WIDTH % OUT_HEIGHT;
-    const int g = index / OUT_WIDTH / OUT_HEIGHT % GROUPS;
-    const int tap = index / OUT_WIDTH / OUT_HEIGHT / GROUPS % (SIZE * SIZE);
-    const int n = index / OUT_WIDTH / OUT_HEIGHT / GROUPS / (SIZE * SIZE);
+    const auto [n, plane, h, w] = place_of(index, SIZE * SIZE * GROUPS, OUT_HEIGHT, OUT_WIDTH);
+    const int tap = plane / GROUPS, g = plane % GROUPS;
     const int from_h = h * STRIDES - PAD_TOP + tap / SIZE * DILATION;
     const int from_w = w * STRIDES - PAD_LEFT + tap % SIZE * DILATION;
     T sum = 0;

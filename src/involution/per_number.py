@@ -29,9 +29,16 @@ def refusal(case, dtype) -> str | None:
     # It counts in 32 bits.
     if max(math.prod(case.kernel_shape), math.prod(case.x_shape)) >= 2**31:
         return "its tensors have fewer than 2**31 numbers"
+    if _device() != "cuda":
+        return "it runs on CUDA devices"
     if importlib.util.find_spec("cupy") is None:
         return "there is no module cupy (pip install cupy-cuda12x or -cuda13x, as the driver is)"
     return None
+
+
+def _device() -> str:
+    """Where Keras makes tensors now."""
+    return keras.ops.zeros(()).device.type
 
 
 def definitions(case, dtype) -> dict[str, object]:
@@ -59,8 +66,8 @@ def definitions(case, dtype) -> dict[str, object]:
 def _compiled(case, dtype):
     import cupy
 
-    options = tuple(f"-D{name}={value}" for name, value in definitions(case, dtype).items())
-    return cupy.RawModule(code=SOURCE.read_text("utf-8"), options=options)
+    told = (f"-D{name}={value}" for name, value in definitions(case, dtype).items())
+    return cupy.RawModule(code=SOURCE.read_text("utf-8"), options=("-std=c++17", *told))
 
 
 def _launch(case, name, result, *tensors):

@@ -171,12 +171,12 @@ class Trainer:
         for name, variable in variables.items():
             variable.assign(arrays[name])
         self.at = at
-        self._settle()
 
     def epochs(self, step: Callable[[], None] = lambda: None) -> Iterator[dict]:
         """Trains epoch by epoch; yields each one's measures, and its seconds, when it is done.
 
         ``step`` is called after each batch, when ``at`` and ``arrays`` are those of that moment.
+        A network that several devices train has its weights when this ends, however it ends.
 
         Raises:
             DivergenceError: The loss of a batch is not finite.
@@ -216,7 +216,6 @@ class Trainer:
                 "seconds": time.perf_counter() - start,
             }
             self.at = Position(epoch + 1)
-            self._settle()
             yield row
 
     def train(self, order, mirrored=None, step=lambda: None) -> tuple[float, float]:

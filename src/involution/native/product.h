@@ -64,7 +64,8 @@ void multiply(Type type, const Product& p) {
 
 #if INVOLUTION_BYTES == 64
 // Of pairs of bfloat16: a number of A or B holds two terms, the first one in its lower half. Each is
-// two multiply-adds for what one takes. Processors that have this are asked for when it runs.
+// two multiply-adds for what one takes. Whether the processor has this is asked when it runs: a
+// function for another target, which cannot be part of `product_block`.
 template <int Rows, int Columns>
 __attribute__((target("avx512bf16"))) void pairs_block(const Product& p, Size row, Size column) {
   constexpr int L = INVOLUTION_BYTES / 4;
