@@ -66,7 +66,8 @@ def test_other_backends_are_refused_in_one_line(monkeypatch):
 @on_jax
 def test_devices_are_told_before_they_are_used():
     keras.ops.zeros(()) + 1
-    with pytest.raises(InputError, match=r"--devices must be told before JAX is used\. Received: 2:"):
+    message = r"--devices must be told before JAX is used\. Received: 2:"
+    with pytest.raises(InputError, match=message):
         cluster.begin(cluster.Cluster(devices=2))
 
 
