@@ -50,11 +50,13 @@ class Recipe:
     """What ``compare`` and ``train`` have in common."""
 
     dataset: str = "digits"
-    """digits, cifar10, a CIFAR-10 archive, or a folder with train/<class>/ and test/<class>/."""
-    epochs: int = 20
-    """Passes over the training images."""
-    recipe: Literal["example", "one-cycle"] = "example"
-    """The keras.io example's training, or AdamW, a rate that rises and falls, images mirrored."""
+    """digits, cifar10, a CIFAR-10 archive, or a folder with train/<class>/ and test/<class>/ or
+    val/<class>/, or with tar files of these."""
+    epochs: int | None = None
+    """Passes over the training images; the recipe's unless given (20; imagenet's 130)."""
+    recipe: Literal["example", "one-cycle", "imagenet"] = "example"
+    """The keras.io example's training; AdamW, a rate that rises and falls, images mirrored; or the
+    RedNet paper's for ImageNet: SGD, batches of 2048, random parts of 224x224."""
     batch_size: int | None = None
     """Images in a step; the recipe's, or what suits the data set, unless given."""
     seed: int = 42
@@ -65,6 +67,10 @@ class Recipe:
     """Of AdamW; the recipe's unless given (none in the example's)."""
     clip_norm: float | None = None
     """Cut the gradients, all together, to this norm; they are left as they are unless given."""
+    accumulate: int | None = None
+    """In how many parts a batch goes through the model, where it is too large for memory."""
+    ema: float | None = None
+    """Test and write a mean of the weights, which keeps so much of itself at each step: 0.999."""
     validation: int | None = None
     """Hold out so many training images, and measure on them in place of the test images; a search
     holds out a tenth unless told."""
@@ -581,7 +587,7 @@ def _last_words(text):
 
 
 def _train(what, models, recipe, resume, together):
-    with _session(f"{what}, {recipe.epochs} epochs.", recipe.backend) as session:
+    with _session(f"{what}.", recipe.backend) as session:
         from involution import cluster, experiment, memory
         from involution.errors import InputError
 
@@ -614,9 +620,14 @@ def _train(what, models, recipe, resume, together):
 
 def _config(experiment, models, recipe):
     """What is run: the recipe's fields are the configuration's, but for these."""
-    given = dataclasses.asdict(recipe)
+    own = experiment.training.RECIPES[recipe.recipe]
+    given = dataclasses.asdict(recipe) | {
+        "models": models,
+        "epochs": own.epochs if recipe.epochs is None else recipe.epochs,
+        "image_size": _size(recipe.image_size) or own.image_size,
+    }
     del given["output"], given["backend"]
-    return experiment.Config(**given | {"models": models, "image_size": _size(recipe.image_size)})
+    return experiment.Config(**given)
 
 
 def _size(text) -> tuple[int, int] | None:

@@ -93,21 +93,48 @@ def test_a_strategy_of_tensorflow_is_refused():
         cluster.refuse_others(cluster.ALONE, {})
 
 
-def test_every_host_takes_its_part():
-    parts = [cluster.Cluster(1, "a:1", 3, n).part(np.arange(12)) for n in range(3)]
-    assert [list(p) for p in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+def test_every_host_takes_its_part(monkeypatch):
+    monkeypatch.setattr(cluster.Cluster, "total", 6)
+    whole, last = np.arange(20, 32), np.arange(40, 50)
+    shares = [cluster.Cluster(2, "a:1", 3, n).share(whole) for n in range(3)]
+    assert [list(s.index) for s in shares] == [
+        [20, 21, 22, 23],
+        [24, 25, 26, 27],
+        [28, 29, 30, 31],
+    ]
+    assert all(s.weights.min() == 1 and (s.count, s.whole) == (12, 12) for s in shares)
+    # Ten images for six devices: two of them once more, which do not count.
+    shares = [cluster.Cluster(2, "a:1", 3, n).share(last) for n in range(3)]
+    assert [list(s.index) for s in shares] == [
+        [40, 41, 42, 43],
+        [44, 45, 46, 47],
+        [48, 49, 40, 41],
+    ]
+    assert [list(s.weights) for s in shares] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
+    assert all((s.count, s.whole) == (10, 12) for s in shares)
+
+
+def test_a_device_alone_takes_all():
+    share = cluster.ALONE.share(np.array([5, 3, 4]))
+    assert list(share.index) == [5, 3, 4]
+    assert (list(share.weights), share.count, share.whole) == ([1, 1, 1], 3, 3)
 
 
 @pytest.mark.parametrize(
-    ("total", "size", "message"),
+    ("total", "size", "accumulate", "message"),
     [
-        (3, 16, "--batch-size must be a multiple of the devices of all hosts, 3. Received: 16"),
-        (48, 48, "There must be an image for each of 48 devices. Received: 40 training images"),
+        (3, 16, 1, "--batch-size must be a multiple of the devices of all hosts, 3. Received: 16"),
+        (2, 16, 4, None),
+        (2, 12, 4, "of all hosts, 2 times --accumulate, 4. Received: 12"),
+        (48, 48, 1, "There must be an image for each of 48 devices. Received: 40 training images"),
     ],
 )
-def test_batches_that_cannot_be_shared_are_refused(total, size, message, monkeypatch):
+def test_batches_that_cannot_be_shared_are_refused(total, size, accumulate, message, monkeypatch):
     monkeypatch.setattr(cluster.Cluster, "total", total)
-    recipe = training.Recipe(0.1, batch_size=size)
+    recipe = training.Recipe(0.1, batch_size=size, accumulate=accumulate)
+    if message is None:
+        training.Trainer(together.network(), together.dataset(), recipe, 1, 0)
+        return
     with pytest.raises(InputError, match=message):
         training.Trainer(together.network(), together.dataset(), recipe, 1, 0)
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+import pathlib
 
 import keras
 import numpy as np
 import pytest
-from images import write_folder
+from images import write_folder, write_image
 
-from involution import data, memory, training
+from involution import data, image_files, memory, training
 from involution.errors import InputError
 from involution.models import cnn
 from involution.stored_images import StoredImages
@@ -66,16 +67,77 @@ def test_training_does_not_see_where_they_are(pair):
 
 def test_a_file_that_is_another_meanwhile(pair):
     images = pair[1].x_train
-    images.files[2].write_bytes(b"hello")
-    with pytest.raises(InputError, match=r"whole PNG.*Received: \S+, which was another before"):
+    first, third = (pathlib.Path(images.files[n].path) for n in (0, 2))
+    third.write_bytes(b"hello")
+    with pytest.raises(InputError, match=rf"whole PNG.*Received: {third}"):
         images[:4]
-    images.files[2].unlink()
+    third.unlink()
     with pytest.raises(InputError, match="No such file"):
         images[2]
-    images.files[2].write_bytes(images.files[0].read_bytes())
+    third.write_bytes(first.read_bytes())
     smaller = StoredImages(images.files, (1, 1, 3), images.read)
-    with pytest.raises(InputError, match=r"must keep its size \(1, 1, 3\)"):
+    with pytest.raises(InputError, match=r"the size of the others, \(1, 1, 3\)"):
         smaller[[0]]
+
+
+def test_crops_are_a_function_of_seed_epoch_and_image(tmp_path):
+    pets = write_folder(tmp_path / "pets", size=(20, 14))
+    images = data.load(str(pets), (6, 8), crop=0.875).x_train
+    index = np.array([3, 0, 3])
+    seen = images.crops(index, 1, 1)
+    assert (seen.shape, seen.dtype) == ((3, 6, 8, 3), np.uint8)
+    np.testing.assert_array_equal(seen[0], seen[2])
+    np.testing.assert_array_equal(images.crops(np.arange(5), 1, 1)[[3, 0, 3]], seen)
+    for seed, epoch in ((1, 2), (2, 1)):
+        assert (images.crops(index, seed, epoch) != seen).any()
+    assert (images[index] != seen).any()
+    with images.files[3].open() as file:
+        expected = data.read_image(file, (6, 8), random=np.random.default_rng([1, 1, 2, 3]))
+    np.testing.assert_array_equal(seen[0], expected)
+
+
+def test_what_crops_stays_in_its_files(tmp_path):
+    pets = write_folder(tmp_path / "pets")
+    # No two of one size.
+    write_image(pets / "train" / "ant" / "0.png", size=(31, 17))
+    loaded = data.load(str(pets), (8, 8), crop=0.5)
+    assert isinstance(loaded.x_test, StoredImages)
+    assert loaded.x_train.shape == (24, 8, 8, 3)
+    assert loaded.fingerprint() != data.load(str(pets), (8, 8)).fingerprint()
+    with pytest.raises(InputError, match=r"needs --image-size\. Received: none"):
+        data.load(str(pets), crop=0.5)
+    with pytest.raises(InputError, match=r"needs a folder of images\. Received: digits"):
+        data.load("digits", crop=0.5)
+    (pets / "test" / "cat" / "1.png").write_bytes(b"hello")
+    with pytest.raises(InputError, match=r"1\.png \(1 of 36 files cannot be read\)"):
+        data.load(str(pets), (8, 8), crop=0.5)
+
+
+def test_large_folders_are_not_read_at_the_beginning(tmp_path, monkeypatch):
+    pets = write_folder(tmp_path / "pets")
+    small = data.load(str(pets)).fingerprint()
+    monkeypatch.setattr(image_files, "LARGE", 1000)
+    broken = pets / "train" / "bee" / "3.png"
+    monkeypatch.setattr(StoredImages, "_read", lambda *_: pytest.fail("read"))
+    loaded = data.load(str(pets))
+    assert loaded.image_shape == (16, 16, 3)
+    assert data.load(str(pets), (9, 7)).image_shape == (9, 7, 3)
+    before = loaded.fingerprint()
+    assert before != small
+    content = broken.read_bytes()
+    broken.write_bytes(content[:-1] + b"x")
+    assert data.load(str(pets)).fingerprint() == before
+    broken.write_bytes(content + b"x")
+    assert data.load(str(pets)).fingerprint() != before
+    monkeypatch.undo()
+    monkeypatch.setattr(image_files, "LARGE", 1000)
+    broken.write_bytes(b"hello")
+    with pytest.raises(InputError, match=rf"cannot identify it. Received: {broken}"):
+        data.load(str(pets)).x_train[:]
+    first = pets / "train" / "ant" / "0.png"
+    first.write_bytes(b"hello")
+    with pytest.raises(InputError, match=rf"whole PNG.*Received: {first}"):
+        data.load(str(pets))
 
 
 def test_how_much_memory_there_is(monkeypatch):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 
 import keras
+import numpy as np
 
 from involution.errors import InputError
 
@@ -27,6 +28,23 @@ LAUNCHERS = {"torch": ("WORLD_SIZE", "torchrun"), "tensorflow": ("TF_CONFIG", "T
 
 class LostHostError(InputError):
     """Another host does not answer any more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A host's part of a batch.
+
+    Attributes:
+        index: Which images.
+        weights: 0 for those that only fill it up, 1 for all others.
+        count: Images of all hosts.
+        whole: The same, with those that fill up.
+    """
+
+    index: np.ndarray
+    weights: np.ndarray
+    count: int
+    whole: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +85,25 @@ class Cluster:
         """Devices of all hosts, once it has begun."""
         return 1 if self.alone else len(keras.distribution.list_devices())
 
-    def check_batch(self, size):
-        """Raises InputError unless a batch can be shared evenly."""
-        if size % self.total:
+    def check_batch(self, size, accumulate=1):
+        """Raises InputError unless a batch can be shared evenly, in so many parts."""
+        if size % (self.total * accumulate):
+            times = f" times --accumulate, {accumulate}" if accumulate > 1 else ""
             raise InputError(
-                f"--batch-size must be a multiple of the devices of all hosts, {self.total}. "
-                f"Received: {size}"
+                f"--batch-size must be a multiple of the devices of all hosts, {self.total}"
+                f"{times}. Received: {size}"
             )
 
-    def part(self, array):
-        """This host's part of a batch."""
-        each = len(array) // self.hosts
-        return array[self.host * each : (self.host + 1) * each]
+    def share(self, index) -> Share:
+        """This host's part of a batch of these images: as many for each device."""
+        count = len(index)
+        whole = -(-count // self.total) * self.total
+        place = np.arange(whole)
+        # Once more the first ones, for devices that have fewer.
+        filled, weights = index[place % count], (place < count).astype("float32")
+        each = whole // self.hosts
+        own = slice(self.host * each, (self.host + 1) * each)
+        return Share(filled[own], weights[own], count, whole)
 
     @contextlib.contextmanager
     def sharing(self) -> Iterator[None]:

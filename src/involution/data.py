@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from involution import memory
+from involution import crops, image_files, memory
 from involution.errors import InputError
 from involution.stored_images import StoredImages
 
@@ -41,7 +41,6 @@ CIFAR10_KERAS_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0
 CIFAR10_BINARY_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 BLOCK = 1024  # images that are read at a time
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +54,9 @@ class Dataset:
         y_train, y_test: int64 (N,), indices into ``class_names``.
         class_names: One name for each class.
         batch_size: The batch size that suits it.
+        files: SHA-256 of the files that it was read from, see ``image_files.digest``; None where
+            it is not a folder.
+        crop: The share of an image that a model is tested on, see ``read_image``.
     """
 
     name: str
@@ -65,14 +67,22 @@ class Dataset:
     y_test: np.ndarray
     class_names: tuple[str, ...]
     batch_size: int = 256
+    files: str | None = None
+    crop: float | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.x_train.shape[1:]
 
     def fingerprint(self) -> str:
-        """SHA-256 of all images, labels and names of classes, in hexadecimal."""
+        """SHA-256 of images, or of their files, of labels and classes, in hexadecimal."""
         digest = hashlib.sha256(repr(self.class_names).encode())
+        if self.files is not None:
+            shapes = self.x_train.shape, self.x_test.shape
+            digest.update(f"{self.files} {shapes} {self.crop}".encode())
+            for labels in (self.y_train, self.y_test):
+                digest.update(labels.tobytes())
+            return digest.hexdigest()
         for array in (self.x_train, self.y_train, self.x_test, self.y_test):
             digest.update(f"{array.shape} {array.dtype}".encode())
             for begin in range(0, len(array), BLOCK):
@@ -106,17 +116,21 @@ def _part(images, index):
     return images.part(index) if isinstance(images, StoredImages) else images[index]
 
 
-def load(dataset, image_size=None, download=False, progress=lambda done, total: None) -> Dataset:
+def load(
+    dataset, image_size=None, download=False, progress=lambda done, total: None, crop=None
+) -> Dataset:
     """Loads a data set.
 
     Args:
         dataset: ``"digits"``; ``"cifar10"``, from the archive that Keras keeps; the path of one of
-            CIFAR-10's archives (Python or binary); or a folder with ``train/<class>/`` and
-            ``test/<class>/`` of PNG, JPEG or WebP images.
+            CIFAR-10's archives (Python or binary); or a folder of PNG, JPEG or WebP images, see
+            ``image_files.find``.
         image_size: (height, width) that a folder's images are resized to; None where they already
             have one size.
         download: Whether CIFAR-10 may be fetched where Keras has no archive (163 MB).
         progress: Called with the numbers of images read and to be read.
+        crop: The share of a folder's images that is seen, see ``read_image``. They stay in their
+            files then, and ``x_train.crops`` gives random parts of them. None: all of an image.
 
     Raises:
         InputError: The data cannot be used.
@@ -127,7 +141,7 @@ def load(dataset, image_size=None, download=False, progress=lambda done, total: 
     elif dataset == "cifar10":
         loaded = _cifar10(_keras_archive(download))
     elif path.is_dir():
-        return _folder(path, image_size, progress)
+        return _folder(path, image_size, crop, progress)
     elif path.is_file():
         loaded = _cifar10(path)
     else:
@@ -140,6 +154,8 @@ def load(dataset, image_size=None, download=False, progress=lambda done, total: 
             "An image size can be given for a folder of images only. "
             f"Received: {image_size[0]}x{image_size[1]} for {dataset}"
         )
+    if crop is not None:
+        raise InputError(f"A recipe that crops needs a folder of images. Received: {dataset}")
     return loaded
 
 
@@ -158,8 +174,16 @@ def scale(images) -> np.ndarray:
     return images.astype("float32") / np.float32(255)
 
 
-def read_image(file, size=None) -> np.ndarray:
-    """An image file as uint8 (height, width, 3), upright, resized to (height, width) if given.
+def read_image(file, size=None, crop=None, random=None) -> np.ndarray:
+    """An image file as uint8 (height, width, 3), upright.
+
+    Args:
+        file: A path, or an open file.
+        size: (height, width) that it is resized to; None: it keeps its own.
+        crop: The share of the largest rectangle of these proportions, in the middle of the image,
+            that is taken; None: the whole image is, whatever its proportions.
+        random: A generator of random numbers: some part of the image is taken, see
+            ``crops.at_random``.
 
     Raises:
         InputError: The file is missing, truncated, too large or not an image.
@@ -181,13 +205,23 @@ def read_image(file, size=None) -> np.ndarray:
         Image.DecompressionBombError,
         Image.DecompressionBombWarning,
     ) as error:
-        reason = " ".join(str(error).split())
+        # Pillow tells of an open file by its address in memory.
+        strange = isinstance(error, UnidentifiedImageError)
+        reason = "cannot identify it" if strange else " ".join(str(error).split())
         raise InputError(f"An image must be a whole PNG, JPEG or WebP file: {reason}") from error
-    return np.asarray(image) if size is None else _resize(image, size)
+    if size is None:
+        return np.asarray(image)
+    proportions = size[1] / size[0]
+    box = None
+    if random is not None:
+        box = crops.at_random(*image.size, proportions, random)
+    elif crop is not None:
+        box = crops.middle(*image.size, proportions, crop)
+    return _resize(image, size, box)
 
 
-def _resize(image, size) -> np.ndarray:
-    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+def _resize(image, size, box=None) -> np.ndarray:
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
 
 
 def _digits() -> Dataset:
@@ -308,74 +342,63 @@ def _pickled_batch(content):
     return _channels_last(batch[b"data"]), np.array(batch[b"labels"], "int64")
 
 
-def _folder(root, image_size, progress) -> Dataset:
-    found = {part: _image_files(root, part) for part in ("train", "test")}
+def _folder(root, image_size, crop, progress) -> Dataset:
+    if crop is not None and image_size is None:
+        raise InputError("A recipe that crops needs --image-size. Received: none")
+    found = image_files.find(root)
     class_names = tuple(found["train"])
     unknown = [name for name in found["test"] if name not in found["train"]]
     if unknown:
         raise InputError(
-            f"Every class in test/ must be in train/ too. Received: {unknown[0]} in {root / 'test'}"
+            "Every class to test must be one to train too. "
+            f"Received: {unknown[0]}, of which {root} has test images alone"
         )
     if len(class_names) < 2:
         raise InputError(
             "A data set must have at least two classes. "
-            f"Received: {', '.join(class_names)} alone in {root / 'train'}"
+            f"Received: {', '.join(class_names)} alone in {root}"
         )
-    files = [
-        (part, class_names.index(name), file)
-        for part, classes in found.items()
-        for name, members in classes.items()
-        for file in members
-    ]
-    images = _read_all([file for _, _, file in files], image_size, progress)
-    labels = np.array([label for _, label, _ in files], "int64")
-    train = len([part for part, _, _ in files if part == "train"])
+    numbers = {name: number for number, name in enumerate(class_names)}
+    files, labels = [], []
+    for name, members in (*found["train"].items(), *found["test"].items()):
+        files += members
+        labels += [numbers[name]] * len(members)
+    y = np.array(labels, "int64")
+    train = sum(map(len, found["train"].values()))
+    images = _read_all(files, image_size, crop, progress)
     return Dataset(
         name=root.resolve().name,
         note="",
         x_train=_part(images, slice(train)),
-        y_train=labels[:train],
+        y_train=y[:train],
         x_test=_part(images, slice(train, None)),
-        y_test=labels[train:],
+        y_test=y[train:],
         class_names=class_names,
+        files=image_files.digest(files),
+        crop=crop,
     )
 
 
-def _image_files(root, part) -> dict[str, list[pathlib.Path]]:
-    folder = root / part
-    if not folder.is_dir():
-        raise InputError(
-            f"A folder of images must hold train/<class>/ and test/<class>/. Received: {root}, "
-            f"without {part}/"
-        )
-    classes = {
-        entry.name: _visible(f for f in entry.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
-        for entry in _visible(folder.iterdir())
-        if entry.is_dir()
-    }
-    empty = [name for name, files in classes.items() if not files]
-    if empty or not classes:
-        raise InputError(
-            f"Every class must have images ({', '.join(IMAGE_SUFFIXES)}). "
-            f"Received: none in {folder / empty[0] if empty else folder}"
-        )
-    return classes
+def _read_all(files, image_size, crop, progress) -> np.ndarray | StoredImages:
+    """All are read once, unless that takes too long; those that would take more than a quarter of
+    the memory, or are seen in parts, are not kept."""
 
-
-def _visible(entries) -> list[pathlib.Path]:
-    """In the order of their names, which is the same everywhere; hidden ones are not images."""
-    return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-
-
-def _read_all(files, image_size, progress) -> np.ndarray | StoredImages:
-    """All are read once; those that would take more than a quarter of the memory are not kept."""
+    def stored(shape):
+        read = functools.partial(_read_part, size=image_size, crop=crop)
+        return StoredImages(files, shape, read)
 
     def read(file):
         try:
-            return read_image(file, image_size)
-        except InputError as error:
-            return error
+            with file.open() as opened:
+                return read_image(opened, image_size, crop)
+        except (InputError, OSError) as error:
+            return InputError(" ".join(str(error).split()))
 
+    if image_files.are_large(files):
+        first = read(files[0]) if image_size is None else np.empty((*image_size, 3), "uint8")
+        if isinstance(first, InputError):
+            raise InputError(f"{first}. Received: {files[0]}")
+        return stored(first.shape)
     images: np.ndarray | None = None
     shape: tuple[int, ...] = ()
     broken, others = [], []
@@ -393,7 +416,7 @@ def _read_all(files, image_size, progress) -> np.ndarray | StoredImages:
                 continue
             if not shape:
                 shape = image.shape
-                if len(files) * image.nbytes <= memory.allowed() / 4:
+                if crop is None and len(files) * image.nbytes <= memory.allowed() / 4:
                     images = np.empty((len(files), *shape), "uint8")
             if image.shape != shape:
                 others.append((file, image.shape))
@@ -410,6 +433,8 @@ def _read_all(files, image_size, progress) -> np.ndarray | StoredImages:
             "Images must have one size, or --image-size must be given. "
             f"Received: {sizes[0]} in {files[0]}, {sizes[1]} in {others[0][0]}"
         )
-    if images is None:
-        return StoredImages(files, shape, functools.partial(read_image, size=image_size))
-    return images
+    return stored(shape) if images is None else images
+
+
+def _read_part(file, random, size, crop):
+    return read_image(file, size, crop, random)

@@ -18,7 +18,7 @@ from importlib import metadata
 
 import keras
 
-from involution import checkpoint, cluster, data, model_labels, training
+from involution import checkpoint, cluster, crops, data, model_labels, training
 from involution.errors import InputError, WriteError
 from involution.files import PART, csv_text, remove_parts, sha256, write_json, write_text
 from involution.models import count_multiply_adds
@@ -64,6 +64,9 @@ class Config:
         download: Whether CIFAR-10 may be fetched.
         precision: Of what layers compute, one of ``PRECISIONS``; weights are float32 in any case.
         clip_norm: What the norm of all gradients together is cut to; None: the recipe's.
+        accumulate: In how many parts a batch goes through the model; None: the recipe's.
+        ema: What a mean of the weights, which is tested and written, keeps of itself at each step;
+            None: the recipe's.
     """
 
     dataset: str = "digits"
@@ -79,9 +82,11 @@ class Config:
     recipe: str = "example"
     validation: int | None = None
     clip_norm: float | None = None
+    accumulate: int | None = None
+    ema: float | None = None
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "validation"):
+        for name in ("epochs", "batch_size", "validation", "accumulate"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1. Received: {name}={value}")
@@ -95,6 +100,8 @@ class Config:
             raise InputError(
                 f"weight_decay must be at least 0. Received: weight_decay={self.weight_decay}"
             )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise InputError(f"ema must be above 0 and below 1. Received: ema={self.ema}")
         if self.precision not in PRECISIONS:
             raise InputError(
                 f"precision must be one of {', '.join(PRECISIONS)}. Received: {self.precision}"
@@ -113,6 +120,10 @@ class Config:
             weight_decay=recipe.weight_decay if self.weight_decay is None else self.weight_decay,
             batch_size=self.batch_size or recipe.batch_size or dataset.batch_size,
             clip_norm=self.clip_norm or recipe.clip_norm,
+            accumulate=self.accumulate or recipe.accumulate,
+            ema=self.ema or recipe.ema,
+            epochs=self.epochs,
+            image_size=self.image_size,
         )
 
 
@@ -275,7 +286,7 @@ def compare(
         command=command,
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    together.check_batch(run.recipe.batch_size)
+    together.check_batch(run.recipe.batch_size, run.recipe.accumulate)
     with contextlib.ExitStack() as stack:
         folder = output
         if together.host == 0:
@@ -386,7 +397,8 @@ class _Work:
     def train(self, label, network, step):
         run, console = self.run, self.console
         config, dataset = run.config, run.dataset
-        result = Result(label, Classifier(network, dataset.class_names, dataset.image_shape))
+        classifier = Classifier(network, dataset.class_names, dataset.image_shape, dataset.crop)
+        result = Result(label, classifier)
         begun = self._begun.get(label)
         if begun is not None:
             for name in KEPT:
@@ -515,7 +527,8 @@ def load(config, console) -> data.Dataset:
         if done == total:
             console.stop()
 
-    dataset = data.load(config.dataset, config.image_size, config.download, progress)
+    crop = crops.MIDDLE if training.RECIPES[config.recipe].crop else None
+    dataset = data.load(config.dataset, config.image_size, config.download, progress, crop)
     return dataset if config.validation is None else dataset.validation(config.validation)
 
 

@@ -29,11 +29,13 @@ DEFAULT = "rednet_tiny-cifar10"
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A model with the names of its classes and the (height, width, channels) of its images."""
+    """A model with the names of its classes and the (height, width, channels) of its images; and
+    the share of an image's middle that it sees, see ``data.read_image``."""
 
     model: keras.Model
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    crop: float | None = None
 
     @property
     def about(self) -> dict:
@@ -42,11 +44,12 @@ class Classifier:
             "class_names": self.class_names,
             "image_shape": self.image_shape,
             "scaling": SCALING,
+            **({} if self.crop is None else {"crop": self.crop}),
         }
 
     def read(self, file) -> np.ndarray:
         """An image file as the model takes it: float32 (1, height, width, channels)."""
-        return data.scale(data.read_image(file, self.image_shape[:2])[None])
+        return data.scale(data.read_image(file, self.image_shape[:2], self.crop)[None])
 
     def scores(self, images) -> np.ndarray:
         """Probabilities (N, classes) for images as ``read`` gives them."""
@@ -86,6 +89,9 @@ def load(path) -> Classifier:
             raise ValueError(about["image_shape"])
         if about["scaling"] != SCALING:
             raise ValueError(about["scaling"])
+        crop = None if about.get("crop") is None else float(about["crop"])
+        if crop is not None and not 0 < crop <= 1:
+            raise ValueError(crop)
     except Exception as error:  # a damaged archive breaks its reader in many ways
         raise InputError(
             "A model must be a .keras file or a folder with its classes and image size, written "
@@ -94,7 +100,7 @@ def load(path) -> Classifier:
         ) from error
     model = load_model(path)
     _check_suits(model, path, (height, width, channels), len(class_names))
-    return Classifier(model, class_names, (height, width, channels))
+    return Classifier(model, class_names, (height, width, channels), crop)
 
 
 def _check_suits(model, path, image_shape, classes):

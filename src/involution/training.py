@@ -1,6 +1,7 @@
 """Training and testing a model, epoch by epoch, in an order that is a function of the seed."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ import keras
 import numpy as np
 
 from involution import cluster, data
+from involution.ahead import ahead
 from involution.errors import InputError
 
 # Columns of history.csv after the model and the epoch.
@@ -20,45 +22,120 @@ class Recipe:
     """How a model is trained.
 
     Attributes:
-        learning_rate: Of Adam; with ``one_cycle`` the largest.
-        weight_decay: What AdamW takes off at each step, times the rate, of all weights but biases
-            and those of normalizations; 0: Adam.
-        one_cycle: Whether the rate rises for the first quarter of the steps, from a 25th, and then
-            falls to 0 along a cosine.
+        learning_rate: Of Adam or SGD; with ``warm_up`` the largest.
+        weight_decay: With Adam, what AdamW takes off at each step, times the rate, of all weights
+            but biases and those of normalizations. With SGD, how much of a weight is added to its
+            gradient, of all weights. 0: none.
+        warm_up: The share of the steps in which the rate rises, before it falls to 0 along a
+            cosine; None: it stays.
+        start: The share of the rate that it rises from.
         flip: Whether half of the images, others in every epoch, are seen in a mirror.
+        crop: Whether training sees another random part of an image in every epoch, a 12th of it or
+            more, and testing its middle: see ``data.read_image``.
         batch_size: Images in a step; None: what suits the data set.
         clip_norm: What the norm of all gradients together is cut to where it is larger; None: it
             is left as it is.
+        sgd: Whether it is SGD with Nesterov's momentum of 0.9, instead of Adam.
+        label_smoothing: The share of a label that is given to all classes evenly, in training.
+        accumulate: In how many parts a batch goes through the model; the gradients are those of
+            the batch, the statistics of batch normalizations those of each part.
+        ema: What a mean of the weights keeps of itself at each step; the mean is what is tested
+            and written. None: the weights themselves are.
+        epochs: Passes over the training images, where a command is not told.
+        image_size: (height, width), likewise; None: the images' own.
     """
 
     learning_rate: float
     weight_decay: float = 0.0
-    one_cycle: bool = False
+    warm_up: float | None = None
+    start: float = 0.0
     flip: bool = False
+    crop: bool = False
     batch_size: int | None = None
     clip_norm: float | None = None
+    sgd: bool = False
+    label_smoothing: float = 0.0
+    accumulate: int = 1
+    ema: float | None = None
+    epochs: int = 20
+    image_size: tuple[int, int] | None = None
 
     def optimizer(self, steps) -> keras.optimizers.Optimizer:
         """The optimizer for so many steps."""
+        parts = self.accumulate
         rate = self.learning_rate
-        if self.one_cycle:
-            rising = steps // 4
+        if self.warm_up is not None:
+            rising = int(steps * self.warm_up)
             rate = keras.optimizers.schedules.CosineDecay(
-                rate / 25, max(steps - rising, 1), warmup_target=rate, warmup_steps=rising
+                rate * self.start, max(steps - rising, 1), warmup_target=rate, warmup_steps=rising
             )
+            if parts > 1:
+                rate = _OfBatches(rate, parts)
+        how = {"global_clipnorm": self.clip_norm}
+        if parts > 1:
+            how["gradient_accumulation_steps"] = parts
+        if self.ema is not None:
+            # Keras takes the mean after every part.
+            how |= {"use_ema": True, "ema_momentum": self.ema ** (1 / parts)}
+        if self.sgd:
+            return NesterovSGD(rate, self.weight_decay, **how)
         if self.weight_decay == 0:
-            return keras.optimizers.Adam(rate, global_clipnorm=self.clip_norm)
-        optimizer = keras.optimizers.AdamW(
-            rate, weight_decay=self.weight_decay, global_clipnorm=self.clip_norm
-        )
+            return keras.optimizers.Adam(rate, **how)
+        optimizer = keras.optimizers.AdamW(rate, weight_decay=self.weight_decay, **how)
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
         return optimizer
 
 
-# By the names that commands know. The first is the keras.io example's.
+class _OfBatches(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule by batches, where Keras counts their parts."""
+
+    def __init__(self, schedule, parts):
+        self.schedule, self.parts = schedule, parts
+
+    def __call__(self, step):
+        return self.schedule(keras.ops.floor_divide(step, self.parts))
+
+
+class NesterovSGD(keras.optimizers.SGD):
+    """SGD with Nesterov's momentum, and weight decay as PyTorch's SGD has it: added to the
+    gradient, so that the momentum carries it too. Keras's own takes it off the weights, with the
+    effect of a tenth at a momentum of 0.9.
+
+    Args:
+        learning_rate: A number or a schedule.
+        decay: How much of a weight is added to its gradient.
+        kwargs: Of ``keras.optimizers.SGD``.
+    """
+
+    def __init__(self, learning_rate, decay=0.0, **kwargs):
+        super().__init__(learning_rate, momentum=0.9, nesterov=True, **kwargs)
+        self.decay = decay
+
+    def update_step(self, gradient, variable, learning_rate):
+        decayed = keras.ops.cast(gradient, variable.dtype) + self.decay * variable
+        super().update_step(decayed, variable, learning_rate)
+
+
+# By the names that commands know. The first is the keras.io example's; the last is the RedNet
+# paper's for ImageNet, as its authors' published configuration has it.
 RECIPES = {
     "example": Recipe(1e-3),
-    "one-cycle": Recipe(0.018, weight_decay=0.02, one_cycle=True, flip=True, batch_size=128),
+    "one-cycle": Recipe(
+        0.018, weight_decay=0.02, warm_up=0.25, start=1 / 25, flip=True, batch_size=128
+    ),
+    "imagenet": Recipe(
+        0.8,
+        weight_decay=1e-4,
+        warm_up=5 / 130,
+        start=0.25,
+        flip=True,
+        crop=True,
+        batch_size=2048,
+        sgd=True,
+        label_smoothing=0.1,
+        epochs=130,
+        image_size=(224, 224),
+    ),
 }
 
 
@@ -82,6 +159,13 @@ class Position:
     seconds: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    images: np.ndarray
+    labels: np.ndarray
+    share: cluster.Share
+
+
 class DivergenceError(InputError):
     """The loss is no number any more, or infinite: of no use to go on."""
 
@@ -100,16 +184,19 @@ class Trainer:
             epoch when all devices have got as many is not trained on; it is other images each time.
 
     Attributes:
-        steps: Batches in all epochs, of training and of testing.
-        at: After which batch the training is.
+        batch_size: Images that go through the model at a time: of a batch that is accumulated, a
+            part. That is what a step is, and where a training can be left.
+        steps: Steps in all epochs, of training and of testing.
+        at: After which step the training is.
     """
 
     def __init__(self, network, dataset, recipe, epochs, seed, together=cluster.ALONE):
         keras.utils.set_random_seed(seed)
         self.network, self.dataset, self.recipe = network, dataset, recipe
         self._epochs, self._seed, self._together = epochs, seed, together
-        self.batch_size = recipe.batch_size or dataset.batch_size
-        together.check_batch(self.batch_size)
+        batch_size = recipe.batch_size or dataset.batch_size
+        together.check_batch(batch_size, recipe.accumulate)
+        self.batch_size = batch_size // recipe.accumulate
         self._images = len(dataset.x_train) - len(dataset.x_train) % together.total
         if self._images == 0:
             raise InputError(
@@ -123,13 +210,21 @@ class Trainer:
             self._trained = network if together.alone else _copy(network)
             inputs = keras.Input(network.input_shape[1:])
             self._compiled = keras.Model(inputs, self._trained(inputs))
+            of_labels = (
+                keras.losses.CategoricalCrossentropy
+                if recipe.label_smoothing
+                else keras.losses.SparseCategoricalCrossentropy
+            )
             self._compiled.compile(
-                optimizer=recipe.optimizer(epochs * train),
-                loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                optimizer=recipe.optimizer(max(epochs * train // recipe.accumulate, 1)),
+                loss=of_labels(from_logits=True),
                 # Where images make a batch whole that do not count, the metric knows of it too.
                 **{"metrics" if together.alone else "weighted_metrics": ["accuracy"]},
             )
             self._compiled.optimizer.build(self._compiled.trainable_variables)
+        self._means = keras.callbacks.SwapEMAWeights()
+        self._means.set_model(self._compiled)
+        self._testing_means = False
 
     @property
     def optimizer_variables(self) -> list:
@@ -146,7 +241,7 @@ class Trainer:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that training changes but ``at``, for ``restore``."""
-        return {name: _exact(variable) for name, variable in self._variables().items()}
+        return {n: _exact(variable) for n, variable in self._variables().items()} | random_state()
 
     def restore(self, arrays, at: Position):
         """Goes on from there.
@@ -156,20 +251,22 @@ class Trainer:
         """
         variables = self._variables()
         shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
-        if shapes != {name: array.shape for name, array in arrays.items()}:
+        if shapes != {n: array.shape for n, array in arrays.items() if not n.startswith(RANDOM)}:
             raise InputError(
                 "A checkpoint must be of this model and recipe. Received: weights of other shapes"
             )
         # TensorFlow compiles a step for the first batch's size, and a second one for all other
         # sizes, which rounds differently: the first must be a whole batch, as it was before.
-        first = slice(0, self.batch_size)
-        for run, images, labels in (
-            (self._compiled.train_on_batch, self.dataset.x_train, self.dataset.y_train),
-            (self._compiled.test_on_batch, self.dataset.x_test, self.dataset.y_test),
+        for run, make, images in (
+            (self._compiled.train_on_batch, self._seen, self._images),
+            (self._compiled.test_on_batch, self._tested, len(self.dataset.x_test)),
         ):
-            self._on_batch(run, images[first], labels[first])
+            self._on_batch(run, make(np.arange(min(self.batch_size, images))))
+        # In the midst of testing, the means are what the model has.
+        self._test_means(at.images > len(self.dataset.x_train))
         for name, variable in variables.items():
             variable.assign(arrays[name])
+        set_random_state(arrays)
         self.at = at
 
     def epochs(self, step: Callable[[], None] = lambda: None) -> Iterator[dict]:
@@ -234,7 +331,9 @@ class Trainer:
         return train, test
 
     def _settle(self):
-        """Gives the network the weights of its copy that is trained, where there is one."""
+        """Gives the network what is trained: means of its weights, or the weights of its copy."""
+        if self.recipe.ema is not None and not self._testing_means:
+            self._compiled.optimizer.finalize_variable_values(self._compiled.trainable_variables)
         if self._trained is not self.network:
             for own, trained in zip(self.network.variables, self._trained.variables, strict=True):
                 own.assign(_exact(trained))
@@ -244,32 +343,66 @@ class Trainer:
         return {f"{kind}.{n}": v for kind, of_kind in kinds.items() for n, v in enumerate(of_kind)}
 
     def _train(self, order, mirrored, step):
-        while self.at.images < len(order):
-            batch = order[self.at.images : self.at.images + self.batch_size]
-            images = self.dataset.x_train[batch]
-            if mirrored is not None:
-                images[mirrored[batch]] = images[mirrored[batch], :, ::-1]
-            result = self._run(self._compiled.train_on_batch, images, self.dataset.y_train[batch])
-            self.at.train_loss += result["loss"] * len(batch)
-            self.at.train_accuracy += result["accuracy"] * len(batch)
-            self.at.images += len(batch)
+        todo = self._pieces(order, self.at.images)
+        for batch in ahead(functools.partial(self._seen, mirrored=mirrored), todo):
+            result = self._run(self._compiled.train_on_batch, batch)
+            self.at.train_loss += result["loss"] * batch.share.count
+            self.at.train_accuracy += result["accuracy"] * batch.share.count
+            self.at.images += batch.share.count
             step()
 
     def _test(self, step):
         before = len(self.dataset.x_train)
+        self._test_means(True)
         # Without those that were left over.
         self.at.images = max(self.at.images, before)
-        while (begin := self.at.images - before) < len(self.dataset.x_test):
-            batch = slice(begin, begin + self.batch_size)
-            images, labels = self.dataset.x_test[batch], self.dataset.y_test[batch]
-            result = self._run(self._compiled.test_on_batch, images, labels)
-            self.at.test_loss += result["loss"] * len(images)
-            self.at.test_accuracy += result["accuracy"] * len(images)
-            self.at.images += len(images)
+        todo = self._pieces(np.arange(len(self.dataset.x_test)), self.at.images - before)
+        for batch in ahead(self._tested, todo):
+            result = self._run(self._compiled.test_on_batch, batch)
+            self.at.test_loss += result["loss"] * batch.share.count
+            self.at.test_accuracy += result["accuracy"] * batch.share.count
+            self.at.images += batch.share.count
             step()
+        self._test_means(False)
 
-    def _run(self, run, images, labels) -> dict[str, float]:
-        result = self._on_batch(run, images, labels)
+    def _test_means(self, begin):
+        """Swaps the weights and their means, where there are means."""
+        if self.recipe.ema is None or begin == self._testing_means:
+            return
+        with self._together.sharing():
+            (self._means.on_test_begin if begin else self._means.on_test_end)()
+        self._testing_means = begin
+
+    def _pieces(self, order, begin) -> list[np.ndarray]:
+        return [order[n : n + self.batch_size] for n in range(begin, len(order), self.batch_size)]
+
+    def _seen(self, index, mirrored=None) -> "_Batch":
+        """A batch to train on."""
+        share = self._together.share(index)
+        x, own, epoch = self.dataset.x_train, share.index, self.at.epoch
+        images = x.crops(own, self._seed, epoch) if self.recipe.crop else x[own]
+        if mirrored is not None:
+            images[mirrored[own]] = images[mirrored[own], :, ::-1]
+        labels = self._labels(self.dataset.y_train[own], self.recipe.label_smoothing)
+        return _Batch(data.scale(images), labels, share)
+
+    def _tested(self, index) -> "_Batch":
+        """A batch to test on."""
+        share = self._together.share(index)
+        labels = self._labels(self.dataset.y_test[share.index], 0.0)
+        return _Batch(data.scale(self.dataset.x_test[share.index]), labels, share)
+
+    def _labels(self, y, smoothing) -> np.ndarray:
+        """What the loss takes: where labels are smoothed in training, a share for each class."""
+        if not self.recipe.label_smoothing:
+            return y
+        classes = len(self.dataset.class_names)
+        even = np.full((len(y), classes), smoothing / classes, "float32")
+        even[np.arange(len(y)), y] += 1 - smoothing
+        return even
+
+    def _run(self, run, batch) -> dict[str, float]:
+        result = self._on_batch(run, batch)
         if not math.isfinite(result["loss"]):
             raise DivergenceError(
                 f"The loss must be finite. Received: {float(result['loss'])} at step "
@@ -277,20 +410,14 @@ class Trainer:
             )
         return {name: float(value) for name, value in result.items()}
 
-    def _on_batch(self, run, images, labels):
-        """Of this host's part, on all devices: the means over all hosts' images."""
-        together, count = self._together, len(images)
-        if together.alone:
-            return run(data.scale(images), labels, return_dict=True)
-        # Once more the first ones, for devices that have fewer; of weight 0.
-        whole = -(-count // together.total) * together.total
-        index = np.arange(whole) % count
-        weights = (np.arange(whole) < count).astype("float32")
-        own, labels, weights = map(together.part, (images[index], labels[index], weights))
-        with together.sharing(), together.answering():
-            result = run(data.scale(own), labels, weights, return_dict=True)
+    def _on_batch(self, run, batch):
+        """On all devices: the means over all hosts' images."""
+        if self._together.alone:
+            return run(batch.images, batch.labels, return_dict=True)
+        with self._together.sharing(), self._together.answering():
+            result = run(batch.images, batch.labels, batch.share.weights, return_dict=True)
             # Its mean counts those of weight 0.
-            loss = float(result["loss"]) * whole / count
+            loss = float(result["loss"]) * batch.share.whole / batch.share.count
             (accuracy,) = (float(v) for name, v in result.items() if name != "loss")
         return {"loss": loss, "accuracy": accuracy}
 
@@ -305,6 +432,35 @@ class Trainer:
             f"{path} {lost} not finite, largest {largest:.3g}"
             for lost, largest, path in sorted(layers, reverse=True)[:shown]
         )
+
+
+# Of the names of what random generators hold.
+RANDOM = "random."
+
+
+def random_state() -> dict[str, np.ndarray]:
+    """What random numbers come next, where they do not come from variables: with PyTorch, Keras's
+    dropout takes them from PyTorch's own generators."""
+    return {f"{RANDOM}{name}": get().numpy() for name, (get, _) in _generators().items()}
+
+
+def set_random_state(arrays):
+    """Random numbers go on from there, on the devices that are here now."""
+    for name, (_, put) in _generators().items():
+        if f"{RANDOM}{name}" in arrays:
+            put(keras.ops.convert_to_tensor(arrays[f"{RANDOM}{name}"]).cpu())
+
+
+def _generators() -> dict:
+    """Functions that get and set a generator's state, by device."""
+    if keras.config.backend() != "torch":
+        return {}
+    import torch
+
+    found = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
+    if torch.cuda.is_available():
+        found["cuda"] = (torch.cuda.get_rng_state, torch.cuda.set_rng_state)
+    return found
 
 
 def _copy(network):

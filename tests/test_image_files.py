@@ -1,0 +1,144 @@
+"""Where images are found: folders of classes, tar files of them."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from images import write_folder, write_image
+
+from involution import data, memory
+from involution.errors import InputError
+from involution.stored_images import StoredImages
+
+
+@pytest.fixture
+def pets(tmp_path):
+    return write_folder(tmp_path / "pets")
+
+
+def packed(pets, folder, parts=("train", "test"), mode="w", prefix=""):
+    """The folder as tar files, one for each part."""
+    folder.mkdir()
+    for part in parts:
+        with tarfile.open(folder / f"{part}.tar", mode) as archive:
+            archive.add(pets / part, f"{prefix}{part}")
+    return folder
+
+
+def member(archive, name, content=b"", **more):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for key, value in more.items():
+        setattr(info, key, value)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def test_tar_files_hold_the_same_data_set(pets, tmp_path):
+    folder, archives = data.load(str(pets)), data.load(str(packed(pets, tmp_path / "tar")))
+    assert archives.class_names == folder.class_names
+    for name in ("x_train", "y_train", "x_test", "y_test"):
+        np.testing.assert_array_equal(getattr(archives, name), getattr(folder, name))
+    assert archives.fingerprint() == folder.fingerprint()
+
+
+def test_tar_files_are_read_in_place(pets, tmp_path, monkeypatch):
+    packed(pets, tmp_path / "tar", prefix="./some/")
+    monkeypatch.setattr(memory, "allowed", lambda: 0)
+    stored = data.load(str(tmp_path / "tar"))
+    assert isinstance(stored.x_train, StoredImages)
+    np.testing.assert_array_equal(stored.x_train[:], data.load(str(pets)).x_train[:])
+    assert str(stored.x_train.files[0]) == f"{tmp_path}/tar/train.tar: ./some/train/ant/0.png"
+    # What is not an image any more is told by its name.
+    path = tmp_path / "tar" / "train.tar"
+    begin = stored.x_train.files[1].begin
+    content = path.read_bytes()
+    path.write_bytes(content[:begin] + b"x" * 20 + content[begin + 20 :])
+    with pytest.raises(InputError, match=r"Received: \S+train\.tar: \./some/train/ant/1\.png"):
+        stored.x_train[:3]
+    path.write_bytes(content[: begin + 20])
+    with pytest.raises(InputError, match=r"train/ant/1\.png"):
+        stored.x_train[:3]
+
+
+def test_shards_and_classes_beside_the_images(pets, tmp_path):
+    """As WebDataset has them: a number in a file of the same name."""
+    expected = data.load(str(pets))
+    (tmp_path / "tar").mkdir()
+    classes = {"ant": "2", "bee": "10", "cat": "9"}
+    for part, shards in (("train", 3), ("test", 1)):
+        opened = [
+            tarfile.open(tmp_path / "tar" / f"{part}-{n:03d}.tar", "w")  # noqa: SIM115
+            for n in range(shards)
+        ]
+        for count, file in enumerate(sorted((pets / part).rglob("*.png"))):
+            archive = opened[count % shards]
+            member(archive, f"{count:06d}.png", file.read_bytes())
+            member(archive, f"{count:06d}.cls", classes[file.parent.name].encode())
+            member(archive, f"{count:06d}.json", b"{}")
+        for archive in opened:
+            archive.close()
+    found = data.load(str(tmp_path / "tar"))
+    assert found.class_names == ("2", "9", "10")
+    assert sorted(x.tobytes() for x in found.x_train) == sorted(
+        x.tobytes() for x in expected.x_train
+    )
+    names = {
+        x.tobytes(): expected.class_names[y]
+        for x, y in zip(expected.x_train, expected.y_train, strict=True)
+    }
+    for x, y in zip(found.x_train, found.y_train, strict=True):
+        assert found.class_names[y] == classes[names[x.tobytes()]]
+
+
+def test_imagenet_calls_it_val(pets):
+    before = data.load(str(pets)).fingerprint()
+    (pets / "test").rename(pets / "val")
+    assert data.load(str(pets)).fingerprint() == before
+    # Its test images have no labels.
+    write_image(pets / "test" / "some.png")
+    assert data.load(str(pets)).fingerprint() == before
+
+
+def test_what_is_not_an_image_of_a_class_is_passed_over(pets, tmp_path):
+    folder = packed(pets, tmp_path / "tar")
+    with tarfile.open(folder / "train.tar", "a") as archive:
+        member(archive, "train/ant/._0.png", b"of another system")
+        member(archive, "train/ant/notes.txt", b"notes")
+        member(archive, "train/ant/link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        member(archive, "train/ant/hard.png", type=tarfile.LNKTYPE, linkname="train/ant/0.png")
+        member(archive, "train/ant/device.png", type=tarfile.CHRTYPE)
+    assert data.load(str(folder)).fingerprint() == data.load(str(pets)).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda whole: b"hello", "be whole, and not compressed. Received: .*train.tar"),
+        (lambda whole: b"", "be whole, and not compressed. Received: .*train.tar"),
+        (lambda whole: whole[: len(whole) // 2 + 700], "be whole, and not compressed"),
+    ],
+)
+def test_tar_files_that_are_none(pets, tmp_path, content, message):
+    folder = packed(pets, tmp_path / "tar")
+    path = folder / "train.tar"
+    path.write_bytes(content(path.read_bytes()))
+    with pytest.raises(InputError, match=message):
+        data.load(str(folder))
+
+
+def test_tar_files_that_are_compressed(pets, tmp_path):
+    with pytest.raises(InputError, match="not compressed"):
+        data.load(str(packed(pets, tmp_path / "tar", mode="w:gz")))
+
+
+def test_tar_files_without_images_or_classes(pets, tmp_path):
+    folder = packed(pets, tmp_path / "tar")
+    with tarfile.open(folder / "train.tar", "w") as archive:
+        member(archive, "train/ant/notes.txt", b"notes")
+    with pytest.raises(InputError, match=r"Tar files must hold images .*train\.tar"):
+        data.load(str(folder))
+    with tarfile.open(folder / "train.tar", "w") as archive:
+        member(archive, "0.png", (pets / "train" / "ant" / "0.png").read_bytes())
+    with pytest.raises(InputError, match=r"a folder named by its class, or have a .cls .*: 0\.png"):
+        data.load(str(folder))
