@@ -12,7 +12,8 @@ BACKEND ?= tensorflow
 # The images that `make notebooks` trains with.
 DATA ?=
 # What `make mutants` changes: of the page and of the data the way of an upload.
-MUTANTS ?= "involution.[cfmos]*" "involution.app.x_check__*" "involution.app.x__guard__*" "involution.app.x__told__*" \
+MUTANTS ?= "involution.checkpoint.*" "involution.crops.*" "involution.files.*" "involution.image_files.*" "involution.saved_model.*" \
+	"involution.models.*" "involution.ops.geometry.*" "involution.app.x_check__*" "involution.app.x__guard__*" "involution.app.x__told__*" \
 	"involution.data.x_read_image__*" "involution.data.x__resize__*" "involution.data.x_scale__*"
 # The keras.io example's text, for `make test-example`.
 EXAMPLE ?=
@@ -31,6 +32,7 @@ extras = $(subst $(space),$(comma),$(strip $(subst tensorflow,$(tensorflow),$(1)
 
 RUN_VENV := .venv/run-$(BACKEND)
 OLDEST_VENV := .venv/oldest-$(BACKEND)
+MUTANTS_VENV := .venv/mutants
 TEST_VENV := .venv/test-$(subst $(space),-,$(strip $(BACKENDS)))
 OLDEST_EXTRAS = $(call extras,$(BACKEND)) sweep demo hub $(if $(filter jax,$(BACKEND)),export-jax,export)
 PYTEST = $(TEST_VENV)/bin/python -m pytest
@@ -66,6 +68,7 @@ test-long: $(TEST_VENV)/ready
 	set -e; for backend in $(BACKENDS); do export KERAS_BACKEND=$$backend; \
 	$(PYTEST) -m slow --hypothesis-profile=long -rP; \
 	$(TEST_VENV)/bin/python -m tests.crash --kills 60; done
+	$(if $(filter jax,$(BACKENDS)),$(TEST_VENV)/bin/python -m tests.hosts --kills 10)
 
 # The tests with the oldest releases that pyproject.toml allows: make test-oldest BACKEND=jax
 test-oldest: $(OLDEST_VENV)/ready
@@ -110,11 +113,9 @@ sanitize-%:
 
 # Small changes of the code that no test notices: `mutmut show NAME` for each line that is left. Made
 # of what must not be wrong unnoticed, but not of decorated functions, which mutmut passes over.
-mutants: $(TEST_VENV)/ready
-	$(TEST_VENV)/bin/pip install --quiet --group mutants -c constraints.txt
-	KERAS_BACKEND=$(firstword $(filter torch,$(BACKENDS)) $(BACKENDS)) OMP_NUM_THREADS=1 \
-	$(TEST_VENV)/bin/mutmut run --max-children $(JOBS) $(MUTANTS)
-	! $(TEST_VENV)/bin/mutmut results | grep -v ": not checked"
+mutants: $(MUTANTS_VENV)/ready
+	KERAS_BACKEND=torch OMP_NUM_THREADS=1 $(MUTANTS_VENV)/bin/mutmut run --max-children $(JOBS) $(MUTANTS)
+	! $(MUTANTS_VENV)/bin/mutmut results | grep -v ": not checked"
 
 # Known holes in what is installed for `make test`; what could not be asked about is an error.
 audit: $(TEST_VENV)/ready
@@ -142,6 +143,13 @@ $(TEST_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(TEST_VENV)
 	$(TEST_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
 	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),sweep,demo,hub,$(if $(filter jax,$(BACKENDS)),export-jax,export)]" --group test --group lint $(if $(filter torch,$(BACKENDS)),--group triton) -c constraints.txt
+	touch $@
+
+# Not editable: then Python finds the package there, and not what was changed of it.
+$(MUTANTS_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
+	$(PYTHON) -m venv $(MUTANTS_VENV)
+	$(MUTANTS_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
+	$(MUTANTS_VENV)/bin/pip install --quiet ".[torch,sweep,demo,hub]" --group test --group mutants -c constraints.txt
 	touch $@
 
 # pip knows the newest releases alone; what uv finds are constraints, so that PyTorch may come

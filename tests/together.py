@@ -42,7 +42,9 @@ def network():
 
 def train(hosts):
     """(model, rows) of three epochs; the last batch of each is not whole."""
-    recipe = dataclasses.replace(training.RECIPES["one-cycle"], batch_size=16)
+    recipe = dataclasses.replace(
+        training.RECIPES["one-cycle"], batch_size=16, accumulate=2, ema=0.9, label_smoothing=0.1
+    )
     model = network()
     return model, list(training.Trainer(model, dataset(), recipe, 3, 5, hosts).epochs())
 

@@ -160,7 +160,9 @@ class Position:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Batch:
+class Batch:
+    """Images of this host as a model takes them, their labels as the loss does."""
+
     images: np.ndarray
     labels: np.ndarray
     share: cluster.Share
@@ -343,8 +345,7 @@ class Trainer:
         return {f"{kind}.{n}": v for kind, of_kind in kinds.items() for n, v in enumerate(of_kind)}
 
     def _train(self, order, mirrored, step):
-        todo = self._pieces(order, self.at.images)
-        for batch in ahead(functools.partial(self._seen, mirrored=mirrored), todo):
+        for batch in self.batches(order, mirrored, self.at.images):
             result = self._run(self._compiled.train_on_batch, batch)
             self.at.train_loss += result["loss"] * batch.share.count
             self.at.train_accuracy += result["accuracy"] * batch.share.count
@@ -373,10 +374,15 @@ class Trainer:
             (self._means.on_test_begin if begin else self._means.on_test_end)()
         self._testing_means = begin
 
+    def batches(self, order, mirrored=None, begin=0) -> Iterator[Batch]:
+        """What it trains on, from one of the images on, read ahead of the one who wants it."""
+        make = functools.partial(self._seen, mirrored=mirrored)
+        return ahead(make, self._pieces(order, begin))
+
     def _pieces(self, order, begin) -> list[np.ndarray]:
         return [order[n : n + self.batch_size] for n in range(begin, len(order), self.batch_size)]
 
-    def _seen(self, index, mirrored=None) -> "_Batch":
+    def _seen(self, index, mirrored=None) -> Batch:
         """A batch to train on."""
         share = self._together.share(index)
         x, own, epoch = self.dataset.x_train, share.index, self.at.epoch
@@ -384,13 +390,13 @@ class Trainer:
         if mirrored is not None:
             images[mirrored[own]] = images[mirrored[own], :, ::-1]
         labels = self._labels(self.dataset.y_train[own], self.recipe.label_smoothing)
-        return _Batch(data.scale(images), labels, share)
+        return Batch(data.scale(images), labels, share)
 
-    def _tested(self, index) -> "_Batch":
+    def _tested(self, index) -> Batch:
         """A batch to test on."""
         share = self._together.share(index)
         labels = self._labels(self.dataset.y_test[share.index], 0.0)
-        return _Batch(data.scale(self.dataset.x_test[share.index]), labels, share)
+        return Batch(data.scale(self.dataset.x_test[share.index]), labels, share)
 
     def _labels(self, y, smoothing) -> np.ndarray:
         """What the loss takes: where labels are smoothed in training, a share for each class."""
