@@ -83,14 +83,15 @@ def test_content_reaches_the_disk_before_its_name_and_its_name_before_the_end(
     assert order == [("file", False), ("name", False), ("folder", True)]
 
 
-def test_a_file_is_as_readable_as_others_are(tmp_path):
-    before = os.umask(0o027)
+@pytest.mark.parametrize("mask", [0o027, 0o000])
+def test_a_file_is_as_readable_as_others_are(tmp_path, mask):
+    before = os.umask(mask)
     try:
         write_text(tmp_path / "x.txt", "new")
-        assert os.umask(0o027) == 0o027
+        assert os.umask(mask) == mask
     finally:
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / "x.txt").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "x.txt").stat().st_mode) == 0o666 & ~mask
 
 
 def test_a_folder_is_closed_whatever_happens(tmp_path, monkeypatch):

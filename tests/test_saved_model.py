@@ -1,5 +1,6 @@
 """A classifier in a file or a folder: what is written, what is read, what is refused."""
 
+import dataclasses
 import json
 import os
 import struct
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from images import write_image
 
-from involution import data, models, saved_model
+from involution import data, keras_files, models, saved_model
 from involution.errors import InputError
 from involution.models import shipped, weights
 from involution.saved_model import Classifier
@@ -82,6 +83,34 @@ def test_an_image_is_read_as_in_training(classifier, tmp_path):
     want = data.scale(data.read_image(tmp_path / "x.png", (4, 6)))
     assert (read.shape, read.dtype) == ((1, 4, 6, 3), np.float32)
     np.testing.assert_array_equal(read[0], want)
+
+
+def test_a_model_of_the_middle_sees_the_middle(classifier, tmp_path):
+    seen = dataclasses.replace(classifier, crop=0.5)
+    seen.save(tmp_path / "x.keras")
+    with zipfile.ZipFile(tmp_path / "x.keras") as made:
+        assert json.loads(made.read("involution.json")) == {**ABOUT, "crop": 0.5}
+    again = saved_model.load(tmp_path / "x.keras")
+    assert again.crop == 0.5
+    write_image(tmp_path / "x.png", size=(40, 30))
+    want = data.scale(data.read_image(tmp_path / "x.png", (4, 6), crop=0.5))
+    np.testing.assert_array_equal(again.read(tmp_path / "x.png")[0], want)
+    assert (classifier.read(tmp_path / "x.png")[0] != want).any()
+
+
+def test_weights_of_a_file_for_a_model_that_is_there(classifier, tmp_path, monkeypatch):
+    path = tmp_path / "x.keras"
+    model, again = (keras.models.clone_model(classifier.model) for _ in range(2))
+    dataclasses.replace(classifier, model=model).save(path)
+    saved_model.load_weights(again, path)
+    for got, want in zip(again.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(got, want)
+    checked = []
+    monkeypatch.setattr(keras_files, "check", checked.append)
+    saved_model.load_weights(again, path)
+    assert checked == [path]
+    missing = tmp_path / "missing.keras"
+    assert f"Received: {missing}: " in message(saved_model.load_weights, again, missing)
 
 
 def test_scores_of_large_logits_are_probabilities():
@@ -162,6 +191,11 @@ def test_what_is_a_model_on_a_command_line(tmp_path):
                 {"image_shape": [0, 6, 3]},
                 {"image_shape": [-4, -6, 3]},
                 {"image_shape": [2**22 + 1, 1, 3]},
+                {"image_shape": [2**11, 2**11 + 1, 3]},
+                {"crop": 0},
+                {"crop": 1.01},
+                {"crop": "all"},
+                {"crop": float("nan")},
                 {"image_shape": [4, 6, 1]},
                 {"scaling": "pixels"},
                 {"scaling": None},
@@ -170,7 +204,7 @@ def test_what_is_a_model_on_a_command_line(tmp_path):
             )
         ),
     ],
-    ids=range(19),
+    ids=range(24),
 )
 def test_what_an_archive_says_wrongly_is_refused_in_one_line(entry, unread, tmp_path):
     path = archive(tmp_path / "x.keras", entry)
