@@ -3,18 +3,19 @@ over all of them, and the step; and the step as a model of these two predicts it
 
     python benchmarks/scaling.py --processes 1,2,4 --output FILE.csv
 
-JAX on this machine's processors, one for each process (with more processes than processors they
-share). Each process trains on the same number of images:
+JAX on this machine's processors; each process computes in one thread (more of them than processors
+share these), and trains on the same number of images:
 
     compute     a step that nothing is added up in, all processes at work at once
-    all-reduce  one sum over all processes, of some sizes, repeated: latency and bandwidth
+    sums        the sums over all processes of the step as compiled, one after the other, alone
     step        the step of all together
-    predicted   compute + sums x latency + bytes / bandwidth; sums and bytes as compiled
+    predicted   compute + sums
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -25,9 +26,7 @@ import sys
 import tempfile
 import time
 
-SIZES = (256, 2**14, 2**18, 2**22)  # numbers of 4 bytes
 REPEATS = 20
-BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1, "bf16": 2, "f16": 2, "f64": 8}
 
 
 def median_seconds(run, repeats=REPEATS):
@@ -39,24 +38,41 @@ def median_seconds(run, repeats=REPEATS):
     return statistics.median(times)
 
 
-def sums(size):
-    """A function that adds up so many numbers over all processes."""
+def in_turn(sizes):
+    """A program that adds up so many numbers at a time over all processes, in turn."""
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     mesh = Mesh(np.array(jax.devices()), ("batch",))
-    spread = NamedSharding(mesh, PartitionSpec("batch"))
-    own = jax.device_put(np.ones((1, size), "float32"), jax.local_devices()[0])
-    shape = (len(jax.devices()), size)
-    array = jax.make_array_from_single_device_arrays(shape, spread, [own])
-    whole = NamedSharding(mesh, PartitionSpec())
-    program = jax.jit(lambda x: x.sum(0), out_shardings=whole)
-    return lambda: jax.block_until_ready(program(array))
+    spread = PartitionSpec("batch")
+
+    def add_up(*own):
+        results = []
+        for x in own:
+            # Each waits for the one before.
+            before = results[-1][0, 0] * 1e-9 if results else 0.0
+            results.append(jax.lax.psum(x + before, "batch"))
+        return results
+
+    arrays = [
+        jax.make_array_from_single_device_arrays(
+            (len(jax.devices()), size),
+            NamedSharding(mesh, spread),
+            [jax.device_put(np.ones((1, size), "float32"), jax.local_devices()[0])],
+        )
+        for size in sizes
+    ]
+    program = jax.jit(
+        jax.shard_map(add_up, mesh=mesh, in_specs=spread, out_specs=spread, check_vma=False)
+    )
+    return lambda: jax.block_until_ready(program(*arrays))
 
 
 def child(host, hosts, port, model, side, batch, dump):
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[host % os.cpu_count()]})
+    # A thread that computes; where it is held to a processor, those that speak to the others wait
+    # for their turn, 4 ms each time.
+    os.environ["NPROC"] = os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
     from involution import cluster, data, experiment, memory, model_labels, training
 
@@ -86,31 +102,28 @@ def child(host, hosts, port, model, side, batch, dump):
         together.wait_for_all(name)
         found[name] = median_seconds(lambda trainer=trainer, order=order: trainer.train(order))
         together.wait_for_all(f"{name} is measured")
-    found["sums"] = dict.fromkeys(SIZES, 0.0)
-    if hosts > 1:
-        for size in SIZES:
-            run = sums(size)
-            for _ in range(5):
-                run()
-            found["sums"][size] = median_seconds(run, 100)
+    found["sizes"] = sizes = collectives(dump) if hosts > 1 else []
+    if sizes:
+        run = in_turn(sizes)
+        for _ in range(3):
+            run()
+        found["sums"] = median_seconds(run)
     together.end()
     print(json.dumps(found))
 
 
-def collectives(dump) -> tuple[int, int, list[str]]:
-    """(sums over all processes, their bytes, other collectives) of the step as compiled."""
+def collectives(dump) -> list[int]:
+    """How many numbers each sum of the step has, as compiled."""
     texts = [f.read_text() for f in pathlib.Path(dump).glob("*after_optimizations.txt")]
-    best = max(texts, key=lambda text: text.count(" all-reduce("), default="")
-    total = 0
-    found = re.findall(r"= (.*?) all-reduce\(", best)
-    for shapes in found:
-        for kind, sides in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-            size = 1
-            for n in filter(None, sides.split(",")):
-                size *= int(n)
-            total += size * BYTES.get(kind, 4)
-    others = re.findall(r" (all-gather|all-to-all|collective-permute|reduce-scatter)\(", best)
-    return len(found), total, others
+    step = max(texts, key=lambda text: text.count(" all-reduce("))
+    others = re.findall(r" (all-gather|all-to-all|collective-permute|reduce-scatter)\(", step)
+    if others:
+        raise SystemExit(f"A step must add up alone; it has {others}")
+    return [
+        math.prod(int(n) for n in sides.split(",") if n)
+        for shapes in re.findall(r"= (.*?) all-reduce\(", step)
+        for _, sides in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    ]
 
 
 def measured(hosts, given) -> dict:
@@ -131,33 +144,23 @@ def measured(hosts, given) -> dict:
             for host in range(hosts)
         ]
         told = [json.loads(p.communicate()[0].splitlines()[-1]) for p in processes]
-        count, size, others = collectives(f"{place}/0") if hosts > 1 else (0, 0, [])
-    if others:
-        raise SystemExit(f"A step must add up alone; it has {others}")
-    compute, step = (max(one[name] for one in told) for name in ("compute", "step"))
-    latency, per_byte = fit({int(n): s for n, s in told[0]["sums"].items()}) if count else (0, 0)
-    predicted = compute + count * latency + size * per_byte
+    compute, step, sums = (
+        max(one.get(n, 0.0) for one in told) for n in ("compute", "step", "sums")
+    )
+    sizes = told[0]["sizes"]
     return {
         "processes": hosts,
         "model": given.model,
         "side": given.side,
         "images_per_process": given.batch,
         "images_per_second": round(given.batch * hosts / step, 2),
+        "tensors_added": len(sizes),
+        "megabytes": round(4e-6 * sum(sizes), 2),
         "compute_ms": round(1e3 * compute, 1),
-        "sums": count,
-        "megabytes": round(size / 1e6, 2),
-        "latency_us": round(1e6 * latency),
-        "megabytes_per_second": round(1e-6 / per_byte) if per_byte else "",
-        "predicted_ms": round(1e3 * predicted, 1),
+        "sums_ms": round(1e3 * sums, 1),
+        "predicted_ms": round(1e3 * (compute + sums), 1),
         "step_ms": round(1e3 * step, 1),
     }
-
-
-def fit(seconds) -> tuple[float, float]:
-    """(seconds of a sum, seconds of a byte) from the smallest and the largest."""
-    (small, short), *_, (large, long) = sorted(seconds.items())
-    per_byte = (long - short) / (4 * (large - small))
-    return short, per_byte
 
 
 def main():

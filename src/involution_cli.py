@@ -42,6 +42,10 @@ DIVERGED = 4
 UNWRITTEN = 5
 # Of a host whose fellow was lost.
 LOST = 6
+# Where memory did not suffice.
+TOO_LARGE = 7
+# What frameworks say then: TensorFlow and JAX, PyTorch on CPUs, on CUDA devices.
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "allocate memory", "out of memory", "OOM when allocating")
 
 
 @Parameter(name="*")
@@ -526,6 +530,15 @@ def _explain(error, log) -> tuple[str, int]:
         return str(error), 2
     if ours and isinstance(error, ours.WriteError):
         return str(error), UNWRITTEN
+    if isinstance(error, MemoryError) or any(said in str(error) for said in OUT_OF_MEMORY):
+        reason = next(
+            (n for n in str(error).splitlines() if any(w in n for w in OUT_OF_MEMORY)), ""
+        )
+        return (
+            "Memory must suffice for the model and a batch: a smaller --batch-size or --image-size "
+            f"takes less, or --accumulate. Received: {reason[:200] or 'MemoryError'}",
+            TOO_LARGE,
+        )
     with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
         traceback.print_exception(error, file=file)
     return f"an error of our own, {type(error).__name__}; all about it is in {log}", OWN_ERROR

@@ -115,6 +115,31 @@ def test_predict(call, trained, pets):
     assert lines[1] == lines[2]
 
 
+@pytest.mark.parametrize(
+    ("error", "received"),
+    [
+        (MemoryError(), "MemoryError"),
+        (
+            RuntimeError(
+                "Conv2D.call():\n[enforce] DefaultCPUAllocator: can't allocate memory: 9 B"
+            ),
+            "[enforce] DefaultCPUAllocator: can't allocate memory: 9 B",
+        ),
+        (
+            ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+            "RESOURCE_EXHAUSTED: O",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"), "CUDA out of memory. Tried"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_told_in_one_line(error, received, tmp_path):
+    message, code = involution_cli._explain(error, tmp_path / "log.txt")
+    assert code == 7
+    assert message.startswith("Memory must suffice for the model and a batch: ")
+    assert f"Received: {received}" in message
+    assert not (tmp_path / "log.txt").exists()
+
+
 def test_explain(call, trained, pets, tmp_path):
     image = pets / "test" / "ant" / "1.png"
     code, lines = call("explain", trained[0] / "inn.keras", image)

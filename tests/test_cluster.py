@@ -139,6 +139,26 @@ def test_batches_that_cannot_be_shared_are_refused(total, size, accumulate, mess
         training.Trainer(together.network(), together.dataset(), recipe, 1, 0)
 
 
+def test_a_host_that_is_silent_is_told_apart_from_other_errors():
+    pair = cluster.Cluster(1, "a:1", 2, 0)
+
+    def error(hosts, raised):
+        with pytest.raises(ValueError) as caught, hosts.answering(), hosts.answering():
+            raise raised
+        return caught.value
+
+    silent = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer\nmore")
+    lost = error(pair, silent)
+    assert isinstance(lost, cluster.LostHostError)
+    assert str(lost) == (
+        "All hosts must go on to the end. Received: one that was lost: "
+        "UNKNOWN: Gloo AllGather failed: Connection reset by peer"
+    )
+    assert error(cluster.ALONE, silent) is silent
+    for other in (ValueError("Shapes must be equal"), InputError("The connection must be ...")):
+        assert error(pair, other) is other
+
+
 def free_port():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -150,14 +170,14 @@ def environment():
     return {**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": path}
 
 
-def trained(folder, devices, hosts):
-    """(rows, weights) of each host."""
+def trained(folder, devices, hosts, flags=""):
+    """(rows, weights by name) of each host."""
     port = free_port()
     files = [folder / f"{devices}-{hosts}-{host}.npz" for host in range(hosts)]
     processes = [
         subprocess.Popen(
             [sys.executable, together.__file__, *map(str, (devices, hosts, host, port, file))],
-            env=environment(),
+            env={**environment(), "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -169,22 +189,46 @@ def trained(folder, devices, hosts):
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         with np.load(file) as weights:
-            arrays = [weights[name] for name in weights]
-        found.append((json.loads(output.splitlines()[-1]), arrays))
+            found.append((json.loads(output.splitlines()[-1]), dict(weights)))
     return found
+
+
+def check_shared(folder, shapes):
+    """Trains on so many devices of so many hosts, and on one."""
+    ((want, weights),) = trained(folder, 1, 1)
+    assert len(want) == 3
+    assert sum("moving" in name for name in weights) == 6
+    for devices, hosts in shapes:
+        for rows, found in trained(folder, devices, hosts):
+            for row, expected in zip(rows, want, strict=True):
+                # Keras has losses in float32.
+                assert row == pytest.approx(expected, rel=1e-6)
+            assert found.keys() == weights.keys()
+            for name, other in weights.items():
+                np.testing.assert_allclose(found[name], other, rtol=0, atol=1e-6, err_msg=name)
 
 
 @on_jax
 def test_devices_and_hosts_train_what_one_device_trains(tmp_path):
-    ((want, weights),) = trained(tmp_path, 1, 1)
-    assert len(want) == 3
-    for devices, hosts in ((2, 1), (1, 2), (2, 2)):
-        for rows, found in trained(tmp_path, devices, hosts):
-            for row, expected in zip(rows, want, strict=True):
-                # Keras has losses in float32.
-                assert row == pytest.approx(expected, rel=1e-6)
-            for own, other in zip(found, weights, strict=True):
-                np.testing.assert_allclose(own, other, rtol=0, atol=1e-6)
+    check_shared(tmp_path, ((2, 1), (1, 2), (2, 2)))
+
+
+@on_jax
+@pytest.mark.slow
+def test_four_hosts_train_what_one_device_trains(tmp_path):
+    check_shared(tmp_path, ((1, 4), (4, 1)))
+
+
+@on_jax
+def test_a_step_adds_up_and_exchanges_nothing_else(tmp_path):
+    """The native and the fused operator work on the part of the batch that is there."""
+    trained(tmp_path, 2, 1, f"--xla_dump_to={tmp_path}/dump --xla_dump_hlo_as_text")
+    texts = [f.read_text() for f in (tmp_path / "dump").glob("*after_optimizations.txt")]
+    step = max(texts, key=lambda text: text.count(" all-reduce("))
+    assert step.count(" all-reduce(") > 10
+    assert "involution" in step
+    others = "all-gather", "all-to-all", "collective-permute", "reduce-scatter"
+    assert [name for name in others if f" {name}" in step] == []
 
 
 COMMAND = (

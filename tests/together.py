@@ -55,7 +55,9 @@ def main(devices, hosts, host, port, file):
     keras.config.set_dtype_policy("float64")
     model, rows = train(hosts)
     hosts.end()
-    np.savez(file, *model.get_weights())
+    np.savez(
+        file, **{v.path.replace("/", " "): keras.ops.convert_to_numpy(v) for v in model.weights}
+    )
     print(json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in rows]))
 
 

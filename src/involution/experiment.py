@@ -307,7 +307,8 @@ def compare(
         remove_parts(folder)
         try:
             write_json(folder / "config.json", run.description)
-            work.train_all(networks, step)
+            with together.answering():
+                work.train_all(networks, step)
             run.peak_memory_bytes = peak_memory()
             if not run.interrupted and run.failure is None:
                 together.end()
