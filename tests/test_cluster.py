@@ -143,9 +143,11 @@ def test_a_host_that_is_silent_is_told_apart_from_other_errors():
     pair = cluster.Cluster(1, "a:1", 2, 0)
 
     def error(hosts, raised):
-        with pytest.raises(ValueError) as caught, hosts.answering(), hosts.answering():
-            raise raised
-        return caught.value
+        try:
+            with hosts.answering(), hosts.answering():
+                raise raised
+        except ValueError as caught:
+            return caught
 
     silent = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer\nmore")
     lost = error(pair, silent)
