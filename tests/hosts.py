@@ -96,13 +96,16 @@ def read(log, host) -> str:
 
 
 def finish(output, count, log) -> float:
-    """Seconds from the first checkpoint to the end."""
+    """Seconds from the first checkpoint to the end of the training; what follows is one's alone."""
     processes = begin(output, count, log)
     start = wait_for_checkpoint(output)
+    while "epoch 2/2" not in read(log, 0) and processes[0].poll() is None:
+        time.sleep(0.05)
+    seconds = time.monotonic() - start
     for host, process in enumerate(processes):
         if process.wait(600):
             raise SystemExit(f"Host {host} of {count} must come to its end:\n{read(log, host)}")
-    return time.monotonic() - start
+    return seconds
 
 
 def result(output):
@@ -129,10 +132,12 @@ def main(kills, seed):
         folder = pathlib.Path(place)
         seconds = finish(folder / "whole", 2, folder / "whole")
         expected = result(folder / "whole")
-        print(f"left alone: {seconds:.1f} s, last losses {expected[1][-4:]}", flush=True)
+        print(
+            f"left alone: {seconds:.1f} s of training, last losses {expected[1][-4:]}", flush=True
+        )
         for number in range(kills):
             output, log = folder / f"run{number}", folder / f"log{number}"
-            victim, moment = rng.randrange(2), rng.uniform(0, 0.8) * seconds
+            victim, moment = rng.randrange(2), rng.uniform(0, 0.9) * seconds
             processes = begin(output, 2, log)
             wait_for_checkpoint(output)
             time.sleep(moment)

@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import together
 from frameworks import BACKEND
+from hosts import free_port
 
 from involution import cluster, training
 from involution.errors import InputError
@@ -159,12 +159,6 @@ def test_a_host_that_is_silent_is_told_apart_from_other_errors():
     assert error(cluster.ALONE, silent) is silent
     for other in (ValueError("Shapes must be equal"), InputError("The connection must be ...")):
         assert error(pair, other) is other
-
-
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def environment():

@@ -108,6 +108,8 @@ def test_what_is_not_an_image_of_a_class_is_passed_over(pets, tmp_path):
         member(archive, "train/ant/link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
         member(archive, "train/ant/hard.png", type=tarfile.LNKTYPE, linkname="train/ant/0.png")
         member(archive, "train/ant/device.png", type=tarfile.CHRTYPE)
+    (pets / "train" / "ant" / "gone.png").symlink_to("nowhere")
+    (pets / "train" / "ant" / "folder.png").mkdir()
     assert data.load(str(folder)).fingerprint() == data.load(str(pets)).fingerprint()
 
 
@@ -125,6 +127,38 @@ def test_tar_files_that_are_none(pets, tmp_path, content, message):
     path.write_bytes(content(path.read_bytes()))
     with pytest.raises(InputError, match=message):
         data.load(str(folder))
+
+
+def test_members_that_go_backwards_end_it(pets, tmp_path, monkeypatch):
+    """As those of CVE-2025-8194, by which Python's reader never ends."""
+    folder = packed(pets, tmp_path / "tar")
+    size = tarfile.TarInfo.frombuf
+
+    def negative(*arguments):
+        info = size(*arguments)
+        info.size = -512 if info.name.endswith("1.png") else info.size
+        return info
+
+    monkeypatch.setattr(tarfile.TarInfo, "frombuf", negative)
+    with pytest.raises(InputError, match="its members do not follow each other"):
+        data.load(str(folder))
+
+
+def test_a_class_that_is_no_text(pets, tmp_path):
+    folder = packed(pets, tmp_path / "tar")
+    with tarfile.open(folder / "train.tar", "a") as archive:
+        member(archive, "train/ant/0.cls", b"\xff\xfe")
+    with pytest.raises(InputError, match=r"be whole, .*Received: .*train\.tar: 'utf-8' codec"):
+        data.load(str(folder))
+
+
+def test_a_folder_that_cannot_be_read(pets, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(InputError, match=rf"must be readable. Received: {pets}/train: Permission"):
+        data.load(str(pets))
 
 
 def test_tar_files_that_are_compressed(pets, tmp_path):

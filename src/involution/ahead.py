@@ -2,7 +2,7 @@
 
 import collections
 import concurrent.futures
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 def ahead(
     make: Callable[[Item], Result], items: Iterable[Item], depth: int = 2
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """``make`` of each item, in order; a thread of its own works on the next ``depth`` of them
     while one is in use. An error comes when it is that item's turn."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:

@@ -149,13 +149,13 @@ def load(
             "The data set must be digits, cifar10, a CIFAR-10 archive or a folder with train/ and "
             f"test/. Received: {dataset}"
         )
+    if crop is not None:
+        raise InputError(f"A recipe that crops needs a folder of images. Received: {dataset}")
     if image_size is not None and tuple(image_size) != loaded.image_shape[:2]:
         raise InputError(
             "An image size can be given for a folder of images only. "
             f"Received: {image_size[0]}x{image_size[1]} for {dataset}"
         )
-    if crop is not None:
-        raise InputError(f"A recipe that crops needs a folder of images. Received: {dataset}")
     return loaded
 
 

@@ -77,7 +77,12 @@ def find(root) -> dict[str, Classes]:
     Raises:
         InputError: It is none, or a class has no images.
     """
-    return {part: _part(root, part, names) for part, names in PARTS.items()}
+    try:
+        return {part: _part(root, part, names) for part, names in PARTS.items()}
+    except OSError as error:
+        raise InputError(
+            f"A folder of images must be readable. Received: {error.filename}: {error.strerror}"
+        ) from error
 
 
 def _part(root, part, names) -> Classes:
@@ -99,7 +104,7 @@ def _of_folder(folder) -> Classes:
         entry.name: [
             File(file.path)
             for file in _visible(os.scandir(entry))
-            if os.path.splitext(file.name)[1].lower() in SUFFIXES
+            if os.path.splitext(file.name)[1].lower() in SUFFIXES and file.is_file()
         ]
         for entry in _visible(os.scandir(folder))
         if entry.is_dir()
@@ -123,7 +128,7 @@ def _of_archives(archives) -> Classes:
         try:
             for name, record in _records(archive):
                 found.setdefault(name, []).append(record)
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError) as error:
             raise InputError(
                 f"A tar file of images must be whole, and not compressed. Received: {archive}: "
                 f"{' '.join(str(error).split())}"
@@ -139,17 +144,21 @@ def _of_archives(archives) -> Classes:
 
 def _records(archive) -> Iterator[tuple[str, Record]]:
     """Each image with the name of its class."""
-    told, records = {}, []
+    told, records, before = {}, [], -1
     with tarfile.open(archive, "r:") as opened:
         for member in opened:
             # Otherwise it keeps all of them.
             opened.members = []  # type: ignore[attr-defined]
+            if member.offset <= before or member.size < 0:
+                raise tarfile.ReadError("its members do not follow each other")
+            before = member.offset
             path = pathlib.PurePosixPath(member.name)
-            content = opened.extractfile(member) if member.isreg() else None
-            if content is None or path.name.startswith("."):
+            if not member.isreg() or member.issparse() or path.name.startswith("."):
                 continue
             if path.suffix == CLASS:
-                told[str(path.with_suffix(""))] = content.read(100).decode("utf-8").strip()
+                content = opened.extractfile(member)
+                text = b"" if content is None else content.read(100)
+                told[str(path.with_suffix(""))] = text.decode("utf-8").strip()
             elif path.suffix.lower() in SUFFIXES:
                 record = Record(str(archive), member.name, member.offset_data, member.size)
                 records.append((path, record))

@@ -1,10 +1,11 @@
 """Training and testing a model, epoch by epoch, in an order that is a function of the seed."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import keras
 import numpy as np
@@ -345,12 +346,13 @@ class Trainer:
         return {f"{kind}.{n}": v for kind, of_kind in kinds.items() for n, v in enumerate(of_kind)}
 
     def _train(self, order, mirrored, step):
-        for batch in self.batches(order, mirrored, self.at.images):
-            result = self._run(self._compiled.train_on_batch, batch)
-            self.at.train_loss += result["loss"] * batch.share.count
-            self.at.train_accuracy += result["accuracy"] * batch.share.count
-            self.at.images += batch.share.count
-            step()
+        with contextlib.closing(self.batches(order, mirrored, self.at.images)) as batches:
+            for batch in batches:
+                result = self._run(self._compiled.train_on_batch, batch)
+                self.at.train_loss += result["loss"] * batch.share.count
+                self.at.train_accuracy += result["accuracy"] * batch.share.count
+                self.at.images += batch.share.count
+                step()
 
     def _test(self, step):
         before = len(self.dataset.x_train)
@@ -358,12 +360,13 @@ class Trainer:
         # Without those that were left over.
         self.at.images = max(self.at.images, before)
         todo = self._pieces(np.arange(len(self.dataset.x_test)), self.at.images - before)
-        for batch in ahead(self._tested, todo):
-            result = self._run(self._compiled.test_on_batch, batch)
-            self.at.test_loss += result["loss"] * batch.share.count
-            self.at.test_accuracy += result["accuracy"] * batch.share.count
-            self.at.images += batch.share.count
-            step()
+        with contextlib.closing(ahead(self._tested, todo)) as batches:
+            for batch in batches:
+                result = self._run(self._compiled.test_on_batch, batch)
+                self.at.test_loss += result["loss"] * batch.share.count
+                self.at.test_accuracy += result["accuracy"] * batch.share.count
+                self.at.images += batch.share.count
+                step()
         self._test_means(False)
 
     def _test_means(self, begin):
@@ -374,7 +377,7 @@ class Trainer:
             (self._means.on_test_begin if begin else self._means.on_test_end)()
         self._testing_means = begin
 
-    def batches(self, order, mirrored=None, begin=0) -> Iterator[Batch]:
+    def batches(self, order, mirrored=None, begin=0) -> Generator[Batch]:
         """What it trains on, from one of the images on, read ahead of the one who wants it."""
         make = functools.partial(self._seen, mirrored=mirrored)
         return ahead(make, self._pieces(order, begin))
