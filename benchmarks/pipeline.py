@@ -39,8 +39,8 @@ def main():
     memory.keep_freed()
     recipe = dataclasses.replace(training.RECIPES["imagenet"], batch_size=given.batch_size)
     stored = data.load(given.folder, (given.side, given.side), crop=MIDDLE)
-    count = given.batches * given.batch_size
-    order = data.order(len(stored.x_train), 0, 1)[:count]
+    order = data.order(len(stored.x_train), 0, 1)[: given.batches * given.batch_size]
+    count = len(order)
     held = dataclasses.replace(stored, x_train=stored.x_train[order], y_train=stored.y_train[order])
 
     def trainer(dataset, recipe):

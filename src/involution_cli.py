@@ -66,9 +66,9 @@ class Recipe:
     seed: int = 42
     """Of the initial weights, the order of images and the choice of examples."""
     learning_rate: float | None = None
-    """Of Adam; the recipe's unless given (0.001 in the example's)."""
+    """Of Adam or SGD; the recipe's unless given (0.001 in the example's)."""
     weight_decay: float | None = None
-    """Of AdamW; the recipe's unless given (none in the example's)."""
+    """Of AdamW or SGD; the recipe's unless given (none in the example's)."""
     clip_norm: float | None = None
     """Cut the gradients, all together, to this norm; they are left as they are unless given."""
     accumulate: int | None = None
@@ -161,13 +161,14 @@ def sweep(
     trials: int = 40,
     max_parameters: int | None = None,
     study: str | None = None,
-    recipe: Recipe = Recipe(epochs=5),
+    recipe: Recipe = Recipe(),
 ):
     """Search for the best values of a model's options, and of the training, by Optuna.
 
     Run it again with the same --output to go on, or several times at once to share the work: the
-    processes take turns at the trials of one study. Each trial is judged on training images that
-    were held out; hopeless ones are given up early. The folder gets trials.csv and report.html.
+    processes take turns at the trials of one study. Each trial takes 5 epochs unless told, and is
+    judged on training images that were held out; hopeless ones are given up early. The folder gets
+    trials.csv and report.html.
 
     Parameters
     ----------
@@ -188,6 +189,8 @@ def sweep(
         from involution import experiment, memory
         from involution.sweep import Plan, run
 
+        if recipe.epochs is None:
+            recipe = dataclasses.replace(recipe, epochs=5)
         memory.keep_freed()
         plan = Plan(_config(experiment, model, recipe), search, trials, max_parameters)
         output = recipe.output or _free_folder(f"sweep-{recipe.dataset}")
@@ -535,8 +538,8 @@ def _explain(error, log) -> tuple[str, int]:
             (n for n in str(error).splitlines() if any(w in n for w in OUT_OF_MEMORY)), ""
         )
         return (
-            "Memory must suffice for the model and a batch: a smaller --batch-size or --image-size "
-            f"takes less, or --accumulate. Received: {reason[:200] or 'MemoryError'}",
+            "Memory must suffice; in training a smaller --batch-size or --image-size takes less, "
+            f"or --accumulate. Received: {reason[:200] or str(error)[:200] or 'MemoryError'}",
             TOO_LARGE,
         )
     with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:

@@ -85,8 +85,10 @@ def begin(output, count, log):
     return processes
 
 
-def wait_for_checkpoint(output):
+def wait_for_checkpoint(output, processes):
     while not list(output.glob("checkpoints/*.safetensors")):
+        if any(process.poll() is not None for process in processes):
+            raise SystemExit("A run must come to its first checkpoint.")
         time.sleep(0.05)
     return time.monotonic()
 
@@ -98,7 +100,7 @@ def read(log, host) -> str:
 def finish(output, count, log) -> float:
     """Seconds from the first checkpoint to the end of the training; what follows is one's alone."""
     processes = begin(output, count, log)
-    start = wait_for_checkpoint(output)
+    start = wait_for_checkpoint(output, processes)
     while "epoch 2/2" not in read(log, 0) and processes[0].poll() is None:
         time.sleep(0.05)
     seconds = time.monotonic() - start
@@ -139,7 +141,7 @@ def main(kills, seed):
             output, log = folder / f"run{number}", folder / f"log{number}"
             victim, moment = rng.randrange(2), rng.uniform(0, 0.9) * seconds
             processes = begin(output, 2, log)
-            wait_for_checkpoint(output)
+            wait_for_checkpoint(output, processes)
             time.sleep(moment)
             processes[victim].kill()
             start = time.monotonic()

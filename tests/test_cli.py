@@ -119,6 +119,7 @@ def test_predict(call, trained, pets):
     ("error", "received"),
     [
         (MemoryError(), "MemoryError"),
+        (MemoryError("Unable to allocate 5 GiB"), "Unable to allocate 5 GiB"),
         (
             RuntimeError(
                 "Conv2D.call():\n[enforce] DefaultCPUAllocator: can't allocate memory: 9 B"
@@ -135,7 +136,7 @@ def test_predict(call, trained, pets):
 def test_memory_that_does_not_suffice_is_told_in_one_line(error, received, tmp_path):
     message, code = involution_cli._explain(error, tmp_path / "log.txt")
     assert code == 7
-    assert message.startswith("Memory must suffice for the model and a batch: ")
+    assert message.startswith("Memory must suffice; ")
     assert f"Received: {received}" in message
     assert not (tmp_path / "log.txt").exists()
 

@@ -126,7 +126,8 @@ def test_a_device_alone_takes_all():
         (3, 16, 1, "--batch-size must be a multiple of the devices of all hosts, 3. Received: 16"),
         (2, 16, 4, None),
         (2, 12, 4, "of all hosts, 2 times --accumulate, 4. Received: 12"),
-        (48, 48, 1, "There must be an image for each of 48 devices. Received: 40 training images"),
+        (2, 48, 4, "for a batch in parts, at least 48. Received: 40 training images"),
+        (48, 48, 1, "for each of 48 devices, at least 48. Received: 40 training images"),
     ],
 )
 def test_batches_that_cannot_be_shared_are_refused(total, size, accumulate, message, monkeypatch):
@@ -241,14 +242,14 @@ COMMAND = (
 
 
 def hosts(folder, count, *more):
-    """Processes of a run; each one's output goes to a file."""
-    command = [sys.executable, "-m", "involution_cli", *COMMAND, "--output", folder / "run", *more]
+    """Processes of a run, whose output goes to files; {host} in what is told is the number."""
+    command = [sys.executable, "-m", "involution_cli", *COMMAND, "--output", folder / "run"]
     if count > 1:
         command += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-hosts", str(count)]
     for host in range(count):
         with open(folder / f"host{host}.txt", "w", encoding="utf-8") as file:
             yield subprocess.Popen(
-                [*command, "--host-id", str(host)],
+                [*command, *(m.format(host=host) for m in more), "--host-id", str(host)],
                 env={**environment(), "JAX_ENABLE_X64": "0"},
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -262,6 +263,18 @@ def wait_for(folder, text, seconds=240):
             return
         time.sleep(0.1)
     raise AssertionError((folder / "host0.txt").read_text(encoding="utf-8"))
+
+
+@on_jax
+def test_hosts_that_are_at_different_runs_are_refused(tmp_path):
+    processes = list(hosts(tmp_path, 2, "--epochs", "1", "--seed", "{host}"))
+    codes = [process.wait(240) for process in processes]
+    assert codes == [2, 2]
+    for host in range(2):
+        assert (tmp_path / f"host{host}.txt").read_text(encoding="utf-8").splitlines()[-1] == (
+            "involution: error: All hosts must have the same images, options and versions. "
+            "Received: others on host 1 than on host 0"
+        )
 
 
 @on_jax

@@ -52,6 +52,16 @@ def test_what_no_part_fits_is_seen_in_its_middle():
     assert crops.at_random(1000, 10, 1.0, random) == (495.0, 0.0, 505.0, 10.0)
 
 
+def test_rounding_does_not_lead_out_of_the_image():
+    random = np.random.default_rng(0)
+    for width in range(3000, 6000, 7):
+        for proportions in (16 / 9, 9 / 16, 7 / 3):
+            left, top, right, bottom = crops.at_random(width, 5, proportions, random)
+            assert min(left, top) >= 0
+            assert right <= width
+            assert bottom <= 5
+
+
 def test_an_image_is_read_in_part(tmp_path):
     from PIL import Image
 

@@ -105,10 +105,7 @@ def test_what_is_not_an_image_of_a_class_is_passed_over(pets, tmp_path):
     with tarfile.open(folder / "train.tar", "a") as archive:
         member(archive, "train/ant/._0.png", b"of another system")
         member(archive, "train/ant/notes.txt", b"notes")
-        member(archive, "train/ant/link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-        member(archive, "train/ant/hard.png", type=tarfile.LNKTYPE, linkname="train/ant/0.png")
-        member(archive, "train/ant/device.png", type=tarfile.CHRTYPE)
-    (pets / "train" / "ant" / "gone.png").symlink_to("nowhere")
+        member(archive, "train/ant/link.txt", type=tarfile.SYMTYPE, linkname="/etc/passwd")
     (pets / "train" / "ant" / "folder.png").mkdir()
     assert data.load(str(folder)).fingerprint() == data.load(str(pets)).fingerprint()
 
@@ -127,6 +124,47 @@ def test_tar_files_that_are_none(pets, tmp_path, content, message):
     path.write_bytes(content(path.read_bytes()))
     with pytest.raises(InputError, match=message):
         data.load(str(folder))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
+def test_images_that_are_not_in_a_tar_file_are_missed(pets, tmp_path, kind):
+    folder = packed(pets, tmp_path / "tar")
+    with tarfile.open(folder / "train.tar", "a") as archive:
+        member(archive, "train/ant/link.png", type=kind, linkname="train/ant/0.png")
+    with pytest.raises(InputError, match=r"train/ant/link\.png is a link, or of another kind"):
+        data.load(str(folder))
+
+
+def test_links_that_lead_nowhere_are_named(pets):
+    (pets / "train" / "ant" / "gone.png").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"No such file.*gone\.png"):
+        data.load(str(pets))
+
+
+@pytest.mark.parametrize("place", ["header", "boundary"])
+def test_a_damaged_header_is_not_the_end(pets, tmp_path, place):
+    folder = packed(pets, tmp_path / "tar")
+    path = folder / "train.tar"
+    with tarfile.open(path) as archive:
+        header = archive.getmembers()[5].offset
+    content = bytearray(path.read_bytes())
+    if place == "header":
+        content[header + 3] ^= 1
+    else:
+        del content[header:]
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"be whole, .*train\.tar: its end is missing"):
+        data.load(str(folder))
+
+
+def test_records_are_in_the_order_of_their_names(pets, tmp_path):
+    (tmp_path / "tar").mkdir()
+    for part in ("train", "test"):
+        with tarfile.open(tmp_path / "tar" / f"{part}.tar", "w") as archive:
+            for file in sorted((pets / part).rglob("*.png"), reverse=True):
+                archive.add(file, file.relative_to(pets))
+    (tmp_path / "tar" / "training.tar").write_bytes(b"another")
+    assert data.load(str(tmp_path / "tar")).fingerprint() == data.load(str(pets)).fingerprint()
 
 
 def test_members_that_go_backwards_end_it(pets, tmp_path, monkeypatch):
@@ -148,6 +186,7 @@ def test_a_class_that_is_no_text(pets, tmp_path):
     folder = packed(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "a") as archive:
         member(archive, "train/ant/0.cls", b"\xff\xfe")
+        member(archive, "train/ant/1.cls", b"x" * 1001)
     with pytest.raises(InputError, match=r"be whole, .*Received: .*train\.tar: 'utf-8' codec"):
         data.load(str(folder))
 

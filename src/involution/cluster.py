@@ -7,6 +7,7 @@ the statistics of batch normalizations, over all. Weights are the same everywher
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ ADDRESS, COUNT, NUMBER = (
 )
 # What JAX's errors name when another host is silent: what they speak through.
 SILENT = re.compile(
-    "gloo|nccl|coordinat|collective|UNAVAILABLE|DEADLINE_EXCEEDED|connection", re.IGNORECASE
+    "[Gg]loo|NCCL|nccl|UNAVAILABLE:|DEADLINE_EXCEEDED|oordination service|Connection (reset|closed)"
 )
 # What other launchers set, under which every process would train a model of its own in silence.
 LAUNCHERS = {"torch": ("WORLD_SIZE", "torchrun"), "tensorflow": ("TF_CONFIG", "TF_CONFIG")}
@@ -145,6 +146,21 @@ class Cluster:
             with self.answering():
                 multihost_utils.sync_global_devices(what)
 
+    def check_same(self, text):
+        """Raises InputError, on every host, unless all have the same text."""
+        if self.hosts > 1:
+            from jax.experimental import multihost_utils
+
+            own = np.frombuffer(hashlib.sha256(text.encode()).digest(), "uint8").astype("int32")
+            with self.answering():
+                found = multihost_utils.process_allgather(own)
+            others = [n for n, digest in enumerate(found) if (digest != found[0]).any()]
+            if others:
+                raise InputError(
+                    "All hosts must have the same images, options and versions. "
+                    f"Received: others on host {others[0]} than on host 0"
+                )
+
     def end(self):
         """All are at the end: from here on each goes its own way."""
         if self.hosts > 1:
@@ -244,6 +260,8 @@ def begin(cluster):
                 f"All {cluster.hosts} hosts must come to --coordinator within {WAIT} s. Received: "
                 f"{cluster.coordinator}, host {cluster.host}: {str(error).splitlines()[0]}"
             ) from error
+        # What JAX's processes speak through opens now: later it would wait for 30 s alone.
+        cluster.wait_for_all("all have come")
     found = jax.local_device_count()
     if cluster.devices is not None and found != cluster.devices:
         raise InputError(

@@ -39,4 +39,5 @@ def at_random(width, height, proportions, random: np.random.Generator) -> Box:
 def _box(width, height, seen_width, seen_height, across, down) -> Box:
     left, top = across * (width - seen_width), down * (height - seen_height)
     # Rounding must not lead out of the image.
+    left, top = max(left, 0), max(top, 0)
     return left, top, min(left + seen_width, width), min(top + seen_height, height)

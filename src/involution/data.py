@@ -171,7 +171,9 @@ def mirrored(count, seed, epoch) -> np.ndarray:
 
 def scale(images) -> np.ndarray:
     """What a model gets: float32 from 0 to 1."""
-    return images.astype("float32") / np.float32(255)
+    scaled = images.astype("float32")
+    scaled /= np.float32(255)
+    return scaled
 
 
 def read_image(file, size=None, crop=None, random=None) -> np.ndarray:

@@ -56,8 +56,8 @@ class Config:
         batch_size: Images in a step; None: the recipe's, or what suits the data set (256, for the
             digits 32).
         seed: Of the initial weights, the order of the images and the choice of examples.
-        learning_rate: Of Adam; with a one-cycle recipe the largest. None: the recipe's.
-        weight_decay: Of AdamW, 0 for Adam. None: the recipe's.
+        learning_rate: Of Adam or SGD; where it changes, the largest. None: the recipe's.
+        weight_decay: Of AdamW or SGD, see ``training.Recipe``. None: the recipe's.
         validation: So many training images, always the same, are held out and measured on in place
             of the test images; None: none.
         image_size: (height, width) for a folder of images, None for their own.
@@ -298,6 +298,7 @@ def compare(
             folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         step = stack.enter_context(interruptions(console))
         work = _Work(run, folder, console, checkpoint_every, together)
+        work.check_same()
         begun = _has_begun(output)
         if begun:
             work.restore(allow_change, output)
@@ -345,6 +346,11 @@ class _Work:
         self._begun: dict[str, dict] = {}
         self._arrays: dict = {}
         self._at = training.Position()
+
+    def check_same(self):
+        """Whether all hosts are at the same run; a folder may be another place on each."""
+        same = {k: v for k, v in self._identity.items() if k != "dataset"}
+        self.together.check_same(json.dumps(same, sort_keys=True))
 
     def restore(self, allow_change, folder):
         """Takes up the newest checkpoint of a folder."""

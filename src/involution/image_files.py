@@ -18,6 +18,7 @@ from involution.errors import InputError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 # What a class is named by in a tar file of the WebDataset kind, instead of by its folder.
 CLASS = ".cls"
+MOST_CLASS = 1000  # bytes
 PARTS = {"train": ("train",), "test": ("test", "val")}
 # Bytes.
 LARGE = 2**32
@@ -31,7 +32,10 @@ class File:
 
     @property
     def size(self) -> int:
-        return os.stat(self.path).st_size
+        try:
+            return os.stat(self.path).st_size
+        except OSError:  # it is named when it is read
+            return 0
 
     @property
     def name(self) -> str:
@@ -88,7 +92,7 @@ def find(root) -> dict[str, Classes]:
 def _part(root, part, names) -> Classes:
     for name in names:
         folder = root / name
-        archives = sorted(root.glob(f"{name}*.tar"))
+        archives = sorted((*root.glob(f"{name}.tar"), *root.glob(f"{name}-*.tar")))
         if folder.is_dir() and (classes := _of_folder(folder)):
             return classes
         if archives:
@@ -104,7 +108,7 @@ def _of_folder(folder) -> Classes:
         entry.name: [
             File(file.path)
             for file in _visible(os.scandir(entry))
-            if os.path.splitext(file.name)[1].lower() in SUFFIXES and file.is_file()
+            if os.path.splitext(file.name)[1].lower() in SUFFIXES and not file.is_dir()
         ]
         for entry in _visible(os.scandir(folder))
         if entry.is_dir()
@@ -128,7 +132,9 @@ def _of_archives(archives) -> Classes:
         try:
             for name, record in _records(archive):
                 found.setdefault(name, []).append(record)
-        except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError) as error:
+        except InputError:
+            raise
+        except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
             raise InputError(
                 f"A tar file of images must be whole, and not compressed. Received: {archive}: "
                 f"{' '.join(str(error).split())}"
@@ -139,7 +145,7 @@ def _of_archives(archives) -> Classes:
         )
     # Numbers as numbers.
     key = (lambda name: (len(name), name)) if all(map(str.isdecimal, found)) else None
-    return {name: found[name] for name in sorted(found, key=key)}
+    return {name: sorted(found[name], key=str) for name in sorted(found, key=key)}
 
 
 def _records(archive) -> Iterator[tuple[str, Record]]:
@@ -153,15 +159,25 @@ def _records(archive) -> Iterator[tuple[str, Record]]:
                 raise tarfile.ReadError("its members do not follow each other")
             before = member.offset
             path = pathlib.PurePosixPath(member.name)
-            if not member.isreg() or member.issparse() or path.name.startswith("."):
+            if path.name.startswith(".") or member.isdir():
                 continue
-            if path.suffix == CLASS:
+            kind = path.suffix.lower()
+            if kind in (CLASS, *SUFFIXES) and (not member.isreg() or member.issparse()):
+                raise tarfile.ReadError(f"{path} is a link, or of another kind that is not read")
+            if kind == CLASS:
                 content = opened.extractfile(member)
-                text = b"" if content is None else content.read(100)
+                text = b"" if content is None else content.read(MOST_CLASS + 1)
+                if len(text) > MOST_CLASS:
+                    raise tarfile.ReadError(f"{path} has more than {MOST_CLASS} bytes")
                 told[str(path.with_suffix(""))] = text.decode("utf-8").strip()
-            elif path.suffix.lower() in SUFFIXES:
+            elif kind in SUFFIXES:
                 record = Record(str(archive), member.name, member.offset_data, member.size)
                 records.append((path, record))
+        # Where a header is damaged the reader ends as if all were read.
+        with open(archive, "rb") as file:
+            file.seek(opened.offset)
+            if file.read(512) != bytes(512):
+                raise tarfile.ReadError("its end is missing")
     for path, record in records:
         name = told.get(str(path.with_suffix("")), path.parent.name)
         if not name:
@@ -174,7 +190,12 @@ def _records(archive) -> Iterator[tuple[str, Record]]:
 
 def are_large(sources: list[File | Record]) -> bool:
     """Whether it would take minutes to read all of them."""
-    return sum(source.size for source in sources) >= LARGE
+    total = 0
+    for source in sources:
+        total += source.size
+        if total >= LARGE:
+            return True
+    return False
 
 
 def digest(sources: list[File | Record]) -> str:
@@ -184,7 +205,7 @@ def digest(sources: list[File | Record]) -> str:
 
     def of_one(source) -> bytes:
         if large:
-            return f"{source.name} {source.size}".encode()
+            return os.fsencode(f"{source.name}\0{source.size}\n")
         with source.open() as file:
             return hashlib.sha256(file.read()).digest()
 

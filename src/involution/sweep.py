@@ -121,7 +121,11 @@ class Plan:
         words = ["involution", "train"]
         given = dataclasses.asdict(self.configured(values)) | {"model": self.label(values)}
         del given["models"], given["validation"]
-        defaults = dataclasses.asdict(experiment.Config())
+        own = training.RECIPES[self.config.recipe]
+        defaults = dataclasses.asdict(experiment.Config()) | {
+            "epochs": own.epochs,
+            "image_size": own.image_size,
+        }
         for name, value in given.items():
             if value != defaults.get(name):
                 option = "--" + name.replace("_", "-")

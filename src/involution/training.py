@@ -41,7 +41,8 @@ class Recipe:
         accumulate: In how many parts a batch goes through the model; the gradients are those of
             the batch, the statistics of batch normalizations those of each part.
         ema: What a mean of the weights keeps of itself at each step; the mean is what is tested
-            and written. None: the weights themselves are.
+            and written. With ``accumulate`` it nears the weights with every part, of which the
+            last alone has new ones. None: the weights themselves are tested and written.
         epochs: Passes over the training images, where a command is not told.
         image_size: (height, width), likewise; None: the images' own.
     """
@@ -184,7 +185,8 @@ class Trainer:
         epochs: Passes over the training images.
         seed: Of the order of images and whatever else is random from here on.
         together: The devices and hosts that share every batch. What is left over at the end of an
-            epoch when all devices have got as many is not trained on; it is other images each time.
+            epoch when all devices have got as many, or where batches are accumulated is no whole
+            one, is not trained on; it is other images each time.
 
     Attributes:
         batch_size: Images that go through the model at a time: of a batch that is accumulated, a
@@ -200,10 +202,13 @@ class Trainer:
         batch_size = recipe.batch_size or dataset.batch_size
         together.check_batch(batch_size, recipe.accumulate)
         self.batch_size = batch_size // recipe.accumulate
-        self._images = len(dataset.x_train) - len(dataset.x_train) % together.total
+        # A batch in parts is whole, or its short part would count as much as the others.
+        even = batch_size if recipe.accumulate > 1 else together.total
+        self._images = len(dataset.x_train) - len(dataset.x_train) % even
         if self._images == 0:
+            what = "a batch in parts" if recipe.accumulate > 1 else f"each of {even} devices"
             raise InputError(
-                f"There must be an image for each of {together.total} devices. "
+                f"There must be images for {what}, at least {even}. "
                 f"Received: {len(dataset.x_train)} training images"
             )
         self.at = Position()
@@ -219,7 +224,7 @@ class Trainer:
                 else keras.losses.SparseCategoricalCrossentropy
             )
             self._compiled.compile(
-                optimizer=recipe.optimizer(max(epochs * train // recipe.accumulate, 1)),
+                optimizer=recipe.optimizer(epochs * train // recipe.accumulate),
                 loss=of_labels(from_logits=True),
                 # Where images make a batch whole that do not count, the metric knows of it too.
                 **{"metrics" if together.alone else "weighted_metrics": ["accuracy"]},
