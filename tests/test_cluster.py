@@ -126,6 +126,7 @@ def test_a_device_alone_takes_all():
         (3, 16, 1, "--batch-size must be a multiple of the devices of all hosts, 3. Received: 16"),
         (2, 16, 4, None),
         (2, 12, 4, "of all hosts, 2 times --accumulate, 4. Received: 12"),
+        (1, 10, 4, "must be a multiple of --accumulate, 4. Received: 10"),
         (2, 48, 4, "for a batch in parts, at least 48. Received: 40 training images"),
         (48, 48, 1, "for each of 48 devices, at least 48. Received: 40 training images"),
     ],

@@ -199,6 +199,12 @@ def test_what_is_too_large_or_no_model_is_not_tried(planned, tmp_path):
     assert "proposals were not tried" in (tmp_path / "report.html").read_text()
 
 
+def test_batches_that_cannot_be_accumulated_are_not_tried(planned, tmp_path):
+    plan = planned(search=("batch_size=4,6,8",), models="cnn", trials=3, epochs=1, accumulate=4)
+    sweep.run(plan, tmp_path)
+    assert sorted(r["batch_size"] for r in rows(tmp_path)) == ["4", "8"]
+
+
 def test_an_interruption_gives_the_trial_back(planned, tmp_path):
     class Impatient(Recorder):
         def step(self):

@@ -93,11 +93,9 @@ class Cluster:
     def check_batch(self, size, accumulate=1):
         """Raises InputError unless a batch can be shared evenly, in so many parts."""
         if size % (self.total * accumulate):
-            times = f" times --accumulate, {accumulate}" if accumulate > 1 else ""
-            raise InputError(
-                f"--batch-size must be a multiple of the devices of all hosts, {self.total}"
-                f"{times}. Received: {size}"
-            )
+            factors = (("the devices of all hosts", self.total), ("--accumulate", accumulate))
+            told = " times ".join(f"{name}, {n}" for name, n in factors if n > 1)
+            raise InputError(f"--batch-size must be a multiple of {told}. Received: {size}")
 
     def share(self, index) -> Share:
         """This host's part of a batch of these images: as many for each device."""

@@ -17,7 +17,7 @@ import socket
 import time
 import warnings
 
-from involution import experiment, model_labels, pages, training
+from involution import cluster, experiment, model_labels, pages, training
 from involution.errors import InputError
 from involution.files import csv_text, write_text
 
@@ -311,6 +311,8 @@ def _proposed(study, plan, trial, dataset):
         reason = "known"
     else:
         try:
+            recipe = plan.configured(values).recipe_for(dataset)
+            cluster.ALONE.check_batch(recipe.batch_size, recipe.accumulate)
             (builder,) = model_labels.parse(plan.label(values)).values()
             model = experiment.build(plan.label(values), builder, dataset, plan.config)
         except InputError as error:
