@@ -3,7 +3,7 @@ next batches are read while the step is at work.
 
     KERAS_BACKEND=jax python benchmarks/pipeline.py FOLDER --model rednet26 --batch-size 32
 
-Steps are those of `involution train --recipe imagenet`; the first one, which compiles, does not
+Steps are those of `involution train --recipe imagenet`; the first round, which compiles, does not
 count. `step` trains on images that are in memory. The three take turns.
 """
 
@@ -11,19 +11,13 @@ import argparse
 import collections
 import dataclasses
 import statistics
-import time
 
 import keras
 import numpy as np
 
-from involution import data, experiment, files, memory, model_labels, training
+from involution import benchmark, data, experiment, files, memory, model_labels, training
 from involution.crops import MIDDLE
-
-
-def timed(run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+from involution.devices import DEVICES
 
 
 def main():
@@ -33,7 +27,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--batches", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each, and three times")
     parser.add_argument("--output")
     given = parser.parse_args()
     memory.keep_freed()
@@ -55,12 +49,8 @@ def main():
         "step": lambda: alone.train(np.arange(count)),
         "both": lambda: both.train(order),
     }
-    for one in (alone, both):
-        one.train(np.arange(given.batch_size))
-    times = collections.defaultdict(list)
-    for _ in range(given.repeats):
-        for name, run in parts.items():
-            times[name].append(timed(run))
+    watches = {name: DEVICES["cpu"].stopwatch(run) for name, run in parts.items()}
+    times = benchmark.measure(watches, given.seconds)
     rows = [
         {
             "part": name,

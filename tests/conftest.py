@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import random
 import types
 
 import pytest
@@ -13,12 +14,12 @@ if os.environ.get("KERAS_BACKEND") == "jax":
     # The oracle is in float64, and so are the finite differences.
     jax.config.update("jax_enable_x64", True)
 
-if os.environ.get("KERAS_BACKEND") == "torch" and importlib.util.find_spec("triton"):
+if os.environ.get("KERAS_BACKEND") == "torch":
     import torch
 
     # Whether Triton's own functions can be interpreted is settled when it is imported, which
     # PyTorch does at some time. Without a device test_triton.py interprets.
-    if not torch.cuda.is_available():
+    if importlib.util.find_spec("triton") and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
         import triton.language  # noqa: F401 - imported now, as told
 
@@ -38,6 +39,24 @@ if os.environ["KERAS_BACKEND"] != "torch":
 # Triton is released for Linux alone.
 elif importlib.util.find_spec("triton") is None:
     collect_ignore += ["test_cuda.py", "test_triton.py"]
+
+
+def seed():
+    """Keras draws the seeds of its initializers from Python's generator."""
+    random.seed(0)
+    if os.environ["KERAS_BACKEND"] == "torch":
+        torch.manual_seed(0)
+
+
+# The weights are the same in every run, whatever the order of the tests is.
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup():
+    seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call():
+    seed()
 
 
 # `--hypothesis-profile=long -m slow`: what has no number of examples of its own gets this one.

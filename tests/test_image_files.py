@@ -1,5 +1,6 @@
 """Where images are found: folders of classes, tar files of them."""
 
+import contextlib
 import io
 import tarfile
 
@@ -67,17 +68,16 @@ def test_shards_and_classes_beside_the_images(pets, tmp_path):
     (tmp_path / "tar").mkdir()
     classes = {"ant": "2", "bee": "10", "cat": "9"}
     for part, shards in (("train", 3), ("test", 1)):
-        opened = [
-            tarfile.open(tmp_path / "tar" / f"{part}-{n:03d}.tar", "w")  # noqa: SIM115
-            for n in range(shards)
-        ]
-        for count, file in enumerate(sorted((pets / part).rglob("*.png"))):
-            archive = opened[count % shards]
-            member(archive, f"{count:06d}.png", file.read_bytes())
-            member(archive, f"{count:06d}.cls", classes[file.parent.name].encode())
-            member(archive, f"{count:06d}.json", b"{}")
-        for archive in opened:
-            archive.close()
+        with contextlib.ExitStack() as stack:
+            opened = [
+                stack.enter_context(tarfile.open(tmp_path / "tar" / f"{part}-{n:03d}.tar", "w"))
+                for n in range(shards)
+            ]
+            for count, file in enumerate(sorted((pets / part).rglob("*.png"))):
+                archive = opened[count % shards]
+                member(archive, f"{count:06d}.png", file.read_bytes())
+                member(archive, f"{count:06d}.cls", classes[file.parent.name].encode())
+                member(archive, f"{count:06d}.json", b"{}")
     found = data.load(str(tmp_path / "tar"))
     assert found.class_names == ("2", "9", "10")
     assert sorted(x.tobytes() for x in found.x_train) == sorted(

@@ -367,7 +367,8 @@ def _folder(root, image_size, crop, progress) -> Dataset:
         labels += [numbers[name]] * len(members)
     y = np.array(labels, "int64")
     train = sum(map(len, found["train"].values()))
-    images = _read_all(files, image_size, crop, progress)
+    large = image_files.are_large(files)
+    images = _read_all(files, large, image_size, crop, progress)
     return Dataset(
         name=root.resolve().name,
         note="",
@@ -376,12 +377,12 @@ def _folder(root, image_size, crop, progress) -> Dataset:
         x_test=_part(images, slice(train, None)),
         y_test=y[train:],
         class_names=class_names,
-        files=image_files.digest(files),
+        files=image_files.digest(files, large),
         crop=crop,
     )
 
 
-def _read_all(files, image_size, crop, progress) -> np.ndarray | StoredImages:
+def _read_all(files, large, image_size, crop, progress) -> np.ndarray | StoredImages:
     """All are read once, unless that takes too long; those that would take more than a quarter of
     the memory, or are seen in parts, are not kept."""
 
@@ -396,7 +397,7 @@ def _read_all(files, image_size, crop, progress) -> np.ndarray | StoredImages:
         except (InputError, OSError) as error:
             return InputError(" ".join(str(error).split()))
 
-    if image_files.are_large(files):
+    if large:
         first = read(files[0]) if image_size is None else np.empty((*image_size, 3), "uint8")
         if isinstance(first, InputError):
             raise InputError(f"{first}. Received: {files[0]}")

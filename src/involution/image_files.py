@@ -154,7 +154,7 @@ def _records(archive) -> Iterator[tuple[str, Record]]:
     with tarfile.open(archive, "r:") as opened:
         for member in opened:
             # Otherwise it keeps all of them.
-            opened.members = []  # type: ignore[attr-defined]
+            opened.members = []  # type: ignore[attr-defined]  # not in its stubs
             if member.offset <= before or member.size < 0:
                 raise tarfile.ReadError("its members do not follow each other")
             before = member.offset
@@ -198,10 +198,9 @@ def are_large(sources: list[File | Record]) -> bool:
     return False
 
 
-def digest(sources: list[File | Record]) -> str:
+def digest(sources: list[File | Record], large: bool) -> str:
     """SHA-256 that tells images from others, in hexadecimal: of the content of the files, or of
     large ones of their names and sizes."""
-    large = are_large(sources)
 
     def of_one(source) -> bytes:
         if large:

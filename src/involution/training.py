@@ -351,13 +351,8 @@ class Trainer:
         return {f"{kind}.{n}": v for kind, of_kind in kinds.items() for n, v in enumerate(of_kind)}
 
     def _train(self, order, mirrored, step):
-        with contextlib.closing(self.batches(order, mirrored, self.at.images)) as batches:
-            for batch in batches:
-                result = self._run(self._compiled.train_on_batch, batch)
-                self.at.train_loss += result["loss"] * batch.share.count
-                self.at.train_accuracy += result["accuracy"] * batch.share.count
-                self.at.images += batch.share.count
-                step()
+        batches = self.batches(order, mirrored, self.at.images)
+        self._go_through("train", self._compiled.train_on_batch, batches, step)
 
     def _test(self, step):
         before = len(self.dataset.x_train)
@@ -365,14 +360,20 @@ class Trainer:
         # Without those that were left over.
         self.at.images = max(self.at.images, before)
         todo = self._pieces(np.arange(len(self.dataset.x_test)), self.at.images - before)
-        with contextlib.closing(ahead(self._tested, todo)) as batches:
-            for batch in batches:
-                result = self._run(self._compiled.test_on_batch, batch)
-                self.at.test_loss += result["loss"] * batch.share.count
-                self.at.test_accuracy += result["accuracy"] * batch.share.count
-                self.at.images += batch.share.count
-                step()
+        batches = ahead(self._tested, todo)
+        self._go_through("test", self._compiled.test_on_batch, batches, step)
         self._test_means(False)
+
+    def _go_through(self, part, run, batches, step):
+        """Trains or tests, and adds to the sums of that part of the epoch."""
+        with contextlib.closing(batches):
+            for batch in batches:
+                result, count = self._run(run, batch), batch.share.count
+                for name in ("loss", "accuracy"):
+                    field = f"{part}_{name}"
+                    setattr(self.at, field, getattr(self.at, field) + result[name] * count)
+                self.at.images += count
+                step()
 
     def _test_means(self, begin):
         """Swaps the weights and their means, where there are means."""
