@@ -9,6 +9,8 @@ BACKENDS ?= tensorflow jax torch
 JOBS ?= 2
 # What `make run` trains with.
 BACKEND ?= tensorflow
+# In how many random orders `make test-orders` runs the tests of each backend.
+ORDERS ?= 10
 # The images that `make notebooks` trains with.
 DATA ?=
 # What `make mutants` changes: of the page and of the data the way of an upload.
@@ -43,12 +45,12 @@ NEW_PIP := "pip>=25.1"
 NATIVE := CMakeLists.txt $(wildcard src/involution/native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-tensorflow test-jax test-torch test-long test-oldest test-example test-browser audit mutants docs notebooks space publish sanitize lint format coverage clean
+.PHONY: help run test test-tensorflow test-jax test-torch test-long test-orders test-oldest test-example test-browser audit mutants docs notebooks space publish sanitize lint format coverage clean
 
 help:
 	@echo "make run     compare a convolutional and an involutional network; writes runs/.../report.html"
 	@echo "make test    lint, and test on every backend (make test BACKENDS=jax: on one)"
-	@echo "make test-long, test-oldest, test-browser, test-example EXAMPLE=file, audit, mutants, docs, notebooks, space, publish, sanitize, lint, format, clean"
+	@echo "make test-long, test-orders, test-oldest, test-browser, test-example EXAMPLE=file, audit, mutants, docs, notebooks, space, publish, sanitize, lint, format, clean"
 
 run: $(RUN_VENV)/ready
 	$(RUN_VENV)/bin/involution compare --dataset digits --backend $(BACKEND)
@@ -69,6 +71,12 @@ test-long: $(TEST_VENV)/ready
 	$(PYTEST) -m slow --hypothesis-profile=long -rP; \
 	$(TEST_VENV)/bin/python -m tests.crash --kills 60; done
 	$(if $(filter jax,$(BACKENDS)),$(TEST_VENV)/bin/python -m tests.hosts --kills 10)
+
+# `--randomly-seed=N` gives an order again. The weights are the same in every order.
+test-orders: $(TEST_VENV)/ready
+	set -e; for seed in $$(seq $(ORDERS)); do for backend in $(BACKENDS); do \
+	KERAS_BACKEND=$$backend $(PYTEST) -n $(JOBS) --dist loadscope -p randomly --randomly-dont-reset-seed --randomly-seed=$$seed; \
+	done; done
 
 # The tests with the oldest releases that pyproject.toml allows: make test-oldest BACKEND=jax
 test-oldest: $(OLDEST_VENV)/ready

@@ -520,6 +520,21 @@ def array_without_bytes(place):
 
 
 @hostile(*KERAS)
+def arrays_that_overlap(place):
+    """Each stands in the file, and all do at the place of the first."""
+    content = io.BytesIO(parts()["model.weights.h5"])
+    with h5py.File(content, "a") as file:
+        first = file.create_dataset("again/0", data=np.zeros(2**14, "f4"))
+        for name in "1234":
+            file.create_dataset(f"again/{name}", (2**14,), "f4")
+        address, size = (number.to_bytes(8, "little") for number in (first.id.get_offset(), 2**16))
+    nowhere = b"\xff" * 8 + size
+    assert content.getvalue().count(nowhere) == 4
+    changed = content.getvalue().replace(nowhere, address + size)
+    return archive(place, {"model.weights.h5": changed})
+
+
+@hostile(*KERAS)
 def array_of_texts(place):
     texts = np.array(["x"] * 96, object)
     return weighted(

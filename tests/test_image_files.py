@@ -182,12 +182,15 @@ def test_members_that_go_backwards_end_it(pets, tmp_path, monkeypatch):
         data.load(str(folder))
 
 
-def test_a_class_that_is_no_text(pets, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"\xff\xfe", "'utf-8' codec"), (b"x" * 1001, r"train/ant/0\.cls has more than 1000 bytes")],
+)
+def test_a_class_that_is_no_name(content, reason, pets, tmp_path):
     folder = packed(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "a") as archive:
-        member(archive, "train/ant/0.cls", b"\xff\xfe")
-        member(archive, "train/ant/1.cls", b"x" * 1001)
-    with pytest.raises(InputError, match=r"be whole, .*Received: .*train\.tar: 'utf-8' codec"):
+        member(archive, "train/ant/0.cls", content)
+    with pytest.raises(InputError, match=rf"be whole, .*Received: .*train\.tar: {reason}"):
         data.load(str(folder))
 
 
