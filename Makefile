@@ -17,6 +17,19 @@ DATA ?=
 MUTANTS ?= "involution.checkpoint.*" "involution.crops.*" "involution.files.*" "involution.image_files.*" "involution.saved_model.*" \
 	"involution.models.*" "involution.ops.geometry.*" "involution.app.x_check__*" "involution.app.x__guard__*" "involution.app.x__told__*" \
 	"involution.data.x_read_image__*" "involution.data.x__resize__*" "involution.data.x_scale__*"
+# Of what must not be wrong unnoticed every line and branch is tested: checkpoints, files from
+# strangers, sizes. Of all modules, these shares.
+WHOLE := checkpoint crops files image_files keras_files ops/geometry saved_model models/weights models/checkpoints/*
+define FLOORS
+import json, sys
+totals = json.load(sys.stdin)["totals"]
+for what, floor in (("statements", 95), ("branches", 90)):
+    share = totals[f"percent_{what}_covered"]
+    print(f"{what}: {share:.1f} %")
+    if share < floor:
+        sys.exit(f"The {what} that are tested must be {floor} % or more.")
+endef
+export FLOORS
 # The keras.io example's text, for `make test-example`.
 EXAMPLE ?=
 
@@ -60,10 +73,14 @@ test: lint $(addprefix test-,$(BACKENDS)) coverage
 test-tensorflow test-jax test-torch: test-%: $(TEST_VENV)/ready
 	KERAS_BACKEND=$* COVERAGE_FILE=.coverage.$* $(PYTEST) -n $(JOBS) --dist loadscope --cov --cov-report=
 
-# Lines that no backend ran count as missing: the three are read together.
+# What no backend ran counts as missing: the three are read together.
 coverage: $(addprefix test-,$(BACKENDS))
-	$(TEST_VENV)/bin/python -m coverage combine --keep --quiet $(addprefix .coverage.,$(BACKENDS))
-	$(TEST_VENV)/bin/python -m coverage report --skip-covered $(if $(filter 3,$(words $(BACKENDS))),--fail-under=95)
+	$(TEST_VENV)/bin/python -m coverage combine --quiet $(addprefix .coverage.,$(BACKENDS))
+	$(TEST_VENV)/bin/python -m coverage report --skip-covered
+ifeq ($(words $(BACKENDS)),3)
+	$(TEST_VENV)/bin/python -m coverage report --fail-under=100 --include="$(subst $(space),$(comma),$(WHOLE:%=src/involution/%.py))"
+	$(TEST_VENV)/bin/python -m coverage json --quiet -o - | $(TEST_VENV)/bin/python -c "$$FLOORS"
+endif
 
 # All that is exhaustive, for hours: the slow tests, many more random sizes, runs that are killed.
 test-long: $(TEST_VENV)/ready
