@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import optuna
 import pytest
@@ -14,7 +15,7 @@ from images import write_folder
 from test_experiment import Recorder
 
 import involution_cli
-from involution import sweep
+from involution import experiment, sweep
 from involution.errors import InputError
 from involution.experiment import Config
 from involution.sweep import Choices, Plan, Range
@@ -189,12 +190,17 @@ def test_every_trial_is_another_and_a_search_ends_when_all_are_tried(planned, tm
     assert "exhausted" in console.lines[-1]
 
 
-def test_what_is_too_large_or_no_model_is_not_tried(planned, tmp_path):
+def test_what_is_too_large_or_no_model_is_not_tried(planned, tmp_path, monkeypatch):
+    build = mock.Mock(wraps=experiment.build)
+    monkeypatch.setattr(experiment, "build", build)
     # 7 w + 3 parameters, and no activation of that name.
     plan = planned(
         search=("width=4,5,6", "kind=relu,nothing"), trials=9, max_parameters=38, epochs=1
     )
     sweep.run(plan, tmp_path)
+    # However often a model is proposed, it is built once.
+    labels = [call.args[0] for call in build.call_args_list]
+    assert len(labels) == len(set(labels))
     assert sorted((r["width"], r["kind"]) for r in rows(tmp_path)) == [("4", "relu"), ("5", "relu")]
     assert "proposals were not tried" in (tmp_path / "report.html").read_text()
 
@@ -225,7 +231,7 @@ def test_an_interruption_gives_the_trial_back(planned, tmp_path):
 
 PROCESS = """
 import os, signal, sys
-from involution import sweep
+from involution import experiment, sweep
 from involution.experiment import Config, Silent
 from involution.sweep import Plan
 

@@ -200,13 +200,14 @@ def run(plan, folder, study_url=None, console=None, command="") -> Outcome:
         dataset = dataset.validation(max(len(dataset.x_train) // 10, 1))
     experiment.make_folder(folder)
     study = _open(plan, folder, study_url)
+    unfit: dict[tuple, str] = {}
     refusals, code = 0, 0
     with experiment.interruptions(console) as step:
         try:
             while refusals < PATIENCE and _wanted(study, plan, console):
                 trial = study.ask()
                 with _given_back_unless_done(study, trial):
-                    model = _proposed(study, plan, trial, dataset)
+                    model = _proposed(study, plan, trial, dataset, unfit)
                     refusals = refusals + 1 if model is None else 0
                     if model is not None:
                         _try(study, plan, trial, model, dataset, console, step)
@@ -298,8 +299,9 @@ def _counts(trial) -> bool:
     return trial.state in (*SETTLED, TrialState.RUNNING)
 
 
-def _proposed(study, plan, trial, dataset):
-    """The model of a trial, or None for one that will not be tried."""
+def _proposed(study, plan, trial, dataset, unfit):
+    """The model of a trial, or None for one that will not be tried; ``unfit`` gets the reason of
+    one that never can be."""
     trial.set_user_attr(WORKER, _worker())
     values = {name: way.suggest(trial, name) for name, way in plan.space.items()}
     # Of two processes at once the later trial gives way.
@@ -309,19 +311,22 @@ def _proposed(study, plan, trial, dataset):
         reason = "there are enough trials"
     elif any(t.params == values for t in before):
         reason = "known"
+    elif (chosen := tuple(values.items())) in unfit:
+        reason = unfit[chosen]
     else:
         try:
             recipe = plan.configured(values).recipe_for(dataset)
             cluster.ALONE.check_batch(recipe.batch_size, recipe.accumulate)
             (builder,) = model_labels.parse(plan.label(values)).values()
             model = experiment.build(plan.label(values), builder, dataset, plan.config)
+            count = experiment.count(model.trainable_variables)
+            trial.set_user_attr("parameters", count)
+            if plan.max_parameters is not None and count > plan.max_parameters:
+                reason = f"{count} parameters, more than {plan.max_parameters}"
         except InputError as error:
             reason = str(error)
-    if model is not None:
-        count = experiment.count(model.trainable_variables)
-        trial.set_user_attr("parameters", count)
-        if plan.max_parameters is not None and count > plan.max_parameters:
-            reason = f"{count} parameters, more than {plan.max_parameters}"
+        if reason is not None:
+            unfit[chosen] = reason
     if reason is None:
         return model
     trial.set_user_attr(REFUSED, reason)
