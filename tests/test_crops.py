@@ -41,6 +41,11 @@ def test_parts_are_as_inception_has_them():
     assert np.quantile(shares, 0.25) == pytest.approx(0.08 + 0.25 * 0.92, abs=0.05)
     assert abs(stretches.mean()) < 0.01
     assert stretches.max() == pytest.approx(math.log(4 / 3), abs=0.01)
+    # The proportions are those that are asked for.
+    lying = np.array([crops.at_random(500, 250, 2.0, random) for _ in range(20_000)])
+    stretches = np.log((lying[:, 2] - lying[:, 0]) / (lying[:, 3] - lying[:, 1]) / 2)
+    assert abs(stretches.mean()) < 0.01
+    assert stretches.max() == pytest.approx(math.log(4 / 3), abs=0.01)
     # Everywhere: they lie at random within what is left.
     across = boxes[:, 0] / (500 - wide)
     assert across.mean() == pytest.approx(0.5, abs=0.01)
@@ -74,6 +79,9 @@ def test_an_image_is_read_in_part(tmp_path):
     # 40 x 40 pixels about the middle: their centres are 5 apart.
     np.testing.assert_allclose(middle[0, :, 0], 60 + 2 + 5 * np.arange(8), atol=1)
     np.testing.assert_allclose(middle[:, 0, 1], 20 + 2 + 5 * np.arange(8), atol=1)
+    wide = data.read_image(tmp_path / "x.png", (4, 16), crop=0.5)
+    np.testing.assert_allclose(wide[0, :, 0], 40 + 2 + 5 * np.arange(16), atol=1)
+    np.testing.assert_allclose(wide[:, 0, 1], 30 + 2 + 5 * np.arange(4), atol=1)
     assert whole[0, 0, 0] < 15 < 145 < whole[0, -1, 0]
     part = data.read_image(tmp_path / "x.png", (8, 8), random=np.random.default_rng(3))
     left, top, right, bottom = crops.at_random(160, 80, 1.0, np.random.default_rng(3))

@@ -1,15 +1,18 @@
 """Where images are found: folders of classes, tar files of them."""
 
 import contextlib
+import hashlib
 import io
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
 from images import write_folder, write_image
 
-from involution import data, memory
+from involution import data, image_files, memory
 from involution.errors import InputError
+from involution.image_files import Record
 from involution.stored_images import StoredImages
 
 
@@ -169,17 +172,31 @@ def test_records_are_in_the_order_of_their_names(pets, tmp_path):
 
 def test_members_that_go_backwards_end_it(pets, tmp_path, monkeypatch):
     """As those of CVE-2025-8194, by which Python's reader never ends."""
-    folder = packed(pets, tmp_path / "tar")
-    size = tarfile.TarInfo.frombuf
+    folder = str(packed(pets, tmp_path / "tar"))
+    from_buffer, from_file = tarfile.TarInfo.frombuf, tarfile.TarInfo.fromtarfile.__func__
+    reason = r"train\.tar: its members do not follow each other$"
 
     def negative(*arguments):
-        info = size(*arguments)
+        info = from_buffer(*arguments)
         info.size = -512 if info.name.endswith("1.png") else info.size
         return info
 
-    monkeypatch.setattr(tarfile.TarInfo, "frombuf", negative)
-    with pytest.raises(InputError, match="its members do not follow each other"):
-        data.load(str(folder))
+    before = []
+
+    def again(*arguments):
+        info = from_file(*arguments)
+        if info.name.endswith("1.png"):
+            info.offset = before[-1]
+        before.append(info.offset)
+        return info
+
+    with monkeypatch.context() as changed:
+        changed.setattr(tarfile.TarInfo, "frombuf", negative)
+        with pytest.raises(InputError, match=reason):
+            data.load(folder)
+    monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", classmethod(again))
+    with pytest.raises(InputError, match=reason):
+        data.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +211,64 @@ def test_a_class_that_is_no_name(content, reason, pets, tmp_path):
         data.load(str(folder))
 
 
+def test_a_class_with_a_long_name(pets, tmp_path):
+    folder = packed(pets, tmp_path / "tar")
+    with tarfile.open(folder / "train.tar", "a") as archive:
+        member(archive, "x.png", (pets / "train" / "ant" / "0.png").read_bytes())
+        member(archive, "x.cls", b"x" * 1000)
+    assert data.load(str(folder)).class_names == ("ant", "bee", "cat", "x" * 1000)
+
+
+def test_names_are_in_the_order_of_their_letters(pets, tmp_path):
+    for part in ("train", "test"):
+        (pets / part / "ant").rename(pets / part / "10")
+    assert data.load(str(packed(pets, tmp_path / "tar"))).class_names == ("10", "bee", "cat")
+    for part in ("train", "test"):
+        (pets / part / "bee").rename(pets / part / "9b")
+    assert data.load(str(packed(pets, tmp_path / "other"))).class_names == ("10", "9b", "cat")
+
+
+def test_what_is_hidden_is_passed_over(pets):
+    before = data.load(str(pets)).fingerprint()
+    write_image(pets / "train" / ".thumbnails" / "0.png")
+    write_image(pets / "train" / "ant" / ".0.png")
+    assert data.load(str(pets)).fingerprint() == before
+
+
+def test_a_folder_without_a_part_or_images(pets):
+    for image in (pets / "test" / "bee").iterdir():
+        image.unlink()
+    with pytest.raises(InputError) as caught:
+        image_files.find(pets)
+    assert str(caught.value) == (
+        "Every class must have images (.png, .jpg, .jpeg, .webp). "
+        f"Received: none in {pets}/test/bee"
+    )
+    shutil.rmtree(pets / "test")
+    with pytest.raises(InputError) as caught:
+        image_files.find(pets)
+    assert str(caught.value) == (
+        "A folder of images must hold train/<class>/ and test/<class>/ (or val/<class>/), or tar "
+        f"files of them. Received: {pets}, without test/<class>/"
+    )
+
+
+def test_what_is_large(monkeypatch):
+    monkeypatch.setattr(image_files, "LARGE", 100)
+    for sizes, large in (((60, 40), True), ((60, 39), False), ((100,), True), ((), False)):
+        assert image_files.are_large([Record("a", "b", 0, size) for size in sizes]) is large
+
+
+def test_a_digest_is_of_contents_or_of_names_and_sizes(tmp_path):
+    content = np.random.default_rng(0).bytes(2 * 2100)
+    (tmp_path / "x.tar").write_bytes(content)
+    records = [Record(str(tmp_path / "x.tar"), f"{n}.png", 2 * n, 2) for n in range(2100)]
+    parts = [hashlib.sha256(content[2 * n : 2 * n + 2]).digest() for n in range(2100)]
+    assert image_files.digest(records, False) == hashlib.sha256(b"".join(parts)).hexdigest()
+    names = "".join(f"{n}.png\0{2}\n" for n in range(2100)).encode()
+    assert image_files.digest(records, True) == hashlib.sha256(names).hexdigest()
+
+
 def test_a_folder_that_cannot_be_read(pets, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
@@ -204,7 +279,9 @@ def test_a_folder_that_cannot_be_read(pets, monkeypatch):
 
 
 def test_tar_files_that_are_compressed(pets, tmp_path):
-    with pytest.raises(InputError, match="not compressed"):
+    with pytest.raises(
+        InputError, match=r"not compressed. Received: .*train\.tar: invalid header$"
+    ):
         data.load(str(packed(pets, tmp_path / "tar", mode="w:gz")))
 
 
@@ -212,7 +289,7 @@ def test_tar_files_without_images_or_classes(pets, tmp_path):
     folder = packed(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "w") as archive:
         member(archive, "train/ant/notes.txt", b"notes")
-    with pytest.raises(InputError, match=r"Tar files must hold images .*train\.tar"):
+    with pytest.raises(InputError, match=r"images \(\.png, \.jpg, \.jpeg, \.webp\)\. .*train\.tar"):
         data.load(str(folder))
     with tarfile.open(folder / "train.tar", "w") as archive:
         member(archive, "0.png", (pets / "train" / "ant" / "0.png").read_bytes())

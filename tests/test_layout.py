@@ -296,7 +296,7 @@ def binding(backend):
 # A binding imports its framework, which need not be installed.
 OTHERS = [binding(backend) for backend in native.BINDINGS if backend != BACKEND]
 if BACKEND != "torch":
-    OTHERS.append("ops.torch_operations")
+    OTHERS += ["ops.torch_operations", "per_number"]
 if BACKEND != "torch" or importlib.util.find_spec("triton") is None:
     OTHERS += ["ops.triton_kernels", "ops.triton_torch"]
 

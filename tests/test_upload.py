@@ -175,6 +175,7 @@ def test_what_no_image_comes_of(file, tmp_path):
         # The page refuses these by their size, before anyone opens them.
         if "mega" not in name and "million" not in name:
             assert message(data.read_image, file(content)).startswith(NOT_WHOLE), name
+    assert message(data.read_image, file(b"hello")) == f"{NOT_WHOLE}cannot identify it"
     missing = tmp_path / "missing.png"
     assert message(data.read_image, missing) == (
         f"{NOT_WHOLE}[Errno 2] No such file or directory: '{missing}'"
