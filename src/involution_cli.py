@@ -44,8 +44,6 @@ UNWRITTEN = 5
 LOST = 6
 # Where memory did not suffice.
 TOO_LARGE = 7
-# What frameworks say then: TensorFlow and JAX, PyTorch on CPUs, on CUDA devices.
-OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "allocate memory", "out of memory", "OOM when allocating")
 
 
 @Parameter(name="*")
@@ -492,7 +490,11 @@ def _session(first_line, backend):
     print(f"involution: {first_line}", flush=True)
     if backend is not None:
         os.environ["KERAS_BACKEND"] = backend
-    log = pathlib.Path(tempfile.mkdtemp(prefix="involution-")) / "log.txt"
+    try:
+        log = pathlib.Path(tempfile.mkdtemp(prefix="involution-")) / "log.txt"
+    except OSError as error:
+        reason = f"A folder for temporary files must be writable. Received: {error}"
+        raise SystemExit(_fail(reason, UNWRITTEN)) from error
     session = failure = None
     try:
         with _chatter_to(log):
@@ -533,13 +535,14 @@ def _explain(error, log) -> tuple[str, int]:
         return str(error), 2
     if ours and isinstance(error, ours.WriteError):
         return str(error), UNWRITTEN
-    if isinstance(error, MemoryError) or any(said in str(error) for said in OUT_OF_MEMORY):
-        reason = next(
-            (n for n in str(error).splitlines() if any(w in n for w in OUT_OF_MEMORY)), ""
-        )
+    if isinstance(error, PermissionError):
+        told = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return f"Files and folders must be open to this user. Received: {told}", 2
+    reason = ours.out_of_memory(error) if ours else None
+    if reason is not None:
         return (
             "Memory must suffice; in training a smaller --batch-size or --image-size takes less, "
-            f"or --accumulate. Received: {reason[:200] or str(error)[:200] or 'MemoryError'}",
+            f"or --accumulate. Received: {reason}",
             TOO_LARGE,
         )
     with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:

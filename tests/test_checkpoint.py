@@ -11,7 +11,7 @@ import keras
 import pytest
 from images import write_folder
 
-from involution import checkpoint, files, models, report, saved_model
+from involution import checkpoint, cluster, experiment, files, models, report, saved_model
 from involution.checkpoint import Store
 from involution.errors import InputError, WriteError
 from involution.experiment import Config, Silent, compare
@@ -142,6 +142,79 @@ def test_a_trained_model_that_was_changed_is_trained_again(folder, tmp_path, uni
         == 1
     )
     assert outcome(output) == uninterrupted
+
+
+def test_while_one_model_is_trained_again_the_others_stay(folder, tmp_path, uninterrupted):
+    output = tmp_path / "run"
+    compare(config(folder), output, builders=BUILDERS)
+    (output / "one.keras").unlink()
+    compare(config(folder), output, StopAfter(3), BUILDERS, resume=True)
+    rest = StopAfter(10**6)
+    compare(config(folder), output, rest, BUILDERS, resume=True)
+    assert 10**6 - rest.left == STEPS // 2 - 3
+    assert outcome(output) == uninterrupted
+
+
+def test_what_is_trained_is_not_changed(folder, tmp_path):
+    output = tmp_path / "run"
+    compare(config(folder), output, builders=ONE)
+    before = sorted(p.read_bytes() for p in output.rglob("*") if p.is_file())
+    more = {"resume": True, "allow_change": True}
+    message = (
+        "What is trained cannot be changed, a new folder can be given. "
+        "Received: one, trained before; epochs was 2 and is 3"
+    )
+    with pytest.raises(InputError, match=f"^{message}"):
+        compare(config(folder, epochs=3), output, builders=BUILDERS, **more)
+    assert sorted(p.read_bytes() for p in output.rglob("*") if p.is_file()) == before
+    # Others can be trained beside it, on the same images in another place.
+    moved = folder.rename(tmp_path / folder.name)
+    try:
+        run = compare(config(moved), output, builders=BUILDERS, **more)
+    finally:
+        moved.rename(folder)
+    assert [len(result.rows) for result in run.results] == [2, 2]
+
+
+def test_another_host_only_reads(folder, tmp_path, monkeypatch):
+    class Another(cluster.Cluster):
+        def share(self, index):
+            return cluster.ALONE.share(index)
+
+    together = Another()
+    object.__setattr__(together, "host", 1)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    output = tmp_path / "run"
+    run = compare(config(folder), output, builders=ONE, together=together)
+    assert [len(result.rows) for result in run.results] == [2]
+    assert not output.exists()
+    with pytest.raises(InputError, match="must be writable"):
+        compare(config(folder), output, builders=ONE)
+
+
+def test_batches_that_the_images_do_not_fill_are_refused_before_anything_is_written(
+    folder, tmp_path
+):
+    with pytest.raises(
+        InputError, match=r"images for a batch in parts, at least 50\. Received: 24"
+    ):
+        compare(config(folder, batch_size=50, accumulate=2), tmp_path / "run", builders=ONE)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lacking", ["lock", "folder"])
+def test_a_disk_without_room_for_a_name(lacking, folder, tmp_path, monkeypatch):
+    def refuse(*arguments, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "run").mkdir()
+    if lacking == "lock":
+        monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    else:
+        monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+        monkeypatch.setattr(experiment, "make_folder", lambda folder: None)
+    with pytest.raises(WriteError, match=r"written whole\. Received: .*run.*: No space left"):
+        compare(config(folder), tmp_path / "run", builders=ONE)
 
 
 def test_a_signal_loses_no_step(folder, tmp_path, uninterrupted):

@@ -141,6 +141,29 @@ def test_memory_that_does_not_suffice_is_told_in_one_line(error, received, tmp_p
     assert not (tmp_path / "log.txt").exists()
 
 
+def test_what_is_closed_to_a_user_is_no_error_of_ours(tmp_path):
+    log = tmp_path / "log.txt"
+    told = "Files and folders must be open to this user. Received: "
+    for error, received in (
+        (PermissionError(13, "Permission denied", "/x/y"), "/x/y: Permission denied"),
+        (PermissionError("not here"), "not here"),
+    ):
+        assert involution_cli._explain(error, log) == (told + received, 2)
+    assert not log.exists()
+
+
+def test_no_room_for_temporary_files(call, monkeypatch):
+    def refuse(**more):
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    code, lines = call("doctor")
+    assert code == 5
+    assert lines[-1].startswith(
+        "involution: error: A folder for temporary files must be writable. Received: [Errno 2] No"
+    )
+
+
 def test_explain(call, trained, pets, tmp_path):
     image = pets / "test" / "ant" / "1.png"
     code, lines = call("explain", trained[0] / "inn.keras", image)

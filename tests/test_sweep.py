@@ -9,13 +9,14 @@ import subprocess
 import sys
 from unittest import mock
 
+import keras
 import optuna
 import pytest
 from images import write_folder
 from test_experiment import Recorder
 
 import involution_cli
-from involution import experiment, sweep
+from involution import experiment, sweep, training
 from involution.errors import InputError
 from involution.experiment import Config
 from involution.sweep import Choices, Plan, Range
@@ -103,6 +104,74 @@ def test_plans_that_cannot_be(planned, network):
         planned(trials=0)
 
 
+@pytest.mark.parametrize(
+    ("text", "received"),
+    [
+        ("learning_rate=0.001,0.003x", "learning_rate must be numbers. Received: 0.003x"),
+        ("learning_rate=0.1,1-2", r"learning_rate must be numbers. Received: \(1, 2\)"),
+        ("weight_decay=0.1,True", "weight_decay must be numbers. Received: True"),
+        ("weight_decay=0.1,-1", "weight_decay must be at least 0. Received: weight_decay=-1"),
+        ("batch_size=32.0,64", "batch_size must be whole numbers. Received: 32.0"),
+        ("batch_size=8..32.5", "batch_size must be whole numbers. Received: 32.5"),
+        ("batch_size=0..8", "batch_size must be at least 1. Received: batch_size=0"),
+    ],
+)
+def test_values_that_no_training_takes(text, received, planned):
+    with pytest.raises(InputError, match=received):
+        planned(search=(text,))
+
+
+def test_the_largest_seed(planned, tmp_path):
+    plan = planned(seed=2**32 - 1, trials=1, epochs=1)
+    assert sweep.run(plan, tmp_path).trials == 1
+
+
+def test_a_folder_of_something_else_is_left_alone(planned, tmp_path):
+    (tmp_path / "report.html").write_text("of a run")
+    for url in (None, f"sqlite:///{tmp_path / 'study.db'}"):
+        with pytest.raises(
+            InputError, match=r"must be new, empty or a search's\. Received: .*, wit"
+        ):
+            sweep.run(planned(), tmp_path, url)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_model_that_memory_does_not_hold_is_passed_over(planned, tmp_path, monkeypatch):
+    errors = {4: MemoryError("Unable to allocate 5 GiB"), 5: RuntimeError("of another kind")}
+    trainer = training.Trainer
+
+    def failing(model, *rest):
+        error = errors.get(model.layers[-2].units)
+        if error is not None:
+            raise error
+        return trainer(model, *rest)
+
+    monkeypatch.setattr(training, "Trainer", failing)
+    console = Recorder()
+
+    def search(widths):
+        plan = planned(search=(f"width={widths}",), trials=9, epochs=1)
+        return sweep.run(plan, tmp_path / "run", console=console).trials
+
+    with pytest.raises(RuntimeError, match="of another kind"):
+        search("3,4,5,6")
+    # It is not tried again.
+    assert search("3,4,5,6") == 2
+    assert {row["width"] for row in rows(tmp_path / "run")} == {"3", "6"}
+    lacks = [line for line in console.lines if "memory does not suffice: Unable to all" in line]
+    assert len(lacks) == 1
+
+
+def test_passwords_are_not_shown(planned, tmp_path):
+    url = "nonsense://me:s3cret@host/name"
+    with pytest.raises(InputError, match=r"Received: nonsense://me:\*\*\*@host/name") as refusal:
+        sweep.run(planned(), tmp_path, url)
+    assert "s3cret" not in str(refusal.value)
+    for text in (f"involution sweep --study {url}", "x://host/name", None):
+        hidden = sweep._hidden(text or "", url if text else None)
+        assert hidden == (text or "").replace("s3cret", "***")
+
+
 def test_a_search_and_its_report(planned, images, network, tmp_path):
     console = Recorder()
     plan = planned(trials=4, recipe="one-cycle")
@@ -135,6 +204,7 @@ def test_a_search_and_its_report(planned, images, network, tmp_path):
     assert recipe.learning_rate == done.best["learning_rate"]
     assert (recipe.dataset, recipe.recipe, recipe.batch_size) == (str(images), "one-cycle", 10)
     assert recipe.validation is None
+    assert recipe.backend == keras.config.backend()
 
 
 @pytest.mark.parametrize(
@@ -175,6 +245,8 @@ def test_it_goes_on_where_it_ended(planned, tmp_path):
     later = {r["trial"]: r for r in rows(tmp_path)}
     assert len(later) == 5
     assert all(later[r["trial"]] == r for r in first)
+    # Whether images may be fetched is no matter of the search.
+    assert sweep.run(planned(trials=5, download=True), tmp_path).trials == 5
     with pytest.raises(InputError, match=r"Received: another epochs \(3, not 2\)"):
         sweep.run(planned(epochs=3), tmp_path)
     assert len(rows(tmp_path)) == 5
@@ -206,7 +278,8 @@ def test_what_is_too_large_or_no_model_is_not_tried(planned, tmp_path, monkeypat
 
 
 def test_batches_that_cannot_be_accumulated_are_not_tried(planned, tmp_path):
-    plan = planned(search=("batch_size=4,6,8",), models="cnn", trials=3, epochs=1, accumulate=4)
+    # Of 24 training images 2 are held out.
+    plan = planned(search=("batch_size=4,6,8,24",), models="cnn", trials=4, epochs=1, accumulate=4)
     sweep.run(plan, tmp_path)
     assert sorted(r["batch_size"] for r in rows(tmp_path)) == ["4", "8"]
 

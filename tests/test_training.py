@@ -54,6 +54,27 @@ def test_imagenet_rises_for_five_of_130_epochs():
     assert float(numpy(optimizer.learning_rate)) == pytest.approx(0.4, abs=1e-6)
 
 
+def test_means_are_of_what_was_trained_on_before_a_break():
+    """More devices may leave over images that were trained on."""
+
+    class BreakError(Exception):
+        pass
+
+    def step():
+        if one.at.test_images:
+            raise BreakError
+
+    recipe = dataclasses.replace(RECIPES["example"], batch_size=5)
+    one, other = (Trainer(network(), dataset(), recipe, 1, 0) for _ in range(2))
+    with pytest.raises(BreakError):
+        list(one.epochs(step))
+    other._images = 8
+    other.restore(one.arrays(), dataclasses.replace(one.at))
+    (row,) = other.epochs()
+    assert row["train_loss"] == one.at.train_loss / 10
+    assert row["train_accuracy"] == one.at.train_accuracy / 10
+
+
 def test_sgd_is_that_of_the_paper():
     """PyTorch's formula, written out: decay in the gradient, of all weights; Nesterov."""
     random = np.random.default_rng(0)

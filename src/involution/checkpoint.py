@@ -51,6 +51,7 @@ def alone(folder) -> Iterator[None]:
 
     Raises:
         InputError: Another one does. A dead process holds nothing.
+        WriteError: The file that tells others cannot be written.
     """
     lock = filelock.FileLock(pathlib.Path(folder) / LOCK)
     try:
@@ -59,6 +60,8 @@ def alone(folder) -> Iterator[None]:
         raise InputError(
             f"The output folder must be free. Received: {folder}, where another process is at work"
         ) from error
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror or str(error), lock.lock_file) from error
     try:
         yield
     finally:
@@ -83,7 +86,10 @@ class Store:
         """
         found = self._found()
         number = 1 + (found[0][0] if found else 0)
-        self.folder.mkdir(exist_ok=True)
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise WriteError(error.errno, error.strerror, str(self.folder)) from error
         content = save_arrays(
             {name: np.asarray(array, order="C") for name, array in arrays.items()},
             # NaN and infinities as Python writes them: only Python reads this.

@@ -144,8 +144,8 @@ class Cluster:
             with self.answering():
                 multihost_utils.sync_global_devices(what)
 
-    def check_same(self, text):
-        """Raises InputError, on every host, unless all have the same text."""
+    def check_same(self, text, what):
+        """Raises InputError, on every host, unless all have the same text; ``what`` they must."""
         if self.hosts > 1:
             from jax.experimental import multihost_utils
 
@@ -155,8 +155,7 @@ class Cluster:
             others = [n for n, digest in enumerate(found) if (digest != found[0]).any()]
             if others:
                 raise InputError(
-                    "All hosts must have the same images, options and versions. "
-                    f"Received: others on host {others[0]} than on host 0"
+                    f"All hosts must {what}. Received: others on host {others[0]} than on host 0"
                 )
 
     def end(self):
@@ -264,4 +263,9 @@ def begin(cluster):
     if cluster.devices is not None and found != cluster.devices:
         raise InputError(
             f"--devices must be as many as JAX has here, {found}. Received: {cluster.devices}"
+        )
+    if found * cluster.hosts != jax.device_count():
+        raise InputError(
+            "All hosts must have as many devices; --devices can tell how many. "
+            f"Received: {found} here, {jax.device_count()} on {cluster.hosts} hosts"
         )

@@ -278,10 +278,13 @@ def _keras_archive(download) -> pathlib.Path:
 
 
 def _cifar10(path) -> Dataset:
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() == CIFAR10_KERAS_SHA256:
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        md5 = hashlib.file_digest(file, _md5).hexdigest()
+    if sha256 == CIFAR10_KERAS_SHA256:
         read, names = _pickled_batch, [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    elif hashlib.md5(content, usedforsecurity=False).hexdigest() == CIFAR10_BINARY_MD5:
+    elif md5 == CIFAR10_BINARY_MD5:
         read = _binary_batch
         names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
     else:
@@ -289,8 +292,11 @@ def _cifar10(path) -> Dataset:
             "A file given as a data set must be one of CIFAR-10's archives, whole and unchanged. "
             f"Received: {path}, whose hash is another"
         )
-    del content
     return _cifar10_from(path, read, names)
+
+
+def _md5():
+    return hashlib.md5(usedforsecurity=False)
 
 
 def _cifar10_from(path, read, names) -> Dataset:

@@ -11,7 +11,6 @@ import pathlib
 import platform
 import signal
 import sys
-import tempfile
 import threading
 import time
 from importlib import metadata
@@ -272,7 +271,8 @@ def compare(
         raise InputError(f"checkpoint_every must be at least 1. Received: {checkpoint_every}")
     console = console or Silent()
     output = pathlib.Path(output)
-    check_folder(output, resume)
+    writes = together.host == 0
+    check_folder(output, resume, writes)
     builders = model_labels.parse(config.models) if builders is None else builders
     dataset = load(config, console)
     networks = {
@@ -286,48 +286,48 @@ def compare(
         command=command,
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    together.check_batch(run.recipe.batch_size, run.recipe.accumulate)
+    training.images_of_an_epoch(dataset, run.recipe, together)
     with contextlib.ExitStack() as stack:
-        folder = output
-        if together.host == 0:
+        if writes:
             make_folder(output)
             stack.enter_context(checkpoint.alone(output))
             check_folder(output, resume)
-        else:
-            # It is the first host that writes.
-            folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         step = stack.enter_context(interruptions(console))
-        work = _Work(run, folder, console, checkpoint_every, together)
+        work = _Work(run, output, console, checkpoint_every, together)
         work.check_same()
         begun = _has_begun(output)
         if begun:
-            work.restore(allow_change, output)
-        together.wait_for_all("all have read")
+            work.restore(allow_change)
+        together.check_same(work.begun, "begin at the same checkpoint of one folder")
         if not begun:
             work.save(None)  # from here on the run can be gone on with
-        remove_parts(folder)
         try:
-            write_json(folder / "config.json", run.description)
+            if writes:
+                remove_parts(output)
+                write_json(output / "config.json", run.description)
             with together.answering():
                 work.train_all(networks, step)
             run.peak_memory_bytes = peak_memory()
             if not run.interrupted and run.failure is None:
                 together.end()
-            if together.host == 0:
-                write_json(folder / "metrics.json", run.metrics)
-                report.write(run, folder)
+            if writes:
+                write_json(output / "metrics.json", run.metrics)
+                report.write(run, output)
         except WriteError:
             console.say(f"Stopped: {work.last}.")
             raise
         except cluster.LostHostError as lost:
             # Only the first host's checkpoints are the run's.
-            last = work.last if together.host == 0 else "its last checkpoint is in the folder"
+            last = work.last if writes else "its last checkpoint is in the folder"
             raise cluster.LostHostError(f"{lost}; {last}: go on with --resume") from lost
-        if not run.interrupted and run.failure is None:
+        if writes and not run.interrupted and run.failure is None:
             work.store.remove_older()
     return run
 
 
+# What is no other way to train; an image may have been mended.
+MAY_DIFFER = ("dataset", "images", "models", "backend")
+VERSION = "version of "
 # What a checkpoint keeps of a result, besides the label.
 KEPT = ("digest", "optimizer", "rows", "seconds")
 
@@ -338,11 +338,13 @@ class _Work:
     def __init__(self, run, output, console, every, together):
         self.run, self.output, self.console, self.every = run, output, console, every
         self.together = together
+        # Of several hosts.
+        self.writes = together.host == 0
         self.store = checkpoint.Store(output)
         self.last = "there is no checkpoint from before"
         self._identity = identity(run)
-        # What the checkpoint holds that is gone on from, and where it is.
-        self._begun_in = output
+        # What is gone on from: which checkpoint, and what it holds.
+        self.begun = ""
         self._begun: dict[str, dict] = {}
         self._arrays: dict = {}
         self._at = training.Position()
@@ -350,16 +352,16 @@ class _Work:
     def check_same(self):
         """Whether all hosts are at the same run; a folder may be another place on each."""
         same = {k: v for k, v in self._identity.items() if k != "dataset"}
-        self.together.check_same(json.dumps(same, sort_keys=True))
+        what = "have the same images, options and versions"
+        self.together.check_same(json.dumps(same, sort_keys=True), what)
 
-    def restore(self, allow_change, folder):
-        """Takes up the newest checkpoint of a folder."""
-        self._begun_in = folder
-        saved = checkpoint.Store(folder).latest(self.console.say)
+    def restore(self, allow_change):
+        """Takes up the newest checkpoint of the folder."""
+        saved = self.store.latest(self.console.say)
         if saved is None:
             raise InputError(
                 "To go on, the output folder must have a whole checkpoint. "
-                f"Received: {folder}, which has none"
+                f"Received: {self.output}, which has none"
             )
         was = saved.state["identity"]
         changed = [
@@ -375,15 +377,31 @@ class _Work:
         for begun in saved.state["results"]:
             if self._is_whole(begun):
                 self._begun[begun["label"]] = begun
+        self._refuse_other_trainings(was)
+        self.begun = f"{saved.number} {json.dumps(saved.state, sort_keys=True)}"
         self._arrays = saved.arrays
         if saved.state["at"] is not None:
             self._at = training.Position(**saved.state["at"])
         self.last = f"checkpoint {saved.number} is from before"
         self.console.say(f"Going on from checkpoint {saved.number}.")
 
+    def _refuse_other_trainings(self, was):
+        """What is trained stays as it is, and beside it nothing is trained otherwise."""
+        ended = [label for label, begun in self._begun.items() if begun["digest"] is not None]
+        others = [
+            f"{name} was {was.get(name)} and is {now}"
+            for name, now in self._identity.items()
+            if was.get(name) != now and name not in MAY_DIFFER and not name.startswith(VERSION)
+        ]
+        if ended and others:
+            raise InputError(
+                "What is trained cannot be changed, a new folder can be given. "
+                f"Received: {', '.join(ended)}, trained before; {'; '.join(others)}"
+            )
+
     def _is_whole(self, begun) -> bool:
         """Whether the file of a trained model is as it was written."""
-        file = self._begun_in / model_labels.file_name(begun["label"])
+        file = self.output / model_labels.file_name(begun["label"])
         if begun["digest"] in (None, sha256(file) if file.is_file() else ""):
             return True
         self.console.say(f"{file.name} is not as it was written: it is trained again.")
@@ -412,7 +430,8 @@ class _Work:
                 setattr(result, name, begun[name])
         run.results.append(result)
         if result.digest is not None:
-            load_weights(network, self._begun_in / result.file)
+            load_weights(network, self.output / result.file)
+            self._write_history()
             return
         trainer = training.Trainer(
             network, dataset, run.recipe, config.epochs, config.seed, self.together
@@ -438,7 +457,7 @@ class _Work:
             for row in trainer.epochs(after_step):
                 result.rows.append(row)
                 result.seconds = time.perf_counter() - start
-                write_text(self.output / "history.csv", history(run.results))
+                self._write_history()
                 self.save(trainer)
                 console.say(
                     f"{label}: epoch {row['epoch']}/{config.epochs}: "
@@ -447,23 +466,41 @@ class _Work:
                     f"({row['seconds']:.1f} s)"
                 )
         except (KeyboardInterrupt, training.DivergenceError):
-            result.classifier.save(self.output / result.file)
+            self._write_model(result)
             raise
         finally:
             console.stop()
             result.seconds = time.perf_counter() - start
-        result.classifier.save(self.output / result.file)
-        result.digest = sha256(self.output / result.file)
+        self._write_model(result)
+        if self.writes:
+            result.digest = sha256(self.output / result.file)
         self.save(None)
+
+    def _write_history(self):
+        if self.writes:
+            write_text(self.output / "history.csv", history(self.run.results))
+
+    def _write_model(self, result):
+        if self.writes:
+            result.classifier.save(self.output / result.file)
 
     def save(self, trainer):
         """A checkpoint of all results, and of the training at work if there is one."""
+        if not self.writes:
+            return
         results = [
             {
                 "label": r.label,
                 **{name: getattr(r, name) for name in KEPT},
             }
             for r in self.run.results
+        ]
+        # Of those trained before whose turn is yet to come, too.
+        at = {result["label"] for result in results}
+        results += [
+            begun
+            for label, begun in self._begun.items()
+            if label not in at and begun["digest"] is not None
         ]
         state = {
             "identity": self._identity,
@@ -482,7 +519,7 @@ def identity(run) -> dict:
         **config,
         **{f"recipe: {k}": v for k, v in dataclasses.asdict(run.recipe).items()},
         "backend": keras.config.backend(),
-        **{f"version of {k}": v for k, v in versions().items()},
+        **{f"{VERSION}{k}": v for k, v in versions().items()},
         "images": run.dataset.fingerprint(),
     }
     return json.loads(json.dumps(told))
@@ -571,14 +608,19 @@ def history(results) -> str:
     return csv_text(columns, rows)
 
 
-def check_folder(output, resume=False):
-    """Raises InputError unless a run can be written there; ``resume``: or may have begun there."""
-    if output.exists():
-        empty = output.is_dir() and all(f.name == checkpoint.LOCK for f in output.iterdir())
-        if not (empty or (resume and output.is_dir())):
-            raise InputError(f"The output folder must be new or empty. Received: {output}")
-    parent = next(p for p in (output, *output.absolute().parents) if p.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+def check_folder(output, resume=False, writes=True):
+    """Raises InputError unless a run can be written there; ``resume``: or may have begun there;
+    ``writes``: otherwise another host writes it."""
+    try:
+        if output.exists():
+            empty = output.is_dir() and all(f.name == checkpoint.LOCK for f in output.iterdir())
+            if not (empty or (resume and output.is_dir())):
+                raise InputError(f"The output folder must be new or empty. Received: {output}")
+        parent = next(p for p in (output, *output.absolute().parents) if p.exists())
+        usable = parent.is_dir() and (not writes or os.access(parent, os.W_OK))
+    except OSError:
+        usable = False
+    if not usable:
         raise InputError(f"The output folder must be writable. Received: {output}")
 
 

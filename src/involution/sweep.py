@@ -15,11 +15,14 @@ import pathlib
 import shlex
 import socket
 import time
+import urllib.parse
 import warnings
 
-from involution import cluster, experiment, model_labels, pages, training
-from involution.errors import InputError
-from involution.files import csv_text, write_text
+import keras
+
+from involution import experiment, model_labels, pages, training
+from involution.errors import InputError, out_of_memory
+from involution.files import PART, csv_text, write_text
 
 try:
     import optuna
@@ -32,7 +35,7 @@ except ImportError as error:
         f"A sweep needs Optuna: pip install 'involution[sweep]'. Received: no module {error.name}"
     ) from error
 
-JOURNAL = "study.journal"
+JOURNAL, TRIALS = "study.journal", "trials.csv"
 NAME = "involution"
 # Names in a search that are training's and not the model's.
 TRAINING = ("learning_rate", "weight_decay", "batch_size")
@@ -40,7 +43,7 @@ TRAINING = ("learning_rate", "weight_decay", "batch_size")
 SETTLED = (TrialState.COMPLETE, TrialState.PRUNED)
 # Proposals in a row that could not be tried, after which a search is over.
 PATIENCE = 50
-REFUSED = "refused"
+REFUSED, FAILED = "refused", "failed"
 WORKER = "worker"
 
 
@@ -49,6 +52,10 @@ class Choices:
     """One of several values, as texts: storages take no tuples."""
 
     values: tuple[str, ...]
+
+    @property
+    def ends(self):
+        return self.values
 
     def suggest(self, trial, name):
         return trial.suggest_categorical(name, self.values)
@@ -60,6 +67,10 @@ class Range:
 
     low: float
     high: float
+
+    @property
+    def ends(self):
+        return self.low, self.high
 
     def suggest(self, trial, name):
         if isinstance(self.low, int) and isinstance(self.high, int):
@@ -96,6 +107,16 @@ class Plan:
             raise InputError(f"One model is searched at a time. Received: {self.config.models}")
         # Whether the model has the options, without a trial.
         model_labels.parse(self.label(dict.fromkeys(self.space, "0")))
+        for name, way in self.space.items():
+            for value in way.ends if name in TRAINING else ():
+                self._check(name, _number(value))
+
+    def _check(self, name, value):
+        whole = name == "batch_size"
+        if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
+            kind = "whole numbers" if whole else "numbers"
+            raise InputError(f"Values of {name} must be {kind}. Received: {value}")
+        self.configured({name: value})
 
     @property
     def space(self) -> dict[str, Choices | Range]:
@@ -131,7 +152,7 @@ class Plan:
                 option = "--" + name.replace("_", "-")
                 text = "x".join(map(str, value)) if name == "image_size" else str(value)
                 words += [option] if value is True else [option, text]
-        return shlex.join(words)
+        return shlex.join([*words, "--backend", keras.config.backend()])
 
 
 def _dimension(text) -> tuple[str, Choices | Range]:
@@ -198,18 +219,21 @@ def run(plan, folder, study_url=None, console=None, command="") -> Outcome:
     dataset = experiment.load(plan.config, console)
     if plan.config.validation is None:
         dataset = dataset.validation(max(len(dataset.x_train) // 10, 1))
+    _check_folder(folder, study_url)
     experiment.make_folder(folder)
     study = _open(plan, folder, study_url)
+    command = _hidden(command, study_url)
     unfit: dict[tuple, str] = {}
     refusals, code = 0, 0
     with experiment.interruptions(console) as step:
         try:
             while refusals < PATIENCE and _wanted(study, plan, console):
-                trial = study.ask()
-                with _given_back_unless_done(study, trial):
+                trial, model = study.ask(), None
+                refusals += 1
+                with _settled_or_given_back(study, trial, console):
                     model = _proposed(study, plan, trial, dataset, unfit)
-                    refusals = refusals + 1 if model is None else 0
                     if model is not None:
+                        refusals = 0
                         _try(study, plan, trial, model, dataset, console, step)
                 if model is not None:
                     write_report(study, plan, dataset, folder, command)
@@ -231,6 +255,23 @@ def run(plan, folder, study_url=None, console=None, command="") -> Outcome:
 # --- Trials --------------------------------------------------------------------------------------
 
 
+def _hidden(text, url) -> str:
+    """The text without the password of a database's URL, if there is one."""
+    password = urllib.parse.urlsplit(url or "").password
+    return text.replace(f":{password}@", ":***@") if password else text
+
+
+def _check_folder(folder, url):
+    """What is there is this search's, not a run's."""
+    mark = JOURNAL if url is None else TRIALS
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    if not all(n.startswith(PART) for n in names) and not any(n.startswith(mark) for n in names):
+        raise InputError(
+            "The output folder must be new, empty or a search's. "
+            f"Received: {folder}, without {mark}"
+        )
+
+
 def _open(plan, folder, url) -> optuna.Study:
     """The study, made where it does not exist, if it is of this plan."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -240,11 +281,12 @@ def _open(plan, folder, url) -> optuna.Study:
         # Processes of one seed would propose the same.
         seed = plan.config.seed + len(study.trials) + os.getpid()
     except Exception as error:  # of the database's driver, too
+        received = f"{url or file}: {' '.join(str(error).split())}"
         raise InputError(
             "A study must be a journal that can be read, or the URL of a database. "
-            f"Received: {url or file}: {' '.join(str(error).split())}"
+            f"Received: {_hidden(received, url)}"
         ) from error
-    study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    study.sampler = optuna.samplers.TPESampler(seed=seed % 2**32, constant_liar=True)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
     begun = _plan_text(plan)
     known = study.user_attrs.get("plan")
@@ -279,6 +321,7 @@ def _created(file, url, attempts=3) -> optuna.Study:
 def _plan_text(plan) -> dict[str, str]:
     """What must not change in a study, as a storage takes it."""
     given = dataclasses.asdict(plan.config)
+    del given["download"]
     given |= {"search": " ".join(sorted(plan.search)), "max_parameters": plan.max_parameters}
     return {name: str(value) for name, value in given.items()}
 
@@ -305,18 +348,21 @@ def _proposed(study, plan, trial, dataset, unfit):
     trial.set_user_attr(WORKER, _worker())
     values = {name: way.suggest(trial, name) for name, way in plan.space.items()}
     # Of two processes at once the later trial gives way.
-    before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number and _counts(t)]
+    trials = study.get_trials(deepcopy=False)
+    before = [t for t in trials if t.number < trial.number and _counts(t)]
     reason = model = None
     if len(before) >= plan.trials:
         reason = "there are enough trials"
     elif any(t.params == values for t in before):
         reason = "known"
+    elif any(FAILED in t.user_attrs and t.params == values for t in trials):
+        reason = "failed before"
     elif (chosen := tuple(values.items())) in unfit:
         reason = unfit[chosen]
     else:
         try:
             recipe = plan.configured(values).recipe_for(dataset)
-            cluster.ALONE.check_batch(recipe.batch_size, recipe.accumulate)
+            training.images_of_an_epoch(dataset, recipe)
             (builder,) = model_labels.parse(plan.label(values)).values()
             model = experiment.build(plan.label(values), builder, dataset, plan.config)
             count = experiment.count(model.trainable_variables)
@@ -361,10 +407,24 @@ def _try(study, plan, trial, model, dataset, console, step):
 
 
 @contextlib.contextmanager
-def _given_back_unless_done(study, trial):
+def _settled_or_given_back(study, trial, console):
+    """A trial for which memory does not suffice is over; an interrupted one is repeated; another
+    error ends the search, which goes on without that trial."""
     try:
         yield
-    except BaseException:  # an interrupt too
+    except Exception as error:
+        console.stop()
+        lack = out_of_memory(error)
+        reason = lack or f"{type(error).__name__}: {error}"
+        # It may be the storage that fails, and the trial may be over.
+        with contextlib.suppress(Exception):
+            trial.set_user_attr(FAILED, True)
+            trial.set_user_attr(REFUSED, " ".join(reason.split())[:200])
+            study.tell(trial, state=TrialState.FAIL)
+        if lack is None:
+            raise
+        console.say(f"trial {trial.number}: memory does not suffice: {lack}")
+    except BaseException:
         _give_back(study, trial.number, trial.params)
         raise
 
@@ -430,7 +490,7 @@ def write_report(study, plan, dataset, folder, command):
         for t in trials
     ]
     columns = ["trial", "state", "accuracy", "epochs", "parameters", *plan.space]
-    write_text(folder / "trials.csv", csv_text(columns, rows))
+    write_text(folder / TRIALS, csv_text(columns, rows))
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     pages.write(
         folder / "report.html",

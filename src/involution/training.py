@@ -141,6 +141,25 @@ RECIPES = {
 }
 
 
+def images_of_an_epoch(dataset, recipe, together=cluster.ALONE) -> int:
+    """How many of the training images an epoch trains on.
+
+    Raises:
+        InputError: A batch cannot be shared by the devices, or there are too few images for one.
+    """
+    batch_size = recipe.batch_size or dataset.batch_size
+    together.check_batch(batch_size, recipe.accumulate)
+    # A batch in parts is whole, or its short part would count as much as the others.
+    even = batch_size if recipe.accumulate > 1 else together.total
+    count = len(dataset.x_train)
+    if count < even:
+        what = "a batch in parts" if recipe.accumulate > 1 else f"each of {even} devices"
+        raise InputError(
+            f"There must be images for {what}, at least {even}. Received: {count} training images"
+        )
+    return count - count % even
+
+
 @dataclasses.dataclass
 class Position:
     """How far a training is: after which batch.
@@ -148,14 +167,17 @@ class Position:
     Attributes:
         epoch: The one at work, from 1.
         images: How many of it are done with: of training, then of testing.
-        train_loss, train_accuracy, test_loss, test_accuracy: Sums over these images.
+        train_images, train_loss, train_accuracy: How many were trained on, and sums over them.
+        test_images, test_loss, test_accuracy: The same of those tested.
         seconds: What the epoch took so far.
     """
 
     epoch: int = 1
     images: int = 0
+    train_images: int = 0
     train_loss: float = 0.0
     train_accuracy: float = 0.0
+    test_images: int = 0
     test_loss: float = 0.0
     test_accuracy: float = 0.0
     seconds: float = 0.0
@@ -199,18 +221,8 @@ class Trainer:
         keras.utils.set_random_seed(seed)
         self.network, self.dataset, self.recipe = network, dataset, recipe
         self._epochs, self._seed, self._together = epochs, seed, together
-        batch_size = recipe.batch_size or dataset.batch_size
-        together.check_batch(batch_size, recipe.accumulate)
-        self.batch_size = batch_size // recipe.accumulate
-        # A batch in parts is whole, or its short part would count as much as the others.
-        even = batch_size if recipe.accumulate > 1 else together.total
-        self._images = len(dataset.x_train) - len(dataset.x_train) % even
-        if self._images == 0:
-            what = "a batch in parts" if recipe.accumulate > 1 else f"each of {even} devices"
-            raise InputError(
-                f"There must be images for {what}, at least {even}. "
-                f"Received: {len(dataset.x_train)} training images"
-            )
+        self._images = images_of_an_epoch(dataset, recipe, together)
+        self.batch_size = (recipe.batch_size or dataset.batch_size) // recipe.accumulate
         self.at = Position()
         train, test = self._batches
         self.steps = epochs * (train + test)
@@ -298,7 +310,6 @@ class Trainer:
                 self._settle()
 
     def _each_epoch(self, step):
-        train, test = self._images, len(self.dataset.x_test)
         while self.at.epoch <= self._epochs:
             start = time.perf_counter() - self.at.seconds
 
@@ -308,16 +319,18 @@ class Trainer:
 
             epoch = self.at.epoch
             count = len(self.dataset.x_train)
-            order = data.order(count, self._seed, epoch)[:train]
+            order = data.order(count, self._seed, epoch)[: self._images]
             mirrored = data.mirrored(count, self._seed, epoch) if self.recipe.flip else None
             self._train(order, mirrored, done)
             self._test(done)
+            at = self.at
             row = {
                 "epoch": epoch,
-                "train_loss": self.at.train_loss / train,
-                "train_accuracy": self.at.train_accuracy / train,
-                "test_loss": self.at.test_loss / test,
-                "test_accuracy": self.at.test_accuracy / test,
+                # The devices before a break may have left over others.
+                "train_loss": at.train_loss / at.train_images,
+                "train_accuracy": at.train_accuracy / at.train_images,
+                "test_loss": at.test_loss / at.test_images,
+                "test_accuracy": at.test_accuracy / at.test_images,
                 "seconds": time.perf_counter() - start,
             }
             self.at = Position(epoch + 1)
@@ -369,9 +382,10 @@ class Trainer:
         with contextlib.closing(batches):
             for batch in batches:
                 result, count = self._run(run, batch), batch.share.count
-                for name in ("loss", "accuracy"):
+                sums = {"images": count} | {n: result[n] * count for n in ("loss", "accuracy")}
+                for name, more in sums.items():
                     field = f"{part}_{name}"
-                    setattr(self.at, field, getattr(self.at, field) + result[name] * count)
+                    setattr(self.at, field, getattr(self.at, field) + more)
                 self.at.images += count
                 step()
 
