@@ -242,9 +242,10 @@ COMMAND = (
 )
 
 
-def hosts(folder, count, *more):
+def hosts(folder, count, *more, run="run"):
     """Processes of a run, whose output goes to files; {host} in what is told is the number."""
-    command = [sys.executable, "-m", "involution_cli", *COMMAND, "--output", folder / "run"]
+    command = [sys.executable, "-m", "involution_cli", *COMMAND]
+    more += ("--output", f"{folder}/{run}")
     if count > 1:
         command += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-hosts", str(count)]
     for host in range(count):
@@ -276,6 +277,20 @@ def test_hosts_that_are_at_different_runs_are_refused(tmp_path):
             "involution: error: All hosts must have the same images, options and versions. "
             "Received: others on host 1 than on host 0"
         )
+
+
+@on_jax
+def test_hosts_that_begin_at_different_checkpoints_are_refused(tmp_path):
+    (alone,) = hosts(tmp_path, 1, "--epochs", "1", run="run0")
+    assert alone.wait(240) == 0
+    processes = list(hosts(tmp_path, 2, "--epochs", "1", "--resume", run="run{host}"))
+    assert [process.wait(240) for process in processes] == [2, 2]
+    for host in range(2):
+        assert (tmp_path / f"host{host}.txt").read_text(encoding="utf-8").splitlines()[-1] == (
+            "involution: error: All hosts must begin at the same checkpoint of one folder. "
+            "Received: others on host 1 than on host 0"
+        )
+    assert not (tmp_path / "run1").exists()
 
 
 @on_jax
