@@ -364,20 +364,20 @@ class _Work:
                 f"Received: {self.output}, which has none"
             )
         was = saved.state["identity"]
-        changed = [
-            f"{name} was {was.get(name)} and is {now}"
+        changed = {
+            name: f"{name} was {was.get(name)} and is {now}"
             for name, now in self._identity.items()
             if was.get(name) != now
-        ]
+        }
         if changed and not allow_change:
             raise InputError(
                 "To go on, all must be as before, or --allow-change given. "
-                f"Received: {'; '.join(changed)}"
+                f"Received: {'; '.join(changed.values())}"
             )
         for begun in saved.state["results"]:
             if self._is_whole(begun):
                 self._begun[begun["label"]] = begun
-        self._refuse_other_trainings(was)
+        self._refuse_other_trainings(changed)
         self.begun = f"{saved.number} {json.dumps(saved.state, sort_keys=True)}"
         self._arrays = saved.arrays
         if saved.state["at"] is not None:
@@ -385,13 +385,13 @@ class _Work:
         self.last = f"checkpoint {saved.number} is from before"
         self.console.say(f"Going on from checkpoint {saved.number}.")
 
-    def _refuse_other_trainings(self, was):
+    def _refuse_other_trainings(self, changed):
         """What is trained stays as it is, and beside it nothing is trained otherwise."""
         ended = [label for label, begun in self._begun.items() if begun["digest"] is not None]
         others = [
-            f"{name} was {was.get(name)} and is {now}"
-            for name, now in self._identity.items()
-            if was.get(name) != now and name not in MAY_DIFFER and not name.startswith(VERSION)
+            told
+            for name, told in changed.items()
+            if name not in MAY_DIFFER and not name.startswith(VERSION)
         ]
         if ended and others:
             raise InputError(
