@@ -405,7 +405,7 @@ def doctor(*, backend: Backend | None = None):
 def bench(
     *,
     cases: str = "tut,red1,red2,red3,red4,odd,line,cube",
-    candidates: str = "native,taps,reference,patches,conv3,depthwise",
+    candidates: str | None = None,
     dtypes: str = "float32",
     calls: int = 10,
     seconds: float = 2.0,
@@ -425,9 +425,11 @@ def bench(
     cases
         Named sizes, comma-separated.
     candidates
-        Implementations; patches, the keras.io example's formula; conv3, Keras's convolution with a
-        window of 3; depthwise, its depthwise convolution with involution's window; on PyTorch
+        native, taps, reference, rows, triton: implementations; patches, the keras.io example's
+        formula; conv3, Keras's convolution with a window of 3; depthwise, its depthwise convolution
+        with involution's window; fused and two-steps, with kernels that are generated; on PyTorch
         compiled-taps, and on CUDA devices per-number, the formula of the paper's own code.
+        Otherwise what suits the device, and no generated kernels.
     dtypes
         Some of float32, bfloat16, float16, float64.
     calls
@@ -450,7 +452,11 @@ def bench(
 
         plan = benchmark.Plan(
             cases=tuple(cases.split(",")),
-            candidates=tuple(candidates.split(",")),
+            candidates=tuple(
+                benchmark.USUAL.get(device, benchmark.CANDIDATES)
+                if candidates is None
+                else candidates.split(",")
+            ),
             dtypes=tuple(dtypes.split(",")),
             calls=calls,
             seconds=seconds,

@@ -94,6 +94,14 @@ def test_unknown_names_are_refused(changes, message):
         benchmark.check(benchmark.Plan(**changes))
 
 
+def test_what_is_usual_is_known_and_a_folder_is_no_file(tmp_path):
+    for device, names in benchmark.USUAL.items():
+        assert device in devices.DEVICES
+        assert set(names) <= set(benchmark.CANDIDATES)
+    with pytest.raises(InputError, match=rf"must be a file in a folder .* Received: {tmp_path}"):
+        benchmark.check(benchmark.Plan(), tmp_path)
+
+
 def test_the_limit_counts_what_meets_the_input():
     # Windows of 3 x 3 on 5 x 4 positions: (3 * 5 - 2) * (3 * 4 - 2) taps lie inside.
     assert benchmark._taps_inside(SMALL) == 13 * 10

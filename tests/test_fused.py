@@ -556,6 +556,8 @@ def test_what_is_taken_is_told():
     assert api.chosen(x_first, 4, data_format="channels_first", **call) == first
     layer = Involution2D(3, groups=4)
     layer.build(x.shape)
+    with pytest.raises(ValueError, match=r"must be built, as by a call\. Received: \w+, not built"):
+        involution.Involution2D(3).chosen_implementation(x)
     assert layer.chosen_implementation(x) == "fused"
     layer.return_kernel = True
     assert layer.chosen_implementation(x) == first

@@ -69,6 +69,29 @@ def test_products_are_the_oracles_gradient_for_the_kernel(
         assert (gradient * direction).sum() == pytest.approx(along, rel=1e-10)
 
 
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_products_are_a_node_of_a_model(data_format, tmp_path):
+    """Attention to a window, by symbolic tensors: the model is saved and loaded."""
+    more = {"groups": 3, "strides": (2, 1), "data_format": data_format}
+    shapes = [(None, 10, 12), (None, 10, 12)]
+    x, y = random(2, 7, 10, 12), random(2, 4, 10, 12, seed=1)
+    if data_format == "channels_first":
+        shapes = [(12, None, 10)] * 2
+        x, y = (np.moveaxis(a, -1, 1) for a in (x, y))
+    inputs = [keras.Input(shape) for shape in shapes]
+    scores = involution.ops.window_products(*inputs, 3, **more)
+    model = keras.Model(inputs, scores)
+    taps, groups = (1, 2) if data_format == "channels_first" else (3, 4)
+    assert (model.output_shape[taps], model.output_shape[groups]) == (9, 3)
+    model.save(tmp_path / "model.keras")
+    pair = [keras.ops.convert_to_tensor(a) for a in (x, y)]
+    want = numpy(involution.ops.window_products(*pair, 3, **more))
+    for one in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        np.testing.assert_allclose(numpy(one(pair)), want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="`y` must have the shape of the output"):
+        involution.ops.window_products(inputs[0], keras.Input((3, 4, 5)), 3, **more)
+
+
 @pytest.mark.parametrize(
     ("y", "received"),
     [

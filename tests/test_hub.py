@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import hub_server
 import numpy as np
@@ -150,6 +151,17 @@ def test_pushing_needs_a_token_and_a_whole_folder(run, server, tmp_path):
     with pytest.raises(InputError, match=r"without README\.md"):
         hub.push(folder, "me/small", token="right", endpoint=url)
     assert standing.repositories == {}
+
+
+def test_a_model_that_was_not_tested_is_not_saved(run, tmp_path):
+    untested = tmp_path / "run"
+    shutil.copytree(run, untested)
+    metrics = json.loads((untested / "metrics.json").read_text())
+    metrics["models"][LABEL]["test_accuracy"] = None
+    (untested / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(InputError, match=rf"must be one that was tested.* Received: {LABEL} in "):
+        hub.save(untested, LABEL, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_cannot_be_saved(run, tmp_path):

@@ -328,3 +328,14 @@ def test_a_tiny_network_of_other_sizes_and_generators():
 def test_bad_arguments_of_the_tiny_network_are_refused(arguments, received):
     with pytest.raises(ValueError, match="Received: " + received):
         models.rednet_tiny((16, 16, 3), **arguments)
+
+
+def test_a_layer_counts_as_often_as_it_is_called():
+    layers = keras.layers
+    inputs = keras.Input((8, 8, 4))
+    shared = layers.Conv2D(4, 3, padding="same")
+    small = shared(layers.MaxPooling2D()(shared(inputs)))
+    inv = involution.Involution2D(3, groups=2, kernel_generator=layers.Dense(18))
+    model = keras.Model(inputs, inv(inv(small)))
+    each = 4 * 18 + 9 * 4
+    assert models.count_multiply_adds(model) == (64 + 16) * 9 * 16 + 2 * 16 * each

@@ -35,6 +35,21 @@ def test_a_twin_differs_in_its_involutions_alone(rank, kind):
     assert np.isfinite(numpy(twin(x))).all()
 
 
+def test_a_twin_has_as_many_filters_and_reaches_into_models():
+    inner = keras.Sequential(
+        [keras.Input((8, 8, 16)), involution.Involution2D(3, filters=32, name="inv")], name="inner"
+    )
+    inputs = keras.Input((8, 8, 16))
+    model = keras.Model(inputs, keras.layers.Dense(4)(inner(inputs)))
+    twin = models.twin(model)
+    (inv,) = twin.get_layer("inner").layers
+    assert isinstance(inv, keras.layers.Conv2D)
+    assert tuple(inv.kernel.shape) == (3, 3, 16, 32)
+    assert twin.output_shape == model.output_shape
+    with pytest.raises(ValueError, match=r"no other channels\. Received: inv, filters=32"):
+        models.twin(model, "depthwise")
+
+
 def test_a_static_involution_of_each_channel_is_its_depthwise_twin():
     layer = involution.Involution2D(3, groups=6, kernel_generator="static", name="inv")
     model = keras.Sequential([keras.Input((7, 8, 6)), layer])
@@ -73,5 +88,5 @@ def test_what_has_no_twin_is_refused(arguments, kind, received):
 
 def test_keras_has_no_depthwise_convolution_in_three_dimensions():
     model = keras.Sequential([keras.Input((4, 4, 4, 16)), involution.Involution3D(3, name="inv")])
-    with pytest.raises(ValueError, match=r"one and two dimensions alone\. Received: inv"):
+    with pytest.raises(ValueError, match=r"one and two dimensions alone, .* Received: inv"):
         models.twin(model, "depthwise")

@@ -45,6 +45,14 @@ CANDIDATES = (
     COMPILED_TAPS,
     *yardsticks.CONVOLUTIONS,
 )
+# What is measured by device, unless told.
+USUAL = {
+    "cpu": ("native", "taps", "reference", PATCHES, *yardsticks.CONVOLUTIONS),
+    "cuda": (
+        *("triton", "taps", "reference", PATCHES, PER_NUMBER, COMPILED_TAPS),
+        *yardsticks.CONVOLUTIONS,
+    ),
+}
 PASSES = {"forward": False, "forward+backward": True}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Bytes that few caches hold.
@@ -112,8 +120,10 @@ def check(plan: Plan, output: pathlib.Path | None = None) -> None:
             "--calls must be at least 1 and --seconds above 0. "
             f"Received: {plan.calls}, {plan.seconds}"
         )
-    if output is not None and not os.access(output.absolute().parent, os.W_OK):
-        raise InputError(f"--output must be in a folder that can be written. Received: {output}")
+    if output is not None and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK)):
+        raise InputError(
+            f"--output must be a file in a folder that can be written. Received: {output}"
+        )
 
 
 def run(plan: Plan, say=lambda line: None) -> Iterator[Row]:

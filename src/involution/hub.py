@@ -87,11 +87,15 @@ def save(run, label, folder, name=None, extra=None):
             "A model for others must be one of involution.models; a Python file's cannot be built "
             f"without the file. Received: {label}"
         )
+    if None in (figures["test_accuracy"], figures["test_loss"]):
+        raise InputError(
+            "A model for others must be one that was tested, with a loss that is finite. "
+            f"Received: {label} in {run}"
+        )
     classifier = saved_model.load(run / model_labels.file_name(label))
     height, width, _ = classifier.image_shape
     arguments |= {"input_shape": classifier.image_shape, "classes": len(classifier.class_names)}
     about = {"test_accuracy": figures["test_accuracy"], **(extra or {})}
-    weights.save(folder, function, arguments, classifier.model, classifier.about | about)
     text = TEXT.format(
         name=name or folder.name,
         model=label,
@@ -110,6 +114,7 @@ def save(run, label, folder, name=None, extra=None):
         command=config["command"],
         versions=", ".join(f"{k} {v}" for k, v in config["versions"].items()),
     )
+    weights.save(folder, function, arguments, classifier.model, classifier.about | about)
     write_text(folder / CARD, text)
 
 

@@ -184,7 +184,9 @@ class Involution(keras.layers.Layer):
 
     def chosen_implementation(self, inputs) -> str:
         """The name of the implementation that runs on ``inputs``, a tensor or a
-        ``keras.KerasTensor``; ``"fused"`` where no kernels are stored."""
+        ``keras.KerasTensor``, once the layer was called; ``"fused"`` where no kernels are
+        stored."""
+        _require_built(self)
         return _chosen(self, inputs, self._expansion(inputs))
 
     def _expansion(self, inputs):
@@ -243,6 +245,11 @@ class Involution(keras.layers.Layer):
             "reduction_ratio": self.reduction_ratio,
             "return_kernel": self.return_kernel,
         }
+
+
+def _require_built(layer):
+    if not layer.built:
+        raise ValueError(f"A layer must be built, as by a call. Received: {layer.name}, not built")
 
 
 def _chosen(layer, inputs, expansion) -> str:
@@ -440,7 +447,9 @@ class InvolutionND(keras.layers.Layer):
 
     def chosen_implementation(self, inputs) -> str:
         """The name of the implementation that runs on ``inputs``, a tensor or a
-        ``keras.KerasTensor``; ``"fused"`` where no kernels are stored."""
+        ``keras.KerasTensor``, once the layer was called; ``"fused"`` where no kernels are
+        stored."""
+        _require_built(self)
         return _chosen(self, inputs, self._expansion(inputs))
 
     def call(self, inputs):

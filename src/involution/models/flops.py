@@ -66,26 +66,41 @@ def count_multiply_adds(model, input_shape=None, involutions=True) -> int:
             "`input_shape` must be given where the model leaves a size open. "
             f"Received: input_shape={input_shape}, and the model's {tuple(tensor.shape[1:])}"
         )
-    # The same layers, with every size known.
-    sized = keras.models.clone_model(model, input_tensors=keras.Input(shape))
-    return sum(_of_layer(layer, involutions) for layer in sized.layers if layer.weights)
+    calls: list[tuple] = []
+
+    def call(layer, *arguments, **more):
+        output = layer(*arguments, **more)
+        calls.append((layer, arguments[0], output))
+        return output
+
+    # The same layers, with every size known. Of a Sequential model each is called once.
+    once = isinstance(model, keras.Sequential)
+    given = {} if once else {"call_function": call}
+    sized = keras.models.clone_model(model, input_tensors=keras.Input(shape), **given)
+    if once:
+        calls = [(layer, layer.input, layer.output) for layer in sized.layers]
+    return sum(
+        _of_call(layer, inputs, output, involutions)
+        for layer, inputs, output in calls
+        if getattr(layer, "weights", None)
+    )
 
 
-def _of_layer(layer, involutions) -> int:
+def _of_call(layer, inputs, output, involutions) -> int:
     if isinstance(layer, LIGHT):
         return 0
     if isinstance(layer, (Involution, InvolutionND)):
-        return _of_involution(layer, involutions)
+        return _of_involution(layer, inputs, output, involutions)
     if not isinstance(layer, WEIGHTED) or isinstance(layer, TRANSPOSED):
         raise ValueError(
             "Every layer with weights must be a convolution, a dense layer, an involution or a "
             f"normalization. Received: {layer.name}, a {type(layer).__name__}"
         )
-    return _matrices(layer) * _positions(layer.output.shape, layer)
+    return _matrices(layer) * _positions(output.shape, layer)
 
 
-def _of_involution(layer, involutions) -> int:
-    y = layer.output[0] if isinstance(layer.output, (tuple, list)) else layer.output
+def _of_involution(layer, inputs, output, involutions) -> int:
+    y = output[0] if isinstance(output, (tuple, list)) else output
     generator = layer.kernel_gen if isinstance(layer, Involution) else layer.kernel_generator
     own = getattr(generator, "count_multiply_adds", lambda: _matrices(generator))
     positions = _positions(y.shape, layer)
@@ -93,7 +108,7 @@ def _of_involution(layer, involutions) -> int:
     if involutions:
         side = layer.kernel_size
         taps = side**2 if isinstance(layer, Involution) else math.prod(side)
-        total += taps * _channels(layer.input.shape, layer) * positions
+        total += taps * _channels(inputs.shape, layer) * positions
     if getattr(layer, "filters", None) is not None:
         total += _matrices(layer.projection) * positions
     return total

@@ -17,14 +17,15 @@ def twin(model, kind="convolution"):
     size, give it a narrower model.
 
     Args:
-        model: A functional or Sequential ``keras.Model``.
+        model: A functional or Sequential ``keras.Model``; such models within it get twins, too.
         kind: ``"convolution"``; or ``"depthwise"``, in one or two dimensions.
 
     Returns:
         A ``keras.Model``.
 
     Raises:
-        ValueError: An involution returns its kernel, or pads as no Keras convolution does.
+        ValueError: An involution returns its kernel, or pads as no Keras convolution does; or has
+            no depthwise twin.
 
     Example:
 
@@ -41,7 +42,7 @@ def twin(model, kind="convolution"):
             return _convolution(layer, kind)
         return type(layer).from_config(layer.get_config())
 
-    return keras.models.clone_model(model, clone_function=clone)
+    return keras.models.clone_model(model, clone_function=clone, recursive=True)
 
 
 def _convolution(layer, kind):
@@ -65,13 +66,14 @@ def _convolution(layer, kind):
         "name": layer.name,
     }
     if kind == "depthwise":
-        if rank == 3:
+        if rank == 3 or layer.filters is not None:
             raise ValueError(
-                "Keras has depthwise convolutions in one and two dimensions alone. "
-                f"Received: {layer.name}"
+                "Keras has depthwise convolutions in one and two dimensions alone, and to no other "
+                f"channels. Received: {layer.name}, filters={layer.filters}"
             )
         make = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)[rank - 1]
         return make(**arguments)
     make = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)[rank - 1]
     axis = -1 if layer.data_format == "channels_last" else 1
-    return make(layer.input.shape[axis], kernel_initializer="he_normal", **arguments)
+    filters = layer.filters or layer.input.shape[axis]
+    return make(filters, kernel_initializer="he_normal", **arguments)

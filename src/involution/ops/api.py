@@ -157,25 +157,18 @@ def window_products(
     >>> tuple(scores.shape), float(scores[0, 0, 0, 0, 0]), float(scores[0, 0, 0, 4, 0])
     ((1, 4, 5, 9, 2), 0.0, 3.0)
     """
-    x, y = (_tensor(t) for t in (x, y))
-    problem = make_problem(
-        x,
-        None,
-        kernel_size,
-        strides,
-        padding,
-        dilation_rate,
-        groups,
-        group_layout,
-        data_format,
-    )
-    if not fits(problem.output_shape, shape_of("y", y)) or y.dtype != x.dtype:
-        raise ValueError(
-            f"`y` must have the shape of the output, {problem.output_shape}, and the type of `x`, "
-            f"{problem.dtype}. Received: y.shape={tuple(y.shape)}, y.dtype={y.dtype}"
-        )
-    y = _sized(y, x, problem, problem.x_shape[problem.geometry.channel_axis])
-    return _choose(problem, implementation).products(x, y, problem)
+    arguments = {
+        "kernel_size": kernel_size,
+        "strides": strides,
+        "padding": padding,
+        "dilation_rate": dilation_rate,
+        "groups": groups,
+        "group_layout": group_layout,
+        "data_format": standardize_data_format(data_format),
+    }
+    if isinstance(x, keras.KerasTensor) or isinstance(y, keras.KerasTensor):
+        return WindowProductsOperation(implementation, **arguments)(x, y)
+    return _products(x, y, implementation, arguments)
 
 
 def generate_and_apply(
@@ -266,6 +259,19 @@ class InvolutionOperation(_Node):
 
 
 @keras.saving.register_keras_serializable(package="involution")
+class WindowProductsOperation(_Node):
+    """``window_products`` as a node."""
+
+    def call(self, x, y):
+        return _products(x, y, self.implementation, self.arguments)
+
+    def compute_output_spec(self, x, y):
+        problem = _products_problem(x, y, self.arguments)
+        _choose(problem, self.implementation)
+        return keras.KerasTensor(problem.kernel_shape, dtype=problem.dtype)
+
+
+@keras.saving.register_keras_serializable(package="involution")
 class GenerateAndApplyOperation(_Node):
     """``generate_and_apply`` as a node."""
 
@@ -327,6 +333,23 @@ def _run(x, kernel, implementation, arguments):
     problem = make_problem(x, kernel, **arguments)
     kernel = _sized(kernel, x, problem, problem.geometry.taps, problem.geometry.groups)
     return _choose(problem, implementation).apply(x, kernel, problem)
+
+
+def _products(x, y, implementation, arguments):
+    x, y = _tensor(x), _tensor(y)
+    problem = _products_problem(x, y, arguments)
+    y = _sized(y, x, problem, problem.x_shape[problem.geometry.channel_axis])
+    return _choose(problem, implementation).products(x, y, problem)
+
+
+def _products_problem(x, y, arguments):
+    problem = make_problem(x, None, **arguments)
+    if not fits(problem.output_shape, shape_of("y", y)) or y.dtype != x.dtype:
+        raise ValueError(
+            f"`y` must have the shape of the output, {problem.output_shape}, and the type of `x`, "
+            f"{problem.dtype}. Received: y.shape={tuple(y.shape)}, y.dtype={y.dtype}"
+        )
+    return problem
 
 
 def _generate_and_run(x, hidden, weight, bias, implementation, arguments):
