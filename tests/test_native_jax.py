@@ -244,6 +244,23 @@ def test_a_core_built_without_its_binding_is_refused(monkeypatch):
     assert reasons["native"] == "it was built without the headers of jaxlib"
 
 
+def test_a_jax_that_takes_no_such_library_is_no_error(monkeypatch):
+    def refuse(*arguments, **more):
+        raise jax.errors.JaxRuntimeError(
+            "INVALID_ARGUMENT: the API version (0.3) is incompat\nmore"
+        )
+
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+    native_jax._register.cache_clear()
+    try:
+        reason = native_jax.refusal(None)
+    finally:
+        native_jax._register.cache_clear()
+    assert reason == (
+        "this JAX does not take its library: INVALID_ARGUMENT: the API version (0.3) is incompat"
+    )
+
+
 def test_the_core_uses_the_processors_that_the_process_may_use(monkeypatch):
     monkeypatch.setattr(native_library, "processors", lambda: 3)
     arguments = tensors(CALL.arrays()[:2], "float64")

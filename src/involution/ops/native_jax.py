@@ -48,7 +48,10 @@ def _register() -> str | None:
         (TARGET, library.involution_jax),
         (FUSED_TARGET, library.involution_jax_fused),
     ):
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+        try:
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+        except jax.errors.JaxRuntimeError as error:
+            return f"this JAX does not take its library: {str(error).splitlines()[0]}"
     return None
 
 
