@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import pathlib
 import re
 import signal
 
@@ -11,7 +12,7 @@ import keras
 import pytest
 from images import write_folder
 
-from involution import checkpoint, cluster, experiment, files, models, report, saved_model
+from involution import checkpoint, cluster, files, models, report, saved_model
 from involution.checkpoint import Store
 from involution.errors import InputError, WriteError
 from involution.experiment import Config, Silent, compare
@@ -207,13 +208,17 @@ def test_a_disk_without_room_for_a_name(lacking, folder, tmp_path, monkeypatch):
     def refuse(*arguments, **more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    (tmp_path / "run").mkdir()
+    store = tmp_path / "run" / checkpoint.FOLDER
+    make = pathlib.Path.mkdir
     if lacking == "lock":
         monkeypatch.setattr("filelock.FileLock.acquire", refuse)
     else:
-        monkeypatch.setattr("pathlib.Path.mkdir", refuse)
-        monkeypatch.setattr(experiment, "make_folder", lambda folder: None)
-    with pytest.raises(WriteError, match=r"written whole\. Received: .*run.*: No space left"):
+        monkeypatch.setattr(
+            "pathlib.Path.mkdir",
+            lambda path, *a, **more: refuse() if path == store else make(path, *a, **more),
+        )
+    place = store if lacking == "folder" else tmp_path / "run" / checkpoint.LOCK
+    with pytest.raises(WriteError, match=rf"written whole\. Received: {place}: No space left"):
         compare(config(folder), tmp_path / "run", builders=ONE)
 
 
