@@ -630,11 +630,11 @@ def _train(what, models, recipe, resume, together):
         cluster.begin(hosts)
         how = {**dataclasses.asdict(resume), "together": hosts}
         run = experiment.compare(config, output, session.console, command=command, **how)
-        if hosts.host > 0:
-            session.console.say("Done: the first host writes the report.")
-        else:
+        if hosts.writes:
             session.folder = output
             _conclude(run, output, session.console)
+        else:
+            session.console.say("Done: the first host writes the report.")
         if run.interrupted or run.failure is not None:
             session.console.say(f"Go on:  the same command with --output {output} --resume")
         if run.interrupted:

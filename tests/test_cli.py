@@ -141,6 +141,24 @@ def test_memory_that_does_not_suffice_is_told_in_one_line(error, received, tmp_p
     assert not (tmp_path / "log.txt").exists()
 
 
+def test_memory_that_does_not_suffice_for_keras(tmp_path):
+    """The package is not there then, to tell what it is."""
+    code = (
+        "import sys, involution_cli\n"
+        "class Full:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'keras': raise MemoryError('Unable to allocate 5 GiB')\n"
+        "sys.meta_path.insert(0, Full())\n"
+        "sys.argv = ['involution', 'doctor']\n"
+        "involution_cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 7, done.stderr
+    assert done.stderr.endswith("Received: Unable to allocate 5 GiB\n")
+
+
 def test_what_is_closed_to_a_user_is_no_error_of_ours(tmp_path):
     log = tmp_path / "log.txt"
     told = "Files and folders must be open to this user. Received: "

@@ -304,7 +304,7 @@ def test_an_interruption_gives_the_trial_back(planned, tmp_path):
 
 PROCESS = """
 import os, signal, sys
-from involution import experiment, sweep
+from involution import sweep
 from involution.experiment import Config, Silent
 from involution.sweep import Plan
 

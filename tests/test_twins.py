@@ -88,5 +88,7 @@ def test_what_has_no_twin_is_refused(arguments, kind, received):
 
 def test_keras_has_no_depthwise_convolution_in_three_dimensions():
     model = keras.Sequential([keras.Input((4, 4, 4, 16)), involution.Involution3D(3, name="inv")])
-    with pytest.raises(ValueError, match=r"one and two dimensions alone, .* Received: inv"):
+    with pytest.raises(
+        ValueError, match=r"dimensions alone, and to no other channels\. Received: inv"
+    ):
         models.twin(model, "depthwise")

@@ -4,6 +4,7 @@ Importing registers the layers with Keras, so that saved models load without ``c
 """
 
 # ruff: noqa: E402 - the backend is settled before anything imports Keras.
+import involution.errors  # noqa: F401 - tells what Keras's import may raise
 from involution.backend import select
 
 select()

@@ -54,14 +54,14 @@ def alone(folder) -> Iterator[None]:
         WriteError: The file that tells others cannot be written.
     """
     lock = filelock.FileLock(pathlib.Path(folder) / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout as error:
-        raise InputError(
-            f"The output folder must be free. Received: {folder}, where another process is at work"
-        ) from error
-    except OSError as error:
-        raise WriteError(error.errno, error.strerror or str(error), lock.lock_file) from error
+    with files.writing(lock.lock_file):
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            raise InputError(
+                "The output folder must be free. "
+                f"Received: {folder}, where another process is at work"
+            ) from error
     try:
         yield
     finally:
@@ -86,10 +86,8 @@ class Store:
         """
         found = self._found()
         number = 1 + (found[0][0] if found else 0)
-        try:
+        with files.writing(self.folder):
             self.folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise WriteError(error.errno, error.strerror, str(self.folder)) from error
         content = save_arrays(
             {name: np.asarray(array, order="C") for name, array in arrays.items()},
             # NaN and infinities as Python writes them: only Python reads this.

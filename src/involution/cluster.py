@@ -86,6 +86,11 @@ class Cluster:
         return self.hosts == 1 and self.devices == 1
 
     @property
+    def writes(self) -> bool:
+        """Whether this is the host that writes for all."""
+        return self.host == 0
+
+    @property
     def total(self) -> int:
         """Devices of all hosts, once it has begun."""
         return 1 if self.alone else len(keras.distribution.list_devices())

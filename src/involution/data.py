@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from involution import crops, image_files, memory
 from involution.errors import InputError
+from involution.files import sha256
 from involution.stored_images import StoredImages
 
 CIFAR10_CLASSES = [
@@ -278,13 +279,9 @@ def _keras_archive(download) -> pathlib.Path:
 
 
 def _cifar10(path) -> Dataset:
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
-        md5 = hashlib.file_digest(file, _md5).hexdigest()
-    if sha256 == CIFAR10_KERAS_SHA256:
+    if sha256(path) == CIFAR10_KERAS_SHA256:
         read, names = _pickled_batch, [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    elif md5 == CIFAR10_BINARY_MD5:
+    elif _md5(path) == CIFAR10_BINARY_MD5:
         read = _binary_batch
         names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
     else:
@@ -295,8 +292,10 @@ def _cifar10(path) -> Dataset:
     return _cifar10_from(path, read, names)
 
 
-def _md5():
-    return hashlib.md5(usedforsecurity=False)
+def _md5(path) -> str:
+    with open(path, "rb") as file:
+        new = functools.partial(hashlib.md5, usedforsecurity=False)
+        return hashlib.file_digest(file, new).hexdigest()
 
 
 def _cifar10_from(path, read, names) -> Dataset:

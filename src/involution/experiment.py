@@ -271,8 +271,7 @@ def compare(
         raise InputError(f"checkpoint_every must be at least 1. Received: {checkpoint_every}")
     console = console or Silent()
     output = pathlib.Path(output)
-    writes = together.host == 0
-    check_folder(output, resume, writes)
+    check_folder(output, resume, together.writes)
     builders = model_labels.parse(config.models) if builders is None else builders
     dataset = load(config, console)
     networks = {
@@ -288,7 +287,7 @@ def compare(
     )
     training.images_of_an_epoch(dataset, run.recipe, together)
     with contextlib.ExitStack() as stack:
-        if writes:
+        if together.writes:
             make_folder(output)
             stack.enter_context(checkpoint.alone(output))
             check_folder(output, resume)
@@ -298,11 +297,11 @@ def compare(
         begun = _has_begun(output)
         if begun:
             work.restore(allow_change)
-        together.check_same(work.begun, "begin at the same checkpoint of one folder")
+        together.check_same(work.begun_at, "begin at the same checkpoint of one folder")
         if not begun:
             work.save(None)  # from here on the run can be gone on with
         try:
-            if writes:
+            if together.writes:
                 remove_parts(output)
                 write_json(output / "config.json", run.description)
             with together.answering():
@@ -310,7 +309,7 @@ def compare(
             run.peak_memory_bytes = peak_memory()
             if not run.interrupted and run.failure is None:
                 together.end()
-            if writes:
+            if together.writes:
                 write_json(output / "metrics.json", run.metrics)
                 report.write(run, output)
         except WriteError:
@@ -318,9 +317,9 @@ def compare(
             raise
         except cluster.LostHostError as lost:
             # Only the first host's checkpoints are the run's.
-            last = work.last if writes else "its last checkpoint is in the folder"
+            last = work.last if together.writes else "its last checkpoint is in the folder"
             raise cluster.LostHostError(f"{lost}; {last}: go on with --resume") from lost
-        if writes and not run.interrupted and run.failure is None:
+        if together.writes and not run.interrupted and run.failure is None:
             work.store.remove_older()
     return run
 
@@ -338,13 +337,11 @@ class _Work:
     def __init__(self, run, output, console, every, together):
         self.run, self.output, self.console, self.every = run, output, console, every
         self.together = together
-        # Of several hosts.
-        self.writes = together.host == 0
         self.store = checkpoint.Store(output)
         self.last = "there is no checkpoint from before"
         self._identity = identity(run)
         # What is gone on from: which checkpoint, and what it holds.
-        self.begun = ""
+        self.begun_at = ""
         self._begun: dict[str, dict] = {}
         self._arrays: dict = {}
         self._at = training.Position()
@@ -378,7 +375,7 @@ class _Work:
             if self._is_whole(begun):
                 self._begun[begun["label"]] = begun
         self._refuse_other_trainings(changed)
-        self.begun = f"{saved.number} {json.dumps(saved.state, sort_keys=True)}"
+        self.begun_at = f"{saved.number} {json.dumps(saved.state, sort_keys=True)}"
         self._arrays = saved.arrays
         if saved.state["at"] is not None:
             self._at = training.Position(**saved.state["at"])
@@ -472,21 +469,21 @@ class _Work:
             console.stop()
             result.seconds = time.perf_counter() - start
         self._write_model(result)
-        if self.writes:
+        if self.together.writes:
             result.digest = sha256(self.output / result.file)
         self.save(None)
 
     def _write_history(self):
-        if self.writes:
+        if self.together.writes:
             write_text(self.output / "history.csv", history(self.run.results))
 
     def _write_model(self, result):
-        if self.writes:
+        if self.together.writes:
             result.classifier.save(self.output / result.file)
 
     def save(self, trainer):
         """A checkpoint of all results, and of the training at work if there is one."""
-        if not self.writes:
+        if not self.together.writes:
             return
         results = [
             {

@@ -25,10 +25,16 @@ def replacing(path):
         WriteError: The disk is full, or something else keeps the file from being written.
     """
     path = pathlib.Path(path)
+    with writing(path), _part(path) as temporary:
+        yield temporary
+        _place(temporary, path)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Within the block what the system refuses is a WriteError of this path."""
     try:
-        with _part(path) as temporary:
-            yield temporary
-            _place(temporary, path)
+        yield
     except OSError as error:
         raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
 

@@ -186,8 +186,7 @@ class Involution(keras.layers.Layer):
         """The name of the implementation that runs on ``inputs``, a tensor or a
         ``keras.KerasTensor``, once the layer was called; ``"fused"`` where no kernels are
         stored."""
-        _require_built(self)
-        return _chosen(self, inputs, self._expansion(inputs))
+        return _chosen_when_built(self, inputs)
 
     def _expansion(self, inputs):
         """As ``InvolutionND`` has it."""
@@ -247,15 +246,16 @@ class Involution(keras.layers.Layer):
         }
 
 
-def _require_built(layer):
-    if not layer.built:
-        raise ValueError(f"A layer must be built, as by a call. Received: {layer.name}, not built")
-
-
 def _chosen(layer, inputs, expansion) -> str:
     """What a layer takes for its inputs, given its ``_expansion``."""
     hidden = None if expansion is None else expansion[0].shape[0]
     return chosen(inputs, hidden, **layer._arguments())
+
+
+def _chosen_when_built(layer, inputs) -> str:
+    if not layer.built:
+        raise ValueError(f"A layer must be built, as by a call. Received: {layer.name}, not built")
+    return _chosen(layer, inputs, layer._expansion(inputs))
 
 
 def _fused(layer, inputs):
@@ -449,8 +449,7 @@ class InvolutionND(keras.layers.Layer):
         """The name of the implementation that runs on ``inputs``, a tensor or a
         ``keras.KerasTensor``, once the layer was called; ``"fused"`` where no kernels are
         stored."""
-        _require_built(self)
-        return _chosen(self, inputs, self._expansion(inputs))
+        return _chosen_when_built(self, inputs)
 
     def call(self, inputs):
         self._output_sizes(inputs.shape)

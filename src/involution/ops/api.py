@@ -101,16 +101,9 @@ def involution(
     Source: Li et al., "Involution: Inverting the Inherence of Convolution for Visual Recognition",
     CVPR 2021, arXiv:2103.06255.
     """
-    arguments = {
-        "kernel_size": kernel_size,
-        "strides": strides,
-        "padding": padding,
-        "dilation_rate": dilation_rate,
-        "groups": groups,
-        "group_layout": group_layout,
-        # A model keeps the format that it was made with, whatever Keras's setting becomes.
-        "data_format": standardize_data_format(data_format),
-    }
+    arguments = _arguments(
+        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format
+    )
     if isinstance(x, keras.KerasTensor) or isinstance(kernel, keras.KerasTensor):
         return InvolutionOperation(implementation, **arguments)(x, kernel)
     return _run(x, kernel, implementation, arguments)
@@ -157,15 +150,9 @@ def window_products(
     >>> tuple(scores.shape), float(scores[0, 0, 0, 0, 0]), float(scores[0, 0, 0, 4, 0])
     ((1, 4, 5, 9, 2), 0.0, 3.0)
     """
-    arguments = {
-        "kernel_size": kernel_size,
-        "strides": strides,
-        "padding": padding,
-        "dilation_rate": dilation_rate,
-        "groups": groups,
-        "group_layout": group_layout,
-        "data_format": standardize_data_format(data_format),
-    }
+    arguments = _arguments(
+        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format
+    )
     if isinstance(x, keras.KerasTensor) or isinstance(y, keras.KerasTensor):
         return WindowProductsOperation(implementation, **arguments)(x, y)
     return _products(x, y, implementation, arguments)
@@ -216,19 +203,28 @@ def generate_and_apply(
     >>> float(y[0, 0, 0, 0]), float(y[0, 1, 1, 0])
     (12.0, 27.0)
     """
-    arguments = {
+    arguments = _arguments(
+        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format
+    )
+    if any(isinstance(t, keras.KerasTensor) for t in (x, hidden, weight, bias)):
+        operation = GenerateAndApplyOperation(implementation, **arguments)
+        return operation(x, hidden, weight, bias)
+    return _generate_and_run(x, hidden, weight, bias, implementation, arguments)
+
+
+def _arguments(
+    kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format
+) -> dict:
+    return {
         "kernel_size": kernel_size,
         "strides": strides,
         "padding": padding,
         "dilation_rate": dilation_rate,
         "groups": groups,
         "group_layout": group_layout,
+        # A model keeps the format that it was made with, whatever Keras's setting becomes.
         "data_format": standardize_data_format(data_format),
     }
-    if any(isinstance(t, keras.KerasTensor) for t in (x, hidden, weight, bias)):
-        operation = GenerateAndApplyOperation(implementation, **arguments)
-        return operation(x, hidden, weight, bias)
-    return _generate_and_run(x, hidden, weight, bias, implementation, arguments)
 
 
 class _Node(keras.Operation):
