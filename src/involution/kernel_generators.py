@@ -24,7 +24,7 @@ from involution.ops.geometry import (
 )
 from involution.ops.problem import integers, standardize_data_format, standardize_padding
 from involution.ops.views import softmax, wide, window, zero_pad
-from involution.pointwise import convolution
+from involution.pointwise import affine, convolution, only_calls
 
 
 def _normal(scale):
@@ -451,17 +451,32 @@ class Static(KernelGenerator):
         }
 
 
-def expansion(generator):
+# Methods of ``Linear`` by which kernels are ``expand(hidden(features))``.
+_LINEAR = ("__call__", "call", "_generate")
+
+
+def expansion(generator, dtype):
     """The weight (hidden channels, taps * groups) and bias by which a generator makes kernels of
-    what its ``hidden`` gives, as a caller may do in its place; or None where its kernels are made
-    in another way."""
+    type ``dtype`` from what its ``hidden`` returns, where applying them instead of calling the
+    generator makes no difference; None elsewhere."""
+    if not isinstance(generator, Linear) or not only_calls(generator):
+        return None
     kind = type(generator)
-    if not isinstance(generator, Linear):
+    if any(getattr(kind, name) is not getattr(Linear, name) for name in _LINEAR):
         return None
-    if kind._generate is not Linear._generate or kind.call is not KernelGenerator.call:
+    # A subclass may have replaced the last layer.
+    if "_generate" in vars(generator) or generator.compute_dtype != dtype:
         return None
-    kernel = generator.expand.kernel
-    return kernel[(0,) * (len(kernel.shape) - 2)], generator.expand.bias
+    return last_step(generator.expand, dtype, generator._kernel_channels)
+
+
+def last_step(layer, dtype, channels):
+    """``affine`` of a generator's last layer, if it computes in ``dtype`` and has so many output
+    channels; None elsewhere."""
+    found = affine(layer)
+    if found is None or layer.compute_dtype != dtype or layer.filters != channels:
+        return None
+    return found
 
 
 def average_pool(x, strides, centred=False):

@@ -27,6 +27,7 @@ from involution.ops.problem import (
 )
 from involution.ops.views import sizes as view_sizes
 from involution.ops.views import softmax, wide
+from involution.pointwise import only_calls
 
 # What a generator is told where it says None.
 FILLED_IN = ("kernel_size", "groups", "strides", "padding", "dilation_rate", "data_format")
@@ -168,6 +169,8 @@ class Involution(keras.layers.Layer):
                 layers.Conv2D(self._geometry.taps * self.group_number, 1, **common),
             ]
         )
+        # A Sequential casts its input to its own policy's type.
+        self.kernel_gen.dtype_policy = self.dtype_policy
         self.kernel_gen.build((None, None, None, channels))
 
     def generate_kernel(self, inputs):
@@ -180,7 +183,8 @@ class Involution(keras.layers.Layer):
         else:
             kernel = self.kernel_gen(pooled)
         batch, height, width, _ = ops.shape(kernel)
-        return ops.reshape(kernel, (batch, height, width, self._geometry.taps, self.group_number))
+        shape = (batch, height, width, self._geometry.taps, self.group_number)
+        return ops.cast(ops.reshape(kernel, shape), inputs.dtype)
 
     def chosen_implementation(self, inputs) -> str:
         """The name of the implementation that runs on ``inputs``, a tensor or a
@@ -191,11 +195,16 @@ class Involution(keras.layers.Layer):
     def _expansion(self, inputs):
         """As ``InvolutionND`` has it."""
         own = getattr(self.generate_kernel, "__func__", None) is not Involution.generate_kernel
-        dtype = keras.backend.standardize_dtype(inputs.dtype)
-        if self.return_kernel or own or dtype != self.compute_dtype or inputs.shape[0] == 0:
+        generator = self.kernel_gen
+        # A subclass may have any layer there.
+        if self.return_kernel or own or type(generator) is not keras.Sequential:
             return None
-        expand = self.kernel_gen.layers[-1]
-        return expand.kernel[0, 0], expand.bias
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        if inputs.shape[0] == 0 or generator.compute_dtype != dtype or not only_calls(generator):
+            return None
+        layers = generator.layers
+        channels = self._geometry.taps * self.group_number
+        return kernel_generators.last_step(layers[-1], dtype, channels) if layers else None
 
     def _hidden(self, inputs):
         hidden = self._pooled(inputs)
@@ -264,8 +273,9 @@ def _fused(layer, inputs):
     expansion = layer._expansion(inputs) if _record.calls is None else None
     if expansion is None or _chosen(layer, inputs, expansion) != "fused":
         return None
-    expansion = (ops.cast(t, inputs.dtype) for t in expansion)
-    return generate_and_apply(inputs, layer._hidden(inputs), *expansion, **layer._arguments())
+    # The last layer would cast what it is given, and Keras its weights.
+    given = (ops.cast(t, inputs.dtype) for t in (layer._hidden(inputs), *expansion))
+    return generate_and_apply(inputs, *given, **layer._arguments())
 
 
 class InvolutionND(keras.layers.Layer):
@@ -486,12 +496,10 @@ class InvolutionND(keras.layers.Layer):
         seen = self.return_kernel or self.kernel_softmax or self.kernel_dropout is not None
         # A subclass may have a function of its own for them.
         own = getattr(self.generate_kernel, "__func__", None) is not InvolutionND.generate_kernel
-        expansion = kernel_generators.expansion(self.kernel_generator)
-        if seen or own or expansion is None:
+        if seen or own:
             return None
         dtype = keras.backend.standardize_dtype(inputs.dtype)
-        same = self.kernel_generator.compute_dtype == dtype
-        return expansion if same else None
+        return kernel_generators.expansion(self.kernel_generator, dtype)
 
     def _project(self, output):
         if self.data_format == CHANNELS_LAST:
