@@ -207,3 +207,19 @@ def test_other_ranks(layer):
     assert look.received.min() == 2**layer.rank
     assert look.kernel_at(0, (0.5,) * layer.rank).shape == (3,) * layer.rank + (2,)
     assert len(look.window_at((0.5,) * layer.rank)) == layer.rank
+
+
+class Sharpened(PairwiseAttention):
+    """Kernels that sum to 0 and not to 1."""
+
+    def _generate(self, features):
+        return super()._generate(features) - 1 / 9
+
+
+def test_what_a_map_shows_follows_from_the_kernels():
+    """A subclass of the attention's generator may have other kernels than a softmax's."""
+    ones = by_hand((10, 13, 9), dict.fromkeys(np.ndindex(10, 13, 9), 1 / 9))
+    for generator, shares in ((Sharpened(), False), (Given(ones), True), (Given(2 * ones), False)):
+        layer = Involution2D(3, groups=1, kernel_generator=generator, name="i")
+        assert looks(layer, images)["i"].shares == shares
+    assert looks(Involution2D(3, kernel_softmax=True, name="i"), images)["i"].shares

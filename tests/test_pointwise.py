@@ -34,3 +34,17 @@ def test_a_model_of_it_is_saved_and_loaded(tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert type(loaded.layers[-1]) is POINTWISE[2]
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "received"),
+    [
+        ({"kernel_size": 3}, r"kernel_size=\(3, 3\), groups=1, data_format='channels_last'"),
+        ({"kernel_size": (1, 2)}, r"kernel_size=\(1, 2\)"),
+        ({"kernel_size": 1, "groups": 2}, "groups=2"),
+        ({"kernel_size": 1, "data_format": "channels_first"}, "data_format='channels_first'"),
+    ],
+)
+def test_another_convolution_is_refused(arguments, received):
+    with pytest.raises(ValueError, match="must have `kernel_size` 1.* Received: .*" + received):
+        POINTWISE[2](4, **arguments)

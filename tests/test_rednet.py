@@ -125,6 +125,58 @@ def test_multiply_adds_refuse_what_they_cannot_count():
         models.count_multiply_adds(model)
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class OwnHidden(involution.kernel_generators.Linear):
+    def hidden(self, features):
+        return keras.ops.concatenate([features, features], axis=-1)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class OwnCall(keras.layers.Conv2D):
+    def call(self, inputs):
+        return super().call(super().call(inputs))
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class OwnKernels(involution.Involution2D):
+    def generate_kernel(self, inputs):
+        return -super().generate_kernel(inputs)
+
+
+@pytest.mark.parametrize(
+    ("layer", "received"),
+    [
+        (OwnCall(6, 3, padding="same", name="conv"), "conv, a OwnCall"),
+        (OwnKernels(3, name="inv"), "inv, a OwnKernels with its own"),
+        (
+            involution.Involution2D(3, groups=2, kernel_generator=OwnHidden(name="gen")),
+            "gen, a OwnHidden",
+        ),
+    ],
+)
+def test_multiply_adds_refuse_a_subclass_that_computes_in_its_own_way(layer, received):
+    with pytest.raises(ValueError, match="Received: " + received):
+        models.count_multiply_adds(keras.Sequential([keras.Input((5, 4, 6)), layer]))
+
+
+def test_multiply_adds_of_a_generator_that_is_a_model():
+    """Its layers are counted at their own positions: the first at all, the second at a quarter."""
+    generator = keras.Sequential(
+        [keras.layers.Conv2D(4, 3, padding="same"), keras.layers.Conv2D(18, 1, strides=2)]
+    )
+    layer = involution.Involution2D(3, 2, groups=2, kernel_generator=generator)
+    model = keras.Sequential([keras.Input((6, 8, 6)), layer])
+    expected = 48 * 9 * 6 * 4 + 12 * (4 * 18 + 9 * 6)
+    assert models.count_multiply_adds(model) == expected
+
+
+def test_multiply_adds_of_a_merged_low_rank_update_are_those_of_the_kernel():
+    layer = keras.layers.Dense(5)
+    model = keras.Sequential([keras.Input((7,)), layer])
+    layer.enable_lora(2)
+    assert models.count_multiply_adds(model) == 35
+
+
 # --- Where the strides are -----------------------------------------------------------------------
 
 

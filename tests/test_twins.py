@@ -86,6 +86,32 @@ def test_what_has_no_twin_is_refused(arguments, kind, received):
         models.twin(model, kind)
 
 
+def test_a_twin_keeps_what_a_convolution_has_too():
+    layer = involution.Involution2D(3, name="inv", trainable=False, activity_regularizer="l2")
+    twin = models.twin(keras.Sequential([keras.Input((6, 5, 8)), layer]))
+    assert not twin.trainable_weights
+    twin(np.ones((1, 6, 5, 8), "float32"))
+    assert len(twin.losses) == 1
+
+
+class Residual(involution.Involution2D):
+    def call(self, inputs):
+        return inputs + super().call(inputs)
+
+
+@pytest.mark.parametrize(
+    ("layer", "received"),
+    [
+        (Residual(3, name="inv"), "inv, a Residual with its own"),
+        (keras.layers.TimeDistributed(involution.Involution2D(3, name="inv")), "inv, within"),
+    ],
+)
+def test_an_involution_that_would_be_lost_or_stay_is_refused(layer, received):
+    shape = (2, 6, 5, 8) if isinstance(layer, keras.layers.TimeDistributed) else (6, 5, 8)
+    with pytest.raises(ValueError, match="Received: " + received):
+        models.twin(keras.Sequential([keras.Input(shape), layer]))
+
+
 def test_keras_has_no_depthwise_convolution_in_three_dimensions():
     model = keras.Sequential([keras.Input((4, 4, 4, 16)), involution.Involution3D(3, name="inv")])
     with pytest.raises(

@@ -165,6 +165,10 @@ class Linear(KernelGenerator):
         channels), from features (B, *spatial, C)."""
         return average_pool(features, self.strides)
 
+    def count_multiply_adds(self) -> int:
+        """At each position of the output: those of the convolutions."""
+        return math.prod(self.expand.kernel.shape)
+
     def _convolution(self, name, filters, channels, use_bias=True, kernel_size=1):
         """A convolution with the channels last, which every backend has on every device."""
         rank = len(self.kernel_size)
@@ -245,6 +249,9 @@ class Bottleneck(Linear):
     def hidden(self, features):
         pooled = average_pool(features, self.strides)
         return ops.relu(self.normalization(self.reduce(pooled)))
+
+    def count_multiply_adds(self) -> int:
+        return super().count_multiply_adds() + math.prod(self.reduce.kernel.shape)
 
     def get_config(self):
         return {**super().get_config(), "reduction_ratio": self.reduction_ratio}

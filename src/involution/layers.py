@@ -212,6 +212,10 @@ class Involution(keras.layers.Layer):
             hidden = layer(hidden)
         return hidden
 
+    def _generator_input_shape(self, input_shape):
+        batch, *sizes, channels = input_shape
+        return (batch, *self._geometry.output_sizes(sizes), channels)
+
     def _pooled(self, inputs):
         # Keras's own "same" pooling gives other means on PyTorch than on TensorFlow and JAX.
         return kernel_generators.average_pool(inputs, (self.stride,) * 2, centred=True)
@@ -341,8 +345,7 @@ class InvolutionND(keras.layers.Layer):
                 setattr(generator, name, getattr(self, name))
         # Files of earlier releases, and those who share a layer, bring one that is built.
         if not generator.built:
-            whole = getattr(generator, "whole_input", False)
-            generator.build(input_shape if whole else self._features_shape(input_shape))
+            generator.build(self._generator_input_shape(input_shape))
         if self.filters is not None:
             self._build_projection(channels)
 
@@ -404,6 +407,10 @@ class InvolutionND(keras.layers.Layer):
                     f"dilation_rate={self.dilation_rate}, input shape {tuple(input_shape)}"
                 )
         return sizes
+
+    def _generator_input_shape(self, input_shape):
+        whole = getattr(self.kernel_generator, "whole_input", False)
+        return input_shape if whole else self._features_shape(input_shape)
 
     def _features_shape(self, input_shape):
         g = self._geometry()
@@ -623,6 +630,28 @@ class Involution3D(InvolutionND):
         + ARGUMENTS
     )
     rank = 3
+
+
+def involutions(layer) -> list[keras.layers.Layer]:
+    """The involutions in a layer or model: itself, those of models within it, and those that other
+    layers hold in attributes, as wrappers do. Each appears once."""
+    found: dict[int, keras.layers.Layer] = {}
+    seen: set[int] = set()
+    left: list = [layer]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, (Involution, InvolutionND)):
+            found[id(value)] = value
+        elif isinstance(value, keras.layers.Layer):
+            left += vars(value).values()
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            left += value
+    return list(found.values())
 
 
 def _channels(input_shape, data_format) -> int:

@@ -7,7 +7,6 @@ import keras
 import numpy as np
 
 from involution import layers
-from involution.kernel_generators import PairwiseAttention
 from involution.ops.geometry import CHANNELS_LAST, Geometry
 
 # Images at a time: kernels are many times the size of what they are generated from.
@@ -25,7 +24,7 @@ class Look:
         sizes: Spatial sizes of its input.
         kernels: (N, *out_spatial, taps, groups).
         outputs: (N, *out_spatial, channels).
-        shares: Whether the kernels are shares of one, by a softmax over the window.
+        shares: Whether the weights of every window are positive and sum to 1, as by a softmax.
         implementation: What runs in the layer where nobody looks, as ``fused``, which stores no
             kernels: they were stored to be seen here.
     """
@@ -167,21 +166,19 @@ def kernel_maps(model, images) -> dict[str, np.ndarray]:
     >>> {name: m.shape for name, m in maps.items()}
     {'inv_1': (2, 32, 32, 1), 'inv_2': (2, 16, 16, 1), 'inv_3': (2, 8, 8, 1)}
     """
-    parts = [
-        {name: look.maps for name, look in _look(model, images[i : i + BATCH]).items()}
-        for i in range(0, len(images), BATCH)
-    ]
-    return {
-        name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else {})
-    }
+    parts: dict[str, list[np.ndarray]] = {}
+    shares: dict[str, bool] = {}
+    for i in range(0, len(images), BATCH):
+        for name, look in _look(model, images[i : i + BATCH]).items():
+            # All images of a layer get the same kind of map.
+            look = dataclasses.replace(look, shares=shares.setdefault(name, look.shares))
+            parts.setdefault(name, []).append(look.maps)
+    return {name: np.concatenate(maps) for name, maps in parts.items()}
 
 
 def has_involutions(model) -> bool:
-    """Whether a model has involutions, those of models within it too."""
-    return any(
-        isinstance(layer, (layers.Involution, layers.InvolutionND)) or has_involutions(layer)
-        for layer in getattr(model, "layers", ())
-    )
+    """Whether a model has involutions, also within other models and layers."""
+    return bool(layers.involutions(model))
 
 
 def _look(model, images) -> dict[str, Look]:
@@ -209,11 +206,17 @@ def _look(model, images) -> dict[str, Look]:
             g.spatial(call.inputs.shape),
             kernels,
             outputs,
-            isinstance(getattr(call.layer, "kernel_generator", None), PairwiseAttention)
-            or getattr(call.layer, "kernel_softmax", False),
+            _are_shares(kernels),
             call.layer.chosen_implementation(call.inputs),
         )
     return found
+
+
+def _are_shares(kernels) -> bool:
+    """Whether the weights of every window are positive and sum to 1, to what bfloat16 rounds: seen
+    from the numbers, since a subclass may change what a layer's settings say."""
+    sums = kernels.sum(axis=-2)
+    return bool(kernels.size and kernels.min() >= 0 and np.abs(sums - 1).max() < 0.02)
 
 
 def _channels_last(tensor, g, axes) -> np.ndarray:

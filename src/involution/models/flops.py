@@ -7,17 +7,17 @@ import keras
 from involution.layers import Involution, InvolutionND
 from involution.ops.geometry import CHANNELS_FIRST
 
-# Of these every entry of the kernel is used once at every position of the output.
-WEIGHTED = (
-    keras.layers.Dense,
-    keras.layers.Conv1D,
-    keras.layers.Conv2D,
-    keras.layers.Conv3D,
-    keras.layers.DepthwiseConv1D,
-    keras.layers.DepthwiseConv2D,
-    keras.layers.SeparableConv1D,
-    keras.layers.SeparableConv2D,
-)
+# Layers that use every entry of these weights once at every position of the output.
+WEIGHTED: dict[type[keras.layers.Layer], tuple[str, ...]] = {
+    keras.layers.Dense: ("kernel",),
+    keras.layers.Conv1D: ("kernel",),
+    keras.layers.Conv2D: ("kernel",),
+    keras.layers.Conv3D: ("kernel",),
+    keras.layers.DepthwiseConv1D: ("kernel",),
+    keras.layers.DepthwiseConv2D: ("kernel",),
+    keras.layers.SeparableConv1D: ("depthwise_kernel", "pointwise_kernel"),
+    keras.layers.SeparableConv2D: ("depthwise_kernel", "pointwise_kernel"),
+}
 # A few operations for each number that passes: not counted.
 LIGHT = (
     keras.layers.BatchNormalization,
@@ -26,11 +26,9 @@ LIGHT = (
     keras.layers.Normalization,
     keras.layers.PReLU,
 )
-TRANSPOSED = (
-    keras.layers.Conv1DTranspose,
-    keras.layers.Conv2DTranspose,
-    keras.layers.Conv3DTranspose,
-)
+# What decides which multiply-adds a generator makes: a class that overrides one of these, and not
+# ``count_multiply_adds``, is not the class that is counted.
+COMPUTING = ("call", "hidden", "_generate", "_build_generator")
 
 
 def count_multiply_adds(model, input_shape=None, involutions=True) -> int:
@@ -91,32 +89,69 @@ def _of_call(layer, inputs, output, involutions) -> int:
         return 0
     if isinstance(layer, (Involution, InvolutionND)):
         return _of_involution(layer, inputs, output, involutions)
-    if not isinstance(layer, WEIGHTED) or isinstance(layer, TRANSPOSED):
+    kind = _inherited_call(layer, WEIGHTED)
+    if kind is None:
         raise ValueError(
             "Every layer with weights must be a convolution, a dense layer, an involution or a "
-            f"normalization. Received: {layer.name}, a {type(layer).__name__}"
+            "normalization, with the `call` that Keras or this package gives it. "
+            f"Received: {layer.name}, a {type(layer).__name__}"
         )
-    return _matrices(layer) * _positions(output.shape, layer)
+    weights = (getattr(layer, name) for name in WEIGHTED[kind])
+    return sum(math.prod(w.shape) for w in weights) * _positions(output.shape, layer)
+
+
+def _inherited_call(layer, kinds):
+    """The one of these classes whose ``call`` a layer has; None if it has another."""
+    return next(
+        (k for k in kinds if isinstance(layer, k) and type(layer).call is k.call),
+        None,
+    )
 
 
 def _of_involution(layer, inputs, output, involutions) -> int:
+    base = _inherited_call(layer, (Involution, InvolutionND))
+    if base is None or type(layer).generate_kernel is not base.generate_kernel:
+        raise ValueError(
+            "An involution must make its kernels and apply them as this package's layers do. "
+            f"Received: {layer.name}, a {type(layer).__name__} with its own"
+        )
     y = output[0] if isinstance(output, (tuple, list)) else output
-    generator = layer.kernel_gen if isinstance(layer, Involution) else layer.kernel_generator
-    own = getattr(generator, "count_multiply_adds", lambda: _matrices(generator))
     positions = _positions(y.shape, layer)
-    total = own() * positions
+    total = _of_generator(layer, inputs, positions, involutions)
     if involutions:
         side = layer.kernel_size
         taps = side**2 if isinstance(layer, Involution) else math.prod(side)
         total += taps * _channels(inputs.shape, layer) * positions
     if getattr(layer, "filters", None) is not None:
-        total += _matrices(layer.projection) * positions
+        total += math.prod(layer.projection.kernel.shape) * positions
     return total
 
 
-def _matrices(layer) -> int:
-    """Entries of all weights that are more than a number for each channel."""
-    return sum(math.prod(w.shape) for w in layer.weights if len(w.shape) > 1)
+def _of_generator(layer, inputs, positions, involutions) -> int:
+    generator = layer.kernel_gen if isinstance(layer, Involution) else layer.kernel_generator
+    kind = type(generator)
+    if hasattr(kind, "count_multiply_adds"):
+        counted = _definer(kind, "count_multiply_adds")
+        if all(
+            issubclass(counted, _definer(kind, name)) for name in COMPUTING if hasattr(kind, name)
+        ):
+            return generator.count_multiply_adds() * positions
+        raise ValueError(
+            "A generator that computes in its own way must have its own `count_multiply_adds()`, "
+            "the number at each position of the output. "
+            f"Received: {generator.name}, a {kind.__name__}"
+        )
+    shape = layer._generator_input_shape(inputs.shape)
+    if isinstance(generator, keras.Model) and getattr(generator, "inputs", None):
+        return count_multiply_adds(generator, shape[1:], involutions)
+    if not generator.weights:
+        return 0
+    spec = keras.KerasTensor(generator.compute_output_shape(shape))
+    return _of_call(generator, keras.KerasTensor(shape), spec, involutions)
+
+
+def _definer(kind, name) -> type:
+    return next(c for c in kind.__mro__ if name in vars(c))
 
 
 def _channels(shape, layer) -> int:

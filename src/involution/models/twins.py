@@ -2,7 +2,13 @@
 
 import keras
 
-from involution.layers import Involution1D, Involution2D, Involution3D
+from involution.layers import (
+    Involution1D,
+    Involution2D,
+    Involution3D,
+    InvolutionND,
+    involutions,
+)
 from involution.ops.geometry import SAME, SYMMETRIC, VALID
 
 KINDS = ("convolution", "depthwise")
@@ -12,9 +18,9 @@ PADDINGS = {SAME: "same", SYMMETRIC: "same", VALID: "valid"}
 def twin(model, kind="convolution"):
     """The same network with convolutions in the place of ``Involution1D``, ``2D`` and ``3D``.
 
-    Each has the window, strides, dilation and channels of the involution that it replaces, and no
-    bias. Weights are new. A convolution has more parameters than an involution: for a twin of equal
-    size, give it a narrower model.
+    Each has the window, strides, dilation, channels, ``trainable`` and output regularizer of the
+    involution that it replaces, and no bias. Weights are new. A convolution has more parameters
+    than an involution: for a twin of equal size, give it a narrower model.
 
     Args:
         model: A functional or Sequential ``keras.Model``; such models within it get twins, too.
@@ -24,8 +30,8 @@ def twin(model, kind="convolution"):
         A ``keras.Model``.
 
     Raises:
-        ValueError: An involution returns its kernel, or pads as no Keras convolution does; or has
-            no depthwise twin.
+        ValueError: An involution returns its kernel, pads as no Keras convolution does, has a
+            ``call`` of a subclass, or is within another layer; or has no depthwise twin.
 
     Example:
 
@@ -42,10 +48,22 @@ def twin(model, kind="convolution"):
             return _convolution(layer, kind)
         return type(layer).from_config(layer.get_config())
 
-    return keras.models.clone_model(model, clone_function=clone, recursive=True)
+    made = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    kept = involutions(made)
+    if kept:
+        raise ValueError(
+            "A model with a twin must have its involutions as layers, or as layers of models "
+            f"within it. Received: {kept[0].name}, within another layer"
+        )
+    return made
 
 
 def _convolution(layer, kind):
+    if type(layer).call is not InvolutionND.call:
+        raise ValueError(
+            "An involution with a twin must have the `call` of this package's layers. "
+            f"Received: {layer.name}, a {type(layer).__name__} with its own"
+        )
     even = any(k % 2 == 0 for k in layer.kernel_size)
     if layer.return_kernel or layer.padding not in PADDINGS or (even and layer.padding != VALID):
         raise ValueError(
@@ -62,6 +80,8 @@ def _convolution(layer, kind):
         "dilation_rate": layer.dilation_rate,
         "data_format": layer.data_format,
         "use_bias": False,
+        "activity_regularizer": layer.activity_regularizer,
+        "trainable": layer.trainable,
         "dtype": layer.dtype_policy,
         "name": layer.name,
     }
