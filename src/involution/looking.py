@@ -177,11 +177,24 @@ def kernel_maps(model, images) -> dict[str, np.ndarray]:
 
 
 def has_involutions(model) -> bool:
-    """Whether a model has involutions, those of models within it too."""
-    return any(
-        isinstance(layer, (layers.Involution, layers.InvolutionND)) or has_involutions(layer)
-        for layer in getattr(model, "layers", ())
-    )
+    """Whether a model or layer is an involution or holds one, at any depth: in a layer or model
+    that it holds as an attribute, or within a list, tuple, set or dictionary that it holds."""
+    todo, seen = [model], set()
+    while todo:
+        held = todo.pop()
+        if id(held) in seen:
+            continue
+        seen.add(id(held))
+        if isinstance(held, (layers.Involution, layers.InvolutionND)):
+            return True
+        # Keras has a public list of sublayers for models alone, not for layers.
+        if isinstance(held, keras.layers.Layer):
+            todo += vars(held).values()
+        elif isinstance(held, dict):
+            todo += held.values()
+        elif isinstance(held, (list, tuple, set)):
+            todo += held
+    return False
 
 
 def _look(model, images) -> dict[str, Look]:
