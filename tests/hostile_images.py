@@ -38,6 +38,10 @@ def exif(entries):
     return b"Exif\0\0II*\0\x08\0\0\0" + body + b"\0" * 4
 
 
+# A photo to be turned, as some cameras write it: the resolution is text, "72", and no number.
+LETTERS = exif([(0x0112, 3, 1, 6), (0x011A, 2, 3, int.from_bytes(b"72", "little"))])
+
+
 def refused() -> dict[str, bytes]:
     """Files that no image comes of, by what is wrong with them."""
     files: dict[str, bytes] = {
@@ -105,6 +109,11 @@ def odd() -> dict[str, bytes]:
         "an odd turn.jpg": good("JPEG", exif=exif([(0x0112, 3, 1, 77)])),
         "exif that points outside.jpg": good("JPEG", exif=exif([(0x8769, 4, 1, 2**31 - 1)])),
         "exif that points to itself.jpg": good("JPEG", exif=exif([(0x8769, 4, 1, 8)])),
+        "a resolution in letters.jpg": good("JPEG", exif=LETTERS),
+        "a resolution in letters.webp": good("WEBP", exif=LETTERS),
+        "a turn in letters.jpg": good("JPEG", exif=exif([(0x0112, 2, 2, ord("6"))])),
+        "exif cut off.jpg": good("JPEG", exif=LETTERS[:-9]),
+        "exif of nothing.jpg": good("JPEG", exif=b"Exif\0\0II"),
         "exif of 4 billion.jpg": good("JPEG", exif=exif([(0x010E, 2, 2**32 - 1, 8)])),
     }
 

@@ -1,13 +1,16 @@
 import hashlib
 import io
+import os
 import pickle
+import struct
 import tarfile
 
+import hostile_images
 import keras
 import numpy as np
 import pytest
 from images import write_folder, write_image
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 
 from involution import data
 from involution.errors import InputError
@@ -57,6 +60,111 @@ def test_folder_reads_png_jpeg_webp_upright_at_any_size(tmp_path):
     read = data.read_image(tmp_path / "turned.png")
     assert read.shape == (10, 20, 3)
     assert read[0, 19].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "PNG", "MPO"])
+def test_a_damaged_tag_leaves_the_sound_orientation(format, tmp_path):
+    """A resolution in letters, on which Pillow fails when it writes the tags anew."""
+    image, file = Image.new("RGB", (21, 16)), io.BytesIO()
+    if format == "PNG":
+        chunk = hostile_images.png_chunk(b"eXIf", hostile_images.LETTERS[6:])
+        rows = bytes((1 + 3 * 21) * 16)
+        file.write(hostile_images.png(21, 16, rows, more=chunk))
+    else:
+        more = {"save_all": True, "append_images": [image]} if format == "MPO" else {}
+        image.save(file, format, exif=hostile_images.LETTERS, **more)
+    path = tmp_path / "photo"
+    path.write_bytes(file.getvalue())
+    assert data.read_image(path).shape == (21, 16, 3)
+    assert data.read_image(path, (8, 4)).shape == (8, 4, 3)
+    for part, name in (("train", "a"), ("train", "b"), ("test", "a")):
+        folder = tmp_path / "photos" / part / name
+        folder.mkdir(parents=True)
+        (folder / "photo.jpg").write_bytes(file.getvalue())
+    assert data.load(str(tmp_path / "photos")).x_train.shape == (2, 21, 16, 3)
+
+
+def test_orientations_are_those_of_pillow(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), "uint8"))
+    for value in range(11):
+        exif = image.getexif()
+        exif[274] = value
+        image.save(tmp_path / "x.png", exif=exif)
+        with Image.open(tmp_path / "x.png") as opened:
+            expected = np.asarray(ImageOps.exif_transpose(opened))
+        np.testing.assert_array_equal(data.read_image(tmp_path / "x.png"), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning", "ignore:Truncated File:UserWarning")
+@pytest.mark.parametrize(
+    "exif",
+    [
+        hostile_images.exif([(0x0112, 2, 2, ord("6"))]),
+        hostile_images.exif([(0x0112, 12, 1, 2**20)]),
+        b"Exif\0\0II",
+        b"Exif\0\0neither endian",
+        hostile_images.LETTERS[:19],
+    ],
+)
+def test_what_is_no_orientation_leaves_an_image_as_it_is(exif, tmp_path):
+    Image.new("RGB", (21, 16)).save(tmp_path / "x.jpg", exif=exif)
+    assert data.read_image(tmp_path / "x.jpg").shape == (16, 21, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (struct.error("unpack requires\na buffer"), "unpack requires a buffer"),
+        (TypeError("bad operand"), "bad operand"),
+        (AttributeError("no such"), "no such"),
+        (EOFError(), "EOFError"),
+        (RecursionError("too deep"), "too deep"),
+        (PermissionError(13, "Permission denied", "x"), "Permission denied"),
+    ],
+)
+@pytest.mark.parametrize("step", ["load", "convert"])
+def test_whatever_breaks_a_reader_names_the_file(error, said, step, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    write_image(tmp_path / "x.png")
+    kind = ImageFile.ImageFile if step == "load" else Image.Image
+    monkeypatch.setattr(kind, step, fail)
+    expected = f"An image must be a whole PNG, JPEG or WebP file: {said}"
+    for name in (tmp_path / "x.png", str(tmp_path / "x.png"), os.fsencode(tmp_path / "x.png")):
+        with pytest.raises(InputError) as caught:
+            data.read_image(name)
+        assert str(caught.value) == f"{expected}. Received: {tmp_path}/x.png"
+    with open(tmp_path / "x.png", "rb") as opened, pytest.raises(InputError) as caught:
+        data.read_image(opened)
+    assert str(caught.value) == expected
+
+
+def test_too_little_memory_is_no_fault_of_a_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    write_image(tmp_path / "x.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(MemoryError):
+        data.read_image(tmp_path / "x.png")
+
+
+def test_images_that_are_not_used_are_noted(tmp_path):
+    root = write_folder(tmp_path / "pets")
+    assert data.load(str(root)).note == ""
+    Image.new("RGB", (16, 16)).save(root / "train" / "ant" / "x.bmp")
+    Image.new("RGB", (16, 16)).save(root / "train" / "ant" / "x.jfif", "JPEG")
+    loaded = data.load(str(root))
+    assert len(loaded.x_train) == 25
+    assert (
+        loaded.note
+        == loaded.validation(3).note
+        == (
+            "Images that are not used (PNG, JPEG and WebP directly in the folder of a class are): "
+            f"1 .bmp files, as {root}/train/ant/x.bmp."
+        )
+    )
 
 
 def test_images_of_several_sizes_need_one(tmp_path):

@@ -3,7 +3,10 @@
 import contextlib
 import hashlib
 import io
+import os
+import re
 import shutil
+import sys
 import tarfile
 
 import numpy as np
@@ -241,7 +244,7 @@ def test_a_folder_without_a_part_or_images(pets):
     with pytest.raises(InputError) as caught:
         image_files.find(pets)
     assert str(caught.value) == (
-        "Every class must have images (.png, .jpg, .jpeg, .webp). "
+        "Every class must have images (.png, .jpg, .jpeg, .jpe, .jfif, .webp). "
         f"Received: none in {pets}/test/bee"
     )
     shutil.rmtree(pets / "test")
@@ -251,6 +254,193 @@ def test_a_folder_without_a_part_or_images(pets):
         "A folder of images must hold train/<class>/ and test/<class>/ (or val/<class>/), or tar "
         f"files of them. Received: {pets}, without test/<class>/"
     )
+
+
+def write_tree(root, *names):
+    """Empty files, and folders where a name ends in a slash: nothing is decoded here."""
+    for name in names:
+        path = root / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            path.touch()
+    return root
+
+
+def outcome(root):
+    """What is found, or the error, without where it is."""
+    try:
+        found = image_files.find(root)
+    except InputError as error:
+        return re.sub(r"\S+?/(train|test)(\.tar)?(: (\S*?/)?\1)?/", r"\1/", str(error))
+    skipped = re.sub(r"as [^;]*/([^/;]+)", r"as \1", found.skipped)
+    classes = [
+        {name: [os.path.basename(file.name) for file in files] for name, files in part.items()}
+        for part in (found.train, found.test)
+    ]
+    return classes, [list(part) for part in classes], skipped
+
+
+TREES = {
+    "hidden": (
+        ["train/cat/.ipynb_checkpoints/a.png", "train/.trash/x.png", "train/cat/.b.png"],
+        ([["cat", "dog"], ["cat", "dog"]], ""),
+    ),
+    "of file servers": (
+        [
+            *("train/@eaDir/a.png", "train/cat/@eaDir/a.png/small.jpg", "train/lost+found/"),
+            *("train/__MACOSX/cat/._a.png", "train/#recycle/cat/a.png"),
+        ],
+        ([["cat", "dog"], ["cat", "dog"]], ""),
+    ),
+    "within classes": (
+        ["train/cat/1/a.png", "train/cat/2/b.jpg", "train/dog/1/deep/c.gif"],
+        ([["cat", "dog"], ["cat", "dog"]], "3 in folders within a class, as a.png"),
+    ),
+    "outside": (
+        ["train/cover.png", "test/cover.bmp", "train/README.txt"],
+        ([["cat", "dog"], ["cat", "dog"]], "2 outside of the classes, as cover.bmp"),
+    ),
+    "other formats": (
+        [
+            *("train/cat/b.BMP", "train/cat/a.bmp", "train/dog/a.gif", "test/dog/a.tiff"),
+            *("train/dog/b.jfif", "train/dog/Thumbs.db", "train/dog/b.gif/"),
+        ],
+        (
+            [["cat", "dog"], ["cat", "dog"]],
+            "2 .bmp files, as a.bmp; 1 .gif files, as a.gif; 1 .tiff files, as a.tiff",
+        ),
+    ),
+    "an empty class": (
+        ["train/yak/"],
+        "Every class must have images (.png, .jpg, .jpeg, .jpe, .jfif, .webp). "
+        "Received: none in train/yak",
+    ),
+    "a class of notes": (
+        ["train/yak/notes.txt"],
+        "Every class must have images (.png, .jpg, .jpeg, .jpe, .jfif, .webp). "
+        "Received: none in train/yak",
+    ),
+    "a class of others": (
+        ["train/yak/1.bmp", "train/yak/2.bmp", "train/yak/1/1.png"],
+        "Every class must have images (.png, .jpg, .jpeg, .jpe, .jfif, .webp). Received: none in "
+        "train/yak, but 2 .bmp files, as train/yak/1.bmp; "
+        "1 in folders within a class, as train/yak/1/1.png",
+    ),
+    "a class named as its part": (
+        ["train/train/a.png", "train/cat/train/a.png"],
+        ([["cat", "dog", "train"], ["cat", "dog"]], "1 in folders within a class, as a.png"),
+    ),
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("prefix", ["", "./", "some/", ".cache/x/", "../", "/"])
+def test_one_rule_for_folders_and_tar_files(tree, prefix, tmp_path):
+    more, expected = TREES[tree]
+    usual = [f"{part}/{name}/a.png" for part in ("train", "test") for name in ("cat", "dog")]
+    root = write_tree(tmp_path / "folder", *usual, *more)
+    found = outcome(root)
+    assert (found if isinstance(found, str) else found[1:]) == expected
+    (tmp_path / "tar").mkdir()
+    for part in ("train", "test"):
+        with tarfile.open(tmp_path / "tar" / f"{part}.tar", "w") as archive:
+            for path in sorted((root / part).rglob("*"), reverse=True):
+                info = archive.gettarinfo(path, "x")
+                info.name = f"{prefix}{path.relative_to(root)}"
+                archive.addfile(info)
+    assert outcome(tmp_path / "tar") == found
+
+
+def test_a_tar_file_of_what_is_in_the_folder(tmp_path):
+    """Without train/, as ``tar -C train`` packs it; also below another folder."""
+    usual = ["cat/a.png", "dog/b.png", "dog/1/c.png", "cat/.x/d.png"]
+    for prefix in ("", "./", "pets/", "a/b/"):
+        root = tmp_path / f"tar{len(prefix)}"
+        root.mkdir()
+        for part, names in (("train", usual), ("test", ["cat/a.png", "cat/1/a.png"])):
+            # Hidden folders above are some of another part.
+            with tarfile.open(root / f"{part}.tar", "w") as archive:
+                for name in [*names, *(["cover.png"] if part == "train" else [])]:
+                    member(archive, name if name == "cover.png" else prefix + name)
+        found = image_files.find(root)
+        assert list(found.train) == ["cat", "dog"]
+        assert [file.name for file in found.train["cat"]] == [f"{prefix}cat/a.png"]
+        assert list(found.test) == ["cat"]
+        assert found.skipped == (
+            f"2 in folders within a class, as {root}/test.tar: {prefix}cat/1/a.png; "
+            f"1 outside of the classes, as {root}/train.tar: cover.png"
+        )
+
+
+def test_shards_share_one_folder_of_classes(tmp_path):
+    (tmp_path / "tar").mkdir()
+    for shard, name in enumerate(("cat", "dog")):
+        with tarfile.open(tmp_path / "tar" / f"train-{shard}.tar", "w") as archive:
+            member(archive, f"pets/{name}/a.png")
+    with tarfile.open(tmp_path / "tar" / "val.tar", "w") as archive:
+        member(archive, "val/cat/a.png")
+    found = image_files.find(tmp_path / "tar")
+    assert (list(found.train), list(found.test)) == (["cat", "dog"], ["cat"])
+
+
+def test_classes_beside_images_count_wherever_they_are(tmp_path):
+    def found(*members):
+        for part in ("train", "test"):
+            with tarfile.open(tmp_path / f"{part}.tar", "w") as archive:
+                for name, content in members:
+                    member(archive, name, content)
+        return image_files.find(tmp_path)
+
+    told = [("s/1/0.png", b""), ("s/1/0.cls", b"10"), ("s/1/0.json", b""), ("s/x/y", b"")]
+    assert list(found(*told).train) == ["10"]
+    # Of folders beside those the ones are classes that hold no such images.
+    both = found(*told[:3], ("s/cat/a.png", b""), ("0.bmp", b""), ("0.cls", b"2"), ("s/1", b""))
+    assert list(both.train) == ["10", "cat"]
+    assert both.skipped == f"2 .bmp files, as {tmp_path}/test.tar: 0.bmp"
+    for name, content in (("1.png", b""), ("0.cls", b" ")):
+        with pytest.raises(
+            InputError, match=r"named by its class, or have a .cls .*Received: .*png"
+        ):
+            found(*told, ("0.png", b""), (name, content))
+
+
+def test_numbered_classes_are_in_the_order_of_numbers(tmp_path):
+    names = ["2", "10", "009", "1"]
+    root = write_tree(tmp_path, *(f"{p}/{n}/a.png" for p in ("train", "test") for n in names))
+    assert list(image_files.find(root).train) == ["1", "2", "009", "10"]
+    write_tree(root, "train/x/a.png")
+    assert list(image_files.find(root).train) == ["009", "1", "10", "2", "x"]
+
+
+def test_links_to_folders_end(tmp_path):
+    """A class may be one; within a class they may lead in circles."""
+    root = write_tree(tmp_path, "train/cat/a.png", "test/cat/a.png", "else/b.png")
+    (root / "train" / "dog").symlink_to(root / "else")
+    (root / "train" / "cat" / "round").symlink_to(root / "train")
+    (root / "train" / "cat" / "c.png").symlink_to(root / "else")
+    found = image_files.find(root)
+    assert {name: len(files) for name, files in found.train.items()} == {"cat": 1, "dog": 1}
+    assert found.skipped == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
+def test_names_that_are_no_text(pets, tmp_path):
+    """A class's would be in the model and the report; a file's is in errors alone."""
+    image = (pets / "train" / "ant" / "0.png").read_bytes()
+    (pets / "train" / "ant" / os.fsdecode(b"caf\xe9.png")).write_bytes(image)
+    tar = packed(pets, tmp_path / "tar")
+    loaded = [data.load(str(root)) for root in (pets, tar)]
+    assert len(loaded[0].x_train) == 25
+    assert loaded[0].fingerprint() == loaded[1].fingerprint()
+    (pets / "train" / "ant").rename(pets / "train" / os.fsdecode(b"caf\xe9"))
+    (pets / "test" / "ant").rename(pets / "test" / os.fsdecode(b"caf\xe9"))
+    for root, where in ((pets, "train"), (packed(pets, tmp_path / "tar2"), "train.tar")):
+        with pytest.raises(InputError) as caught:
+            image_files.find(root)
+        assert str(caught.value) == (
+            "The name of a class must be valid UTF-8, the encoding of models and reports. "
+            f"Received: caf\\udce9 in {root / where}"
+        )
 
 
 def test_what_is_large(monkeypatch):
@@ -289,7 +479,9 @@ def test_tar_files_without_images_or_classes(pets, tmp_path):
     folder = packed(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "w") as archive:
         member(archive, "train/ant/notes.txt", b"notes")
-    with pytest.raises(InputError, match=r"images \(\.png, \.jpg, \.jpeg, \.webp\)\. .*train\.tar"):
+    with pytest.raises(
+        InputError, match=r"images \(\.png, \.jpg, \.jpeg, \.jpe, \.jfif, \.webp\)\. .*train\.tar"
+    ):
         data.load(str(folder))
     with tarfile.open(folder / "train.tar", "w") as archive:
         member(archive, "0.png", (pets / "train" / "ant" / "0.png").read_bytes())

@@ -185,6 +185,37 @@ def test_involutions_within_other_models_are_found():
     assert not has_involutions(models.cnn((32, 32, 3), 4))
 
 
+class Holder(keras.layers.Layer):
+    """A layer that holds others, however they are given."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.held = held
+
+
+@pytest.mark.parametrize("make", [Involution2D, Involution, Involution1D])
+def test_an_involution_is_found_wherever_it_is_held(make):
+    layer = make()
+    for held in (
+        layer,
+        Holder(layer),
+        Holder([keras.layers.Dense(1), (layer,)]),
+        Holder({"a": {"b": [layer]}}),
+        keras.layers.TimeDistributed(layer),
+        keras.layers.TimeDistributed(Holder(keras.layers.TimeDistributed(layer))),
+        keras.Sequential([keras.layers.Flatten(), Holder(keras.Sequential([layer]))]),
+    ):
+        assert has_involutions(held)
+
+
+def test_what_holds_no_involution():
+    circle = Holder(keras.layers.Dense(1))
+    circle.back = [circle]
+    dense = keras.layers.Dense(1, name="involution")
+    for held in (circle, Holder([dense, None, "text", 3]), keras.Sequential([dense]), Holder({})):
+        assert not has_involutions(held)
+
+
 def test_dropin_and_batches_of_any_size():
     many = np.concatenate([images] * 4)
     layer = Involution(4, 2, 5, 2, 1, "inv")

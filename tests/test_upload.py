@@ -158,7 +158,7 @@ def test_pixels_up_to_the_limit_are_decoded(file, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         assert data.read_image(path).shape == (30, 40, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
-    expected = f"{NOT_WHOLE}its 40x30 pixels exceed the limit"
+    expected = f"{NOT_WHOLE}its 40x30 pixels exceed the limit. Received: {path}"
     assert message(data.read_image, path) == expected
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
     assert message(data.read_image, path).startswith(f"{NOT_WHOLE}Image size (1200 pixels) exceeds")
@@ -175,10 +175,11 @@ def test_what_no_image_comes_of(file, tmp_path):
         # The page refuses these by their size, before anyone opens them.
         if "mega" not in name and "million" not in name:
             assert message(data.read_image, file(content)).startswith(NOT_WHOLE), name
-    assert message(data.read_image, file(b"hello")) == f"{NOT_WHOLE}cannot identify it"
+    text = file(b"hello")
+    assert message(data.read_image, text) == f"{NOT_WHOLE}cannot identify it. Received: {text}"
     missing = tmp_path / "missing.png"
     assert message(data.read_image, missing) == (
-        f"{NOT_WHOLE}[Errno 2] No such file or directory: '{missing}'"
+        f"{NOT_WHOLE}No such file or directory. Received: {missing}"
     )
 
 

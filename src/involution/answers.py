@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
+from involution.errors import InputError
 from involution.looking import Look, looks
 from involution.saved_model import Classifier
 
@@ -21,12 +22,23 @@ def scores(classifiers: dict[str, Classifier], file) -> dict[str, dict[str, floa
         name: dict(
             zip(
                 classifier.class_names,
-                map(float, classifier.scores(classifier.read(file))[0]),
+                map(float, classifier.scores(_read(classifier, file))[0]),
                 strict=True,
             )
         )
         for name, classifier in classifiers.items()
     }
+
+
+def _read(classifier, file) -> np.ndarray:
+    """An upload, whose path is nothing for a visitor to see: errors name none."""
+    try:
+        with open(file, "rb") as opened:
+            return classifier.read(opened)
+    except OSError as error:
+        raise InputError(
+            f"An image must be there, or be uploaded again. Received: {error.strerror}"
+        ) from error
 
 
 class Explanation:
@@ -39,7 +51,7 @@ class Explanation:
 
     def __init__(self, classifiers: dict[str, Classifier], file):
         start = time.perf_counter()
-        self.images = {name: c.read(file) for name, c in classifiers.items()}
+        self.images = {name: _read(c, file) for name, c in classifiers.items()}
         self.looks = {
             name: {k: v for k, v in looks(c.model, self.images[name]).items() if len(v.sizes) == 2}
             for name, c in classifiers.items()

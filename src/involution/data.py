@@ -17,7 +17,7 @@ import tarfile
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from involution import crops, image_files, memory
 from involution.errors import InputError
@@ -41,7 +41,20 @@ CIFAR10_KERAS = "cifar-10-batches-py-target_archive"
 CIFAR10_KERAS_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CIFAR10_BINARY_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+UNUSED = "Images that are not used (PNG, JPEG and WebP directly in the folder of a class are):"
+# What a file may be named by.
+PATHS = (str, bytes, os.PathLike)
 BLOCK = 1024  # images that are read at a time
+# What sets an image upright, by its EXIF orientation; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +190,32 @@ def scale(images) -> np.ndarray:
     return scaled
 
 
+def check_floatx():
+    """That Keras's floatx is the type of what ``scale`` gives: it is what Keras converts inputs to
+    and computes metrics in, whatever the layers' precision is.
+
+    Raises:
+        InputError: It is another.
+    """
+    import keras
+
+    floatx = keras.config.floatx()
+    if floatx != "float32":
+        raise InputError(
+            "Keras's floatx, in its keras.json or set by keras.config.set_floatx, must be float32; "
+            f"--precision sets what layers compute in. Received: floatx={floatx}"
+        )
+
+
 def read_image(file, size=None, crop=None, random=None) -> np.ndarray:
     """An image file as uint8 (height, width, 3), upright.
 
+    The orientation is the one in its EXIF or XMP data, a number from 2 to 8. Whatever else stands
+    in these is not read; where there is no such number, or it cannot be read, the image is taken
+    as it is stored, as viewers do.
+
     Args:
-        file: A path, or an open file.
+        file: A path, which an error names, or an open file.
         size: (height, width) that it is resized to; None: it keeps its own.
         crop: The share of the largest rectangle of these proportions, in the middle of the image,
             that is taken; None: the whole image is, whatever its proportions.
@@ -196,22 +230,19 @@ def read_image(file, size=None, crop=None, random=None) -> np.ndarray:
             # Pillow itself only warns up to twice this size, which may be an attack on memory.
             if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise ValueError(f"its {opened.width}x{opened.height} pixels exceed the limit")
-            upright = ImageOps.exif_transpose(opened)
+            opened.load()
+            turn = _turn(opened)
+            upright = opened if turn is None else opened.transpose(turn)
             if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype("uint8"))
             image = upright.convert("RGB")
-    except (
-        OSError,
-        UnidentifiedImageError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        # Pillow tells of an open file by its address in memory.
-        strange = isinstance(error, UnidentifiedImageError)
-        reason = "cannot identify it" if strange else " ".join(str(error).split())
-        raise InputError(f"An image must be a whole PNG, JPEG or WebP file: {reason}") from error
+    except MemoryError:  # no fault of the file: its pixels are within the limit
+        raise
+    except Exception as error:  # a damaged file breaks Pillow's readers in many ways
+        where = f". Received: {os.fsdecode(file)}" if isinstance(file, PATHS) else ""
+        raise InputError(
+            f"An image must be a whole PNG, JPEG or WebP file: {_reason(error)}{where}"
+        ) from error
     if size is None:
         return np.asarray(image)
     proportions = size[1] / size[0]
@@ -221,6 +252,27 @@ def read_image(file, size=None, crop=None, random=None) -> np.ndarray:
     elif crop is not None:
         box = crops.middle(*image.size, proportions, crop)
     return _resize(image, size, box)
+
+
+def _turn(image) -> Image.Transpose | None:
+    """What sets an image upright; None: it is, or nothing that can be read says otherwise.
+
+    ``ImageOps.exif_transpose`` writes the EXIF data anew without the orientation, and so fails on
+    any tag that is damaged.
+    """
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # noqa: BLE001 - Pillow raises many kinds for EXIF data that is damaged
+        return None
+
+
+def _reason(error) -> str:
+    """Of an error of Pillow's or the system's, without the file: Pillow names one that is open by
+    its address in memory."""
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot identify it"
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(said.split()) or type(error).__name__
 
 
 def _resize(image, size, box=None) -> np.ndarray:
@@ -353,8 +405,8 @@ def _folder(root, image_size, crop, progress) -> Dataset:
     if crop is not None and image_size is None:
         raise InputError("A recipe that crops needs --image-size. Received: none")
     found = image_files.find(root)
-    class_names = tuple(found["train"])
-    unknown = [name for name in found["test"] if name not in found["train"]]
+    class_names = tuple(found.train)
+    unknown = [name for name in found.test if name not in found.train]
     if unknown:
         raise InputError(
             "Every class to test must be one to train too. "
@@ -367,16 +419,16 @@ def _folder(root, image_size, crop, progress) -> Dataset:
         )
     numbers = {name: number for number, name in enumerate(class_names)}
     files, labels = [], []
-    for name, members in (*found["train"].items(), *found["test"].items()):
+    for name, members in (*found.train.items(), *found.test.items()):
         files += members
         labels += [numbers[name]] * len(members)
     y = np.array(labels, "int64")
-    train = sum(map(len, found["train"].values()))
+    train = sum(map(len, found.train.values()))
     large = image_files.are_large(files)
     images = _read_all(files, large, image_size, crop, progress)
     return Dataset(
         name=root.resolve().name,
-        note="",
+        note=f"{UNUSED} {found.skipped}." if found.skipped else "",
         x_train=_part(images, slice(train)),
         y_train=y[:train],
         x_test=_part(images, slice(train, None)),

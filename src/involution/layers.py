@@ -645,6 +645,7 @@ def involutions(layer) -> list[keras.layers.Layer]:
         seen.add(id(value))
         if isinstance(value, (Involution, InvolutionND)):
             found[id(value)] = value
+        # Keras has a public list of sublayers for models only, not for layers.
         elif isinstance(value, keras.layers.Layer):
             left += vars(value).values()
         elif isinstance(value, dict):

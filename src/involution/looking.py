@@ -177,7 +177,8 @@ def kernel_maps(model, images) -> dict[str, np.ndarray]:
 
 
 def has_involutions(model) -> bool:
-    """Whether a model has involutions, also within other models and layers."""
+    """Whether a model or layer is an involution or holds one, at any depth: in a layer or model
+    that it holds as an attribute, or within a list, tuple, set or dictionary that it holds."""
     return bool(layers.involutions(model))
 
 

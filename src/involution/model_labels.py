@@ -1,10 +1,16 @@
 """Models as commands name them: "cnn", "inn:kernel_size=5", "my_file.py:my_function"."""
 
+import contextlib
+import functools
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
+import shlex
+import subprocess
 import sys
+import types
 from collections.abc import Callable
 
 import keras
@@ -19,8 +25,17 @@ def parse(text) -> dict[str, Builder]:
     """Models by label, from "cnn,inn,inn:kernel_size=5:group_number=3,my_file.py:my_function".
 
     A name of ``involution.models``, or a Python file with the name of a function in it (``build``
-    unless given), called with (input_shape, classes) and the options that follow.
+    unless given), called with (input_shape, classes) and the options that follow. The file may
+    import modules in its own folder.
+
+    Raises:
+        InputError: A name is of no model, is given twice or is not valid UTF-8, an option is
+            unknown, or a file does not run.
     """
+    if text != (shown := text.encode("utf-8", "backslashreplace").decode()):
+        raise InputError(
+            f"The name of a model must be valid UTF-8, the encoding of reports. Received: {shown}"
+        )
     labels = [part.strip() for part in text.split(",")]
     builders = {}
     for label in labels:
@@ -94,17 +109,81 @@ def _function_from(file, function) -> Builder:
     module = importlib.util.module_from_spec(spec)
     # Where classes in it look for their own module.
     sys.modules[spec.name] = module
+    folder = str(pathlib.Path(file).absolute().parent)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # and so may a user's own file
-        raise InputError(f"A model's file must run. Received: {file}: {error}") from error
-    if not callable(getattr(module, function, None)):
+        with _importing_from(folder):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # a user's own file may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"A model's file must run. Received: {file}: {reason}") from error
+    builder = getattr(module, function, None)
+    if not callable(builder):
         raise InputError(
             f"A model's file must define the function {function}. Received: {file}, which does not"
         )
-    return getattr(module, function)
+
+    @functools.wraps(builder)
+    def build(*arguments, **options):
+        with _importing_from(folder):
+            return builder(*arguments, **options)
+
+    return build
+
+
+# Modules that models' files imported from their own folders, by folder and name.
+_imported: dict[str, dict[str, types.ModuleType]] = {}
+
+
+@contextlib.contextmanager
+def _importing_from(folder):
+    """Within the block modules in this folder can be imported, as by a program there. Those that
+    were imported from the folder of another model's file are set aside: they may have the same
+    names."""
+    own = _imported.setdefault(folder, {})
+    for others in _imported.values():
+        for name, module in others.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+    sys.modules.update(own)
+    before = set(sys.modules)
+    sys.path.insert(0, folder)
+    # The folder may have been listed before a file in it was written.
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # what was run may have removed it
+            sys.path.remove(folder)
+        own |= {
+            name: sys.modules[name]
+            for name in set(sys.modules) - before
+            if _is_in(folder, name, sys.modules[name])
+        }
+
+
+def _is_in(folder, name, module) -> bool:
+    """Whether a module was found in this folder itself, not among packages installed below it."""
+    held = getattr(module, "__dict__", {})
+    for path in (held.get("__file__"), *held.get("__path__", ())):
+        if path is not None and pathlib.Path(path).is_relative_to(folder):
+            first = pathlib.Path(path).relative_to(folder).parts[0]
+            return first.split(".")[0] == name.split(".")[0]
+    return False
 
 
 def file_name(label) -> str:
     """The label of a model as the name of its file."""
     return "".join(c if c.isalnum() or c in "-_=." else "-" for c in label) + ".keras"
+
+
+def command_line(*words) -> str:
+    """A command, or the end of one, as it can be pasted into the system's shell.
+
+    Args:
+        words: Texts, and paths, which are never taken for options.
+    """
+    texts = [
+        f".{os.sep}{word}" if isinstance(word, pathlib.Path) and str(word)[0] == "-" else str(word)
+        for word in words
+    ]
+    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
