@@ -55,7 +55,7 @@ PYTEST = $(TEST_VENV)/bin/python -m pytest
 NEW_PIP := "pip>=25.1"
 
 # What the compiled core is built from.
-NATIVE := CMakeLists.txt $(wildcard src/involution/native/*)
+NATIVE := CMakeLists.txt $(filter-out %.so,$(wildcard src/involution/native/*))
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-tensorflow test-jax test-torch test-long test-orders test-oldest test-example test-browser audit mutants docs notebooks space publish sanitize lint format coverage clean
@@ -132,9 +132,9 @@ sanitize: sanitize-address sanitize-undefined sanitize-thread
 sanitize-address sanitize-undefined: CALLS = 60
 sanitize-thread: CALLS = 10
 sanitize-%:
-	cmake -S . -B build/sanitize-$* -DINVOLUTION_SANITIZE=$* -DCMAKE_BUILD_TYPE=None
+	cmake -S src/involution/native -B build/sanitize-$* -DINVOLUTION_CALLS=ON -DINVOLUTION_SANITIZE=$* -DCMAKE_BUILD_TYPE=None
 	cmake --build build/sanitize-$* --parallel 2
-	build/sanitize-$*/sanitize $(CALLS)
+	build/sanitize-$*/calls $(CALLS)
 
 # Small changes of the code that no test notices: `mutmut show NAME` for each line that is left. Made
 # of what must not be wrong unnoticed, but not of decorated functions, which mutmut passes over.

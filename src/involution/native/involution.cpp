@@ -383,22 +383,35 @@ void divide_up(Pieces& pieces, int threads) {
   pieces.stride = added_up ? (pieces.boxes + SUMMED_PIECES - 1) / SUMMED_PIECES : 1;
 }
 
-// Memory of a thread's own that lasts from piece to piece, on a vector's boundary.
+// Memory on a vector's boundary; null where there is none. Not std::aligned_alloc, which macOS has
+// from 10.15 on.
+struct Free {
+  void operator()(char* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+Memory take_memory(Size bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, static_cast<std::size_t>(std::max<Size>(bytes, 1))) != 0)
+    memory = nullptr;
+  return Memory(static_cast<char*>(memory));
+}
+
+// Memory of a thread's own that lasts from piece to piece.
 class Scratch {
  public:
-  ~Scratch() { std::free(memory_); }
-  char* take(std::size_t bytes) {
+  char* take(Size bytes) {
     if (bytes > size_) {
-      std::free(memory_);
-      memory_ = static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64)));
+      memory_.reset();
+      memory_ = take_memory(bytes);
       size_ = memory_ == nullptr ? 0 : bytes;
     }
-    return memory_;
+    return memory_.get();
   }
 
  private:
-  char* memory_ = nullptr;
-  std::size_t size_ = 0;
+  Memory memory_;
+  Size size_ = 0;
 };
 
 View in_place(const Tensor& t, Size sample, std::size_t bytes) {
@@ -442,9 +455,10 @@ class Piece {
   // False where there is no memory.
   bool take() {
     thread_local Scratch scratch;
-    const std::size_t offset_bytes =
-        job.member == Member::kernel ? round_up(prepared.taps * sizeof(Size), 64) : 0;
-    memory_ = scratch.take(packed(prepared, box) * prepared.bytes + offset_bytes + 6 * 64);
+    const Size bytes = static_cast<Size>(prepared.bytes);
+    const Size offset_bytes =
+        job.member == Member::kernel ? round_up(prepared.taps * Size(sizeof(Size)), 64) : 0;
+    memory_ = scratch.take(packed(prepared, box) * bytes + offset_bytes + 6 * 64);
     if (memory_ == nullptr) {
       pieces_.failed.store(true);
       return false;
@@ -648,16 +662,6 @@ void do_gradient_piece(void* context, Size index) {
     take_gradients(piece, *pieces.level, hidden, kernels, dhidden, partial, n > first);
     piece.write(pieces.dhidden, dhidden);
   }
-}
-
-// Memory on a vector's boundary; null where there is none.
-struct Free {
-  void operator()(char* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-Memory take_memory(Size bytes) {
-  return Memory(static_cast<char*>(std::aligned_alloc(64, round_up(std::max<Size>(bytes, 1), 64))));
 }
 
 // Rows of float32 that are bfloat16, the upper halves: two of them to one.

@@ -20,6 +20,18 @@ namespace {
 #include "numbers.h"
 #include "vectors.h"
 
+// Compilers load a vector from memory again for each of its uses, if an instruction can do that
+// beside its own work; what is said to change here must be in a register.
+template <class Vector>
+INLINE void keep_in_register([[maybe_unused]] Vector& x) {
+#if defined(__x86_64__)
+  // Clang has no registers for shorter vectors, which no level takes here.
+  if constexpr (sizeof x >= 16) asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+}
+
 // --- Copies between storage and views -----------------------------------------------------------
 
 // A rectangle of numbers, channels by positions, and how far apart they lie.
@@ -248,7 +260,7 @@ struct AcrossMembers {
 #pragma GCC unroll 8
       for (int v = 0; v < Count; ++v) {
         typename V::Vector x = V::load(values + g * padded + v * L);
-        if (Last - First > 1) asm("" : "+v"(x));
+        if (Last - First > 1) keep_in_register(x);
 #pragma GCC unroll 8
         for (int r = First; r < Last; ++r) sum[r][g * Count + v] += weights[r][g] * x;
       }
