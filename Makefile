@@ -55,15 +55,15 @@ PYTEST = $(TEST_VENV)/bin/python -m pytest
 NEW_PIP := "pip>=25.1"
 
 # What the compiled core is built from.
-NATIVE := CMakeLists.txt $(wildcard src/involution/native/*)
+NATIVE := CMakeLists.txt $(filter-out %.so,$(wildcard src/involution/native/*))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-tensorflow test-jax test-torch test-long test-orders test-oldest test-example test-browser audit mutants docs notebooks space publish sanitize lint format coverage clean
+.PHONY: help run test test-tensorflow test-jax test-torch test-long test-orders test-oldest test-example test-browser audit mutants docs notebooks space publish sanitize test-arm lint format coverage clean
 
 help:
 	@echo "make run     compare a convolutional and an involutional network; writes runs/.../report.html"
 	@echo "make test    lint, and test on every backend (make test BACKENDS=jax: on one)"
-	@echo "make test-long, test-orders, test-oldest, test-browser, test-example EXAMPLE=file, audit, mutants, docs, notebooks, space, publish, sanitize, lint, format, clean"
+	@echo "make test-long, test-orders, test-oldest, test-browser, test-example EXAMPLE=file, audit, mutants, docs, notebooks, space, publish, sanitize, test-arm, lint, format, clean"
 
 run: $(RUN_VENV)/ready
 	$(RUN_VENV)/bin/involution compare --dataset digits --backend $(BACKEND)
@@ -132,9 +132,13 @@ sanitize: sanitize-address sanitize-undefined sanitize-thread
 sanitize-address sanitize-undefined: CALLS = 60
 sanitize-thread: CALLS = 10
 sanitize-%:
-	cmake -S . -B build/sanitize-$* -DINVOLUTION_SANITIZE=$* -DCMAKE_BUILD_TYPE=None
+	cmake -S src/involution/native -B build/sanitize-$* -DINVOLUTION_CALLS=ON -DINVOLUTION_SANITIZE=$* -DCMAKE_BUILD_TYPE=None
 	cmake --build build/sanitize-$* --parallel 2
-	build/sanitize-$*/sanitize $(CALLS)
+	build/sanitize-$*/calls $(CALLS)
+
+# The C++ core for Arm, by GCC and by Clang, under user-mode emulation; Debian's packages, and a network.
+test-arm:
+	PYTHON="$(PYTHON)" sh tests/arm.sh
 
 # Small changes of the code that no test notices: `mutmut show NAME` for each line that is left. Made
 # of what must not be wrong unnoticed, but not of decorated functions, which mutmut passes over.

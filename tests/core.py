@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from oracle import ieee
 
 from involution.ops import native_call, native_library
 from involution.ops.geometry import Geometry
@@ -109,12 +110,14 @@ def fused_arrays(call, hidden=5, seed=0):
     ]
 
 
+@ieee
 def generated(hidden, weight, bias, groups):
     """The kernels."""
     kernel = hidden @ weight + bias
     return kernel.reshape(*kernel.shape[:-1], -1, groups)
 
 
+@ieee
 def expected_fused(call, x, hidden, weight, bias, dy):
     """The results of all members, by the oracle; the second ones summed over the samples."""
     kernel = generated(hidden, weight, bias, call.groups)

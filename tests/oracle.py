@@ -25,6 +25,11 @@ def output_size(n, kernel, stride, dilation, padding, axis=0):
     return (n + before + after - (kernel - 1) * dilation - 1) // stride + 1
 
 
+# What is not finite is computed with as IEEE arithmetic has it.
+ieee = np.errstate(invalid="ignore")
+
+
+@ieee
 def involution(x, kernel, kernel_size, strides, padding, dilation_rate, group_layout="contiguous"):
     """channels_last: x (B, *spatial, C), kernel (B, *out, taps, G); tuples for every dimension.
 
@@ -40,23 +45,45 @@ def involution(x, kernel, kernel_size, strides, padding, dilation_rate, group_la
         term = kernel[(slice(None), *p, tap)][:, group_of] * x[(slice(None), *q)]
         y[(slice(None), *p)] += term
         magnitude[(slice(None), *p)] += np.abs(term)
+    # Where the input is 0, around it.
+    outside = ~meets(out, kernel.shape[-2], pairs)[..., None]
+    y += np.where(outside, kernel * 0, 0).sum(-2)[..., group_of]
     return y, magnitude
 
 
+@ieee
 def gradients(
     x, kernel, dy, kernel_size, strides, padding, dilation_rate, group_layout="contiguous"
 ):
     """(dx, dkernel) of sum(y * dy): the same loops, each term given to what it was made of."""
     x, kernel, dy = (np.asarray(a, "float64") for a in (x, kernel, dy))
-    _, pairs = meetings(x.shape[1:-1], kernel_size, strides, padding, dilation_rate)
+    out, pairs = meetings(x.shape[1:-1], kernel_size, strides, padding, dilation_rate)
     group_of = groups_of(x.shape[-1], kernel.shape[-1], group_layout)
     in_group = np.eye(kernel.shape[-1])[group_of]
     dx, dkernel = np.zeros_like(x), np.zeros_like(kernel)
     for p, tap, q in pairs:
         at_p, at_q, here = (slice(None), *p), (slice(None), *q), (slice(None), *p, tap)
         dx[at_q] += kernel[here][:, group_of] * dy[at_p]
-        dkernel[here] += (x[at_q] * dy[at_p]) @ in_group
+        dkernel[here] += group_sums(x[at_q] * dy[at_p], in_group)
+    outside = ~meets(out, kernel.shape[-2], pairs)[..., None]
+    dkernel += np.where(outside, group_sums(dy * 0, in_group)[..., None, :], 0)
     return dx, dkernel
+
+
+def group_sums(terms, in_group):
+    """Sums over the channels of each group."""
+    if np.isfinite(terms).all():
+        return terms @ in_group
+    # The product has every channel in every sum, times 0.
+    return np.stack([terms[..., column == 1].sum(-1) for column in in_group.T], -1)
+
+
+def meets(out, taps, pairs):
+    """For every output position and tap, whether the two meet an input position."""
+    found = np.zeros((*out, taps), bool)
+    for p, tap, _ in pairs:
+        found[(*p, tap)] = True
+    return found
 
 
 def meetings(sizes, kernel_size, strides, padding, dilation_rate):
@@ -187,6 +214,16 @@ class Call:
         sums = (y.reshape(-1, *dy.shape) * dy).reshape(2, entries, len(x), -1).sum(-1)
         slopes = (sums[0] - sums[1]).T / 2
         return slopes[:, :of_x].reshape(x.shape), slopes[:, of_x:].reshape(kernel.shape)
+
+
+def not_finite(arrays, seed=0, count=1):
+    """Copies, in each of which some numbers are infinite or NaN."""
+    rng = np.random.default_rng(seed)
+    copies = [np.array(a) for a in arrays]
+    for a in copies:
+        places = rng.choice(a.size, min(count, a.size), replace=False)
+        a.reshape(-1)[places] = rng.choice([np.inf, -np.inf, np.nan], len(places))
+    return copies
 
 
 def _random_call(rng, rank, padding, group_layout, data_format):

@@ -1,6 +1,6 @@
-// The core under a sanitizer: every member, with kernels that are given and that are generated, type,
-// layout and level, on sizes that divide by nothing, from several threads at once. Built and run by
-// `make sanitize`; prints nothing but its last line.
+// Calls of the core: every member, with kernels that are given and that are generated, type, layout and
+// level, on sizes that divide by nothing, from several threads at once. Built and run under sanitizers by
+// `make sanitize`, without one by `make test-arm`; prints nothing but its last line.
 //
 // Tensors lie in memory of exactly their size, so that whatever reads or writes beside them is
 // reported, and hold NaN where a result must be written.
@@ -43,12 +43,12 @@ Call draw(std::mt19937& random, Size type) {
     const bool there = i >= 3 - rank;
     Size size, kernel, stride, dilation, pads, results;
     do {
-      size = there ? any({1, 2, 3, 5, 7, 9, 17, 33}) : 1;
+      size = there ? any({0, 1, 2, 3, 5, 7, 9, 17, 33}) : 1;
       kernel = there ? any({1, 2, 3, 4, 7}) : 1;
       stride = there ? any({1, 1, 2, 3}) : 1;
       dilation = there ? any({1, 1, 2, 3, 19, 1000000007}) : 1;
       const Size span = (kernel - 1) * dilation;
-      pads = there ? span / 2 : 0;
+      pads = there ? span / 2 + any({0, 0, 0, 1, 3}) : 0;
       results = (size + 2 * pads - span - 1) / stride + 1;
     } while (results < 1 || size + 2 * pads < (kernel - 1) * dilation + 1);
     n[6 + i] = size, n[9 + i] = results, n[12 + i] = kernel;
@@ -70,6 +70,16 @@ std::vector<unsigned char> filled(Size count, Size type, unsigned char byte) {
   return memory;
 }
 
+// Whether every element was written; what is computed here is finite.
+bool written(const std::vector<unsigned char>& memory, Size type) {
+  const std::size_t bytes = type == 0 ? 8 : type == 1 ? 4 : 2;
+  const std::vector<unsigned char> untouched(bytes, 0xff);
+  for (std::size_t n = 0; n < memory.size(); n += bytes)
+    if (std::equal(untouched.begin(), untouched.end(), memory.begin() + static_cast<Size>(n)))
+      return false;
+  return true;
+}
+
 bool run(const Call& call, int threads) {
   const Size type = call.numbers[1];
   const auto x = filled(call.x, type, 0x3c), kernel = filled(call.kernel, type, 0x3b);
@@ -85,7 +95,8 @@ bool run(const Call& call, int threads) {
                          arguments[member][0]->data(), arguments[member][1]->data(),
                          result->data()))
         return false;
-    if (once != again) return false;  // the same bits, whatever the number of threads
+    // The same bits, whatever the number of threads.
+    if (once != again || !written(once, type)) return false;
   }
   return true;
 }
@@ -117,6 +128,7 @@ bool run_fused(const Call& call, Size hidden_channels, int threads) {
                              arguments[member][3]->data(), again.data(), sums_again.data()))
       return false;
     if (once != again || sums_once != sums_again) return false;
+    if (!written(once, type) || !written(sums_once, type == 0 ? 0 : 1)) return false;
   }
   return true;
 }

@@ -23,7 +23,7 @@ from frameworks import (
     numpy,
     tensors,
 )
-from oracle import Call, error_bound, random_calls
+from oracle import Call, error_bound, not_finite, random_calls
 
 import involution
 from involution import Involution2D, kernel_generators, layers
@@ -152,6 +152,94 @@ def test_a_nan_stays_within_windows_that_contain_it():
     expected = core.expected_fused(CALL, x, hidden, weight, bias, y)[OUTPUT][0]
     assert (np.isnan(y) == np.isnan(expected)).all()
     assert 0 < np.isnan(y).sum() < y.size
+
+
+@each_level
+def test_f20_what_is_not_finite_spreads_as_in_the_formula(level):
+    for n, call in enumerate(random_calls(48, seed=20)):
+        call = dataclasses.replace(call, data_format="channels_last")
+        arrays = core.fused_arrays(call, HIDDEN[n % len(HIDDEN)], seed=n)
+        for which in range(5):
+            mixed = list(arrays)
+            (mixed[which],) = not_finite([arrays[which]], seed=n)
+            truths = core.expected_fused(call, *mixed)
+            for member, arguments in core.FUSED_ARGUMENTS.items():
+                first, second = core.run_fused(member, call, arguments(*mixed), threads=2)
+                for value, truth in zip((first, second.sum(0)), truths[member], strict=True):
+                    if truth is not None:
+                        what = f"{member}, {which}, {call}"
+                        np.testing.assert_allclose(value, truth, atol=1e-11, err_msg=what)
+
+
+# Outputs of padding alone.
+NOTHING = [
+    Call(2, (0,), 6, (3,), (1,), ((2, 1),), (1,), 2),
+    Call(2, (0, 5), 4, (3, 3), (1, 1), ((2, 2), (1, 1)), (1, 1), 2),
+    Call(1, (5, 0), 16, (2, 3), (2, 1), ((1, 1), (3, 3)), (1, 1), 8, "interleaved"),
+    Call(1, (3, 0, 2), 6, (1, 2, 3), (1, 1, 2), ((0, 0), (1, 2), (2, 2)), (1, 1, 1), 2),
+    Call(2, (1, 5), 6, (2, 3), (1, 1), ((4, 4), (1, 1)), (8, 1), 3),
+]
+
+
+@each_level
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", NOTHING, ids=str)
+def test_f13_windows_that_meet_nothing_are_zero(call, dtype, level):
+    arrays = [a.astype(DTYPES[dtype]) for a in core.fused_arrays(call)]
+    for member, arguments in core.FUSED_ARGUMENTS.items():
+        for result in core.run_fused(member, call, arguments(*arrays), threads=2):
+            assert not result.any(), member
+
+
+def test_f13_without_outputs_the_gradients_are_zero():
+    """As where a traced size is 0."""
+    call = Call(2, (5,), 6, (3,), (1,), "valid", (1,), 2)
+    g = core.Geometry(**call.arguments)
+    arrays = core.fused_arrays(call)
+    nothing = np.zeros(0)
+    for member, shape in ((INPUT, call.x_shape), (KERNEL, (2, 6, 6))):
+        given = core.FUSED_ARGUMENTS[member](*arrays)
+        numbers = native_call.fused_numbers(member, g, call.sizes, given)
+        numbers[11] = 0
+        result = np.full(shape, np.nan)
+        # The weight and the bias have elements; of the rest, x alone.
+        results = (result, nothing) if member == INPUT else (nothing, result)
+        native_library.run_fused(
+            numbers, call.batch, 2, *(a.ctypes.data for a in (*given, *results))
+        )
+        assert not result.any()
+
+
+@pytest.mark.parametrize("implementation", ["fused", "native", "taps"])
+def test_f13_an_input_without_positions(implementation):
+    call = NOTHING[1]
+    x, hidden, weight, bias, dy = core.fused_arrays(call)
+    arguments = x, hidden, weight, bias
+    of = apply(call, implementation)
+    y = numpy(of(*tensors(arguments, "float64")))
+    assert y.shape == call.output_shape
+    assert not y.any()
+    for gradient, argument in zip(gradients(of, arguments, dy), arguments, strict=True):
+        assert gradient.shape == argument.shape
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("implementation", ["fused", "native", "taps"])
+def test_f20_one_rule_for_taps_outside(implementation):
+    """The kernels of a corner and the gradient of another."""
+    arrays = core.fused_arrays(CALL)
+    arrays[1][0, 0, 0, 0] = np.inf
+    arrays[4][1, -1, -1, 3] = np.nan
+    *arguments, dy = arrays
+    truths = core.expected_fused(CALL, *arrays)
+    both = truths[KERNEL][1]
+    expected = truths[INPUT][0], truths[KERNEL][0], both[:-1], both[-1]
+    of = apply(CALL, implementation)
+    y = numpy(of(*tensors(arguments, "float64")))
+    np.testing.assert_allclose(y, truths[OUTPUT][0], atol=1e-12)
+    assert 0 < np.isnan(y).sum() < y.size / 2
+    for value, truth in zip(gradients(of, arguments, dy), expected, strict=True):
+        np.testing.assert_allclose(value, truth, atol=1e-11)
 
 
 def test_f13_an_empty_batch():

@@ -31,7 +31,7 @@ from frameworks import (
     operation,
     tensors,
 )
-from oracle import Call, error_bound, random_calls
+from oracle import Call, error_bound, not_finite, random_calls
 
 import involution
 from involution.ops import native_library
@@ -161,6 +161,62 @@ def test_the_framework_gets_what_the_core_computes(dtype):
         values = numpy(in_dtype(*arrays[:2])), *gradients(in_dtype, arrays[:2], arrays[2])
         for value, (member, truth) in zip(values, truths.items(), strict=True):
             assert_same(value, truth.astype(DTYPES[dtype]).astype("float64"), (member, call))
+
+
+@each_level
+def test_f20_what_is_not_finite_spreads_as_in_the_formula(level):
+    """Also from a kernel's taps, and an output's gradient, that meet nothing of the input."""
+    spread = dict.fromkeys(MEMBERS, 0)
+    for n, (call, arrays, _) in enumerate(wide_calls()[::9]):
+        for which in range(3):
+            mixed = list(arrays)
+            (mixed[which],) = not_finite([arrays[which]], seed=n, count=1 + n % 2)
+            values = core.results(call, *(a.astype("float32") for a in mixed), threads=2)
+            for member, truth in core.expected(call, *mixed).items():
+                assert_same(values[member], truth, (member, which, call))
+                spread[member] += np.isnan(truth).any() and not np.isnan(truth).all()
+    assert min(spread.values()) > 30
+
+
+# Inputs without a position in some dimension, whose outputs are of padding alone; and one that lies
+# between the taps of every window.
+NOTHING = [
+    Call(2, (0,), 6, (3,), (1,), ((2, 1),), (1,), 2),
+    Call(2, (0,), 8, (3,), (2,), ((4, 4),), (1,), 8, "interleaved"),
+    Call(1, (0, 9), 12, (3, 3), (1, 1), ((2, 2), (1, 1)), (1, 1), 3),
+    Call(2, (5, 0), 17, (2, 3), (2, 1), ((1, 1), (3, 3)), (1, 1), 1, "interleaved"),
+    Call(1, (3, 0, 2), 6, (1, 2, 3), (1, 1, 2), ((0, 0), (1, 2), (2, 2)), (1, 1, 1), 2),
+    Call(1, (0, 0, 7), 4, (2, 2, 3), (1, 1, 1), ((1, 1), (1, 1), (2, 1)), (1, 1, 1), 4),
+    Call(2, (1, 5), 6, (2, 3), (1, 1), ((4, 4), (1, 1)), (8, 1), 3),
+]
+NOTHING += [dataclasses.replace(call, data_format="channels_first") for call in NOTHING]
+
+
+@each_level
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_f13_windows_that_meet_nothing_are_zero(dtype, level):
+    for call in NOTHING:
+        arrays = [a.astype(DTYPES[dtype]) for a in call.arrays()]
+        for member, value in core.results(call, *arrays, threads=2).items():
+            assert not value.any(), (member, call)
+        # They are written, also with what 0 is multiplied with.
+        arrays = not_finite(call.arrays(), count=2)
+        values = core.results(call, *arrays)
+        for member, truth in core.expected(call, *arrays).items():
+            assert_same(values[member], truth, (member, call))
+
+
+def test_f13_without_outputs_a_gradient_is_zero():
+    """As where a traced size is 0: nothing reads the input."""
+    call = Call(2, (5,), 6, (3,), (1,), "valid", (1,), 2)
+    numbers = core.native_call.numbers(
+        INPUT, core.Geometry(**call.arguments), call.sizes, *call.arrays()[1:]
+    )
+    numbers[11] = 0
+    dx, nothing = np.full(call.x_shape, np.nan), np.zeros(0)
+    addresses = (a.ctypes.data for a in (nothing, nothing, dx))
+    native_library.run(numbers, call.batch, 2, *addresses)
+    assert not dx.any()
 
 
 def every_pattern(dtype):

@@ -309,7 +309,9 @@ def reason_with(monkeypatch, file):
 
 
 def test_a_core_built_without_its_binding_is_refused(monkeypatch):
-    assert reason_with(monkeypatch, None) == "it was built without its binding for TensorFlow"
+    assert reason_with(monkeypatch, None) == (
+        "the package was installed without its binding for tensorflow: it was not built"
+    )
 
 
 def test_a_binding_that_cannot_be_loaded_is_refused(monkeypatch, tmp_path):

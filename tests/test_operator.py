@@ -28,7 +28,7 @@ from frameworks import (
     operation,
     tensors,
 )
-from oracle import Call, random_calls
+from oracle import Call, not_finite, random_calls
 
 import involution
 from involution.ops import api, native, native_library, taps
@@ -388,6 +388,55 @@ def test_f13_empty_dimension(implementation):
 
 
 @each_implementation
+@pytest.mark.parametrize(
+    ("sizes", "data_format"), [((0, 5), "channels_last"), ((2, 0, 3), "channels_first")]
+)
+def test_f13_an_input_without_positions(sizes, data_format, implementation):
+    """Its padding makes outputs: zeros, as the gradient of the kernel is."""
+    rank = len(sizes)
+    call = Call(2, sizes, 6, (3, 3, 2)[:rank], (1, 2, 1)[:rank], ((2, 2),) * rank, (1,) * rank, 2)
+    call = dataclasses.replace(call, data_format=data_format)
+    x, kernel, dy = call.arrays()
+    apply = operation(call, implementation)
+    y = numpy(apply(*tensors((x, kernel), "float32")))
+    dx, dkernel = gradients(apply, (x, kernel), dy)
+    assert (y.shape, dx.shape) == (call.output_shape, call.x_shape)
+    assert dkernel.shape == call.kernel_shape
+    assert not y.any()
+    assert not dkernel.any()
+    products = products_of(call, implementation)(*tensors((x, dy), "float32"))
+    assert not numpy(products).any()
+
+
+def products_of(call, implementation):
+    return functools.partial(
+        involution.ops.window_products, **call.arguments, implementation=implementation
+    )
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "rows"])
+@pytest.mark.parametrize(
+    ("compiled", "data_format"), [(False, "channels_last"), (True, "channels_first")]
+)
+def test_f20_one_rule_for_taps_outside(compiled, data_format, implementation):
+    """They are multiplied by 0, which of what is not finite makes NaN."""
+    call = plane((5, 7), (3, 4), strides=(2, 1), channels=10, data_format=data_format)
+    x, kernel, dy = not_finite(call.arrays(), seed=2)
+    first_tap = (0, 0, 0, 0) if data_format == "channels_last" else (0, 0, slice(None), 0, 0)
+    kernel[first_tap] = np.inf
+    dy[(slice(None), -1, -1) if data_format == "channels_last" else (..., -1, -1)][1, 3] = np.nan
+    truths = call.involution(x, kernel)[0], *call.gradients(x, kernel, dy)
+    apply = operation(call, implementation)
+    y = (in_graph(apply) if compiled else apply)(*tensors((x, kernel), "float64"))
+    for value, truth in zip((numpy(y), *gradients(apply, (x, kernel), dy)), truths, strict=True):
+        np.testing.assert_allclose(value, truth, rtol=0, atol=1e-12)
+        assert 0 < np.isnan(truth).sum() < truth.size
+    products = products_of(call, implementation)
+    products = (in_graph(products) if compiled else products)(*tensors((x, dy), "float64"))
+    np.testing.assert_allclose(numpy(products), truths[2], rtol=0, atol=1e-12)
+
+
+@each_implementation
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_f20_nothing_leaks_from_around_the_input(compiled, padding, implementation):
@@ -532,14 +581,14 @@ def test_these_tests_know_every_implementation():
 
 def test_native_is_there_or_the_installation_says_why_not():
     reasons = dict(involution.ops.implementations(*SMALL.arrays()[:2], (3, 2), groups=2))
-    if native_library.find("libinvolution.so") is not None:
+    if missing() is None:
         print("native was built, for the instructions", *native_library.levels())
         assert reasons["native"] is None
         assert "native" in IMPLEMENTATIONS
     else:
         print("native is missing:", reasons["native"])
-        told = native_library.find("missing.txt").read_text(encoding="utf-8").strip()
-        assert reasons["native"] == f"the package was installed without it: {told}"
+        assert reasons["native"] == missing()
+        assert reasons["native"].startswith("the package was installed without it")
         assert "native" not in IMPLEMENTATIONS
 
 

@@ -89,7 +89,8 @@ Reach from_output(const Call& c, int i, Size p) {
   const Size first = p * c.strides[i] - c.pads[i], d = c.dilation_rate[i];
   const Size low = std::max<Size>(0, divide(-first + d - 1, d));
   const Size high = std::min(c.kernel_size[i] - 1, divide(c.input[i] - 1 - first, d));
-  return {std::max<Size>(0, high - low + 1), low, first + low * d};
+  if (low > high) return {0, 0, 0};
+  return {high - low + 1, low, first + low * d};
 }
 
 // For every input position: the taps by which outputs read it.
@@ -104,6 +105,8 @@ Reach from_input(const Call& c, int i, Size q, Size tap_step) {
 }
 
 Size volume(const Size* sizes) { return sizes[0] * sizes[1] * sizes[2]; }
+
+const Size* result_sizes(const Call& c) { return c.member == Member::input ? c.input : c.output; }
 
 // A tensor of `channels` = outers x inners (for kernels: taps and groups) at each position.
 Tensor tensor(const void* data, const Size* sizes, Size channels, bool first) {
@@ -210,7 +213,8 @@ Prepared prepare(const Call& c, Size batch, const Level& level, const Places& at
   if (groups_inside) kernel.padded = x.padded;
   const bool same_type = job.type == Type::float64 || job.type == Type::float32;
   for (Tensor* t : {&x, &y, &kernel})
-    t->direct = same_type && (job.across == Across::positions
+    // An empty tensor has no place in memory to count from; its copy has.
+    t->direct = same_type && t->batch > 0 && (job.across == Across::positions
                                   ? t->position[2] == 1
                                   : t->inner == 1 && t->padded == t->inners &&
                                         (t->outer == t->padded || t->outers == 1));
@@ -255,7 +259,8 @@ Prepared prepare(const Call& c, Size batch, const Level& level, const Places& at
     // those into the zeros of copied rows, which choose_across bounds.
     if (i == 2 && job.across == Across::positions) continue;
     d.tap_step = std::min(d.tap_step, d.taps);
-    d.place_step = std::clamp(d.place_step, -d.places, d.places);
+    const Size farthest = std::max<Size>(d.places, 1);  // a step is never 0
+    d.place_step = std::clamp(d.place_step, -farthest, farthest);
   }
   return p;
 }
@@ -383,22 +388,35 @@ void divide_up(Pieces& pieces, int threads) {
   pieces.stride = added_up ? (pieces.boxes + SUMMED_PIECES - 1) / SUMMED_PIECES : 1;
 }
 
-// Memory of a thread's own that lasts from piece to piece, on a vector's boundary.
+// Memory on a vector's boundary; null where there is none. Not std::aligned_alloc, which macOS has
+// from 10.15 on.
+struct Free {
+  void operator()(char* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+Memory take_memory(Size bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, static_cast<std::size_t>(std::max<Size>(bytes, 1))) != 0)
+    memory = nullptr;
+  return Memory(static_cast<char*>(memory));
+}
+
+// Memory of a thread's own that lasts from piece to piece.
 class Scratch {
  public:
-  ~Scratch() { std::free(memory_); }
-  char* take(std::size_t bytes) {
+  char* take(Size bytes) {
     if (bytes > size_) {
-      std::free(memory_);
-      memory_ = static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64)));
+      memory_.reset();
+      memory_ = take_memory(bytes);
       size_ = memory_ == nullptr ? 0 : bytes;
     }
-    return memory_;
+    return memory_.get();
   }
 
  private:
-  char* memory_ = nullptr;
-  std::size_t size_ = 0;
+  Memory memory_;
+  Size size_ = 0;
 };
 
 View in_place(const Tensor& t, Size sample, std::size_t bytes) {
@@ -442,9 +460,10 @@ class Piece {
   // False where there is no memory.
   bool take() {
     thread_local Scratch scratch;
-    const std::size_t offset_bytes =
-        job.member == Member::kernel ? round_up(prepared.taps * sizeof(Size), 64) : 0;
-    memory_ = scratch.take(packed(prepared, box) * prepared.bytes + offset_bytes + 6 * 64);
+    const Size bytes = static_cast<Size>(prepared.bytes);
+    const Size offset_bytes =
+        job.member == Member::kernel ? round_up(prepared.taps * Size(sizeof(Size)), 64) : 0;
+    memory_ = scratch.take(packed(prepared, box) * bytes + offset_bytes + 6 * 64);
     if (memory_ == nullptr) {
       pieces_.failed.store(true);
       return false;
@@ -650,16 +669,6 @@ void do_gradient_piece(void* context, Size index) {
   }
 }
 
-// Memory on a vector's boundary; null where there is none.
-struct Free {
-  void operator()(char* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-Memory take_memory(Size bytes) {
-  return Memory(static_cast<char*>(std::aligned_alloc(64, round_up(std::max<Size>(bytes, 1), 64))));
-}
-
 // Rows of float32 that are bfloat16, the upper halves: two of them to one.
 void pair_up(char* rows, Size count, Size row) {
   const auto at = [&](Size n, Size f) { return rows + (n * row + f) * 4; };
@@ -796,7 +805,7 @@ int involution_run(const std::int64_t* numbers, std::int64_t batch, int threads,
                    const void* b, void* result) try {
   using namespace involution;
   const Call call(numbers);
-  if (batch == 0 || volume(call.input) == 0) return 0;
+  if (batch == 0 || volume(result_sizes(call)) == 0) return 0;
   const Level& level = involution::level();
   const Places places = call.member == Member::output  ? Places{a, b, result}
                         : call.member == Member::input ? Places{result, a, b}
@@ -817,9 +826,15 @@ int involution_run_fused(const std::int64_t* numbers, std::int64_t batch, int th
                          void* second) try {
   using namespace involution;
   const Call call(numbers);
-  if (batch == 0 || volume(call.input) == 0) return 0;
-  const Level& level = involution::level();
   const bool gradient = call.member == Member::kernel, backwards = call.member == Member::input;
+  if (batch == 0 || volume(result_sizes(call)) == 0) {
+    // A sum over no positions.
+    if (gradient)
+      std::memset(second, 0, batch * (numbers[INVOLUTION_NUMBERS] + 1) * volume(call.kernel_size) *
+                                 call.groups * (call.type == Type::float64 ? 8 : 4));
+    return 0;
+  }
+  const Level& level = involution::level();
   const Places places = backwards ? Places{result, nullptr, d}
                                   : Places{a, nullptr, gradient ? d : result};
   const void *const hidden = backwards ? a : b, *const weight = backwards ? b : c;

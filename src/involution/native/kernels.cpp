@@ -20,6 +20,18 @@ namespace {
 #include "numbers.h"
 #include "vectors.h"
 
+// Compilers load a vector from memory again for each of its uses, if an instruction can do that
+// beside its own work; what is said to change here must be in a register.
+template <class Vector>
+INLINE void keep_in_register([[maybe_unused]] Vector& x) {
+#if defined(__x86_64__)
+  // Clang has no registers for shorter vectors, which no level takes here.
+  if constexpr (sizeof x >= 16) asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+}
+
 // --- Copies between storage and views -----------------------------------------------------------
 
 // A rectangle of numbers, channels by positions, and how far apart they lie.
@@ -248,7 +260,7 @@ struct AcrossMembers {
 #pragma GCC unroll 8
       for (int v = 0; v < Count; ++v) {
         typename V::Vector x = V::load(values + g * padded + v * L);
-        if (Last - First > 1) asm("" : "+v"(x));
+        if (Last - First > 1) keep_in_register(x);
 #pragma GCC unroll 8
         for (int r = First; r < Last; ++r) sum[r][g * Count + v] += weights[r][g] * x;
       }
@@ -832,6 +844,124 @@ float multiply_add(Size times) {
   return total;
 }
 
+// --- Taps that meet nothing ------------------------------------------------------------------------
+//
+// The input is 0 there, and its product with what is not finite is NaN: with a kernel's number in the
+// output, with the output's gradient in the kernel's. The loops above leave these taps out, but for
+// those in a row that is copied with zeros around it. Where all numbers are finite they add nothing:
+// so that is looked for, and what there is else is added here.
+
+// Whether numbers that follow each other are all finite.
+template <class S>
+inline bool finite(const S* from, Size count) {
+  constexpr int L = INVOLUTION_BYTES / sizeof(S);
+  using V = Vectors<S, L>;
+  typename V::Vector sum = {};
+  S rest = 0;
+  Size n = 0;
+  for (; n + L <= count; n += L) sum += V::load(from + n) * S(0);
+  for (; n < count; ++n) rest += from[n] * S(0);
+  for (int l = 0; l < L; ++l) rest += sum[l];
+  return rest == 0;
+}
+
+// Calls visit(first tap, count) for runs of a window's taps, given those that meet something.
+template <class Visit>
+inline void each_outside(const Dimension* d, const Reach& r0, const Reach& r1, const Reach& r2,
+                         Visit visit) {
+  const auto meets = [](const Reach& r, Size tap) { return tap >= r.tap && tap < r.tap + r.count; };
+  for (Size a = 0; a < d[0].taps; ++a)
+    for (Size b = 0; b < d[1].taps; ++b) {
+      const Size row = (a * d[1].taps + b) * d[2].taps, end = r2.tap + r2.count;
+      if (!meets(r0, a) || !meets(r1, b)) {
+        visit(row, d[2].taps);
+      } else {
+        if (r2.tap > 0) visit(row, r2.tap);
+        if (end < d[2].taps) visit(row + end, d[2].taps - end);
+      }
+    }
+}
+
+// One position's, across members or groups.
+template <class S>
+inline void add_outside(const Job& job, const Reach& r0, const Reach& r1, const Reach& r2,
+                        const S* weights, S* result) {
+  const Dimension* d = job.dimension;
+  const bool inside = job.across == Across::groups;
+  const Tensor &w = job.weights, &to = job.result;
+  if (job.member == Member::output) {
+    bool all = true;
+    each_outside(d, r0, r1, r2, [&](Size tap, Size count) {
+      all = all && finite(weights + tap * w.padded, count * w.padded);
+    });
+    if (all) return;
+    each_outside(d, r0, r1, r2, [&](Size tap, Size count) {
+      for (Size t = tap; t < tap + count; ++t)
+        for (Size g = 0; g < w.inners; ++g) {
+          const S product = weights[t * w.padded + g] * S(0);
+          for (Size m = 0; m < (inside ? to.outers : to.inners); ++m)
+            result[inside ? m * to.padded + g : g * to.padded + m] += product;
+        }
+    });
+  } else if (!finite(weights, w.outers * w.padded)) {
+    for (Size g = 0; g < to.inners; ++g) {
+      S sum = 0;
+      for (Size m = 0; m < (inside ? w.outers : w.inners); ++m)
+        sum += weights[inside ? m * w.padded + g : g * w.padded + m] * S(0);
+      each_outside(d, r0, r1, r2, [&](Size tap, Size count) {
+        for (Size t = tap; t < tap + count; ++t) result[t * to.padded + g] += sum;
+      });
+    }
+  }
+}
+
+// A row's, across its positions: `count` of them.
+template <class S>
+inline void add_outside_row(const Job& job, const Reach& r0, const Reach& r1, Size count,
+                            const S* weights, const View& w, S* result, const View& to) {
+  const auto add = [&](const S* factors, S* sums) {
+    for (Size k = 0; k < count; ++k) sums[k] += factors[k] * S(0);
+  };
+  const Size taps = job.dimension[2].taps, groups = job.values.outers, members = job.values.inners;
+  const auto each_tap = [&](auto visit) {
+    each_outside(job.dimension, r0, r1, {taps, 0, 0}, [&](Size tap, Size count) {
+      for (Size t = tap; t < tap + count; ++t) visit(t);
+    });
+  };
+  for (Size g = 0; g < groups; ++g)
+    if (job.member == Member::output)
+      each_tap([&](Size t) {
+        const S* const factors = weights + t * w.outer + g * w.inner;
+        if (finite(factors, count)) return;
+        for (Size m = 0; m < members; ++m) add(factors, result + g * to.outer + m * to.inner);
+      });
+    else
+      for (Size m = 0; m < members; ++m) {
+        const S* const factors = weights + g * w.outer + m * w.inner;
+        if (finite(factors, count)) continue;
+        each_tap([&](Size t) { add(factors, result + t * to.outer + g * to.inner); });
+      }
+}
+
+template <class S>
+void add_outside(const Job& job, const Box& box, const View& weights, const View& result) {
+  const Dimension* d = job.dimension;
+  for (Size i = box.low[0]; i < box.high[0]; ++i)
+    for (Size j = box.low[1]; j < box.high[1]; ++j) {
+      const Reach &r0 = d[0].reach[i], &r1 = d[1].reach[j];
+      const bool rows_meet = r0.count * r1.count == d[0].taps * d[1].taps;
+      if (job.across == Across::positions) {
+        if (!rows_meet)
+          add_outside_row(job, r0, r1, box.high[2] - box.low[2], at<S>(weights, i, j, box.low[2]),
+                          weights, at<S>(result, i, j, box.low[2]), result);
+        continue;
+      }
+      for (Size k = box.low[2]; k < box.high[2]; ++k)
+        if (!rows_meet || d[2].reach[k].count < d[2].taps)
+          add_outside(job, r0, r1, d[2].reach[k], at<S>(weights, i, j, k), at<S>(result, i, j, k));
+    }
+}
+
 // --- Choice of the loops for one box --------------------------------------------------------------
 
 template <class S, int L>
@@ -861,10 +991,14 @@ void compute_as(const Job& job, const Box& box, const View& values, const View& 
 
 void compute(const Job& job, const Box& box, const View& values, const View& weights,
              const View& result, Size* offsets) {
-  if (job.type == Type::float64)
+  const bool outside = job.member != Member::input;  // windows hold taps that meet nothing
+  if (job.type == Type::float64) {
     compute_as<double, INVOLUTION_BYTES / 8>(job, box, values, weights, result, offsets);
-  else
+    if (outside) add_outside<double>(job, box, weights, result);
+  } else {
     compute_as<float, INVOLUTION_BYTES / 4>(job, box, values, weights, result, offsets);
+    if (outside) add_outside<float>(job, box, weights, result);
+  }
 }
 
 }  // namespace

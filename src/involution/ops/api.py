@@ -63,6 +63,11 @@ def involution(
     where ``x`` is 0 outside. Sums are made in float32, or float64 for float64. The result is exact
     in both gradients and differentiable in reverse mode to any order.
 
+    Infinities and NaN follow IEEE arithmetic, in every implementation. A tap outside the input is a
+    product with 0: where its kernel value is infinite or NaN, the output is NaN, and where the
+    output's gradient is, so is the kernel's gradient at that tap. The gradient of ``x`` has no such
+    terms. What is not finite reaches only the windows that hold it.
+
     Args:
         x: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``, with one, two or
             three spatial dimensions; float64, float32, bfloat16 or float16.
@@ -127,7 +132,8 @@ def window_products(
             y[b, p, c] * x[b, p * strides - pad + k * dilation_rate, c]
 
     The windows are those of ``involution``, of which this is the gradient for the kernel: local
-    attention's scores, as fast as that gradient, and differentiable like it.
+    attention's scores, as fast as that gradient, and differentiable like it. At a tap outside the
+    input, where ``x`` is 0, the sum is 0, or NaN where a value of ``y`` in it is infinite or NaN.
 
     Args:
         x: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
@@ -177,6 +183,8 @@ def generate_and_apply(
     Kernels take taps * groups numbers at every place, which is often many times what the features
     take. ``fused``, the implementation that is preferred, makes them where they are used and stores
     none, in the gradients neither. Where it cannot run, they are made first and then applied.
+    Infinities and NaN follow ``involution``'s rule: a kernel value at a tap outside the input is
+    multiplied by 0, however it was made.
 
     Args:
         x: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.

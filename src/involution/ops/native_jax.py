@@ -40,9 +40,9 @@ def reluctance(problem) -> str | None:
 
 @functools.cache
 def _register() -> str | None:
-    file = native_library.find("libinvolution_jax.so")
+    file, reason = native_library.binding("jax")
     if file is None:
-        return "it was built without the headers of jaxlib"
+        return reason
     library = ctypes.CDLL(str(file))
     for target, handler in (
         (TARGET, library.involution_jax),

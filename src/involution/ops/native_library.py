@@ -20,6 +20,12 @@ def find(name: str) -> pathlib.Path | None:
     return next((file for file in files if file.exists()), None)
 
 
+def why_missing(binding: str | None = None) -> str | None:
+    """Why the installation left out the core, or a backend's binding; None where it did not."""
+    file = find(f"missing_{binding}.txt" if binding else "missing.txt")
+    return file.read_text(encoding="utf-8").strip() if file else None
+
+
 def _levels(library) -> list[str]:
     names: list[str] = []
     while (name := library.involution_level(len(names))) is not None:
@@ -30,9 +36,7 @@ def _levels(library) -> list[str]:
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     file = find("libinvolution.so")
     if file is None:
-        missing = find("missing.txt")
-        reason = missing.read_text(encoding="utf-8").strip() if missing else "it was not built"
-        return None, f"the package was installed without it: {reason}"
+        return None, f"the package was installed without it: {why_missing() or 'it was not built'}"
     try:
         library = ctypes.CDLL(str(file))
     except OSError as error:
@@ -78,6 +82,15 @@ _LOADED = _load()
 def core() -> tuple[ctypes.CDLL | None, str | None]:
     """The core, or None and the reason."""
     return _LOADED
+
+
+def binding(name: str) -> tuple[pathlib.Path | None, str | None]:
+    """The library that a framework loads, or None and the reason."""
+    file = find(f"libinvolution_{name}.so")
+    if file is None:
+        reason = why_missing(name) or "it was not built"
+        return None, f"the package was installed without its binding for {name}: {reason}"
+    return file, None
 
 
 def levels() -> list[str]:

@@ -20,9 +20,9 @@ def refusal(problem) -> str | None:
 @functools.cache
 def _operations():
     """The library of operations, or None and the reason."""
-    file = native_library.find("libinvolution_tensorflow.so")
+    file, reason = native_library.binding("tensorflow")
     if file is None:
-        return None, "it was built without its binding for TensorFlow"
+        return None, reason
     try:
         return tf.load_op_library(str(file)), None
     except tf.errors.NotFoundError as error:

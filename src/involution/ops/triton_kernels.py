@@ -92,7 +92,8 @@ def output(
         iv, in_v = _read(v, tap // KW % KH, sh, rh, ph, ih)
         iu, in_u = _read(u, tap % KW, sw, rw, pw, iw)
         inside = in_z & in_v & in_u
-        weight = tl.load(kernel_at + tap * kk, mask=there & inside, other=0.0)
+        # Also where nothing is read: its product with 0 may be NaN.
+        weight = tl.load(kernel_at + tap * kk, mask=there, other=0.0)
         value = tl.load(x_at + iz * xd + iv * xh + iu * xw, mask=mine & inside, other=0.0)
         total += weight.to(WIDE) * value.to(WIDE)
     y_at = y + b * yb + z * yd + v * yh + u * yw + channel * yc
@@ -166,13 +167,14 @@ def kernel_gradient(
         iz, in_z = _read(z, tap // (KH * KW), sd, rd, pd, id_)
         iv, in_v = _read(v, tap // KW % KH, sh, rh, ph, ih)
         iu, in_u = _read(u, tap % KW, sw, rw, pw, iw)
-        inside = there & in_z & in_v & in_u
+        inside = in_z & in_v & in_u
         at = iz * xd + iv * xh + iu * xw
         total = tl.zeros(there.shape, WIDE)
         for first in range(0, members, M):
-            mine = inside & (first + m < members)
+            mine = there & (first + m < members)
             member = (first + m) * cm
-            value = tl.load(x_at + at + member * xc, mask=mine, other=0.0)
+            value = tl.load(x_at + at + member * xc, mask=mine & inside, other=0.0)
+            # Also where nothing is read, as in `output`.
             by = tl.load(dy_at + member * yc, mask=mine, other=0.0)
             total += tl.sum(value.to(WIDE) * by.to(WIDE), axis, keep_dims=True)
         tl.store(dkernel_at + tap * kk, total.to(dkernel.dtype.element_ty), mask=there)
@@ -228,8 +230,9 @@ def fused_output(
             mask=inside[:, :, None] & (m[None, None, :] < members),
             other=0.0,
         )
-        # Not a product with 0: a kernel that nothing is read for may be infinite.
-        kernel = tl.where(inside, kernel, 0.0)
+        # Where a tap meets nothing it is multiplied by 0, which may make NaN. What is no tap is
+        # not: of an infinite hidden channel and no weight it has NaN already.
+        kernel = tl.where(taps_there[None, :], kernel, 0.0)
         total += tl.sum(kernel[:, :, None] * values.to(tl.float32), 1)
     y_at = y + (b * yb + z * yd + v * yh + u * yw)[:, None] + channel[None, :] * yc
     mine = (p[:, None] < count) & (m[None, :] < members)
