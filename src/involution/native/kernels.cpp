@@ -856,13 +856,22 @@ template <class S>
 inline bool finite(const S* from, Size count) {
   constexpr int L = INVOLUTION_BYTES / sizeof(S);
   using V = Vectors<S, L>;
-  typename V::Vector sum = {};
-  S rest = 0;
-  Size n = 0;
-  for (; n + L <= count; n += L) sum += V::load(from + n) * S(0);
-  for (; n < count; ++n) rest += from[n] * S(0);
-  for (int l = 0; l < L; ++l) rest += sum[l];
-  return rest == 0;
+  S part[L] = {};
+  if (count < L) {
+    for (Size n = 0; n < count; ++n) part[n] = from[n] * S(0);
+  } else {
+    typename V::Vector sum[2] = {};
+    Size n = 0;
+    for (; n + 2 * L <= count; n += 2 * L)
+      for (int v = 0; v < 2; ++v) sum[v] += V::load(from + n + v * L) * S(0);
+    if (n + L <= count) sum[0] += V::load(from + n) * S(0);
+    // The last vector reaches back over the one before it.
+    sum[1] += V::load(from + count - L) * S(0);
+    V::store(part, sum[0] + sum[1]);
+  }
+  for (int half = L / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) part[l] += part[l + half];
+  return part[0] == 0;
 }
 
 // Calls visit(first tap, count) for runs of a window's taps, given those that meet something.
@@ -882,6 +891,8 @@ inline void each_outside(const Dimension* d, const Reach& r0, const Reach& r1, c
     }
 }
 
+constexpr Size FEW_NUMBERS = 512;
+
 // One position's, across members or groups.
 template <class S>
 inline void add_outside(const Job& job, const Reach& r0, const Reach& r1, const Reach& r2,
@@ -890,10 +901,15 @@ inline void add_outside(const Job& job, const Reach& r0, const Reach& r1, const 
   const bool inside = job.across == Across::groups;
   const Tensor &w = job.weights, &to = job.result;
   if (job.member == Member::output) {
-    bool all = true;
-    each_outside(d, r0, r1, r2, [&](Size tap, Size count) {
-      all = all && finite(weights + tap * w.padded, count * w.padded);
-    });
+    // Of few numbers all are looked at sooner than those of each run.
+    const Size numbers = d[0].taps * d[1].taps * d[2].taps * w.padded;
+    bool all = numbers <= FEW_NUMBERS && finite(weights, numbers);
+    if (!all) {
+      all = true;
+      each_outside(d, r0, r1, r2, [&](Size tap, Size count) {
+        all = all && finite(weights + tap * w.padded, count * w.padded);
+      });
+    }
     if (all) return;
     each_outside(d, r0, r1, r2, [&](Size tap, Size count) {
       for (Size t = tap; t < tap + count; ++t)
