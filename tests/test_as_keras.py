@@ -95,7 +95,7 @@ def test_two_equal_models_have_the_same_paths_and_exchange_their_state(generator
     assert paths == [v.path for v in new.variables]
     assert len(set(paths)) == len(paths)
     for variable in new.weights:
-        variable.assign(keras.ops.zeros_like(variable))
+        variable.assign(np.zeros(variable.shape, "float32"))
     new.set_state_tree(old.get_state_tree(value_format="numpy_array"))
     for want, got in zip(old.variables, new.variables, strict=True):
         np.testing.assert_array_equal(numpy(got.value), numpy(want.value))
@@ -107,7 +107,7 @@ def test_a_state_dict_loads_into_an_equal_model(name):
     old, new = network(GIVEN[name]), network(GIVEN[name])
     stored = {key: value.clone() for key, value in old.state_dict().items()}
     for variable in new.weights:
-        variable.assign(keras.ops.zeros_like(variable))
+        variable.assign(np.zeros(variable.shape, "float32"))
     new.load_state_dict(stored, strict=True)
     for want, got in zip(old.weights, new.weights, strict=True):
         np.testing.assert_array_equal(numpy(got.value), numpy(want.value))
@@ -181,7 +181,7 @@ def of_an_earlier_release(layer):
 
 @pytest.mark.parametrize("generator", [*GENERATORS, "user's"])
 def test_a_configuration_of_an_earlier_release_loads(generator):
-    layer = Involution2D(3, 2, kernel_generator=GIVEN[generator](), group_channels=4)
+    layer = Involution2D(3, 1, "valid", kernel_generator=GIVEN[generator](), group_channels=4)
     x = random(2, 5, 7, 8)
     layer(x)
     randomize(layer)
@@ -195,7 +195,7 @@ def test_a_configuration_of_an_earlier_release_loads(generator):
 
 @pytest.mark.parametrize("generator", GIVEN.values(), ids=GIVEN)
 def test_building_changes_no_configuration(generator):
-    layer = Involution2D(3, 2, "valid", (1, 2), kernel_generator=generator(), group_channels=4)
+    layer = Involution2D(3, 1, "valid", (1, 2), kernel_generator=generator(), group_channels=4)
     before = json.dumps(layer.get_config())
     layer(random(2, 7, 9, 4))
     assert json.dumps(layer.get_config()) == before
@@ -318,9 +318,8 @@ def test_a_generator_serves_layers_of_one_number_of_groups():
     ones = Ones()
     first, second = (Involution2D(3, groups=g, kernel_generator=ones) for g in (1, 2))
     first(random(1, 5, 6, 8))
-    if ones.built and ones.groups == 1:
-        with pytest.raises(ValueError, match=r"one `groups`.*groups=1, in layer .* groups=2"):
-            second(random(1, 5, 6, 8))
+    with pytest.raises(ValueError, match=r"one `groups`.*groups=1, in layer .* groups=2"):
+        second(random(1, 5, 6, 8))
 
 
 # --- Training ------------------------------------------------------------------------------------

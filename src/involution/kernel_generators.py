@@ -4,7 +4,8 @@ A generator is any layer that turns features (B, *spatial, C) into a kernel map
 (B, *out_spatial, taps * groups), or both with the channels on axis 1 for ``"channels_first"``. The
 channels of the map are tap-major: ``tap * groups + group``. Where an attribute ``kernel_size``,
 ``groups``, ``strides``, ``padding``, ``dilation_rate`` or ``data_format`` is None, the involution
-layer fills it in when built. Features begin at the first window's centre; a generator with a true
+layer fills it in when built, and again when a layer of the same configuration is built; the
+configuration has None. Features begin at the first window's centre; a generator with a true
 attribute ``whole_input`` gets the layer's input as it is.
 """
 
@@ -155,6 +156,7 @@ class Linear(KernelGenerator):
 
     Call arguments:
         features: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
+        training: As for any Keras layer; here for ``Bottleneck``, which normalizes.
 
     Returns:
         Tensor (B, *out_spatial, taps * groups), or (B, taps * groups, *out_spatial), with

@@ -96,14 +96,16 @@ class Involution(keras.layers.Layer):
 
     Call arguments:
         inputs: Tensor (B, H, W, C).
+        training: Whether batch normalization takes the batch's statistics. None: as the layer or
+            model around it, and otherwise False.
 
     Returns:
         ``(output, kernel)`` with shapes (B, H', W', C) and (B, H', W', kernel_size**2, 1,
         group_number), where H' = ceil(H / stride); or ``output`` alone.
 
     Raises:
-        ValueError: An argument is out of its range, the hidden width is 0, or ``group_number`` does
-            not divide the input's channels.
+        ValueError: An argument is out of its range, the hidden width is 0, ``group_number`` does
+            not divide the input's channels, or the input has not four axes.
 
     Example:
 
@@ -595,7 +597,7 @@ ARGUMENTS = """
             (B, *out_spatial, taps * groups), channels tap-major; a name (``"bottleneck"``,
             ``"contextual"``, ``"linear"``, ``"pairwise_attention"``, ``"static"``); None:
             ``kernel_generators.Bottleneck(reduction_ratio)``. A generator with weights serves one
-            layer.
+            layer; where it has no name it is named by its class, as are the layers inside it.
         return_kernel: Whether to return (output, kernel) or the output alone.
         group_layout: ``"contiguous"`` (the paper) or ``"interleaved"`` (the keras.io example).
         data_format: ``"channels_last"``, ``"channels_first"``, or None for Keras's setting.
@@ -608,6 +610,8 @@ ARGUMENTS = """
 
     Call arguments:
         inputs: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
+        training: Whether normalization takes the batch's statistics and dropout acts. None: as the
+            layer or model around it, and otherwise False.
 
     Returns:
         A tensor with the channels of ``inputs``, or ``filters``, and the sizes a convolution would
@@ -615,8 +619,9 @@ ARGUMENTS = """
         groups, *out_spatial).
 
     Raises:
-        ValueError: An argument is out of its range, the channels do not divide, or the generator's
-            map does not fit the output.
+        ValueError: An argument is out of its range, the channels do not divide, the generator's
+            map does not fit the output, a generator with weights serves another layer, or the input
+            has too few or too many axes.
 
     Source: Li et al., arXiv:2103.06255.
     """
