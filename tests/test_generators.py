@@ -285,7 +285,7 @@ def test_dropout_is_for_training_and_keeps_the_mean():
 
 
 def test_dropout_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match=r"from 0 to 1\. Received: kernel_dropout=1.5"):
         Involution2D(3, kernel_dropout=1.5)
 
 

@@ -4,14 +4,19 @@ A generator is any layer that turns features (B, *spatial, C) into a kernel map
 (B, *out_spatial, taps * groups), or both with the channels on axis 1 for ``"channels_first"``. The
 channels of the map are tap-major: ``tap * groups + group``. Where an attribute ``kernel_size``,
 ``groups``, ``strides``, ``padding``, ``dilation_rate`` or ``data_format`` is None, the involution
-layer fills it in when built. Features begin at the first window's centre; a generator with a true
+layer fills it in when built, and again when a layer of the same configuration is built; the
+configuration has None. Features begin at the first window's centre; a generator with a true
 attribute ``whole_input`` gets the layer's input as it is.
 
 The last convolution of ``Linear`` and its subclasses may be applied without being called, so that
 no kernels are stored: see ``expansion``.
 """
 
+import contextlib
+import gc
 import math
+import re
+import weakref
 
 import keras
 from keras import ops
@@ -25,7 +30,12 @@ from involution.ops.geometry import (
     Geometry,
     ceil_divide,
 )
-from involution.ops.problem import integers, standardize_data_format, standardize_padding
+from involution.ops.problem import (
+    check_axes,
+    integers,
+    standardize_data_format,
+    standardize_padding,
+)
 from involution.ops.views import softmax, wide, window, zero_pad
 from involution.pointwise import affine, convolution, only_calls
 
@@ -39,6 +49,8 @@ def _normal(scale):
 
 # The paper's code: Kaiming's normal distribution over the outputs of a layer.
 KAIMING = _normal(2.0)
+# What an involution layer sets in a generator that leaves it None.
+FILLED_IN = ("kernel_size", "groups", "strides", "padding", "dilation_rate", "data_format")
 # The score of a position outside the input: no weight after a softmax, and no NaN where all are.
 OUTSIDE = -1e9
 
@@ -60,14 +72,35 @@ class KernelGenerator(keras.layers.Layer):
         self.groups = groups
         self.strides = strides
         self.data_format = data_format
+        # The configuration: the attributes hold what is filled in, too.
+        self._given = {
+            "kernel_size": kernel_size,
+            "groups": groups,
+            "strides": strides,
+            "data_format": data_format,
+        }
 
     def build(self, input_shape):
+        self._settle(input_shape)
+        self._build_generator(input_shape[-1 if self.data_format == CHANNELS_LAST else 1])
+        self.input_spec = keras.layers.InputSpec(ndim=len(input_shape))
+
+    def _settle(self, input_shape):
+        """Gives the attributes their values for inputs of this shape."""
         rank = len(input_shape) - 2
-        self.kernel_size = integers("kernel_size", self.kernel_size, rank)
+        size = self.kernel_size
+        if rank not in (1, 2, 3) or (isinstance(size, (tuple, list)) and len(size) != rank):
+            expected = len(size) + 2 if isinstance(size, (tuple, list)) else "3, 4 or 5"
+            raise ValueError(
+                f"Input of {type(self).__name__} must have a batch axis, as many spatial axes as "
+                f"`kernel_size` has numbers, and one of channels: expected ndim={expected}, found "
+                f"ndim={len(input_shape)}. Received: kernel_size={size}, "
+                f"input_shape={tuple(input_shape)}, layer={self.name}"
+            )
+        self.kernel_size = integers("kernel_size", size, rank)
         self.groups = integers("groups", self.groups, 1)[0]
         self.strides = integers("strides", 1 if self.strides is None else self.strides, rank)
         self.data_format = standardize_data_format(self.data_format)
-        self._build_generator(input_shape[-1 if self.data_format == CHANNELS_LAST else 1])
 
     def _build_generator(self, channels):
         """Makes the weights for features of so many channels."""
@@ -87,12 +120,20 @@ class KernelGenerator(keras.layers.Layer):
     def _kernel_channels(self) -> int:
         return math.prod(self.kernel_size) * self.groups
 
-    def call(self, features):
-        if self.data_format == CHANNELS_LAST:
-            return self._generate(features)
-        return ops.moveaxis(self._generate(ops.moveaxis(features, 1, -1)), -1, 1)
+    def call(self, features, training=None):
+        with training_scope(self, training):
+            if self.data_format == CHANNELS_LAST:
+                return self._generate(features)
+            return ops.moveaxis(self._generate(ops.moveaxis(features, 1, -1)), -1, 1)
 
     def compute_output_shape(self, input_shape):
+        if not self.built:
+            # An involution layer may yet fill in this one.
+            settled = type(self).from_config(self.get_config())
+            settled._settle(input_shape)
+            settled.built = True
+            return settled.compute_output_shape(input_shape)
+        check_axes(self, input_shape, len(self.kernel_size))
         first = self.data_format == CHANNELS_FIRST
         sizes = self._output_sizes(tuple(input_shape[2:] if first else input_shape[1:-1]))
         if first:
@@ -100,13 +141,7 @@ class KernelGenerator(keras.layers.Layer):
         return (input_shape[0], *sizes, self._kernel_channels)
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "kernel_size": self.kernel_size,
-            "groups": self.groups,
-            "strides": self.strides,
-            "data_format": self.data_format,
-        }
+        return {**super().get_config(), **self._given}
 
 
 @keras.saving.register_keras_serializable(package="involution")
@@ -124,6 +159,7 @@ class Linear(KernelGenerator):
 
     Call arguments:
         features: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
+        training: As for any Keras layer; here for ``Bottleneck``, which normalizes.
 
     Returns:
         Tensor (B, *out_spatial, taps * groups), or (B, taps * groups, *out_spatial), with
@@ -332,11 +368,20 @@ class PairwiseAttention(Linear):
         )
         self.padding = padding
         self.dilation_rate = dilation_rate
+        self._given = {
+            **self._given,
+            "key_channels": self.key_channels,
+            "padding": padding,
+            "dilation_rate": dilation_rate,
+        }
 
-    def _build_generator(self, channels):
+    def _settle(self, input_shape):
+        super()._settle(input_shape)
         rank = len(self.kernel_size)
         self.padding = standardize_padding(self.padding or SAME, rank)
         self.dilation_rate = integers("dilation_rate", self.dilation_rate or 1, rank)
+
+    def _build_generator(self, channels):
         if self.key_channels is None:
             self.key_channels = max(channels // self.groups, 1)
         width = self.groups * self.key_channels
@@ -387,14 +432,6 @@ class PairwiseAttention(Linear):
         """At each position, if every position of the input is a centre."""
         queries = sum(math.prod(layer.kernel.shape) for layer in (self.query, self.key))
         return queries + math.prod(self.kernel_size) * self.query.filters
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "key_channels": self.key_channels,
-            "padding": self.padding,
-            "dilation_rate": self.dilation_rate,
-        }
 
 
 @keras.saving.register_keras_serializable(package="involution")
@@ -599,11 +636,151 @@ def get(identifier, reduction_ratio=4, dtype=None, initial=None):
     options = dict(initial or {}) if make.begins_as_told else {}
     if issubclass(make, Bottleneck):
         options["reduction_ratio"] = reduction_ratio
-    return make(dtype=dtype, **options)
+    return make(dtype=dtype, name=name, **options)
 
 
 def copied(identifier):
     """What ``get`` takes, as one of several layers may take it: a layer becomes one of its own."""
     if isinstance(identifier, keras.layers.Layer):
-        return type(identifier).from_config(identifier.get_config())
+        config = identifier.get_config()
+        _leave_open(identifier, config)
+        return type(identifier).from_config(config)
     return identifier
+
+
+# By generator, the names of what an involution layer has filled in.
+_filled: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# Generators that an involution layer has built.
+_built: weakref.WeakSet = weakref.WeakSet()
+# By generator, and by each layer inside it, a weak reference to the involution layer it serves.
+_served: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def fill_in(generator, layer):
+    """Sets the attributes of ``FILLED_IN`` that a generator leaves None to those of its layer.
+
+    Raises:
+        ValueError: It is built with those of another layer, which are different.
+    """
+    filled = _filled.setdefault(generator, set())
+    for name in FILLED_IN:
+        value = getattr(layer, name)
+        # A layer that brings its own value keeps it: a Conv2D has strides of its own.
+        if name not in filled and getattr(generator, name, generator) is not None:
+            continue
+        if not generator.built:
+            setattr(generator, name, value)
+            filled.add(name)
+        elif getattr(generator, name) not in (None, value):
+            raise ValueError(
+                f"A kernel generator must serve layers of one `{name}`: it was built for another. "
+                f"Received: kernel_generator={generator.name}, built with "
+                f"{name}={getattr(generator, name)}, in layer {layer.name} with {name}={value}"
+            )
+
+
+def serialized(generator) -> dict:
+    """The configuration of a generator, without what an involution layer has filled in."""
+    stored = keras.saving.serialize_keras_object(generator)
+    # Keras would build it before its layer has filled in what it leaves None.
+    stored.pop("build_config", None)
+    _leave_open(generator, stored["config"])
+    return stored
+
+
+def _leave_open(generator, config):
+    """Takes out of a configuration what an involution layer has filled in."""
+    for name in _filled.get(generator, ()):
+        if name in config:
+            config[name] = None
+    if generator in _built and isinstance(generator, keras.Sequential):
+        # Keras writes the shape with which it was built: it would be built before its layer.
+        config.pop("build_input_shape", None)
+        own = [part for part in config["layers"] if part["class_name"] != "InputLayer"]
+        config["layers"] = [
+            {key: value for key, value in part.items() if key != "build_config"} for part in own
+        ]
+
+
+def check_unshared(generator, layer):
+    """ValueError if a generator with weights, or a part of it with weights, serves another layer:
+    training would work, but a file holds such weights once, and cannot be loaded."""
+    for part in generator._flatten_layers():
+        if _other(part, layer) is None or not part.weights:
+            continue
+        # Keras's layers are part of reference cycles: one that is no longer used may still exist.
+        gc.collect()
+        other = _other(part, layer)
+        if other is not None:
+            raise ValueError(
+                "A kernel generator with weights must serve one layer. Received: "
+                f"kernel_generator={generator.name} in layer {layer.name}, with {part.name}, which "
+                f"serves layer {other.name}"
+            )
+
+
+def build(generator, layer, input_shape):
+    """Builds a generator, unless it is built, and records which layer it serves."""
+    if not generator.built:
+        generator.build(input_shape)
+        _built.add(generator)
+    for part in generator._flatten_layers():
+        _served[part] = weakref.ref(layer)
+
+
+def _other(part, layer):
+    served = _served.get(part)
+    found = None if served is None else served()
+    return None if found is layer else found
+
+
+def name_by_class(generator):
+    """Names a generator and the layers inside it by their classes, if Keras named them.
+
+    Keras numbers such names by how many layers of a class the process has made, so that two equal
+    models would have weights of different paths. Here they are numbered within the generator.
+    Layers that are built keep their names, which the paths of their weights already have.
+    """
+    layers = generator._flatten_layers()
+    named = [layer for layer in layers if not layer.built and _is_automatic(layer)]
+    taken = {layer.name for layer in layers if layer not in named}
+    for layer in named:
+        base = _base(layer.name)
+        names = (base if i == 0 else f"{base}_{i}" for i in range(len(layers) + 1))
+        layer.name = next(name for name in names if name not in taken)
+        taken.add(layer.name)
+
+
+def _is_automatic(layer) -> bool:
+    return _base(layer.name).replace("_", "") == type(layer).__name__.replace("_", "").lower()
+
+
+def _base(name) -> str:
+    return re.sub(r"_\d+$", "", name)
+
+
+@contextlib.contextmanager
+def training_scope(layer, training):
+    """Within the block the layers inside ``layer`` see ``training``.
+
+    They see it wherever Keras calls ``layer`` by ``__call__``. ``stateless_call`` and wrappers such
+    as ``TimeDistributed`` call ``layer.call`` itself.
+    """
+    context_of = getattr(layer, "_get_call_context", None)
+    # Not public. A release of Keras without it still passes `training` on from ``__call__``.
+    if training is None or context_of is None:
+        yield
+        return
+    context = context_of()
+    unset = object()
+    before = context.get_value("training", unset)
+    if before is training:
+        yield
+        return
+    context.set_value("training", training)
+    try:
+        yield
+    finally:
+        context.set_value("training", None if before is unset else before)
+        if before is unset:  # there was no context
+            layer._maybe_reset_call_context()

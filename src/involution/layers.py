@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from involution import kernel_generators
+from involution.kernel_generators import training_scope
 from involution.ops.api import chosen, generate_and_apply, implementation_names, involution
 from involution.ops.geometry import (
     CHANNELS_LAST,
@@ -19,6 +20,7 @@ from involution.ops.geometry import (
     Geometry,
 )
 from involution.ops.problem import (
+    check_axes,
     integers,
     one_of,
     output_sizes,
@@ -28,9 +30,6 @@ from involution.ops.problem import (
 from involution.ops.views import sizes as view_sizes
 from involution.ops.views import softmax, wide
 from involution.pointwise import only_calls
-
-# What a generator is told where it says None.
-FILLED_IN = ("kernel_size", "groups", "strides", "padding", "dilation_rate", "data_format")
 
 
 class Call(NamedTuple):
@@ -98,14 +97,16 @@ class Involution(keras.layers.Layer):
 
     Call arguments:
         inputs: Tensor (B, H, W, C).
+        training: Whether batch normalization takes the batch's statistics. None: as the layer or
+            model around it, and otherwise False.
 
     Returns:
         ``(output, kernel)`` with shapes (B, H', W', C) and (B, H', W', kernel_size**2, 1,
         group_number), where H' = ceil(H / stride); or ``output`` alone.
 
     Raises:
-        ValueError: An argument is out of its range, the hidden width is 0, or ``group_number`` does
-            not divide the input's channels.
+        ValueError: An argument is out of its range, the hidden width is 0, ``group_number`` does
+            not divide the input's channels, or the input has not four axes.
 
     Example:
 
@@ -145,6 +146,7 @@ class Involution(keras.layers.Layer):
         )
 
     def build(self, input_shape):
+        check_axes(self, input_shape, 2)
         channels = _channels(input_shape, CHANNELS_LAST)
         if channels % self.group_number:
             raise ValueError(
@@ -161,13 +163,18 @@ class Involution(keras.layers.Layer):
             )
         layers = keras.layers
         common = {"data_format": CHANNELS_LAST, "dtype": self.dtype_policy}
+        # Named as Keras names the first of their classes: the names that it makes for the next ones
+        # would give two equal models weights of different paths.
         self.kernel_gen = keras.Sequential(
             [
-                layers.Conv2D(hidden, 1, **common),
-                layers.BatchNormalization(dtype=self.dtype_policy),
-                layers.ReLU(dtype=self.dtype_policy),
-                layers.Conv2D(self._geometry.taps * self.group_number, 1, **common),
-            ]
+                layers.Conv2D(hidden, 1, name="conv2d", **common),
+                layers.BatchNormalization(dtype=self.dtype_policy, name="batch_normalization"),
+                layers.ReLU(dtype=self.dtype_policy, name="re_lu"),
+                layers.Conv2D(
+                    self._geometry.taps * self.group_number, 1, name="conv2d_1", **common
+                ),
+            ],
+            name="sequential",
         )
         # A Sequential casts its input to its own policy's type.
         self.kernel_gen.dtype_policy = self.dtype_policy
@@ -229,7 +236,11 @@ class Involution(keras.layers.Layer):
             "data_format": CHANNELS_LAST,
         }
 
-    def call(self, inputs):
+    def call(self, inputs, training=None):
+        with training_scope(self, training):
+            return self._call(inputs)
+
+    def _call(self, inputs):
         output = _fused(self, inputs)
         if output is not None:
             return output
@@ -240,6 +251,7 @@ class Involution(keras.layers.Layer):
         return (output, ops.expand_dims(kernel, -2)) if self.return_kernel else output
 
     def compute_output_shape(self, input_shape):
+        check_axes(self, input_shape, 2)
         batch, height, width, channels = input_shape
         height, width = self._geometry.output_sizes((height, width))
         output = (batch, height, width, channels)
@@ -280,6 +292,24 @@ def _fused(layer, inputs):
     # The last layer would cast what it is given, and Keras its weights.
     given = (ops.cast(t, inputs.dtype) for t in (layer._hidden(inputs), *expansion))
     return generate_and_apply(inputs, *given, **layer._arguments())
+
+
+class _KernelDropout(keras.layers.Dropout):
+    """Dropout whose state is made when it is built, in the scope of its layer.
+
+    Keras's makes it at once, with a name that counts such states in the process.
+    """
+
+    def __init__(self, rate, **kwargs):
+        if not 0 <= rate <= 1:
+            raise ValueError(
+                f"`kernel_dropout` must be a number from 0 to 1. Received: kernel_dropout={rate}"
+            )
+        super().__init__(0.0, **kwargs)  # of which there is no state
+        self.rate = rate
+
+    def build(self, input_shape):
+        self.seed_generator = keras.random.SeedGenerator(name="seed_generator")
 
 
 class InvolutionND(keras.layers.Layer):
@@ -324,28 +354,32 @@ class InvolutionND(keras.layers.Layer):
         self.filters = None if filters is None else integers("filters", filters, 1)[0]
         self.kernel_softmax = bool(kernel_softmax)
         self.kernel_dropout = (
-            keras.layers.Dropout(kernel_dropout, dtype=self.dtype_policy, name="kernel_dropout")
+            _KernelDropout(kernel_dropout, dtype=self.dtype_policy, name="kernel_dropout")
             if kernel_dropout
             else None
         )
+        self._groups = self.groups
+        self._named = not isinstance(kernel_generator, (dict, keras.layers.Layer))
+        self._generator_name = kernel_generator if self._named else None
         self.kernel_generator = kernel_generators.get(
             kernel_generator, self.reduction_ratio, self.dtype_policy
         )
+        kernel_generators.name_by_class(self.kernel_generator)
         self.input_spec = keras.layers.InputSpec(ndim=rank + 2)
         self._check_centre()
 
     def build(self, input_shape):
+        check_axes(self, input_shape, self.rank)
         channels = _channels(input_shape, self.data_format)
         self.groups = self._number_of_groups(channels)
         self._output_sizes(input_shape)
         generator = self.kernel_generator
-        for name in FILLED_IN:
-            # A layer that brings its own value keeps it: a Conv2D has strides of its own.
-            if getattr(generator, name, self) is None:
-                setattr(generator, name, getattr(self, name))
-        # Files of earlier releases, and those who share a layer, bring one that is built.
-        if not generator.built:
-            generator.build(self._generator_input_shape(input_shape))
+        kernel_generators.check_unshared(generator, self)
+        kernel_generators.fill_in(generator, self)
+        # Files of earlier releases bring one that is built, and so may users.
+        kernel_generators.build(generator, self, self._generator_input_shape(input_shape))
+        if self.kernel_dropout is not None:
+            self.kernel_dropout.build(None)
         if self.filters is not None:
             self._build_projection(channels)
 
@@ -369,19 +403,19 @@ class InvolutionND(keras.layers.Layer):
         )
 
     def _number_of_groups(self, channels) -> int:
-        if self.groups is None and channels < self.group_channels:
+        # As given: ``groups`` is that of the channels with which the layer was built.
+        given = self._groups
+        if given is None and channels < self.group_channels:
             return 1
         name, value = (
-            ("group_channels", self.group_channels)
-            if self.groups is None
-            else ("groups", self.groups)
+            ("group_channels", self.group_channels) if given is None else ("groups", given)
         )
         if channels % value:
             raise ValueError(
                 f"`{name}` must divide the input's channels: for {channels} channels one of "
                 f"{_divisors(channels)}. Received: {name}={value}"
             )
-        return channels // value if self.groups is None else value
+        return channels // value if given is None else value
 
     def _check_centre(self):
         """ValueError unless the first window's centre lies inside the input."""
@@ -468,7 +502,11 @@ class InvolutionND(keras.layers.Layer):
         stored."""
         return _chosen_when_built(self, inputs)
 
-    def call(self, inputs):
+    def call(self, inputs, training=None):
+        with training_scope(self, training):
+            return self._call(inputs)
+
+    def _call(self, inputs):
         self._output_sizes(inputs.shape)
         output = _fused(self, inputs)
         if output is not None:
@@ -514,6 +552,7 @@ class InvolutionND(keras.layers.Layer):
         return ops.moveaxis(self.projection(ops.moveaxis(output, 1, -1)), -1, 1)
 
     def compute_output_shape(self, input_shape):
+        check_axes(self, input_shape, self.rank)
         g = self._geometry()
         channels = _channels(input_shape, self.data_format)
         sizes = self._output_sizes(input_shape)
@@ -523,19 +562,16 @@ class InvolutionND(keras.layers.Layer):
         return output, g.shape(input_shape[0], sizes, g.taps, self._number_of_groups(channels))
 
     def get_config(self):
-        generator = keras.saving.serialize_keras_object(self.kernel_generator)
-        # Keras would build it before this layer tells it what it leaves open.
-        generator.pop("build_config", None)
         return {
             **super().get_config(),
             "kernel_size": self.kernel_size,
             "strides": self.strides,
             "padding": self.padding,
             "dilation_rate": self.dilation_rate,
-            "groups": self.groups,
+            "groups": self._groups,
             "group_channels": self.group_channels,
             "reduction_ratio": self.reduction_ratio,
-            "kernel_generator": generator,
+            "kernel_generator": self._generator_config(),
             "return_kernel": self.return_kernel,
             "group_layout": self.group_layout,
             "data_format": self.data_format,
@@ -544,6 +580,18 @@ class InvolutionND(keras.layers.Layer):
             "kernel_softmax": self.kernel_softmax,
             "kernel_dropout": self.kernel_dropout.rate if self.kernel_dropout else 0.0,
         }
+
+    def _generator_config(self):
+        """What was given as ``kernel_generator``: the name of one that is still as ``get`` makes
+        it, so that another ``reduction_ratio`` or ``dtype`` in the configuration counts."""
+        stored = kernel_generators.serialized(self.kernel_generator)
+        if self._named:
+            fresh = kernel_generators.get(
+                self._generator_name, self.reduction_ratio, self.dtype_policy
+            )
+            if stored == kernel_generators.serialized(fresh):
+                return self._generator_name
+        return stored
 
 
 # The three differ in the rank alone, so they share one signature and one text.
@@ -563,7 +611,7 @@ ARGUMENTS = """
             (B, *out_spatial, taps * groups), channels tap-major; a name (``"bottleneck"``,
             ``"contextual"``, ``"linear"``, ``"pairwise_attention"``, ``"static"``); None:
             ``kernel_generators.Bottleneck(reduction_ratio)``. A generator with weights serves one
-            layer.
+            layer; where it has no name it is named by its class, as are the layers inside it.
         return_kernel: Whether to return (output, kernel) or the output alone.
         group_layout: ``"contiguous"`` (the paper) or ``"interleaved"`` (the keras.io example).
         data_format: ``"channels_last"``, ``"channels_first"``, or None for Keras's setting.
@@ -576,6 +624,8 @@ ARGUMENTS = """
 
     Call arguments:
         inputs: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
+        training: Whether normalization takes the batch's statistics and dropout acts. None: as the
+            layer or model around it, and otherwise False.
 
     Returns:
         A tensor with the channels of ``inputs``, or ``filters``, and the sizes a convolution would
@@ -583,8 +633,9 @@ ARGUMENTS = """
         groups, *out_spatial).
 
     Raises:
-        ValueError: An argument is out of its range, the channels do not divide, or the generator's
-            map does not fit the output.
+        ValueError: An argument is out of its range, the channels do not divide, the generator's
+            map does not fit the output, a generator with weights serves another layer, or the input
+            has too few or too many axes.
 
     Source: Li et al., arXiv:2103.06255.
     """

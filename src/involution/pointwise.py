@@ -9,6 +9,7 @@ convolutions of this kind take twice as long that way. Elsewhere it makes no dif
 import keras
 
 from involution.ops.geometry import CHANNELS_LAST
+from involution.ops.problem import check_axes
 from involution.ops.views import matmul
 
 
@@ -27,6 +28,17 @@ class _Pointwise(keras.layers.Layer):
                 f"'channels_last'. Received: kernel_size={self.kernel_size}, "
                 f"groups={self.groups}, data_format={self.data_format!r}"
             )
+
+    def build(self, input_shape):
+        check_axes(self, input_shape, self.rank)
+        super().build(input_shape)
+        # Keras sets the least number of axes; the product would take more, and leave them as is.
+        axes = {-1: input_shape[-1]}
+        self.input_spec = keras.layers.InputSpec(ndim=self.rank + 2, axes=axes)
+
+    def compute_output_shape(self, input_shape):
+        check_axes(self, input_shape, self.rank)
+        return super().compute_output_shape(input_shape)
 
     def convolution_op(self, inputs, kernel):
         if any(s > 1 for s in self.strides):

@@ -1,7 +1,8 @@
 """The pair of the keras.io example: a small convolutional network and its involutional twin.
 
-Layers that the example leaves unnamed are named by Keras here too, so that both summaries read the
-same; each stage is the layer, a ReLU and, but for the last stage, a 2x2 max pooling.
+Layers that the example leaves unnamed have the names that Keras gives them in a new process: both
+summaries read the same, and weights of equal models have the same paths. Each stage is the layer, a
+ReLU and, but for the last stage, a 2x2 max pooling.
 """
 
 import keras
@@ -47,11 +48,17 @@ def cnn(input_shape=(32, 32, 3), classes=10, head="dense", filters=(32, 64, 64),
     inputs = keras.Input(shape=input_shape)
     x = inputs
     for stage, width in enumerate(integers("filters", filters, 3), start=1):
-        x = layers.Conv2D(width, (3, 3), padding="same", data_format=CHANNELS_LAST)(x)
+        x = layers.Conv2D(
+            width,
+            (3, 3),
+            padding="same",
+            data_format=CHANNELS_LAST,
+            name=_numbered("conv2d", stage),
+        )(x)
         x = layers.ReLU(name=f"relu{stage}")(x)
-        if stage < 3:
-            x = layers.MaxPooling2D((2, 2), data_format=CHANNELS_LAST)(x)
-    return keras.Model(inputs, _head(x, classes, head, hidden), name="conv_model")
+        x = _pooled(x, stage)
+    outputs = _head(x, classes, head, hidden, _numbered("conv2d", 4))
+    return keras.Model(inputs, outputs, name="conv_model")
 
 
 def inn(
@@ -114,9 +121,8 @@ def inn(
     for stage in (1, 2, 3):
         x, kernel = involution(f"inv_{stage}")(x)
         kernels.append(kernel)
-        x = layers.ReLU()(x)
-        if stage < 3:
-            x = layers.MaxPooling2D((2, 2), data_format=CHANNELS_LAST)(x)
+        x = layers.ReLU(name=_numbered("re_lu", stage))(x)
+        x = _pooled(x, stage)
     outputs = kernels if head == KERNELS else _head(x, classes, head)
     return keras.Model(inputs=inputs, outputs=outputs, name="inv_model")
 
@@ -137,11 +143,24 @@ def _check(input_shape, classes, head, heads):
         raise ValueError(f"`classes` must be at least 2. Received: classes={classes!r}")
 
 
-def _head(x, classes, head, hidden=64):
+def _numbered(name, number) -> str:
+    """The name that Keras gives to the first, second, ... layer of a class in a process."""
+    return name if number == 1 else f"{name}_{number - 1}"
+
+
+def _pooled(x, stage):
+    if stage == 3:
+        return x
+    name = _numbered("max_pooling2d", stage)
+    return layers.MaxPooling2D((2, 2), data_format=CHANNELS_LAST, name=name)(x)
+
+
+def _head(x, classes, head, hidden=64, convolution="conv2d"):
     if head == "dense":
-        x = layers.Flatten(data_format=CHANNELS_LAST)(x)
-        x = layers.Dense(hidden, activation="relu")(x)
-        return layers.Dense(classes)(x)
-    x = layers.Conv2D(hidden, 1, activation="relu", data_format=CHANNELS_LAST)(x)
-    x = layers.GlobalAveragePooling2D(data_format=CHANNELS_LAST)(x)
-    return layers.Dense(classes)(x)
+        x = layers.Flatten(data_format=CHANNELS_LAST, name="flatten")(x)
+        x = layers.Dense(hidden, activation="relu", name="dense")(x)
+        return layers.Dense(classes, name="dense_1")(x)
+    x = layers.Conv2D(hidden, 1, activation="relu", data_format=CHANNELS_LAST, name=convolution)(x)
+    name = "global_average_pooling2d"
+    x = layers.GlobalAveragePooling2D(data_format=CHANNELS_LAST, name=name)(x)
+    return layers.Dense(classes, name="dense")(x)

@@ -207,3 +207,13 @@ def standardize_padding(padding, rank):
         f"a pair (before, after) of them for each of {rank} spatial dimensions. "
         f"Received: padding={padding!r}"
     )
+
+
+def check_axes(layer, input_shape, rank):
+    """ValueError unless a shape has a batch axis, ``rank`` spatial axes, and channels."""
+    if len(input_shape) != rank + 2:
+        raise ValueError(
+            f"Input of {type(layer).__name__} must have a batch axis, {rank} spatial and one of "
+            f"channels: expected ndim={rank + 2}, found ndim={len(input_shape)}. "
+            f"Received: input_shape={tuple(input_shape)}, layer={layer.name}"
+        )
