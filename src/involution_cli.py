@@ -9,7 +9,6 @@ import dataclasses
 import io
 import os
 import pathlib
-import shlex
 import shutil
 import signal
 import subprocess
@@ -129,7 +128,8 @@ def compare(
     Parameters
     ----------
     models
-        Names, comma-separated, with options: cnn,inn,inn:kernel_size=5,my_file.py:my_function.
+        Names, comma-separated, with options: cnn,inn,inn:kernel_size=5,my_file.py:my_function. A
+        file may import modules in its folder.
     """
     _run(f"Comparing {models} on {recipe.dataset}", models, recipe, resume, together)
 
@@ -147,7 +147,8 @@ def train(
     Parameters
     ----------
     model
-        A name with options, as for compare: inn, inn:kernel_size=5, my_file.py:my_function.
+        A name with options, as for compare: inn, inn:kernel_size=5, my_file.py:my_function. The
+        file may import modules in its folder.
     """
     _run(f"Training {model} on {recipe.dataset}", model, recipe, resume, together)
 
@@ -185,6 +186,7 @@ def sweep(
     """
     with _session(f"Searching {model} on {recipe.dataset}.", recipe.backend) as session:
         from involution import experiment, memory
+        from involution.model_labels import command_line
         from involution.sweep import Plan, run
 
         if recipe.epochs is None:
@@ -192,7 +194,7 @@ def sweep(
         memory.keep_freed()
         plan = Plan(_config(experiment, model, recipe), search, trials, max_parameters)
         output = recipe.output or _free_folder(f"sweep-{recipe.dataset}")
-        command = shlex.join(["involution", *sys.argv[1:]])
+        command = command_line("involution", *sys.argv[1:])
         done = run(plan, output, study, session.console, command)
         session.folder = output
         session.console.say(f"Report: {output / 'report.html'}")
@@ -615,11 +617,12 @@ def _train(what, models, recipe, resume, together):
     with _session(f"{what}.", recipe.backend) as session:
         from involution import cluster, experiment, memory
         from involution.errors import InputError
+        from involution.model_labels import command_line
 
         memory.keep_freed()
         config = _config(experiment, models, recipe)
         output = recipe.output or _free_folder(config.dataset)
-        command = shlex.join(["involution", *sys.argv[1:]])
+        command = command_line("involution", *sys.argv[1:])
         if resume.resume and recipe.output is None:
             raise InputError("--resume needs --output, the folder to go on in. Received: none")
         hosts = cluster.of(
@@ -636,7 +639,8 @@ def _train(what, models, recipe, resume, together):
         else:
             session.console.say("Done: the first host writes the report.")
         if run.interrupted or run.failure is not None:
-            session.console.say(f"Go on:  the same command with --output {output} --resume")
+            again = command_line("--output", output, "--resume")
+            session.console.say(f"Go on:  the same command with {again}")
         if run.interrupted:
             raise SystemExit(run.exit_code)
         if run.failure is not None:
@@ -693,6 +697,7 @@ def _with_size(model, size) -> tuple | None:
 
 def _conclude(run, output, console):
     from involution import looking, report
+    from involution.model_labels import command_line
 
     console.say("")
     console.say(report.verdict(run))
@@ -703,9 +708,9 @@ def _conclude(run, output, console):
     if not run.results:
         return
     file = output / run.results[-1].file
-    console.say(f"Next: involution predict {file} IMAGE...")
+    console.say(f"Next: {command_line('involution', 'predict', file)} IMAGE...")
     if looking.has_involutions(run.results[-1].classifier.model):
-        console.say(f"      involution explain {file} IMAGE...")
+        console.say(f"      {command_line('involution', 'explain', file)} IMAGE...")
 
 
 def _free_folder(dataset) -> pathlib.Path:
@@ -726,14 +731,7 @@ def _read(saved_model, files):
     if not images:
         raise InputError("At least one image must be given. Received: none")
     classifier = saved_model.load(files[0] if named else saved_model.DEFAULT)
-
-    def read(image):
-        try:
-            return classifier.read(image)
-        except InputError as error:
-            raise InputError(f"{error}. Received: {image}") from error
-
-    return classifier, [(image, read(image)) for image in images]
+    return classifier, [(image, classifier.read(image)) for image in images]
 
 
 def main():

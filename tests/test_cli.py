@@ -59,8 +59,8 @@ def pets(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(pets, tmp_path_factory):
     """The folder of a short run made by the command."""
-    output = tmp_path_factory.mktemp("cli") / "run"
-    command = f"compare --dataset {pets} --epochs 1 --output {output}".split()
+    output = tmp_path_factory.mktemp("cli") / "the $run"
+    command = ["compare", "--dataset", pets, "--epochs", "1", "--output", output]
     result = subprocess.run(
         [sys.executable, "-m", "involution_cli", *command],
         capture_output=True,
@@ -83,8 +83,8 @@ def test_compare_tells_where_to_look_next(trained):
     assert len({line.count("|") for line in table}) == 1
     assert lines[-3:] == [
         f"Report: {output / 'report.html'}",
-        f"Next: involution predict {output / 'inn.keras'} IMAGE...",
-        f"      involution explain {output / 'inn.keras'} IMAGE...",
+        f"Next: involution predict '{output / 'inn.keras'}' IMAGE...",
+        f"      involution explain '{output / 'inn.keras'}' IMAGE...",
     ]
     assert result.stderr == ""
     assert (output / "log.txt").is_file()
@@ -318,7 +318,7 @@ def bad_inputs(root, trained):
         (["train", *ok, "--model", "x.py"], "must exist"),
         (["predict", root / "none.keras", image], "does not exist"),
         (["predict", root / "text.png", image], "text.png"),
-        (["predict", cnn, root / "none.png"], "none.png"),
+        (["predict", cnn, root / "none.png"], "file: No such file or directory. Received: "),
         (["predict", cnn, root / "text.png"], "text.png"),
         (["predict", cnn], "At least one image"),
         (["predict", cnn, image, "--top", "0"], "--top must be at least 1"),
@@ -390,6 +390,32 @@ def test_names_that_the_terminal_cannot_show(trained, pets):
     )
     assert result.returncode == 0, result.stderr
     assert "\\u732b.png: " in result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
+def test_paths_that_are_no_text_are_carried_through(call, pets, tmp_path):
+    """Into config.json, the report, the command to go on, and from there."""
+    data, output = (tmp_path / os.fsdecode(name) for name in (b"p\xe9ts", b"r\xfcn"))
+    data.symlink_to(pets)
+    arguments = ("train", "--model", "cnn", "--dataset", data, "--epochs", "1", "--output", output)
+    code, lines = call(*arguments)
+    assert code == 0
+    assert lines[-1] == f"Next: involution predict '{tmp_path}/r\\udcfcn/cnn.keras' IMAGE..."
+    assert json.loads((output / "config.json").read_text())["dataset"] == str(data)
+    assert "r\\udcfcn" in (output / "report.html").read_text()
+    assert call(*arguments, "--resume")[0] == 0
+    image = tmp_path / os.fsdecode(b"\xe9.png")
+    image.symlink_to(pets / "test" / "ant" / "0.png")
+    code, lines = call("predict", output / "cnn.keras", image)
+    assert code == 0
+    assert lines[-1].startswith(f"{tmp_path}/\\udce9.png: ")
+    # Of a class it would be in the model.
+    for part in ("train", "test"):
+        write_image(tmp_path / "latin" / part / os.fsdecode(b"\xe9") / "0.png")
+    code, lines = call("train", "--dataset", tmp_path / "latin", "--output", "new")
+    assert (code, len(lines)) == (2, 2)
+    assert lines[-1].endswith(f"Received: \\udce9 in {tmp_path}/latin/train")
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_error_of_our_own_is_one_line_and_keeps_its_log(call, trained, pets, monkeypatch):

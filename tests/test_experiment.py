@@ -1,6 +1,11 @@
 import csv
 import json
+import pathlib
+import shlex
+import shutil
 import signal
+import sys
+import types
 
 import keras
 import numpy as np
@@ -8,7 +13,7 @@ import pytest
 from frameworks import numpy
 from images import write_folder, write_image
 
-from involution import Involution2D, data, experiment, model_labels, models, saved_model
+from involution import Involution2D, checkpoint, data, experiment, model_labels, models, saved_model
 from involution.errors import InputError
 from involution.experiment import Config, compare
 
@@ -341,6 +346,119 @@ def test_a_file_may_define_classes_and_have_colons_in_its_name(tmp_path):
     )
     (builder,) = model_labels.parse(f"{file}:f:width=2").values()
     assert builder(None, 7) == (3, 7, 2)
+
+
+def test_files_import_what_is_beside_them(tmp_path, monkeypatch):
+    """Each its own module of one name, at once and in the midst of building."""
+    for folder in ("a", "b"):
+        (tmp_path / folder / "parts").mkdir(parents=True)
+        (tmp_path / folder / "blocks.py").write_text(f"WHERE = {folder!r}\n")
+        (tmp_path / folder / "late.py").write_text("import blocks\nWHERE = blocks.WHERE\n")
+        (tmp_path / folder / "parts" / "deep.py").write_text("import blocks\nW = blocks.WHERE\n")
+        (tmp_path / folder / "own.py").write_text(
+            "import blocks, parts.deep\n"
+            "def build(input_shape, classes, width=1):\n"
+            "    import late, blocks as again\n"
+            "    return blocks is again, blocks.WHERE, late.WHERE, parts.deep.W, width\n"
+        )
+    # An environment below the folder of a file: its packages are imported once.
+    installed = tmp_path / "a" / ".venv" / "installed_once.py"
+    installed.parent.mkdir()
+    installed.write_text("")
+    monkeypatch.syspath_prepend(str(installed.parent))
+    with open(tmp_path / "a" / "own.py", "a") as file:
+        file.write("import installed_once\n")
+    before = list(sys.path)
+    monkeypatch.chdir(tmp_path / "b")
+    builders = model_labels.parse(f"{tmp_path}/a/own.py,own.py:build:width=3")
+    for _ in range(2):
+        found = [build(None, 2) for build in builders.values()]
+        assert found == [(True, "a", "a", "a", 1), (True, "b", "b", "b", 3)]
+    assert sys.path == before
+    assert sys.modules["installed_once"].__file__ == str(installed)
+    assert "installed_once" not in model_labels._imported[f"{tmp_path}/a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("import sys\nsys.exit(7)", "7"),
+        ("raise ValueError('two\\nlines')", "two lines"),
+        ("raise KeyError", "KeyError"),
+        ("import sys\nsys.path.clear()\nimport blocks_of_none", "No module named 'blocks_of_none'"),
+    ],
+)
+def test_a_file_that_does_not_run(content, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "own.py").write_text(content)
+    with pytest.raises(InputError) as caught:
+        model_labels.parse(str(tmp_path / "own.py"))
+    assert str(caught.value) == (f"A model's file must run. Received: {tmp_path}/own.py: {reason}")
+
+
+def test_a_model_whose_name_is_no_text():
+    with pytest.raises(InputError) as caught:
+        model_labels.parse("cnn,caf\udce9.py")
+    assert str(caught.value) == (
+        "The name of a model must be valid UTF-8, the encoding of reports. "
+        "Received: cnn,caf\\udce9.py"
+    )
+
+
+def test_command_lines_can_be_pasted(monkeypatch):
+    words = ("involution", pathlib.Path("a b/$x's.keras"), pathlib.Path("-x"), "-y", "z")
+    line = model_labels.command_line(*words)
+    assert shlex.split(line) == ["involution", "a b/$x's.keras", "./-x", "-y", "z"]
+    assert model_labels.command_line("a", pathlib.Path("b/c.keras")) == "a b/c.keras"
+    monkeypatch.setattr(model_labels, "os", types.SimpleNamespace(name="nt", sep="\\"))
+    assert model_labels.command_line(*words) == ("""involution "a b/$x's.keras" .\\-x -y z""")
+
+
+def test_another_floatx_is_refused(run, folder, tmp_path):
+    """It would be the type of what layers get, while config.json says float32."""
+    classifier = run[0].results[0].classifier
+    try:
+        for floatx in ("float16", "bfloat16", "float64"):
+            keras.config.set_floatx(floatx)
+            with pytest.raises(InputError, match=rf"be float32; .*Received: floatx={floatx}$"):
+                compare(Config(str(folder)), tmp_path / "run")
+            with pytest.raises(InputError, match=f"Received: floatx={floatx}$"):
+                classifier.scores(np.zeros((1, 16, 16, 3), "float32"))
+    finally:
+        keras.config.set_floatx("float32")
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_keras_are_recorded_and_the_same_after_a_break(run, folder, tmp_path):
+    _, output, _ = run
+    config = Config(str(folder), epochs=2, batch_size=10)
+    expected = {"floatx": "float32", "epsilon": 1e-7, "image_data_format": "channels_last"}
+    assert json.loads((output / "config.json").read_text())["keras"] == expected
+    shutil.copytree(output, tmp_path / "run")
+    try:
+        keras.config.set_epsilon(1e-5)
+        with pytest.raises(InputError, match=r"Received: Keras's epsilon was 1e-07 and is 1e-05$"):
+            compare(config, tmp_path / "run", resume=True)
+        # A checkpoint of an earlier release has none of them.
+        store = checkpoint.Store(tmp_path / "run")
+        saved = store.latest(print)
+        identity = saved.state["identity"]
+        for name in expected:
+            del identity[f"Keras's {name}"]
+        store.save(saved.arrays, saved.state)
+        again = compare(config, tmp_path / "run", resume=True)
+    finally:
+        keras.config.set_epsilon(1e-7)
+    assert [len(result.rows) for result in again.results] == [2, 2]
+
+
+def test_images_that_are_not_used_are_told(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "pets")
+    (tmp_path / "pets" / "train" / "ant" / "x.bmp").write_bytes(b"")
+    console = Recorder()
+    note = experiment.load(Config(str(tmp_path / "pets")), console).note
+    assert note.endswith(f": 1 .bmp files, as {tmp_path}/pets/train/ant/x.bmp.")
+    assert console.lines == [note]
 
 
 @pytest.mark.parametrize(

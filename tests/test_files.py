@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import math
 import os
 import pathlib
@@ -136,3 +137,12 @@ def test_what_is_written_is_the_same_everywhere(tmp_path):
     )
     rows = [{"a": 1, "b": "x,y", "c": 3}, {"b": '"', "a": None}]
     assert files.csv_text(("a", "b"), rows) == 'a,b\n1,"x,y"\n,""""\n'
+
+
+def test_names_that_are_no_text_are_escaped(tmp_path):
+    """As Python has a file's name whose bytes are not UTF-8."""
+    name = "caf\udce9 \u2603"
+    files.write_text(tmp_path / "x.txt", name)
+    assert (tmp_path / "x.txt").read_bytes() == b"caf\\udce9 \xe2\x98\x83"
+    files.write_json(tmp_path / "x.json", {"name": name})
+    assert json.loads((tmp_path / "x.json").read_bytes()) == {"name": name}

@@ -219,6 +219,7 @@ class Run:
             "started": self.started,
             "images": {"train": len(self.dataset.x_train), "test": len(self.dataset.x_test)},
             "backend": keras.config.backend(),
+            "keras": settings(),
             "versions": versions(),
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
@@ -327,6 +328,7 @@ def compare(
 # What is no other way to train; an image may have been mended.
 MAY_DIFFER = ("dataset", "images", "models", "backend")
 VERSION = "version of "
+SETTING = "Keras's "
 # What a checkpoint keeps of a result, besides the label.
 KEPT = ("digest", "optimizer", "rows", "seconds")
 
@@ -360,7 +362,9 @@ class _Work:
                 "To go on, the output folder must have a whole checkpoint. "
                 f"Received: {self.output}, which has none"
             )
-        was = saved.state["identity"]
+        # Checkpoints of earlier releases do not have Keras's settings.
+        was = {k: v for k, v in self._identity.items() if k.startswith(SETTING)}
+        was |= saved.state["identity"]
         changed = {
             name: f"{name} was {was.get(name)} and is {now}"
             for name, now in self._identity.items()
@@ -516,6 +520,7 @@ def identity(run) -> dict:
         **config,
         **{f"recipe: {k}": v for k, v in dataclasses.asdict(run.recipe).items()},
         "backend": keras.config.backend(),
+        **{f"{SETTING}{k}": v for k, v in settings().items()},
         **{f"{VERSION}{k}": v for k, v in versions().items()},
         "images": run.dataset.fingerprint(),
     }
@@ -559,7 +564,12 @@ def interruptions(console):
 
 
 def load(config, console) -> data.Dataset:
-    """The images of a run."""
+    """The images of a run.
+
+    Raises:
+        InputError: They cannot be used, or Keras's floatx is not float32.
+    """
+    data.check_floatx()
 
     def progress(done, total):
         if done == 1:
@@ -570,6 +580,8 @@ def load(config, console) -> data.Dataset:
 
     crop = crops.MIDDLE if training.RECIPES[config.recipe].crop else None
     dataset = data.load(config.dataset, config.image_size, config.download, progress, crop)
+    if dataset.note:
+        console.say(dataset.note)
     return dataset if config.validation is None else dataset.validation(config.validation)
 
 
@@ -636,6 +648,12 @@ def make_folder(output):
         raise InputError(
             f"The output folder must be writable. Received: {output}: {error.strerror}"
         ) from error
+
+
+def settings() -> dict[str, str | float]:
+    """What of keras.json the figures of a run depend on, besides the backend."""
+    names = ("floatx", "epsilon", "image_data_format")
+    return {name: getattr(keras.config, name)() for name in names}
 
 
 def versions() -> dict[str, str]:

@@ -76,8 +76,9 @@ def sha256(path) -> str:
 
 
 def write_text(path, text):
+    """UTF-8. Bytes of a file's name that are not text become escapes, in JSON its own."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path, value):

@@ -52,7 +52,12 @@ class Classifier:
         return data.scale(data.read_image(file, self.image_shape[:2], self.crop)[None])
 
     def scores(self, images) -> np.ndarray:
-        """Probabilities (N, classes) for images as ``read`` gives them."""
+        """Probabilities (N, classes) for images as ``read`` gives them.
+
+        Raises:
+            InputError: Keras's floatx is not float32, see ``data.check_floatx``.
+        """
+        data.check_floatx()
         logits = self.model.predict(images, verbose=0).astype("float64")
         odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return odds / odds.sum(axis=-1, keepdims=True)

@@ -12,7 +12,6 @@ import functools
 import math
 import os
 import pathlib
-import shlex
 import socket
 import time
 import urllib.parse
@@ -152,7 +151,7 @@ class Plan:
                 option = "--" + name.replace("_", "-")
                 text = "x".join(map(str, value)) if name == "image_size" else str(value)
                 words += [option] if value is True else [option, text]
-        return shlex.join([*words, "--backend", keras.config.backend()])
+        return model_labels.command_line(*words, "--backend", keras.config.backend())
 
 
 def _dimension(text) -> tuple[str, Choices | Range]:
