@@ -163,13 +163,14 @@ def load_weights(model, path):
 
 def _load_keras(path) -> keras.Model:
     with _told(path):
-        registered = keras_files.check(path)
+        registered, stored = keras_files.check(path)
 
         def read():
             return keras.saving.load_model(path, custom_objects=registered, compile=False)
 
-        # Keras holds every variable's shape against the weights, before there is memory for it.
-        outline(read)
+        # Keras compares the shapes of all variables with the weights, before there is memory for
+        # them.
+        outline(read, stored)
         return read()
 
 
