@@ -124,7 +124,9 @@ def numbers(value, path=()) -> Iterator[tuple]:
         yield path
 
 
-SKIPPED = re.compile("registered_name|module|seed|shared_object_id|.*_(regularizer|constraint)|mask")
+SKIPPED = re.compile(
+    "registered_name|module|seed|shared_object_id|.*_(regularizer|constraint)|mask"
+)
 
 
 def blown_up(config, numbers_from=numbers) -> Iterator[tuple[str, dict]]:

@@ -60,8 +60,7 @@ class Look:
         count, *out, _, groups = self.kernels.shape
         before = [pair[0] for pair in self._pads]
         reach = [
-            (n - 1) * s + last + 1
-            for n, s, last in zip(out, g.strides, g.last_offset, strict=True)
+            (n - 1) * s + last + 1 for n, s, last in zip(out, g.strides, g.last_offset, strict=True)
         ]
         ends = [b + n for b, n in zip(before, self.sizes, strict=True)]
         sums = np.zeros((count, *map(max, reach, ends), groups), "float32")

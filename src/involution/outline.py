@@ -12,7 +12,7 @@ import keras
 
 Built = TypeVar("Built")
 
-# RedNet152 has 1,180, those inside its involutions included. Each takes some 50 KB, and a row of
+# RedNet152 has 728, those inside its involutions included. Each takes some 50 KB, and a row of
 # them the square of its length in time.
 MOST_LAYERS = 2000
 # Variables that a file leaves out, as those of LoRA, are at most as large as those it holds, but
@@ -53,12 +53,11 @@ def outline(build: Callable[[], Built], stored: float = math.inf) -> Built:
     """
 
     def within():
-        with keras.StatelessScope(initialize_variables=False):
+        with _counted(_Count(stored)), keras.StatelessScope(initialize_variables=False):
             return _traced(build)
 
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        with _counted(thread.submit(threading.get_ident).result(), _Count(stored)):
-            return thread.submit(within).result()
+        return thread.submit(within).result()
 
 
 class _Count:
@@ -82,11 +81,12 @@ class _Count:
 
 
 @contextlib.contextmanager
-def _counted(thread, count):
-    """Within the block the layers and variables that a thread makes are counted.
+def _counted(count):
+    """Within the block the layers and variables that this thread makes are counted.
 
     Not those of the model that results: layers that it does not use take memory too.
     """
+    thread = threading.get_ident()
     with _patching:
         if not _counts:
             _originals[:] = [_watch(keras.Operation, "layer"), _watch(keras.Variable, "variable")]

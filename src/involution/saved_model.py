@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import zipfile
 
 import keras
@@ -174,6 +175,11 @@ def _load_keras(path) -> keras.Model:
         return read()
 
 
+def _plain(error) -> str:
+    """Without the escape sequences by which Keras sets parts of its messages in bold."""
+    return re.sub("\x1b\\[\\d*m", "", str(error))
+
+
 @contextlib.contextmanager
 def _told(path):
     try:
@@ -182,5 +188,5 @@ def _told(path):
         raise InputError(
             "A model must be a .keras file, and load without code of its own: one with a user's "
             "own layers is for keras.saving.load_model(file, custom_objects=...). "
-            f"Received: {path}: {' '.join(str(error).split())[:1000]}"
+            f"Received: {path}: {' '.join(_plain(error).split())[:1000]}"
         ) from error
