@@ -129,11 +129,14 @@ SKIPPED = re.compile(
 )
 
 
-def blown_up(config, numbers_from=numbers) -> Iterator[tuple[str, dict]]:
-    """Configurations with one number of a layer made huge, by where it stands."""
+def blown_up(config, within=()) -> Iterator[tuple[str, dict]]:
+    """Configurations with one number of a layer made huge, by where it stands; if ``within`` names
+    parts of a layer, of these alone, and not of its inputs."""
     for index, layer in enumerate(config["config"]["layers"]):
-        for path in numbers_from(layer):
+        for path in numbers(layer):
             if any(SKIPPED.fullmatch(str(key)) for key in path) or "kernel_initializer" in path:
+                continue
+            if within and (path[0] not in within or layer["class_name"] == "InputLayer"):
                 continue
             made = copy.deepcopy(config)
             place = made["config"]["layers"][index]
