@@ -9,6 +9,7 @@ import dataclasses
 import io
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,11 @@ app = cyclopts.App(
 )
 
 Backend = Literal["tensorflow", "jax", "torch"]
+
+# As in involution.errors, which a test compares.
+CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]"
+)
 
 # Exit code of an error that is not the user's.
 OWN_ERROR = 3
@@ -495,7 +501,7 @@ class _Session:
 
 @contextlib.contextmanager
 def _session(first_line, backend):
-    print(f"involution: {first_line}", flush=True)
+    print(f"involution: {_shown(first_line)}", flush=True)
     if backend is not None:
         os.environ["KERAS_BACKEND"] = backend
     try:
@@ -530,8 +536,9 @@ def _keep(log, folder):
     from involution import files
 
     # Of a full disk the command has told by now.
-    with contextlib.suppress(OSError), files.replacing(folder / "log.txt") as temporary:
-        shutil.copyfile(log, temporary)
+    with contextlib.suppress(OSError):
+        text = log.read_text(encoding="utf-8", errors="backslashreplace")
+        files.write_text(folder / "log.txt", "\n".join(map(_shown, text.split("\n"))))
 
 
 def _explain(error, log) -> tuple[str, int]:
@@ -554,7 +561,8 @@ def _explain(error, log) -> tuple[str, int]:
             TOO_LARGE,
         )
     with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
-        traceback.print_exception(error, file=file)
+        for line in "".join(traceback.format_exception(error)).split("\n"):
+            print(_shown(line), file=file)
     return f"an error of our own, {type(error).__name__}; all about it is in {log}", OWN_ERROR
 
 
@@ -574,8 +582,15 @@ def _chatter_to(log):
 
 
 def _fail(message, code=2) -> int:
-    print(f"involution: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    line = _shown(" ".join(message.split()))
+    print(f"involution: error: {line}", file=sys.stderr, flush=True)
     return code
+
+
+def _shown(text) -> str:
+    """As ``involution.errors.shown``, whose package takes seconds to import: control characters as
+    escapes."""
+    return CONTROL.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
 
 
 def _run(what, models, recipe, resume, together):
@@ -702,7 +717,8 @@ def _conclude(run, output, console):
     console.say("")
     console.say(report.verdict(run))
     console.say("")
-    console.say(report.markdown(run))
+    for line in report.markdown(run).splitlines():
+        console.say(line)
     console.say("")
     console.say(f"Report: {output / 'report.html'}")
     if not run.results:

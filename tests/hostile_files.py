@@ -431,6 +431,86 @@ def image_of_gigabytes(place):
     return archive(place, changes)
 
 
+# Of a functional model: what a configuration builds although nothing of it is in the weights. Each
+# takes some hundred megabytes where nobody looks.
+
+
+@functools.cache
+def graph_parts() -> dict[str, bytes]:
+    inputs = keras.Input((4, 4, 3))
+    model = keras.Model(inputs, keras.layers.Dense(2, name="dense")(keras.layers.Flatten()(inputs)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "x.keras")
+        Classifier(model, ("a", "b"), (4, 4, 3)).save(path)
+        with zipfile.ZipFile(path) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+
+
+def with_node(place, module, class_name, config, nodes=(), **more):
+    """With one more layer, and these calls of it, beside those that lead to the output."""
+    config_json = json.loads(graph_parts()["config.json"])
+    layer = {"module": module, "class_name": class_name, "registered_name": None, "name": "more"}
+    layer |= {"config": {"name": "more", **config}, "inbound_nodes": list(nodes), **more}
+    config_json["config"]["layers"].append(layer)
+    return archive(place, {**graph_parts(), "config.json": json.dumps(config_json)})
+
+
+def unused(name, shape, **config):
+    def make(place):
+        build = {"build_config": {"input_shape": shape}}
+        return with_node(place, "keras.layers", name, config, **build)
+
+    FILES[f"{name.lower()}_that_nothing_uses"] = make, ("export",)
+
+
+ZEROS = {
+    "module": "keras.initializers",
+    "class_name": "Zeros",
+    "config": {},
+    "registered_name": None,
+}
+unused("Dense", [None, 1000], units=30_000)
+unused("Embedding", [None, 5], input_dim=30_000, output_dim=1000)
+unused("SimpleRNN", [None, 4, 4], units=6000, recurrent_initializer=ZEROS)
+unused("MultiHeadAttention", [None, 4, 1000], num_heads=100, key_dim=100)
+
+
+@hostile("export")
+def call_of_constants(place):
+    column, row = [[1.0]] * 8000, [1.0] * 8000
+    nodes = [{"args": [column, row], "kwargs": {}}]
+    return with_node(place, "keras.src.ops.numpy", "Add", {}, nodes)
+
+
+@hostile("export")
+def layers_of_one_name(place):
+    config = {"units": 30_000, "name": "dense"}
+    build = {"input_shape": [None, 1000]}
+    return with_node(place, "keras.layers", "Dense", config, name="dense", build_config=build)
+
+
+@hostile("export")
+def lora_of_a_million(place):
+    return configured(place, lambda layers: layers[2]["config"].update(lora_rank=10**6))
+
+
+@hostile("export")
+def layer_as_an_activation(place):
+    harm = {"module": "keras.layers", "class_name": "Dense", "config": {"units": 30_000}}
+    harm |= {"registered_name": None, "build_config": {"input_shape": [None, 1000]}}
+    return with_layer(place, "keras.layers", "Activation", {"activation": harm})
+
+
+@hostile("export")
+def states_of_any_batch(place):
+    def change(layers):
+        layers[0]["config"]["batch_shape"] = [10**8, 4, 12]
+        rnn = {"module": "keras.layers", "class_name": "SimpleRNN", "registered_name": None}
+        layers[1] = rnn | {"config": {"units": 1, "stateful": True}}
+
+    return configured(place, change)
+
+
 # HDF5.
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from involution.errors import InputError
+from involution.errors import InputError, shown
 from involution.looking import Look, looks
 from involution.saved_model import Classifier
 
@@ -21,7 +21,7 @@ def scores(classifiers: dict[str, Classifier], file) -> dict[str, dict[str, floa
     return {
         name: dict(
             zip(
-                classifier.class_names,
+                map(shown, classifier.class_names),
                 map(float, classifier.scores(_read(classifier, file))[0]),
                 strict=True,
             )
@@ -63,7 +63,7 @@ class Explanation:
         parts = []
         for name, of_model in self.looks.items():
             if not of_model:
-                parts.append(_section(name, f"<p>{html.escape(name)} has no involutions.</p>"))
+                parts.append(_section(name, f"<p>{_escaped(name)} has no involutions.</p>"))
                 continue
             image = _data_url(self.images[name][0])
             figures = [_figure(_picture(image, "the image"), "the image, as the model sees it")]
@@ -74,7 +74,7 @@ class Explanation:
                     _figure(
                         _picture(_data_url(_coloured(values)), f"heat map of {layer}")
                         + _picture(image, text, _data_url(_coloured(values))),
-                        f"{layer}, {values.shape[1]}&times;{values.shape[0]}",
+                        f"{_escaped(layer)}, {values.shape[1]}&times;{values.shape[0]}",
                         _bar(values.min(), values.max()),
                     )
                 )
@@ -108,14 +108,19 @@ class Explanation:
         )
         return _figure(
             picture + _picture(_data_url(colours), text, kind="kernel"),
-            f"{layer}, window {kernel.shape[0]}&times;{kernel.shape[1]}, mean of "
+            f"{_escaped(layer)}, window {kernel.shape[0]}&times;{kernel.shape[1]}, mean of "
             f"{look.kernels.shape[-1]} group{'s' if look.kernels.shape[-1] > 1 else ''}",
             _bar(-extreme, extreme, SIGNED),
         )
 
 
+def _escaped(text) -> str:
+    """A text of a file's as HTML."""
+    return html.escape(shown(text))
+
+
 def _section(title, inside) -> str:
-    return f"<section><h3>{html.escape(title)}</h3>{inside}</section>"
+    return f"<section><h3>{_escaped(title)}</h3>{inside}</section>"
 
 
 def _figure(pictures, caption, more="") -> str:
@@ -125,7 +130,7 @@ def _figure(pictures, caption, more="") -> str:
 
 def _picture(url, text, over=None, inside="", kind="picture") -> str:
     above = f'<img class="over" src="{over}" alt="">' if over else ""
-    return f'<span class="{kind}"><img src="{url}" alt="{html.escape(text)}">{above}{inside}</span>'
+    return f'<span class="{kind}"><img src="{url}" alt="{_escaped(text)}">{above}{inside}</span>'
 
 
 def _bar(low, high, colours=ORDERED) -> str:

@@ -6,6 +6,7 @@ on at a time, few wait, nothing is fetched from elsewhere, and an error says one
 
 import contextlib
 import functools
+import html
 import os
 import pathlib
 import re
@@ -18,7 +19,7 @@ import keras
 from PIL import Image
 
 from involution import saved_model
-from involution.errors import InputError
+from involution.errors import InputError, shown
 from involution.models import shipped
 
 # Before Gradio is imported: it asks then, and would send what it counts.
@@ -177,7 +178,7 @@ def build(classifiers, cards="") -> gradio.Blocks:
                 timing = gradio.Markdown()
             with gradio.Column(min_width=280), gradio.Row():
                 labels = [
-                    gradio.Label(label=name, num_top_classes=3, min_width=160)
+                    gradio.Label(label=shown(name), num_top_classes=3, min_width=160)
                     for name in classifiers
                 ]
             _guard(image)
@@ -293,4 +294,4 @@ def _told(function, *arguments):
     try:
         return function(*arguments)
     except InputError as error:
-        raise gradio.Error(str(error), print_exception=False) from None
+        raise gradio.Error(html.escape(shown(error), quote=False), print_exception=False) from None

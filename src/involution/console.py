@@ -1,4 +1,7 @@
-"""What a person sees while a command works: lines, and on a terminal a moving bar."""
+"""What a person sees while a command works: lines, and on a terminal a moving bar.
+
+Whatever is said is one line: control characters, of names in files too, are shown as escapes.
+"""
 
 import sys
 import time
@@ -12,6 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from involution.errors import shown
 
 # Where there is no terminal, a line this often, in seconds.
 INTERVAL = 15.0
@@ -30,15 +35,15 @@ class Console:
         self._started = self._last = 0.0
 
     def say(self, text):
-        self._console.print(text, markup=False)
+        self._console.print(shown(text), markup=False)
 
     def start(self, label, total, done=0):
         self.stop()
-        self._label, self._total, self._done, self._before = label, total, done, done
+        self._label, self._total, self._done, self._before = shown(label), total, done, done
         self._started = self._last = time.monotonic()
         if self._console.is_terminal:
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -47,7 +52,7 @@ class Console:
                 console=self._console,
                 transient=True,
             )
-            self._progress.add_task(label, total=total, completed=done)
+            self._progress.add_task(self._label, total=total, completed=done)
             self._progress.start()
 
     def step(self):

@@ -1,5 +1,31 @@
 """The errors that are not ours: each is one line, the rule, then the value received."""
 
+import re
+
+# C0 and C1 controls, DEL, line and paragraph separators, marks of direction, and halves of pairs,
+# which have no encoding: a terminal would obey them, or lines look like others than they are.
+CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]"
+)
+
+
+def shown(text, keep="") -> str:
+    """A text as it may be written anywhere: its control characters as escapes, as in JSON.
+
+    Names in files of strangers are data, and must not move a cursor or begin a line.
+
+    Args:
+        text: The text.
+        keep: Control characters that stay.
+
+    Example:
+
+    >>> from involution.errors import shown
+    >>> print(shown("cat \\x1b[2J\\n"), shown("고양이"))
+    cat \\u001b[2J\\u000a 고양이
+    """
+    return CONTROL.sub(lambda m: m[0] if m[0] in keep else f"\\u{ord(m[0]):04x}", str(text))
+
 
 class InputError(ValueError):
     """What was given cannot be used."""

@@ -10,7 +10,7 @@ import os
 import pathlib
 import tempfile
 
-from involution.errors import WriteError
+from involution.errors import WriteError, shown
 
 # Of files that are being written; where a process was killed, such a file is left.
 PART = ".part-"
@@ -84,7 +84,8 @@ def write_text(path, text):
 def write_json(path, value):
     """JSON as every parser reads it: what is not finite is null."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    # The same value: escapes as JSON has them.
+    write_text(path, shown(text, "\n") + "\n")
 
 
 def csv_text(columns, rows) -> str:
@@ -92,7 +93,8 @@ def csv_text(columns, rows) -> str:
     text = io.StringIO()
     table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    for row in rows:
+        table.writerow({k: shown(v) if isinstance(v, str) else v for k, v in row.items()})
     return text.getvalue()
 
 

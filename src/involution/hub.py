@@ -11,7 +11,7 @@ import tempfile
 import keras
 
 from involution import model_labels, saved_model
-from involution.errors import InputError
+from involution.errors import InputError, shown
 from involution.files import write_text
 from involution.models import weights
 from involution.models.convert import convert
@@ -103,7 +103,7 @@ def save(run, label, folder, name=None, extra=None):
         width=width,
         height=height,
         count=len(classifier.class_names),
-        classes=", ".join(classifier.class_names),
+        classes=", ".join(map(shown, classifier.class_names)),
         dataset=metrics["dataset"],
         train=config["images"]["train"],
         test=config["images"]["test"],

@@ -14,6 +14,7 @@ import json
 import math
 import pathlib
 import zipfile
+from collections.abc import Iterator
 
 import h5py
 import keras
@@ -23,8 +24,6 @@ CONFIG, WEIGHTS = "config.json", "model.weights.h5"
 # Bytes. RedNet152's configuration takes 0.6 MB; Python's objects take some twenty times as much.
 LIMITS = {"metadata.json": 2**16, CONFIG: 2**21, ENTRY: 2**20, WEIGHTS: math.inf}
 DEPTH = 64
-# RedNet152 has 523. Each takes some 50 KB, and a row of them the square of its length in time.
-MOST_LAYERS = 2000
 # Not among them: layers that hold code (Lambda, wrappers of other frameworks' models), that read
 # files (lookups, TextVectorization), or that make arrays of any size besides their weights
 # (Normalization, spectrograms).
@@ -72,14 +71,15 @@ VALUES = ("__keras_tensor__", "__ellipsis__", "__slice__", "__bytes__")
 MOST_AXES = 8
 
 
-def check(path) -> dict:
+def check(path) -> tuple[dict, int]:
     """Reads a ``.keras`` file as far as to know that Keras can.
 
     Args:
         path: The file.
 
     Returns:
-        From registered names to the classes and functions of this process that the file asks for.
+        From registered names to the classes and functions of this process that the file asks for;
+        and how many numbers its weights hold.
 
     Raises:
         Exception: It holds something else, or is damaged: a ``ValueError`` that says what, or
@@ -96,13 +96,9 @@ def check(path) -> dict:
         del config["compile_config"]
         registered: dict = {}
         _check_value(config, registered, 0)
-        layers = _layers(config)
-        if layers > MOST_LAYERS:
-            raise ValueError(f"{layers:,} layers")
         weights = member(archive, WEIGHTS)
     with h5py.File(io.BytesIO(weights), "r") as file:
-        _check_weights(file, len(weights))
-    return registered
+        return registered, _check_weights(file, len(weights))
 
 
 def member(archive, name) -> bytes:
@@ -138,6 +134,8 @@ def _check_value(value, registered, depth):
         # Of a model within the model: losses and metrics, which are not needed.
         if value.get("compile_config"):
             raise ValueError("a compiled model within the model")
+        if "output_layers" in value:
+            _check_graph(value)
         for part in value.values():
             _check_value(part, registered, depth + 1)
     elif isinstance(value, list):
@@ -161,19 +159,50 @@ def _check_object(value, registered):
         )
 
 
-def _layers(value) -> int:
-    """How many layers stand in lists of them."""
+def _check_graph(model):
+    """Every layer of a functional model leads to its outputs, as those do that Keras writes.
+
+    Others would be built all the same, and calls of constants would be computed.
+    """
+    names = [layer["name"] for layer in model["layers"]]
+    if len(set(names)) != len(names):
+        raise ValueError(f"layers of one name, {ascii(names[:8])[:300]}")
+    used: set = set()
+    for layer in model["layers"]:
+        for node in layer["inbound_nodes"]:
+            found = set(_tensors([node["args"], node["kwargs"]]))
+            if not found:
+                raise ValueError(f"a call without tensors, of {ascii(layer['name'])[:200]}")
+            used |= found
+    used |= set(_texts([model["input_layers"], model["output_layers"]]))
+    unused = [name for name in names if name not in used]
+    if unused:
+        raise ValueError(f"layers that lead to no output, {ascii(unused[:8])[:300]}")
+
+
+def _tensors(value) -> Iterator[str]:
+    """Names of the layers whose outputs stand in a call's arguments."""
     if isinstance(value, list):
-        return sum(map(_layers, value))
-    if not isinstance(value, dict):
-        return 0
-    found = value.get("layers")
-    own = len(found) if isinstance(found, list) else 0
-    return own + sum(map(_layers, value.values()))
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        if value.get("class_name") == "__keras_tensor__":
+            yield value["config"]["keras_history"][0]
+        else:
+            yield from _tensors(list(value.values()))
 
 
-def _check_weights(file, size):
-    declared, groups = 0, [file]
+def _texts(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def _check_weights(file, size) -> int:
+    """How many numbers there are."""
+    declared, numbers, groups = 0, 0, [file]
     while groups:
         group = groups.pop()
         for name in group:
@@ -187,9 +216,11 @@ def _check_weights(file, size):
                 groups.append(found)
             else:
                 declared += _bytes(name, found, size)
+                numbers += math.prod(found.shape)
     # Arrays that overlap would be read again and again.
     if declared > size:
         raise ValueError(f"weights of {declared:,} bytes in {size:,}")
+    return numbers
 
 
 def _bytes(name, found, size) -> int:

@@ -460,7 +460,7 @@ class InvolutionND(keras.layers.Layer):
     def _features(self, inputs):
         """What the kernels are generated from: the windows' centres and what follows each."""
         g = self._geometry()
-        odd = not any(last % 2 for last in g.tap_offsets[-1])
+        odd = not any(last % 2 for last in g.last_offset)
         if self.padding == SAME or (self.padding == SYMMETRIC and odd):
             # All positions. Slices of that length would do, but for PyTorch's exporter: it takes it
             # from its example whether they reach the end.
@@ -717,4 +717,5 @@ def _channels(input_shape, data_format) -> int:
 
 
 def _divisors(n) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+    # A layer has no more groups; a file may say that an input has any number of channels.
+    return ", ".join(str(d) for d in range(1, min(n, 2**16) + 1) if n % d == 0)

@@ -59,8 +59,7 @@ class Look:
         count, *out, _, groups = self.kernels.shape
         before = [pair[0] for pair in self._pads]
         reach = [
-            (n - 1) * s + last + 1
-            for n, s, last in zip(out, g.strides, g.tap_offsets[-1], strict=True)
+            (n - 1) * s + last + 1 for n, s, last in zip(out, g.strides, g.last_offset, strict=True)
         ]
         ends = [b + n for b, n in zip(before, self.sizes, strict=True)]
         sums = np.zeros((count, *map(max, reach, ends), groups), "float32")
@@ -83,7 +82,7 @@ class Look:
         centres = (
             round((share * n - 0.5 - (last / 2 - pair[0])) / s)
             for share, n, s, last, pair in zip(
-                place, self.sizes, g.strides, g.tap_offsets[-1], self._pads, strict=True
+                place, self.sizes, g.strides, g.last_offset, self._pads, strict=True
             )
         )
         return tuple(
@@ -106,7 +105,7 @@ class Look:
         )
         return tuple(
             (begin / n, (begin + last + 1) / n)
-            for begin, last, n in zip(begins, g.tap_offsets[-1], self.sizes, strict=True)
+            for begin, last, n in zip(begins, g.last_offset, self.sizes, strict=True)
         )
 
     @property

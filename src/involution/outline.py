@@ -1,6 +1,10 @@
 """A model with shapes and without values: what a file asks for, known before memory is taken."""
 
 import concurrent.futures
+import contextlib
+import inspect
+import math
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -8,20 +12,36 @@ import keras
 
 Built = TypeVar("Built")
 
+# RedNet152 has 728, those inside its involutions included. Each takes some 50 KB, and a row of
+# them the square of its length in time.
+MOST_LAYERS = 2000
+# Variables that a file leaves out, as those of LoRA, are at most as large as those it holds, but
+# for these: 16 MiB of float32.
+SPARE = 2**22
+# By thread: what counts the objects that are made in it.
+_counts: dict[int, "_Count"] = {}
+_originals: list[Callable[[], None]] = []
+_patching = threading.Lock()
 
-def outline(build: Callable[[], Built]) -> Built:
+
+def outline(build: Callable[[], Built], stored: float = math.inf) -> Built:
     """What a function builds, its variables without values.
 
-    The function runs in a thread of its own: Keras keeps by thread which variables still wait for
-    values, so that nothing of them is left when the thread ends.
+    The function runs in a thread of its own, traced by the backend instead of computed, so that
+    tensors take no memory either: Keras keeps by thread which variables still wait for values, so
+    that nothing of them is left when the thread ends.
 
     Args:
         build: A function without arguments.
+        stored: How many numbers there are for the variables. With twice as many variables, and
+            four million more, or with more than 2,000 layers, those that end up in no model
+            included, the function is stopped; unless given, variables may have any size.
 
     Returns:
         What it returns. Of its variables only names, types and shapes can be asked.
 
     Raises:
+        ValueError: Too many variables or layers.
         Exception: Whatever the function raises.
 
     Example:
@@ -33,8 +53,88 @@ def outline(build: Callable[[], Built]) -> Built:
     """
 
     def within():
-        with keras.StatelessScope(initialize_variables=False):
-            return build()
+        with _counted(_Count(stored)), keras.StatelessScope(initialize_variables=False):
+            return _traced(build)
 
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         return thread.submit(within).result()
+
+
+class _Count:
+    """Raises when a thread has made more layers or variables than there may be."""
+
+    def __init__(self, stored):
+        self.stored = stored
+        self.layers = self.numbers = 0
+
+    def layer(self, _):
+        self.layers += 1
+        if self.layers > MOST_LAYERS:
+            raise ValueError(f"more than {MOST_LAYERS:,} layers")
+
+    def variable(self, made):
+        self.numbers += math.prod(made.shape)
+        if self.numbers > 2 * self.stored + SPARE:
+            raise ValueError(
+                f"variables of {self.numbers:,} numbers or more, where {self.stored:,} are stored"
+            )
+
+
+@contextlib.contextmanager
+def _counted(count):
+    """Within the block the layers and variables that this thread makes are counted.
+
+    Not those of the model that results: layers that it does not use take memory too.
+    """
+    thread = threading.get_ident()
+    with _patching:
+        if not _counts:
+            _originals[:] = [_watch(keras.Operation, "layer"), _watch(keras.Variable, "variable")]
+        _counts[thread] = count
+    try:
+        yield
+    finally:
+        with _patching:
+            del _counts[thread]
+            if not _counts:
+                while _originals:
+                    _originals.pop()()
+
+
+def _watch(kind, name) -> Callable[[], None]:
+    """Has objects of a class counted when they are made; returns what ends that."""
+    own, make = vars(kind).get("__init__"), kind.__init__
+
+    def made(self, *arguments, **named):
+        make(self, *arguments, **named)
+        if (count := _counts.get(threading.get_ident())) is not None:
+            getattr(count, name)(self)
+
+    def end():
+        if own is None:
+            del kind.__init__
+        else:
+            kind.__init__ = own
+
+    # Keras asks constructors for their arguments.
+    made.__signature__ = inspect.signature(make)
+    kind.__init__ = made
+    return end
+
+
+def _traced(build):
+    """What a function returns, its operations noted by the backend and not carried out."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        found = []
+        jax.eval_shape(lambda: found.append(build()))
+        return found[0]
+    if backend == "tensorflow":
+        import tensorflow
+
+        with tensorflow.Graph().as_default():
+            return build()
+    with keras.device("meta"):
+        return build()

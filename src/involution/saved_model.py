@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import zipfile
 
 import keras
@@ -168,14 +169,20 @@ def load_weights(model, path):
 
 def _load_keras(path) -> keras.Model:
     with _told(path):
-        registered = keras_files.check(path)
+        registered, stored = keras_files.check(path)
 
         def read():
             return keras.saving.load_model(path, custom_objects=registered, compile=False)
 
-        # Keras holds every variable's shape against the weights, before there is memory for it.
-        outline(read)
+        # Keras compares the shapes of all variables with the weights, before there is memory for
+        # them.
+        outline(read, stored)
         return read()
+
+
+def _plain(error) -> str:
+    """Without the escape sequences by which Keras sets parts of its messages in bold."""
+    return re.sub("\x1b\\[\\d*m", "", str(error))
 
 
 @contextlib.contextmanager
@@ -186,5 +193,5 @@ def _told(path):
         raise InputError(
             "A model must be a .keras file, and load without code of its own: one with a user's "
             "own layers is for keras.saving.load_model(file, custom_objects=...). "
-            f"Received: {path}: {' '.join(str(error).split())[:1000]}"
+            f"Received: {path}: {' '.join(_plain(error).split())[:1000]}"
         ) from error

@@ -5,6 +5,7 @@ No code is stored, so that loading runs none: the configuration names a function
 """
 
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable
@@ -92,7 +93,8 @@ def load(folder) -> keras.Model:
             shapes = {key: _shape(file, key) for key in file.keys()}  # noqa: SIM118 - no mapping
             build = _builder(folder, config, shapes)
             # Before the model takes memory.
-            expected = named_weights(outline(build))
+            stored = sum(map(math.prod, shapes.values()))
+            expected = named_weights(outline(build, stored))
             check_tensors(
                 {key: tuple(v.shape) for key, v in expected.items()}, shapes, folder / WEIGHTS
             )

@@ -49,6 +49,11 @@ class Geometry:
         return list(itertools.product(*steps))
 
     @property
+    def last_offset(self) -> tuple[int, ...]:
+        """Distance of the last tap from the first one, in input positions."""
+        return tuple((k - 1) * d for k, d in zip(self.kernel_size, self.dilation_rate, strict=True))
+
+    @property
     def spatial_axis(self) -> int:
         """First spatial axis of ``x`` and of the output."""
         return 1 if self.data_format == CHANNELS_LAST else 2
@@ -103,9 +108,7 @@ class Geometry:
             return (0,) * self.rank
         # Outside of "same" the zeros before do not depend on the input's size.
         before = (pair[0] for pair in self.pads((1,) * self.rank))
-        return tuple(
-            last // 2 - pad for last, pad in zip(self.tap_offsets[-1], before, strict=True)
-        )
+        return tuple(last // 2 - pad for last, pad in zip(self.last_offset, before, strict=True))
 
     def output_sizes(self, sizes) -> tuple:
         """Spatial sizes of the output; None where the input's size is None."""

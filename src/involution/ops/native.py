@@ -23,7 +23,7 @@ def refusal(problem) -> str | None:
         return f"it has no binding for the backend {backend}"
     g = problem.geometry
     pads = [] if isinstance(g.padding, str) else [p for pair in g.padding for p in pair]
-    if max(*g.tap_offsets[-1], *g.strides, *pads) > native_library.LARGEST:
+    if max(*g.last_offset, *g.strides, *pads) > native_library.LARGEST:
         return f"a window's reach, a stride or a padding is above {native_library.LARGEST}"
     return _binding(backend).refusal(problem)
 

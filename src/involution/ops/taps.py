@@ -105,7 +105,7 @@ def _input_gradient(kernel, dy, x_sizes, g):
         -(-(n + before + after) // s)
         for n, (before, after), s in zip(x_sizes, around, g.strides, strict=True)
     )
-    reach = tuple(o // s for o, s in zip(g.tap_offsets[-1], g.strides, strict=True))
+    reach = tuple(o // s for o, s in zip(g.last_offset, g.strides, strict=True))
     # Where sizes are unknown, as many positions after the last output as there can ever be.
     margin = [
         (r, n - out if isinstance(n, int) and isinstance(out, int) else r + 2)

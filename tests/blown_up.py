@@ -1,0 +1,162 @@
+"""Files of every kind of layer that a file may hold, a whole number of each made huge."""
+
+import copy
+import inspect
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+
+import keras
+
+import involution
+from involution import keras_files
+
+HUGE = 10**9
+L, G = keras.layers, involution.kernel_generators
+
+# Values of arguments, by their names, that layers do not go without.
+NEEDED = {
+    "activation": "relu",
+    "axes": -1,
+    "cell": lambda: L.LSTMCell(3),
+    "cells": lambda: [L.LSTMCell(3), L.GRUCell(2)],
+    "dims": (2, 1),
+    "equation": "abc,cd->abd",
+    "factor": 0.5,
+    "filters": 4,
+    "head_dim": 2,
+    "height": 2,
+    "height_factor": 0.5,
+    "input_dim": 5,
+    "key_dim": 2,
+    "kernel_size": 2,
+    "n": 2,
+    "num_heads": 2,
+    "num_key_value_heads": 2,
+    "num_query_heads": 4,
+    "output_dim": 3,
+    "pool_size": 2,
+    "rate": 0.5,
+    "scale": 2,
+    "stddev": 0.5,
+    "target_shape": (6, 4),
+    "units": 4,
+    "width": 2,
+    "width_factor": 0.5,
+}
+# What layers are given besides, so that it stands in their files.
+MORE = {
+    "Dense": {"lora_rank": 2},
+    "EinsumDense": {"output_shape": (None, 3), "bias_axes": "d", "lora_rank": 2},
+    "Embedding": {"lora_rank": 2},
+    "GroupNormalization": {"groups": 2},
+    "SpectralNormalization": {"layer": lambda: L.Dense(3)},
+    "TimeDistributed": {"layer": lambda: L.Dense(3)},
+    "Bidirectional": {"layer": lambda: L.LSTM(3)},
+    "MultiHeadAttention": {"value_dim": 3, "output_shape": 5, "attention_axes": 1},
+    "Conv2D": {"lora_rank": 2},
+}
+OWN = {
+    "Involution": {},
+    "Involution1D": {"kernel_size": 3},
+    "Involution2D": {"kernel_size": 3, "filters": 4},
+    "Involution3D": {"kernel_size": 3},
+    "contextual": {"kernel_size": 3, "kernel_generator": lambda: G.Contextual(2)},
+    "pairwise": {"kernel_size": 3, "kernel_generator": lambda: G.PairwiseAttention()},
+    "static": {"kernel_size": 3, "kernel_generator": lambda: G.Static()},
+}
+TWO = ("AdditiveAttention", "Attention", "Dot", "GroupQueryAttention", "MultiHeadAttention")
+MERGED = "Add Average Concatenate Maximum Minimum Multiply Subtract Dot Attention AdditiveAttention"
+
+
+def _value(given):
+    return given() if callable(given) else given
+
+
+def honest(name) -> keras.Model:
+    """A model around one layer."""
+    if name in OWN:
+        kind = getattr(involution, name, involution.Involution2D)
+        needed = OWN[name]
+    else:
+        kind = getattr(L, name)
+        parameters = inspect.signature(kind.__init__).parameters.values()
+        required = [p.name for p in parameters if p.name in NEEDED and p.default is p.empty]
+        needed = {key: NEEDED[key] for key in required} | MORE.get(name, {})
+    layer = kind(**{key: _value(value) for key, value in needed.items()})
+    if name == "Embedding":
+        inputs = [keras.Input((4,), dtype="int32")]
+    elif name == "RepeatVector":
+        inputs = [keras.Input((4,))]
+    else:
+        inputs = [keras.Input(_shape(name)) for _ in range(2 if name in TWO + MANY else 1)]
+    if name.endswith("Cell") or name == "StackedRNNCells":
+        inputs, layer = [keras.Input((5, 3))], L.RNN(layer)
+    if name in ("GroupQueryAttention", "MultiHeadAttention"):
+        return keras.Model(inputs, layer(*inputs))
+    return keras.Model(inputs, layer(inputs if len(inputs) > 1 else inputs[0]))
+
+
+MANY = tuple(MERGED.split())
+
+
+def _shape(name):
+    if name.startswith("ConvLSTM"):
+        return (2, *(5,) * int(name[-2]), 3)
+    rank = next((int(n) for n in "123" if f"{n}D" in name), None)
+    if name.startswith(("Random", "Resizing", "CenterCrop")) or name in OWN:
+        rank = rank or 2
+    return ((6,) * rank if rank else (4,)) + (6,)
+
+
+def numbers(value, path=()) -> Iterator[tuple]:
+    """Paths to what could be a size in a configuration."""
+    if isinstance(value, dict):
+        if value.get("class_name") in ("DTypePolicy", "__keras_tensor__"):
+            return
+        for key, part in value.items():
+            yield from numbers(part, (*path, key))
+    elif isinstance(value, list):
+        for key, part in enumerate(value):
+            yield from numbers(part, (*path, key))
+    elif value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        yield path
+
+
+SKIPPED = re.compile(
+    "registered_name|module|seed|shared_object_id|.*_(regularizer|constraint)|mask"
+)
+
+
+def blown_up(config, within=()) -> Iterator[tuple[str, dict]]:
+    """Configurations with one number of a layer made huge, by where it stands; if ``within`` names
+    parts of a layer, of these alone, and not of its inputs."""
+    for index, layer in enumerate(config["config"]["layers"]):
+        for path in numbers(layer):
+            if any(SKIPPED.fullmatch(str(key)) for key in path) or "kernel_initializer" in path:
+                continue
+            if within and (path[0] not in within or layer["class_name"] == "InputLayer"):
+                continue
+            made = copy.deepcopy(config)
+            place = made["config"]["layers"][index]
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = HUGE
+            yield "/".join(map(str, (layer["class_name"], *path))), made
+
+
+def parts(model, folder) -> dict[str, bytes]:
+    model.save(folder / "honest.keras")
+    with zipfile.ZipFile(folder / "honest.keras") as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write(path, parts, config):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {**parts, "config.json": json.dumps(config)}.items():
+            archive.writestr(name, content)
+    return path
+
+
+NAMES = [name for name in keras_files.LAYERS.split() if name != "InputLayer"] + list(OWN)
