@@ -48,6 +48,7 @@ extras = $(subst $(space),$(comma),$(strip $(subst tensorflow,$(tensorflow),$(1)
 RUN_VENV := .venv/run-$(BACKEND)
 OLDEST_VENV := .venv/oldest-$(BACKEND)
 MUTANTS_VENV := .venv/mutants
+WHEELS_VENV := .venv/wheels
 TEST_VENV := .venv/test-$(subst $(space),-,$(strip $(BACKENDS)))
 OLDEST_EXTRAS = $(call extras,$(BACKEND)) sweep demo hub $(if $(filter jax,$(BACKEND)),export-jax,export)
 PYTEST = $(TEST_VENV)/bin/python -m pytest
@@ -57,13 +58,21 @@ NEW_PIP := "pip>=25.1"
 # What the compiled core is built from.
 NATIVE := CMakeLists.txt $(filter-out %.so,$(wildcard src/involution/native/*))
 
+# Wheels: the platform in the wheel's name, and Zig's name for it. Linux from the glibc of Debian 10 and
+# RHEL 8 on, macOS from the first release for Apple silicon.
+PLATFORMS := manylinux_2_28_x86_64=x86_64-linux-gnu.2.28 manylinux_2_28_aarch64=aarch64-linux-gnu.2.28 \
+	macosx_11_0_arm64=aarch64-macos.11.0 macosx_11_0_x86_64=x86_64-macos.11.0 win_amd64=x86_64-windows-gnu
+ZIG = $(abspath $(WHEELS_VENV))/bin/zig
+# The Pythons that `make test-pythons` asks about.
+PYTHONS ?= 3.11 3.12 3.13 3.14
+
 .DEFAULT_GOAL := help
-.PHONY: help run test test-tensorflow test-jax test-torch test-long test-orders test-oldest test-example test-browser audit mutants docs notebooks space publish sanitize test-arm lint format coverage clean
+.PHONY: help run test test-tensorflow test-jax test-torch test-long test-orders test-oldest test-example test-browser audit mutants docs notebooks space publish sanitize test-arm wheels test-wheels test-pythons lint format coverage clean
 
 help:
 	@echo "make run     compare a convolutional and an involutional network; writes runs/.../report.html"
 	@echo "make test    lint, and test on every backend (make test BACKENDS=jax: on one)"
-	@echo "make test-long, test-orders, test-oldest, test-browser, test-example EXAMPLE=file, audit, mutants, docs, notebooks, space, publish, sanitize, test-arm, lint, format, clean"
+	@echo "make test-long, test-orders, test-oldest, test-browser, test-example EXAMPLE=file, audit, mutants, docs, notebooks, space, publish, sanitize, test-arm, wheels, test-wheels, test-pythons, lint, format, clean"
 
 run: $(RUN_VENV)/ready
 	$(RUN_VENV)/bin/involution compare --dataset digits --backend $(BACKEND)
@@ -140,6 +149,30 @@ sanitize-%:
 test-arm:
 	PYTHON="$(PYTHON)" sh tests/arm.sh
 
+# dist/*.whl for all PLATFORMS, each built on this machine with the core and its bindings, and checked.
+# Without isolation, because the build's compiler is in this environment.
+wheels: $(WHEELS_VENV)/ready
+	rm -f dist/*.whl
+	set -e; for platform in $(PLATFORMS); do \
+	PATH="$(abspath $(WHEELS_VENV))/bin:$$PATH" ZIG=$(ZIG) ZIG_TARGET=$${platform#*=} \
+	$(WHEELS_VENV)/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist \
+		-C wheel.tags=py3-none-$${platform%=*} -C cmake.toolchain-file=packaging/zig.cmake .; done
+	$(WHEELS_VENV)/bin/python packaging/check_wheels.py dist/*.whl
+
+# What this machine can run of them: `make wheels` first.
+test-wheels: $(WHEELS_VENV)/ready
+	PYTHON="$(PYTHON)" ZIG=$(ZIG) sh packaging/test_wheels.sh
+
+# Whether each Python finds releases of everything, as wheels, and reads the sources. Nothing is run.
+test-pythons: $(TEST_VENV)/ready
+	$(TEST_VENV)/bin/pip install --quiet --group oldest -c constraints.txt
+	set -e; for version in $(PYTHONS); do \
+	$(TEST_VENV)/bin/ruff check --quiet --isolated --select E9 --target-version py$$(echo $$version | tr -d .) src; \
+	for backend in tensorflow jax torch; do \
+	$(TEST_VENV)/bin/uv pip compile --quiet --python-version $$version --only-binary :all: \
+		--extra $$backend --extra compare pyproject.toml > /dev/null; \
+	echo "Python $$version, $$backend: every dependency has a wheel"; done; done
+
 # Small changes of the code that no test notices: `mutmut show NAME` for each line that is left. Made
 # of what must not be wrong unnoticed, but not of decorated functions, which mutmut passes over.
 mutants: $(MUTANTS_VENV)/ready
@@ -179,6 +212,14 @@ $(MUTANTS_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(MUTANTS_VENV)
 	$(MUTANTS_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
 	$(MUTANTS_VENV)/bin/pip install --quiet ".[torch,sweep,demo,hub]" --group test --group mutants -c constraints.txt
+	touch $@
+
+# ziglang has no program of that name.
+$(WHEELS_VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(WHEELS_VENV)
+	$(WHEELS_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
+	$(WHEELS_VENV)/bin/pip install --quiet --group wheels -c constraints.txt
+	ln -sf "$$($(WHEELS_VENV)/bin/python -c 'import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).with_name("zig"))')" $(ZIG)
 	touch $@
 
 # pip knows the newest releases alone; what uv finds are constraints, so that PyTorch may come

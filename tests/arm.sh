@@ -1,7 +1,12 @@
 # The core for Arm, built by GCC and by Clang and run under user-mode emulation: its program of calls, and
 # calls from Python that are compared with the oracle. On Debian and its kind, by `make test-arm`. All
 # that it makes and downloads lies in build/arm.
+#
+#     sh tests/arm.sh LIBRARY
+#
+# runs one that is built instead.
 set -eu
+library=${1:-}
 python=${PYTHON:-python3}
 missing=
 for tool in cmake:cmake aarch64-linux-gnu-g++:g++-aarch64-linux-gnu clang++:clang qemu-aarch64:qemu-user; do
@@ -34,6 +39,15 @@ if [ ! -e "$here/ready" ]; then
 	touch "$here/ready"
 fi
 
+run_python() {
+	PYTHONHOME=$root/usr PYTHONPATH=$here/site PYTHONDONTWRITEBYTECODE=1 OPENBLAS_NUM_THREADS=1 \
+		qemu-aarch64 -L "$root" "$root"/usr/bin/python3.* tests/arm.py "$1"
+}
+if [ -n "$library" ]; then
+	run_python "$library"
+	exit
+fi
+
 for compiler in gcc clang; do
 	build=$here/$compiler
 	if [ $compiler = gcc ]; then
@@ -45,6 +59,5 @@ for compiler in gcc clang; do
 		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 "$@"
 	cmake --build "$build" --parallel 2
 	qemu-aarch64 -L "$root" "$build/calls" 10
-	PYTHONHOME=$root/usr PYTHONPATH=$here/site PYTHONDONTWRITEBYTECODE=1 OPENBLAS_NUM_THREADS=1 \
-		qemu-aarch64 -L "$root" "$root"/usr/bin/python3.* tests/arm.py "$build/libinvolution.so"
+	run_python "$build/libinvolution.so"
 done

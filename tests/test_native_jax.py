@@ -1,12 +1,17 @@
 """``native`` as JAX uses it: one node of a compiled program, on one device or several."""
 
+import ctypes
 import dataclasses
 import json
+import pathlib
+import shutil
+import subprocess
 import types as types_of
 
 import core
 import jax
 import jax.numpy as jnp
+import jaxlib
 import keras
 import numpy as np
 import pytest
@@ -268,3 +273,74 @@ def test_the_core_uses_the_processors_that_the_process_may_use(monkeypatch):
     arguments = tensors(CALL.arrays()[:2], "float64")
     text = jax.jit(jax.grad(square(CALL), (0, 1))).lower(*arguments).as_text()
     assert text.count("threads = 3 : i32") == 3
+
+
+def test_a_jax_without_the_oldest_interface_gets_a_newer_one(monkeypatch):
+    """As XLA will do: the versions that it takes do not begin with 0.1."""
+    library = ctypes.CDLL(str(native_library.binding("jax")[0]))
+    minor = ctypes.c_int32.in_dll(library, "involution_jax_minor")
+    taken = []
+
+    def register(target, handler, platform):
+        if minor.value < 3:
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: incompatible")
+        taken.append((target, minor.value))
+
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", register)
+    native_jax._register.cache_clear()
+    try:
+        assert native_jax._register() is None
+    finally:
+        native_jax._register.cache_clear()
+    assert taken == [(native_jax.TARGET, 3), (native_jax.FUSED_TARGET, 3)]
+
+
+def test_a_binding_that_cannot_be_loaded_is_refused(monkeypatch, tmp_path):
+    file = tmp_path / "libinvolution_jax.so"
+    file.write_text("no library")
+    monkeypatch.setattr(native_library, "binding", lambda name: (file, None))
+    native_jax._register.cache_clear()
+    try:
+        assert native_jax.refusal(None).startswith("its library cannot be loaded: ")
+    finally:
+        native_jax._register.cache_clear()
+
+
+def test_the_declarations_of_xlas_interface_are_jaxlibs(tmp_path):
+    """Sizes, places and values, compared by the compiler."""
+    include = pathlib.Path(jaxlib.__file__).parent / "include"
+    here = pathlib.Path(__file__).parent
+    native = here.parent / "src" / "involution" / "native"
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
+    command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{include}", f"-I{native}"]
+    made = subprocess.run([*command, here / "xla_ffi.cpp"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"numbers": np.zeros(23, "int64"), "threads": np.int32(1)},
+        {"numbers": np.zeros(24, "int32"), "threads": np.int32(1)},
+        {"numbers": np.zeros(24, "int64"), "threads": np.int64(1)},
+        {"numbers": np.zeros(24, "int64"), "thread": np.int32(1)},
+        {"numbers": np.int64(24), "threads": np.int32(1)},
+    ],
+)
+def test_a_call_of_another_version_is_an_error(attributes):
+    """One that this library's Python did not make: it must not read what is not there."""
+    assert native_jax.refusal(None) is None
+    x = jnp.zeros((1, 2, 2, 4))
+    call = jax.ffi.ffi_call(native_jax.TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="numbers of another version"):
+        jax.block_until_ready(call(x, x, **attributes))
+
+
+def test_a_call_with_other_tensors_is_an_error():
+    assert native_jax.refusal(None) is None
+    x = jnp.zeros((1, 2, 2, 4))
+    attributes = {"numbers": np.zeros(24, "int64"), "threads": np.int32(1)}
+    call = jax.ffi.ffi_call(native_jax.TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    for given in ((x,), (x, x, x), (jnp.float32(0), x)):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="arguments of another version"):
+            jax.block_until_ready(call(*given, **attributes))

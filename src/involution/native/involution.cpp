@@ -8,6 +8,9 @@
 #include <memory>
 #include <new>
 #include <vector>
+#ifdef _WIN32
+#include <malloc.h>
+#endif
 
 #include "job.h"
 #include "pool.h"
@@ -391,14 +394,24 @@ void divide_up(Pieces& pieces, int threads) {
 // Memory on a vector's boundary; null where there is none. Not std::aligned_alloc, which macOS has
 // from 10.15 on.
 struct Free {
-  void operator()(char* memory) const { std::free(memory); }
+  void operator()(char* memory) const {
+#ifdef _WIN32
+    _aligned_free(memory);
+#else
+    std::free(memory);
+#endif
+  }
 };
 using Memory = std::unique_ptr<char, Free>;
 
 Memory take_memory(Size bytes) {
+  const auto size = static_cast<std::size_t>(std::max<Size>(bytes, 1));
+#ifdef _WIN32
+  void* const memory = _aligned_malloc(size, 64);
+#else
   void* memory = nullptr;
-  if (posix_memalign(&memory, 64, static_cast<std::size_t>(std::max<Size>(bytes, 1))) != 0)
-    memory = nullptr;
+  if (posix_memalign(&memory, 64, size) != 0) memory = nullptr;
+#endif
   return Memory(static_cast<char*>(memory));
 }
 

@@ -3,7 +3,11 @@
 
 #include <cstdint>
 
+#ifdef _WIN32
+#define INVOLUTION_EXPORT __declspec(dllexport)
+#else
 #define INVOLUTION_EXPORT __attribute__((visibility("default")))
+#endif
 
 extern "C" {
 

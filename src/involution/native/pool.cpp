@@ -1,6 +1,8 @@
 #include "pool.h"
 
+#ifndef _WIN32
 #include <pthread.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
@@ -122,6 +124,7 @@ struct Shared {
   }
 };
 
+#ifndef _WIN32  // where processes are not forked
 // A child process has the memory but not the threads of its parent: it makes a pool of its own. The
 // lock is held across the fork, so that the child does not find it in another thread's hands.
 void before_fork() { in_use.lock(); }
@@ -132,6 +135,7 @@ void in_child() {
   in_use.unlock();
 }
 [[maybe_unused]] const int watching = pthread_atfork(before_fork, in_parent, in_child);
+#endif
 
 }  // namespace
 

@@ -23,6 +23,8 @@ from involution.ops.native_call import (
 )
 
 TARGET, FUSED_TARGET = "involution", "involution_fused"
+# Versions 0.1 to this of XLA's interface agree in what native/xla_ffi.h declares.
+NEWEST_MINOR = 3
 
 
 def refusal(problem) -> str | None:
@@ -43,16 +45,23 @@ def _register() -> str | None:
     file, reason = native_library.binding("jax")
     if file is None:
         return reason
-    library = ctypes.CDLL(str(file))
-    for target, handler in (
-        (TARGET, library.involution_jax),
-        (FUSED_TARGET, library.involution_jax_fused),
-    ):
+    try:
+        library = ctypes.CDLL(str(file))
+    except OSError as error:
+        return f"its library cannot be loaded: {error}"
+    minor = ctypes.c_int32.in_dll(library, "involution_jax_minor")
+    # XLA drops the oldest versions of its interface after a year.
+    for minor.value in range(1, NEWEST_MINOR + 1):
         try:
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+            for target, handler in (
+                (TARGET, library.involution_jax),
+                (FUSED_TARGET, library.involution_jax_fused),
+            ):
+                jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+            return None
         except jax.errors.JaxRuntimeError as error:
-            return f"this JAX does not take its library: {str(error).splitlines()[0]}"
-    return None
+            reason = f"this JAX does not take its library: {str(error).splitlines()[0]}"
+    return reason
 
 
 def _on_one_device(member, g, x_sizes, a, b):

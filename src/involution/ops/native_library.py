@@ -9,6 +9,8 @@ import os
 import pathlib
 import sys
 
+# CMake gives libraries this suffix.
+SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 # Positions are added up in 64 bits.
 LARGEST = 2**60
 
@@ -34,7 +36,7 @@ def _levels(library) -> list[str]:
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    file = find("libinvolution.so")
+    file = find(f"libinvolution{SUFFIX}")
     if file is None:
         return None, f"the package was installed without it: {why_missing() or 'it was not built'}"
     try:
@@ -86,7 +88,7 @@ def core() -> tuple[ctypes.CDLL | None, str | None]:
 
 def binding(name: str) -> tuple[pathlib.Path | None, str | None]:
     """The library that a framework loads, or None and the reason."""
-    file = find(f"libinvolution_{name}.so")
+    file = find(f"libinvolution_{name}{SUFFIX}")
     if file is None:
         reason = why_missing(name) or "it was not built"
         return None, f"the package was installed without its binding for {name}: {reason}"

@@ -1,0 +1,51 @@
+"""The installed package's native kernels: there, chosen, and equal to the oracle, gradients too.
+
+Run by ``packaging/test_wheels.sh`` with ``tests`` on the path.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from oracle import Call, error_bound
+
+from involution import ops
+from involution.ops import native_library
+
+CALLS = [
+    Call(2, (7, 5), 12, (3, 2), (2, 1), "same", (1, 2), 3),
+    Call(2, (7, 5), 12, (3, 3), (1, 1), "same", (1, 1), 4, "interleaved", "channels_first"),
+    Call(1, (3, 4, 5), 40, (2, 3, 3), (1, 2, 1), "same", (2, 1, 1), 5),
+    Call(3, (37,), 6, (4,), (1,), "symmetric", (1,), 2),
+]
+
+
+def main():
+    levels = native_library.levels()
+    assert levels, native_library.core()[1]
+    for level in levels:
+        native_library.use_level(level)
+        for call in CALLS:
+            x, kernel, dy = (a.astype("float32") for a in call.arrays())
+            reasons = dict(ops.implementations(x, kernel, **call.arguments))
+            assert reasons["native"] is None, reasons["native"]
+
+            def apply(x, kernel, call=call):
+                return ops.involution(x, kernel, implementation="native", **call.arguments)
+
+            y, back = jax.vjp(jax.jit(apply), jnp.asarray(x), jnp.asarray(kernel))
+            given = x, kernel, dy
+            truths, sizes = members(call, *given), members(call, *map(np.abs, given))
+            terms = (call.taps, call.taps, call.channels // call.groups)
+            for value, truth, size, n in zip(
+                (y, *back(jnp.asarray(dy))), truths, sizes, terms, strict=True
+            ):
+                assert (np.abs(value - truth) <= error_bound(truth, size, n, "float32")).all()
+    print(f"{', '.join(levels)}: {len(CALLS)} calls with their gradients equal the oracle")
+
+
+def members(call, x, kernel, dy):
+    return call.involution(x, kernel)[0], *call.gradients(x, kernel, dy)
+
+
+if __name__ == "__main__":
+    main()
