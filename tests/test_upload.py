@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from involution import app, data
+from involution import answers, app, data
 from involution.errors import InputError
 
 NOT_WHOLE = "An image must be a whole PNG, JPEG or WebP file: "
@@ -181,6 +181,16 @@ def test_what_no_image_comes_of(file, tmp_path):
     assert message(data.read_image, missing) == (
         f"{NOT_WHOLE}No such file or directory. Received: {missing}"
     )
+
+
+def test_a_visitor_is_not_told_where_an_upload_is(file, tmp_path):
+    reader = types.SimpleNamespace(read=data.read_image)
+    assert message(answers._read, reader, file(b"hello")) == f"{NOT_WHOLE}cannot identify it"
+    assert message(answers._read, reader, tmp_path / "gone.png") == (
+        "An image must be there, or be uploaded again. Received: No such file or directory"
+    )
+    pixels = answers._read(reader, file(hostile_images.good(size=(40, 30))))
+    assert pixels.shape == (30, 40, 3)
 
 
 def test_pixels_are_scaled_to_one():
