@@ -22,6 +22,8 @@ CALLS = [
 def main():
     levels = native_library.levels()
     assert levels, native_library.core()[1]
+    with open("/proc/cpuinfo") as file:
+        assert ("avx2" in levels) == ("avx2" in file.read().split())
     for level in levels:
         native_library.use_level(level)
         for call in CALLS:

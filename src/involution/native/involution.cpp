@@ -8,6 +8,9 @@
 #include <memory>
 #include <new>
 #include <vector>
+#ifdef INVOLUTION_X86
+#include <cpuid.h>
+#endif
 #ifdef _WIN32
 #include <malloc.h>
 #endif
@@ -20,16 +23,39 @@ namespace {
 
 // --- Levels of instructions ----------------------------------------------------------------------
 
+#ifdef INVOLUTION_X86
+struct Features {
+  bool avx2 = false, avx512 = false, bf16 = false;
+};
+
+// Asked of the processor itself: the library that Zig links has no to all that
+// __builtin_cpu_supports asks.
+Features find_features() {
+  Features found;
+  unsigned a, b, c, d, low, high;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & (1u << 27))) return found;  // OSXSAVE
+  const bool fma = c & (1u << 12);
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));  // the registers that the system keeps
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
+  const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+  found.avx2 = fma && (low & 0x6) == 0x6 && (b & (1u << 5));
+  found.avx512 = found.avx2 && (low & 0xe6) == 0xe6 && (b & avx512) == avx512;
+  if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d))
+    found.bf16 = found.avx512 && (a & (1u << 5));
+  return found;
+}
+
+const Features& features() {
+  static const Features found = find_features();
+  return found;
+}
+#endif
+
 std::vector<const Level*> find_levels() {
   std::vector<const Level*> levels = {&plain_level};
 #ifdef INVOLUTION_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    levels.push_back(&avx2_level);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      levels.push_back(&avx512_level);
-  }
+  if (features().avx2) levels.push_back(&avx2_level);
+  if (features().avx512) levels.push_back(&avx512_level);
 #endif
   return levels;
 }
@@ -50,8 +76,7 @@ const Level& level() {
 bool has_pairs(const Level& level) {
   if (level.multiply_pairs == nullptr) return false;
 #ifdef INVOLUTION_X86
-  static const bool found = __builtin_cpu_supports("avx512bf16");
-  return found;
+  return features().bf16;
 #else
   return false;
 #endif
