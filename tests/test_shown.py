@@ -95,10 +95,10 @@ def test_files_show_them(tmp_path):
 
 def test_figures_show_them():
     figure = Figure()
-    figure.subplots().set_title("a\x1b\nb한", parse_math=False)
+    figure.subplots().set_title("a\x1b\nbé", parse_math=False)
     svg = pages.image(figure, "svg")
     assert b"\x1b" not in svg
-    assert figure.axes[0].get_title() == "a\\u001b\nb한"
+    assert figure.axes[0].get_title() == "a\\u001b\nbé"
 
 
 def test_a_layers_name_is_no_html():

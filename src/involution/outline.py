@@ -117,7 +117,7 @@ def _watch(kind, name) -> Callable[[], None]:
             kind.__init__ = own
 
     # Keras asks constructors for their arguments.
-    made.__signature__ = inspect.signature(make)
+    vars(made)["__signature__"] = inspect.signature(make)
     kind.__init__ = made
     return end
 
