@@ -865,7 +865,8 @@ int involution_run_fused(const std::int64_t* numbers, std::int64_t batch, int th
   using namespace involution;
   const Call call(numbers);
   const bool gradient = call.member == Member::kernel, backwards = call.member == Member::input;
-  if (batch == 0 || volume(result_sizes(call)) == 0) {
+  if (batch == 0) return 0;
+  if (volume(result_sizes(call)) == 0) {
     // A sum over no positions.
     if (gradient)
       std::memset(second, 0, batch * (numbers[INVOLUTION_NUMBERS] + 1) * volume(call.kernel_size) *
