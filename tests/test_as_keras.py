@@ -372,17 +372,29 @@ def test_stateless_call_takes_training(make):
         np.testing.assert_allclose(numpy(variable.value), numpy(after), rtol=1e-5, atol=1e-6)
 
 
-def test_training_reaches_what_time_distributed_and_models_contain():
-    x = random(2, 3, 5, 6, 8) + 1
+class Wrapping(keras.layers.Layer):
+    """Calls what it wraps as some of Keras's wrappers do: by ``call`` itself."""
+
+    def __init__(self, inner, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = inner
+
+    def build(self, input_shape):
+        self.inner.build(input_shape)
+
+    def call(self, x, training=None):
+        return self.inner.call(x, training=training)
+
+
+def test_training_reaches_what_wrappers_and_models_contain():
+    x = random(2, 5, 6, 8) + 1
     inner = Involution2D(3)
-    wrapped = keras.layers.TimeDistributed(inner)
+    wrapped = Wrapping(inner)
     wrapped(x)
     mean = inner.kernel_generator.normalization.moving_mean
     before = numpy(mean.value).copy()
-    trainable, others = (
-        [v.value for v in vs]
-        for vs in (wrapped.trainable_variables, wrapped.non_trainable_variables)
-    )
+    trainable = [v.value for v in wrapped.trainable_variables]
+    others = [v.value for v in wrapped.non_trainable_variables]
     _, state = wrapped.stateless_call(trainable, others, x, training=True)
     assert not np.array_equal(numpy(state[0]), before)
     wrapped(x, training=False)
@@ -393,7 +405,7 @@ def test_training_reaches_what_time_distributed_and_models_contain():
     frozen = Involution2D(3)
     model = keras.Model(inputs, frozen(inputs, training=False))
     mean = frozen.kernel_generator.normalization.moving_mean
-    model(x[0], training=True)
+    model(x, training=True)
     np.testing.assert_array_equal(numpy(mean.value), 0)
 
 
