@@ -14,6 +14,7 @@ from frameworks import (
     BACKEND,
     IMPLEMENTATIONS,
     exact,
+    forward_mode,
     fresh_process,
     grad,
     gradients,
@@ -303,6 +304,80 @@ def test_f17_second_derivatives_are_those_of_two_steps(compiled):
     for name, one, other in zip(NAMES, second("fused"), second("native"), strict=True):
         scale = np.abs(exact(other)).max()
         np.testing.assert_allclose(exact(one), exact(other), atol=1e-11 * scale, err_msg=name)
+
+
+def modes(implementation, directions):
+    """Derivatives along directions, of first to third order, forward and reverse mode mixed."""
+    of = apply(CALL, implementation)
+
+    def scalar(*arguments):
+        return keras.ops.sum(of(*arguments) ** 3)
+
+    def along(function):
+        return lambda *arguments: forward_mode(function, arguments, directions)
+
+    def product(*arguments):
+        return sum(
+            keras.ops.sum(g * d)
+            for g, d in zip(grad_of(scalar)(*arguments), directions, strict=True)
+        )
+
+    return {
+        "forward": along(of),
+        "forward over reverse": along(lambda *a: tuple(grad_of(scalar)(*a))),
+        "reverse over forward": grad_of(along(scalar)),
+        "forward over forward": along(along(of)),
+        "forward over reverse over reverse": along(lambda *a: tuple(grad_of(product)(*a))),
+    }
+
+
+def grad_of(function):
+    if BACKEND == "torch":
+        import torch
+
+        return lambda *a: torch.func.grad(function, tuple(range(len(a))))(*a)
+    return grad(function)
+
+
+# PyTorch itself calls what it has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.skipif(BACKEND == "jax", reason="refused by jax.custom_vjp")
+@pytest.mark.parametrize("implementation", ["fused", *IMPLEMENTATIONS[:-1]])
+def test_f23_forward_mode_mixed_with_reverse_mode_is_that_of_the_reference(implementation):
+    given, directions = (
+        tuple(tensors(core.fused_arrays(CALL, hidden=3, seed=seed)[:-1], "float64"))
+        for seed in (1, 2)
+    )
+    wanted = modes("reference", directions)
+    for name, of in modes(implementation, directions).items():
+        values, truth = of(*given), wanted[name](*given)
+        pairs = (
+            zip(values, truth, strict=True)
+            if isinstance(truth, tuple | list)
+            else [(values, truth)]
+        )
+        for value, want in pairs:
+            scale = np.abs(exact(want)).max()
+            assert scale > 0.1
+            np.testing.assert_allclose(exact(value), exact(want), atol=1e-11 * scale, err_msg=name)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="refused by jax.custom_vjp")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_f23_forward_mode_through_a_layer_on_default_settings(runs):
+    layer = Involution2D(3, strides=1, group_channels=4)
+    x = keras.ops.convert_to_tensor(IMAGES)
+    layer(x)
+
+    def residual(x):
+        return x + layer(x)
+
+    runs.clear()
+    value = forward_mode(residual, (x,), (x,))
+    assert runs
+    with involution.ops.use("reference"):
+        want = forward_mode(residual, (x,), (x,))
+    np.testing.assert_allclose(numpy(value), numpy(want), rtol=0, atol=1e-4)
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="vectorized_map knows no custom operation")

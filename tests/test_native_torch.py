@@ -140,6 +140,22 @@ def test_f22_exported_for_any_batch():
     assert_equals_oracle(more, program.module()(x, kernel), x, kernel)
 
 
+# What Keras asks of shapes, the tracer takes for constants, as it says.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("strides", [1, 2])
+def test_traced_by_the_reference_for_every_batch(strides):
+    layer = involution.Involution2D(3, strides=strides)
+    x, more = torch.rand(1, 7, 9, 16), torch.rand(3, 7, 9, 16)
+    layer(x)
+    program = torch.jit.trace(layer, x)
+    torch.testing.assert_close(program(more), layer(more), rtol=0, atol=1e-5)
+    with (
+        involution.ops.use("native"),
+        pytest.raises(ValueError, match=r"native: torch\.jit\.trace"),
+    ):
+        torch.jit.trace(layer, x)
+
+
 # --- Differentiated -------------------------------------------------------------------------------
 
 
@@ -171,13 +187,29 @@ def test_only_the_gradients_that_are_asked_for_are_made(monkeypatch):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:-1])
 @pytest.mark.parametrize("recorded", [False, True])
-def test_f23_forward_mode_has_no_tangent_of_zero(recorded, implementation):
+def test_f23_dual_numbers_have_the_tangent(recorded, implementation):
     x, kernel = tensors(CALL.arrays()[:2], "float64")
     x.requires_grad_(recorded)
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises(NotImplementedError, match=r"jvp|forward-mode"):
-            operation(CALL, implementation)(dual, kernel)
+        dual = torch.autograd.forward_ad.make_dual(x, 2 * x.detach())
+        y = torch.autograd.forward_ad.unpack_dual(operation(CALL, implementation)(dual, kernel))
+    torch.testing.assert_close(y.tangent, 2 * y.primal, rtol=0, atol=1e-12)
+
+
+# PyTorch's compiler deprecates what it calls itself.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:-1])
+def test_f23_a_compiled_tangent_is_that_of_the_reference(implementation, fresh):
+    arguments = tuple(tensors(CALL.arrays()[:2], "float64"))
+
+    def of(x, kernel):
+        apply = operation(CALL, implementation)
+        return torch.func.jvp(apply, (x, kernel), (kernel.mean() * x, kernel))[1]
+
+    program = torch.compile(of, fullgraph=True, backend="eager")
+    y = operation(CALL, "reference")(*arguments)
+    want = (arguments[1].mean() + 1) * y
+    torch.testing.assert_close(program(*arguments), want, rtol=0, atol=1e-11)
 
 
 # --- Memory ---------------------------------------------------------------------------------------

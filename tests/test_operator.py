@@ -342,11 +342,6 @@ def test_f23_the_gradient_of_what_is_mapped(axes, implementation):
     def scalar(x, kernel):
         return keras.ops.sum(mapped(operation(SMALL, implementation), axes)(x, kernel) ** 2)
 
-    if BACKEND == "tensorflow" and implementation == "native":
-        # TensorFlow maps a custom operation by a loop, and forgets the gradient around it.
-        with pytest.raises(LookupError, match=r"No gradient defined for .*Involution"):
-            grad(scalar)(*arguments)
-        return
     together = [numpy(g) for g in grad(scalar)(*arguments)]
     wanted = [SMALL.gradients(*pair, 2 * SMALL.involution(*pair)[0]) for pair in pairs]
     for value, wants, axis in zip(together, zip(*wanted, strict=True), axes, strict=True):
@@ -361,7 +356,7 @@ def test_f23_forward_mode_is_right_or_refused_and_never_zero(implementation):
     """Along (x, kernel) the derivative of what is linear in each is twice the output."""
     arguments = tuple(tensors(SMALL.arrays()[:2], "float64"))
     apply = operation(SMALL, implementation)
-    if BACKEND == "tensorflow" or implementation == "reference":
+    if BACKEND != "jax" or implementation == "reference":
         tangent = forward_mode(apply, arguments, arguments)
         np.testing.assert_allclose(numpy(tangent), 2 * numpy(apply(*arguments)), atol=1e-12)
     else:

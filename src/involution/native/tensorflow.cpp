@@ -191,6 +191,8 @@ bool register_operation(const char* name, std::initializer_list<const char*> inp
   TF_OpDefinitionBuilderAddAttr(operation, "T: {double, float, bfloat16, half}");
   if (more != nullptr) TF_OpDefinitionBuilderAddAttr(operation, more);
   TF_OpDefinitionBuilderAddAttr(operation, "threads: int");
+  // For the gradient, which is chosen when a graph is made: the numbers are known when it runs.
+  TF_OpDefinitionBuilderAddAttr(operation, "member: int");
   for (const char* input : inputs) TF_OpDefinitionBuilderAddInput(operation, input);
   for (const char* output : outputs) TF_OpDefinitionBuilderAddOutput(operation, output);
   TF_OpDefinitionBuilderSetShapeInferenceFunction(operation, &shape);

@@ -61,7 +61,8 @@ def involution(
             kernel[b, p, k, g(c)] * x[b, p * strides - pad + k * dilation_rate, c]
 
     where ``x`` is 0 outside. Sums are made in float32, or float64 for float64. The result is exact
-    in both gradients and differentiable in reverse mode to any order.
+    in both gradients and differentiable in reverse mode to any order; JAX has no forward mode of
+    ``native``, ``taps`` and ``fused``, and says so.
 
     Infinities and NaN follow IEEE arithmetic, in every implementation. A tap outside the input is a
     product with 0: where its kernel value is infinite or NaN, the output is NaN, and where the
@@ -315,6 +316,10 @@ def implementations(x, kernel, kernel_size, hidden=None, **arguments):
 @contextlib.contextmanager
 def use(implementation):
     """Within the block every involution takes this implementation, whatever its own argument says.
+
+    It is chosen when Python code runs. A program that was traced before, by ``jax.jit``,
+    ``tf.function`` or ``torch.compile``, keeps what it was traced with, and one that is traced
+    within the block keeps that outside: trace anew, as with a new function.
 
     Args:
         implementation: As for ``involution``: a name, or a sequence of names tried in order.

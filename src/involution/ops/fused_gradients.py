@@ -16,7 +16,7 @@ import functools
 import keras
 from keras import ops
 
-from involution.ops.gradients import INPUT, KERNEL, OUTPUT
+from involution.ops.gradients import INPUT, KERNEL, OUTPUT, Which, sum_of
 from involution.ops.native_call import wide_type
 from involution.ops.views import matmul
 
@@ -52,13 +52,71 @@ def _nothing(like):
     return ops.zeros((0,), dtype=wide_type(like.dtype))
 
 
-def output_gradients(call, g, sizes, arguments, dy):
-    """Those of x, hidden, weight and bias, by the ``call`` of a member of this family."""
+def output_gradients(call, g, sizes, arguments, dy, needed=(True,) * 4):
+    """Those of x, hidden, weight and bias, by the ``call`` of a member of this family; None where
+    neither it nor, of the last three, another is needed."""
     x, hidden, weight, bias = arguments
-    dx, _ = call(INPUT, g, sizes, hidden, weight, bias, dy)
-    dhidden, dweights = call(KERNEL, g, sizes, x, hidden, weight, dy)
+    dx = dhidden = dweight = dbias = None
+    if needed[0]:
+        dx, _ = call(INPUT, g, sizes, hidden, weight, bias, dy)
+    if any(needed[1:]):
+        dhidden, dweights = call(KERNEL, g, sizes, x, hidden, weight, dy)
+        dweights = ops.cast(_total(dweights), weight.dtype)
+        dweight, dbias = dweights[:-1], dweights[-1]
+    return dx, dhidden, dweight, dbias
+
+
+def input_gradients(call, g, sizes, arguments, c):
+    """Those of hidden, weight, bias and dy, of the input's gradient, whose cotangent is ``c``."""
+    hidden, weight, bias, dy = arguments
+    dhidden, dweights = call(KERNEL, g, sizes, c, hidden, weight, dy)
     dweights = ops.cast(_total(dweights), weight.dtype)
-    return dx, dhidden, dweights[:-1], dweights[-1]
+    return dhidden, dweights[:-1], dweights[-1], call(OUTPUT, g, sizes, c, hidden, weight, bias)[0]
+
+
+def kernel_gradients(call, g, sizes, arguments, cotangents):
+    """Those of x, hidden, weight and dy, of the kernel's gradient, by the ``call`` of the family of
+    ``gradients.py``: its cotangent takes other kernels for every sample, which are stored."""
+    x, hidden, weight, dy = arguments
+    c_hidden, c_weights = cotangents
+    product = call(KERNEL, g, sizes, x, dy)
+    shape, dtype = ops.shape(hidden), c_weights.dtype
+
+    def rows(tensor, last):
+        return ops.cast(ops.reshape(tensor, (shape[0], -1, last)), dtype)
+
+    c_rows, own = rows(c_hidden, hidden.shape[-1]), rows(hidden, hidden.shape[-1])
+    wide = ops.cast(weight, dtype)
+    kernel = matmul(c_rows, wide) + matmul(own, c_weights[:, :-1]) + c_weights[:, -1:]
+    kernel = ops.cast(ops.reshape(kernel, ops.shape(product)), x.dtype)
+    product = rows(product, weight.shape[-1])
+    dhidden = matmul(product, ops.swapaxes(c_weights[:, :-1], 1, 2))
+    dweight = _total(matmul(ops.swapaxes(c_rows, 1, 2), product))
+    return (
+        call(INPUT, g, sizes, kernel, dy),
+        ops.cast(ops.reshape(dhidden, shape), hidden.dtype),
+        ops.cast(dweight, weight.dtype),
+        call(OUTPUT, g, sizes, x, kernel),
+    )
+
+
+def output_tangent(call, arguments, tangents):
+    """The output's, and nothing, by the ``call`` of that member; None is a tangent of zero."""
+    x, hidden, weight, bias = arguments
+    along_x, along_hidden, along_weight, along_bias = tangents
+    zero = ops.zeros_like(bias)
+    terms = []
+    if along_x is not None:
+        terms.append((along_x, hidden, weight, bias))
+    if along_weight is not None:
+        # What hidden does not scale stands here or in the next.
+        terms.append((x, hidden, along_weight, zero if along_bias is None else along_bias))
+        along_bias = None
+    if along_hidden is not None:
+        terms.append((x, along_hidden, weight, zero if along_bias is None else along_bias))
+    elif along_bias is not None:
+        terms.append((x, ops.zeros_like(hidden), weight, along_bias))
+    return sum_of(call(*term)[0] for term in terms), _nothing(x)
 
 
 def _total(tensor):
@@ -88,32 +146,6 @@ def _jax(compute, two_steps):
     return call
 
 
-def _tensorflow(compute, two_steps):
-    import tensorflow as tf
-
-    def call(member, g, sizes, *arguments):
-        @tf.custom_gradient
-        def member_of(*arguments):
-            def gradient(*cotangents):
-                if member == OUTPUT:
-                    return output_gradients(call, g, sizes, arguments, cotangents[0])
-                with tf.GradientTape() as tape:
-                    tape.watch(arguments)
-                    results = two_steps(member, g, sizes, *arguments)
-                return tape.gradient(results, arguments, output_gradients=cotangents)
-
-            inside = arguments
-            if tf.executing_eagerly():
-                # A tape would record what happens inside, and keep every tensor of it.
-                inside = tuple(tf.stop_gradient(a) for a in arguments)
-            return compute(member, g, sizes, *inside), gradient
-
-        # A variable is read here: in the gradient it may have changed.
-        return member_of(*(tf.convert_to_tensor(a) for a in arguments))
-
-    return call
-
-
 def _torch(compute, two_steps):
     import torch
 
@@ -121,30 +153,44 @@ def _torch(compute, two_steps):
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(member, g, sizes, *arguments):
-            return compute(member, g, sizes, *arguments)
+        def forward(which, *arguments):
+            return compute(which.member, which.g, which.sizes, *arguments)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            ctx.member, ctx.g, ctx.sizes, *arguments = inputs
+            ctx.which, *arguments = inputs
             ctx.save_for_backward(*arguments)
+            ctx.save_for_forward(*arguments)
 
         @staticmethod
         def backward(ctx, *cotangents):
-            arguments = ctx.saved_tensors
-            if ctx.member == OUTPUT:
-                gradients = output_gradients(
-                    Member.apply, ctx.g, ctx.sizes, arguments, cotangents[0]
-                )
-            else:
-                again = functools.partial(two_steps, ctx.member, ctx.g, ctx.sizes)
-                gradients = torch.func.vjp(again, *arguments)[1](cotangents)
-            return None, None, None, *gradients
+            which, arguments = ctx.which, ctx.saved_tensors
+            if which.member == OUTPUT:
+                return None, *output_gradients(call, which.g, which.sizes, arguments, cotangents[0])
+            return None, *torch.func.vjp(again(which), *arguments)[1](cotangents)
 
-    return Member.apply
+        @staticmethod
+        def jvp(ctx, _, *tangents):
+            which, arguments = ctx.which, ctx.saved_tensors
+            if which.member == OUTPUT:
+                of = functools.partial(Member.apply, which)
+                return output_tangent(of, arguments, tangents)
+            along = tuple(
+                torch.zeros_like(a) if t is None else t
+                for a, t in zip(arguments, tangents, strict=True)
+            )
+            return torch.func.jvp(again(which), arguments, along)[1]
+
+    def again(which):
+        return functools.partial(two_steps, which.member, which.g, which.sizes)
+
+    def call(member, g, sizes, *arguments):
+        return Member.apply(Which(member, g, sizes), *arguments)
+
+    return call
 
 
-MECHANISMS = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
+MECHANISMS = {"jax": _jax, "torch": _torch}
 
 
 def differentiable(compute, call):

@@ -9,6 +9,11 @@ The derivative of any of the three is given by the other two, so one table close
 ``differentiable`` gives that table to the framework in use, by the framework's own mechanism.
 """
 
+import dataclasses
+import functools
+import operator
+from typing import Any
+
 import keras
 
 OUTPUT, INPUT, KERNEL = "output", "input", "kernel"
@@ -22,11 +27,34 @@ RULES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Which:
+    """A member and what it is told, as one argument that frameworks do not look into."""
+
+    member: str
+    g: Any
+    sizes: tuple
+
+
 def _gradients(call, member, g, sizes, abc, needed=(True, True)):
     return tuple(
         call(rule, g, sizes, *(abc[i] for i in arguments)) if need else None
         for (rule, arguments), need in zip(RULES[member], needed, strict=True)
     )
+
+
+def tangent(call, arguments, tangents):
+    """Of what is linear in each argument: the sum of it with one argument's tangent in its place.
+    None stands for a tangent of zero; one at least is none."""
+    return sum_of(
+        call(*arguments[:n], along, *arguments[n + 1 :])
+        for n, along in enumerate(tangents)
+        if along is not None
+    )
+
+
+def sum_of(terms):
+    return functools.reduce(operator.add, terms)
 
 
 def _jax(compute):
@@ -68,26 +96,60 @@ def _tensorflow(compute):
 def _torch(compute):
     import torch
 
-    class Member(torch.autograd.Function):
+    class Compiled(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(member, g, sizes, a, b):
-            return compute(member, g, sizes, a, b)
+        def forward(which, a, b):
+            return compute(which.member, which.g, which.sizes, a, b)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            ctx.member, ctx.g, ctx.sizes, a, b = inputs
+            ctx.which, a, b = inputs
             ctx.save_for_backward(a, b)
+            ctx.save_for_forward(a, b)
 
         @staticmethod
         def backward(ctx, c):
-            needed = ctx.needs_input_grad[3:]
+            which, needed = ctx.which, ctx.needs_input_grad[1:]
             abc = (*ctx.saved_tensors, c)
-            gradients = _gradients(Member.apply, ctx.member, ctx.g, ctx.sizes, abc, needed)
-            return None, None, None, *gradients
+            return None, *_gradients(call, which.member, which.g, which.sizes, abc, needed)
 
-    return Member.apply
+    class Eager(Compiled):
+        @staticmethod
+        def jvp(ctx, _, *tangents):
+            return tangent(functools.partial(Eager.apply, ctx.which), ctx.saved_tensors, tangents)
+
+    def call(member, g, sizes, a, b):
+        # PyTorch's compiler takes no function with a ``jvp``, and derives one from ``compute``.
+        function = Compiled if torch.compiler.is_compiling() else Eager
+        return function.apply(Which(member, g, sizes), a, b)
+
+    return call
+
+
+def beyond_functions() -> bool:
+    """Whether PyTorch would find, in silence, derivatives of zero for a function with derivatives
+    of its own, so that its own operations alone are right: forward mode within forward mode."""
+    import torch
+
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is None:
+        return False
+    kinds = [level.key() for level in functorch.get_interpreter_stack()]
+    return kinds.count(functorch.TransformType.Jvp) > 1
+
+
+def traced() -> str | None:
+    """Why PyTorch's tracer takes no operation of ours, or None where it does not trace."""
+    if keras.config.backend() != "torch":
+        return None
+    import torch
+
+    # The compiler does not look into what it is not.
+    if torch.compiler.is_compiling() or not torch.jit.is_tracing():
+        return None
+    return "torch.jit.trace, and what exports by it, takes PyTorch's own operations alone"
 
 
 MECHANISMS = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}

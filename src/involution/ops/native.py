@@ -8,7 +8,7 @@ for the family in ``fused_gradients.py``.
 import keras
 
 from involution.ops import native_library
-from involution.ops.gradients import KERNEL, OUTPUT
+from involution.ops.gradients import KERNEL, OUTPUT, traced
 from involution.ops.views import sizes
 
 BINDINGS = ("tensorflow", "jax", "torch")
@@ -21,6 +21,8 @@ def refusal(problem) -> str | None:
     backend = keras.config.backend()
     if backend not in BINDINGS:
         return f"it has no binding for the backend {backend}"
+    if reason := traced():
+        return reason
     g = problem.geometry
     pads = [] if isinstance(g.padding, str) else [p for pair in g.padding for p in pair]
     if max(*g.last_offset, *g.strides, *pads) > native_library.LARGEST:

@@ -5,8 +5,19 @@ import functools
 import tensorflow as tf
 
 from involution.ops import fused_gradients, native_library
-from involution.ops.gradients import differentiable
-from involution.ops.native_call import fused_numbers, fused_shapes, numbers, result_shape, wide_type
+from involution.ops.gradients import INPUT, KERNEL, OUTPUT, RULES
+from involution.ops.native_call import (
+    FEATURES,
+    HIDDEN,
+    MEMBERS,
+    fused_numbers,
+    fused_shapes,
+    numbers,
+    result_shape,
+    wide_type,
+)
+
+NAMES = tuple(MEMBERS)
 
 
 def refusal(problem) -> str | None:
@@ -42,20 +53,69 @@ def _in_xla() -> bool:
         return False
 
 
-def _compute(member, g, x_sizes, a, b):
-    operations, _ = _operations()
-    told = _tensor(numbers(member, g, x_sizes, a, b))
-    result = operations.involution_native(a, b, told, threads=_threads())
-    return _shaped(result, result_shape(member, g, x_sizes, a, b))
+def _member(member, told, _, a, b):
+    """A member, told the numbers of any: theirs differ in the first alone."""
+    number = MEMBERS[member]
+    result = _operations()[0].involution_native(
+        a, b, _of(number, told), threads=_threads(), member=number
+    )
+    # Of sizes the numbers tell, when it runs.
+    rank = len(a.shape) + {OUTPUT: 0, INPUT: -1, KERNEL: 1}[member]
+    return _shaped(result, [a.shape[0], *[None] * (rank - 1)])
 
 
-def _compute_fused(member, g, x_sizes, *arguments):
-    operations, _ = _operations()
-    told = _tensor(fused_numbers(member, g, x_sizes, arguments))
-    wide = tf.as_dtype(wide_type(arguments[0].dtype))
-    results = operations.involution_native_fused(*arguments, told, W=wide, threads=_threads())
-    shapes = fused_shapes(member, g, x_sizes, arguments)
-    return tuple(_shaped(r, shape) for r, shape in zip(results, shapes, strict=True))
+def _fused_member(member, told, _, *arguments):
+    number, wide = MEMBERS[member], tf.as_dtype(wide_type(arguments[0].dtype))
+    first, second = _operations()[0].involution_native_fused(
+        *arguments, _of(number, told), W=wide, threads=_threads(), member=number
+    )
+    features, hidden = arguments[FEATURES[member]], arguments[HIDDEN[member]]
+    batch, weights = features.shape[0], [0]
+    if member == KERNEL:
+        features = hidden
+        weights = [batch, hidden.shape[-1] + 1, arguments[2].shape[-1]]
+    unknown = [None] * (len(features.shape) - 2)
+    return _shaped(first, [batch, *unknown, features.shape[-1]]), _shaped(second, weights)
+
+
+def _of(number, told):
+    return tf.concat([tf.constant([number], "int64"), told[1:]], axis=0)
+
+
+# The gradients of the operations themselves, not of functions around them: so those of mapped and
+# of forward mode are found too, which TensorFlow derives from gradients of gradients.
+@tf.RegisterGradient("Involution>Native")
+def _gradient(operation, c):
+    a, b, told = operation.inputs
+    abc = (a, b, c)
+    rules = RULES[NAMES[operation.get_attr("member")]]
+    gradients = [_member(rule, told, None, *(abc[i] for i in where)) for rule, where in rules]
+    return *_like(gradients, (a, b)), None
+
+
+@tf.RegisterGradient("Involution>NativeFused")
+def _fused_gradient(operation, *cotangents):
+    *arguments, told = operation.inputs
+    member = NAMES[operation.get_attr("member")]
+    if member == OUTPUT:
+        gradients = fused_gradients.output_gradients(
+            _fused_member, told, None, arguments, cotangents[0]
+        )
+    elif member == INPUT:
+        gradients = fused_gradients.input_gradients(
+            _fused_member, told, None, arguments, cotangents[0]
+        )
+    else:
+        gradients = fused_gradients.kernel_gradients(
+            _member, told[:-1], None, arguments, cotangents
+        )
+    return *_like(gradients, arguments), None
+
+
+def _like(gradients, arguments):
+    for gradient, argument in zip(gradients, arguments, strict=True):
+        gradient.set_shape(argument.shape)
+    return gradients
 
 
 def _tensor(integers):
@@ -71,18 +131,21 @@ def _shaped(result, shape):
     return result
 
 
-_differentiable = differentiable(_compute)
-_differentiable_fused = fused_gradients.differentiable(_compute_fused, _differentiable)
-
-
 def call(member, g, x_sizes, a, b):
     _forbid_saving()
-    return _differentiable(member, g, x_sizes, a, b)
+    # A variable is read here: in the gradient it may have changed.
+    a, b = tf.convert_to_tensor(a), tf.convert_to_tensor(b)
+    result = _member(member, _tensor(numbers(member, g, x_sizes, a, b)), None, a, b)
+    return _shaped(result, result_shape(member, g, x_sizes, a, b))
 
 
 def call_fused(member, g, x_sizes, *arguments):
     _forbid_saving()
-    return _differentiable_fused(member, g, x_sizes, *arguments)
+    arguments = [tf.convert_to_tensor(a) for a in arguments]
+    told = _tensor(fused_numbers(member, g, x_sizes, arguments))
+    shapes = fused_shapes(member, g, x_sizes, arguments)
+    results = _fused_member(member, told, None, *arguments)
+    return tuple(_shaped(r, shape) for r, shape in zip(results, shapes, strict=True))
 
 
 def _forbid_saving():

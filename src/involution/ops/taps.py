@@ -13,7 +13,15 @@ from keras import ops
 
 from involution.ops import views
 from involution.ops.geometry import Geometry
-from involution.ops.gradients import INPUT, KERNEL, MECHANISMS, OUTPUT, differentiable
+from involution.ops.gradients import (
+    INPUT,
+    KERNEL,
+    MECHANISMS,
+    OUTPUT,
+    beyond_functions,
+    differentiable,
+    traced,
+)
 from involution.ops.views import (
     merge_groups,
     pad_spatial,
@@ -39,17 +47,17 @@ def refusal(problem) -> str | None:
     backend = keras.config.backend()
     if backend not in MECHANISMS:
         return f"its gradients need one of the backends {', '.join(MECHANISMS)}, not {backend}"
-    return views.refusal(problem)
+    return traced() or views.refusal(problem)
 
 
 def apply(x, kernel, problem):
     g = problem.geometry
-    return _call(OUTPUT, g, sizes(x, g), x, kernel)
+    return call(OUTPUT, g, sizes(x, g), x, kernel)
 
 
 def products(x, y, problem):
     g = problem.geometry
-    return _call(KERNEL, g, sizes(x, g), x, y)
+    return call(KERNEL, g, sizes(x, g), x, y)
 
 
 def compute(member, g: Geometry, x_sizes, a, b):
@@ -81,7 +89,13 @@ def _compiled(compute):
     return compute
 
 
-_call = differentiable(_compiled(compute))
+_differentiable = differentiable(_compiled(compute))
+
+
+def call(member, g, x_sizes, a, b):
+    if keras.config.backend() == "torch" and beyond_functions():
+        return compute(member, g, x_sizes, a, b)
+    return _differentiable(member, g, x_sizes, a, b)
 
 
 def _output(x, kernel, x_sizes, g):

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from involution.ops import fused_gradients
-from involution.ops.gradients import INPUT, KERNEL, OUTPUT, RULES, differentiable
+from involution.ops import fused_gradients, taps
+from involution.ops.gradients import INPUT, KERNEL, OUTPUT, RULES, beyond_functions, differentiable
 from involution.ops.native_call import BATCHED, MEMBERS, fused_numbers, numbers, wide_type
 
 NAMES = tuple(MEMBERS)
@@ -50,26 +50,28 @@ def define(name, run, run_fused, device_types=None) -> Operations:
     eager_fused = fused_gradients.differentiable(compute_fused, eager)
 
     def call(member, g, x_sizes, a, b):
+        if _foreign():
+            return taps.call(member, g, x_sizes, a, b)
         if torch.compiler.is_compiling():
             return compute(member, g, x_sizes, a, b)
-        _forbid_tangents(name, a, b)
         return eager(member, g, x_sizes, a, b)
 
     def call_fused(member, g, x_sizes, *arguments):
+        if _foreign():
+            return fused_gradients.plain(taps.call, member, g, x_sizes, *arguments)
         if torch.compiler.is_compiling():
             return compute_fused(member, g, x_sizes, *arguments)
-        _forbid_tangents(name, *arguments)
         return eager_fused(member, g, x_sizes, *arguments)
 
     return Operations(call, call_fused, plain, fused)
 
 
-def _forbid_tangents(name, *tensors):
-    # PyTorch would drop them in silence.
-    if any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError(
-            f"`{name}` has no forward-mode derivatives, only reverse-mode ones"
-        )
+def _foreign() -> bool:
+    """Whether PyTorch would find no derivative of an operation, or in silence one of zero:
+    ``taps`` is what it can differentiate then."""
+    if torch.compiler.is_compiling():
+        return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+    return beyond_functions()
 
 
 def _result(a, numbers, rank) -> torch.Tensor:

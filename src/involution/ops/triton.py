@@ -10,7 +10,7 @@ import os
 
 import keras
 
-from involution.ops.gradients import KERNEL, OUTPUT
+from involution.ops.gradients import KERNEL, OUTPUT, traced
 from involution.ops.views import sizes
 
 # The earliest generation of devices that Triton compiles for, and the first with bfloat16.
@@ -25,6 +25,8 @@ def interpreting() -> bool:
 def refusal(problem) -> str | None:
     if keras.config.backend() != "torch":
         return "it is for PyTorch"
+    if reason := traced():
+        return reason
     # First what costs least: every call asks.
     if problem.device != "cuda" and not interpreting():
         return f"it runs on CUDA devices, and the tensors are on {problem.device or 'none yet'}"
