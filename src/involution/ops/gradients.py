@@ -133,11 +133,15 @@ def beyond_functions() -> bool:
     of its own, so that its own operations alone are right: forward mode within forward mode."""
     import torch
 
-    functorch = torch._C._functorch
-    if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is None:
+    if torch.compiler.is_compiling():
         return False
-    kinds = [level.key() for level in functorch.get_interpreter_stack()]
-    return kinds.count(functorch.TransformType.Jvp) > 1
+    # Not public: a release without it is one in which this cannot be told.
+    functorch = getattr(torch._C, "_functorch", None)
+    stack = getattr(functorch, "get_interpreter_stack", None)
+    levels = None if stack is None else stack()
+    if not levels:
+        return False
+    return [level.key() for level in levels].count(functorch.TransformType.Jvp) > 1
 
 
 def traced() -> str | None:

@@ -70,7 +70,8 @@ def _fused_member(member, told, _, *arguments):
         *arguments, _of(number, told), W=wide, threads=_threads(), member=number
     )
     features, hidden = arguments[FEATURES[member]], arguments[HIDDEN[member]]
-    batch, weights = features.shape[0], [0]
+    batch = features.shape[0]
+    weights: list[int | None] = [0]
     if member == KERNEL:
         features = hidden
         weights = [batch, hidden.shape[-1] + 1, arguments[2].shape[-1]]
@@ -141,7 +142,7 @@ def call(member, g, x_sizes, a, b):
 
 def call_fused(member, g, x_sizes, *arguments):
     _forbid_saving()
-    arguments = [tf.convert_to_tensor(a) for a in arguments]
+    arguments = tuple(tf.convert_to_tensor(a) for a in arguments)
     told = _tensor(fused_numbers(member, g, x_sizes, arguments))
     shapes = fused_shapes(member, g, x_sizes, arguments)
     results = _fused_member(member, told, None, *arguments)
