@@ -141,6 +141,62 @@ def test_f23_mapped_by_a_loop_and_never_wrong(caplog):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("compiled", [False, True])
+def _forward(function, tangents):
+    def derivative(*tensors):
+        with tf.autodiff.ForwardAccumulator(tensors, tangents) as accumulator:
+            y = function(*tensors)
+        return accumulator.jvp(y)
+
+    return derivative
+
+
+def _reverse(function):
+    def squares(*tensors):
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            y = function(*tensors)
+        return sum(tf.reduce_sum(g**3) for g in tape.gradient(y, tensors))
+
+    return squares
+
+
+# "rf" is reverse mode over forward mode. Others hold one of these.
+@pytest.mark.parametrize("modes", ["fr", "rf", "ff"])
+@pytest.mark.parametrize("implementation", ["native", "taps", "fused"])
+def test_f23_modes_in_a_graph_are_right_in_every_order(implementation, modes):
+    call = Call(1, (5, 4), 4, (3, 3), (2, 2), "same", (1, 1), 2)
+    x, kernel, dy = call.arrays(0)
+    random = np.random.default_rng(1)
+    weight, bias = random.standard_normal((3, 18)), random.standard_normal(18)
+
+    def loss(name):
+        def of(x, kernel):
+            if implementation == "fused":
+                # Its weight depends on what is differentiated, too.
+                given = kernel[..., :3, 0], weight * tf.sin(tf.reduce_mean(kernel)), bias
+                y = involution.ops.generate_and_apply(
+                    x, *given, **call.arguments, implementation=name
+                )
+            else:
+                y = operation(call, name)(x, kernel)
+            return tf.reduce_sum(tf.sin(y) * dy)
+
+        return of
+
+    given = tensors((x, kernel), "float64")
+    tangents = tuple(tensors([random.standard_normal(a.shape) for a in (x, kernel)], "float64"))
+
+    def derivative(name):
+        function = loss(name)
+        for mode in reversed(modes):
+            function = _forward(function, tangents) if mode == "f" else _reverse(function)
+        return function
+
+    expected = float(derivative("reference")(*given))
+    found = float(tf.function(derivative(implementation))(*given))
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
 def test_f28_variables_changed_before_the_backward_pass_count_as_they_were(
     compiled, implementation
 ):
@@ -271,6 +327,14 @@ def test_a_model_saved_with_the_reference_runs_where_this_package_is_not(save, t
 
 
 # --- Devices, threads and what is missing ---------------------------------------------------------
+
+
+def test_keras_exports_to_onnx_by_the_reference_or_says_so(tmp_path):
+    model = keras.Sequential([keras.Input((4, 4, 4)), involution.Involution2D(3)])
+    model(np.ones((1, 4, 4, 4), "float32"))
+    message = r'export within `with involution\.ops\.use\("reference"\):`.* Received: a graph'
+    with pytest.raises(NotImplementedError, match=message):
+        model.export(str(tmp_path / "model.onnx"), format="onnx", verbose=False)
 
 
 def test_f16_a_visible_gpu_is_a_reason_by_name(monkeypatch):

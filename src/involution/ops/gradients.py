@@ -57,7 +57,7 @@ def sum_of(terms):
     return functools.reduce(operator.add, terms)
 
 
-def _jax(compute):
+def _jax(compute, plain):
     import jax
 
     call = jax.custom_vjp(compute, nondiff_argnums=(0, 1, 2))
@@ -72,10 +72,15 @@ def _jax(compute):
     return call
 
 
-def _tensorflow(compute):
+def _tensorflow(compute, plain):
     import tensorflow as tf
 
     def call(member, g, sizes, a, b):
+        if _has_tangents(a, b):
+            # In a graph TensorFlow would take the tangents of the operations and of the function,
+            # and in reverse mode over forward mode add both.
+            return plain(member, g, sizes, a, b)
+
         @tf.custom_gradient
         def member_of(a, b):
             def gradient(c):
@@ -93,7 +98,20 @@ def _tensorflow(compute):
     return call
 
 
-def _torch(compute):
+def _has_tangents(*tensors) -> bool:
+    """Whether a graph that is being traced for TensorFlow's forward mode differentiates these."""
+    import tensorflow as tf
+
+    if tf.executing_eagerly():
+        return False
+    try:
+        from tensorflow.python.eager.forwardprop_util import pack_tangents
+    except ImportError:
+        return False  # not public
+    return bool(pack_tangents(tensors).tangents)
+
+
+def _torch(compute, plain):
     import torch
 
     class Compiled(torch.autograd.Function):
@@ -159,11 +177,13 @@ def traced() -> str | None:
 MECHANISMS = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
 
 
-def differentiable(compute):
+def differentiable(compute, plain=None):
     """``compute(member, geometry, sizes, a, b)`` with the gradients of the table above.
 
     ``sizes`` are the spatial sizes of the involution's input: the one thing about it that the
-    other tensors do not tell. None where the backend in use has no mechanism here.
+    other tensors do not tell. ``plain`` is the same in operations that the framework differentiates
+    itself, which TensorFlow's forward mode needs in graphs. None where the backend in use has no
+    mechanism here.
     """
     mechanism = MECHANISMS.get(keras.config.backend())
-    return mechanism(compute) if mechanism else None
+    return mechanism(compute, plain) if mechanism else None

@@ -59,8 +59,11 @@ def _member(member, told, _, a, b):
     result = _operations()[0].involution_native(
         a, b, _of(number, told), threads=_threads(), member=number
     )
-    # Of sizes the numbers tell, when it runs.
-    rank = len(a.shape) + {OUTPUT: 0, INPUT: -1, KERNEL: 1}[member]
+    # The numbers hold the sizes, which are known when it runs. Forward mode traces gradients for
+    # tensors of any rank.
+    if a.shape.rank is None:
+        return result
+    rank = a.shape.rank + {OUTPUT: 0, INPUT: -1, KERNEL: 1}[member]
     return _shaped(result, [a.shape[0], *[None] * (rank - 1)])
 
 
@@ -70,13 +73,11 @@ def _fused_member(member, told, _, *arguments):
         *arguments, _of(number, told), W=wide, threads=_threads(), member=number
     )
     features, hidden = arguments[FEATURES[member]], arguments[HIDDEN[member]]
-    batch = features.shape[0]
-    weights: list[int | None] = [0]
-    if member == KERNEL:
-        features = hidden
-        weights = [batch, hidden.shape[-1] + 1, arguments[2].shape[-1]]
-    unknown = [None] * (len(features.shape) - 2)
-    return _shaped(first, [batch, *unknown, features.shape[-1]]), _shaped(second, weights)
+    like = hidden if member == KERNEL else features
+    if like.shape.rank is not None:
+        unknown = [None] * (like.shape.rank - 2)
+        first = _shaped(first, [like.shape[0], *unknown, like.shape[-1]])
+    return first, _shaped(second, [None] * 3 if member == KERNEL else [0])
 
 
 def _of(number, told):
@@ -107,6 +108,10 @@ def _fused_gradient(operation, *cotangents):
             _fused_member, told, None, arguments, cotangents[0]
         )
     else:
+        x, hidden, _, dy = arguments
+        for tensor in (x, dy):
+            # Forward mode may trace it for tensors of any rank.
+            tensor.set_shape([None] * hidden.shape.rank)
         gradients = fused_gradients.kernel_gradients(
             _member, told[:-1], None, arguments, cotangents
         )
@@ -164,4 +169,15 @@ def _notice():
         "a model to be saved needs `reference`, see involution.ops.use"
     )
     with tf.init_scope(), tf.device("CPU"):
-        return tf.raw_ops.OptionalFromValue(components=[tf.constant(text)])
+        notice = tf.raw_ops.OptionalFromValue(components=[tf.constant(text)])
+
+    def refuse():
+        raise NotImplementedError(
+            "A graph to be frozen, as for ONNX, must hold no native operation: export within "
+            '`with involution.ops.use("reference"):`, or by `involution export`. '
+            "Received: a graph with the implementation `native`"
+        )
+
+    # What freezes a graph reads the values that it captured; of this one there is no array.
+    notice.numpy = refuse
+    return notice

@@ -89,7 +89,7 @@ def _compiled(compute):
     return compute
 
 
-_differentiable = differentiable(_compiled(compute))
+_differentiable = differentiable(_compiled(compute), compute)
 
 
 def call(member, g, x_sizes, a, b):
