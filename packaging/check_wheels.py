@@ -21,7 +21,9 @@ SYSTEM = {
     "macosx": r"/usr/lib/libSystem\.B\.dylib",
     "win": r"(kernel32|ntdll|msvcrt|ucrtbase|api-ms-win-crt-[\w-]+)\.dll",
 }
-OWN = r"(@rpath/)?libinvolution(_jax|_tensorflow)?\.(so|dll)"  # on macOS a library names itself, too
+OWN = (
+    r"(@rpath/)?libinvolution(_jax|_tensorflow)?\.(so|dll)"  # on macOS a library names itself, too
+)
 BINDINGS = {"manylinux": ("jax", "tensorflow"), "macosx": ("jax", "tensorflow"), "win": ("jax",)}
 MACHINES = {"x86_64": "X86_64", "amd64": "AMD64", "aarch64": "AARCH64", "arm64": "ARM64"}
 

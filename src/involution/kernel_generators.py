@@ -16,6 +16,7 @@ import contextlib
 import gc
 import math
 import re
+import threading
 import weakref
 
 import keras
@@ -53,6 +54,37 @@ KAIMING = _normal(2.0)
 FILLED_IN = ("kernel_size", "groups", "strides", "padding", "dilation_rate", "data_format")
 # The score of a position outside the input: no weight after a softmax, and no NaN where all are.
 OUTSIDE = -1e9
+
+
+class _Training(threading.local):
+    """The ``training`` of the call that runs in this thread, None where there is none."""
+
+    value: bool | None = None
+
+
+_training = _Training()
+
+
+@contextlib.contextmanager
+def training_scope(training):
+    """Within the block ``current_training()`` is this, if it is not None.
+
+    ``stateless_call``, and wrappers such as ``TimeDistributed``, call ``layer.call`` itself,
+    without the context by which Keras passes ``training`` to inner layers, so they get it by name.
+    A parameter of every method would break subclasses that override one.
+    """
+    before = _training.value
+    if training is not None:
+        _training.value = training
+    try:
+        yield
+    finally:
+        _training.value = before
+
+
+def current_training() -> bool | None:
+    """What a layer inside an involution layer or a generator is to be called with."""
+    return _training.value
 
 
 class KernelGenerator(keras.layers.Layer):
@@ -121,7 +153,7 @@ class KernelGenerator(keras.layers.Layer):
         return math.prod(self.kernel_size) * self.groups
 
     def call(self, features, training=None):
-        with training_scope(self, training):
+        with training_scope(training):
             if self.data_format == CHANNELS_LAST:
                 return self._generate(features)
             return ops.moveaxis(self._generate(ops.moveaxis(features, 1, -1)), -1, 1)
@@ -287,7 +319,8 @@ class Bottleneck(Linear):
 
     def hidden(self, features):
         pooled = average_pool(features, self.strides)
-        return ops.relu(self.normalization(self.reduce(pooled)))
+        reduced = self.reduce(pooled)
+        return ops.relu(self.normalization(reduced, training=current_training()))
 
     def count_multiply_adds(self) -> int:
         return super().count_multiply_adds() + math.prod(self.reduce.kernel.shape)
@@ -656,6 +689,34 @@ _built: weakref.WeakSet = weakref.WeakSet()
 _served: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
+def layers_within(layer) -> list[keras.layers.Layer]:
+    """A layer and the layers that it holds in attributes, at any depth, each once, in the order in
+    which they are held. Keras has a public list of sublayers for models only."""
+    found: list[keras.layers.Layer] = []
+    seen: dict[int, object] = {}  # kept, so that no other object gets the same identity
+
+    def visit(value):
+        if id(value) in seen:
+            return
+        seen[id(value)] = value
+        if isinstance(value, keras.layers.Layer):
+            found.append(value)
+            held = vars(value)
+            # A model's own order first; PyTorch keeps modules before everything else.
+            parts = [getattr(value, "layers", None), *(held[name] for name in sorted(held))]
+        elif isinstance(value, dict):
+            parts = list(value.values())
+        elif isinstance(value, (list, tuple, set)):
+            parts = list(value)
+        else:
+            return
+        for part in parts:
+            visit(part)
+
+    visit(layer)
+    return found
+
+
 def fill_in(generator, layer):
     """Sets the attributes of ``FILLED_IN`` that a generator leaves None to those of its layer.
 
@@ -705,7 +766,7 @@ def _leave_open(generator, config):
 def check_unshared(generator, layer):
     """ValueError if a generator with weights, or a part of it with weights, serves another layer:
     training would work, but a file holds such weights once, and cannot be loaded."""
-    for part in generator._flatten_layers():
+    for part in layers_within(generator):
         if _other(part, layer) is None or not part.weights:
             continue
         # Keras's layers are part of reference cycles: one that is no longer used may still exist.
@@ -724,7 +785,7 @@ def build(generator, layer, input_shape):
     if not generator.built:
         generator.build(input_shape)
         _built.add(generator)
-    for part in generator._flatten_layers():
+    for part in layers_within(generator):
         _served[part] = weakref.ref(layer)
 
 
@@ -741,7 +802,7 @@ def name_by_class(generator):
     models would have weights of different paths. Here they are numbered within the generator.
     Layers that are built keep their names, which the paths of their weights already have.
     """
-    layers = generator._flatten_layers()
+    layers = layers_within(generator)
     named = [layer for layer in layers if not layer.built and _is_automatic(layer)]
     taken = {layer.name for layer in layers if layer not in named}
     for layer in named:
@@ -757,30 +818,3 @@ def _is_automatic(layer) -> bool:
 
 def _base(name) -> str:
     return re.sub(r"_\d+$", "", name)
-
-
-@contextlib.contextmanager
-def training_scope(layer, training):
-    """Within the block the layers inside ``layer`` see ``training``.
-
-    They see it wherever Keras calls ``layer`` by ``__call__``. ``stateless_call`` and wrappers such
-    as ``TimeDistributed`` call ``layer.call`` itself.
-    """
-    context_of = getattr(layer, "_get_call_context", None)
-    # Not public. A release of Keras without it still passes `training` on from ``__call__``.
-    if training is None or context_of is None:
-        yield
-        return
-    context = context_of()
-    unset = object()
-    before = context.get_value("training", unset)
-    if before is training:
-        yield
-        return
-    context.set_value("training", training)
-    try:
-        yield
-    finally:
-        context.set_value("training", None if before is unset else before)
-        if before is unset:  # there was no context
-            layer._maybe_reset_call_context()

@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from involution import kernel_generators
-from involution.kernel_generators import training_scope
+from involution.kernel_generators import current_training, layers_within, training_scope
 from involution.ops.api import chosen, generate_and_apply, implementation_names, involution
 from involution.ops.geometry import (
     CHANNELS_LAST,
@@ -188,7 +188,7 @@ class Involution(keras.layers.Layer):
             one = ops.zeros((1, *ops.shape(pooled)[1:]), pooled.dtype)
             kernel = self.kernel_gen(one, training=False)[:0]
         else:
-            kernel = self.kernel_gen(pooled)
+            kernel = self.kernel_gen(pooled, training=current_training())
         batch, height, width, _ = ops.shape(kernel)
         shape = (batch, height, width, self._geometry.taps, self.group_number)
         return ops.cast(ops.reshape(kernel, shape), inputs.dtype)
@@ -216,10 +216,11 @@ class Involution(keras.layers.Layer):
     def _hidden(self, inputs):
         hidden = self._pooled(inputs)
         for layer in self.kernel_gen.layers[:-1]:
-            hidden = layer(hidden)
+            hidden = layer(hidden, training=current_training())
         return hidden
 
-    def _generator_input_shape(self, input_shape):
+    def generator_input_shape(self, input_shape):
+        """The shape of what the generator gets for an input of this shape."""
         batch, *sizes, channels = input_shape
         return (batch, *self._geometry.output_sizes(sizes), channels)
 
@@ -237,7 +238,7 @@ class Involution(keras.layers.Layer):
         }
 
     def call(self, inputs, training=None):
-        with training_scope(self, training):
+        with training_scope(training):
             return self._call(inputs)
 
     def _call(self, inputs):
@@ -377,7 +378,7 @@ class InvolutionND(keras.layers.Layer):
         kernel_generators.check_unshared(generator, self)
         kernel_generators.fill_in(generator, self)
         # Files of earlier releases bring one that is built, and so may users.
-        kernel_generators.build(generator, self, self._generator_input_shape(input_shape))
+        kernel_generators.build(generator, self, self.generator_input_shape(input_shape))
         if self.kernel_dropout is not None:
             self.kernel_dropout.build(None)
         if self.filters is not None:
@@ -442,7 +443,8 @@ class InvolutionND(keras.layers.Layer):
                 )
         return sizes
 
-    def _generator_input_shape(self, input_shape):
+    def generator_input_shape(self, input_shape):
+        """The shape of what the generator gets for an input of this shape."""
         whole = getattr(self.kernel_generator, "whole_input", False)
         return input_shape if whole else self._features_shape(input_shape)
 
@@ -480,7 +482,8 @@ class InvolutionND(keras.layers.Layer):
         """The kernels for ``inputs``, as ``involution.ops.involution`` takes them:
         (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial)."""
         whole = getattr(self.kernel_generator, "whole_input", False)
-        kernel = self.kernel_generator(inputs if whole else self._features(inputs))
+        features = inputs if whole else self._features(inputs)
+        kernel = self.kernel_generator(features, training=current_training())
         g = self._geometry()
         shape = ops.shape(kernel)
         if len(shape) != self.rank + 2 or kernel.shape[g.channel_axis] != g.taps * g.groups:
@@ -493,7 +496,7 @@ class InvolutionND(keras.layers.Layer):
         if self.kernel_softmax:
             kernel = softmax(wide(kernel), g.tap_axis)
         if self.kernel_dropout is not None:
-            kernel = self.kernel_dropout(kernel)
+            kernel = self.kernel_dropout(kernel, training=current_training())
         return ops.cast(kernel, inputs.dtype)
 
     def chosen_implementation(self, inputs) -> str:
@@ -503,7 +506,7 @@ class InvolutionND(keras.layers.Layer):
         return _chosen_when_built(self, inputs)
 
     def call(self, inputs, training=None):
-        with training_scope(self, training):
+        with training_scope(training):
             return self._call(inputs)
 
     def _call(self, inputs):
@@ -686,24 +689,7 @@ class Involution3D(InvolutionND):
 def involutions(layer) -> list[keras.layers.Layer]:
     """The involutions in a layer or model: itself, those of models within it, and those that other
     layers hold in attributes, as wrappers do. Each appears once."""
-    found: dict[int, keras.layers.Layer] = {}
-    seen: set[int] = set()
-    left: list = [layer]
-    while left:
-        value = left.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, (Involution, InvolutionND)):
-            found[id(value)] = value
-        # Keras has a public list of sublayers for models only, not for layers.
-        elif isinstance(value, keras.layers.Layer):
-            left += vars(value).values()
-        elif isinstance(value, dict):
-            left += value.values()
-        elif isinstance(value, (list, tuple, set)):
-            left += value
-    return list(found.values())
+    return [held for held in layers_within(layer) if isinstance(held, (Involution, InvolutionND))]
 
 
 def _channels(input_shape, data_format) -> int:

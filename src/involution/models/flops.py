@@ -141,7 +141,7 @@ def _of_generator(layer, inputs, positions, involutions) -> int:
             "the number at each position of the output. "
             f"Received: {generator.name}, a {kind.__name__}"
         )
-    shape = layer._generator_input_shape(inputs.shape)
+    shape = layer.generator_input_shape(inputs.shape)
     if isinstance(generator, keras.Model) and getattr(generator, "inputs", None):
         return count_multiply_adds(generator, shape[1:], involutions)
     if not generator.weights:

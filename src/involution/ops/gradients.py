@@ -153,13 +153,12 @@ def beyond_functions() -> bool:
 
     if torch.compiler.is_compiling():
         return False
-    # Not public: a release without it is one in which this cannot be told.
-    functorch = getattr(torch._C, "_functorch", None)
-    stack = getattr(functorch, "get_interpreter_stack", None)
-    levels = None if stack is None else stack()
-    if not levels:
-        return False
-    return [level.key() for level in levels].count(functorch.TransformType.Jvp) > 1
+    try:
+        from torch._C._functorch import TransformType, get_interpreter_stack
+    except ImportError:
+        return False  # not public
+    levels = get_interpreter_stack()
+    return bool(levels) and [level.key() for level in levels].count(TransformType.Jvp) > 1
 
 
 def traced() -> str | None:

@@ -70,8 +70,11 @@ def _foreign() -> bool:
     """Whether PyTorch would find no derivative of an operation, or in silence one of zero:
     ``taps`` is what it can differentiate then."""
     if torch.compiler.is_compiling():
-        # Not public, and known to the compiler of the releases that are allowed.
-        return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+        try:
+            from torch._C._functorch import get_dynamic_layer_stack_depth
+        except ImportError:
+            return False  # not public
+        return get_dynamic_layer_stack_depth() > 0
     return beyond_functions()
 
 
