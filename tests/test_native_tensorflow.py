@@ -139,8 +139,6 @@ def test_f23_mapped_by_a_loop_and_never_wrong(caplog):
     assert "Using a while_loop for converting Involution" in caplog.text
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("compiled", [False, True])
 def _forward(function, tangents):
     def derivative(*tensors):
         with tf.autodiff.ForwardAccumulator(tensors, tangents) as accumulator:
@@ -197,6 +195,8 @@ def test_f23_modes_in_a_graph_are_right_in_every_order(implementation, modes):
     assert found == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("compiled", [False, True])
 def test_f28_variables_changed_before_the_backward_pass_count_as_they_were(
     compiled, implementation
 ):
@@ -329,6 +329,7 @@ def test_a_model_saved_with_the_reference_runs_where_this_package_is_not(save, t
 # --- Devices, threads and what is missing ---------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # tf2onnx's own
 def test_keras_exports_to_onnx_by_the_reference_or_says_so(tmp_path):
     model = keras.Sequential([keras.Input((4, 4, 4)), involution.Involution2D(3)])
     model(np.ones((1, 4, 4, 4), "float32"))
