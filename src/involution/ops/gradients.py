@@ -76,6 +76,8 @@ def _tensorflow(compute, plain):
     import tensorflow as tf
 
     def call(member, g, sizes, a, b):
+        # A variable is read here: in the gradient it may have changed.
+        a, b = tf.convert_to_tensor(a), tf.convert_to_tensor(b)
         if _has_tangents(a, b):
             # In a graph TensorFlow would take the tangents of the operations and of the function,
             # and in reverse mode over forward mode add both.
@@ -92,8 +94,7 @@ def _tensorflow(compute, plain):
                 return compute(member, g, sizes, tf.stop_gradient(a), tf.stop_gradient(b)), gradient
             return compute(member, g, sizes, a, b), gradient
 
-        # A variable is read here: in the gradient it may have changed.
-        return member_of(tf.convert_to_tensor(a), tf.convert_to_tensor(b))
+        return member_of(a, b)
 
     return call
 
