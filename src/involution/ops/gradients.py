@@ -171,7 +171,10 @@ def traced() -> str | None:
     # The compiler does not look into what it is not.
     if torch.compiler.is_compiling() or not torch.jit.is_tracing():
         return None
-    return "torch.jit.trace, and what exports by it, takes PyTorch's own operations alone"
+    return (
+        "torch.jit.trace and exporters that use it take PyTorch's operations only: "
+        'use("reference"), or `involution export`'
+    )
 
 
 MECHANISMS = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
