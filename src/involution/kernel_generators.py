@@ -806,15 +806,16 @@ def name_by_class(generator):
     named = [layer for layer in layers if not layer.built and _is_automatic(layer)]
     taken = {layer.name for layer in layers if layer not in named}
     for layer in named:
-        base = _base(layer.name)
+        base = base_name(layer.name)
         names = (base if i == 0 else f"{base}_{i}" for i in range(len(layers) + 1))
         layer.name = next(name for name in names if name not in taken)
         taken.add(layer.name)
 
 
 def _is_automatic(layer) -> bool:
-    return _base(layer.name).replace("_", "") == type(layer).__name__.replace("_", "").lower()
+    return base_name(layer.name).replace("_", "") == type(layer).__name__.replace("_", "").lower()
 
 
-def _base(name) -> str:
+def base_name(name) -> str:
+    """A layer's name without the number that tells it from others of its class."""
     return re.sub(r"_\d+$", "", name)

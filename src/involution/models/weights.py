@@ -7,7 +7,6 @@ No code is stored, so that loading runs none: the configuration names a function
 import json
 import math
 import pathlib
-import re
 from collections.abc import Callable
 
 import keras
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_arrays
 
 from involution import files
+from involution.kernel_generators import base_name
 from involution.models.checkpoints.errors import CheckpointError
 from involution.models.table import MODELS
 from involution.outline import outline
@@ -162,7 +162,7 @@ def named_weights(model) -> dict:
     for layer in model.layers:
         if not layer.weights:
             continue
-        automatic = _base(layer.name).replace("_", "") == type(layer).__name__.lower()
+        automatic = base_name(layer.name).replace("_", "") == type(layer).__name__.lower()
         outer = _numbered(layer.name, given) if automatic else layer.name
         for inner, variable in _inside(layer):
             name = f"{outer}/{inner}"
@@ -286,15 +286,11 @@ def _inside(layer):
         yield path + last, variable
 
 
-def _base(name) -> str:
-    return re.sub(r"_\d+$", "", name)
-
-
 def _numbered(name, given) -> str:
     """A name with its number counted among those in ``given``, which takes it up."""
     if name not in given:
-        base = _base(name)
-        before = sum(_base(other) == base for other in given)
+        base = base_name(name)
+        before = sum(base_name(other) == base for other in given)
         given[name] = f"{base}_{before}" if before else base
     return given[name]
 
