@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -27,32 +28,30 @@ def images(*shape, seed=0):
 # --- The figures of the example ------------------------------------------------------------------
 
 
-@pytest.fixture
-def pair():
-    """Both models, made after the three layers that the example tries first: Keras counts them
-    all when it names layers."""
-    keras.utils.clear_session()
-    for stride in 1, 2, 1:
-        involution.Involution(3, 1, 5, stride)(images(1, 8, 8, 3))
-    models = cnn(), inn()
-    for model in models:
-        model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-        model.optimizer.build(model.trainable_variables)
-    return models
+def with_optimizer(model):
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.optimizer.build(model.trainable_variables)
+    return model
 
 
-def test_cnn_has_the_examples_figures(pair):
-    model, _ = pair
+def without_numbers(rows):
+    """Keras numbers the example's layers by all that its process has made before; ours have the
+    numbers of a new process."""
+    return [(re.sub(r"_\d+$", "", name), *others) for name, *others in rows]
+
+
+def test_cnn_has_the_examples_figures():
+    model = with_optimizer(cnn())
     # The example's is a Sequential, which does not show its input.
-    assert formula.rows(model)[0] == ("input_layer_3", "InputLayer", (None, 32, 32, 3), 0)
-    assert formula.rows(model)[1:] == formula.CNN
+    assert formula.rows(model)[0][1:] == ("InputLayer", (None, 32, 32, 3), 0)
+    assert without_numbers(formula.rows(model)[1:]) == without_numbers(formula.CNN)
     assert formula.totals(model) == formula.CNN_TOTALS
 
 
-def test_inn_has_the_examples_figures(pair):
-    _, model = pair
+def test_inn_has_the_examples_figures():
+    model = with_optimizer(inn())
     assert model.name == "inv_model"
-    assert formula.rows(model) == formula.INN
+    assert without_numbers(formula.rows(model)) == without_numbers(formula.INN)
     totals = list(formula.INN_TOTALS)
     if model.optimizer.iterations.dtype == "int32":
         # TensorFlow, which the example ran on, counts steps in 8 bytes, and torch in 4.

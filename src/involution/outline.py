@@ -15,6 +15,9 @@ Built = TypeVar("Built")
 # RedNet152 has 728, those inside its involutions included. Each takes some 50 KB, and a row of
 # them the square of its length in time.
 MOST_LAYERS = 2000
+# RedNet152 has 729. Each takes some 2 KB. A Sequential calls its layers again for every layer that
+# is added: 20,000 times for 200 layers.
+MOST_CALLS = 20_000
 # Variables that a file leaves out, as those of LoRA, are at most as large as those it holds, but
 # for these: 16 MiB of float32.
 SPARE = 2**22
@@ -34,14 +37,15 @@ def outline(build: Callable[[], Built], stored: float = math.inf) -> Built:
     Args:
         build: A function without arguments.
         stored: How many numbers there are for the variables. With twice as many variables, and
-            four million more, or with more than 2,000 layers, those that end up in no model
-            included, the function is stopped; unless given, variables may have any size.
+            four million more, or with more than 2,000 layers or 20,000 calls of layers, those that
+            end up in no model included, the function is stopped; unless given, variables may have
+            any size.
 
     Returns:
         What it returns. Of its variables only names, types and shapes can be asked.
 
     Raises:
-        ValueError: Too many variables or layers.
+        ValueError: Too many variables, layers or calls of layers.
         Exception: Whatever the function raises.
 
     Example:
@@ -61,16 +65,21 @@ def outline(build: Callable[[], Built], stored: float = math.inf) -> Built:
 
 
 class _Count:
-    """Raises when a thread has made more layers or variables than there may be."""
+    """Raises when a thread has more layers, calls of layers or variables than there may be."""
 
     def __init__(self, stored):
         self.stored = stored
-        self.layers = self.numbers = 0
+        self.layers = self.calls = self.numbers = 0
 
     def layer(self, _):
         self.layers += 1
         if self.layers > MOST_LAYERS:
             raise ValueError(f"more than {MOST_LAYERS:,} layers")
+
+    def call(self, _):
+        self.calls += 1
+        if self.calls > MOST_CALLS:
+            raise ValueError(f"more than {MOST_CALLS:,} calls of layers")
 
     def variable(self, made):
         self.numbers += math.prod(made.shape)
@@ -89,7 +98,11 @@ def _counted(count):
     thread = threading.get_ident()
     with _patching:
         if not _counts:
-            _originals[:] = [_watch(keras.Operation, "layer"), _watch(keras.Variable, "variable")]
+            _originals[:] = [
+                _watch(keras.Operation, "__init__", "layer"),
+                _watch(keras.Operation, "__call__", "call"),
+                _watch(keras.Variable, "__init__", "variable"),
+            ]
         _counts[thread] = count
     try:
         yield
@@ -101,24 +114,25 @@ def _counted(count):
                     _originals.pop()()
 
 
-def _watch(kind, name) -> Callable[[], None]:
-    """Has objects of a class counted when they are made; returns what ends that."""
-    own, make = vars(kind).get("__init__"), kind.__init__
+def _watch(kind, method, counted) -> Callable[[], None]:
+    """Has calls of a class's method counted; returns what ends that."""
+    own, original = vars(kind).get(method), getattr(kind, method)
 
-    def made(self, *arguments, **named):
-        make(self, *arguments, **named)
+    def watched(self, *arguments, **named):
+        result = original(self, *arguments, **named)
         if (count := _counts.get(threading.get_ident())) is not None:
-            getattr(count, name)(self)
+            getattr(count, counted)(self)
+        return result
 
     def end():
         if own is None:
-            del kind.__init__
+            delattr(kind, method)
         else:
-            kind.__init__ = own
+            setattr(kind, method, own)
 
     # Keras asks constructors for their arguments.
-    vars(made)["__signature__"] = inspect.signature(make)
-    kind.__init__ = made
+    vars(watched)["__signature__"] = inspect.signature(original)
+    setattr(kind, method, watched)
     return end
 
 
