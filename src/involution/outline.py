@@ -16,8 +16,8 @@ Built = TypeVar("Built")
 # them the square of its length in time.
 MOST_LAYERS = 2000
 # RedNet152 has 729. Each takes some 2 KB. A Sequential calls its layers again for every layer that
-# is added: 20,000 times for 200 layers.
-MOST_CALLS = 20_000
+# is added: 10,000 times for 140 layers.
+MOST_CALLS = 10_000
 # Variables that a file leaves out, as those of LoRA, are at most as large as those it holds, but
 # for these: 16 MiB of float32.
 SPARE = 2**22
@@ -37,7 +37,7 @@ def outline(build: Callable[[], Built], stored: float = math.inf) -> Built:
     Args:
         build: A function without arguments.
         stored: How many numbers there are for the variables. With twice as many variables, and
-            four million more, or with more than 2,000 layers or 20,000 calls of layers, those that
+            four million more, or with more than 2,000 layers or 10,000 calls of layers, those that
             end up in no model included, the function is stopped; unless given, variables may have
             any size.
 
