@@ -80,7 +80,8 @@ run: $(RUN_VENV)/ready
 test: lint $(addprefix test-,$(BACKENDS)) coverage
 
 test-tensorflow test-jax test-torch: test-%: $(TEST_VENV)/ready
-	KERAS_BACKEND=$* COVERAGE_FILE=.coverage.$* $(PYTEST) -n $(JOBS) --dist loadscope --cov --cov-report=
+	KERAS_BACKEND=$* COVERAGE_FILE=.coverage.$* $(PYTEST) -n $(JOBS) --dist loadscope --cov --cov-report= \
+		$(if $(filter-out $(lastword $(BACKENDS)),$*),--backend-only)
 
 # What no backend ran counts as missing: the three are read together.
 coverage: $(addprefix test-,$(BACKENDS))
@@ -94,6 +95,7 @@ endif
 # All that is exhaustive, for hours: the slow tests, many more random sizes, runs that are killed.
 test-long: $(TEST_VENV)/ready
 	set -e; for backend in $(BACKENDS); do export KERAS_BACKEND=$$backend; \
+	$(PYTEST) -m "any_backend and not slow and not browser" -n $(JOBS) --dist loadscope; \
 	$(PYTEST) -m slow --hypothesis-profile=long -rP; \
 	$(TEST_VENV)/bin/python -m tests.crash --kills 60; done
 	$(if $(filter jax,$(BACKENDS)),$(TEST_VENV)/bin/python -m tests.hosts --kills 10)

@@ -41,6 +41,21 @@ elif importlib.util.find_spec("triton") is None:
     collect_ignore += ["test_cuda.py", "test_triton.py"]
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend-only",
+        action="store_true",
+        help="without the tests that are marked any_backend",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--backend-only"):
+        left_out = [item for item in items if item.get_closest_marker("any_backend")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
 def seed():
     """Keras draws the seeds of its initializers from Python's generator."""
     random.seed(0)

@@ -23,6 +23,8 @@ from involution import answers, app
 from involution.errors import InputError
 from involution.models import shipped
 
+pytestmark = pytest.mark.any_backend
+
 MEGABYTE = 2**20
 
 

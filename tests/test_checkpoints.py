@@ -19,6 +19,8 @@ from frameworks import BACKEND, fresh_process
 from involution.models import checkpoints
 from involution.models.checkpoints import CheckpointError, tensorflow
 
+pytestmark = pytest.mark.any_backend
+
 DATA = pathlib.Path(__file__).with_name("data")
 KINDS = ("zip", "legacy", "paddle 2", "paddle 4", "paddle 5", "bundle")
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -16,6 +16,8 @@ import involution
 import involution_cli
 from involution.ops.cases import CASES
 
+pytestmark = pytest.mark.any_backend
+
 BACKEND = keras.config.backend()
 COMMANDS = (
     "compare",

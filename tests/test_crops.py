@@ -7,6 +7,8 @@ import pytest
 
 from involution import crops, data
 
+pytestmark = pytest.mark.any_backend
+
 SIZES = [(1, 1), (1, 500), (500, 375), (375, 500), (7, 3), (4000, 31)]
 
 

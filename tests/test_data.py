@@ -15,6 +15,8 @@ from PIL import Image, ImageFile, ImageOps
 from involution import data
 from involution.errors import InputError
 
+pytestmark = pytest.mark.any_backend
+
 
 def test_digits_are_real_enlarged_and_split_once():
     digits = data.load("digits")

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.any_backend
+
 FOLDER = pathlib.Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(f.stem for f in FOLDER.glob("*.py") if f.stem != "common")
 

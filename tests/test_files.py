@@ -14,6 +14,8 @@ from involution import files
 from involution.errors import WriteError
 from involution.files import replacing, write_json, write_text
 
+pytestmark = pytest.mark.any_backend
+
 
 def test_a_file_is_replaced_whole(tmp_path):
     path = tmp_path / "x.json"

@@ -8,6 +8,8 @@ import pytest
 
 from involution.ops.geometry import Geometry, ceil_divide
 
+pytestmark = pytest.mark.any_backend
+
 # Of two dimensions that have nothing in common.
 WIDE = Geometry((3, 4), (2, 1), "valid", (2, 5), 3, "contiguous", "channels_last")
 FIRST = dataclasses.replace(WIDE, data_format="channels_first", group_layout="interleaved")

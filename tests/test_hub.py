@@ -14,6 +14,8 @@ from involution import experiment, hub, models, saved_model
 from involution.errors import InputError
 from involution.models import weights
 
+pytestmark = pytest.mark.any_backend
+
 HOSTED = pathlib.Path(__file__).parent / "data" / "hosted"
 LABEL = "inn:head=convolutional"
 

@@ -18,6 +18,8 @@ from involution.errors import InputError
 from involution.image_files import Record
 from involution.stored_images import StoredImages
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.fixture
 def pets(tmp_path):

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.any_backend
+
 SCRIPT = """
 import resource, sys
 import numpy as np

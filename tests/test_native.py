@@ -37,7 +37,10 @@ import involution
 from involution.ops import native_library
 from involution.ops.gradients import INPUT, KERNEL, OUTPUT
 
-pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
+pytestmark = [
+    pytest.mark.any_backend,
+    pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing())),
+]
 
 LEVELS = native_library.levels()
 MEMBERS = tuple(core.ARGUMENTS)

@@ -11,10 +11,13 @@ import pytest
 from involution.ops import native_library
 
 ROOT = pathlib.Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(
-    shutil.which("cmake") is None or shutil.which("c++") is None,
-    reason="the build needs CMake and a C++ compiler",
-)
+pytestmark = [
+    pytest.mark.any_backend,
+    pytest.mark.skipif(
+        shutil.which("cmake") is None or shutil.which("c++") is None,
+        reason="the build needs CMake and a C++ compiler",
+    ),
+]
 
 # Of the core's sources, what the build needs of them; compiled at once.
 STUBS = {

@@ -7,6 +7,8 @@ import nbformat
 import pytest
 from test_docs import DOCS, check_printed
 
+pytestmark = pytest.mark.any_backend
+
 specification = importlib.util.spec_from_file_location("notebooks", DOCS / "notebooks.py")
 notebooks = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(notebooks)

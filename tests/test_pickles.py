@@ -9,6 +9,8 @@ import pytest
 
 from involution.models.checkpoints import CheckpointError, pickles
 
+pytestmark = pytest.mark.any_backend
+
 ARRAYS = "A checkpoint must be made of arrays alone"
 
 

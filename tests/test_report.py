@@ -7,6 +7,8 @@ import pytest
 from involution import data, experiment, report, training
 from involution.saved_model import Classifier
 
+pytestmark = pytest.mark.any_backend
+
 
 def result(label, test_accuracy, seconds):
     inputs = keras.Input((8, 8, 3))

@@ -76,6 +76,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.any_backend
 def test_a_run_is_shipped(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shipped, "FOLDERS", tmp_path)
     script("ship").ship(runs / "1", "cnn:filters=2-3-4", "small")

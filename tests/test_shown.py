@@ -13,6 +13,8 @@ from involution import answers, errors, files, pages, saved_model
 from involution.console import Console
 from involution.errors import shown
 
+pytestmark = pytest.mark.any_backend
+
 HARM = "\x1b[2J\x9b1m\x7f\r\u202e\u2066\u2028[red]"
 SEEN = r"\u001b[2J\u009b1m\u007f\u000d\u202e\u2066\u2028[red]"
 READABLE = "한국어 é 👩\u200d💻 \u3000 $x$ [b] \\"

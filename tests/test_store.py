@@ -17,6 +17,8 @@ from involution import checkpoint, files
 from involution.checkpoint import Store
 from involution.errors import InputError, WriteError
 
+pytestmark = pytest.mark.any_backend
+
 ARRAYS = {
     "a": np.arange(12, dtype="float32").reshape(3, 4),
     "b": np.array(7, "int64"),

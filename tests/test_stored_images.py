@@ -14,6 +14,8 @@ from involution.errors import InputError
 from involution.models import cnn
 from involution.stored_images import StoredImages
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.fixture
 def pets(tmp_path):

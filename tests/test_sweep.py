@@ -21,6 +21,8 @@ from involution.errors import InputError
 from involution.experiment import Config
 from involution.sweep import Choices, Plan, Range
 
+pytestmark = pytest.mark.any_backend
+
 NETWORK = """
 import keras
 

@@ -13,6 +13,8 @@ from PIL import Image
 from involution import answers, app, data
 from involution.errors import InputError
 
+pytestmark = pytest.mark.any_backend
+
 NOT_WHOLE = "An image must be a whole PNG, JPEG or WebP file: "
 
 

@@ -4,6 +4,8 @@ from matplotlib.figure import Figure
 
 from involution import models, visualize
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.fixture(scope="module")
 def inn():
