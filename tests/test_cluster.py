@@ -294,7 +294,7 @@ def test_hosts_that_begin_at_different_checkpoints_are_refused(tmp_path):
 
 
 @on_jax
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_lost_host_ends_the_run_and_another_number_goes_on(tmp_path, victim):
     more = "--epochs", "40", "--checkpoint-every", "5"
     processes = list(hosts(tmp_path, 2, *more))

@@ -186,6 +186,7 @@ def test_a_saved_model_has_no_optimizer_and_loads_plainly(run):
     ]
 
 
+@pytest.mark.any_backend
 def test_an_interruption_leaves_what_there_is(folder, tmp_path):
     class Impatient(Recorder):
         def step(self):
@@ -203,6 +204,7 @@ def test_an_interruption_leaves_what_there_is(folder, tmp_path):
     assert "was interrupted" in (output / "report.html").read_text()
 
 
+@pytest.mark.any_backend
 def test_ctrl_c_takes_effect_after_the_step_at_work(folder, tmp_path):
     class Signalled(Recorder):
         def step(self):
@@ -221,6 +223,7 @@ def test_ctrl_c_takes_effect_after_the_step_at_work(folder, tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.any_backend
 def test_a_run_that_diverges_stops_and_is_reported(folder, tmp_path):
     def broken(input_shape, classes):
         model = models.inn(input_shape, classes)
@@ -240,6 +243,7 @@ def test_a_run_that_diverges_stops_and_is_reported(folder, tmp_path):
     assert "This run was stopped." in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.any_backend
 def test_windows_need_not_be_square(folder, tmp_path):
     def oblong(input_shape, classes):
         inputs = keras.Input(input_shape)
@@ -253,6 +257,7 @@ def test_windows_need_not_be_square(folder, tmp_path):
     assert (tmp_path / "run" / "words.png").is_file()
 
 
+@pytest.mark.any_backend
 def test_an_interruption_before_any_epoch(folder, tmp_path):
     class AtOnce(Recorder):
         def step(self):
@@ -282,6 +287,7 @@ class Subclassed(keras.Model):
         return self.dense(self.flatten(inputs))
 
 
+@pytest.mark.any_backend
 def test_models_of_ones_own_from_python_and_from_a_file(folder, tmp_path):
     config = Config(str(folder), epochs=1, batch_size=12)
     result = compare(config, tmp_path / "object", builders={"mine": own_model})
@@ -304,6 +310,7 @@ def test_models_of_ones_own_from_python_and_from_a_file(folder, tmp_path):
     )
 
 
+@pytest.mark.any_backend
 def test_variants_take_the_options_of_their_function():
     builders = model_labels.parse("cnn, inn:kernel_size=5:kernel_generator=linear")
     model = builders["inn:kernel_size=5:kernel_generator=linear"]((8, 8, 3), 10)

@@ -133,23 +133,22 @@ def run(plan: Plan, say=lambda line: None) -> Iterator[Row]:
         if plan.batch is not None:
             case = dataclasses.replace(case, batch=plan.batch)
         for dtype in plan.dtypes:
+            # Not around what is yielded: there the caller's own work goes on.
+            with keras.device(plan.device):
+                candidates = dict(_candidates(case, dtype, plan, say))
             for passes in PASSES:
-                # Not around what is yielded: there the caller's own work goes on.
                 with keras.device(plan.device):
-                    rows = list(_rows(case, dtype, passes, plan, say))
+                    rows = list(_rows(case, dtype, passes, candidates, plan, say))
                 yield from rows
 
 
-def _rows(case, dtype, passes, plan, say):
-    backward = PASSES[passes]
-    device = DEVICES[plan.device]
-    ready = {}
+def _candidates(case, dtype, plan, say):
+    """Those that can run, each equal to ``reference``."""
     for name in plan.candidates:
         try:
             tried = candidate(name, case, dtype)
         except NotImplementedError as reason:
-            if not backward:
-                say(f"{case.name} {name} {dtype}: left out: {reason}")
+            say(f"{case.name} {name} {dtype}: left out: {reason}")
             continue
         wrong = 0.0 if tried.reference is None else difference(tried, dtype)
         if wrong > TOLERANCE[dtype]:
@@ -157,6 +156,14 @@ def _rows(case, dtype, passes, plan, say):
                 f"{case.name} {name} {dtype} is wrong, so it has no speed: its largest "
                 f"difference from `reference` is {wrong:.1e}"
             )
+        yield name, tried
+
+
+def _rows(case, dtype, passes, candidates, plan, say):
+    backward = PASSES[passes]
+    device = DEVICES[plan.device]
+    ready = {}
+    for name, tried in candidates.items():
         try:
             single = device.stopwatch(tried.program(backward))
             single()  # compiles
