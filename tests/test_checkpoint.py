@@ -117,6 +117,7 @@ def test_a_run_with_breaks_gives_what_it_gives_without(folder, tmp_path, uninter
     assert state.stat().st_size < 5000
 
 
+@pytest.mark.any_backend
 def test_a_damaged_checkpoint_costs_what_came_after_the_one_before(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(4), BUILDERS, checkpoint_every=2)
@@ -128,6 +129,7 @@ def test_a_damaged_checkpoint_costs_what_came_after_the_one_before(folder, tmp_p
     assert outcome(output) == uninterrupted
 
 
+@pytest.mark.any_backend
 def test_a_trained_model_that_was_changed_is_trained_again(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(10), BUILDERS)
@@ -145,6 +147,7 @@ def test_a_trained_model_that_was_changed_is_trained_again(folder, tmp_path, uni
     assert outcome(output) == uninterrupted
 
 
+@pytest.mark.any_backend
 def test_while_one_model_is_trained_again_the_others_stay(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, builders=BUILDERS)
@@ -156,6 +159,7 @@ def test_while_one_model_is_trained_again_the_others_stay(folder, tmp_path, unin
     assert outcome(output) == uninterrupted
 
 
+@pytest.mark.any_backend
 def test_what_is_trained_is_not_changed(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, builders=ONE)
@@ -256,6 +260,7 @@ def test_a_signal_in_the_midst_of_writing(folder, tmp_path, monkeypatch, uninter
     assert outcome(output) == uninterrupted
 
 
+@pytest.mark.any_backend
 def test_a_full_disk_costs_what_came_after_the_last_checkpoint(folder, tmp_path, monkeypatch):
     """Each file that a run writes is in its turn the one for which there is no room."""
     output, left = tmp_path / "run", 0
@@ -307,6 +312,7 @@ def test_what_a_killed_process_was_writing_is_removed(folder, tmp_path):
     assert (other / f"{files.PART}x").read_bytes() == b"mine"
 
 
+@pytest.mark.any_backend
 def test_a_change_is_refused_by_name(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
@@ -349,6 +355,7 @@ def test_another_model_is_refused_whatever_is_allowed(folder, tmp_path):
         )
 
 
+@pytest.mark.any_backend
 def test_a_folder_without_checkpoints(folder, tmp_path):
     output = tmp_path / "run"
     run = compare(config(folder, epochs=1), output, builders=ONE, resume=True)
@@ -363,6 +370,7 @@ def test_a_folder_without_checkpoints(folder, tmp_path):
         compare(config(folder), tmp_path, builders=ONE, resume=True)
 
 
+@pytest.mark.any_backend
 def test_steps_between_checkpoints(folder, tmp_path, monkeypatch):
     saved = []
     real = Store.save

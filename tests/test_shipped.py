@@ -95,6 +95,7 @@ def test_a_run_is_shipped(runs, tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "small") in capsys.readouterr().out
 
 
+@pytest.mark.any_backend
 def test_seeds_become_a_table_and_a_figure(runs, tmp_path, monkeypatch, capsys):
     stem = tmp_path / "table"
     monkeypatch.setattr(
