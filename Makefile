@@ -79,6 +79,7 @@ run: $(RUN_VENV)/ready
 
 test: lint $(addprefix test-,$(BACKENDS)) coverage
 
+# Tests that no backend changes run on the last backend only.
 test-tensorflow test-jax test-torch: test-%: $(TEST_VENV)/ready
 	KERAS_BACKEND=$* COVERAGE_FILE=.coverage.$* $(PYTEST) -n $(JOBS) --dist loadscope --cov --cov-report= \
 		$(if $(filter-out $(lastword $(BACKENDS)),$*),--backend-only)

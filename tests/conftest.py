@@ -45,15 +45,15 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backend-only",
         action="store_true",
-        help="without the tests that are marked any_backend",
+        help="deselect tests marked any_backend",
     )
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--backend-only"):
-        left_out = [item for item in items if item.get_closest_marker("any_backend")]
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
+        deselected = [item for item in items if item.get_closest_marker("any_backend")]
+        items[:] = [item for item in items if not item.get_closest_marker("any_backend")]
+        config.hook.pytest_deselected(items=deselected)
 
 
 def seed():

@@ -30,12 +30,12 @@ def small(monkeypatch):
 
 
 def test_every_candidate_is_measured_forward_and_backward(small):
-    # PyTorch compiles for half a minute: of one case.
+    # PyTorch's compiler takes half a minute a case, so compiled-taps is measured on one case.
     others = tuple(n for n in benchmark.CANDIDATES if n != benchmark.COMPILED_TAPS)
     for case, candidates in (("small", benchmark.CANDIDATES), ("strided", others)):
-        told = []
+        messages = []
         plan = dataclasses.replace(small, cases=(case,), candidates=candidates)
-        rows = list(benchmark.run(plan, told.append))
+        rows = list(benchmark.run(plan, messages.append))
         names = [
             n
             for n in candidates
@@ -47,8 +47,8 @@ def test_every_candidate_is_measured_forward_and_backward(small):
         assert all(r.median_ms > 0 and r.runs >= 3 for r in rows)
         ours = [r for r in rows if r.candidate not in ("conv3", "depthwise")]
         assert all(r.times_limit == pytest.approx(r.median_ms / r.limit_ms) for r in ours)
-        # A line for each that was left out.
-        assert len(told) == len(candidates) - len(names)
+        # One message for each unavailable candidate.
+        assert len(messages) == len(candidates) - len(names)
 
 
 def test_figures_are_written_with_what_made_them(small):

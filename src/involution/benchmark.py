@@ -133,7 +133,7 @@ def run(plan: Plan, say=lambda line: None) -> Iterator[Row]:
         if plan.batch is not None:
             case = dataclasses.replace(case, batch=plan.batch)
         for dtype in plan.dtypes:
-            # Not around what is yielded: there the caller's own work goes on.
+            # keras.device ends before each yield: the caller's code must not run inside it.
             with keras.device(plan.device):
                 candidates = dict(_candidates(case, dtype, plan, say))
             for passes in PASSES:
