@@ -80,6 +80,7 @@ def test_names_are_the_layers_and_the_paths_inside():
 
 
 def test_weights_of_one_name_are_refused():
+    keras.utils.clear_session()  # the first layer is conv2d, whatever ran before
     x = inputs = keras.Input((4, 4, 16))
     # A name as Keras would count it, of a layer of another class.
     named = keras.layers.Conv2DTranspose(16, 1, name="conv2d_1")
