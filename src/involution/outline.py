@@ -15,8 +15,8 @@ Built = TypeVar("Built")
 # RedNet152 has 728, those inside its involutions included. Each takes some 50 KB, and a row of
 # them the square of its length in time.
 MOST_LAYERS = 2000
-# RedNet152 makes 522. Each takes some 2 KB. A Sequential calls its layers again for every layer that
-# is added: 10,000 times for 140 layers.
+# RedNet152 makes 522. Each takes some 2 KB. A Sequential calls its layers again for every layer
+# that is added: 10,000 times for 140 layers.
 MOST_CALLS = 10_000
 # Variables that a file leaves out, as those of LoRA, are at most as large as those it holds, but
 # for these: 16 MiB of float32.
