@@ -23,12 +23,14 @@ def train(arguments):
     """One backend, in a process of its own: what it found, as JSON on the last line."""
     import keras
 
-    from involution import data, models, training
-    from involution.experiment import versions
+    from involution import models
+    from involution.data import datasets
+    from involution.training import trainer as training
+    from involution.training.experiment import versions
 
     if arguments.float64:
         keras.config.set_floatx("float64")
-    dataset = data.load(arguments.dataset)
+    dataset = datasets.load(arguments.dataset)
     found = {"versions": versions()}
     for name in ("cnn", "inn"):
         keras.utils.set_random_seed(42)
@@ -37,7 +39,7 @@ def train(arguments):
         if not weights.exists():
             network.save_weights(weights)
         network.load_weights(weights)
-        order = data.order(len(dataset.x_train), 42, 1)
+        order = datasets.order(len(dataset.x_train), 42, 1)
         recipe, size = training.RECIPES["example"], dataset.batch_size
         trainer = training.Trainer(network, dataset, recipe, 1, 42)
         losses = []

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import involution
-from involution import benchmark, files
+from involution.benchmarking import runner
+from involution.benchmarking.timed_program import program, tensors
 from involution.ops.cases import CASES
-from involution.programs import program, tensors
+from involution.utils import atomic_files
 
 NAMES = ("tut", "red1", "red2", "red3", "red4")
 
@@ -96,7 +97,7 @@ def measured(case, backward, seconds):
 def main(seconds=5.0, file=None):
     rows = []
     for case in (case for case in CASES if case.name in NAMES):
-        for passes, backward in benchmark.PASSES.items():
+        for passes, backward in runner.PASSES.items():
             medians = measured(case, backward, seconds)
             for name, ms in medians.items():
                 row = {
@@ -109,7 +110,7 @@ def main(seconds=5.0, file=None):
                 rows.append(row)
                 print(*row.values(), sep="\t", flush=True)
     if file is not None:
-        files.write_text(file, benchmark.with_setting(rows, list(rows[0])))
+        atomic_files.write_text(file, runner.with_setting(rows, list(rows[0])))
 
 
 if __name__ == "__main__":

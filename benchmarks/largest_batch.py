@@ -21,8 +21,9 @@ from rednet import CHOSEN, SIDE, running, unfold
 from training import implementation
 
 import involution
-from involution import benchmark, files, memory
+from involution.benchmarking import runner
 from involution.ops import api
+from involution.utils import atomic_files, memory
 
 NETWORKS = (CHOSEN, "native", "unfold")
 STEPS = 4
@@ -95,7 +96,7 @@ def main(gib=8.0, file=None):
         )
         print(*rows[-1].values())
         if file is not None:
-            files.write_text(file, benchmark.with_setting(rows, list(rows[0])))
+            atomic_files.write_text(file, runner.with_setting(rows, list(rows[0])))
 
 
 if __name__ == "__main__":

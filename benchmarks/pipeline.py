@@ -15,9 +15,14 @@ import statistics
 import keras
 import numpy as np
 
-from involution import benchmark, data, experiment, files, memory, model_labels, training
-from involution.crops import MIDDLE
-from involution.devices import DEVICES
+from involution.benchmarking import runner
+from involution.benchmarking.devices import DEVICES
+from involution.data import datasets
+from involution.data.transforms import MIDDLE
+from involution.models import specs
+from involution.training import experiment
+from involution.training import trainer as training
+from involution.utils import atomic_files, memory
 
 
 def main():
@@ -32,13 +37,13 @@ def main():
     given = parser.parse_args()
     memory.keep_freed()
     recipe = dataclasses.replace(training.RECIPES["imagenet"], batch_size=given.batch_size)
-    stored = data.load(given.folder, (given.side, given.side), crop=MIDDLE)
-    order = data.order(len(stored.x_train), 0, 1)[: given.batches * given.batch_size]
+    stored = datasets.load(given.folder, (given.side, given.side), crop=MIDDLE)
+    order = datasets.order(len(stored.x_train), 0, 1)[: given.batches * given.batch_size]
     count = len(order)
     held = dataclasses.replace(stored, x_train=stored.x_train[order], y_train=stored.y_train[order])
 
     def trainer(dataset, recipe):
-        ((label, builder),) = model_labels.parse(given.model).items()
+        ((label, builder),) = specs.parse(given.model).items()
         config = experiment.Config(given.folder, given.model)
         network = experiment.build(label, builder, dataset, config)
         return training.Trainer(network, dataset, recipe, 1, 0)
@@ -50,7 +55,7 @@ def main():
         "both": lambda: both.train(order),
     }
     watches = {name: DEVICES["cpu"].stopwatch(run) for name, run in parts.items()}
-    times = benchmark.measure(watches, given.seconds)
+    times = runner.measure(watches, given.seconds)
     rows = [
         {
             "part": name,
@@ -64,10 +69,10 @@ def main():
         }
         for name, seconds in times.items()
     ]
-    text = files.csv_text(rows[0], rows)
+    text = atomic_files.csv_text(rows[0], rows)
     print(text)
     if given.output:
-        files.write_text(given.output, text)
+        atomic_files.write_text(given.output, text)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ import numpy as np
 from training import free, implementation
 
 import involution
-from involution import benchmark, files, memory, yardsticks
+from involution.benchmarking import baselines, runner
 from involution.ops import api
+from involution.utils import atomic_files, memory
 
 SIDE = 224
 SLOW = ("unfold",)
@@ -33,7 +34,7 @@ def unfold(x, kernel, problem):
     g = problem.geometry
     (kernel_size,), (strides,) = set(g.kernel_size), set(g.strides)
     pads = g.pads(x.shape[1:3])
-    return yardsticks.patches(x, kernel, kernel_size, strides, 1, g.groups, g.group_layout, pads)
+    return baselines.patches(x, kernel, kernel_size, strides, 1, g.groups, g.group_layout, pads)
 
 
 def networks(names):
@@ -187,7 +188,7 @@ def main(options):
     if options.output is not None:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         rows = [dict.fromkeys(columns, "") | row for row in rows]
-        files.write_text(options.output, benchmark.with_setting(rows, columns, options.device))
+        atomic_files.write_text(options.output, runner.with_setting(rows, columns, options.device))
 
 
 def arguments():

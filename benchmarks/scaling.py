@@ -74,11 +74,15 @@ def child(host, hosts, port, model, side, batch, dump):
     # for their turn, 4 ms each time.
     os.environ["NPROC"] = os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
-    from involution import cluster, data, experiment, memory, model_labels, training
+    from involution.data import datasets
+    from involution.models import specs
+    from involution.training import distributed, experiment
+    from involution.training import trainer as training
+    from involution.utils import memory
 
     memory.keep_freed()
-    together = cluster.of(1, f"127.0.0.1:{port}", hosts, host)
-    cluster.begin(together)
+    together = distributed.of(1, f"127.0.0.1:{port}", hosts, host)
+    distributed.begin(together)
     import numpy as np
 
     count = batch * hosts
@@ -86,13 +90,13 @@ def child(host, hosts, port, model, side, batch, dump):
     x = random.integers(0, 256, (count, side, side, 3)).astype("uint8")
     y = random.integers(0, 10, count)
     names = tuple("0123456789")
-    dataset = data.Dataset("noise", "", x, y, x[:hosts], y[:hosts], names)
+    dataset = datasets.Dataset("noise", "", x, y, x[:hosts], y[:hosts], names)
     recipe = dataclasses.replace(
         training.RECIPES["imagenet"], crop=False, flip=False, learning_rate=1e-3
     )
-    ((label, builder),) = model_labels.parse(model).items()
+    ((label, builder),) = specs.parse(model).items()
     found = {}
-    for name, who, images in (("compute", cluster.ALONE, batch), ("step", together, count)):
+    for name, who, images in (("compute", distributed.ALONE, batch), ("step", together, count)):
         network = experiment.build(label, builder, dataset, experiment.Config(models=model))
         asked = dataclasses.replace(recipe, batch_size=images)
         trainer = training.Trainer(network, dataset, asked, 1000, 0, who)
@@ -176,9 +180,9 @@ def main():
         rows.append(measured(hosts, given))
         print(rows[-1], flush=True)
     if given.output:
-        from involution import files
+        from involution.utils import atomic_files
 
-        files.write_text(given.output, files.csv_text(rows[0], rows))
+        atomic_files.write_text(given.output, atomic_files.csv_text(rows[0], rows))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import json
 import pathlib
 import statistics
 
-from involution import files, visualize
+from involution.utils import atomic_files
+from involution.visualize import figures
 
 COLUMNS = (
     "recipe",
@@ -60,7 +61,9 @@ def main():
     parser.add_argument("--output", type=pathlib.Path, required=True)
     options = parser.parse_args()
     found = sorted(rows(options.places), key=lambda r: [r[c] for c in COLUMNS[:4]])
-    files.write_text(options.output.with_suffix(".csv"), files.csv_text(COLUMNS, found))
+    atomic_files.write_text(
+        options.output.with_suffix(".csv"), atomic_files.csv_text(COLUMNS, found)
+    )
     groups = collections.defaultdict(list)
     for row in found:
         groups[row["recipe"], row["epochs"], row["model"]].append(row)
@@ -77,8 +80,8 @@ def main():
             f"{first['multiply_adds'] / 1e6:.2f} M | {mean(runs):.4f} | {each} |"
         )
         means[f"{model}, {recipe}"] = first | {"test_accuracy": mean(runs)}
-    with files.replacing(options.output.with_suffix(".png")) as temporary:
-        visualize.costs(means).savefig(temporary, format="png", dpi=110)
+    with atomic_files.replacing(options.output.with_suffix(".png")) as temporary:
+        figures.costs(means).savefig(temporary, format="png", dpi=110)
 
 
 def mean(runs):

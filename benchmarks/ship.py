@@ -13,14 +13,16 @@ import sys
 import keras
 import numpy as np
 
-from involution import data, hub, model_labels, saved_model
-from involution.models import shipped, weights
+from involution import hub
+from involution.data import datasets
+from involution.models import pretrained, specs, weights
+from involution.saving import classifier as saved_model
 
 
 def ship(run, label, name):
-    classifier = saved_model.load(pathlib.Path(run) / model_labels.file_name(label))
+    classifier = saved_model.load(pathlib.Path(run) / specs.file_name(label))
     logits = classifier.model.predict(ramp(classifier), verbose=0)[0].tolist()
-    folder = shipped.FOLDERS / name
+    folder = pretrained.FOLDERS / name
     hub.save(run, label, folder, extra={"logits_of_a_ramp": logits})
     print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()):,} bytes")
 
@@ -32,12 +34,12 @@ def ramp(classifier):
 
 
 def check(dataset):
-    images = data.load(dataset)
-    for name in shipped.names():
+    images = datasets.load(dataset)
+    for name in pretrained.names():
         classifier = saved_model.load(name)
-        scores = classifier.scores(data.scale(images.x_test))
+        scores = classifier.scores(datasets.scale(images.x_test))
         accuracy = float((scores.argmax(-1) == images.y_test).mean())
-        card = weights.read_config(shipped.folder(name))["extra"]["test_accuracy"]
+        card = weights.read_config(pretrained.folder(name))["extra"]["test_accuracy"]
         print(f"{keras.config.backend()}, {name}: accuracy {accuracy:.4f}, by its card {card:.4f}")
 
 

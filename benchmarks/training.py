@@ -15,8 +15,9 @@ import keras
 import numpy as np
 
 import involution
-from involution import benchmark, files, memory, yardsticks
+from involution.benchmarking import baselines, runner
 from involution.ops import api
+from involution.utils import atomic_files, memory
 
 BATCH = 256
 
@@ -24,7 +25,7 @@ BATCH = 256
 def patches(x, kernel, problem):
     g = problem.geometry
     (kernel_size,), (strides,) = set(g.kernel_size), set(g.strides)
-    return yardsticks.patches(x, kernel, kernel_size, strides, 1, g.groups, g.group_layout)
+    return baselines.patches(x, kernel, kernel_size, strides, 1, g.groups, g.group_layout)
 
 
 def free(x, kernel, problem):
@@ -71,7 +72,7 @@ def main(steps=30, file=None):
             f"{row['model']:14}{row['ms_per_step']:>9} ms a step of {BATCH}", row["times_patches"]
         )
     if file is not None:
-        files.write_text(file, benchmark.with_setting(rows, list(rows[0])))
+        atomic_files.write_text(file, runner.with_setting(rows, list(rows[0])))
 
 
 if __name__ == "__main__":

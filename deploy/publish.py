@@ -7,7 +7,7 @@ import sys
 import tempfile
 
 from involution import hub
-from involution.errors import InputError
+from involution.utils.errors import InputError
 
 if __name__ == "__main__":
     if len(sys.argv) != 4:

@@ -15,7 +15,7 @@ import jupytext
 import nbclient
 import nbformat
 
-from involution import files
+from involution.utils import atomic_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Pages, their notebooks, and what a notebook says of itself.
@@ -116,7 +116,7 @@ def main():
             if cell.source != done.source:
                 raise ValueError(f"the code of {page} must be that of the first: {cell.source!r}")
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
-        files.write_text(ROOT / target, nbformat.writes(made) + "\n")
+        atomic_files.write_text(ROOT / target, nbformat.writes(made) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 from oracle import Call, error_bound
 
 from involution import ops
-from involution.ops import native_library
+from involution.ops.native import library
 
 CALLS = [
     Call(2, (7, 5), 12, (3, 2), (2, 1), "same", (1, 2), 3),
@@ -20,12 +20,12 @@ CALLS = [
 
 
 def main():
-    levels = native_library.levels()
-    assert levels, native_library.core()[1]
+    levels = library.levels()
+    assert levels, library.core()[1]
     with open("/proc/cpuinfo") as file:
         assert ("avx2" in levels) == ("avx2" in file.read().split())
     for level in levels:
-        native_library.use_level(level)
+        library.use_level(level)
         for call in CALLS:
             x, kernel, dy = (a.astype("float32") for a in call.arrays())
             reasons = dict(ops.implementations(x, kernel, **call.arguments))

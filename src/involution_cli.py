@@ -191,9 +191,10 @@ def sweep(
         in the output folder.
     """
     with _session(f"Searching {model} on {recipe.dataset}.", recipe.backend) as session:
-        from involution import experiment, memory
-        from involution.model_labels import command_line
-        from involution.sweep import Plan, run
+        from involution.models.specs import command_line
+        from involution.training import experiment
+        from involution.training.sweep import Plan, run
+        from involution.utils import memory
 
         if recipe.epochs is None:
             recipe = dataclasses.replace(recipe, epochs=5)
@@ -230,8 +231,8 @@ def predict(
         Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
     """
     with _session("Reading the model.", backend) as session:
-        from involution import saved_model
-        from involution.errors import InputError
+        from involution.saving import classifier as saved_model
+        from involution.utils.errors import InputError
 
         if top < 1:
             raise InputError(f"--top must be at least 1. Received: {top}")
@@ -273,7 +274,8 @@ def explain(
         Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
     """
     with _session("Explaining images.", backend) as session:
-        from involution import explaining, saved_model
+        from involution.saving import classifier as saved_model
+        from involution.visualize import explain as explaining
 
         classifier, images = _read(saved_model, files)
         for line in explaining.write(classifier, images, output, show, _place(place)):
@@ -331,8 +333,8 @@ def export(
         Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
     """
     with _session(f"Exporting {model} as {format}, and checking it.", backend) as session:
-        from involution import saved_model
-        from involution.export import export
+        from involution.export.export import export
+        from involution.saving import classifier as saved_model
 
         size = _size(image_size)
         loaded = saved_model.load_model(model)
@@ -373,7 +375,7 @@ def demo(
         Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
     """
     with _session("Preparing the page.", backend) as session:
-        from involution import app as page
+        from involution.demo import app as page
 
         with page.served(page.build(page.load(models), page.cards(models)), host, port) as address:
             session.console.say(f"Page: {address} (Ctrl-C ends it)")
@@ -399,7 +401,7 @@ def doctor(*, backend: Backend | None = None):
         Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
     """
     with _session("Examining this installation.", backend) as session:
-        from involution import diagnosis
+        from involution.benchmarking import doctor as diagnosis
 
         healthy = True
         for line, fine in diagnosis.lines():
@@ -456,12 +458,13 @@ def bench(
         Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
     """
     with _session("Measuring.", backend) as session:
-        from involution import benchmark, files
+        from involution.benchmarking import runner
+        from involution.utils import atomic_files
 
-        plan = benchmark.Plan(
+        plan = runner.Plan(
             cases=tuple(cases.split(",")),
             candidates=tuple(
-                benchmark.USUAL.get(device, benchmark.CANDIDATES)
+                runner.USUAL.get(device, runner.CANDIDATES)
                 if candidates is None
                 else candidates.split(",")
             ),
@@ -472,16 +475,16 @@ def bench(
             device=device,
             batch=batch,
         )
-        benchmark.check(plan, output)
+        runner.check(plan, output)
         rows = []
-        for line in benchmark.heading(plan):
+        for line in runner.heading(plan):
             session.console.say(line)
-        for row in benchmark.run(plan, session.console.say):
+        for row in runner.run(plan, session.console.say):
             rows.append(row)
-            session.console.say(benchmark.line(row))
+            session.console.say(runner.line(row))
             if output is not None:
                 # After each: a run that is cut short has lost nothing.
-                files.write_text(output, benchmark.to_csv(rows, device))
+                atomic_files.write_text(output, runner.to_csv(rows, device))
         if output is not None:
             session.console.say(f"Figures: {output}")
 
@@ -491,7 +494,7 @@ class _Session:
 
     def __init__(self):
         from involution import backend
-        from involution.console import Console
+        from involution.utils.progress import Console
 
         self.console = Console()
         self.folder: pathlib.Path | None = None
@@ -533,12 +536,12 @@ def _session(first_line, backend):
 
 
 def _keep(log, folder):
-    from involution import files
+    from involution.utils import atomic_files
 
     # Of a full disk the command has told by now.
     with contextlib.suppress(OSError):
         text = log.read_text(encoding="utf-8", errors="backslashreplace")
-        files.write_text(folder / "log.txt", "\n".join(map(_shown, text.split("\n"))))
+        atomic_files.write_text(folder / "log.txt", "\n".join(map(_shown, text.split("\n"))))
 
 
 def _explain(error, log) -> tuple[str, int]:
@@ -630,9 +633,10 @@ def _last_words(text):
 
 def _train(what, models, recipe, resume, together):
     with _session(f"{what}.", recipe.backend) as session:
-        from involution import cluster, experiment, memory
-        from involution.errors import InputError
-        from involution.model_labels import command_line
+        from involution.models.specs import command_line
+        from involution.training import distributed, experiment
+        from involution.utils import memory
+        from involution.utils.errors import InputError
 
         memory.keep_freed()
         config = _config(experiment, models, recipe)
@@ -640,12 +644,12 @@ def _train(what, models, recipe, resume, together):
         command = command_line("involution", *sys.argv[1:])
         if resume.resume and recipe.output is None:
             raise InputError("--resume needs --output, the folder to go on in. Received: none")
-        hosts = cluster.of(
+        hosts = distributed.of(
             together.devices, together.coordinator, together.num_hosts, together.host_id
         )
         if hosts.hosts > 1 and recipe.output is None:
             raise InputError("--num-hosts needs --output, the folder of all. Received: none")
-        cluster.begin(hosts)
+        distributed.begin(hosts)
         how = {**dataclasses.asdict(resume), "together": hosts}
         run = experiment.compare(config, output, session.console, command=command, **how)
         if hosts.writes:
@@ -679,7 +683,7 @@ def _size(text) -> tuple[int, int] | None:
         return None
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
-        from involution.errors import InputError
+        from involution.utils.errors import InputError
 
         raise InputError(f"--image-size must be a side or HEIGHTxWIDTH, above 0. Received: {text}")
     return (int(parts[0]), int(parts[-1]))
@@ -689,7 +693,7 @@ def _place(text) -> tuple[float, ...]:
     try:
         return tuple(float(share) for share in text.split(","))
     except ValueError:
-        from involution.errors import InputError
+        from involution.utils.errors import InputError
 
         raise InputError(f"--place must be ROW,COLUMN. Received: {text}") from None
 
@@ -700,7 +704,7 @@ def _with_size(model, size) -> tuple | None:
         return None
     shape = model.inputs[0].shape[1:]
     if shape.count(None) != len(size):
-        from involution.errors import InputError
+        from involution.utils.errors import InputError
 
         raise InputError(
             "--image-size is for a model that leaves both sizes open. "
@@ -711,8 +715,9 @@ def _with_size(model, size) -> tuple | None:
 
 
 def _conclude(run, output, console):
-    from involution import looking, report
-    from involution.model_labels import command_line
+    from involution.models.specs import command_line
+    from involution.training import report
+    from involution.visualize import activations
 
     console.say("")
     console.say(report.verdict(run))
@@ -725,7 +730,7 @@ def _conclude(run, output, console):
         return
     file = output / run.results[-1].file
     console.say(f"Next: {command_line('involution', 'predict', file)} IMAGE...")
-    if looking.has_involutions(run.results[-1].classifier.model):
+    if activations.has_involutions(run.results[-1].classifier.model):
         console.say(f"      {command_line('involution', 'explain', file)} IMAGE...")
 
 
@@ -740,7 +745,7 @@ def _free_folder(dataset) -> pathlib.Path:
 
 def _read(saved_model, files):
     """(classifier, pairs of a file and its image), of the files that a command was given."""
-    from involution.errors import InputError
+    from involution.utils.errors import InputError
 
     named = bool(files) and saved_model.is_model(files[0])
     images = files[1:] if named else files

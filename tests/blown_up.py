@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import keras
 
 import involution
-from involution import keras_files
+from involution.saving import keras_archive
 
 HUGE = 10**9
 L, G = keras.layers, involution.kernel_generators
@@ -159,4 +159,4 @@ def write(path, parts, config):
     return path
 
 
-NAMES = [name for name in keras_files.LAYERS.split() if name != "InputLayer"] + list(OWN)
+NAMES = [name for name in keras_archive.LAYERS.split() if name != "InputLayer"] + list(OWN)

@@ -26,7 +26,8 @@ if os.environ.get("KERAS_BACKEND") == "torch":
         del os.environ["TRITON_INTERPRET"]
 
 import involution  # noqa: F401 - settles the backend before a test imports Keras
-from involution.ops import api, native_library
+from involution.ops import api
+from involution.ops.native import library
 
 # What a framework alone has is tested where it runs. Elsewhere there is nothing to skip.
 collect_ignore = [
@@ -104,7 +105,7 @@ def ran(monkeypatch):
 @pytest.fixture
 def level(request):
     """Everything runs by the instructions of this level."""
-    native_library.use_level(request.param)
+    library.use_level(request.param)
     yield request.param
-    highest = native_library.levels()[-1]
-    native_library.use_level(os.environ.get("INVOLUTION_INSTRUCTIONS") or highest)
+    highest = library.levels()[-1]
+    library.use_level(os.environ.get("INVOLUTION_INSTRUCTIONS") or highest)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from oracle import ieee
 
-from involution.ops import native_call, native_library
+from involution.ops.autodiff import INPUT, KERNEL, OUTPUT
 from involution.ops.geometry import Geometry
-from involution.ops.gradients import INPUT, KERNEL, OUTPUT
+from involution.ops.native import library, params
 
 DTYPES = {
     "float64": np.float64,
@@ -16,7 +16,7 @@ DTYPES = {
     "float16": np.float16,
 }
 # The fixture `level` makes everything run by the instructions of one.
-each_level = pytest.mark.parametrize("level", native_library.levels(), indirect=True)
+each_level = pytest.mark.parametrize("level", library.levels(), indirect=True)
 # The arguments of each member, from x, kernel and dy.
 ARGUMENTS = {
     OUTPUT: lambda x, kernel, dy: (x, kernel),
@@ -39,14 +39,14 @@ def surrounded(shape, dtype):
 def run(member, call, a, b, threads=1):
     """One member of the family for an ``oracle.Call``."""
     g = Geometry(**call.arguments)
-    numbers = native_call.numbers(member, g, call.sizes, a, b)
-    result, edges = surrounded(native_call.result_shape(member, g, call.sizes, a, b), a.dtype)
+    numbers = params.numbers(member, g, call.sizes, a, b)
+    result, edges = surrounded(params.result_shape(member, g, call.sizes, a, b), a.dtype)
     inside = []
     for array in (a, b):
         inside.append(surrounded(array.shape, array.dtype)[0])
         inside[-1][...] = array
     addresses = (array.ctypes.data for array in (*inside, result))
-    native_library.run(numbers, len(a), threads, *addresses)
+    library.run(numbers, len(a), threads, *addresses)
     for edge in edges:
         assert (edge == NAN).all(), f"written beside the result: {member} of {call}"
     return result
@@ -78,10 +78,10 @@ FUSED_ARGUMENTS = {
 def run_fused(member, call, arguments, threads=1):
     """The two results of one member of the fused family for an ``oracle.Call``."""
     g = Geometry(**call.arguments)
-    numbers = native_call.fused_numbers(member, g, call.sizes, arguments)
-    shapes = native_call.fused_shapes(member, g, call.sizes, arguments)
+    numbers = params.fused_numbers(member, g, call.sizes, arguments)
+    shapes = params.fused_shapes(member, g, call.sizes, arguments)
     dtype = arguments[0].dtype
-    wide = np.dtype(native_call.wide_type(dtype.name))
+    wide = np.dtype(params.wide_type(dtype.name))
     results, edges = zip(
         *(surrounded(s, d) for s, d in zip(shapes, (dtype, wide), strict=True)), strict=True
     )
@@ -90,7 +90,7 @@ def run_fused(member, call, arguments, threads=1):
         inside.append(surrounded(array.shape, array.dtype)[0])
         inside[-1][...] = array
     addresses = (array.ctypes.data for array in (*inside, *results))
-    native_library.run_fused(numbers, len(arguments[0]), threads, *addresses)
+    library.run_fused(numbers, len(arguments[0]), threads, *addresses)
     for edge in (e for pair in edges for e in pair):
         assert (edge == NAN).all(), f"written beside the result: {member} of {call}"
     return results

@@ -66,7 +66,7 @@ class Child:
             self.change(event, os.fsdecode(arguments[0]))
 
     def main(self):
-        from involution import checkpoint, experiment
+        from involution.training import checkpoint, experiment
 
         console, real_sync, real_save = experiment.Silent(), os.fsync, checkpoint.Store.save
 

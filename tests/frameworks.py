@@ -11,7 +11,7 @@ import pytest
 from oracle import error_bound
 
 import involution
-from involution.ops import native_library
+from involution.ops.native import library
 
 BACKEND = keras.config.backend()
 
@@ -28,12 +28,12 @@ def missing():
 
     A library that is there and does not work is built: its tests fail.
     """
-    _, reason = native_library.core()
+    _, reason = library.core()
     if reason is None:
-        _, reason = native_library.binding(BACKEND)
-        told = native_library.why_missing(BACKEND)
+        _, reason = library.binding(BACKEND)
+        told = library.why_missing(BACKEND)
     else:
-        told = native_library.why_missing()
+        told = library.why_missing()
     return reason if reason and told and told in reason else None
 
 

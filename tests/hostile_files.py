@@ -32,7 +32,7 @@ from images import write_image
 
 from involution import models
 from involution.models import weights
-from involution.saved_model import SCALING, Classifier
+from involution.saving.classifier import SCALING, Classifier
 
 KERAS = ("export", "predict")
 FOLDER = ("export", "predict", "hub")

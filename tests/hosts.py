@@ -33,9 +33,10 @@ def network(input_shape, classes):
     the shapes in the program have it, by 1e-7, and from there on trainings part."""
     import keras
 
-    from involution import Involution2D, kernel_generators
+    from involution import Involution2D
+    from involution.kernel_generators import generators
 
-    layers, linear = keras.layers, kernel_generators.Linear
+    layers, linear = keras.layers, generators.Linear
     return keras.Sequential(
         [
             keras.Input(input_shape),
@@ -102,10 +103,10 @@ def finish(output, count, log) -> float:
 
 def result(output):
     """(weights, losses) of a run."""
-    from involution import saved_model
+    from involution.saving import classifier
 
     (file,) = output.glob("*.keras")
-    model = saved_model.load_model(file)
+    model = classifier.load_model(file)
     history = (output / "history.csv").read_text(encoding="utf-8").splitlines()[1:]
     return model.get_weights(), [float(n) for row in history for n in row.split(",")[2:]]
 
@@ -161,7 +162,7 @@ def main(kills, seed):
 def child(arguments):
     import keras
 
-    from involution import experiment
+    from involution.training import experiment
 
     # Losses too.
     keras.config.set_floatx("float64")

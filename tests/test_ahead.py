@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from involution.ahead import ahead
+from involution.data.prefetch import ahead
 
 
 def test_all_come_in_order():

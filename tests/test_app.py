@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from page_client import served
 
-from involution import answers, app
-from involution.errors import InputError
-from involution.models import shipped
+from involution.demo import app, render
+from involution.models import pretrained
+from involution.utils.errors import InputError
 
 pytestmark = pytest.mark.any_backend
 
@@ -182,7 +182,7 @@ def test_requests_that_are_no_requests(page):
 def test_an_explanation_shows_every_involution(classifiers, tmp_path):
     file = tmp_path / "a.png"
     file.write_bytes(hostile_images.good())
-    explanation = answers.Explanation(classifiers, file)
+    explanation = render.Explanation(classifiers, file)
     maps, kernels = explanation.maps(), explanation.kernels((0.2, 0.9))
     assert "cnn has no involutions" in maps
     for name in ("inv_1, 32&times;32", "inv_2, 16&times;16", "inv_3, 8&times;8"):
@@ -197,15 +197,15 @@ def test_names_of_strangers_are_escaped(classifiers, tmp_path):
     file = tmp_path / "a.png"
     file.write_bytes(hostile_images.good())
     bad = "<script>alert(1)</script>"
-    text = answers.Explanation({bad: classifiers["inn"]}, file).maps()
-    text += answers.Explanation({bad: classifiers["cnn"]}, file).maps()
+    text = render.Explanation({bad: classifiers["inn"]}, file).maps()
+    text += render.Explanation({bad: classifiers["cnn"]}, file).maps()
     assert "<script" not in text
     assert text.count("&lt;script&gt;") >= 2
 
 
 def test_the_cards_say_what_the_models_were_trained_on():
     text = app.cards(())
-    for name in shipped.names():
+    for name in pretrained.names():
         assert f"### {name}\n" in text
     assert "50000 images" in text
     assert "license:" not in text

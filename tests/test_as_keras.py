@@ -11,7 +11,7 @@ from frameworks import numpy
 from keras_io_formula import randomize
 
 from involution import Involution, Involution1D, Involution2D, Involution3D
-from involution.kernel_generators import (
+from involution.kernel_generators.generators import (
     GENERATORS,
     Bottleneck,
     Linear,
@@ -19,8 +19,8 @@ from involution.kernel_generators import (
     Static,
     copied,
 )
-from involution.models.table import MODELS
-from involution.pointwise import PointwiseConv1D, PointwiseConv2D, PointwiseConv3D
+from involution.kernel_generators.pointwise import PointwiseConv1D, PointwiseConv2D, PointwiseConv3D
+from involution.models.registry import MODELS
 
 BACKEND = keras.backend.backend()
 

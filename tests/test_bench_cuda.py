@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from involution import benchmark, devices, per_number
+from involution.benchmarking import devices, paper_cuda, runner
 from involution.ops.cases import Case
 
 CUDA = devices.DEVICES["cuda"]
@@ -142,10 +142,10 @@ def cupy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", made)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: made)
     monkeypatch.setattr(torch.cuda, "current_stream", Stand.Stream)
-    monkeypatch.setattr(per_number, "_device", lambda: "cuda")
-    per_number._compiled.cache_clear()
+    monkeypatch.setattr(paper_cuda, "_device", lambda: "cuda")
+    paper_cuda._compiled.cache_clear()
     yield made
-    per_number._compiled.cache_clear()
+    paper_cuda._compiled.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def cupy(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_formula_for_cuda_is_involution(case, dtype, cupy):
-    tried = benchmark.candidate("per-number", case, dtype)
-    assert benchmark.difference(tried, dtype) < {"float32": 1e-5, "float64": 1e-13}[dtype]
+    tried = runner.candidate("per-number", case, dtype)
+    assert runner.difference(tried, dtype) < {"float32": 1e-5, "float64": 1e-13}[dtype]
     assert cupy.made == 1  # once for a case
 
 
@@ -176,11 +176,11 @@ def test_the_formula_for_cuda_says_what_it_cannot(cupy, monkeypatch):
         (alternating, "float32", "its groups are contiguous"),
         (large, "float32", "its tensors have fewer than 2**31 numbers"),
     ):
-        assert per_number.refusal(case, dtype) == reason
+        assert paper_cuda.refusal(case, dtype) == reason
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert per_number.refusal(small, "float32").startswith("there is no module cupy")
-    monkeypatch.setattr(per_number, "_device", lambda: "cpu")
-    assert per_number.refusal(small, "float32") == "it runs on CUDA devices"
+    assert paper_cuda.refusal(small, "float32").startswith("there is no module cupy")
+    monkeypatch.setattr(paper_cuda, "_device", lambda: "cpu")
+    assert paper_cuda.refusal(small, "float32") == "it runs on CUDA devices"
 
 
 def test_what_is_not_recorded_is_told_of_each_pass(stand, monkeypatch):
@@ -188,15 +188,13 @@ def test_what_is_not_recorded_is_told_of_each_pass(stand, monkeypatch):
         raise devices.NotRecordedError("it waits")
 
     monkeypatch.setattr(devices.DEVICES["cpu"], "stopwatch", refuse)
-    monkeypatch.setattr(benchmark, "CASES", (Case("small", 1, (5, 4), 6, 2, 3),))
+    monkeypatch.setattr(runner, "CASES", (Case("small", 1, (5, 4), 6, 2, 3),))
     told = []
-    plan = benchmark.Plan(cases=("small",), candidates=("taps",))
-    assert list(benchmark.run(plan, told.append)) == []
-    assert told == [
-        f"small taps float32 {passes}: left out: it waits" for passes in benchmark.PASSES
-    ]
+    plan = runner.Plan(cases=("small",), candidates=("taps",))
+    assert list(runner.run(plan, told.append)) == []
+    assert told == [f"small taps float32 {passes}: left out: it waits" for passes in runner.PASSES]
 
 
 def test_taps_compiled_by_pytorch_are_involution():
-    tried = benchmark.candidate("compiled-taps", Case("small", 2, (5, 4), 6, 2, 3), "float32")
-    assert benchmark.difference(tried, "float32") < 1e-5
+    tried = runner.candidate("compiled-taps", Case("small", 2, (5, 4), 6, 2, 3), "float32")
+    assert runner.difference(tried, "float32") < 1e-5

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from frameworks import BACKEND, IMPLEMENTATIONS, numpy
 
-from involution import benchmark, devices
-from involution.errors import InputError
+from involution.benchmarking import devices, runner
+from involution.benchmarking.timed_program import program
 from involution.ops import api, taps
 from involution.ops.cases import CASES, Case
-from involution.programs import program
+from involution.utils.errors import InputError
 
 FUSED = ["fused"] if "native" in IMPLEMENTATIONS else []
 ELSEWHERE = {"per-number"} if BACKEND == "torch" else {"per-number", "compiled-taps"}
@@ -25,17 +25,17 @@ STRIDED = Case("strided", 1, (5, 4), 6, 2, 3, strides=2, group_layout="interleav
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(benchmark, "CASES", (SMALL, STRIDED))
-    return benchmark.Plan(cases=("small", "strided"), seconds=1e-6, calls=2)
+    monkeypatch.setattr(runner, "CASES", (SMALL, STRIDED))
+    return runner.Plan(cases=("small", "strided"), seconds=1e-6, calls=2)
 
 
 def test_every_candidate_is_measured_forward_and_backward(small):
     # PyTorch's compiler takes half a minute a case, so compiled-taps is measured on one case.
-    others = tuple(n for n in benchmark.CANDIDATES if n != benchmark.COMPILED_TAPS)
-    for case, candidates in (("small", benchmark.CANDIDATES), ("strided", others)):
+    others = tuple(n for n in runner.CANDIDATES if n != runner.COMPILED_TAPS)
+    for case, candidates in (("small", runner.CANDIDATES), ("strided", others)):
         messages = []
         plan = dataclasses.replace(small, cases=(case,), candidates=candidates)
-        rows = list(benchmark.run(plan, messages.append))
+        rows = list(runner.run(plan, messages.append))
         names = [
             n
             for n in candidates
@@ -52,8 +52,8 @@ def test_every_candidate_is_measured_forward_and_backward(small):
 
 
 def test_figures_are_written_with_what_made_them(small):
-    rows = list(benchmark.run(dataclasses.replace(small, candidates=("taps", "conv3"))))
-    table = list(csv.DictReader(io.StringIO(benchmark.to_csv(rows))))
+    rows = list(runner.run(dataclasses.replace(small, candidates=("taps", "conv3"))))
+    table = list(csv.DictReader(io.StringIO(runner.to_csv(rows))))
     assert [row["candidate"] for row in table] == [row.candidate for row in rows]
     for row in table:
         assert row["backend"] == BACKEND
@@ -66,12 +66,12 @@ def test_what_is_wrong_gets_no_figure(small, monkeypatch):
     right = taps.apply
     monkeypatch.setattr(taps, "apply", lambda *arguments: right(*arguments) * 1.01)
     with pytest.raises(RuntimeError, match="small taps float32 is wrong, so it has no speed"):
-        list(benchmark.run(small))
+        list(runner.run(small))
 
 
 @pytest.mark.parametrize("case", [SMALL, STRIDED], ids=lambda case: case.name)
 def test_the_formula_of_the_example_is_involution(case):
-    tried = benchmark.candidate("patches", case, "float32")
+    tried = runner.candidate("patches", case, "float32")
     have, want = tried.function(*tried.arguments), tried.reference(*tried.arguments)
     np.testing.assert_allclose(numpy(have), numpy(want), rtol=1e-5, atol=1e-5)
 
@@ -90,27 +90,27 @@ def test_the_formula_of_the_example_is_involution(case):
 )
 def test_unknown_names_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
-        benchmark.check(benchmark.Plan(**changes))
+        runner.check(runner.Plan(**changes))
 
 
 def test_what_is_usual_is_known_and_a_folder_is_no_file(tmp_path):
-    for device, names in benchmark.USUAL.items():
+    for device, names in runner.USUAL.items():
         assert device in devices.DEVICES
-        assert set(names) <= set(benchmark.CANDIDATES)
+        assert set(names) <= set(runner.CANDIDATES)
     with pytest.raises(InputError, match=rf"must be a file in a folder .* Received: {tmp_path}"):
-        benchmark.check(benchmark.Plan(), tmp_path)
+        runner.check(runner.Plan(), tmp_path)
 
 
 def test_the_limit_counts_what_meets_the_input():
     # Windows of 3 x 3 on 5 x 4 positions: (3 * 5 - 2) * (3 * 4 - 2) taps lie inside.
-    assert benchmark._taps_inside(SMALL) == 13 * 10
+    assert runner._taps_inside(SMALL) == 13 * 10
     # x and y 2 * 5 * 4 * 6 numbers each, the kernel 2 * 5 * 4 * 9 * 2.
-    assert benchmark.tensor_bytes(SMALL, "float32", False, "native") == 4 * (2 * 240 + 720)
-    assert benchmark.tensor_bytes(SMALL, "bfloat16", True, "native") == 2 * 2 * (2 * 240 + 720)
+    assert runner.tensor_bytes(SMALL, "float32", False, "native") == 4 * (2 * 240 + 720)
+    assert runner.tensor_bytes(SMALL, "bfloat16", True, "native") == 2 * 2 * (2 * 240 + 720)
     # One hidden channel: 2 * 5 * 4 of its numbers, 18 of the weight and as many of the bias.
     fused = 2 * 240 + 40 + 36
-    assert benchmark.tensor_bytes(SMALL, "float32", False, "fused") == 4 * fused
-    assert benchmark.tensor_bytes(SMALL, "float32", True, "two-steps") == 2 * 4 * (fused + 720)
+    assert runner.tensor_bytes(SMALL, "float32", False, "fused") == 4 * fused
+    assert runner.tensor_bytes(SMALL, "float32", True, "two-steps") == 2 * 4 * (fused + 720)
 
     class Slow(devices.Processor):
         def peak(self, dtype):
@@ -124,15 +124,15 @@ def test_the_limit_counts_what_meets_the_input():
         ("bfloat16", False, True, forward + generating / 2),
         ("float64", False, True, 2 * (forward + generating)),
     ):
-        slow = benchmark.least_ms(SMALL, dtype, backward, Slow(), generating=made)
+        slow = runner.least_ms(SMALL, dtype, backward, Slow(), generating=made)
         assert slow == pytest.approx(want)
 
 
 def test_memory_is_measured_in_a_process_of_its_own(small):
     (case,) = (case for case in CASES if case.name == "red4")
     name = IMPLEMENTATIONS[0]
-    peak = benchmark._peak_mb(case, name, "float32", True, devices.Processor())
-    tensors = benchmark.tensor_bytes(case, "float32", True, name) / 1e6
+    peak = runner._peak_mb(case, name, "float32", True, devices.Processor())
+    tensors = runner.tensor_bytes(case, "float32", True, name) / 1e6
     assert peak is None or tensors / 2 < peak < 40 * tensors
 
 
@@ -142,17 +142,17 @@ def test_peak_memory_leaves_out_what_was_there_before(small):
         return
     (case,) = (case for case in CASES if case.name == "red2")
     for backward in (False, True):
-        tensors = benchmark.tensor_bytes(case, "float32", backward, IMPLEMENTATIONS[0])
+        tensors = runner.tensor_bytes(case, "float32", backward, IMPLEMENTATIONS[0])
         assert tensors < devices.resident("VmRSS")
-        peak = benchmark._peak_bytes(case, IMPLEMENTATIONS[0], "float32", backward, "cpu")
+        peak = runner._peak_bytes(case, IMPLEMENTATIONS[0], "float32", backward, "cpu")
         assert 0 <= peak < 6 * tensors
 
 
 def test_another_batch_may_be_asked_for(small):
     plan = dataclasses.replace(small, cases=("small",), candidates=("reference",), batch=3)
-    rows = list(benchmark.run(plan))
+    rows = list(runner.run(plan))
     assert [row.batch for row in rows] == [3, 3]
-    sizes = benchmark.tensor_bytes(dataclasses.replace(SMALL, batch=3), "float32", False, "taps")
+    sizes = runner.tensor_bytes(dataclasses.replace(SMALL, batch=3), "float32", False, "taps")
     assert rows[0].tensors_mb == sizes / 1e6
 
 

@@ -12,10 +12,13 @@ import keras
 import pytest
 from images import write_folder
 
-from involution import checkpoint, cluster, files, models, report, saved_model
-from involution.checkpoint import Store
-from involution.errors import InputError, WriteError
-from involution.experiment import Config, Silent, compare
+from involution import models
+from involution.saving import classifier
+from involution.training import checkpoint, distributed, report
+from involution.training.checkpoint import Store
+from involution.training.experiment import Config, Silent, compare
+from involution.utils import atomic_files
+from involution.utils.errors import InputError, WriteError
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +54,7 @@ def config(folder, **more):
 def outcome(output, builders=BUILDERS):
     """All that must not depend on breaks."""
     weights = {
-        label: [
-            w.tobytes() for w in saved_model.load(output / f"{label}.keras").model.get_weights()
-        ]
+        label: [w.tobytes() for w in classifier.load(output / f"{label}.keras").model.get_weights()]
         for label in builders
     }
     metrics = json.loads((output / "metrics.json").read_text())["models"]
@@ -182,9 +183,9 @@ def test_what_is_trained_is_not_changed(folder, tmp_path):
 
 
 def test_another_host_only_reads(folder, tmp_path, monkeypatch):
-    class Another(cluster.Cluster):
+    class Another(distributed.Cluster):
         def share(self, index):
-            return cluster.ALONE.share(index)
+            return distributed.ALONE.share(index)
 
     together = Another()
     object.__setattr__(together, "host", 1)
@@ -282,7 +283,7 @@ def test_a_full_disk_costs_what_came_after_the_last_checkpoint(folder, tmp_path,
             compare(one, output, console, ONE, resume=True, checkpoint_every=3)
         except WriteError as error:
             failure = str(error)
-        assert not list(output.rglob(f"{files.PART}*"))
+        assert not list(output.rglob(f"{atomic_files.PART}*"))
         if failure is None:
             break
         rule, received = failure.split(". Received: ")
@@ -298,18 +299,18 @@ def test_what_a_killed_process_was_writing_is_removed(folder, tmp_path):
     output = tmp_path / "run"
     (output / checkpoint.FOLDER).mkdir(parents=True)
     for place in (output, output / checkpoint.FOLDER):
-        (place / f"{files.PART}000000000001-1234.safetensors").write_bytes(b"half")
+        (place / f"{atomic_files.PART}000000000001-1234.safetensors").write_bytes(b"half")
     run = compare(config(folder, epochs=1), output, builders=ONE, resume=True)
     assert run.exit_code == 0
-    assert not list(output.rglob(f"{files.PART}*"))
+    assert not list(output.rglob(f"{atomic_files.PART}*"))
     # In a folder that is no run's nothing is touched.
     other = tmp_path / "other"
     other.mkdir()
-    for name in (f"{files.PART}x", "thesis.txt"):
+    for name in (f"{atomic_files.PART}x", "thesis.txt"):
         (other / name).write_bytes(b"mine")
     with pytest.raises(InputError, match="must have a whole checkpoint"):
         compare(config(folder, epochs=1), other, builders=ONE, resume=True)
-    assert (other / f"{files.PART}x").read_bytes() == b"mine"
+    assert (other / f"{atomic_files.PART}x").read_bytes() == b"mine"
 
 
 @pytest.mark.any_backend

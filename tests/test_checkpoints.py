@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from frameworks import BACKEND, fresh_process
 
-from involution.models import checkpoints
-from involution.models.checkpoints import CheckpointError, tensorflow
+from involution.models import checkpoint_readers
+from involution.models.checkpoint_readers import CheckpointError, tensorflow
 
 pytestmark = pytest.mark.any_backend
 
@@ -47,7 +47,7 @@ def write(kind, folder):
     path, tensors = folder / "checkpoint", arrays()
     if kind == "bundle":
         shutil.copytree(DATA / "hosted", path)
-        return path, checkpoints.read(DATA / "hosted").tensors, sorted(path.glob("*/*"))
+        return path, checkpoint_readers.read(DATA / "hosted").tensors, sorted(path.glob("*/*"))
     if kind.startswith("paddle"):
         pickled = {**tensors, "b": ("linear_0.w", tensors["b"])}
         pickled["StructuredToParameterName@@"] = {"b": "linear_0.w"}
@@ -63,7 +63,7 @@ def write(kind, folder):
     return path, tensors, [path]
 
 
-def refused(path, read=checkpoints.read):
+def refused(path, read=checkpoint_readers.read):
     """The message of the error with which a checkpoint is refused."""
     with pytest.raises(CheckpointError) as caught:
         read(path)
@@ -82,7 +82,7 @@ def assert_same(got, want):
 @every_kind
 def test_arrays_are_read_to_the_bit(kind, tmp_path):
     path, want, _ = write(kind, tmp_path)
-    read = checkpoints.read(path)
+    read = checkpoint_readers.read(path)
     assert (
         read.kind
         == {"z": "PyTorch", "l": "PyTorch", "p": "PaddlePaddle", "b": "TensorFlow"}[kind[0]]
@@ -100,7 +100,7 @@ def test_truncated_files_are_refused(kind, tmp_path):
             file.write_bytes(whole[:cut])
             if kind == "bundle" and "data" in file.name and cut >= 312:
                 # Behind the numbers lies the graph of objects, which nobody reads.
-                assert_same(checkpoints.read(path).tensors, want)
+                assert_same(checkpoint_readers.read(path).tensors, want)
             else:
                 refused(path)
         file.write_bytes(whole)
@@ -119,7 +119,7 @@ def test_flipped_bytes_end_in_the_error_or_in_arrays(kind, tmp_path):
                 damaged[place] ^= 1 << rng.integers(8)
             file.write_bytes(damaged)
             try:
-                got = checkpoints.read(path).tensors
+                got = checkpoint_readers.read(path).tensors
             except CheckpointError as error:
                 errors += 1
                 lines += str(error).count("\n")
@@ -427,7 +427,10 @@ def test_a_bundle_has_bounds(tmp_path, monkeypatch):
             ),
             "keys must lie within their block",
         ),
-        (lambda: checkpoints.arrays.array(b"", "f4", (0,), "x"), "must have values. Received: x"),
+        (
+            lambda: checkpoint_readers.arrays.array(b"", "f4", (0,), "x"),
+            "must have values. Received: x",
+        ),
     ],
 )
 def test_parts_that_break_a_rule_are_refused(read, message):
@@ -483,7 +486,7 @@ def test_pytorch_files_that_break_a_rule_are_refused_by_its_name(tmp_path):
 def test_pairs_and_texts_of_paddle(tmp_path):
     path = tmp_path / "x.pdparams"
     path.write_bytes(pickle.dumps({"a": Call(tuple, ("linear_0.w", np.ones(2)))}, 4))
-    np.testing.assert_array_equal(checkpoints.read(path).tensors["a"], [1, 1])
+    np.testing.assert_array_equal(checkpoint_readers.read(path).tensors["a"], [1, 1])
     twice = b"](c_codecs\nencode\n\x94X\x01\0\0\0x\x94\x8c\x06latin1\x94\x86R"
     for content, message in (
         (pickle.dumps({"a": Call(tuple, [1, 2])}, 4), "tuple"),
@@ -529,7 +532,7 @@ def test_a_state_dict_holds_tensors_alone(tmp_path):
         torch.save(value, tmp_path / "x.pth")
         refused(tmp_path / "x.pth")
     torch.save({"model": {"a": torch.ones(2)}, "epoch": 3}, tmp_path / "x.pth")
-    assert list(checkpoints.read(tmp_path / "x.pth").tensors) == ["a"]
+    assert list(checkpoint_readers.read(tmp_path / "x.pth").tensors) == ["a"]
     torch.save({"a": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "x.pth")
     assert "torch.BFloat16Storage" in refused(tmp_path / "x.pth")
 
@@ -569,7 +572,7 @@ def test_bundles_that_tensorflow_writes(tmp_path):
         setattr(module, name, tf.Variable(values))
         want[f"{name}/.ATTRIBUTES/VARIABLE_VALUE"] = values
     tf.saved_model.save(module, str(tmp_path / "saved"))
-    assert_same(checkpoints.read(tmp_path / "saved").tensors, dict(sorted(want.items())))
+    assert_same(checkpoint_readers.read(tmp_path / "saved").tensors, dict(sorted(want.items())))
     tf.train.Checkpoint(module=module).write(str(tmp_path / "bundle"))
     got = tensorflow.read(tmp_path / "bundle")
     assert_same(got, {f"module/{name}": array for name, array in sorted(want.items())})
@@ -589,5 +592,5 @@ def test_views_stay_within_their_storage(tmp_path):
     }
     for zipped in (True, False):
         torch.save(state, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
-        got = checkpoints.read(tmp_path / "x.pth").tensors
+        got = checkpoint_readers.read(tmp_path / "x.pth").tensors
         assert_same(got, {name: tensor.numpy() for name, tensor in state.items()})

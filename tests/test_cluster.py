@@ -16,8 +16,8 @@ import together
 from frameworks import BACKEND
 from hosts import free_port
 
-from involution import cluster, training
-from involution.errors import InputError
+from involution.training import distributed, trainer
+from involution.utils.errors import InputError
 
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="only JAX shares batches")
 
@@ -37,7 +37,7 @@ on_jax = pytest.mark.skipif(BACKEND != "jax", reason="only JAX shares batches")
 )
 def test_what_is_no_cluster_is_refused(given, message):
     with pytest.raises(InputError, match=message):
-        cluster.of(**given, environment={})
+        distributed.of(**given, environment={})
 
 
 def test_keras_own_variables_tell_of_the_hosts():
@@ -46,21 +46,21 @@ def test_keras_own_variables_tell_of_the_hosts():
         "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
         "KERAS_DISTRIBUTION_PROCESS_ID": "1",
     }
-    assert cluster.of(environment=told) == cluster.Cluster(None, "one:12", 2, 1)
+    assert distributed.of(environment=told) == distributed.Cluster(None, "one:12", 2, 1)
     # What is given goes before.
-    assert cluster.of(4, "other:1", 3, 0, told) == cluster.Cluster(4, "other:1", 3, 0)
-    assert cluster.of(environment={}) == cluster.ALONE
+    assert distributed.of(4, "other:1", 3, 0, told) == distributed.Cluster(4, "other:1", 3, 0)
+    assert distributed.of(environment={}) == distributed.ALONE
     with pytest.raises(InputError, match="KERAS_DISTRIBUTION_NUM_PROCESSES must be a number"):
-        cluster.of(environment={"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"})
+        distributed.of(environment={"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"})
 
 
 def test_other_backends_are_refused_in_one_line(monkeypatch):
-    cluster.begin(cluster.ALONE)
+    distributed.begin(distributed.ALONE)
     backend = "torch" if BACKEND == "jax" else BACKEND
     monkeypatch.setattr(keras.config, "backend", lambda: backend)
     message = f"need the JAX backend: --backend jax .* Received: {backend}"
     with pytest.raises(InputError, match=message):
-        cluster.begin(cluster.Cluster(devices=2))
+        distributed.begin(distributed.Cluster(devices=2))
 
 
 @on_jax
@@ -68,7 +68,7 @@ def test_devices_are_told_before_they_are_used():
     keras.ops.zeros(()) + 1
     message = r"--devices must be told before JAX is used\. Received: 2:"
     with pytest.raises(InputError, match=message):
-        cluster.begin(cluster.Cluster(devices=2))
+        distributed.begin(distributed.Cluster(devices=2))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_other_launchers_are_refused(backend, variable, monkeypatch):
     with pytest.raises(
         InputError, match=f"would train a model of its own.* Received: {variable}=2"
     ):
-        cluster.refuse_others(cluster.ALONE, {variable: "2"})
+        distributed.refuse_others(distributed.ALONE, {variable: "2"})
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own strategies")
@@ -90,13 +90,13 @@ def test_a_strategy_of_tensorflow_is_refused():
         tf.distribute.MirroredStrategy(["CPU:0"]).scope(),
         pytest.raises(InputError, match=r"outside of a tf.distribute strategy.* MirroredStrategy"),
     ):
-        cluster.refuse_others(cluster.ALONE, {})
+        distributed.refuse_others(distributed.ALONE, {})
 
 
 def test_every_host_takes_its_part(monkeypatch):
-    monkeypatch.setattr(cluster.Cluster, "total", 6)
+    monkeypatch.setattr(distributed.Cluster, "total", 6)
     whole, last = np.arange(20, 32), np.arange(40, 50)
-    shares = [cluster.Cluster(2, "a:1", 3, n).share(whole) for n in range(3)]
+    shares = [distributed.Cluster(2, "a:1", 3, n).share(whole) for n in range(3)]
     assert [list(s.index) for s in shares] == [
         [20, 21, 22, 23],
         [24, 25, 26, 27],
@@ -104,7 +104,7 @@ def test_every_host_takes_its_part(monkeypatch):
     ]
     assert all(s.weights.min() == 1 and (s.count, s.whole) == (12, 12) for s in shares)
     # Ten images for six devices: two of them once more, which do not count.
-    shares = [cluster.Cluster(2, "a:1", 3, n).share(last) for n in range(3)]
+    shares = [distributed.Cluster(2, "a:1", 3, n).share(last) for n in range(3)]
     assert [list(s.index) for s in shares] == [
         [40, 41, 42, 43],
         [44, 45, 46, 47],
@@ -115,7 +115,7 @@ def test_every_host_takes_its_part(monkeypatch):
 
 
 def test_a_device_alone_takes_all():
-    share = cluster.ALONE.share(np.array([5, 3, 4]))
+    share = distributed.ALONE.share(np.array([5, 3, 4]))
     assert list(share.index) == [5, 3, 4]
     assert (list(share.weights), share.count, share.whole) == ([1, 1, 1], 3, 3)
 
@@ -132,17 +132,17 @@ def test_a_device_alone_takes_all():
     ],
 )
 def test_batches_that_cannot_be_shared_are_refused(total, size, accumulate, message, monkeypatch):
-    monkeypatch.setattr(cluster.Cluster, "total", total)
-    recipe = training.Recipe(0.1, batch_size=size, accumulate=accumulate)
+    monkeypatch.setattr(distributed.Cluster, "total", total)
+    recipe = trainer.Recipe(0.1, batch_size=size, accumulate=accumulate)
     if message is None:
-        training.Trainer(together.network(), together.dataset(), recipe, 1, 0)
+        trainer.Trainer(together.network(), together.dataset(), recipe, 1, 0)
         return
     with pytest.raises(InputError, match=message):
-        training.Trainer(together.network(), together.dataset(), recipe, 1, 0)
+        trainer.Trainer(together.network(), together.dataset(), recipe, 1, 0)
 
 
 def test_a_host_that_is_silent_is_told_apart_from_other_errors():
-    pair = cluster.Cluster(1, "a:1", 2, 0)
+    pair = distributed.Cluster(1, "a:1", 2, 0)
 
     def error(hosts, raised):
         try:
@@ -153,12 +153,12 @@ def test_a_host_that_is_silent_is_told_apart_from_other_errors():
 
     silent = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer\nmore")
     lost = error(pair, silent)
-    assert isinstance(lost, cluster.LostHostError)
+    assert isinstance(lost, distributed.LostHostError)
     assert str(lost) == (
         "All hosts must go on to the end. Received: one that was lost: "
         "UNKNOWN: Gloo AllGather failed: Connection reset by peer"
     )
-    assert error(cluster.ALONE, silent) is silent
+    assert error(distributed.ALONE, silent) is silent
     for other in (ValueError("Shapes must be equal"), InputError("The connection must be ...")):
         assert error(pair, other) is other
 

@@ -12,8 +12,8 @@ from keras.src.backend.common import dtypes
 from keras_io_formula import relative_error
 
 from involution import models
-from involution.models import checkpoints, convert, weights
-from involution.models.checkpoints import CheckpointError
+from involution.models import checkpoint_readers, convert, weights
+from involution.models.checkpoint_readers import CheckpointError
 
 torch = pytest.importorskip("torch", reason="PyTorch computes what converted models must give")
 import rednet_torch  # noqa: E402 - needs PyTorch
@@ -122,14 +122,14 @@ def test_lists_of_names_are_those_of_the_independent_network(depth):
     assert (len(state), len(counters)) == COUNTS[depth]
     plain = convert.plain_names(state)
     blocks = rednet_torch.BLOCKS[depth]
-    expected = convert.rednet_layouts(checkpoints.PYTORCH, blocks)
+    expected = convert.rednet_layouts(checkpoint_readers.PYTORCH, blocks)
     assert {name for name in plain.values() if name} == set(expected)
     assert [name for name, short in plain.items() if short is None] == counters
-    without = convert.rednet_layouts(checkpoints.PYTORCH, blocks, top=False)
+    without = convert.rednet_layouts(checkpoint_readers.PYTORCH, blocks, top=False)
     assert set(expected) - set(without) == {"fc.weight", "fc.bias"}
     renamed = {n.replace("running_mean", "_mean") for n in expected}
     renamed = {n.replace("running_var", "_variance") for n in renamed}
-    assert set(convert.rednet_layouts(checkpoints.PADDLE, blocks)) == renamed
+    assert set(convert.rednet_layouts(checkpoint_readers.PADDLE, blocks)) == renamed
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +291,7 @@ def test_the_hosted_model_gives_the_kernels_that_keras_2_computed(tmp_path):
 
 def test_the_hosted_model_may_be_named_by_its_layers(tmp_path, monkeypatch):
     """As tf.train.Checkpoint names the variables of such a model."""
-    read = checkpoints.read(DATA / "hosted").tensors
+    read = checkpoint_readers.read(DATA / "hosted").tensors
     renamed = {}
     for name, array in read.items():
         layer, index = divmod(int(name.split("/")[1]), 8)

@@ -9,7 +9,7 @@ from core import ARGUMENTS, FUSED_ARGUMENTS
 from oracle import Call
 
 import involution
-from involution import benchmark, devices
+from involution.benchmarking import devices, runner
 from involution.ops.cases import Case
 from involution.ops.geometry import Geometry
 
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.cuda
 @pytest.fixture(autouse=True)
 def untuned(monkeypatch):
     """Block sizes are of speed alone."""
-    from involution.ops import triton_kernels
+    from involution.ops.triton import kernels
 
-    for program in (*triton_kernels.PROGRAMS.values(), triton_kernels.FUSED):
+    for program in (*kernels.PROGRAMS.values(), kernels.FUSED):
         monkeypatch.setattr(program, "configs", program.configs[:1])
 
 
@@ -35,16 +35,16 @@ def on_device(arrays, dtype, device="cuda"):
 
 def members(call, dtype, device="cuda"):
     """Functions without arguments, one for each member and each fused one."""
-    from involution.ops import triton_torch
+    from involution.ops.triton import launch
 
     g = Geometry(**call.arguments)
     x, kernel, dy = on_device(call.arrays(), dtype, device)
     for member, arguments in ARGUMENTS.items():
         a, b = arguments(x, kernel, dy)
-        yield functools.partial(triton_torch.operations.call, member, g, call.sizes, a, b)
+        yield functools.partial(launch.operations.call, member, g, call.sizes, a, b)
     given = on_device(core.fused_arrays(call), dtype, device)
     for member, arguments in FUSED_ARGUMENTS.items():
-        of = triton_torch.operations.call_fused
+        of = launch.operations.call_fused
         yield functools.partial(of, member, g, call.sizes, *arguments(*given))
 
 
@@ -64,7 +64,7 @@ def test_a_thousand_repeats_are_the_same_bits(dtype):
 def test_more_than_2_to_the_31_numbers():
     """The last sample, of which every offset is beyond, is as it is alone."""
     batch, side, channels, groups = 33, 1024, 64, 2
-    from involution.ops import triton_torch
+    from involution.ops.triton import launch
 
     g = Geometry((7, 7), (1, 1), "same", (1, 1), groups, "contiguous", "channels_last")
     generator = torch.Generator("cuda").manual_seed(0)
@@ -74,7 +74,7 @@ def test_more_than_2_to_the_31_numbers():
     assert min(x.numel(), kernel.numel()) > 2**31
     for member, arguments in ARGUMENTS.items():
         a, b = arguments(x, kernel, dy)
-        call = functools.partial(triton_torch.operations.call, member, g, (side, side))
+        call = functools.partial(launch.operations.call, member, g, (side, side))
         assert torch.equal(call(a, b)[-1:], call(a[-1:], b[-1:]))
 
 
@@ -115,8 +115,8 @@ def test_torch_compile_makes_them_part_of_its_graph():
 
 def test_the_benchmark_measures_here(monkeypatch):
     case = Case("small", 4, (28, 28), 64, 4, 7, padding="symmetric")
-    monkeypatch.setattr(benchmark, "CASES", (case,))
-    plan = benchmark.Plan(
+    monkeypatch.setattr(runner, "CASES", (case,))
+    plan = runner.Plan(
         cases=("small",),
         candidates=("triton", "fused", "two-steps", "compiled-taps", "conv3"),
         dtypes=("float32", "bfloat16"),
@@ -124,9 +124,9 @@ def test_the_benchmark_measures_here(monkeypatch):
         device="cuda",
         memory=True,
     )
-    benchmark.check(plan)
+    runner.check(plan)
     told = []
-    rows = list(benchmark.run(plan, told.append))
+    rows = list(runner.run(plan, told.append))
     assert not told
     assert len(rows) == 5 * 2 * 2
     assert all(row.median_ms > 0 and row.peak_mb > 0 for row in rows)

@@ -12,14 +12,14 @@ import pytest
 from images import write_folder, write_image
 from PIL import Image, ImageFile, ImageOps
 
-from involution import data
-from involution.errors import InputError
+from involution.data import datasets
+from involution.utils.errors import InputError
 
 pytestmark = pytest.mark.any_backend
 
 
 def test_digits_are_real_enlarged_and_split_once():
-    digits = data.load("digits")
+    digits = datasets.load("digits")
     assert digits.x_train.shape == (1437, 32, 32, 3)
     assert digits.x_test.shape == (360, 32, 32, 3)
     assert digits.x_train.dtype == np.uint8
@@ -30,15 +30,15 @@ def test_digits_are_real_enlarged_and_split_once():
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    first = data.order(100, 42, 1)
-    np.testing.assert_array_equal(first, data.order(100, 42, 1))
+    first = datasets.order(100, 42, 1)
+    np.testing.assert_array_equal(first, datasets.order(100, 42, 1))
     assert sorted(first) == list(range(100))
-    for other in (data.order(100, 42, 2), data.order(100, 43, 1)):
+    for other in (datasets.order(100, 42, 2), datasets.order(100, 43, 1)):
         assert (first != other).any()
 
 
 def test_folder_with_its_own_size(tmp_path):
-    loaded = data.load(str(write_folder(tmp_path / "pets", size=(12, 20))))
+    loaded = datasets.load(str(write_folder(tmp_path / "pets", size=(12, 20))))
     assert loaded.name == "pets"
     assert loaded.class_names == ("ant", "bee", "cat")
     assert loaded.x_train.shape == (24, 12, 20, 3)
@@ -51,7 +51,7 @@ def test_folder_reads_png_jpeg_webp_upright_at_any_size(tmp_path):
     for suffix, size in ((".jpg", (40, 10)), (".webp", (9, 9)), (".JPEG", (8, 8))):
         write_image(tmp_path / "train" / "ant" / f"more{suffix}", size=size)
     calls = []
-    loaded = data.load(str(tmp_path), (24, 18), progress=lambda done, total: calls.append(done))
+    loaded = datasets.load(str(tmp_path), (24, 18), progress=lambda done, total: calls.append(done))
     assert loaded.x_train.shape == (6, 24, 18, 3)
     assert calls == list(range(1, 10))
     turned = Image.new("RGB", (10, 20))
@@ -59,7 +59,7 @@ def test_folder_reads_png_jpeg_webp_upright_at_any_size(tmp_path):
     exif = turned.getexif()
     exif[274] = 6  # to be turned by 90 degrees
     turned.save(tmp_path / "turned.png", exif=exif)
-    read = data.read_image(tmp_path / "turned.png")
+    read = datasets.read_image(tmp_path / "turned.png")
     assert read.shape == (10, 20, 3)
     assert read[0, 19].tolist() == [255, 255, 255]
 
@@ -77,13 +77,13 @@ def test_a_damaged_tag_leaves_the_sound_orientation(format, tmp_path):
         image.save(file, format, exif=hostile_images.LETTERS, **more)
     path = tmp_path / "photo"
     path.write_bytes(file.getvalue())
-    assert data.read_image(path).shape == (21, 16, 3)
-    assert data.read_image(path, (8, 4)).shape == (8, 4, 3)
+    assert datasets.read_image(path).shape == (21, 16, 3)
+    assert datasets.read_image(path, (8, 4)).shape == (8, 4, 3)
     for part, name in (("train", "a"), ("train", "b"), ("test", "a")):
         folder = tmp_path / "photos" / part / name
         folder.mkdir(parents=True)
         (folder / "photo.jpg").write_bytes(file.getvalue())
-    assert data.load(str(tmp_path / "photos")).x_train.shape == (2, 21, 16, 3)
+    assert datasets.load(str(tmp_path / "photos")).x_train.shape == (2, 21, 16, 3)
 
 
 def test_orientations_are_those_of_pillow(tmp_path):
@@ -94,7 +94,7 @@ def test_orientations_are_those_of_pillow(tmp_path):
         image.save(tmp_path / "x.png", exif=exif)
         with Image.open(tmp_path / "x.png") as opened:
             expected = np.asarray(ImageOps.exif_transpose(opened))
-        np.testing.assert_array_equal(data.read_image(tmp_path / "x.png"), expected)
+        np.testing.assert_array_equal(datasets.read_image(tmp_path / "x.png"), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning", "ignore:Truncated File:UserWarning")
@@ -110,7 +110,7 @@ def test_orientations_are_those_of_pillow(tmp_path):
 )
 def test_what_is_no_orientation_leaves_an_image_as_it_is(exif, tmp_path):
     Image.new("RGB", (21, 16)).save(tmp_path / "x.jpg", exif=exif)
-    assert data.read_image(tmp_path / "x.jpg").shape == (16, 21, 3)
+    assert datasets.read_image(tmp_path / "x.jpg").shape == (16, 21, 3)
 
 
 @pytest.mark.parametrize(
@@ -135,10 +135,10 @@ def test_whatever_breaks_a_reader_names_the_file(error, said, step, tmp_path, mo
     expected = f"An image must be a whole PNG, JPEG or WebP file: {said}"
     for name in (tmp_path / "x.png", str(tmp_path / "x.png"), os.fsencode(tmp_path / "x.png")):
         with pytest.raises(InputError) as caught:
-            data.read_image(name)
+            datasets.read_image(name)
         assert str(caught.value) == f"{expected}. Received: {tmp_path}/x.png"
     with open(tmp_path / "x.png", "rb") as opened, pytest.raises(InputError) as caught:
-        data.read_image(opened)
+        datasets.read_image(opened)
     assert str(caught.value) == expected
 
 
@@ -149,15 +149,15 @@ def test_too_little_memory_is_no_fault_of_a_file(tmp_path, monkeypatch):
     write_image(tmp_path / "x.png")
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
     with pytest.raises(MemoryError):
-        data.read_image(tmp_path / "x.png")
+        datasets.read_image(tmp_path / "x.png")
 
 
 def test_images_that_are_not_used_are_noted(tmp_path):
     root = write_folder(tmp_path / "pets")
-    assert data.load(str(root)).note == ""
+    assert datasets.load(str(root)).note == ""
     Image.new("RGB", (16, 16)).save(root / "train" / "ant" / "x.bmp")
     Image.new("RGB", (16, 16)).save(root / "train" / "ant" / "x.jfif", "JPEG")
-    loaded = data.load(str(root))
+    loaded = datasets.load(str(root))
     assert len(loaded.x_train) == 25
     assert (
         loaded.note
@@ -173,7 +173,7 @@ def test_images_of_several_sizes_need_one(tmp_path):
     write_folder(tmp_path)
     write_image(tmp_path / "train" / "cat" / "zz.png", size=(5, 7))
     with pytest.raises(InputError, match=r"--image-size.*16x16 in .*0\.png, 7x5 in .*zz\.png"):
-        data.load(str(tmp_path))
+        datasets.load(str(tmp_path))
 
 
 def test_truncated_images_are_named_and_counted(tmp_path):
@@ -183,14 +183,14 @@ def test_truncated_images_are_named_and_counted(tmp_path):
         write_image(broken, size=(64, 64))
         broken.write_bytes(broken.read_bytes()[:700])
     with pytest.raises(InputError, match=r"broken1\.jpg \(2 of 38 files cannot be read\)"):
-        data.load(str(tmp_path))
+        datasets.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
 def test_what_is_no_image_is_refused(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(InputError, match="whole PNG"):
-        data.read_image(tmp_path / "x.png")
+        datasets.read_image(tmp_path / "x.png")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -199,13 +199,13 @@ def test_an_image_too_large_for_memory_is_refused(tmp_path, monkeypatch, limit):
     write_image(tmp_path / "x.png", size=(64, 64))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(InputError, match=r"exceed.* limit"):
-        data.read_image(tmp_path / "x.png")
+        datasets.read_image(tmp_path / "x.png")
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     ramp = np.arange(0, 65536, 256, "uint16").reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "x.png")
-    read = data.read_image(tmp_path / "x.png")
+    read = datasets.read_image(tmp_path / "x.png")
     np.testing.assert_array_equal(read[..., 0], np.arange(256).reshape(16, 16))
 
 
@@ -213,17 +213,17 @@ def test_other_formats_under_a_name_of_ours_and_hidden_files(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "x.bmp")
     (tmp_path / "x.bmp").rename(tmp_path / "x.png")
     with pytest.raises(InputError, match="PNG, JPEG or WebP"):
-        data.read_image(tmp_path / "x.png")
+        datasets.read_image(tmp_path / "x.png")
     root = write_folder(tmp_path / "pets")
     (root / "train" / "ant" / "._0.png").write_bytes(b"what macOS leaves")
     (root / "train" / ".cache").mkdir()
-    assert len(data.load(str(root)).x_train) == 24
+    assert len(datasets.load(str(root)).x_train) == 24
 
 
 def test_folder_errors(tmp_path):
     def fails(root, match):
         with pytest.raises(InputError, match=match):
-            data.load(str(root))
+            datasets.load(str(root))
 
     fails(tmp_path, "without train/<class>/")
     (tmp_path / "train").mkdir()
@@ -240,12 +240,12 @@ def test_folder_errors(tmp_path):
 
 def test_unknown_data_set_and_a_size_where_it_has_no_meaning(tmp_path):
     with pytest.raises(InputError, match="Received: mnist"):
-        data.load("mnist")
+        datasets.load("mnist")
     with pytest.raises(InputError, match=r"folder of images only.*8x8 for digits"):
-        data.load("digits", (8, 8))
+        datasets.load("digits", (8, 8))
     (tmp_path / "some.tar.gz").write_bytes(b"some")
     with pytest.raises(InputError, match="whose hash is another"):
-        data.load(str(tmp_path / "some.tar.gz"))
+        datasets.load(str(tmp_path / "some.tar.gz"))
 
 
 def batches():
@@ -282,16 +282,16 @@ def test_cifar10_binary_archive(tmp_path, monkeypatch):
     ]
     path = write_archive(tmp_path / "cifar-10-binary.tar.gz", members)
     digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    monkeypatch.setattr(data, "CIFAR10_BINARY_MD5", digest)
-    check_cifar10(data.load(str(path)))
+    monkeypatch.setattr(datasets, "CIFAR10_BINARY_MD5", digest)
+    check_cifar10(datasets.load(str(path)))
 
 
 def keras_archive(home, monkeypatch, content):
-    path = home / "datasets" / data.CIFAR10_KERAS
+    path = home / "datasets" / datasets.CIFAR10_KERAS
     path.parent.mkdir(parents=True)
     write_archive(path, [(name, content(rows, labels)) for name, rows, labels in batches()])
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(data, "CIFAR10_KERAS_SHA256", digest)
+    monkeypatch.setattr(datasets, "CIFAR10_KERAS_SHA256", digest)
     monkeypatch.setenv("KERAS_HOME", str(home))
     return path
 
@@ -302,10 +302,10 @@ def test_cifar10_from_the_cache_of_keras(tmp_path, monkeypatch):
         monkeypatch,
         lambda rows, labels: pickle.dumps({b"data": rows, b"labels": labels.tolist()}, protocol=3),
     )
-    check_cifar10(data.load("cifar10"))
+    check_cifar10(datasets.load("cifar10"))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InputError, match="whose hash is another"):
-        data.load("cifar10")
+        datasets.load("cifar10")
 
 
 def test_a_batch_that_would_run_code_is_refused(tmp_path, monkeypatch):
@@ -315,7 +315,7 @@ def test_a_batch_that_would_run_code_is_refused(tmp_path, monkeypatch):
 
     keras_archive(tmp_path / "home", monkeypatch, lambda *_: pickle.dumps({b"data": Harm()}))
     with pytest.raises(InputError, match=r"arrays only. Received: .*open"):
-        data.load("cifar10")
+        datasets.load("cifar10")
     assert not (tmp_path / "harm").exists()
 
 
@@ -329,15 +329,15 @@ def test_cifar10_is_fetched_only_when_asked(tmp_path, monkeypatch):
 
     monkeypatch.setattr(keras.utils, "get_file", get_file)
     with pytest.raises(InputError, match=r"--download \(163 MB\)"):
-        data.load("cifar10")
+        datasets.load("cifar10")
     assert not asked
     with pytest.raises(InputError, match=r"server that answers. Received: no route"):
-        data.load("cifar10", download=True)
-    assert asked[0]["file_hash"] == data.CIFAR10_KERAS_SHA256
+        datasets.load("cifar10", download=True)
+    assert asked[0]["file_hash"] == datasets.CIFAR10_KERAS_SHA256
 
 
 def test_pixels_are_scaled_to_one():
-    scaled = data.scale(np.array([[0, 51, 255]], "uint8"))
+    scaled = datasets.scale(np.array([[0, 51, 255]], "uint8"))
     assert scaled.dtype == np.float32
     np.testing.assert_array_equal(scaled, np.array([[0, 0.2, 1]], "float32"))
 
@@ -354,6 +354,6 @@ def test_a_batch_as_python_2_wrote_it():
         b"T" + len(rows).to_bytes(4, "little") + rows + b"tb"
     )
     batch = b"\x80\x02}(" + text(b"data") + array + text(b"labels") + b"]K\x07au."
-    images, labels = data._pickled_batch(batch)
+    images, labels = datasets._pickled_batch(batch)
     assert images[0, 0, :3, 0].tolist() == [0, 1, 2]
     assert labels.tolist() == [7]

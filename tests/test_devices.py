@@ -4,9 +4,9 @@ import keras
 import pytest
 from frameworks import BACKEND
 
-from involution import benchmark, devices
-from involution.errors import InputError
+from involution.benchmarking import devices, runner
 from involution.ops.cases import Case
+from involution.utils.errors import InputError
 
 
 def test_a_processor_says_what_it_can_do():
@@ -25,7 +25,7 @@ def test_cuda_is_refused_where_it_is_not(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         reason = "there is no CUDA device"
     with pytest.raises(InputError, match=f"--device must be one to measure on: {reason}."):
-        benchmark.check(benchmark.Plan(device="cuda"))
+        runner.check(runner.Plan(device="cuda"))
 
 
 @pytest.mark.parametrize("name", ["per-number", "compiled-taps"])
@@ -33,4 +33,4 @@ def test_what_is_of_pytorch_is_left_out_elsewhere(name, monkeypatch):
     case = Case("small", 1, (4, 5), 4, 2, 3)
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
     with pytest.raises(NotImplementedError, match=r"PyTorch on CUDA|compiled by XLA"):
-        benchmark.candidate(name, case, "float32")
+        runner.candidate(name, case, "float32")

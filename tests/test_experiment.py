@@ -13,9 +13,13 @@ import pytest
 from frameworks import numpy
 from images import write_folder, write_image
 
-from involution import Involution2D, checkpoint, data, experiment, model_labels, models, saved_model
-from involution.errors import InputError
-from involution.experiment import Config, compare
+from involution import Involution2D, models
+from involution.data import datasets
+from involution.models import specs
+from involution.saving import classifier as saved_model
+from involution.training import checkpoint, experiment
+from involution.training.experiment import Config, compare
+from involution.utils.errors import InputError
 
 FILES = {
     ".lock",
@@ -118,8 +122,8 @@ def test_measures_are_means_over_all_images(run, folder):
     """The last row's test figures, once more from the saved model, by NumPy."""
     result, output, _ = run
     loaded = saved_model.load(output / "cnn.keras")
-    dataset = data.load(str(folder))
-    scores = loaded.scores(data.scale(dataset.x_test))
+    dataset = datasets.load(str(folder))
+    scores = loaded.scores(datasets.scale(dataset.x_test))
     right = scores[np.arange(12), dataset.y_test]
     metrics = result.metrics["models"]["cnn"]
     assert metrics["test_loss"] == pytest.approx(-np.log(right).mean(), rel=1e-4)
@@ -140,7 +144,7 @@ def test_bfloat16_is_what_layers_compute_in_and_not_what_weights_are(folder, tmp
     assert {f.name for f in (tmp_path / "run").iterdir()} == FILES
     assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == "bfloat16"
     loaded = saved_model.load(tmp_path / "run" / "inn.keras")
-    scores = loaded.scores(data.scale(data.load(str(folder)).x_test))
+    scores = loaded.scores(datasets.scale(datasets.load(str(folder)).x_test))
     np.testing.assert_allclose(scores.sum(-1), 1, atol=1e-5)
 
 
@@ -170,9 +174,9 @@ def test_an_image_reaches_the_model_as_in_training_to_the_bit(run, folder):
     _, output, _ = run
     classifier = saved_model.load(output / "inn.keras")
     assert classifier.class_names == ("ant", "bee", "cat")
-    dataset = data.load(str(folder))
+    dataset = datasets.load(str(folder))
     read = classifier.read(folder / "test" / "bee" / "2.png")
-    np.testing.assert_array_equal(read, data.scale(dataset.x_test[6:7]))
+    np.testing.assert_array_equal(read, datasets.scale(dataset.x_test[6:7]))
 
 
 def test_a_saved_model_has_no_optimizer_and_loads_plainly(run):
@@ -312,7 +316,7 @@ def test_models_of_ones_own_from_python_and_from_a_file(folder, tmp_path):
 
 @pytest.mark.any_backend
 def test_variants_take_the_options_of_their_function():
-    builders = model_labels.parse("cnn, inn:kernel_size=5:kernel_generator=linear")
+    builders = specs.parse("cnn, inn:kernel_size=5:kernel_generator=linear")
     model = builders["inn:kernel_size=5:kernel_generator=linear"]((8, 8, 3), 10)
     assert model.get_layer("inv_1").kernel_size == (5, 5)
     assert type(model.get_layer("inv_1").kernel_generator).__name__ == "Linear"
@@ -331,17 +335,17 @@ def test_variants_take_the_options_of_their_function():
 )
 def test_models_that_cannot_be_named(text, match):
     with pytest.raises(InputError, match=match):
-        model_labels.parse(text)
+        specs.parse(text)
 
 
 def test_a_file_without_the_function(tmp_path):
     file = tmp_path / "own.py"
     file.write_text("x = 1\n")
     with pytest.raises(InputError, match="must define the function build"):
-        model_labels.parse(str(file))
+        specs.parse(str(file))
     file.write_text("import nothing_of_that_name\n")
     with pytest.raises(InputError, match="nothing_of_that_name"):
-        model_labels.parse(f"{file}:f")
+        specs.parse(f"{file}:f")
 
 
 def test_a_file_may_define_classes_and_have_colons_in_its_name(tmp_path):
@@ -351,7 +355,7 @@ def test_a_file_may_define_classes_and_have_colons_in_its_name(tmp_path):
         "@dataclasses.dataclass\nclass Sizes:\n    width: int = 3\n"
         "def f(input_shape, classes, width=1):\n    return (Sizes().width, classes, width)\n"
     )
-    (builder,) = model_labels.parse(f"{file}:f:width=2").values()
+    (builder,) = specs.parse(f"{file}:f:width=2").values()
     assert builder(None, 7) == (3, 7, 2)
 
 
@@ -377,13 +381,13 @@ def test_files_import_what_is_beside_them(tmp_path, monkeypatch):
         file.write("import installed_once\n")
     before = list(sys.path)
     monkeypatch.chdir(tmp_path / "b")
-    builders = model_labels.parse(f"{tmp_path}/a/own.py,own.py:build:width=3")
+    builders = specs.parse(f"{tmp_path}/a/own.py,own.py:build:width=3")
     for _ in range(2):
         found = [build(None, 2) for build in builders.values()]
         assert found == [(True, "a", "a", "a", 1), (True, "b", "b", "b", 3)]
     assert sys.path == before
     assert sys.modules["installed_once"].__file__ == str(installed)
-    assert "installed_once" not in model_labels._imported[f"{tmp_path}/a"]
+    assert "installed_once" not in specs._imported[f"{tmp_path}/a"]
 
 
 @pytest.mark.parametrize(
@@ -399,13 +403,13 @@ def test_a_file_that_does_not_run(content, reason, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "own.py").write_text(content)
     with pytest.raises(InputError) as caught:
-        model_labels.parse(str(tmp_path / "own.py"))
+        specs.parse(str(tmp_path / "own.py"))
     assert str(caught.value) == (f"A model's file must run. Received: {tmp_path}/own.py: {reason}")
 
 
 def test_a_model_whose_name_is_no_text():
     with pytest.raises(InputError) as caught:
-        model_labels.parse("cnn,caf\udce9.py")
+        specs.parse("cnn,caf\udce9.py")
     assert str(caught.value) == (
         "The name of a model must be valid UTF-8, the encoding of reports. "
         "Received: cnn,caf\\udce9.py"
@@ -414,11 +418,11 @@ def test_a_model_whose_name_is_no_text():
 
 def test_command_lines_can_be_pasted(monkeypatch):
     words = ("involution", pathlib.Path("a b/$x's.keras"), pathlib.Path("-x"), "-y", "z")
-    line = model_labels.command_line(*words)
+    line = specs.command_line(*words)
     assert shlex.split(line) == ["involution", "a b/$x's.keras", "./-x", "-y", "z"]
-    assert model_labels.command_line("a", pathlib.Path("b/c.keras")) == "a b/c.keras"
-    monkeypatch.setattr(model_labels, "os", types.SimpleNamespace(name="nt", sep="\\"))
-    assert model_labels.command_line(*words) == ("""involution "a b/$x's.keras" .\\-x -y z""")
+    assert specs.command_line("a", pathlib.Path("b/c.keras")) == "a b/c.keras"
+    monkeypatch.setattr(specs, "os", types.SimpleNamespace(name="nt", sep="\\"))
+    assert specs.command_line(*words) == ("""involution "a b/$x's.keras" .\\-x -y z""")
 
 
 def test_another_floatx_is_refused(run, folder, tmp_path):

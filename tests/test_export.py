@@ -11,9 +11,9 @@ from frameworks import BACKEND, fresh_process, missing, numpy
 from keras_io_formula import randomize, relative_error
 
 import involution
-from involution import export as exporting
-from involution.errors import InputError
-from involution.export import BATCHES, FORMATS, LIMIT, ExportError, export
+from involution.export import export as exporting
+from involution.export.export import BATCHES, FORMATS, LIMIT, ExportError, export
+from involution.utils.errors import InputError
 
 WRITTEN = {
     "tensorflow": ("onnx", "saved_model"),

@@ -10,9 +10,9 @@ import stat
 
 import pytest
 
-from involution import files
-from involution.errors import WriteError
-from involution.files import replacing, write_json, write_text
+from involution.utils import atomic_files
+from involution.utils.atomic_files import replacing, write_json, write_text
+from involution.utils.errors import WriteError
 
 pytestmark = pytest.mark.any_backend
 
@@ -108,20 +108,20 @@ def test_a_folder_is_closed_whatever_happens(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "close", lambda handle: closed.append(handle) or real_close(handle))
     with pytest.raises(OSError, match="Input/output error"):
-        files._sync_folder(tmp_path)
+        atomic_files._sync_folder(tmp_path)
     assert len(handles) == 1
     assert closed == handles
     # Where a folder cannot be opened nothing is tried.
     with monkeypatch.context() as patch:
         patch.setattr(os, "name", "nt")
-        files._sync_folder("missing")
+        atomic_files._sync_folder("missing")
 
 
 def test_what_was_being_written_is_removed_in_all_folders(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in (".part-1", "a/.part-x.keras", "a/b/.part-", "a/part-1", ".parts", "a/x.part-"):
         (tmp_path / name).write_bytes(b"x")
-    files.remove_parts(str(tmp_path))
+    atomic_files.remove_parts(str(tmp_path))
     left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
     assert left == [".parts", "a/part-1", "a/x.part-"]
 
@@ -130,7 +130,7 @@ def test_what_is_written_is_the_same_everywhere(tmp_path):
     path = tmp_path / "x"
     write_text(path, "é\n\n")
     assert path.read_bytes() == b"\xc3\xa9\n\n"
-    assert files.sha256(path) == hashlib.sha256(b"\xc3\xa9\n\n").hexdigest()
+    assert atomic_files.sha256(path) == hashlib.sha256(b"\xc3\xa9\n\n").hexdigest()
     value = {"nan": math.nan, "deep": [(math.inf, 1.5), {"x": -math.inf, "n": None, "i": 10**400}]}
     write_json(path, value)
     assert path.read_text() == (
@@ -138,13 +138,13 @@ def test_what_is_written_is_the_same_everywhere(tmp_path):
         '      "x": null,\n      "n": null,\n      "i": 1' + "0" * 400 + "\n    }\n  ]\n}\n"
     )
     rows = [{"a": 1, "b": "x,y", "c": 3}, {"b": '"', "a": None}]
-    assert files.csv_text(("a", "b"), rows) == 'a,b\n1,"x,y"\n,""""\n'
+    assert atomic_files.csv_text(("a", "b"), rows) == 'a,b\n1,"x,y"\n,""""\n'
 
 
 def test_names_that_are_no_text_are_escaped(tmp_path):
     """As Python has a file's name whose bytes are not UTF-8."""
     name = "caf\udce9 \u2603"
-    files.write_text(tmp_path / "x.txt", name)
+    atomic_files.write_text(tmp_path / "x.txt", name)
     assert (tmp_path / "x.txt").read_bytes() == b"caf\\udce9 \xe2\x98\x83"
-    files.write_json(tmp_path / "x.json", {"name": name})
+    atomic_files.write_json(tmp_path / "x.json", {"name": name})
     assert json.loads((tmp_path / "x.json").read_bytes()) == {"name": name}

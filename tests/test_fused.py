@@ -27,13 +27,16 @@ from frameworks import (
 from oracle import Call, error_bound, not_finite, random_calls
 
 import involution
-from involution import Involution2D, kernel_generators, layers
-from involution.ops import api, fused, native_call, native_library
-from involution.ops.gradients import INPUT, KERNEL, OUTPUT
+from involution import Involution2D
+from involution.kernel_generators import generators
+from involution.layers import involution_nd
+from involution.ops import api, fused
+from involution.ops.autodiff import INPUT, KERNEL, OUTPUT
+from involution.ops.native import library, params
 
 pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
 
-LEVELS = native_library.levels()
+LEVELS = library.levels()
 # Of bfloat16, even numbers are multiplied in pairs where the processor does.
 HIDDEN = (1, 2, 3, 8, 16, 17, 33)
 CALL = Call(2, (5, 7), 12, (3, 3), (2, 1), "same", (1, 2), 3)
@@ -136,9 +139,7 @@ def test_f18_threads_and_other_samples_change_no_bit(call, dtype, hidden):
         given = arguments(*arrays)
         results = core.run_fused(member, call, given, threads=1)
         again = core.run_fused(member, call, given, threads=4)
-        last = [
-            a[-1:] if has else a for a, has in zip(given, native_call.BATCHED[member], strict=True)
-        ]
+        last = [a[-1:] if has else a for a, has in zip(given, params.BATCHED[member], strict=True)]
         own = core.run_fused(member, alone, last, threads=2)
         for r, a, o in zip(results, again, own, strict=True):
             assert r.tobytes() == a.tobytes()
@@ -200,14 +201,12 @@ def test_f13_without_outputs_the_gradients_are_zero():
     nothing = np.zeros(0)
     for member, shape in ((INPUT, call.x_shape), (KERNEL, (2, 6, 6))):
         given = core.FUSED_ARGUMENTS[member](*arrays)
-        numbers = native_call.fused_numbers(member, g, call.sizes, given)
+        numbers = params.fused_numbers(member, g, call.sizes, given)
         numbers[11] = 0
         result = np.full(shape, np.nan)
         # The weight and the bias have elements; of the rest, x alone.
         results = (result, nothing) if member == INPUT else (nothing, result)
-        native_library.run_fused(
-            numbers, call.batch, 2, *(a.ctypes.data for a in (*given, *results))
-        )
+        library.run_fused(numbers, call.batch, 2, *(a.ctypes.data for a in (*given, *results)))
         assert not result.any()
 
 
@@ -411,13 +410,13 @@ def test_f22_torch_compile_has_no_breaks():
 def test_the_custom_operation_is_as_pytorch_wants_it():
     import torch
 
-    from involution.ops import native_torch
     from involution.ops.geometry import Geometry
+    from involution.ops.native import torch as native_torch
 
     arrays = core.fused_arrays(CALL)
     for member, arguments in core.FUSED_ARGUMENTS.items():
         given = [torch.tensor(a) for a in arguments(*arrays)]
-        numbers = native_call.fused_numbers(member, Geometry(**CALL.arguments), CALL.sizes, given)
+        numbers = params.fused_numbers(member, Geometry(**CALL.arguments), CALL.sizes, given)
         torch.library.opcheck(native_torch.operations.fused, (*given, numbers, 2))
 
 
@@ -609,7 +608,7 @@ def test_the_drop_in_layer_makes_kernels_where_they_are_recorded_or_made_otherwi
 
     Negative(16, 4, return_kernel=False)(IMAGES)
     layer = involution.Involution(16, 4, return_kernel=False)
-    with layers.recording() as calls:
+    with involution_nd.recording() as calls:
         layer(IMAGES)
     layer(IMAGES[:0])
     assert not runs
@@ -629,12 +628,12 @@ def test_all_weights_of_a_layer_are_trained(runs):
         assert (old != new).any(), variable.path
 
 
-class Doubled(kernel_generators.Linear):
+class Doubled(generators.Linear):
     def call(self, features):
         return 2 * super().call(features)
 
 
-class Sine(kernel_generators.Linear):
+class Sine(generators.Linear):
     def _generate(self, features):
         return keras.ops.sin(super()._generate(features))
 
@@ -650,7 +649,7 @@ class Sine(kernel_generators.Linear):
         {"kernel_generator": Doubled()},
         {"kernel_generator": Sine()},
         {"kernel_generator": keras.layers.Conv2D(9 * 4, 1)},
-        {"kernel_generator": kernel_generators.Linear(dtype="mixed_bfloat16")},
+        {"kernel_generator": generators.Linear(dtype="mixed_bfloat16")},
         {"implementation": "native"},
     ],
     ids=str,
@@ -677,7 +676,7 @@ def test_a_subclass_may_make_kernels_of_its_own(runs):
 
 def test_where_kernels_are_recorded_they_are_made(runs):
     layer = Involution2D(3, groups=4)
-    with layers.recording() as calls:
+    with involution_nd.recording() as calls:
         layer(IMAGES)
     assert not runs
     assert tuple(calls[0].kernel.shape) == (2, 9, 8, 9, 4)

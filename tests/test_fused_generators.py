@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import involution
-from involution import kernel_generators as kg
-from involution import layers, pointwise
+from involution.kernel_generators import generators as kg
+from involution.kernel_generators import pointwise
+from involution.layers import involution_nd
 from involution.ops import fused
 
 pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
@@ -430,7 +431,7 @@ def test_without_the_rule_the_comparison_fails(monkeypatch):
         return layer.kernel[(0,) * layer.rank], layer.bias
 
     monkeypatch.setattr(kg, "affine", unchecked)
-    for module in (kg, layers):
+    for module in (kg, involution_nd):
         monkeypatch.setattr(module, "only_calls", lambda layer: True)
     noticed = []
     wrong = [case for case in EACH[:: 1 if BACKEND == "torch" else 4] if case not in MAY_BE_FUSED]

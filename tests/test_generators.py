@@ -11,11 +11,7 @@ from keras_io_formula import randomize, relative_error
 
 import involution
 from involution import Involution1D, Involution2D, Involution3D
-from involution.kernel_generators import (
-    GENERATORS,
-    Contextual,
-    PairwiseAttention,
-)
+from involution.kernel_generators.generators import GENERATORS, Contextual, PairwiseAttention
 
 
 def random(*shape, seed=0, dtype="float32"):

@@ -24,9 +24,12 @@ from images import write_folder, write_image
 from watching import Doorbell, watching
 
 import involution_cli
-from involution import checkpoint, data, hub, saved_model
-from involution.errors import InputError
+from involution import hub
+from involution.data import datasets
 from involution.models.convert import convert
+from involution.saving import classifier
+from involution.training import checkpoint
+from involution.utils.errors import InputError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what happens")
 
@@ -54,7 +57,7 @@ def hub_load(place, path):
 
 def predict(place, path):
     write_image(place.written / "image.png")
-    return lambda: involution_cli._read(saved_model, [str(path), place.written / "image.png"])
+    return lambda: involution_cli._read(classifier, [str(path), place.written / "image.png"])
 
 
 def resume(place, path):
@@ -71,12 +74,12 @@ def resume(place, path):
 
 # What a command does with a file of a stranger's: explain and demo do what predict does.
 ENTRIES = {
-    "export": lambda place, path: lambda: saved_model.load_model(path),
+    "export": lambda place, path: lambda: classifier.load_model(path),
     "predict": predict,
     "hub": hub_load,
     "convert": lambda place, path: lambda: convert(path, place.written / "model"),
-    "data": lambda place, path: lambda: data.load(path),
-    "image": lambda place, path: lambda: data.read_image(path / "train" / "a" / "2.png"),
+    "data": lambda place, path: lambda: datasets.load(path),
+    "image": lambda place, path: lambda: datasets.read_image(path / "train" / "a" / "2.png"),
     "resume": resume,
 }
 CASES = [(name, entry) for name, (_, entries) in FILES.items() for entry in entries]
@@ -119,7 +122,7 @@ def own_file(place):
     x = keras.ops.mean(keras.layers.RandomFlip()(x)[:, 1:], axis=(1, 2))
     model = keras.Model(inputs, Own()(keras.layers.Dropout(0.5)(x)))
     model.compile("adam", "mse")  # of which nothing is taken
-    saved_model.Classifier(model, ("a", "b"), (4, 4, 3)).save(place.given / "own.keras")
+    classifier.Classifier(model, ("a", "b"), (4, 4, 3)).save(place.given / "own.keras")
     return place.given / "own.keras"
 
 
@@ -179,10 +182,10 @@ def warm(tmp_path_factory):
         made.written.mkdir()
         ENTRIES[entry](made, HONEST[name][0](made))()
     # What has no model's ending is an image, for this one.
-    saved_model.load(saved_model.DEFAULT)
+    classifier.load(classifier.DEFAULT)
     # Pillow looks for all its readers, and for what they need, at its first failure.
     with contextlib.suppress(InputError):
-        data.read_image(io.BytesIO(b"x"))
+        datasets.read_image(io.BytesIO(b"x"))
 
 
 @pytest.mark.parametrize(("name", "entry"), HONEST_CASES)
@@ -196,7 +199,7 @@ def test_honest_files_are_read(name, entry, place, warm):
 
 def test_a_registered_layer_comes_with_its_weights(place):
     path = own_file(place)
-    model = saved_model.load_model(path)
+    model = classifier.load_model(path)
     assert isinstance(model.layers[-1], Own)
     x = np.random.default_rng(0).random((2, 4, 4, 3), "float32")
     want = keras.saving.load_model(path, compile=False)

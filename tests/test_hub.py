@@ -10,9 +10,11 @@ import pytest
 from frameworks import numpy
 from images import write_folder
 
-from involution import experiment, hub, models, saved_model
-from involution.errors import InputError
+from involution import hub, models
 from involution.models import weights
+from involution.saving import classifier
+from involution.training import experiment
+from involution.utils.errors import InputError
 
 pytestmark = pytest.mark.any_backend
 
@@ -54,7 +56,7 @@ def test_what_is_pushed_comes_back(pushed, run):
     files = standing.repositories["me/small"][revision]
     assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
     model = hub.load("me/small", revision, **options)
-    original = saved_model.load(run / "inn-head=convolutional.keras").model
+    original = classifier.load(run / "inn-head=convolutional.keras").model
     x = np.random.default_rng(0).random((2, 16, 16, 3), "float32")
     np.testing.assert_array_equal(numpy(model(x)), numpy(original(x)))
     card = files["README.md"].decode()

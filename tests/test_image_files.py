@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from images import write_folder, write_image
 
-from involution import data, image_files, memory
-from involution.errors import InputError
-from involution.image_files import Record
-from involution.stored_images import StoredImages
+from involution.data import datasets, image_folder
+from involution.data.image_folder import Record
+from involution.data.lazy_images import StoredImages
+from involution.utils import memory
+from involution.utils.errors import InputError
 
 pytestmark = pytest.mark.any_backend
 
@@ -44,7 +45,7 @@ def member(archive, name, content=b"", **more):
 
 
 def test_tar_files_hold_the_same_data_set(pets, tmp_path):
-    folder, archives = data.load(str(pets)), data.load(str(packed(pets, tmp_path / "tar")))
+    folder, archives = datasets.load(str(pets)), datasets.load(str(packed(pets, tmp_path / "tar")))
     assert archives.class_names == folder.class_names
     for name in ("x_train", "y_train", "x_test", "y_test"):
         np.testing.assert_array_equal(getattr(archives, name), getattr(folder, name))
@@ -54,9 +55,9 @@ def test_tar_files_hold_the_same_data_set(pets, tmp_path):
 def test_tar_files_are_read_in_place(pets, tmp_path, monkeypatch):
     packed(pets, tmp_path / "tar", prefix="./some/")
     monkeypatch.setattr(memory, "allowed", lambda: 0)
-    stored = data.load(str(tmp_path / "tar"))
+    stored = datasets.load(str(tmp_path / "tar"))
     assert isinstance(stored.x_train, StoredImages)
-    np.testing.assert_array_equal(stored.x_train[:], data.load(str(pets)).x_train[:])
+    np.testing.assert_array_equal(stored.x_train[:], datasets.load(str(pets)).x_train[:])
     assert str(stored.x_train.files[0]) == f"{tmp_path}/tar/train.tar: ./some/train/ant/0.png"
     # What is not an image any more is told by its name.
     path = tmp_path / "tar" / "train.tar"
@@ -72,7 +73,7 @@ def test_tar_files_are_read_in_place(pets, tmp_path, monkeypatch):
 
 def test_shards_and_classes_beside_the_images(pets, tmp_path):
     """As WebDataset has them: a number in a file of the same name."""
-    expected = data.load(str(pets))
+    expected = datasets.load(str(pets))
     (tmp_path / "tar").mkdir()
     classes = {"ant": "2", "bee": "10", "cat": "9"}
     for part, shards in (("train", 3), ("test", 1)):
@@ -86,7 +87,7 @@ def test_shards_and_classes_beside_the_images(pets, tmp_path):
                 member(archive, f"{count:06d}.png", file.read_bytes())
                 member(archive, f"{count:06d}.cls", classes[file.parent.name].encode())
                 member(archive, f"{count:06d}.json", b"{}")
-    found = data.load(str(tmp_path / "tar"))
+    found = datasets.load(str(tmp_path / "tar"))
     assert found.class_names == ("2", "9", "10")
     assert sorted(x.tobytes() for x in found.x_train) == sorted(
         x.tobytes() for x in expected.x_train
@@ -100,12 +101,12 @@ def test_shards_and_classes_beside_the_images(pets, tmp_path):
 
 
 def test_imagenet_calls_it_val(pets):
-    before = data.load(str(pets)).fingerprint()
+    before = datasets.load(str(pets)).fingerprint()
     (pets / "test").rename(pets / "val")
-    assert data.load(str(pets)).fingerprint() == before
+    assert datasets.load(str(pets)).fingerprint() == before
     # Its test images have no labels.
     write_image(pets / "test" / "some.png")
-    assert data.load(str(pets)).fingerprint() == before
+    assert datasets.load(str(pets)).fingerprint() == before
 
 
 def test_what_is_not_an_image_of_a_class_is_passed_over(pets, tmp_path):
@@ -115,7 +116,7 @@ def test_what_is_not_an_image_of_a_class_is_passed_over(pets, tmp_path):
         member(archive, "train/ant/notes.txt", b"notes")
         member(archive, "train/ant/link.txt", type=tarfile.SYMTYPE, linkname="/etc/passwd")
     (pets / "train" / "ant" / "folder.png").mkdir()
-    assert data.load(str(folder)).fingerprint() == data.load(str(pets)).fingerprint()
+    assert datasets.load(str(folder)).fingerprint() == datasets.load(str(pets)).fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_tar_files_that_are_none(pets, tmp_path, content, message):
     path = folder / "train.tar"
     path.write_bytes(content(path.read_bytes()))
     with pytest.raises(InputError, match=message):
-        data.load(str(folder))
+        datasets.load(str(folder))
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
@@ -140,13 +141,13 @@ def test_images_that_are_not_in_a_tar_file_are_missed(pets, tmp_path, kind):
     with tarfile.open(folder / "train.tar", "a") as archive:
         member(archive, "train/ant/link.png", type=kind, linkname="train/ant/0.png")
     with pytest.raises(InputError, match=r"train/ant/link\.png is a link, or of another kind"):
-        data.load(str(folder))
+        datasets.load(str(folder))
 
 
 def test_links_that_lead_nowhere_are_named(pets):
     (pets / "train" / "ant" / "gone.png").symlink_to("nowhere")
     with pytest.raises(InputError, match=r"No such file.*gone\.png"):
-        data.load(str(pets))
+        datasets.load(str(pets))
 
 
 @pytest.mark.parametrize("place", ["header", "boundary"])
@@ -162,7 +163,7 @@ def test_a_damaged_header_is_not_the_end(pets, tmp_path, place):
         del content[header:]
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"be whole, .*train\.tar: its end is missing"):
-        data.load(str(folder))
+        datasets.load(str(folder))
 
 
 def test_records_are_in_the_order_of_their_names(pets, tmp_path):
@@ -172,7 +173,9 @@ def test_records_are_in_the_order_of_their_names(pets, tmp_path):
             for file in sorted((pets / part).rglob("*.png"), reverse=True):
                 archive.add(file, file.relative_to(pets))
     (tmp_path / "tar" / "training.tar").write_bytes(b"another")
-    assert data.load(str(tmp_path / "tar")).fingerprint() == data.load(str(pets)).fingerprint()
+    assert (
+        datasets.load(str(tmp_path / "tar")).fingerprint() == datasets.load(str(pets)).fingerprint()
+    )
 
 
 def test_members_that_go_backwards_end_it(pets, tmp_path, monkeypatch):
@@ -198,10 +201,10 @@ def test_members_that_go_backwards_end_it(pets, tmp_path, monkeypatch):
     with monkeypatch.context() as changed:
         changed.setattr(tarfile.TarInfo, "frombuf", negative)
         with pytest.raises(InputError, match=reason):
-            data.load(folder)
+            datasets.load(folder)
     monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", classmethod(again))
     with pytest.raises(InputError, match=reason):
-        data.load(folder)
+        datasets.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +216,7 @@ def test_a_class_that_is_no_name(content, reason, pets, tmp_path):
     with tarfile.open(folder / "train.tar", "a") as archive:
         member(archive, "train/ant/0.cls", content)
     with pytest.raises(InputError, match=rf"be whole, .*Received: .*train\.tar: {reason}"):
-        data.load(str(folder))
+        datasets.load(str(folder))
 
 
 def test_a_class_with_a_long_name(pets, tmp_path):
@@ -221,37 +224,37 @@ def test_a_class_with_a_long_name(pets, tmp_path):
     with tarfile.open(folder / "train.tar", "a") as archive:
         member(archive, "x.png", (pets / "train" / "ant" / "0.png").read_bytes())
         member(archive, "x.cls", b"x" * 1000)
-    assert data.load(str(folder)).class_names == ("ant", "bee", "cat", "x" * 1000)
+    assert datasets.load(str(folder)).class_names == ("ant", "bee", "cat", "x" * 1000)
 
 
 def test_names_are_in_the_order_of_their_letters(pets, tmp_path):
     for part in ("train", "test"):
         (pets / part / "ant").rename(pets / part / "10")
-    assert data.load(str(packed(pets, tmp_path / "tar"))).class_names == ("10", "bee", "cat")
+    assert datasets.load(str(packed(pets, tmp_path / "tar"))).class_names == ("10", "bee", "cat")
     for part in ("train", "test"):
         (pets / part / "bee").rename(pets / part / "9")
-    assert data.load(str(packed(pets, tmp_path / "other"))).class_names == ("10", "9", "cat")
+    assert datasets.load(str(packed(pets, tmp_path / "other"))).class_names == ("10", "9", "cat")
 
 
 def test_what_is_hidden_is_passed_over(pets):
-    before = data.load(str(pets)).fingerprint()
+    before = datasets.load(str(pets)).fingerprint()
     write_image(pets / "train" / ".thumbnails" / "0.png")
     write_image(pets / "train" / "ant" / ".0.png")
-    assert data.load(str(pets)).fingerprint() == before
+    assert datasets.load(str(pets)).fingerprint() == before
 
 
 def test_a_folder_without_a_part_or_images(pets):
     for image in (pets / "test" / "bee").iterdir():
         image.unlink()
     with pytest.raises(InputError) as caught:
-        image_files.find(pets)
+        image_folder.find(pets)
     assert str(caught.value) == (
         "Every class must have images (.png, .jpg, .jpeg, .jpe, .jfif, .webp). "
         f"Received: none in {pets}/test/bee"
     )
     shutil.rmtree(pets / "test")
     with pytest.raises(InputError) as caught:
-        image_files.find(pets)
+        image_folder.find(pets)
     assert str(caught.value) == (
         "A folder of images must hold train/<class>/ and test/<class>/ (or val/<class>/), or tar "
         f"files of them. Received: {pets}, without test/<class>/"
@@ -271,7 +274,7 @@ def write_tree(root, *names):
 def outcome(root):
     """What is found, or the error, without where it is."""
     try:
-        found = image_files.find(root)
+        found = image_folder.find(root)
     except InputError as error:
         return re.sub(r"\S+?/(train|test)(\.tar)?(: (\S*?/)?\1)?/", r"\1/", str(error))
     skipped = re.sub(r"as [^;]*/([^/;]+)", r"as \1", found.skipped)
@@ -364,7 +367,7 @@ def test_a_tar_file_of_what_is_in_the_folder(tmp_path):
             with tarfile.open(root / f"{part}.tar", "w") as archive:
                 for name in [*names, *(["cover.png"] if part == "train" else [])]:
                     member(archive, name if name == "cover.png" else prefix + name)
-        found = image_files.find(root)
+        found = image_folder.find(root)
         assert list(found.train) == ["cat", "dog"]
         assert [file.name for file in found.train["cat"]] == [f"{prefix}cat/a.png"]
         assert list(found.test) == ["cat"]
@@ -381,7 +384,7 @@ def test_shards_share_one_folder_of_classes(tmp_path):
             member(archive, f"pets/{name}/a.png")
     with tarfile.open(tmp_path / "tar" / "val.tar", "w") as archive:
         member(archive, "val/cat/a.png")
-    found = image_files.find(tmp_path / "tar")
+    found = image_folder.find(tmp_path / "tar")
     assert (list(found.train), list(found.test)) == (["cat", "dog"], ["cat"])
 
 
@@ -391,7 +394,7 @@ def test_classes_beside_images_count_wherever_they_are(tmp_path):
             with tarfile.open(tmp_path / f"{part}.tar", "w") as archive:
                 for name, content in members:
                     member(archive, name, content)
-        return image_files.find(tmp_path)
+        return image_folder.find(tmp_path)
 
     told = [("s/1/0.png", b""), ("s/1/0.cls", b"10"), ("s/1/0.json", b""), ("s/x/y", b"")]
     assert list(found(*told).train) == ["10"]
@@ -409,9 +412,9 @@ def test_classes_beside_images_count_wherever_they_are(tmp_path):
 def test_numbered_classes_are_in_the_order_of_numbers(tmp_path):
     names = ["2", "10", "009", "1"]
     root = write_tree(tmp_path, *(f"{p}/{n}/a.png" for p in ("train", "test") for n in names))
-    assert list(image_files.find(root).train) == ["1", "2", "009", "10"]
+    assert list(image_folder.find(root).train) == ["1", "2", "009", "10"]
     write_tree(root, "train/x/a.png")
-    assert list(image_files.find(root).train) == ["009", "1", "10", "2", "x"]
+    assert list(image_folder.find(root).train) == ["009", "1", "10", "2", "x"]
 
 
 def test_links_to_folders_end(tmp_path):
@@ -420,7 +423,7 @@ def test_links_to_folders_end(tmp_path):
     (root / "train" / "dog").symlink_to(root / "else")
     (root / "train" / "cat" / "round").symlink_to(root / "train")
     (root / "train" / "cat" / "c.png").symlink_to(root / "else")
-    found = image_files.find(root)
+    found = image_folder.find(root)
     assert {name: len(files) for name, files in found.train.items()} == {"cat": 1, "dog": 1}
     assert found.skipped == ""
 
@@ -431,14 +434,14 @@ def test_names_that_are_no_text(pets, tmp_path):
     image = (pets / "train" / "ant" / "0.png").read_bytes()
     (pets / "train" / "ant" / os.fsdecode(b"caf\xe9.png")).write_bytes(image)
     tar = packed(pets, tmp_path / "tar")
-    loaded = [data.load(str(root)) for root in (pets, tar)]
+    loaded = [datasets.load(str(root)) for root in (pets, tar)]
     assert len(loaded[0].x_train) == 25
     assert loaded[0].fingerprint() == loaded[1].fingerprint()
     (pets / "train" / "ant").rename(pets / "train" / os.fsdecode(b"caf\xe9"))
     (pets / "test" / "ant").rename(pets / "test" / os.fsdecode(b"caf\xe9"))
     for root, where in ((pets, "train"), (packed(pets, tmp_path / "tar2"), "train.tar")):
         with pytest.raises(InputError) as caught:
-            image_files.find(root)
+            image_folder.find(root)
         assert str(caught.value) == (
             "The name of a class must be valid UTF-8, the encoding of models and reports. "
             f"Received: caf\\udce9 in {root / where}"
@@ -446,9 +449,9 @@ def test_names_that_are_no_text(pets, tmp_path):
 
 
 def test_what_is_large(monkeypatch):
-    monkeypatch.setattr(image_files, "LARGE", 100)
+    monkeypatch.setattr(image_folder, "LARGE", 100)
     for sizes, large in (((60, 40), True), ((60, 39), False), ((100,), True), ((), False)):
-        assert image_files.are_large([Record("a", "b", 0, size) for size in sizes]) is large
+        assert image_folder.are_large([Record("a", "b", 0, size) for size in sizes]) is large
 
 
 def test_a_digest_is_of_contents_or_of_names_and_sizes(tmp_path):
@@ -456,9 +459,9 @@ def test_a_digest_is_of_contents_or_of_names_and_sizes(tmp_path):
     (tmp_path / "x.tar").write_bytes(content)
     records = [Record(str(tmp_path / "x.tar"), f"{n}.png", 2 * n, 2) for n in range(2100)]
     parts = [hashlib.sha256(content[2 * n : 2 * n + 2]).digest() for n in range(2100)]
-    assert image_files.digest(records, False) == hashlib.sha256(b"".join(parts)).hexdigest()
+    assert image_folder.digest(records, False) == hashlib.sha256(b"".join(parts)).hexdigest()
     names = "".join(f"{n}.png\0{2}\n" for n in range(2100)).encode()
-    assert image_files.digest(records, True) == hashlib.sha256(names).hexdigest()
+    assert image_folder.digest(records, True) == hashlib.sha256(names).hexdigest()
 
 
 def test_a_folder_that_cannot_be_read(pets, monkeypatch):
@@ -467,14 +470,14 @@ def test_a_folder_that_cannot_be_read(pets, monkeypatch):
 
     monkeypatch.setattr("os.scandir", refuse)
     with pytest.raises(InputError, match=rf"must be readable. Received: {pets}/train: Permission"):
-        data.load(str(pets))
+        datasets.load(str(pets))
 
 
 def test_tar_files_that_are_compressed(pets, tmp_path):
     with pytest.raises(
         InputError, match=r"not compressed. Received: .*train\.tar: invalid header$"
     ):
-        data.load(str(packed(pets, tmp_path / "tar", mode="w:gz")))
+        datasets.load(str(packed(pets, tmp_path / "tar", mode="w:gz")))
 
 
 def test_tar_files_without_images_or_classes(pets, tmp_path):
@@ -484,8 +487,8 @@ def test_tar_files_without_images_or_classes(pets, tmp_path):
     with pytest.raises(
         InputError, match=r"images \(\.png, \.jpg, \.jpeg, \.jpe, \.jfif, \.webp\)\. .*train\.tar"
     ):
-        data.load(str(folder))
+        datasets.load(str(folder))
     with tarfile.open(folder / "train.tar", "w") as archive:
         member(archive, "0.png", (pets / "train" / "ant" / "0.png").read_bytes())
     with pytest.raises(InputError, match=r"a folder named by its class, or have a .cls .*: 0\.png"):
-        data.load(str(folder))
+        datasets.load(str(folder))

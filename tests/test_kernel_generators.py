@@ -6,8 +6,8 @@ import pytest
 from frameworks import numpy
 from keras_io_formula import randomize, relative_error
 
-from involution import kernel_generators
-from involution.kernel_generators import Bottleneck, Linear, average_pool
+from involution.kernel_generators import generators
+from involution.kernel_generators.generators import Bottleneck, Linear, average_pool
 
 SIZES = {1: (7,), 2: (5, 6), 3: (3, 4, 5)}
 
@@ -194,18 +194,18 @@ def test_initializers_of_the_users_choice():
 
 
 def test_get_takes_names_configurations_and_layers():
-    assert type(kernel_generators.get(None)) is Bottleneck
-    assert type(kernel_generators.get("Linear")) is Linear
+    assert type(generators.get(None)) is Bottleneck
+    assert type(generators.get("Linear")) is Linear
     generator = Bottleneck(2)
-    assert kernel_generators.get(generator) is generator
+    assert generators.get(generator) is generator
     stored = keras.saving.serialize_keras_object(generator)
-    assert kernel_generators.get(stored).get_config() == generator.get_config()
+    assert generators.get(stored).get_config() == generator.get_config()
 
 
 @pytest.mark.parametrize("identifier", ["conv", 3])
 def test_get_refuses_what_it_does_not_know(identifier):
     with pytest.raises(ValueError, match=f"bottleneck, .*, static. Received: .*={identifier!r}"):
-        kernel_generators.get(identifier)
+        generators.get(identifier)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,13 @@ from frameworks import in_graph, numpy
 from keras_io_formula import randomize, relative_error
 
 from involution import Involution, Involution1D, Involution2D, Involution3D
-from involution.kernel_generators import GENERATORS, Contextual, Linear, PairwiseAttention, Static
+from involution.kernel_generators.generators import (
+    GENERATORS,
+    Contextual,
+    Linear,
+    PairwiseAttention,
+    Static,
+)
 
 LAYERS = {1: Involution1D, 2: Involution2D, 3: Involution3D}
 SIZES = {1: (11,), 2: (7, 10), 3: (5, 6, 7)}

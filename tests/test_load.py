@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from page_client import served
 
-from involution import app
+from involution.demo import app
 
 pytestmark = pytest.mark.slow
 CLIENTS, SECONDS, REQUESTS = 16, 60, 2000

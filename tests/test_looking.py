@@ -4,8 +4,8 @@ import pytest
 from frameworks import in_graph, numpy
 
 from involution import Involution, Involution1D, Involution2D, Involution3D, models
-from involution.kernel_generators import PairwiseAttention, Static
-from involution.looking import has_involutions, kernel_maps, looks
+from involution.kernel_generators.generators import PairwiseAttention, Static
+from involution.visualize.activations import has_involutions, kernel_maps, looks
 
 images = np.random.default_rng(0).random((3, 10, 13, 4), "float32")
 

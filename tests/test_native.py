@@ -34,8 +34,8 @@ from frameworks import (
 from oracle import Call, error_bound, not_finite, random_calls
 
 import involution
-from involution.ops import native_library
-from involution.ops.gradients import INPUT, KERNEL, OUTPUT
+from involution.ops.autodiff import INPUT, KERNEL, OUTPUT
+from involution.ops.native import library as native_library
 
 pytestmark = [
     pytest.mark.any_backend,

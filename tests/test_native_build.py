@@ -8,7 +8,7 @@ import sys
 import frameworks
 import pytest
 
-from involution.ops import native_library
+from involution.ops.native import library
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = [
@@ -103,12 +103,12 @@ def test_a_library_that_cannot_be_linked_is_a_reason(sources):
 def test_a_missing_binding_has_the_reason_of_the_installation(monkeypatch, tmp_path):
     (tmp_path / "missing_jax.txt").write_text("jax.cpp:3:1: error: other headers\n")
     files = {"missing_jax.txt": tmp_path / "missing_jax.txt"}
-    monkeypatch.setattr(native_library, "find", files.get)
+    monkeypatch.setattr(library, "find", files.get)
     told = "the package was installed without its binding for jax: "
-    assert native_library.binding("jax") == (None, told + "jax.cpp:3:1: error: other headers")
-    assert native_library.binding("torch")[1].endswith("for torch: it was not built")
+    assert library.binding("jax") == (None, told + "jax.cpp:3:1: error: other headers")
+    assert library.binding("torch")[1].endswith("for torch: it was not built")
     # The tests leave out what the installation did.
-    monkeypatch.setattr(native_library, "core", lambda: (object(), None))
+    monkeypatch.setattr(library, "core", lambda: (object(), None))
     monkeypatch.setattr(frameworks, "BACKEND", "jax")
     assert frameworks.missing() == told + "jax.cpp:3:1: error: other headers"
 
@@ -123,8 +123,8 @@ def test_windows_gets_a_core_and_says_why_tensorflow_has_no_binding(sources):
 
 def test_each_system_has_its_names_of_libraries(monkeypatch):
     asked = []
-    monkeypatch.setattr(native_library, "find", asked.append)
-    monkeypatch.setattr(native_library, "SUFFIX", ".dll")
-    native_library._load()
-    native_library.binding("jax")
+    monkeypatch.setattr(library, "find", asked.append)
+    monkeypatch.setattr(library, "SUFFIX", ".dll")
+    library._load()
+    library.binding("jax")
     assert asked[::2] == ["libinvolution.dll", "libinvolution_jax.dll"]

@@ -30,8 +30,11 @@ from jax.test_util import check_grads
 from oracle import Call
 
 import involution
-from involution.ops import api, native, native_call, native_jax, native_library
+from involution.ops import api, native
 from involution.ops.geometry import Geometry
+from involution.ops.native import jax as native_jax
+from involution.ops.native import library as native_library
+from involution.ops.native import params
 
 pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
 
@@ -197,7 +200,7 @@ def test_a_batch_shared_by_two_devices_stays_where_it_is(monkeypatch):
     }
 
 
-@pytest.mark.parametrize("member", native_call.MEMBERS)
+@pytest.mark.parametrize("member", params.MEMBERS)
 def test_of_all_axes_the_batch_alone_is_divided(member):
     """What is told to either of XLA's partitioners; ``sharded`` has them do it."""
     a, b = ARGUMENTS[member](*CALL.arrays())

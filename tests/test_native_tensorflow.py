@@ -15,7 +15,8 @@ from frameworks import IMPLEMENTATIONS, assert_equals_oracle, missing, numpy, op
 from oracle import Call
 
 import involution
-from involution.ops import api, native, native_library, native_tensorflow
+from involution.ops import api, native
+from involution.ops.native import library, tensorflow
 
 pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
 
@@ -359,18 +360,18 @@ def test_f16_a_visible_gpu_is_a_reason_by_name(monkeypatch):
 def reason_with(monkeypatch, file):
     """Why native cannot run if its binding is this file."""
     monkeypatch.setattr(
-        native_library,
+        library,
         "find",
-        lambda name, find=native_library.find: (
+        lambda name, find=library.find: (
             file if name == "libinvolution_tensorflow.so" else find(name)
         ),
     )
-    native_tensorflow._operations.cache_clear()
+    tensorflow._operations.cache_clear()
     x, kernel = (keras.KerasTensor(a.shape) for a in CALL.arrays()[:2])
     try:
         return dict(involution.ops.implementations(x, kernel, **CALL.arguments))["native"]
     finally:
-        native_tensorflow._operations.cache_clear()
+        tensorflow._operations.cache_clear()
 
 
 def test_a_core_built_without_its_binding_is_refused(monkeypatch):
@@ -390,7 +391,7 @@ def test_the_core_uses_the_threads_that_tensorflow_is_set_to(set_to, told, monke
     """Of one operation; 0 means as many as there are processors."""
     get = "get_intra_op_parallelism_threads"
     monkeypatch.setattr(tf.config.threading, get, lambda: set_to)
-    monkeypatch.setattr(native_library, "processors", lambda: 5)
+    monkeypatch.setattr(library, "processors", lambda: 5)
     program = tf.function(operation(CALL, "native"), specs(CALL, unknown="batch"))
     operations = program.get_concrete_function().graph.get_operations()
     (ours,) = (o for o in operations if o.type.startswith("Involution"))

@@ -23,8 +23,10 @@ from oracle import Call
 from torch._dynamo.testing import CompileCounter
 
 import involution
-from involution.ops import api, native, native_call, native_library, native_torch
+from involution.ops import api, native
 from involution.ops.geometry import Geometry
+from involution.ops.native import library, params
+from involution.ops.native import torch as native_torch
 
 pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
 
@@ -116,11 +118,11 @@ def test_f22_one_program_for_every_image_size(padding, fresh):
 
 
 @each_call
-@pytest.mark.parametrize("member", native_call.MEMBERS)
+@pytest.mark.parametrize("member", params.MEMBERS)
 def test_f22_operation_is_what_pytorch_asks_of_one(member, call):
     a, b = ARGUMENTS[member](*leaves(call, 3))
     g = Geometry(**call.arguments)
-    numbers = native_call.numbers(member, g, call.sizes, a, b)
+    numbers = params.numbers(member, g, call.sizes, a, b)
     told = torch.library.opcheck(native_torch.operations.plain, (a, b, numbers, g.rank))
     assert len(told) == 4
     assert set(told.values()) == {"SUCCESS"}
@@ -169,18 +171,18 @@ def test_f17_gradients_of_first_and_second_order_are_differences(call):
 
 def test_only_the_gradients_that_are_asked_for_are_made(monkeypatch):
     ran = []
-    run = native_library.run
+    run = library.run
 
     def recorded(numbers, *arguments):
         ran.append(numbers[0])
         return run(numbers, *arguments)
 
-    monkeypatch.setattr(native_library, "run", recorded)
+    monkeypatch.setattr(library, "run", recorded)
     for argument, member in ((0, "input"), (1, "kernel")):
         pair = tensors(CALL.arrays()[:2], "float64")
         pair[argument].requires_grad_()
         operation(CALL, "native")(*pair).sum().backward()
-        assert ran == [native_call.MEMBERS["output"], native_call.MEMBERS[member]]
+        assert ran == [params.MEMBERS["output"], params.MEMBERS[member]]
         ran.clear()
 
 
@@ -298,14 +300,14 @@ def test_inference_mode_gives_the_same():
 
 
 @each_call
-@pytest.mark.parametrize("member", native_call.MEMBERS)
+@pytest.mark.parametrize("member", params.MEMBERS)
 def test_f16_shapes_alone_on_the_device_that_has_no_memory(member, call):
     a, b = (t.to("meta") for t in ARGUMENTS[member](*tensors(call.arrays(), "float32")))
     g = Geometry(**call.arguments)
     result = native_torch.call(member, g, call.sizes, a, b)
     assert result.device.type == "meta"
     assert result.dtype == torch.float32
-    assert tuple(result.shape) == native_call.result_shape(member, g, call.sizes, a, b)
+    assert tuple(result.shape) == params.result_shape(member, g, call.sizes, a, b)
 
 
 def test_f16_another_device_is_refused_by_name():
@@ -322,13 +324,13 @@ def test_f16_another_device_is_refused_by_name():
 
 def test_the_core_uses_the_threads_that_pytorch_is_set_to(monkeypatch):
     told = []
-    run = native_library.run
+    run = library.run
 
     def recorded(numbers, batch, threads, *addresses):
         told.append(threads)
         return run(numbers, batch, threads, *addresses)
 
-    monkeypatch.setattr(native_library, "run", recorded)
+    monkeypatch.setattr(library, "run", recorded)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
@@ -355,10 +357,10 @@ def threads_of_a_process():
     x, kernel, dy = (a.astype("float32") for a in LARGE.arrays())
     values = core.results(LARGE, x, kernel, dy, threads=3)
     added = tasks() - before
-    native_library.use_team(None)
+    library.use_team(None)
     by_pool = core.results(LARGE, x, kernel, dy, threads=3)
     added_by_pool = tasks() - before
-    native_library.use_team(native_torch._openmp())
+    library.use_team(native_torch._openmp())
     assert all((values[m] == by_pool[m]).all() for m in values)
     codes = []
     for _ in range(3):

@@ -31,9 +31,10 @@ from frameworks import (
 from oracle import Call, not_finite, random_calls
 
 import involution
-from involution.ops import api, native, native_library, taps
+from involution.ops import api, native, taps
 from involution.ops.cases import CASES
 from involution.ops.geometry import Geometry
+from involution.ops.native import library
 
 PADDINGS = ("same", "valid", "symmetric", ((1, 2), (0, 3)))
 
@@ -577,7 +578,7 @@ def test_these_tests_know_every_implementation():
 def test_native_is_there_or_the_installation_says_why_not():
     reasons = dict(involution.ops.implementations(*SMALL.arrays()[:2], (3, 2), groups=2))
     if missing() is None:
-        print("native was built, for the instructions", *native_library.levels())
+        print("native was built, for the instructions", *library.levels())
         assert reasons["native"] is None
         assert "native" in IMPLEMENTATIONS
     else:

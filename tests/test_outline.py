@@ -14,9 +14,10 @@ from frameworks import numpy
 from watching import held
 
 import involution
-from involution import memory, saved_model
-from involution.errors import InputError
-from involution.outline import MOST_LAYERS, SPARE, outline
+from involution.saving import classifier
+from involution.utils import memory
+from involution.utils.abstract_build import MOST_LAYERS, SPARE, outline
+from involution.utils.errors import InputError
 
 L = keras.layers
 MOST = 64 * 2**20
@@ -113,7 +114,7 @@ KINDS = [
 )
 def test_no_number_of_a_file_takes_memory(name, tmp_path):
     parts = blown_up.parts(blown_up.honest(name), tmp_path)
-    saved_model.load_model(tmp_path / "honest.keras")
+    classifier.load_model(tmp_path / "honest.keras")
     config = json.loads(parts["config.json"])
     tried = list(blown_up.blown_up(config, ("config", "build_config")))
     assert len(tried) > 2 or name not in KINDS
@@ -124,7 +125,7 @@ def test_no_number_of_a_file_takes_memory(name, tmp_path):
             file.write("5")  # the peak begins anew
         before = held()
         with contextlib.suppress(InputError):
-            saved_model.load_model(path)
+            classifier.load_model(path)
         assert held("VmHWM") - before < MOST, where
 
 
@@ -163,7 +164,7 @@ def recurrent():
 def test_honest_models_are_read(make, tmp_path):
     model = make()
     model.save(tmp_path / "x.keras")
-    again = saved_model.load_model(tmp_path / "x.keras")
+    again = classifier.load_model(tmp_path / "x.keras")
     random = np.random.default_rng(0)
     x = [random.random((2, *each.shape[1:]), "float32") for each in model.inputs]
     got, want = (numpy(made(x if len(x) > 1 else x[0], training=False)) for made in (again, model))

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from involution.models.checkpoints import CheckpointError, pickles
+from involution.models.checkpoint_readers import CheckpointError, restricted_unpickler
 
 pytestmark = pytest.mark.any_backend
 
@@ -15,7 +15,7 @@ ARRAYS = "A checkpoint must be made of arrays alone"
 
 
 def read(content, functions=None, persistent=None):
-    return pickles.read(io.BytesIO(content), functions or {}, persistent)
+    return restricted_unpickler.read(io.BytesIO(content), functions or {}, persistent)
 
 
 def refused(content, functions=None, persistent=None):
@@ -82,19 +82,21 @@ def test_what_is_remembered_has_the_number_that_the_pickle_gives_it():
 
 def test_one_pickle_is_read_and_the_file_stands_behind_it():
     file = io.BytesIO(b"\x80\x02K\x01.\x80\x02K\x02.")
-    assert [pickles.read(file, {}) for _ in range(2)] == [1, 2]
+    assert [restricted_unpickler.read(file, {}) for _ in range(2)] == [1, 2]
 
 
 def test_names_are_texts_and_functions_are_the_callers():
     functions = {"a.b.c": None, "m.pair": lambda *values: list(values)}
-    assert read(b"ca.b\nc\n.", functions) == pickles.Name("a.b.c")
-    assert read(named("a.b", "c") + b".", functions) == pickles.Name("a.b.c")
+    assert read(b"ca.b\nc\n.", functions) == restricted_unpickler.Name("a.b.c")
+    assert read(named("a.b", "c") + b".", functions) == restricted_unpickler.Name("a.b.c")
     assert read(b"cm\npair\nK\x01K\x02\x86R.", functions) == [1, 2]
     assert read(named("m", "pair") + b"(K\x01K\x02tR.", functions) == [1, 2]
     assert read(b"K\x07Q.", persistent=lambda number: ["object", number]) == ["object", 7]
-    assert pickles.empty_dictionary() == {}
+    assert restricted_unpickler.empty_dictionary() == {}
     ordered = pickle.dumps(collections.OrderedDict(a=1), 2)
-    assert read(ordered, {"collections.OrderedDict": pickles.empty_dictionary}) == {"a": 1}
+    assert read(ordered, {"collections.OrderedDict": restricted_unpickler.empty_dictionary}) == {
+        "a": 1
+    }
 
 
 def test_a_state_is_for_what_takes_one():
@@ -143,7 +145,7 @@ def test_other_instructions(content, instruction):
 
 
 def test_instructions_are_counted(monkeypatch):
-    monkeypatch.setattr(pickles, "STEPS", 1000)
+    monkeypatch.setattr(restricted_unpickler, "STEPS", 1000)
     assert read(b"\x80\x02" * 998 + b"N.") is None
     rule = "A pickle must need at most 1,000 instructions. Received: a longer one"
     assert refused(b"\x80\x02" * 999 + b"N.") == rule

@@ -6,7 +6,7 @@ import pytest
 from frameworks import numpy
 from keras_io_formula import relative_error
 
-from involution.pointwise import POINTWISE
+from involution.kernel_generators.pointwise import POINTWISE
 
 SHAPES = {1: (2, 9, 5), 2: (2, 9, 6, 5), 3: (2, 5, 4, 3, 5)}
 

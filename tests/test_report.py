@@ -4,8 +4,9 @@ import keras
 import numpy as np
 import pytest
 
-from involution import data, experiment, report, training
-from involution.saved_model import Classifier
+from involution.data import datasets
+from involution.saving.classifier import Classifier
+from involution.training import experiment, report, trainer
 
 pytestmark = pytest.mark.any_backend
 
@@ -25,11 +26,11 @@ def run():
     labels = np.array([0, 1, 0, 1])
     # Names as a folder of a stranger may have them.
     names = ("<script>alert(1)</script>", r"b & $\no$")
-    dataset = data.Dataset("<b>pets</b>", "", images, labels, images, labels, names)
+    dataset = datasets.Dataset("<b>pets</b>", "", images, labels, images, labels, names)
     return experiment.Run(
         experiment.Config(),
         dataset,
-        training.RECIPES["example"],
+        trainer.RECIPES["example"],
         [result("one", 0.75, 3.0), result("two", 0.5, 2.0)],
         "involution compare",
         "2026-01-01",

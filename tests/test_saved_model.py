@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from images import write_image
 
-from involution import data, keras_files, models, saved_model
-from involution.errors import InputError
-from involution.models import shipped, weights
-from involution.saved_model import Classifier
+from involution import models
+from involution.data import datasets
+from involution.models import pretrained, weights
+from involution.saving import classifier as saved_model
+from involution.saving import keras_archive
+from involution.saving.classifier import Classifier
+from involution.utils.errors import InputError
 
 ABOUT = {"class_names": ["a", "말"], "image_shape": [4, 6, 3], "scaling": "pixels / 255"}
 NO_CLASSIFIER = (
@@ -80,7 +83,7 @@ def test_a_file_gives_the_classifier_back(classifier, tmp_path):
 def test_an_image_is_read_as_in_training(classifier, tmp_path):
     write_image(tmp_path / "x.png", size=(9, 7))
     read = classifier.read(tmp_path / "x.png")
-    want = data.scale(data.read_image(tmp_path / "x.png", (4, 6)))
+    want = datasets.scale(datasets.read_image(tmp_path / "x.png", (4, 6)))
     assert (read.shape, read.dtype) == ((1, 4, 6, 3), np.float32)
     np.testing.assert_array_equal(read[0], want)
 
@@ -93,7 +96,7 @@ def test_a_model_of_the_middle_sees_the_middle(classifier, tmp_path):
     again = saved_model.load(tmp_path / "x.keras")
     assert again.crop == 0.5
     write_image(tmp_path / "x.png", size=(40, 30))
-    want = data.scale(data.read_image(tmp_path / "x.png", (4, 6), crop=0.5))
+    want = datasets.scale(datasets.read_image(tmp_path / "x.png", (4, 6), crop=0.5))
     np.testing.assert_array_equal(again.read(tmp_path / "x.png")[0], want)
     assert (classifier.read(tmp_path / "x.png")[0] != want).any()
 
@@ -106,7 +109,7 @@ def test_weights_of_a_file_for_a_model_that_is_there(classifier, tmp_path, monke
     for got, want in zip(again.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_array_equal(got, want)
     checked = []
-    monkeypatch.setattr(keras_files, "check", checked.append)
+    monkeypatch.setattr(keras_archive, "check", checked.append)
     saved_model.load_weights(again, path)
     assert checked == [path]
     missing = tmp_path / "missing.keras"
@@ -125,7 +128,7 @@ def test_scores_of_large_logits_are_probabilities():
 
 def test_where_a_classifier_is_looked_for(unread, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert saved_model.load("inn-cifar10").model.path == shipped.folder("inn-cifar10")
+    assert saved_model.load("inn-cifar10").model.path == pretrained.folder("inn-cifar10")
     assert saved_model.load(archive(tmp_path / "x.keras")).class_names == ("a", "말")
     folder = tmp_path / "folder"
     weights.save(folder, "cnn", {"classes": 2}, models.cnn(classes=2), ABOUT)

@@ -10,8 +10,10 @@ import pytest
 from frameworks import numpy
 from images import write_folder
 
-from involution import experiment, models, saved_model
-from involution.models import shipped, weights
+from involution import models
+from involution.models import pretrained, weights
+from involution.saving import classifier as saved_model
+from involution.training import experiment
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 LIMIT = 2_000_000
@@ -25,13 +27,13 @@ def script(name):
 
 
 def test_they_are_small_and_each_has_a_card():
-    assert saved_model.DEFAULT in shipped.names()
-    assert {"cnn-cifar10", "inn-cifar10", "rednet_tiny-cifar10"} == set(shipped.names())
-    sizes = [f.stat().st_size for f in shipped.FOLDERS.rglob("*") if f.is_file()]
+    assert saved_model.DEFAULT in pretrained.names()
+    assert {"cnn-cifar10", "inn-cifar10", "rednet_tiny-cifar10"} == set(pretrained.names())
+    sizes = [f.stat().st_size for f in pretrained.FOLDERS.rglob("*") if f.is_file()]
     assert sum(sizes) < LIMIT
-    for name in shipped.names():
-        card = (shipped.folder(name) / "README.md").read_text(encoding="utf-8")
-        accuracy = weights.read_config(shipped.folder(name))["extra"]["test_accuracy"]
+    for name in pretrained.names():
+        card = (pretrained.folder(name) / "README.md").read_text(encoding="utf-8")
+        accuracy = weights.read_config(pretrained.folder(name))["extra"]["test_accuracy"]
         for part in (
             f"# {name}\n",
             "| recipe |",
@@ -42,10 +44,10 @@ def test_they_are_small_and_each_has_a_card():
             assert part in card, (name, part)
 
 
-@pytest.mark.parametrize("name", shipped.names())
+@pytest.mark.parametrize("name", pretrained.names())
 def test_a_shipped_model_has_the_numbers_it_was_shipped_with(name):
     model = models.load(name)
-    about = weights.read_config(shipped.folder(name))["extra"]
+    about = weights.read_config(pretrained.folder(name))["extra"]
     ramp = np.linspace(0, 1, 32 * 32 * 3, dtype="float32").reshape(1, 32, 32, 3)
     np.testing.assert_allclose(
         numpy(model(ramp))[0], about["logits_of_a_ramp"], rtol=1e-4, atol=1e-4
@@ -78,9 +80,9 @@ def runs(tmp_path_factory):
 
 @pytest.mark.any_backend
 def test_a_run_is_shipped(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shipped, "FOLDERS", tmp_path)
+    monkeypatch.setattr(pretrained, "FOLDERS", tmp_path)
     script("ship").ship(runs / "1", "cnn:filters=2-3-4", "small")
-    assert shipped.names() == ["small"]
+    assert pretrained.names() == ["small"]
     classifier = saved_model.load("small")
     original = saved_model.load(runs / "1" / "cnn-filters=2-3-4.keras")
     assert classifier.class_names == original.class_names

@@ -9,9 +9,12 @@ from images import write_image
 from matplotlib.figure import Figure
 
 import involution_cli
-from involution import answers, errors, files, pages, saved_model
-from involution.console import Console
-from involution.errors import shown
+from involution.demo import render
+from involution.saving import classifier
+from involution.utils import atomic_files, errors
+from involution.utils.errors import shown
+from involution.utils.progress import Console
+from involution.visualize import html
 
 pytestmark = pytest.mark.any_backend
 
@@ -67,41 +70,41 @@ def test_a_prediction_stays_on_its_line(tmp_path, capsys, monkeypatch):
     layers = [keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(2)]
     names = (HARM, "x\nimage.png: cat 1.000")
     path = tmp_path / "m.keras"
-    saved_model.Classifier(keras.Sequential(layers), names, (8, 8, 3)).save(path)
+    classifier.Classifier(keras.Sequential(layers), names, (8, 8, 3)).save(path)
     write_image(tmp_path / "i.png")
     involution_cli.predict(path, tmp_path / "i.png")
     first, line = capsys.readouterr().out.splitlines()
     assert first == "involution: Reading the model."
     assert SEEN in line
     assert r"x\u000aimage.png" in line
-    scores = answers.scores({"m": saved_model.load(path)}, tmp_path / "i.png")
+    scores = render.scores({"m": classifier.load(path)}, tmp_path / "i.png")
     assert set(scores["m"]) == {SEEN, r"x\u000aimage.png: cat 1.000"}
 
 
 def test_files_show_them(tmp_path):
     (tmp_path / "x.html.j2").write_text("{{ name }}|{{ pair[0] }}|{{ many }}|{{ 3 }}")
-    folder = pages.__file__
+    folder = html.__file__
     try:
-        pages.__file__ = str(tmp_path / "pages.py")
-        pages.write(tmp_path / "x.html", "x.html.j2", name=HARM, pair=["<b>"], many="a\n\tb")
+        html.__file__ = str(tmp_path / "pages.py")
+        html.write(tmp_path / "x.html", "x.html.j2", name=HARM, pair=["<b>"], many="a\n\tb")
     finally:
-        pages.__file__ = folder
+        html.__file__ = folder
     text = (tmp_path / "x.html").read_text(encoding="utf-8")
     assert text == f"{SEEN}|&lt;b&gt;|a\n\tb|3"
-    files.write_json(tmp_path / "x.json", {HARM: [READABLE, HARM]})
+    atomic_files.write_json(tmp_path / "x.json", {HARM: [READABLE, HARM]})
     text = (tmp_path / "x.json").read_text(encoding="utf-8")
     assert clean(text)
     assert json.loads(text) == {HARM: [READABLE, HARM]}
-    assert files.csv_text(["a", "b"], [{"a": HARM, "b": 1.5}]) == f"a,b\n{SEEN},1.5\n"
+    assert atomic_files.csv_text(["a", "b"], [{"a": HARM, "b": 1.5}]) == f"a,b\n{SEEN},1.5\n"
 
 
 def test_figures_show_them():
     figure = Figure()
     figure.subplots().set_title("a\x1b\nbé", parse_math=False)
-    svg = pages.image(figure, "svg")
+    svg = html.image(figure, "svg")
     assert b"\x1b" not in svg
     assert figure.axes[0].get_title() == "a\\u001b\nbé"
 
 
 def test_a_layers_name_is_no_html():
-    assert answers._escaped(f"<img src=x>{HARM}") == f"&lt;img src=x&gt;{SEEN}"
+    assert render._escaped(f"<img src=x>{HARM}") == f"&lt;img src=x&gt;{SEEN}"

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save as save_arrays
 
-from involution import checkpoint, files
-from involution.checkpoint import Store
-from involution.errors import InputError, WriteError
+from involution.training import checkpoint
+from involution.training.checkpoint import Store
+from involution.utils import atomic_files
+from involution.utils.errors import InputError, WriteError
 
 pytestmark = pytest.mark.any_backend
 
@@ -167,13 +168,13 @@ def test_what_is_saved_comes_back_to_the_bit(store):
 def test_the_older_stays_until_the_newer_is_read_back(store, monkeypatch):
     for number in (1, 2):
         store.save(ARRAYS, {"number": number})
-    real = files.replacing
+    real = atomic_files.replacing
 
     def faulty(path):
         return real(path.with_name("elsewhere"))
 
     before = content(store)
-    monkeypatch.setattr(files, "replacing", faulty)
+    monkeypatch.setattr(atomic_files, "replacing", faulty)
     with pytest.raises(OSError, match="No such file"):
         store.save(ARRAYS, {"number": 3})
     assert set(before) < set(content(store))
@@ -218,7 +219,7 @@ def test_a_file_with_the_right_hash_and_the_wrong_content(store):
 
 def test_what_else_lies_there_is_left_out(store):
     store.save(ARRAYS, {"number": 1})
-    for name in (f"{files.PART}1-2.safetensors", "notes.txt"):
+    for name in (f"{atomic_files.PART}1-2.safetensors", "notes.txt"):
         (store.folder / name).write_bytes(b"x")
     assert store.latest(no_word).number == 1
     store.remove_older()

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from images import write_folder, write_image
 
-from involution import data, image_files, memory, training
-from involution.errors import InputError
+from involution.data import datasets, image_folder
+from involution.data.lazy_images import StoredImages
 from involution.models import cnn
-from involution.stored_images import StoredImages
+from involution.training import trainer as training
+from involution.utils import memory
+from involution.utils.errors import InputError
 
 pytestmark = pytest.mark.any_backend
 
@@ -25,12 +27,12 @@ def pets(tmp_path):
 @pytest.fixture
 def pair(pets, monkeypatch):
     """The same folder, in memory and in its files."""
-    loaded = data.load(str(pets))
+    loaded = datasets.load(str(pets))
     assert isinstance(loaded.x_train, np.ndarray)
     # A quarter of it is less than they take.
     size = 3 * (loaded.x_train.nbytes + loaded.x_test.nbytes)
     monkeypatch.setattr(memory, "allowed", lambda: size)
-    stored = data.load(str(pets))
+    stored = datasets.load(str(pets))
     assert isinstance(stored.x_train, StoredImages)
     assert isinstance(stored.x_test, StoredImages)
     return loaded, stored
@@ -48,7 +50,7 @@ def test_they_are_read_as_an_array_is(pair):
 
 
 def test_it_is_the_same_data_set(pair, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 5)
+    monkeypatch.setattr(datasets, "BLOCK", 5)
     loaded, stored = pair
     assert stored.fingerprint() == loaded.fingerprint()
     held_out = [dataset.validation(7) for dataset in pair]
@@ -84,7 +86,7 @@ def test_a_file_that_is_another_meanwhile(pair):
 
 def test_crops_are_a_function_of_seed_epoch_and_image(tmp_path):
     pets = write_folder(tmp_path / "pets", size=(20, 14))
-    images = data.load(str(pets), (6, 8), crop=0.875).x_train
+    images = datasets.load(str(pets), (6, 8), crop=0.875).x_train
     index = np.array([3, 0, 3])
     seen = images.crops(index, 1, 1)
     assert (seen.shape, seen.dtype) == ((3, 6, 8, 3), np.uint8)
@@ -94,7 +96,7 @@ def test_crops_are_a_function_of_seed_epoch_and_image(tmp_path):
         assert (images.crops(index, seed, epoch) != seen).any()
     assert (images[index] != seen).any()
     with images.files[3].open() as file:
-        expected = data.read_image(file, (6, 8), random=np.random.default_rng([1, 1, 2, 3]))
+        expected = datasets.read_image(file, (6, 8), random=np.random.default_rng([1, 1, 2, 3]))
     np.testing.assert_array_equal(seen[0], expected)
 
 
@@ -102,44 +104,44 @@ def test_what_crops_stays_in_its_files(tmp_path):
     pets = write_folder(tmp_path / "pets")
     # No two of one size.
     write_image(pets / "train" / "ant" / "0.png", size=(31, 17))
-    loaded = data.load(str(pets), (8, 8), crop=0.5)
+    loaded = datasets.load(str(pets), (8, 8), crop=0.5)
     assert isinstance(loaded.x_test, StoredImages)
     assert loaded.x_train.shape == (24, 8, 8, 3)
-    assert loaded.fingerprint() != data.load(str(pets), (8, 8)).fingerprint()
+    assert loaded.fingerprint() != datasets.load(str(pets), (8, 8)).fingerprint()
     with pytest.raises(InputError, match=r"needs --image-size\. Received: none"):
-        data.load(str(pets), crop=0.5)
+        datasets.load(str(pets), crop=0.5)
     with pytest.raises(InputError, match=r"needs a folder of images\. Received: digits"):
-        data.load("digits", crop=0.5)
+        datasets.load("digits", crop=0.5)
     (pets / "test" / "cat" / "1.png").write_bytes(b"hello")
     with pytest.raises(InputError, match=r"1\.png \(1 of 36 files cannot be read\)"):
-        data.load(str(pets), (8, 8), crop=0.5)
+        datasets.load(str(pets), (8, 8), crop=0.5)
 
 
 def test_large_folders_are_not_read_at_the_beginning(tmp_path, monkeypatch):
     pets = write_folder(tmp_path / "pets")
-    small = data.load(str(pets)).fingerprint()
-    monkeypatch.setattr(image_files, "LARGE", 1000)
+    small = datasets.load(str(pets)).fingerprint()
+    monkeypatch.setattr(image_folder, "LARGE", 1000)
     broken = pets / "train" / "bee" / "3.png"
     monkeypatch.setattr(StoredImages, "_read", lambda *_: pytest.fail("read"))
-    loaded = data.load(str(pets))
+    loaded = datasets.load(str(pets))
     assert loaded.image_shape == (16, 16, 3)
-    assert data.load(str(pets), (9, 7)).image_shape == (9, 7, 3)
+    assert datasets.load(str(pets), (9, 7)).image_shape == (9, 7, 3)
     before = loaded.fingerprint()
     assert before != small
     content = broken.read_bytes()
     broken.write_bytes(content[:-1] + b"x")
-    assert data.load(str(pets)).fingerprint() == before
+    assert datasets.load(str(pets)).fingerprint() == before
     broken.write_bytes(content + b"x")
-    assert data.load(str(pets)).fingerprint() != before
+    assert datasets.load(str(pets)).fingerprint() != before
     monkeypatch.undo()
-    monkeypatch.setattr(image_files, "LARGE", 1000)
+    monkeypatch.setattr(image_folder, "LARGE", 1000)
     broken.write_bytes(b"hello")
     with pytest.raises(InputError, match=rf"cannot identify it. Received: {broken}"):
-        data.load(str(pets)).x_train[:]
+        datasets.load(str(pets)).x_train[:]
     first = pets / "train" / "ant" / "0.png"
     first.write_bytes(b"hello")
     with pytest.raises(InputError, match=rf"whole PNG.*Received: {first}"):
-        data.load(str(pets))
+        datasets.load(str(pets))
 
 
 def test_how_much_memory_there_is(monkeypatch):

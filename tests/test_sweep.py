@@ -16,10 +16,11 @@ from images import write_folder
 from test_experiment import Recorder
 
 import involution_cli
-from involution import experiment, sweep, training
-from involution.errors import InputError
-from involution.experiment import Config
-from involution.sweep import Choices, Plan, Range
+from involution.training import experiment, sweep
+from involution.training import trainer as training
+from involution.training.experiment import Config
+from involution.training.sweep import Choices, Plan, Range
+from involution.utils.errors import InputError
 
 pytestmark = pytest.mark.any_backend
 

@@ -9,15 +9,19 @@ import pytest
 from frameworks import numpy
 from images import write_folder
 
-from involution import data, experiment, training
-from involution.errors import InputError
-from involution.training import RECIPES, Recipe, Trainer
+from involution.data import datasets
+from involution.training import experiment
+from involution.training import trainer as training
+from involution.training.trainer import RECIPES, Recipe, Trainer
+from involution.utils.errors import InputError
 
 
 def dataset(count=10):
     random = np.random.default_rng(0)
     x = random.integers(0, 256, (count, 4, 5, 3)).astype("uint8")
-    return data.Dataset("noise", "", x, np.arange(count) % 2, x[:3], np.arange(3) % 2, ("a", "b"))
+    return datasets.Dataset(
+        "noise", "", x, np.arange(count) % 2, x[:3], np.arange(3) % 2, ("a", "b")
+    )
 
 
 def network():
@@ -99,7 +103,7 @@ def test_smoothed_labels_are_for_training_alone():
     )
     np.testing.assert_allclose(trainer._tested(np.array([1, 0])).labels, [[0, 1], [1, 0]])
     (row,) = trainer.epochs()
-    logits = trainer.network(data.scale(images.x_test), training=False)
+    logits = trainer.network(datasets.scale(images.x_test), training=False)
     odds = keras.ops.log_softmax(logits)
     loss = -np.mean(numpy(odds)[np.arange(3), images.y_test])
     assert row["test_loss"] == pytest.approx(loss, rel=1e-5)
@@ -161,7 +165,7 @@ def test_the_mean_of_the_weights_is_what_is_tested_and_left(accumulate):
 def test_every_part_of_a_recipe_can_be_gone_on_with(tmp_path):
     """From any step, in the midst of a batch's parts and of testing too."""
     pets = write_folder(tmp_path / "pets", size=(12, 9), train=4, test=3)
-    images = data.load(str(pets), (6, 8), crop=0.875)
+    images = datasets.load(str(pets), (6, 8), crop=0.875)
     recipe = dataclasses.replace(
         RECIPES["imagenet"], learning_rate=0.05, batch_size=4, accumulate=2, ema=0.7, clip_norm=1.0
     )
@@ -244,11 +248,11 @@ def test_some_images_are_seen_in_a_mirror():
 
 
 def test_the_mirror_is_a_function_of_seed_and_epoch():
-    first = data.mirrored(4000, 1, 1)
-    np.testing.assert_array_equal(first, data.mirrored(4000, 1, 1))
+    first = datasets.mirrored(4000, 1, 1)
+    np.testing.assert_array_equal(first, datasets.mirrored(4000, 1, 1))
     assert 0.45 < first.mean() < 0.55
-    assert (first != data.mirrored(4000, 1, 2)).any()
-    assert (first != data.mirrored(4000, 2, 1)).any()
+    assert (first != datasets.mirrored(4000, 1, 2)).any()
+    assert (first != datasets.mirrored(4000, 2, 1)).any()
 
 
 def test_what_is_held_out():

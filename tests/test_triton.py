@@ -14,19 +14,21 @@ from frameworks import operation
 from oracle import Call, error_bound, ieee, not_finite, random_calls
 
 import involution
-from involution.ops import api, native_call, triton
+from involution.ops import api, triton
+from involution.ops.autodiff import KERNEL
 from involution.ops.geometry import Geometry
-from involution.ops.gradients import KERNEL
+from involution.ops.native import params
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with pytest.MonkeyPatch.context() as patch:
     # Whether programs are interpreted is settled when they are defined.
     if DEVICE == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")
-    from involution.ops import triton_kernels, triton_torch
+    from involution.ops.triton import kernels
+    from involution.ops.triton import launch as triton_torch
 
 # Block sizes are of speed alone: on a device too one of them shows what is computed.
-for program in (*triton_kernels.PROGRAMS.values(), triton_kernels.FUSED):
+for program in (*kernels.PROGRAMS.values(), kernels.FUSED):
     program.configs = program.configs[:1]
 
 CALL = Call(2, (4, 5), 6, (3, 2), (2, 1), "same", (1, 2), 3)
@@ -90,8 +92,8 @@ def check(call, dtype, strange=False, seed=0, change=list):
     g = Geometry(**call.arguments)
     for member, arguments in ARGUMENTS.items():
         a, b = arguments(*given)
-        numbers = native_call.numbers(member, g, call.sizes, a, b)
-        shape = native_call.result_shape(member, g, call.sizes, a, b)
+        numbers = params.numbers(member, g, call.sizes, a, b)
+        shape = params.result_shape(member, g, call.sizes, a, b)
         launch = functools.partial(triton_torch._run, numbers, g.rank, a, b)
         (result,) = run(launch, [shape], [a.dtype])
         terms = call.channels // call.groups if member == KERNEL else call.taps
@@ -158,8 +160,8 @@ def check_fused(call, hidden, dtype, seed=0, change=list):
     g = Geometry(**call.arguments)
     for member, arguments in FUSED_ARGUMENTS.items():
         tensors = arguments(*given)
-        numbers = native_call.fused_numbers(member, g, call.sizes, tensors)
-        shapes = native_call.fused_shapes(member, g, call.sizes, tensors)
+        numbers = params.fused_numbers(member, g, call.sizes, tensors)
+        shapes = params.fused_shapes(member, g, call.sizes, tensors)
         launch = functools.partial(_run_fused, numbers, g.rank, tensors)
         first, second = run(launch, shapes, (tensors[0].dtype, torch.float32))
         # In two steps kernels, and their gradients, are rounded in between.
@@ -305,11 +307,11 @@ def test_operations_are_what_pytorch_asks_of_them():
     g = Geometry(**CALL.arguments)
     for member, arguments in ARGUMENTS.items():
         given = [tensor(a, "float32") for a in arguments(*CALL.arrays())]
-        numbers = native_call.numbers(member, g, CALL.sizes, *given)
+        numbers = params.numbers(member, g, CALL.sizes, *given)
         torch.library.opcheck(triton_torch.operations.plain, (*given, numbers, g.rank))
     for member, arguments in FUSED_ARGUMENTS.items():
         given = [tensor(a, "float32") for a in arguments(*core.fused_arrays(CALL))]
-        numbers = native_call.fused_numbers(member, g, CALL.sizes, given)
+        numbers = params.fused_numbers(member, g, CALL.sizes, given)
         torch.library.opcheck(triton_torch.operations.fused, (*given, numbers, g.rank))
 
 

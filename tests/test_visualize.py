@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from involution import models, visualize
+from involution import models
+from involution.visualize import figures
 
 pytestmark = pytest.mark.any_backend
 
@@ -32,7 +33,7 @@ def bars(figure):
 def test_a_constant_map_is_drawn_flat_and_says_so():
     maps = {"flat": np.full((1, 4, 5), 0.3, "float32"), "other": np.eye(4)[None]}
     maps["flat"][0, 1, 1] += 1e-8
-    figure = visualize.heat_maps(images[:1], maps, overlay=True)
+    figure = figures.heat_maps(images[:1], maps, overlay=True)
     assert isinstance(figure, Figure)
     assert {"flat (5x4, constant)", "flat over the image (5x4, constant)", "other (4x4)"} < set(
         titles(figure)
@@ -46,14 +47,14 @@ def test_a_constant_map_is_drawn_flat_and_says_so():
 def test_a_map_that_is_not_finite_says_so():
     values = np.linspace(0, 1, 16).reshape(1, 4, 4)
     values[0, 0, 0] = np.nan
-    figure = visualize.heat_maps(images[:1], {"m": values, "none": values * np.nan})
+    figure = figures.heat_maps(images[:1], {"m": values, "none": values * np.nan})
     assert panel(figure, "m (4x4, not finite)")[1] == (1 / 15, 1)
     assert "none (4x4, not finite)" in titles(figure)
 
 
 def test_the_grid_of_the_example_has_one_scale_in_a_column(inn):
-    maps = visualize.kernel_maps(inn, images)
-    figure = visualize.heat_maps(images, maps, ["a", "b", "c"])
+    maps = figures.kernel_maps(inn, images)
+    figure = figures.heat_maps(images, maps, ["a", "b", "c"])
     grid = [ax for ax in figure.axes if ax not in bars(figure)]
     assert len(grid) == 3 * 4
     assert len(bars(figure)) == 3
@@ -64,7 +65,7 @@ def test_the_grid_of_the_example_has_one_scale_in_a_column(inn):
             assert drawn.get_clim() == pytest.approx(
                 (values.sum(-1).min(), values.sum(-1).max()), rel=1e-6
             )
-    own = visualize.heat_maps(images, maps, shared=False)
+    own = figures.heat_maps(images, maps, shared=False)
     grid = [ax for ax in own.axes if ax not in bars(own)]
     for row in range(3):
         (drawn,) = grid[4 * row + 1].images
@@ -74,9 +75,7 @@ def test_the_grid_of_the_example_has_one_scale_in_a_column(inn):
 
 def test_outputs_stand_beside_the_maps():
     values = np.linspace(-3, 7, 16).reshape(1, 4, 4)
-    figure = visualize.heat_maps(
-        images[:1], {"m": values}, ["a title"], activations={"m": values**2}
-    )
+    figure = figures.heat_maps(images[:1], {"m": values}, ["a title"], activations={"m": values**2})
     assert panel(figure, "m (4x4)")[1] == (-3, 7)
     np.testing.assert_array_equal(panel(figure, "m: output (4x4)")[0], values[0] ** 2)
     assert titles(figure)[0] == "a title"
@@ -88,12 +87,12 @@ def test_maps_of_series_and_volumes_are_refused(shape):
     if len(shape) == 3:  # what a series has with its groups, an image has without
         maps = {"m": np.ones((1, 9))}
     with pytest.raises(ValueError, match=r"`maps` must be of images: .* Received: m of shape"):
-        visualize.heat_maps(images[:1], maps)
+        figures.heat_maps(images[:1], maps)
 
 
 def test_every_group_has_its_map_on_one_scale():
     maps = {"a": np.arange(60.0).reshape(4, 5, 3), "b": np.eye(3)[..., None].repeat(11, -1)}
-    figure = visualize.group_maps(maps, columns=4)
+    figure = figures.group_maps(maps, columns=4)
     shown = [ax for ax in figure.axes if ax.images and ax not in bars(figure)]
     assert [ax.get_title() for ax in shown] == [
         *(f"group {i}" for i in range(3)),
@@ -102,12 +101,12 @@ def test_every_group_has_its_map_on_one_scale():
     for i in range(3):
         np.testing.assert_array_equal(shown[i].images[-1].get_array(), maps["a"][..., i])
         assert shown[i].images[-1].get_clim() == (0, 59)
-    over = visualize.group_maps(maps, image=images[0])
+    over = figures.group_maps(maps, image=images[0])
     assert all(len(ax.images) == 2 for ax in over.axes if ax.get_title().startswith("group"))
 
 
 def test_the_kernel_at_a_place_before_and_after_training(inn):
-    looks = visualize.looks(inn, images)
+    looks = figures.looks(inn, images)
     place = (0.25, 0.75)
     random = np.random.default_rng(0)
     after = {
@@ -116,7 +115,7 @@ def test_the_kernel_at_a_place_before_and_after_training(inn):
     }
     before = {name: np.zeros_like(kernel) for name, kernel in after.items()}
     windows = {name: look.window_at(place) for name, look in looks.items()}
-    figure = visualize.place_kernels(images[0], place, {"before": before, "after": after}, windows)
+    figure = figures.place_kernels(images[0], place, {"before": before, "after": after}, windows)
     rows = [[ax for ax in figure.axes if ax.get_title() == t] for t in ("before", "after")]
     assert [len(row) for row in rows] == [3, 3]
     for ax_before, ax_after, kernel in zip(*rows, after.values(), strict=True):
@@ -142,7 +141,7 @@ def test_curves_have_the_same_axes_titles_and_units():
         }
         for e in (1, 2, 3)
     ]
-    figure = visualize.curves({"cnn": rows, "inn": rows[:2]})
+    figure = figures.curves({"cnn": rows, "inn": rows[:2]})
     assert titles(figure) == ["cnn: loss", "inn: loss", "cnn: accuracy", "inn: accuracy"]
     loss, other = figure.axes[0], figure.axes[1]
     assert loss.get_ylim() == other.get_ylim()
@@ -153,18 +152,18 @@ def test_curves_have_the_same_axes_titles_and_units():
 
 def test_samples_are_drawn_by_seed_across_classes():
     labels = np.repeat(np.arange(10), 50)
-    chosen = visualize.across_classes(labels, 25, 42)
-    np.testing.assert_array_equal(chosen, visualize.across_classes(labels, 25, 42))
-    assert (chosen != visualize.across_classes(labels, 25, 43)).any()
+    chosen = figures.across_classes(labels, 25, 42)
+    np.testing.assert_array_equal(chosen, figures.across_classes(labels, 25, 42))
+    assert (chosen != figures.across_classes(labels, 25, 43)).any()
     assert set(np.bincount(labels[chosen])) == {2, 3}
     assert len(set(chosen)) == 25
     pictures = np.zeros((500, 4, 4, 3), "uint8")
-    figure = visualize.samples(pictures, labels, [f"class {i}" for i in range(10)], 42)
+    figure = figures.samples(pictures, labels, [f"class {i}" for i in range(10)], 42)
     assert titles(figure) == [f"class {labels[i]}" for i in chosen]
 
 
 def test_fewer_images_than_places_leave_places_empty():
-    figure = visualize.samples(np.zeros((2, 4, 4, 3), "uint8"), np.array([0, 1]), ["a", "b"], 0)
+    figure = figures.samples(np.zeros((2, 4, 4, 3), "uint8"), np.array([0, 1]), ["a", "b"], 0)
     assert sorted(t for t in titles(figure) if t) == ["a", "b"]
 
 
@@ -173,7 +172,7 @@ def test_words_shows_that_kernels_differ_between_places_and_filters_between_chan
     random = np.random.default_rng(0)
     kernel, filters = random.random((8, 8, 3, 3)), random.random((3, 3, 2))
     places = [(1, 1), (5, 2), (6, 6)]
-    figure = visualize.words(kernel, filters, places)
+    figure = figures.words(kernel, filters, places)
     panels = np.array([ax.images[0].get_array() for ax in figure.axes if ax.images]).reshape(
         2, 2, 3, 3, 3
     )

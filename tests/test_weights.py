@@ -12,9 +12,10 @@ from keras_io_formula import randomize
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from involution import files, models
+from involution import models
 from involution.models import weights
-from involution.models.checkpoints import CheckpointError
+from involution.models.checkpoint_readers import CheckpointError
+from involution.utils import atomic_files
 
 SMALL = {
     "cnn": {"input_shape": (8, 12, 3), "classes": 7},
@@ -214,8 +215,10 @@ def test_what_stands_in_a_folder(tmp_path, monkeypatch):
 def test_a_folder_is_a_model_when_it_is_whole(tmp_path, monkeypatch):
     small(monkeypatch)
     written = []
-    real = files.replacing
-    monkeypatch.setattr(files, "replacing", lambda path: written.append(path.name) or real(path))
+    real = atomic_files.replacing
+    monkeypatch.setattr(
+        atomic_files, "replacing", lambda path: written.append(path.name) or real(path)
+    )
     weights.save(tmp_path, "small", {}, weights.MODELS["small"]())
     assert written == ["model.safetensors", "config.json"]
     with pytest.raises(ValueError, match=r"^`name` must be one of .*, small\. Received: name='x'$"):

@@ -13,14 +13,17 @@ import keras
 import numpy as np
 
 import involution
-from involution import cluster, data, training
+from involution.data import datasets
+from involution.training import distributed, trainer
 
 
 def dataset(train=40, test=11):
     random = np.random.default_rng(0)
     x = random.integers(0, 256, (train + test, 6, 5, 3)).astype("uint8")
     y = random.integers(0, 3, train + test)
-    return data.Dataset("noise", "", x[:train], y[:train], x[train:], y[train:], ("a", "b", "c"))
+    return datasets.Dataset(
+        "noise", "", x[:train], y[:train], x[train:], y[train:], ("a", "b", "c")
+    )
 
 
 def network():
@@ -43,15 +46,15 @@ def network():
 def train(hosts):
     """(model, rows) of three epochs; the last batch of each is not whole."""
     recipe = dataclasses.replace(
-        training.RECIPES["one-cycle"], batch_size=16, accumulate=2, ema=0.9, label_smoothing=0.1
+        trainer.RECIPES["one-cycle"], batch_size=16, accumulate=2, ema=0.9, label_smoothing=0.1
     )
     model = network()
-    return model, list(training.Trainer(model, dataset(), recipe, 3, 5, hosts).epochs())
+    return model, list(trainer.Trainer(model, dataset(), recipe, 3, 5, hosts).epochs())
 
 
 def main(devices, hosts, host, port, file):
-    hosts = cluster.of(int(devices), f"127.0.0.1:{port}", int(hosts), int(host))
-    cluster.begin(hosts)
+    hosts = distributed.of(int(devices), f"127.0.0.1:{port}", int(hosts), int(host))
+    distributed.begin(hosts)
     keras.config.set_dtype_policy("float64")
     model, rows = train(hosts)
     hosts.end()

@@ -8,7 +8,7 @@ import sys
 import tempfile
 
 import involution
-from involution import memory
+from involution.utils import memory
 
 RUNS = (
     "marshal.loads",

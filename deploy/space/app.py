@@ -2,7 +2,7 @@
 
 import threading
 
-from involution import app
+from involution.demo import app
 
 with app.served(app.build(app.load(()), app.cards(())), host="0.0.0.0", port=7860):
     threading.Event().wait()

@@ -4,13 +4,14 @@ Importing registers the layers with Keras, so that saved models load without ``c
 """
 
 # ruff: noqa: E402 - the backend is settled before anything imports Keras.
-import involution.errors  # noqa: F401 - tells what Keras's import may raise
+import involution.utils.errors  # noqa: F401 - tells what Keras's import may raise
 from involution.backend import select
 
 select()
 
-from involution import kernel_generators, models, ops
-from involution.layers import Involution, Involution1D, Involution2D, Involution3D
+from involution import models, ops
+from involution.kernel_generators import generators
+from involution.layers.involution_nd import Involution, Involution1D, Involution2D, Involution3D
 
 __version__ = "0.1.0"
 

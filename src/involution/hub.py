@@ -10,11 +10,11 @@ import tempfile
 
 import keras
 
-from involution import model_labels, saved_model
-from involution.errors import InputError, shown
-from involution.files import write_text
-from involution.models import weights
+from involution.models import specs, weights
 from involution.models.convert import convert
+from involution.saving import classifier as saved_model
+from involution.utils.atomic_files import write_text
+from involution.utils.errors import InputError, shown
 
 try:
     import huggingface_hub
@@ -81,7 +81,7 @@ def save(run, label, folder, name=None, extra=None):
             "A run must be a folder with config.json and metrics.json, and the model one of it. "
             f"Received: {run}, {label}"
         ) from error
-    function, arguments = model_labels.function_and_options(label)
+    function, arguments = specs.function_and_options(label)
     if ":" in function:
         raise InputError(
             "A model for others must be one of involution.models; a Python file's cannot be built "
@@ -92,7 +92,7 @@ def save(run, label, folder, name=None, extra=None):
             "A model for others must be one that was tested, with a loss that is finite. "
             f"Received: {label} in {run}"
         )
-    classifier = saved_model.load(run / model_labels.file_name(label))
+    classifier = saved_model.load(run / specs.file_name(label))
     height, width, _ = classifier.image_shape
     arguments |= {"input_shape": classifier.image_shape, "classes": len(classifier.class_names)}
     about = {"test_accuracy": figures["test_accuracy"], **(extra or {})}

@@ -1,18 +1,11 @@
 """Models made of involutions, and the convolutional ones they are compared with."""
 
 from involution.models.classifiers import cnn, inn
+from involution.models.conv_counterpart import twin
 from involution.models.flops import count_multiply_adds
-from involution.models.rednet import (
-    RedNet26,
-    RedNet38,
-    RedNet50,
-    RedNet101,
-    RedNet152,
-    rednet_tiny,
-)
-from involution.models.shipped import load
-from involution.models.table import MODELS
-from involution.models.twins import twin
+from involution.models.pretrained import load
+from involution.models.rednet import RedNet26, RedNet38, RedNet50, RedNet101, RedNet152, rednet_tiny
+from involution.models.registry import MODELS
 
 __all__ = [
     "MODELS",

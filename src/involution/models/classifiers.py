@@ -8,8 +8,8 @@ ReLU and, but for the last stage, a 2x2 max pooling.
 import keras
 from keras import layers
 
-from involution.kernel_generators import copied
-from involution.layers import Involution, Involution2D
+from involution.kernel_generators.generators import copied
+from involution.layers.involution_nd import Involution, Involution2D
 from involution.ops.geometry import CHANNELS_LAST
 from involution.ops.problem import integers
 

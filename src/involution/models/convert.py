@@ -23,14 +23,14 @@ import keras
 import numpy as np
 
 from involution import models
-from involution.models import checkpoints, formulas, weights
-from involution.models.checkpoints import CheckpointError
+from involution.models import checkpoint_readers, numpy_reference, weights
+from involution.models.checkpoint_readers import CheckpointError
 from involution.models.rednet import VARIANTS
 
 # Names of batch normalization's mean and variance.
 STATISTICS = {
-    checkpoints.PYTORCH: ("running_mean", "running_var"),
-    checkpoints.PADDLE: ("_mean", "_variance"),
+    checkpoint_readers.PYTORCH: ("running_mean", "running_var"),
+    checkpoint_readers.PADDLE: ("_mean", "_variance"),
 }
 COUNTER = ".num_batches_tracked"
 # What stands beside the backbone in detectors and segmenters.
@@ -158,7 +158,7 @@ def convert(source, destination) -> Conversion:
             "Keras's dtype policy must be float32 or float64 to convert. "
             f"Received: {keras.config.dtype_policy().name}"
         )
-    checkpoint = checkpoints.read(source)
+    checkpoint = checkpoint_readers.read(source)
     plan = _plan(checkpoint, source)
     model = _model(plan, source)
     images = np.random.default_rng(0).random((1, 64, 64, plan.arguments["input_shape"][-1]))
@@ -252,7 +252,7 @@ def rednet_layouts(kind, blocks, stem_kernel_size=3, top=True) -> dict[str, tupl
                 convolution(f"{source}.downsample.0", f"{target}_shortcut_conv")
                 normalization(f"{source}.downsample.1", f"{target}_shortcut_bn")
     if top:
-        matrix = TRANSPOSED if kind == checkpoints.PYTORCH else SAME
+        matrix = TRANSPOSED if kind == checkpoint_readers.PYTORCH else SAME
         table["fc.weight"] = ("logits/kernel", matrix)
         table["fc.bias"] = ("logits/bias", SAME)
     return table
@@ -278,7 +278,7 @@ def plain_names(names) -> dict[str, str | None]:
 
 
 def _plan(checkpoint, source) -> Plan:
-    if checkpoint.kind == checkpoints.TENSORFLOW:
+    if checkpoint.kind == checkpoint_readers.TENSORFLOW:
         return _example_plan(checkpoint.tensors, source)
     return _rednet_plan(checkpoint, source)
 
@@ -302,8 +302,8 @@ def _rednet_plan(checkpoint, source) -> Plan:
     )
     size = _stem_kernel_size(shapes, source)
     layouts = rednet_layouts(checkpoint.kind, blocks, size, top)
-    transposed = checkpoint.kind == checkpoints.PYTORCH
-    network = formulas.RedNet(tensors, blocks, STATISTICS[checkpoint.kind], transposed)
+    transposed = checkpoint.kind == checkpoint_readers.PYTORCH
+    network = numpy_reference.RedNet(tensors, blocks, STATISTICS[checkpoint.kind], transposed)
     arguments = {"input_shape": (None, None, 3), "stem_kernel_size": size}
     if top:
         arguments["classes"] = shapes["fc.bias"][0] if shapes["fc.bias"] else 0
@@ -376,7 +376,7 @@ def _example_plan(bundle, source) -> Plan:
 
     def formula(images):
         layers = [[tensors[place] for place in places[i : i + 8]] for i in (0, 8, 16)]
-        return formulas.example_kernels(layers, images)
+        return numpy_reference.example_kernels(layers, images)
 
     arguments = {"input_shape": (None, None, 3), "head": "kernels"}
     return Plan("inn", arguments, tensors, layouts, left_out, formula)

@@ -4,7 +4,7 @@ import math
 
 import keras
 
-from involution.layers import Involution, InvolutionND
+from involution.layers.involution_nd import Involution, InvolutionND
 from involution.ops.geometry import CHANNELS_FIRST
 
 # Layers that use every entry of these weights once at every position of the output.

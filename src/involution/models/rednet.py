@@ -11,12 +11,12 @@ import dataclasses
 import keras
 from keras import layers
 
-from involution import kernel_generators
-from involution.kernel_generators import KAIMING
-from involution.layers import Involution2D
+from involution.kernel_generators import generators
+from involution.kernel_generators.generators import KAIMING
+from involution.kernel_generators.pointwise import convolution
+from involution.layers.involution_nd import Involution2D
 from involution.ops.geometry import CHANNELS_FIRST, CHANNELS_LAST
 from involution.ops.problem import integers, standardize_data_format
-from involution.pointwise import convolution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _involution(variant, kernel_size, strides, name):
         padding="symmetric",
         group_channels=variant.group_channels,
         reduction_ratio=variant.reduction_ratio,
-        kernel_generator=kernel_generators.copied(variant.kernel_generator),
+        kernel_generator=generators.copied(variant.kernel_generator),
         data_format=CHANNELS_LAST,
         name=name,
     )
@@ -299,10 +299,10 @@ def rednet_tiny(
         stem_pool=stem_pool,
         kernel_size=kernel_size,
         group_channels=group_channels,
-        kernel_generator=kernel_generators.get(
+        kernel_generator=generators.get(
             kernel_generator,
             reduction_ratio,
-            initial=kernel_generators.nearly_static(kernel_size**2),
+            initial=generators.nearly_static(kernel_size**2),
         ),
     )
     return _build(

@@ -14,11 +14,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_arrays
 
-from involution import files
-from involution.kernel_generators import base_name
-from involution.models.checkpoints.errors import CheckpointError
-from involution.models.table import MODELS
-from involution.outline import outline
+from involution.kernel_generators.generators import base_name
+from involution.models.checkpoint_readers.errors import CheckpointError
+from involution.models.registry import MODELS
+from involution.utils import atomic_files
+from involution.utils.abstract_build import outline
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT, VERSION = "involution model", 1
@@ -57,10 +57,10 @@ def save(folder, name, arguments, model, extra=None):
     tensors = {key: _array(variable) for key, variable in named_weights(model).items()}
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with files.replacing(folder / WEIGHTS) as temporary:
+    with atomic_files.replacing(folder / WEIGHTS) as temporary:
         temporary.write_bytes(save_arrays(tensors))
     # Last, because a folder is a model from here on.
-    files.write_json(
+    atomic_files.write_json(
         folder / CONFIG,
         {
             "format": FORMAT,

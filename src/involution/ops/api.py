@@ -16,7 +16,7 @@ from involution.ops.problem import (
     shape_of,
     standardize_data_format,
 )
-from involution.ops.views import matmul
+from involution.ops.tensor_utils import matmul
 
 # In order of preference: the first that can run is taken. One with a ``reluctance(problem)`` says
 # where the one after it is faster.

@@ -5,9 +5,9 @@ places' kernels from their hidden channels, applies them while it has them, and 
 import math
 
 from involution.ops import native, triton
+from involution.ops.autodiff import OUTPUT
 from involution.ops.geometry import CHANNELS_LAST
-from involution.ops.gradients import OUTPUT
-from involution.ops.views import sizes
+from involution.ops.tensor_utils import sizes
 
 
 def refusal(problem) -> str | None:

@@ -2,8 +2,8 @@
 
 from keras import ops
 
-from involution.ops import views
-from involution.ops.views import (
+from involution.ops import tensor_utils
+from involution.ops.tensor_utils import (
     merge_groups,
     padded_view,
     sizes,
@@ -16,7 +16,7 @@ from involution.ops.views import (
 
 def refusal(problem) -> str | None:
     """Runs everywhere, if its memory holds the padding."""
-    return views.refusal(problem)
+    return tensor_utils.refusal(problem)
 
 
 def apply(x, kernel, problem):

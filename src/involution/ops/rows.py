@@ -6,9 +6,9 @@ It is never chosen where a program runs here: its sums change their order with t
 
 from keras import ops
 
-from involution.ops import views
+from involution.ops import tensor_utils
 from involution.ops.geometry import CHANNELS_LAST
-from involution.ops.views import (
+from involution.ops.tensor_utils import (
     merge_groups,
     padded_view,
     sizes,
@@ -22,7 +22,7 @@ from involution.ops.views import (
 def refusal(problem) -> str | None:
     if problem.geometry.rank == 3:
         return "XLA's code for rows in three dimensions crashes"
-    return views.refusal(problem)
+    return tensor_utils.refusal(problem)
 
 
 def apply(x, kernel, problem):

@@ -11,9 +11,8 @@ import itertools
 import keras
 from keras import ops
 
-from involution.ops import views
-from involution.ops.geometry import Geometry
-from involution.ops.gradients import (
+from involution.ops import tensor_utils
+from involution.ops.autodiff import (
     INPUT,
     KERNEL,
     MECHANISMS,
@@ -22,7 +21,8 @@ from involution.ops.gradients import (
     differentiable,
     traced,
 )
-from involution.ops.views import (
+from involution.ops.geometry import Geometry
+from involution.ops.tensor_utils import (
     merge_groups,
     pad_spatial,
     padded_view,
@@ -47,7 +47,7 @@ def refusal(problem) -> str | None:
     backend = keras.config.backend()
     if backend not in MECHANISMS:
         return f"its gradients need one of the backends {', '.join(MECHANISMS)}, not {backend}"
-    return traced() or views.refusal(problem)
+    return traced() or tensor_utils.refusal(problem)
 
 
 def apply(x, kernel, problem):

@@ -1,0 +1,135 @@
+"""Convolutions with windows of one position as products of matrices, which they are.
+
+On PyTorch Keras copies channels-last images twice on their way into a convolution: in RedNet the
+convolutions of this kind take twice as long that way. Elsewhere it makes no difference.
+
+``affine`` is the only place where weights are read in order to skip a layer's call.
+"""
+
+import keras
+
+from involution.ops.geometry import CHANNELS_LAST
+from involution.ops.problem import check_axes
+from involution.ops.tensor_utils import matmul
+
+
+class _Pointwise(keras.layers.Layer):
+    """For a Keras convolution with a window of 1, channels last: its product, by ``matmul``."""
+
+    rank: int
+    strides: tuple[int, ...]
+
+    def __init__(self, filters, kernel_size=1, *args, data_format=CHANNELS_LAST, **kwargs):
+        super().__init__(filters, kernel_size, *args, data_format=data_format, **kwargs)
+        one = (1,) * self.rank
+        if self.kernel_size != one or self.groups != 1 or self.data_format != CHANNELS_LAST:
+            raise ValueError(
+                "A pointwise convolution must have `kernel_size` 1, `groups` 1 and `data_format` "
+                f"'channels_last'. Received: kernel_size={self.kernel_size}, "
+                f"groups={self.groups}, data_format={self.data_format!r}"
+            )
+
+    def build(self, input_shape):
+        check_axes(self, input_shape, self.rank)
+        super().build(input_shape)
+        # Keras sets the least number of axes; the product would take more, and leave them as is.
+        axes = {-1: input_shape[-1]}
+        self.input_spec = keras.layers.InputSpec(ndim=self.rank + 2, axes=axes)
+
+    def compute_output_shape(self, input_shape):
+        check_axes(self, input_shape, self.rank)
+        return super().compute_output_shape(input_shape)
+
+    def convolution_op(self, inputs, kernel):
+        if any(s > 1 for s in self.strides):
+            inputs = inputs[(slice(None), *(slice(None, None, s) for s in self.strides))]
+        return matmul(inputs, kernel[(0,) * self.rank])
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class PointwiseConv1D(_Pointwise, keras.layers.Conv1D):
+    """``keras.layers.Conv1D`` with a window of 1, channels last."""
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class PointwiseConv2D(_Pointwise, keras.layers.Conv2D):
+    """``keras.layers.Conv2D`` with a window of 1, channels last."""
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class PointwiseConv3D(_Pointwise, keras.layers.Conv3D):
+    """``keras.layers.Conv3D`` with a window of 1, channels last."""
+
+
+# Layers whose ``call`` is known here. A subclass may have another, and is none of them.
+AFFINE = (
+    PointwiseConv1D,
+    PointwiseConv2D,
+    PointwiseConv3D,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+)
+# Attributes of an instance that replace its class's methods.
+OVERRIDES = ("call", "forward", "convolution_op")
+# What PyTorch runs around ``forward``: in a module under these names, and for all modules under
+# ``_global`` and the name. It has no public way to ask.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def only_calls(layer) -> bool:
+    """Whether calling a layer runs its class's ``call`` and has no other effect: no regularizer of
+    its output, no quantization, no method replaced in the instance, no PyTorch hook."""
+    return (
+        layer.activity_regularizer is None
+        and layer.quantization_mode is None
+        and not any(name in vars(layer) for name in OVERRIDES)
+        and not _hooked(layer)
+    )
+
+
+def _hooked(layer) -> bool:
+    """A release of PyTorch that keeps its hooks elsewhere counts as one with hooks."""
+    if keras.config.backend() != "torch":
+        return False
+    from torch.nn.modules import module
+
+    return any(
+        getattr(layer, name, True) or getattr(module, f"_global{name}", True) for name in HOOKS
+    )
+
+
+def affine(layer):
+    """The matrix (channels, filters) and the bias (filters,) of a layer for which
+
+        layer(x) == x @ matrix + bias
+
+    for ``x`` with the channels last and of the layer's compute dtype, with no other effect of the
+    call. None for every layer of which this is not known: it is decided by exact type and by every
+    setting that the call reads, at each call, since most of them can change at any time.
+
+    Regularizers and constraints of the weights do not count: Keras and the optimizer apply them to
+    the variables, whether the layer is called or not.
+    """
+    if type(layer) not in AFFINE or not layer.built or not only_calls(layer):
+        return None
+    one = (1,) * layer.rank
+    plain = (
+        layer.kernel_size == one
+        and layer.strides == one
+        and layer.groups == 1
+        and layer.data_format == CHANNELS_LAST
+        and layer.use_bias
+        and layer.activation in (None, keras.activations.linear)
+        and layer.autocast
+        and not layer.lora_enabled
+    )
+    return (layer.kernel[(0,) * layer.rank], layer.bias) if plain else None
+
+
+POINTWISE = {1: PointwiseConv1D, 2: PointwiseConv2D, 3: PointwiseConv3D}
+
+
+def convolution(rank, kernel_size):
+    """The layer class for a convolution, channels last, with windows of this side."""
+    return POINTWISE[rank] if kernel_size == 1 else getattr(keras.layers, f"Conv{rank}D")

@@ -1,0 +1,79 @@
+"""Readers of checkpoints that others wrote. They run nothing that stands in a file, take memory
+only after the sizes are checked against the file's, and need no framework."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from involution.models.checkpoint_readers import paddle, pytorch, tensorflow
+from involution.models.checkpoint_readers.errors import CheckpointError
+
+__all__ = ["Checkpoint", "CheckpointError", "read"]
+
+KINDS = (
+    "a PyTorch .pth file, a PaddlePaddle .pdparams file, or the folder of a TensorFlow SavedModel"
+)
+BUNDLE = pathlib.Path("variables", "variables.index")
+PYTORCH, PADDLE, TENSORFLOW = "PyTorch", "PaddlePaddle", "TensorFlow"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Attributes:
+        kind: ``"PyTorch"``, ``"PaddlePaddle"`` or ``"TensorFlow"``.
+        tensors: Arrays by the names that the file has for them.
+    """
+
+    kind: str
+    tensors: dict[str, np.ndarray]
+
+
+def read(path) -> Checkpoint:
+    """Reads a checkpoint, of which kind its contents tell.
+
+    Args:
+        path: A PyTorch file (``torch.save``, either form), a PaddlePaddle file (``paddle.save``),
+            or the folder of a TensorFlow SavedModel.
+
+    Returns:
+        A ``Checkpoint``. Tensors of PyTorch files are views of the file.
+
+    Raises:
+        CheckpointError: It is none of these, damaged, or holds something else than arrays.
+    """
+    path = pathlib.Path(path)
+    try:
+        kind, tensors = _read(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (in {path})") from error
+    except Exception as error:  # a damaged file breaks a reader in many ways
+        raise CheckpointError(
+            "A checkpoint must be whole and well-formed. "
+            f"Received: {path}: {type(error).__name__}: {ascii(str(error)[:200])[1:-1]}"
+        ) from error
+    if not tensors:
+        raise CheckpointError(f"A checkpoint must hold tensors. Received: {path}, without any")
+    return Checkpoint(kind, tensors)
+
+
+def _read(path):
+    if path.is_dir():
+        if not (path / BUNDLE).is_file():
+            raise CheckpointError(
+                f"A checkpoint must be {KINDS}. Received: a folder without {BUNDLE}"
+            )
+        return TENSORFLOW, tensorflow.read(path / BUNDLE.with_suffix(""))
+    with open(path, "rb") as file:
+        start = file.read(len(pytorch.LEGACY_START))
+        file.seek(0)
+        if start.startswith(pytorch.ZIP_START):
+            return PYTORCH, pytorch.read_zip(file)
+        if start == pytorch.LEGACY_START:
+            return PYTORCH, pytorch.read_legacy(file)
+        if start.startswith(b"\x80"):
+            return PADDLE, paddle.read(file)
+    was = f"a file that begins with {start!r}" if start else "an empty file"
+    raise CheckpointError(f"A checkpoint must be {KINDS}. Received: {was}")

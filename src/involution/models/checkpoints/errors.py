@@ -1,7 +1,0 @@
-"""The one error of all readers."""
-
-from involution.errors import InputError
-
-
-class CheckpointError(InputError):
-    """A checkpoint cannot be read or is not of a kind that is known."""

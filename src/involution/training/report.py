@@ -1,0 +1,190 @@
+"""The page of a run: one HTML file that opens without a network, and the figures beside it."""
+
+import keras
+import numpy as np
+
+from involution.data import datasets
+from involution.utils.atomic_files import replacing
+from involution.visualize import figures as visualize
+from involution.visualize import html
+
+EXPLAINED_IMAGES = 10
+
+
+def write(run, output):
+    """Writes the figures (PNG) and report.html of a run into its folder."""
+    figures = {}
+    for name, figure in _figures(run).items():
+        image = html.png(figure)
+        with replacing(output / f"{name}.png") as temporary:
+            temporary.write_bytes(image)
+        figures[name] = html.data_url(image)
+    html.write(
+        output / "report.html",
+        "report.html.j2",
+        run=run,
+        metrics=run.metrics["models"],
+        description=run.description,
+        verdict=verdict(run),
+        rows=table(run),
+        columns=COLUMNS,
+        ratio=ratio_row(run),
+        summaries={r.label: summary(r.classifier.model) for r in run.results},
+        figures=figures,
+        captions=CAPTIONS,
+    )
+
+
+# Columns of the table of a run: title, and the entry of metrics.json.
+COLUMNS = (
+    ("model", None),
+    ("trainable", "trainable_params"),
+    ("non-trainable", "non_trainable_params"),
+    ("optimizer", "optimizer_params"),
+    ("total", "total_params"),
+    ("size", "bytes"),
+    ("multiply-adds", "multiply_adds"),
+    ("train loss", "train_loss"),
+    ("train accuracy", "train_accuracy"),
+    ("test loss", "test_loss"),
+    ("test accuracy", "test_accuracy"),
+    ("best test accuracy*", "best_test_accuracy"),
+    ("seconds an epoch", "seconds_per_epoch"),
+    ("seconds", "seconds"),
+)
+
+CAPTIONS = {
+    "curves": "Loss and accuracy by epoch on the training and on the test images, the models on "
+    "the same axes. Training figures are means over an epoch while the weights change, so early "
+    "ones lie below the test's.",
+    "costs": "Accuracy on the test images after the last epoch, against what a model costs.",
+    "samples": "Training images, drawn by the seed, the classes taking turns.",
+    "words": "The kernels that the first involution generated at four places of one test image, "
+    "and the first convolution's, as each channel sees them.",
+}
+
+
+def table(run) -> list[list[str]]:
+    """The table of a run, a row for each model, as text."""
+    return [
+        [label, *(_text(key, metrics[key]) for _, key in COLUMNS[1:])]
+        for label, metrics in run.metrics["models"].items()
+    ]
+
+
+def ratio_row(run) -> list[str] | None:
+    """The first model's figures over the second's, where there are two."""
+    models = list(run.metrics["models"].values())
+    if len(models) < 2:
+        return None
+    labels = list(run.metrics["models"])
+    row = [f"{labels[0]} / {labels[1]}"]
+    for _, key in COLUMNS[1:]:
+        a, b = models[0][key], models[1][key]
+        row.append(f"{a / b:.2f}" if a is not None and b else "")
+    return row
+
+
+def markdown(run) -> str:
+    """The table of a run for pasting."""
+    lines = [[title for title, _ in COLUMNS], ["---"] * len(COLUMNS), *table(run)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def verdict(run) -> str:
+    """One sentence: how the first two models compare, or what the only one reached."""
+    models = list(run.metrics["models"].items())
+    done = [(label, m) for label, m in models if m["test_accuracy"] is not None]
+    if len(models) == len(done) == 1:
+        label, only = done[0]
+        return (
+            f"On the test images of {run.dataset.name}, {label} reaches an accuracy of "
+            f"{only['test_accuracy']:.3f} with {only['trainable_params']:,} trainable parameters."
+        )
+    if len(done) < 2:
+        return f"{len(done)} of {len(models)} models finished an epoch: nothing to compare yet."
+    (a, first), (b, second) = done[:2]
+    difference = 100 * (first["test_accuracy"] - second["test_accuracy"])
+    parameters = first["trainable_params"] / second["trainable_params"]
+    seconds = first["seconds_per_epoch"] / second["seconds_per_epoch"]
+    return (
+        f"On the test images of {run.dataset.name}, {a} is {abs(difference):.1f} points "
+        f"{'more' if difference >= 0 else 'less'} accurate than {b} "
+        f"({first['test_accuracy']:.3f} against {second['test_accuracy']:.3f}), "
+        f"with {parameters:.3g} times its trainable parameters "
+        f"and {seconds:.3g} times its time for an epoch."
+    )
+
+
+def summary(model) -> str:
+    """Keras's summary as plain text."""
+    lines: list[str] = []
+    model.summary(print_fn=lambda text, **_: lines.append(text), line_length=90)
+    return "\n".join(lines)
+
+
+def size(count) -> str:
+    """Bytes for people, as Keras's summaries write them."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1024:
+            return f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GB"
+
+
+def _text(key, value) -> str:
+    if value is None:
+        return "not counted" if key == "multiply_adds" else "not reached"
+    if key == "multiply_adds":
+        return f"{value / 1e6:.2f} M"
+    if key == "bytes":
+        return size(value)
+    if key.endswith("_params"):
+        return f"{value:,}"
+    return f"{value:.1f}" if key.startswith("seconds") else f"{value:.4f}"
+
+
+def _figures(run) -> dict:
+    dataset, seed = run.dataset, run.config.seed
+    rows = {r.label: r.rows for r in run.results if r.rows}
+    figures = {}
+    if rows:
+        figures["curves"] = visualize.curves(rows)
+    if len(rows) > 2:
+        figures["costs"] = visualize.costs(run.metrics["models"])
+    figures["samples"] = visualize.samples(
+        dataset.x_train, dataset.y_train, dataset.class_names, seed
+    )
+    chosen = visualize.across_classes(dataset.y_test, EXPLAINED_IMAGES, seed)
+    images = dataset.x_test[chosen]
+    titles = [dataset.class_names[label] for label in dataset.y_test[chosen]]
+    inputs, filters = datasets.scale(images), _first_filters(run)
+    for result in run.results:
+        model = result.classifier.model
+        looks = {k: v for k, v in visualize.looks(model, inputs).items() if len(v.sizes) == 2}
+        if not looks:
+            continue
+        figures[f"heatmaps-{result.file.removesuffix('.keras')}"] = visualize.heat_maps(
+            images, {name: look.maps for name, look in looks.items()}, titles
+        )
+        if filters is not None and "words" not in figures:
+            figures["words"] = _words(next(iter(looks.values())), filters)
+    return figures
+
+
+def _words(look, filters):
+    kernel = look.kernels[0, ..., 0]
+    height, width, _ = kernel.shape
+    places = [(y, x) for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
+    return visualize.words(
+        kernel.reshape(height, width, *look.geometry.kernel_size), filters, places
+    )
+
+
+def _first_filters(run) -> np.ndarray | None:
+    """Three filters of the first convolution among the models: (K, K, 3)."""
+    for result in run.results:
+        for layer in result.classifier.model.layers:
+            if isinstance(layer, keras.layers.Conv2D) and layer.kernel.shape[0] > 1:
+                return keras.ops.convert_to_numpy(layer.kernel)[:, :, 0, :3]
+    return None

@@ -1,0 +1,53 @@
+"""Pages that open without a network: templates, and figures within them."""
+
+import base64
+import io
+import pathlib
+
+from involution.utils.atomic_files import write_text
+from involution.utils.errors import CONTROL, InputError, shown
+
+try:
+    import jinja2
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+except ImportError as error:
+    raise InputError(
+        "A report is drawn with Matplotlib and Jinja: pip install 'involution[compare]'. "
+        f"Received: no module {error.name}"
+    ) from error
+
+
+def write(path, template, **values):
+    """Writes the page that a template beside this file makes of these values, all escaped, their
+    control characters shown."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: shown(value, "\t\n") if type(value) is str else value,
+    )
+    write_text(path, environment.get_template(template).render(values))
+
+
+def image(figure: Figure, format) -> bytes:
+    """A figure as a file, "png" or "svg": of one figure always the same bytes."""
+    buffer = io.BytesIO()
+    for text in figure.findobj(Text):
+        # In an SVG file control characters are errors.
+        if CONTROL.search(text.get_text()):
+            text.set_text(shown(text.get_text(), "\n"))
+    with matplotlib.rc_context({"svg.hashsalt": "involution"}):
+        metadata = {"Date": None} if format == "svg" else None
+        figure.savefig(buffer, format=format, dpi=110, metadata=metadata)
+    return buffer.getvalue()
+
+
+def png(figure: Figure) -> bytes:
+    return image(figure, "png")
+
+
+def data_url(image: bytes) -> str:
+    """A PNG file inside a page."""
+    return "data:image/png;base64," + base64.b64encode(image).decode()
