@@ -14,12 +14,12 @@ ORDERS ?= 10
 # The images that `make notebooks` trains with.
 DATA ?=
 # What `make mutants` changes: of the page and of the data the way of an upload.
-MUTANTS ?= "involution.checkpoint.*" "involution.crops.*" "involution.files.*" "involution.image_files.*" "involution.saved_model.*" \
-	"involution.models.*" "involution.ops.geometry.*" "involution.app.x_check__*" "involution.app.x__guard__*" "involution.app.x__told__*" \
-	"involution.data.x_read_image__*" "involution.data.x__resize__*" "involution.data.x_scale__*"
+MUTANTS ?= "involution.training.checkpoint.*" "involution.data.transforms.*" "involution.utils.atomic_files.*" "involution.data.image_folder.*" "involution.saving.classifier.*" \
+	"involution.models.*" "involution.ops.geometry.*" "involution.demo.app.x_check__*" "involution.demo.app.x__guard__*" "involution.demo.app.x__told__*" \
+	"involution.data.datasets.x_read_image__*" "involution.data.datasets.x__resize__*" "involution.data.datasets.x_scale__*"
 # Of what must not be wrong unnoticed every line and branch is tested: checkpoints, files from
 # strangers, sizes. Of all modules, these shares.
-WHOLE := checkpoint crops files image_files keras_files ops/geometry saved_model models/weights models/checkpoints/*
+WHOLE := training/checkpoint data/transforms data/image_folder utils/atomic_files saving/* ops/geometry models/weights models/checkpoint_readers/*
 define FLOORS
 import json, sys
 totals = json.load(sys.stdin)["totals"]
@@ -56,7 +56,7 @@ PYTEST = $(TEST_VENV)/bin/python -m pytest
 NEW_PIP := "pip>=25.1"
 
 # What the compiled core is built from.
-NATIVE := CMakeLists.txt $(filter-out %.so,$(wildcard src/involution/native/*))
+NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 # Wheels: the platform in the wheel's name, and Zig's name for it. Linux from the glibc of Debian 10 and
 # RHEL 8 on, macOS from the first release for Apple silicon.
@@ -144,7 +144,7 @@ sanitize: sanitize-address sanitize-undefined sanitize-thread
 sanitize-address sanitize-undefined: CALLS = 60
 sanitize-thread: CALLS = 10
 sanitize-%:
-	cmake -S src/involution/native -B build/sanitize-$* -DINVOLUTION_CALLS=ON -DINVOLUTION_SANITIZE=$* -DCMAKE_BUILD_TYPE=None
+	cmake -S csrc -B build/sanitize-$* -DINVOLUTION_CALLS=ON -DINVOLUTION_SANITIZE=$* -DCMAKE_BUILD_TYPE=None
 	cmake --build build/sanitize-$* --parallel 2
 	build/sanitize-$*/calls $(CALLS)
 

@@ -21,7 +21,7 @@ sh tests/arm.sh "$made/arm/involution/native/libinvolution.so"
 wine=$(command -v wine64 || command -v wine || echo /usr/lib/wine/wine64)
 if [ -x "$wine" ]; then
 	cp "$made"/windows/involution/native/*.dll "$made"
-	"$ZIG" c++ -target x86_64-windows-gnu -std=c++17 -O1 -fno-sanitize=all -Isrc/involution/native \
+	"$ZIG" c++ -target x86_64-windows-gnu -std=c++17 -O1 -fno-sanitize=all -Icsrc \
 		tests/sanitize.cpp "$made/libinvolution.dll" -o "$made/calls.exe"
 	(cd "$made" && WINEDEBUG=-all WINEPREFIX=$made/wine "$wine" calls.exe 10)
 else

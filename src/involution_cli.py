@@ -34,7 +34,7 @@ app = cyclopts.App(
 
 Backend = Literal["tensorflow", "jax", "torch"]
 
-# As in involution.errors, which a test compares.
+# As in involution.utils.errors, which a test compares.
 CONTROL = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]"
 )
@@ -333,7 +333,7 @@ def export(
         Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
     """
     with _session(f"Exporting {model} as {format}, and checking it.", backend) as session:
-        from involution.export.export import export
+        from involution.export.api import export
         from involution.saving import classifier as saved_model
 
         size = _size(image_size)
@@ -591,7 +591,7 @@ def _fail(message, code=2) -> int:
 
 
 def _shown(text) -> str:
-    """As ``involution.errors.shown``, whose package takes seconds to import: control characters as
+    """As ``involution.utils.errors.shown``, whose package takes seconds to import: control characters as
     escapes."""
     return CONTROL.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
 

@@ -28,7 +28,7 @@ WIDE = [
 
 
 def numbers(call, member, dtype):
-    """As ``native/involution.h`` has them."""
+    """As ``csrc/involution.h`` has them."""
     dimensions = list(
         zip(call.sizes, call.kernel_size, call.strides, call.dilation_rate, strict=True)
     )

@@ -55,7 +55,7 @@ for compiler in gcc clang; do
 	else
 		set -- -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_CXX_COMPILER_TARGET=aarch64-linux-gnu
 	fi
-	cmake -S src/involution/native -B "$build" -DINVOLUTION_CALLS=ON -DCMAKE_CXX_FLAGS=-Werror \
+	cmake -S csrc -B "$build" -DINVOLUTION_CALLS=ON -DCMAKE_CXX_FLAGS=-Werror \
 		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 "$@"
 	cmake --build "$build" --parallel 2
 	qemu-aarch64 -L "$root" "$build/calls" 10

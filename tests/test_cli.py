@@ -276,7 +276,7 @@ def test_doctor_fails_on_a_wrong_implementation(call, monkeypatch):
 
     members = (("absent", Absent), ("taps", Wrong), ("reference", api.reference))
     monkeypatch.setattr(api, "IMPLEMENTATIONS", members)
-    monkeypatch.setattr("involution.diagnosis.CASES", CASES[:1])
+    monkeypatch.setattr("involution.benchmarking.doctor.CASES", CASES[:1])
     code, lines = call("doctor")
     assert code == 1
     assert any("taps" in line and "WRONG: above 1e-05 (taken)" in line for line in lines)
@@ -424,7 +424,7 @@ def test_an_error_of_our_own_is_one_line_and_keeps_its_log(call, trained, pets, 
     def fail(*_, **__):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("involution.saved_model.load", fail)
+    monkeypatch.setattr("involution.saving.classifier.load", fail)
     code, lines = call("predict", trained[0] / "cnn.keras", pets / "test" / "ant" / "0.png")
     assert code == 3
     log = re.search(r"RuntimeError; all about it is in (\S+)$", lines[-1])[1]

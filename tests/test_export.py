@@ -11,8 +11,8 @@ from frameworks import BACKEND, fresh_process, missing, numpy
 from keras_io_formula import randomize, relative_error
 
 import involution
-from involution.export import export as exporting
-from involution.export.export import BATCHES, FORMATS, LIMIT, ExportError, export
+from involution.export import api as exporting
+from involution.export.api import BATCHES, FORMATS, LIMIT, ExportError, export
 from involution.utils.errors import InputError
 
 WRITTEN = {

@@ -20,31 +20,35 @@ PACKAGE = ROOT / "src" / "involution"
 
 # Reading order: a module imports only what stands above it.
 ORDER = [
+    "benchmarking",
+    "demo",
+    "saving",
+    "utils",
     "backend",
-    "errors",
-    "files",
-    "memory",
-    "ahead",
-    "crops",
-    "image_files",
-    "outline",
-    "keras_files",
-    "stored_images",
+    "utils.errors",
+    "utils.atomic_files",
+    "utils.memory",
+    "data.prefetch",
+    "data.transforms",
+    "data.image_folder",
+    "utils.abstract_build",
+    "saving.keras_archive",
+    "data.lazy_images",
     "ops.geometry",
     "ops.problem",
-    "ops.views",
-    "ops.gradients",
+    "ops.tensor_utils",
+    "ops.autodiff",
     "ops.taps",
-    "ops.native_library",
-    "ops.native_call",
-    "ops.fused_gradients",
-    "ops.native_jax",
-    "ops.native_tensorflow",
-    "ops.torch_operations",
-    "ops.native_torch",
+    "ops.native.library",
+    "ops.native.params",
+    "ops.fused_autodiff",
+    "ops.native.jax",
+    "ops.native.tensorflow",
+    "ops.torch_custom_ops",
+    "ops.native.torch",
     "ops.native",
-    "ops.triton_kernels",
-    "ops.triton_torch",
+    "ops.triton.kernels",
+    "ops.triton.launch",
     "ops.triton",
     "ops.fused",
     "ops.reference",
@@ -52,50 +56,57 @@ ORDER = [
     "ops.api",
     "ops",
     "ops.cases",
-    "pointwise",
+    "kernel_generators.pointwise",
+    "kernel_generators.generators",
     "kernel_generators",
+    "layers.involution_nd",
     "layers",
     "models.classifiers",
     "models.rednet",
     "models.flops",
-    "models.twins",
-    "models.table",
-    "models.checkpoints.errors",
-    "models.checkpoints.arrays",
-    "models.checkpoints.pickles",
-    "models.checkpoints.pytorch",
-    "models.checkpoints.paddle",
-    "models.checkpoints.tensorflow",
-    "models.checkpoints",
+    "models.conv_counterpart",
+    "models.registry",
+    "models.checkpoint_readers.errors",
+    "models.checkpoint_readers.arrays",
+    "models.checkpoint_readers.restricted_unpickler",
+    "models.checkpoint_readers.pytorch",
+    "models.checkpoint_readers.paddle",
+    "models.checkpoint_readers.tensorflow",
+    "models.checkpoint_readers",
     "models.weights",
-    "models.shipped",
+    "models.pretrained",
     "models",
-    "models.formulas",
+    "models.numpy_reference",
     "models.convert",
+    "export.api",
     "export",
+    "data.datasets",
     "data",
-    "saved_model",
-    "model_labels",
-    "checkpoint",
-    "cluster",
+    "saving.classifier",
+    "models.specs",
+    "training.checkpoint",
+    "training.distributed",
+    "training.trainer",
     "training",
-    "looking",
+    "visualize.activations",
+    "visualize.figures",
     "visualize",
-    "pages",
-    "report",
-    "experiment",
-    "sweep",
-    "programs",
-    "yardsticks",
-    "per_number",
-    "devices",
-    "benchmark",
-    "explaining",
+    "visualize.html",
+    "training.report",
+    "training.experiment",
+    "training.sweep",
+    "benchmarking.timed_program",
+    "benchmarking.baselines",
+    "benchmarking.paper_cuda",
+    "benchmarking.devices",
+    "benchmarking.runner",
+    "visualize.explain",
     "hub",
-    "answers",
-    "app",
-    "diagnosis",
-    "console",
+    "demo.render",
+    "demo.app",
+    "benchmarking.doctor",
+    "utils.progress",
+    "renamed",
 ]
 
 
@@ -243,7 +254,7 @@ def unsafe(code):
 
 
 # Where its subclass takes the names of NumPy's arrays and no others.
-REVIEWED = {"data": ["pickle.Unpickler"]}
+REVIEWED = {"data.datasets": ["pickle.Unpickler"]}
 
 
 def test_no_code_is_made_of_data():
@@ -285,20 +296,20 @@ def test_what_makes_no_code_of_data_is_not_found():
 
 
 def test_every_binding_is_a_module():
-    bindings = {name for name in modules if re.fullmatch(r"ops\.native_\w+", name)}
-    assert bindings == {"ops.native_library", "ops.native_call", *map(binding, native.BINDINGS)}
+    bindings = {name for name in modules if re.fullmatch(r"ops\.native\.\w+", name)}
+    assert bindings == {"ops.native.library", "ops.native.params", *map(binding, native.BINDINGS)}
 
 
 def binding(backend):
-    return f"ops.native_{backend}"
+    return f"ops.native.{backend}"
 
 
 # A binding imports its framework, which need not be installed.
 OTHERS = [binding(backend) for backend in native.BINDINGS if backend != BACKEND]
 if BACKEND != "torch":
-    OTHERS += ["ops.torch_operations", "per_number"]
+    OTHERS += ["ops.torch_custom_ops", "benchmarking.paper_cuda"]
 if BACKEND != "torch" or importlib.util.find_spec("triton") is None:
-    OTHERS += ["ops.triton_kernels", "ops.triton_torch"]
+    OTHERS += ["ops.triton.kernels", "ops.triton.launch"]
 
 
 @pytest.mark.parametrize("name", ["", *(name for name in ORDER if name not in OTHERS)])

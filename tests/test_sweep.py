@@ -308,8 +308,8 @@ def test_an_interruption_gives_the_trial_back(planned, tmp_path):
 PROCESS = """
 import os, signal, sys
 from involution import sweep
-from involution.experiment import Config, Silent
-from involution.sweep import Plan
+from involution.training.experiment import Config, Silent
+from involution.training.sweep import Plan
 
 class Console(Silent):
     steps = 0

@@ -9,9 +9,10 @@ from involution.backend import select
 
 select()
 
-from involution import models, ops
-from involution.kernel_generators import generators
-from involution.layers.involution_nd import Involution, Involution1D, Involution2D, Involution3D
+from involution import kernel_generators, models, ops, renamed
+from involution.layers import Involution, Involution1D, Involution2D, Involution3D
+
+renamed.install()
 
 __version__ = "0.1.0"
 

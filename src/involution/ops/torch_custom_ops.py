@@ -33,7 +33,7 @@ def define(name, run, run_fused, device_types=None) -> Operations:
     Args:
         name: The implementation's.
         run: ``run(numbers, rank, a, b, result)`` computes a member, told by ``numbers`` as in
-            ``native/involution.h``, into ``result``.
+            ``csrc/involution.h``, into ``result``.
         run_fused: ``run_fused(numbers, rank, arguments, results)``, the same for a fused member.
         device_types: The devices that it runs on; None for any.
     """

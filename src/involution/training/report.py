@@ -1,5 +1,7 @@
 """The page of a run: one HTML file that opens without a network, and the figures beside it."""
 
+import pathlib
+
 import keras
 import numpy as np
 
@@ -7,6 +9,8 @@ from involution.data import datasets
 from involution.utils.atomic_files import replacing
 from involution.visualize import figures as visualize
 from involution.visualize import html
+
+TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 
 EXPLAINED_IMAGES = 10
 
@@ -21,7 +25,7 @@ def write(run, output):
         figures[name] = html.data_url(image)
     html.write(
         output / "report.html",
-        "report.html.j2",
+        TEMPLATE,
         run=run,
         metrics=run.metrics["models"],
         description=run.description,

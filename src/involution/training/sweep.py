@@ -37,6 +37,8 @@ except ImportError as error:
         f"A sweep needs Optuna: pip install 'involution[sweep]'. Received: no module {error.name}"
     ) from error
 
+TEMPLATE = pathlib.Path(__file__).with_name("sweep.html.j2")
+
 JOURNAL, TRIALS = "study.journal", "trials.csv"
 NAME = "involution"
 # Names in a search that are training's and not the model's.
@@ -496,7 +498,7 @@ def write_report(study, plan, dataset, folder, command):
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     html.write(
         folder / "report.html",
-        "sweep.html.j2",
+        TEMPLATE,
         plan=plan,
         dataset=dataset,
         rows=rows,

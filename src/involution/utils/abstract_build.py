@@ -51,7 +51,7 @@ def outline(build: Callable[[], Built], stored: float = math.inf) -> Built:
     Example:
 
     >>> import involution
-    >>> from involution.outline import outline
+    >>> from involution.utils.abstract_build import outline
     >>> outline(lambda: involution.models.cnn(classes=10**12)).count_params()
     65000000318528
     """

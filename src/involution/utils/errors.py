@@ -20,7 +20,7 @@ def shown(text, keep="") -> str:
 
     Example:
 
-    >>> from involution.errors import shown
+    >>> from involution.utils.errors import shown
     >>> print(shown("cat \\x1b[2J\\n"), shown("고양이"))
     cat \\u001b[2J\\u000a 고양이
     """

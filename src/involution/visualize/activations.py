@@ -129,7 +129,7 @@ def looks(model, images) -> dict[str, Look]:
     Example:
 
     >>> import numpy as np, involution
-    >>> from involution.looking import looks
+    >>> from involution.visualize import looks
     >>> found = looks(involution.models.inn(), np.ones((2, 32, 32, 3), "float32"))
     >>> {name: look.kernels.shape for name, look in found.items()}["inv_2"]
     (2, 16, 16, 9, 1)

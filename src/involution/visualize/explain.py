@@ -11,6 +11,8 @@ from involution.utils.atomic_files import replacing
 from involution.utils.errors import InputError
 from involution.visualize.activations import looks
 
+TEMPLATE = pathlib.Path(__file__).with_name("explain.html.j2")
+
 # By the names that the command knows: what is drawn, in the order of a page.
 FIGURES = {
     "maps": "At each place the sum of the kernel generated there, over its window and the groups, "
@@ -61,7 +63,7 @@ def write(
         if output.suffix == ".html":
             html.write(
                 output,
-                "explain.html.j2",
+                TEMPLATE,
                 model=classifier.model.name,
                 images=[
                     {

@@ -19,16 +19,16 @@ except ImportError as error:
     ) from error
 
 
-def write(path, template, **values):
-    """Writes the page that a template beside this file makes of these values, all escaped, their
-    control characters shown."""
+def write(path, template: pathlib.Path, **values):
+    """Writes the page that a template makes of these values, all escaped, their control characters
+    shown. The template can include what lies beside this file."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([template.parent, pathlib.Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: shown(value, "\t\n") if type(value) is str else value,
     )
-    write_text(path, environment.get_template(template).render(values))
+    write_text(path, environment.get_template(template.name).render(values))
 
 
 def image(figure: Figure, format) -> bytes:

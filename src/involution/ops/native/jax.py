@@ -24,7 +24,7 @@ from involution.ops.native.params import (
 )
 
 TARGET, FUSED_TARGET = "involution", "involution_fused"
-# Versions 0.1 to this of XLA's interface agree in what native/xla_ffi.h declares.
+# Versions 0.1 to this of XLA's interface agree in what csrc/xla_ffi.h declares.
 NEWEST_MINOR = 3
 
 

@@ -1,4 +1,4 @@
-"""What the core is told of a call: a list of integers, as ``native/involution.h`` has it."""
+"""What the core is told of a call: a list of integers, as ``csrc/involution.h`` has it."""
 
 import keras
 

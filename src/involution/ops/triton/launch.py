@@ -20,7 +20,7 @@ PIECE_BYTES = 2**25
 
 
 class _Told:
-    """What ``numbers`` says, as ``native/involution.h`` has it."""
+    """What ``numbers`` says, as ``csrc/involution.h`` has it."""
 
     def __init__(self, numbers):
         self.member = NAMES[numbers[0]]

@@ -1,0 +1,1 @@
+"""Time and memory of implementations, and the check of an installation."""

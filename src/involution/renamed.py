@@ -1,0 +1,90 @@
+"""Import paths of earlier versions: each gives the module that has another name now."""
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+import warnings
+
+RENAMED = {
+    "errors": "utils.errors",
+    "files": "utils.atomic_files",
+    "memory": "utils.memory",
+    "outline": "utils.abstract_build",
+    "console": "utils.progress",
+    "ahead": "data.prefetch",
+    "crops": "data.transforms",
+    "image_files": "data.image_folder",
+    "stored_images": "data.lazy_images",
+    "keras_files": "saving.keras_archive",
+    "saved_model": "saving.classifier",
+    "ops.native_call": "ops.native.params",
+    "ops.native_library": "ops.native.library",
+    "ops.native_jax": "ops.native.jax",
+    "ops.native_tensorflow": "ops.native.tensorflow",
+    "ops.native_torch": "ops.native.torch",
+    "ops.triton_torch": "ops.triton.launch",
+    "ops.triton_kernels": "ops.triton.kernels",
+    "ops.gradients": "ops.autodiff",
+    "ops.fused_gradients": "ops.fused_autodiff",
+    "ops.torch_operations": "ops.torch_custom_ops",
+    "ops.views": "ops.tensor_utils",
+    "pointwise": "kernel_generators.pointwise",
+    "models.table": "models.registry",
+    "models.twins": "models.conv_counterpart",
+    "models.shipped": "models.pretrained",
+    "models.formulas": "models.numpy_reference",
+    "model_labels": "models.specs",
+    "models.checkpoints": "models.checkpoint_readers",
+    "models.checkpoints.errors": "models.checkpoint_readers.errors",
+    "models.checkpoints.arrays": "models.checkpoint_readers.arrays",
+    "models.checkpoints.pickles": "models.checkpoint_readers.restricted_unpickler",
+    "models.checkpoints.pytorch": "models.checkpoint_readers.pytorch",
+    "models.checkpoints.paddle": "models.checkpoint_readers.paddle",
+    "models.checkpoints.tensorflow": "models.checkpoint_readers.tensorflow",
+    "checkpoint": "training.checkpoint",
+    "cluster": "training.distributed",
+    "sweep": "training.sweep",
+    "report": "training.report",
+    "experiment": "training.experiment",
+    "looking": "visualize.activations",
+    "explaining": "visualize.explain",
+    "pages": "visualize.html",
+    "app": "demo.app",
+    "answers": "demo.render",
+    "benchmark": "benchmarking.runner",
+    "devices": "benchmarking.devices",
+    "programs": "benchmarking.timed_program",
+    "yardsticks": "benchmarking.baselines",
+    "per_number": "benchmarking.paper_cuda",
+    "diagnosis": "benchmarking.doctor",
+}
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, fullname, path=None, target=None):
+        name = fullname.removeprefix("involution.")
+        if name == fullname or name not in RENAMED:
+            return None
+        return importlib.util.spec_from_loader(fullname, self, origin=RENAMED[name])
+
+    def create_module(self, spec):
+        new = f"involution.{spec.origin}"
+        warnings.warn(
+            f"{spec.name} is now {new}; the old name will be removed in version 1.0",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        module = importlib.import_module(new)
+        # Importing sets a module's spec to that of the name that was asked for.
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module):
+        module.__spec__ = module.__spec__.loader_state
+
+
+def install():
+    """Lets Python find modules by the names that they had."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

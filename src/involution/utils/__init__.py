@@ -1,0 +1,1 @@
+"""What every subsystem needs and that knows nothing of involution."""
