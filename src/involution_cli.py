@@ -591,8 +591,8 @@ def _fail(message, code=2) -> int:
 
 
 def _shown(text) -> str:
-    """As ``involution.utils.errors.shown``, whose package takes seconds to import: control characters as
-    escapes."""
+    """Writes control characters as escapes, as ``involution.utils.errors.shown``, whose package
+    takes seconds to import."""
     return CONTROL.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
 
 

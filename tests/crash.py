@@ -26,7 +26,9 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.tru
 MOST = 8  # kills of one run
 # Each is a new one, but what it imports has been imported.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["involution.training.experiment", "involution.training.report", "sklearn.datasets"])
+PROCESSES.set_forkserver_preload(
+    ["involution.training.experiment", "involution.training.report", "sklearn.datasets"]
+)
 
 
 class Child:
