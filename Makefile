@@ -98,8 +98,8 @@ test-long: $(TEST_VENV)/ready
 	set -e; for backend in $(BACKENDS); do export KERAS_BACKEND=$$backend; \
 	$(PYTEST) -m "any_backend and not slow and not browser" -n $(JOBS) --dist loadscope; \
 	$(PYTEST) -m slow --hypothesis-profile=long -rP; \
-	$(TEST_VENV)/bin/python -m tests.crash --kills 60; done
-	$(if $(filter jax,$(BACKENDS)),$(TEST_VENV)/bin/python -m tests.hosts --kills 10)
+	$(TEST_VENV)/bin/python -m tests.support.kill_resume --kills 60; done
+	$(if $(filter jax,$(BACKENDS)),$(TEST_VENV)/bin/python -m tests.support.multihost --kills 10)
 
 # `--randomly-seed=N` gives an order again. The weights are the same in every order.
 test-orders: $(TEST_VENV)/ready
@@ -150,7 +150,7 @@ sanitize-%:
 
 # The C++ core for Arm, by GCC and by Clang, under user-mode emulation; Debian's packages, and a network.
 test-arm:
-	PYTHON="$(PYTHON)" sh tests/arm.sh
+	PYTHON="$(PYTHON)" sh tests/native/arm.sh
 
 # dist/*.whl for all PLATFORMS, each built on this machine with the core and its bindings, and checked.
 # Without isolation, because the build's compiler is in this environment.

@@ -38,11 +38,11 @@ import torch, triton, keras
 print("torch", torch.__version__, "triton", triton.__version__, "keras", keras.__version__, torch.cuda.get_device_name())
 ' || exit 1
 
-part oracle 100 "$PYTHON" -m pytest -n 8 -p no:cacheprovider tests/test_triton.py -o addopts=-q
-part device 100 "$PYTHON" -m pytest -p no:cacheprovider tests/test_cuda.py -o addopts=-q --durations=0
+part oracle 100 "$PYTHON" -m pytest -n 8 -p no:cacheprovider tests/ops/test_triton.py -o addopts=-q
+part device 100 "$PYTHON" -m pytest -p no:cacheprovider tests/ops/test_cuda.py -o addopts=-q --durations=0
 if command -v compute-sanitizer > /dev/null; then
   part sanitizer 80 compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -p no:cacheprovider \
-    tests/test_triton.py -o addopts=-q -k "more_than or samples_at_a_time"
+    tests/ops/test_triton.py -o addopts=-q -k "more_than or samples_at_a_time"
 else
   echo "--- sanitizer: there is no compute-sanitizer"
   failed="$failed sanitizer"

@@ -15,14 +15,14 @@ mkdir -p "$made"
 PATH=$made/venv/bin KERAS_BACKEND=jax "$made/venv/bin/involution" doctor
 
 "$python" -m zipfile -e dist/involution-*-manylinux_2_28_aarch64.whl "$made/arm"
-sh tests/arm.sh "$made/arm/involution/native/libinvolution.so"
+sh tests/native/arm.sh "$made/arm/involution/native/libinvolution.so"
 
 "$python" -m zipfile -e dist/involution-*-win_amd64.whl "$made/windows"
 wine=$(command -v wine64 || command -v wine || echo /usr/lib/wine/wine64)
 if [ -x "$wine" ]; then
 	cp "$made"/windows/involution/native/*.dll "$made"
 	"$ZIG" c++ -target x86_64-windows-gnu -std=c++17 -O1 -fno-sanitize=all -Icsrc \
-		tests/sanitize.cpp "$made/libinvolution.dll" -o "$made/calls.exe"
+		tests/native/sanitize.cpp "$made/libinvolution.dll" -o "$made/calls.exe"
 	(cd "$made" && WINEDEBUG=-all WINEPREFIX=$made/wine "$wine" calls.exe 10)
 else
 	echo "Windows: built, not run (apt-get install wine64)"

@@ -18,7 +18,7 @@ if os.environ.get("KERAS_BACKEND") == "torch":
     import torch
 
     # Whether Triton's own functions can be interpreted is settled when it is imported, which
-    # PyTorch does at some time. Without a device test_triton.py interprets.
+    # PyTorch does at some time. Without a device ops/test_triton.py interprets.
     if importlib.util.find_spec("triton") and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
         import triton.language  # noqa: F401 - imported now, as told
@@ -31,15 +31,19 @@ from involution.ops.native import library
 
 # What a framework alone has is tested where it runs. Elsewhere there is nothing to skip.
 collect_ignore = [
-    f"test_native_{backend}.py"
+    f"native/test_{backend}.py"
     for backend in ("jax", "tensorflow", "torch")
     if backend != os.environ["KERAS_BACKEND"]
 ]
 if os.environ["KERAS_BACKEND"] != "torch":
-    collect_ignore += ["test_bench_cuda.py", "test_cuda.py", "test_triton.py"]
+    collect_ignore += [
+        "benchmarking/test_cuda_stand_in.py",
+        "ops/test_cuda.py",
+        "ops/test_triton.py",
+    ]
 # Triton is released for Linux alone.
 elif importlib.util.find_spec("triton") is None:
-    collect_ignore += ["test_cuda.py", "test_triton.py"]
+    collect_ignore += ["ops/test_cuda.py", "ops/test_triton.py"]
 
 
 def pytest_addoption(parser):

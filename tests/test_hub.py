@@ -1,24 +1,24 @@
 """The hub, by a stand-in on this machine that speaks its protocol."""
 
 import json
-import pathlib
 import shutil
 
-import hub_server
 import numpy as np
 import pytest
-from frameworks import numpy
-from images import write_folder
 
 from involution import hub, models
 from involution.models import weights
 from involution.saving import classifier
 from involution.training import experiment
 from involution.utils.errors import InputError
+from tests.support import hub_server
+from tests.support.backends import numpy
+from tests.support.images import write_folder
+from tests.support.paths import FILES
 
 pytestmark = pytest.mark.any_backend
 
-HOSTED = pathlib.Path(__file__).parent / "data" / "hosted"
+HOSTED = FILES / "hosted"
 LABEL = "inn:head=convolutional"
 
 

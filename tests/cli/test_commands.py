@@ -1,0 +1,481 @@
+"""The command as its console script calls it; the slow start once, in a process of its own."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import pytest
+
+import involution
+import involution_cli
+from involution.ops.cases import CASES
+from tests.support.backends import IMPLEMENTATIONS
+from tests.support.images import write_folder, write_image
+from tests.support.paths import FILES
+
+pytestmark = pytest.mark.any_backend
+
+BACKEND = keras.config.backend()
+COMMANDS = (
+    "compare",
+    "train",
+    "predict",
+    "explain",
+    "bench",
+    "convert",
+    "export",
+    "demo",
+    "doctor",
+)
+HOSTED = FILES / "hosted"
+
+
+@pytest.fixture
+def call(monkeypatch, capfd, tmp_path):
+    """Runs one command line in an empty folder: (exit code, lines on the screen). What frameworks
+    write to standard error is in the log; only an error of ours is there."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["involution", *map(str, arguments)])
+        code = 0
+        try:
+            involution_cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capfd.readouterr()
+        assert len(err.splitlines()) == (1 if code > 1 else 0), err
+        return code, [*out.splitlines(), *err.splitlines()]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("cli") / "pets")
+
+
+@pytest.fixture(scope="module")
+def trained(pets, tmp_path_factory):
+    """The folder of a short run made by the command."""
+    output = tmp_path_factory.mktemp("cli") / "the $run"
+    command = ["compare", "--dataset", pets, "--epochs", "1", "--output", output]
+    result = subprocess.run(
+        [sys.executable, "-m", "involution_cli", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert result.returncode == 0, result.stdout
+    return output, result
+
+
+def test_compare_tells_where_to_look_next(trained):
+    output, result = trained
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("involution: Comparing cnn,inn on ")
+    assert any(line.startswith("inn: epoch 1/1: train loss ") for line in lines)
+    assert any(re.match(r"On the test images of pets, cnn is \d", line) for line in lines)
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 4
+    assert len({line.count("|") for line in table}) == 1
+    assert lines[-3:] == [
+        f"Report: {output / 'report.html'}",
+        f"Next: involution predict '{output / 'inn.keras'}' IMAGE...",
+        f"      involution explain '{output / 'inn.keras'}' IMAGE...",
+    ]
+    assert result.stderr == ""
+    assert (output / "log.txt").is_file()
+    command = json.loads((output / "config.json").read_text())["command"]
+    assert command.startswith("involution compare --dataset")
+
+
+def test_train_is_a_run_of_one_model(call, pets, tmp_path):
+    code, lines = call("train", "--model", "cnn", "--dataset", pets, "--epochs", "1")
+    assert code == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("pets-")
+    assert (folder / "cnn.keras").is_file()
+    assert "cnn reaches an accuracy of" in "".join(lines)
+    assert (
+        lines[-1] == f"Next: involution predict {folder.relative_to(tmp_path)}/cnn.keras IMAGE..."
+    )
+
+
+def test_predict(call, trained, pets):
+    image = pets / "test" / "cat" / "0.png"
+    code, lines = call("predict", trained[0] / "cnn.keras", image, image, "--top", "2")
+    assert code == 0
+    assert len(lines) == 3
+    found = re.fullmatch(rf"{image}: (\w+) (0\.\d+|1\.000), (\w+) (0\.\d+)", lines[1])
+    assert {found[1], found[3]} < {"ant", "bee", "cat"}
+    assert float(found[2]) >= float(found[4])
+    assert lines[1] == lines[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "received"),
+    [
+        (MemoryError(), "MemoryError"),
+        (MemoryError("Unable to allocate 5 GiB"), "Unable to allocate 5 GiB"),
+        (
+            RuntimeError(
+                "Conv2D.call():\n[enforce] DefaultCPUAllocator: can't allocate memory: 9 B"
+            ),
+            "[enforce] DefaultCPUAllocator: can't allocate memory: 9 B",
+        ),
+        (
+            ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+            "RESOURCE_EXHAUSTED: O",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"), "CUDA out of memory. Tried"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_told_in_one_line(error, received, tmp_path):
+    message, code = involution_cli._explain(error, tmp_path / "log.txt")
+    assert code == 7
+    assert message.startswith("Memory must suffice; ")
+    assert f"Received: {received}" in message
+    assert not (tmp_path / "log.txt").exists()
+
+
+def test_memory_that_does_not_suffice_for_keras(tmp_path):
+    """The package is not there then, to tell what it is."""
+    code = (
+        "import sys, involution_cli\n"
+        "class Full:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'keras': raise MemoryError('Unable to allocate 5 GiB')\n"
+        "sys.meta_path.insert(0, Full())\n"
+        "sys.argv = ['involution', 'doctor']\n"
+        "involution_cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 7, done.stderr
+    assert done.stderr.endswith("Received: Unable to allocate 5 GiB\n")
+
+
+def test_what_is_closed_to_a_user_is_no_error_of_ours(tmp_path):
+    log = tmp_path / "log.txt"
+    told = "Files and folders must be open to this user. Received: "
+    for error, received in (
+        (PermissionError(13, "Permission denied", "/x/y"), "/x/y: Permission denied"),
+        (PermissionError("not here"), "not here"),
+    ):
+        assert involution_cli._explain(error, log) == (told + received, 2)
+    assert not log.exists()
+
+
+def test_no_room_for_temporary_files(call, monkeypatch):
+    def refuse(**more):
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    code, lines = call("doctor")
+    assert code == 5
+    assert lines[-1].startswith(
+        "involution: error: A folder for temporary files must be writable. Received: [Errno 2] No"
+    )
+
+
+def test_explain(call, trained, pets, tmp_path):
+    image = pets / "test" / "ant" / "1.png"
+    code, lines = call("explain", trained[0] / "inn.keras", image)
+    assert code == 0
+    assert re.search(r"inv_1 16x16 from .* inv_2 8x8 from .* inv_3 4x4 from ", lines[1])
+    assert re.search(r"^Predictions run \d x \w+(, \d x \w+)*; here ", lines[2])
+    assert lines[3] == "Figure: explain.png"
+    assert (tmp_path / "explain.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("show", ["maps", "outputs", "place", "groups"])
+def test_explain_draws_what_is_asked_for(call, trained, pets, tmp_path, show):
+    image = pets / "test" / "ant" / "1.png"
+    arguments = ("explain", trained[0] / "inn.keras", image, "--show", show, "--place", "0,1")
+    for file in ("a.svg", "b.svg"):
+        code, lines = call(*arguments, "--output", file)
+        assert code == 0
+        assert lines[-1] == f"Figure: {file}"
+    a, b = ((tmp_path / file).read_bytes() for file in ("a.svg", "b.svg"))
+    assert a.startswith(b"<?xml")
+    assert a == b
+
+
+def test_explain_writes_a_page_of_everything(call, trained, pets, tmp_path):
+    images = [pets / "test" / "ant" / f"{i}.png" for i in range(2)]
+    code, lines = call("explain", trained[0] / "inn.keras", *images, "--output", "page.html")
+    assert code == 0
+    assert lines[-1] == "Page: page.html"
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/png;base64,") == 8
+    assert page.count("<h2>") == 2
+    assert all(str(image) in page for image in images)
+    assert not re.search(r"https?://|<script", page)
+
+
+def test_convert_and_export(call, tmp_path):
+    code, lines = call("convert", HOSTED, "folder")
+    assert code == 0
+    assert lines[1].startswith("inn from a TensorFlow checkpoint: 24 tensors, ")
+    assert lines[-1] == "Model: folder"
+    code, lines = call("export", "folder", "--image-size", "12x8")
+    assert code == 0
+    assert re.fullmatch(
+        r"folder\.onnx: [\d,]+ bytes, from input to output_0, output_1, output_2, any batch, "
+        r"in \d+ s",
+        lines[1],
+    )
+    assert re.fullmatch(
+        r"check: for batches of 1 and 5 onnxruntime \S+ gives the model's numbers to "
+        r"\d\.\de-\d\d of the largest",
+        lines[2],
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "folder.onnx"]
+
+
+def test_export_of_a_trained_model(call, trained, tmp_path):
+    format = {"tensorflow": "saved_model", "jax": "onnx", "torch": "pt2"}[BACKEND]
+    code, lines = call("export", trained[0] / "inn.keras", "--format", format)
+    assert code == 0
+    name = "inn_saved_model" if format == "saved_model" else f"inn.{format}"
+    assert lines[1].startswith(f"{name}: ")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_doctor(call):
+    code, lines = call("doctor")
+    assert code == 0
+    assert f"backend in use: {BACKEND}" in lines
+    taken = [
+        m[1] for line in lines if (m := re.search(r"(\w+) +error \d\.\de[+-]\d\d \(taken\)", line))
+    ]
+    few_channels = "taps" if BACKEND == "jax" else IMPLEMENTATIONS[0]
+    assert taken == [few_channels] + (len(CASES) - 1) * [IMPLEMENTATIONS[0]]
+    fused = [line for line in lines if " fused " in line]
+    assert len(fused) == len(CASES)
+    there = "native" in IMPLEMENTATIONS
+    assert all(("error" if there else "cannot run") in line for line in fused)
+    assert any("(taken where kernels are generated)" in line for line in fused) == there
+
+
+def test_doctor_fails_on_a_wrong_implementation(call, monkeypatch):
+    from involution.ops import api
+
+    class Wrong:
+        refusal = staticmethod(lambda problem: None)
+        apply = staticmethod(lambda *a: api.reference.apply(*a) * 1.001)
+
+    class Absent:
+        refusal = staticmethod(lambda problem: "no such machine")
+
+    members = (("absent", Absent), ("taps", Wrong), ("reference", api.reference))
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", members)
+    monkeypatch.setattr("involution.benchmarking.doctor.CASES", CASES[:1])
+    code, lines = call("doctor")
+    assert code == 1
+    assert any("taps" in line and "WRONG: above 1e-05 (taken)" in line for line in lines)
+    assert any("absent     cannot run: no such machine" in line for line in lines)
+
+
+def bad_inputs(root, trained):
+    """(name, command line, what the one line says)."""
+    ok = ["--dataset", write_folder(root / "ok")]
+    empty = root / "empty"
+    empty.mkdir()
+    broken = write_folder(root / "broken")
+    write_image(broken / "train" / "ant" / "bad.jpg", size=(64, 64))
+    whole = (broken / "train" / "ant" / "bad.jpg").read_bytes()
+    (broken / "train" / "ant" / "bad.jpg").write_bytes(whole[: len(whole) // 2])
+    untested = root / "untested"
+    write_image(untested / "train" / "ant" / "0.png")
+    single = write_folder(root / "single", classes=("ant",))
+    (root / "used").mkdir()
+    (root / "used" / "x").write_text("")
+    (root / "text.png").write_text("no image")
+    image = root / "ok" / "test" / "ant" / "0.png"
+    inn, cnn = trained[0] / "inn.keras", trained[0] / "cnn.keras"
+    return [
+        (["compare", "--dataset", "mnist"], "Received: mnist"),
+        (["compare", *ok, "--models", "resnet"], "Received: resnet"),
+        (["compare", "--dataset", empty], "without train/"),
+        (["compare", "--dataset", untested], "without test/"),
+        (["compare", "--dataset", broken], "bad.jpg (1 of 37 files cannot be read)"),
+        (["compare", "--dataset", single], "at least two classes"),
+        (["compare", *ok, "--output", root / "used"], "new or empty"),
+        (["compare", *ok, "--output", root / "text.png" / "x"], "writable"),
+        (["compare", *ok, "--epochs", "0"], "epochs must be at least 1. Received: epochs=0"),
+        (["compare", *ok, "--epochs", "many"], "many"),
+        (["compare", *ok, "--image-size", "0x5"], "--image-size must be"),
+        (["compare", *ok, "--image-size", "5x5x5"], "--image-size must be"),
+        (["compare", *ok, "--image-size", "2"], "at least 4"),
+        (["compare", "--unknown"], "unknown"),
+        (["compare", *ok, "--backend", "theano"], "theano"),
+        (["paint"], "paint"),
+        (["train", *ok, "--model", "x.py"], "must exist"),
+        (["predict", root / "none.keras", image], "does not exist"),
+        (["predict", root / "text.png", image], "text.png"),
+        (["predict", cnn, root / "none.png"], "file: No such file or directory. Received: "),
+        (["predict", cnn, root / "text.png"], "text.png"),
+        (["predict", cnn], "At least one image"),
+        (["predict", cnn, image, "--top", "0"], "--top must be at least 1"),
+        (["explain", cnn, image], "must have an involution"),
+        (["explain", inn, image, "--output", root / "none" / "x.png"], "writable"),
+        (["explain", inn, image, "--output", root / "x.gif"], "must be a .png, .svg or .html"),
+        (["explain", inn, image, image, "--show", "groups"], "of one image"),
+        (["explain", inn, image, "--place", "0.5"], "Received: 0.5"),
+        (["explain", inn, image, "--place", "0.5,nan"], "Received: 0.5, nan"),
+        (["explain", inn, image, "--place", "a,b"], "--place must be ROW,COLUMN"),
+        (["convert", root / "none.pth", root / "new"], "none.pth"),
+        (["convert", root / "text.png", root / "new"], "must be a PyTorch .pth file"),
+        (["convert", root / "ok", root / "new"], "a folder without variables"),
+        (["convert", HOSTED, root / "used"], "new or empty"),
+        (["convert", HOSTED, root / "text.png" / "x"], "writable"),
+        (["export", root / "none.keras"], "which does not exist"),
+        (["export", root / "text.png"], "must be a .keras file"),
+        (["export", root / "used"], "must hold config.json and model.safetensors"),
+        (["export", cnn, "--image-size", "9"], "Received: one for images of (16, 16, 3)"),
+        (["export", cnn, "--output", root / "none" / "x.onnx"], "none/x.onnx"),
+        (["export", cnn, "--format", "tflite"], "tflite"),
+    ]
+
+
+def test_bad_input_is_one_line_and_writes_nothing(call, trained, tmp_path):
+    cases = bad_inputs(tmp_path, trained)
+    before = sorted(tmp_path.rglob("*"))
+    for arguments, expected in cases:
+        code, lines = call(*arguments)
+        assert code == 2, arguments
+        assert expected in lines[-1], arguments
+        assert lines[-1].startswith("involution: error: ")
+        assert len(lines) <= 2, arguments
+        assert sorted(tmp_path.rglob("*")) == before, arguments
+
+
+def test_unknown_backend_and_a_stale_configuration(tmp_path, trained):
+    def run(code, **environment):
+        env = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
+        env |= {"KERAS_HOME": str(tmp_path), "TMPDIR": str(tmp_path), **environment}
+        command = [sys.executable, "-c", code + "import involution_cli as c; c.main()", "predict"]
+        return subprocess.run(
+            [*command, str(trained[0] / "cnn.keras"), "x.png"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=env,
+        )
+
+    result = run("", KERAS_BACKEND="theano")
+    assert result.returncode == 2
+    assert result.stderr.endswith("Received: KERAS_BACKEND=theano\n")
+    assert len(result.stderr.splitlines()) == 1
+    (tmp_path / "keras.json").write_text('{"backend": "theano"}')
+    result = run("")
+    assert "Keras is configured for theano, which is not installed: using" in result.stdout
+    assert [f.name for f in tmp_path.iterdir()] == ["keras.json"]
+
+
+def test_names_that_the_terminal_cannot_show(trained, pets):
+    image = pets / "猫.png"
+    image.write_bytes((pets / "test" / "ant" / "0.png").read_bytes())
+    result = subprocess.run(
+        [sys.executable, "-m", "involution_cli", "predict", trained[0] / "cnn.keras", image],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "\\u732b.png: " in result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
+def test_paths_that_are_no_text_are_carried_through(call, pets, tmp_path):
+    """Into config.json, the report, the command to go on, and from there."""
+    data, output = (tmp_path / os.fsdecode(name) for name in (b"p\xe9ts", b"r\xfcn"))
+    data.symlink_to(pets)
+    arguments = ("train", "--model", "cnn", "--dataset", data, "--epochs", "1", "--output", output)
+    code, lines = call(*arguments)
+    assert code == 0
+    assert lines[-1] == f"Next: involution predict '{tmp_path}/r\\udcfcn/cnn.keras' IMAGE..."
+    assert json.loads((output / "config.json").read_text())["dataset"] == str(data)
+    assert "r\\udcfcn" in (output / "report.html").read_text()
+    assert call(*arguments, "--resume")[0] == 0
+    image = tmp_path / os.fsdecode(b"\xe9.png")
+    image.symlink_to(pets / "test" / "ant" / "0.png")
+    code, lines = call("predict", output / "cnn.keras", image)
+    assert code == 0
+    assert lines[-1].startswith(f"{tmp_path}/\\udce9.png: ")
+    # Of a class it would be in the model.
+    for part in ("train", "test"):
+        write_image(tmp_path / "latin" / part / os.fsdecode(b"\xe9") / "0.png")
+    code, lines = call("train", "--dataset", tmp_path / "latin", "--output", "new")
+    assert (code, len(lines)) == (2, 2)
+    assert lines[-1].endswith(f"Received: \\udce9 in {tmp_path}/latin/train")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_error_of_our_own_is_one_line_and_keeps_its_log(call, trained, pets, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("involution.saving.classifier.load", fail)
+    code, lines = call("predict", trained[0] / "cnn.keras", pets / "test" / "ant" / "0.png")
+    assert code == 3
+    log = re.search(r"RuntimeError; all about it is in (\S+)$", lines[-1])[1]
+    assert "RuntimeError: two" in pathlib.Path(log).read_text()
+
+
+def test_an_interruption_is_one_line(call, monkeypatch):
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("involution.data.load", fail)
+    code, lines = call("compare")
+    assert code == 130
+    assert lines[-1] == "involution: error: interrupted."
+
+
+def test_help_answers_without_the_package():
+    """What makes it fast: neither Keras nor this package is imported."""
+    code = (
+        "import sys, involution_cli\n"
+        "try: involution_cli.main()\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('keras', 'involution', 'numpy') if m in sys.modules])\n"
+    )
+    for arguments in ([], ["--help"], *([c, "--help"] for c in COMMANDS)):
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        )
+        assert result.stdout.strip().endswith("[]"), result.stdout
+        assert "Usage: involution" in result.stdout
+
+
+def test_version(call):
+    code, lines = call("--version")
+    assert (code, lines) == (0, [involution.__version__])
+
+
+def test_no_backend_installed_is_one_line(tmp_path):
+    code = (
+        "import importlib.util, sys\n"
+        "found = importlib.util.find_spec\n"
+        "names = ('tensorflow', 'jax', 'torch')\n"
+        "importlib.util.find_spec = lambda n, *a: None if n in names else found(n, *a)\n"
+        "import involution_cli; sys.argv = ['involution', 'doctor']; involution_cli.main()\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith(
+        "involution: error: No Keras backend is installed: pip install "
+    )

@@ -1,0 +1,110 @@
+"""Names of strangers in what is written: control characters are shown, and obeyed nowhere."""
+
+import io
+import json
+
+import keras
+import pytest
+from matplotlib.figure import Figure
+
+import involution_cli
+from involution.demo import render
+from involution.saving import classifier
+from involution.utils import atomic_files, errors
+from involution.utils.errors import shown
+from involution.utils.progress import Console
+from involution.visualize import html
+from tests.support.images import write_image
+
+pytestmark = pytest.mark.any_backend
+
+HARM = "\x1b[2J\x9b1m\x7f\r\u202e\u2066\u2028[red]"
+SEEN = r"\u001b[2J\u009b1m\u007f\u000d\u202e\u2066\u2028[red]"
+READABLE = "한국어 é 👩\u200d💻 \u3000 $x$ [b] \\"
+
+
+def clean(text):
+    return not errors.CONTROL.search(text.replace("\n", ""))
+
+
+def test_control_characters_are_shown_and_no_others():
+    assert shown(HARM) == SEEN
+    assert shown(READABLE) == READABLE
+    assert shown("a\nb\tc", "\n") == "a\nb\\u0009c"
+    assert shown("\udcff") == "\\udcff"
+    assert shown(ValueError("\x07")) == "\\u0007"
+    # All of C0 and C1, DEL, separators of lines, and what turns the direction of writing.
+    for code in (*range(32), *range(127, 160), 0x200E, 0x200F, *range(0x2028, 0x202F)):
+        assert shown(chr(code)) == f"\\u{code:04x}"
+
+
+def test_the_command_has_the_same_rule():
+    assert involution_cli.CONTROL.pattern == errors.CONTROL.pattern
+    assert involution_cli._shown(HARM + READABLE) == SEEN + READABLE
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_lines_and_bars_show_them(terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    file = io.StringIO()
+    file.isatty = lambda: terminal
+    console = Console(file)
+    console.say(f"{HARM} one\nimage.png: cat 1.000")
+    assert file.getvalue() == f"{SEEN} one\\u000aimage.png: cat 1.000\n"
+    console.start(HARM, 3)
+    console._last = -100.0
+    console.step()
+    console.stop()
+    assert SEEN in file.getvalue().replace("\n", "")
+    assert HARM not in file.getvalue()
+
+
+def test_errors_and_first_lines_show_them(capsys):
+    assert involution_cli._fail(f"a\nb {HARM}") == 2
+    said = capsys.readouterr().err
+    assert clean(said)
+    assert said.startswith("involution: error: a b \\u001b[2J")
+
+
+def test_a_prediction_stays_on_its_line(tmp_path, capsys, monkeypatch):
+    layers = [keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(2)]
+    names = (HARM, "x\nimage.png: cat 1.000")
+    path = tmp_path / "m.keras"
+    classifier.Classifier(keras.Sequential(layers), names, (8, 8, 3)).save(path)
+    write_image(tmp_path / "i.png")
+    involution_cli.predict(path, tmp_path / "i.png")
+    first, line = capsys.readouterr().out.splitlines()
+    assert first == "involution: Reading the model."
+    assert SEEN in line
+    assert r"x\u000aimage.png" in line
+    scores = render.scores({"m": classifier.load(path)}, tmp_path / "i.png")
+    assert set(scores["m"]) == {SEEN, r"x\u000aimage.png: cat 1.000"}
+
+
+def test_files_show_them(tmp_path):
+    (tmp_path / "x.html.j2").write_text("{{ name }}|{{ pair[0] }}|{{ many }}|{{ 3 }}")
+    folder = html.__file__
+    try:
+        html.__file__ = str(tmp_path / "pages.py")
+        html.write(tmp_path / "x.html", "x.html.j2", name=HARM, pair=["<b>"], many="a\n\tb")
+    finally:
+        html.__file__ = folder
+    text = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert text == f"{SEEN}|&lt;b&gt;|a\n\tb|3"
+    atomic_files.write_json(tmp_path / "x.json", {HARM: [READABLE, HARM]})
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert clean(text)
+    assert json.loads(text) == {HARM: [READABLE, HARM]}
+    assert atomic_files.csv_text(["a", "b"], [{"a": HARM, "b": 1.5}]) == f"a,b\n{SEEN},1.5\n"
+
+
+def test_figures_show_them():
+    figure = Figure()
+    figure.subplots().set_title("a\x1b\nbé", parse_math=False)
+    svg = html.image(figure, "svg")
+    assert b"\x1b" not in svg
+    assert figure.axes[0].get_title() == "a\\u001b\nbé"
+
+
+def test_a_layers_name_is_no_html():
+    assert render._escaped(f"<img src=x>{HARM}") == f"&lt;img src=x&gt;{SEEN}"

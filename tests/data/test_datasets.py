@@ -1,0 +1,359 @@
+import hashlib
+import io
+import os
+import pickle
+import struct
+import tarfile
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image, ImageFile, ImageOps
+
+from involution.data import datasets
+from involution.utils.errors import InputError
+from tests.support import hostile_images
+from tests.support.images import write_folder, write_image
+
+pytestmark = pytest.mark.any_backend
+
+
+def test_digits_are_real_enlarged_and_split_once():
+    digits = datasets.load("digits")
+    assert digits.x_train.shape == (1437, 32, 32, 3)
+    assert digits.x_test.shape == (360, 32, 32, 3)
+    assert digits.x_train.dtype == np.uint8
+    assert sorted(set(digits.y_test)) == list(range(10))
+    assert "not CIFAR-10" in digits.note
+    seen = {image.tobytes() for image in digits.x_train}
+    assert sum(image.tobytes() in seen for image in digits.x_test) <= 1
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    first = datasets.order(100, 42, 1)
+    np.testing.assert_array_equal(first, datasets.order(100, 42, 1))
+    assert sorted(first) == list(range(100))
+    for other in (datasets.order(100, 42, 2), datasets.order(100, 43, 1)):
+        assert (first != other).any()
+
+
+def test_folder_with_its_own_size(tmp_path):
+    loaded = datasets.load(str(write_folder(tmp_path / "pets", size=(12, 20))))
+    assert loaded.name == "pets"
+    assert loaded.class_names == ("ant", "bee", "cat")
+    assert loaded.x_train.shape == (24, 12, 20, 3)
+    assert loaded.x_test.shape == (12, 12, 20, 3)
+    np.testing.assert_array_equal(np.bincount(loaded.y_train), [8, 8, 8])
+
+
+def test_folder_reads_png_jpeg_webp_upright_at_any_size(tmp_path):
+    write_folder(tmp_path, train=1, test=1)
+    for suffix, size in ((".jpg", (40, 10)), (".webp", (9, 9)), (".JPEG", (8, 8))):
+        write_image(tmp_path / "train" / "ant" / f"more{suffix}", size=size)
+    calls = []
+    loaded = datasets.load(str(tmp_path), (24, 18), progress=lambda done, total: calls.append(done))
+    assert loaded.x_train.shape == (6, 24, 18, 3)
+    assert calls == list(range(1, 10))
+    turned = Image.new("RGB", (10, 20))
+    turned.putpixel((0, 0), (255, 255, 255))
+    exif = turned.getexif()
+    exif[274] = 6  # to be turned by 90 degrees
+    turned.save(tmp_path / "turned.png", exif=exif)
+    read = datasets.read_image(tmp_path / "turned.png")
+    assert read.shape == (10, 20, 3)
+    assert read[0, 19].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "PNG", "MPO"])
+def test_a_damaged_tag_leaves_the_sound_orientation(format, tmp_path):
+    """A resolution in letters, on which Pillow fails when it writes the tags anew."""
+    image, file = Image.new("RGB", (21, 16)), io.BytesIO()
+    if format == "PNG":
+        chunk = hostile_images.png_chunk(b"eXIf", hostile_images.LETTERS[6:])
+        rows = bytes((1 + 3 * 21) * 16)
+        file.write(hostile_images.png(21, 16, rows, more=chunk))
+    else:
+        more = {"save_all": True, "append_images": [image]} if format == "MPO" else {}
+        image.save(file, format, exif=hostile_images.LETTERS, **more)
+    path = tmp_path / "photo"
+    path.write_bytes(file.getvalue())
+    assert datasets.read_image(path).shape == (21, 16, 3)
+    assert datasets.read_image(path, (8, 4)).shape == (8, 4, 3)
+    for part, name in (("train", "a"), ("train", "b"), ("test", "a")):
+        folder = tmp_path / "photos" / part / name
+        folder.mkdir(parents=True)
+        (folder / "photo.jpg").write_bytes(file.getvalue())
+    assert datasets.load(str(tmp_path / "photos")).x_train.shape == (2, 21, 16, 3)
+
+
+def test_orientations_are_those_of_pillow(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), "uint8"))
+    for value in range(11):
+        exif = image.getexif()
+        exif[274] = value
+        image.save(tmp_path / "x.png", exif=exif)
+        with Image.open(tmp_path / "x.png") as opened:
+            expected = np.asarray(ImageOps.exif_transpose(opened))
+        np.testing.assert_array_equal(datasets.read_image(tmp_path / "x.png"), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning", "ignore:Truncated File:UserWarning")
+@pytest.mark.parametrize(
+    "exif",
+    [
+        hostile_images.exif([(0x0112, 2, 2, ord("6"))]),
+        hostile_images.exif([(0x0112, 12, 1, 2**20)]),
+        b"Exif\0\0II",
+        b"Exif\0\0neither endian",
+        hostile_images.LETTERS[:19],
+    ],
+)
+def test_what_is_no_orientation_leaves_an_image_as_it_is(exif, tmp_path):
+    Image.new("RGB", (21, 16)).save(tmp_path / "x.jpg", exif=exif)
+    assert datasets.read_image(tmp_path / "x.jpg").shape == (16, 21, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (struct.error("unpack requires\na buffer"), "unpack requires a buffer"),
+        (TypeError("bad operand"), "bad operand"),
+        (AttributeError("no such"), "no such"),
+        (EOFError(), "EOFError"),
+        (RecursionError("too deep"), "too deep"),
+        (PermissionError(13, "Permission denied", "x"), "Permission denied"),
+    ],
+)
+@pytest.mark.parametrize("step", ["load", "convert"])
+def test_whatever_breaks_a_reader_names_the_file(error, said, step, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    write_image(tmp_path / "x.png")
+    kind = ImageFile.ImageFile if step == "load" else Image.Image
+    monkeypatch.setattr(kind, step, fail)
+    expected = f"An image must be a whole PNG, JPEG or WebP file: {said}"
+    for name in (tmp_path / "x.png", str(tmp_path / "x.png"), os.fsencode(tmp_path / "x.png")):
+        with pytest.raises(InputError) as caught:
+            datasets.read_image(name)
+        assert str(caught.value) == f"{expected}. Received: {tmp_path}/x.png"
+    with open(tmp_path / "x.png", "rb") as opened, pytest.raises(InputError) as caught:
+        datasets.read_image(opened)
+    assert str(caught.value) == expected
+
+
+def test_too_little_memory_is_no_fault_of_a_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    write_image(tmp_path / "x.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(MemoryError):
+        datasets.read_image(tmp_path / "x.png")
+
+
+def test_images_that_are_not_used_are_noted(tmp_path):
+    root = write_folder(tmp_path / "pets")
+    assert datasets.load(str(root)).note == ""
+    Image.new("RGB", (16, 16)).save(root / "train" / "ant" / "x.bmp")
+    Image.new("RGB", (16, 16)).save(root / "train" / "ant" / "x.jfif", "JPEG")
+    loaded = datasets.load(str(root))
+    assert len(loaded.x_train) == 25
+    assert (
+        loaded.note
+        == loaded.validation(3).note
+        == (
+            "Images that are not used (PNG, JPEG and WebP directly in the folder of a class are): "
+            f"1 .bmp files, as {root}/train/ant/x.bmp."
+        )
+    )
+
+
+def test_images_of_several_sizes_need_one(tmp_path):
+    write_folder(tmp_path)
+    write_image(tmp_path / "train" / "cat" / "zz.png", size=(5, 7))
+    with pytest.raises(InputError, match=r"--image-size.*16x16 in .*0\.png, 7x5 in .*zz\.png"):
+        datasets.load(str(tmp_path))
+
+
+def test_truncated_images_are_named_and_counted(tmp_path):
+    write_folder(tmp_path)
+    for number in (1, 2):
+        broken = tmp_path / "train" / "bee" / f"broken{number}.jpg"
+        write_image(broken, size=(64, 64))
+        broken.write_bytes(broken.read_bytes()[:700])
+    with pytest.raises(InputError, match=r"broken1\.jpg \(2 of 38 files cannot be read\)"):
+        datasets.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
+def test_what_is_no_image_is_refused(tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(InputError, match="whole PNG"):
+        datasets.read_image(tmp_path / "x.png")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [1000, 3000])
+def test_an_image_too_large_for_memory_is_refused(tmp_path, monkeypatch, limit):
+    write_image(tmp_path / "x.png", size=(64, 64))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(InputError, match=r"exceed.* limit"):
+        datasets.read_image(tmp_path / "x.png")
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    ramp = np.arange(0, 65536, 256, "uint16").reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "x.png")
+    read = datasets.read_image(tmp_path / "x.png")
+    np.testing.assert_array_equal(read[..., 0], np.arange(256).reshape(16, 16))
+
+
+def test_other_formats_under_a_name_of_ours_and_hidden_files(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.bmp")
+    (tmp_path / "x.bmp").rename(tmp_path / "x.png")
+    with pytest.raises(InputError, match="PNG, JPEG or WebP"):
+        datasets.read_image(tmp_path / "x.png")
+    root = write_folder(tmp_path / "pets")
+    (root / "train" / "ant" / "._0.png").write_bytes(b"what macOS leaves")
+    (root / "train" / ".cache").mkdir()
+    assert len(datasets.load(str(root)).x_train) == 24
+
+
+def test_folder_errors(tmp_path):
+    def fails(root, match):
+        with pytest.raises(InputError, match=match):
+            datasets.load(str(root))
+
+    fails(tmp_path, "without train/<class>/")
+    (tmp_path / "train").mkdir()
+    fails(tmp_path, "without train/<class>/")
+    write_image(tmp_path / "train" / "ant" / "0.png")
+    fails(tmp_path, "without test/")
+    write_image(tmp_path / "test" / "ant" / "0.png")
+    fails(tmp_path, "at least two classes.*ant alone")
+    write_image(tmp_path / "test" / "yak" / "0.png")
+    fails(tmp_path, "one to train too.*yak")
+    (tmp_path / "train" / "yak").mkdir()
+    fails(tmp_path, "Every class must have images.*yak")
+
+
+def test_unknown_data_set_and_a_size_where_it_has_no_meaning(tmp_path):
+    with pytest.raises(InputError, match="Received: mnist"):
+        datasets.load("mnist")
+    with pytest.raises(InputError, match=r"folder of images only.*8x8 for digits"):
+        datasets.load("digits", (8, 8))
+    (tmp_path / "some.tar.gz").write_bytes(b"some")
+    with pytest.raises(InputError, match="whose hash is another"):
+        datasets.load(str(tmp_path / "some.tar.gz"))
+
+
+def batches():
+    random = np.random.default_rng(0)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        yield name, random.integers(0, 256, (3, 3072), "uint8"), random.integers(0, 10, 3)
+
+
+def write_archive(path, members):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members:
+            entry = tarfile.TarInfo(f"cifar/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def check_cifar10(loaded):
+    truth = list(batches())
+    assert loaded.x_train.shape == (15, 32, 32, 3)
+    assert loaded.class_names[0] == "airplane"
+    assert loaded.class_names[9] == "truck"
+    for i, (_, rows, labels) in enumerate(truth[:-1]):
+        np.testing.assert_array_equal(loaded.y_train[3 * i : 3 * i + 3], labels)
+        # The archive's rows hold 1,024 red, then green, then blue values, row-major.
+        assert loaded.x_train[3 * i, 2, 5, 1] == rows[0, 1024 + 2 * 32 + 5]
+    np.testing.assert_array_equal(loaded.y_test, truth[-1][2])
+
+
+def test_cifar10_binary_archive(tmp_path, monkeypatch):
+    members = [
+        (f"{name}.bin", np.c_[labels.astype("uint8"), rows].tobytes())
+        for name, rows, labels in batches()
+    ]
+    path = write_archive(tmp_path / "cifar-10-binary.tar.gz", members)
+    digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    monkeypatch.setattr(datasets, "CIFAR10_BINARY_MD5", digest)
+    check_cifar10(datasets.load(str(path)))
+
+
+def keras_archive(home, monkeypatch, content):
+    path = home / "datasets" / datasets.CIFAR10_KERAS
+    path.parent.mkdir(parents=True)
+    write_archive(path, [(name, content(rows, labels)) for name, rows, labels in batches()])
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(datasets, "CIFAR10_KERAS_SHA256", digest)
+    monkeypatch.setenv("KERAS_HOME", str(home))
+    return path
+
+
+def test_cifar10_from_the_cache_of_keras(tmp_path, monkeypatch):
+    path = keras_archive(
+        tmp_path,
+        monkeypatch,
+        lambda rows, labels: pickle.dumps({b"data": rows, b"labels": labels.tolist()}, protocol=3),
+    )
+    check_cifar10(datasets.load("cifar10"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="whose hash is another"):
+        datasets.load("cifar10")
+
+
+def test_a_batch_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harm"), "w"))
+
+    keras_archive(tmp_path / "home", monkeypatch, lambda *_: pickle.dumps({b"data": Harm()}))
+    with pytest.raises(InputError, match=r"arrays only. Received: .*open"):
+        datasets.load("cifar10")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_cifar10_is_fetched_only_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    asked = []
+
+    def get_file(**arguments):
+        asked.append(arguments)
+        raise Exception("no route")  # noqa: TRY002 - what Keras raises
+
+    monkeypatch.setattr(keras.utils, "get_file", get_file)
+    with pytest.raises(InputError, match=r"--download \(163 MB\)"):
+        datasets.load("cifar10")
+    assert not asked
+    with pytest.raises(InputError, match=r"server that answers. Received: no route"):
+        datasets.load("cifar10", download=True)
+    assert asked[0]["file_hash"] == datasets.CIFAR10_KERAS_SHA256
+
+
+def test_pixels_are_scaled_to_one():
+    scaled = datasets.scale(np.array([[0, 51, 255]], "uint8"))
+    assert scaled.dtype == np.float32
+    np.testing.assert_array_equal(scaled, np.array([[0, 0.2, 1]], "float32"))
+
+
+def test_a_batch_as_python_2_wrote_it():
+    def text(content):
+        return b"U" + bytes([len(content)]) + content
+
+    rows = bytes(range(256)) * 12
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
+        b"(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R"
+        b"(K\x03" + text(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+        b"T" + len(rows).to_bytes(4, "little") + rows + b"tb"
+    )
+    batch = b"\x80\x02}(" + text(b"data") + array + text(b"labels") + b"]K\x07au."
+    images, labels = datasets._pickled_batch(batch)
+    assert images[0, 0, :3, 0].tolist() == [0, 1, 2]
+    assert labels.tolist() == [7]

@@ -1,0 +1,153 @@
+"""Folders that are larger than memory: their images stay in their files."""
+
+import dataclasses
+import math
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+
+from involution.data import datasets, image_folder
+from involution.data.lazy_images import StoredImages
+from involution.models import cnn
+from involution.training import trainer as training
+from involution.utils import memory
+from involution.utils.errors import InputError
+from tests.support.images import write_folder, write_image
+
+pytestmark = pytest.mark.any_backend
+
+
+@pytest.fixture
+def pets(tmp_path):
+    return write_folder(tmp_path / "pets")
+
+
+@pytest.fixture
+def pair(pets, monkeypatch):
+    """The same folder, in memory and in its files."""
+    loaded = datasets.load(str(pets))
+    assert isinstance(loaded.x_train, np.ndarray)
+    # A quarter of it is less than they take.
+    size = 3 * (loaded.x_train.nbytes + loaded.x_test.nbytes)
+    monkeypatch.setattr(memory, "allowed", lambda: size)
+    stored = datasets.load(str(pets))
+    assert isinstance(stored.x_train, StoredImages)
+    assert isinstance(stored.x_test, StoredImages)
+    return loaded, stored
+
+
+def test_they_are_read_as_an_array_is(pair):
+    for name in ("x_train", "x_test"):
+        array, images = (getattr(dataset, name) for dataset in pair)
+        assert (images.shape, images.dtype, len(images)) == (array.shape, array.dtype, len(array))
+        for index in (0, -1, slice(1, 7, 2), slice(0), [3, 0, 3], np.arange(len(array))[::-1]):
+            assert images[index].dtype == array.dtype
+            np.testing.assert_array_equal(images[index], array[index])
+            if not isinstance(index, int):
+                np.testing.assert_array_equal(images.part(index)[:], array[index])
+
+
+def test_it_is_the_same_data_set(pair, monkeypatch):
+    monkeypatch.setattr(datasets, "BLOCK", 5)
+    loaded, stored = pair
+    assert stored.fingerprint() == loaded.fingerprint()
+    held_out = [dataset.validation(7) for dataset in pair]
+    assert isinstance(held_out[1].x_test, StoredImages)
+    assert held_out[1].fingerprint() == held_out[0].fingerprint() != loaded.fingerprint()
+
+
+def test_training_does_not_see_where_they_are(pair):
+    def rows(dataset):
+        recipe = dataclasses.replace(training.RECIPES["one-cycle"], batch_size=10)
+        keras.utils.set_random_seed(1)
+        network = cnn(input_shape=dataset.image_shape, classes=len(dataset.class_names))
+        trainer = training.Trainer(network, dataset, recipe, 2, seed=1)
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in trainer.epochs()]
+
+    assert rows(pair[1]) == rows(pair[0])
+
+
+def test_a_file_that_is_another_meanwhile(pair):
+    images = pair[1].x_train
+    first, third = (pathlib.Path(images.files[n].path) for n in (0, 2))
+    third.write_bytes(b"hello")
+    with pytest.raises(InputError, match=rf"whole PNG.*Received: {third}"):
+        images[:4]
+    third.unlink()
+    with pytest.raises(InputError, match="No such file"):
+        images[2]
+    third.write_bytes(first.read_bytes())
+    smaller = StoredImages(images.files, (1, 1, 3), images.read)
+    with pytest.raises(InputError, match=r"the size of the others, \(1, 1, 3\)"):
+        smaller[[0]]
+
+
+def test_crops_are_a_function_of_seed_epoch_and_image(tmp_path):
+    pets = write_folder(tmp_path / "pets", size=(20, 14))
+    images = datasets.load(str(pets), (6, 8), crop=0.875).x_train
+    index = np.array([3, 0, 3])
+    seen = images.crops(index, 1, 1)
+    assert (seen.shape, seen.dtype) == ((3, 6, 8, 3), np.uint8)
+    np.testing.assert_array_equal(seen[0], seen[2])
+    np.testing.assert_array_equal(images.crops(np.arange(5), 1, 1)[[3, 0, 3]], seen)
+    for seed, epoch in ((1, 2), (2, 1)):
+        assert (images.crops(index, seed, epoch) != seen).any()
+    assert (images[index] != seen).any()
+    with images.files[3].open() as file:
+        expected = datasets.read_image(file, (6, 8), random=np.random.default_rng([1, 1, 2, 3]))
+    np.testing.assert_array_equal(seen[0], expected)
+
+
+def test_what_crops_stays_in_its_files(tmp_path):
+    pets = write_folder(tmp_path / "pets")
+    # No two of one size.
+    write_image(pets / "train" / "ant" / "0.png", size=(31, 17))
+    loaded = datasets.load(str(pets), (8, 8), crop=0.5)
+    assert isinstance(loaded.x_test, StoredImages)
+    assert loaded.x_train.shape == (24, 8, 8, 3)
+    assert loaded.fingerprint() != datasets.load(str(pets), (8, 8)).fingerprint()
+    with pytest.raises(InputError, match=r"needs --image-size\. Received: none"):
+        datasets.load(str(pets), crop=0.5)
+    with pytest.raises(InputError, match=r"needs a folder of images\. Received: digits"):
+        datasets.load("digits", crop=0.5)
+    (pets / "test" / "cat" / "1.png").write_bytes(b"hello")
+    with pytest.raises(InputError, match=r"1\.png \(1 of 36 files cannot be read\)"):
+        datasets.load(str(pets), (8, 8), crop=0.5)
+
+
+def test_large_folders_are_not_read_at_the_beginning(tmp_path, monkeypatch):
+    pets = write_folder(tmp_path / "pets")
+    small = datasets.load(str(pets)).fingerprint()
+    monkeypatch.setattr(image_folder, "LARGE", 1000)
+    broken = pets / "train" / "bee" / "3.png"
+    monkeypatch.setattr(StoredImages, "_read", lambda *_: pytest.fail("read"))
+    loaded = datasets.load(str(pets))
+    assert loaded.image_shape == (16, 16, 3)
+    assert datasets.load(str(pets), (9, 7)).image_shape == (9, 7, 3)
+    before = loaded.fingerprint()
+    assert before != small
+    content = broken.read_bytes()
+    broken.write_bytes(content[:-1] + b"x")
+    assert datasets.load(str(pets)).fingerprint() == before
+    broken.write_bytes(content + b"x")
+    assert datasets.load(str(pets)).fingerprint() != before
+    monkeypatch.undo()
+    monkeypatch.setattr(image_folder, "LARGE", 1000)
+    broken.write_bytes(b"hello")
+    with pytest.raises(InputError, match=rf"cannot identify it. Received: {broken}"):
+        datasets.load(str(pets)).x_train[:]
+    first = pets / "train" / "ant" / "0.png"
+    first.write_bytes(b"hello")
+    with pytest.raises(InputError, match=rf"whole PNG.*Received: {first}"):
+        datasets.load(str(pets))
+
+
+def test_how_much_memory_there_is(monkeypatch):
+    resource = pytest.importorskip("resource")
+    before = memory.allowed()
+    assert 0 < before < math.inf
+    limits = {resource.RLIMIT_AS: 10**6, resource.RLIMIT_DATA: resource.RLIM_INFINITY}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which], 10**9))
+    assert memory.allowed() == 10**6

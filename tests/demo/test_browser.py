@@ -1,0 +1,158 @@
+"""The page as a person meets it: in Debian's Chromium, by `make test-browser`."""
+
+import pathlib
+import re
+import shutil
+import time
+
+import pytest
+
+from tests.support import hostile_images
+from tests.support.demo_client import served
+
+pytestmark = pytest.mark.browser
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    log = tmp_path_factory.mktemp("page") / "log.txt"
+    start = time.perf_counter()
+    with served(log) as page:
+        print(f"from the command to its address: {time.perf_counter() - start:.1f} s")
+        yield page
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright import sync_api  # which only `make test-browser` installs
+
+    assert CHROMIUM, "apt install chromium"
+    with sync_api.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def tab(browser, page):
+    """Opens the page as asked for; when the test ends, nothing was asked of elsewhere, and no
+    error was in the console but those it expected."""
+    outside, errors, contexts = [], [], []
+
+    def opened(**options):
+        contexts.append(browser.new_context(**options))
+        tab = contexts[-1].new_page()
+        tab.on("request", lambda request: outside.append(request.url))
+        tab.on("console", lambda message: message.type == "error" and errors.append(message.text))
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        start = time.perf_counter()
+        tab.goto(page.address)
+        tab.wait_for_selector("input[type=file]", state="attached")
+        print(f"page shown in {time.perf_counter() - start:.1f} s")
+        return tab
+
+    opened.errors = errors
+    yield opened
+    for context in contexts:
+        context.close()
+    assert [url for url in outside if not url.startswith((page.address, "data:", "blob:"))] == []
+    assert errors == []
+
+
+@pytest.fixture
+def image(tmp_path):
+    file = tmp_path / "image.png"
+    file.write_bytes(hostile_images.good(size=(64, 48)))
+    return file
+
+
+def give(tab, file):
+    start = time.perf_counter()
+    tab.set_input_files("input[type=file]", str(file))
+    tab.wait_for_selector(".answers figure img")
+    tab.wait_for_selector("text=/Scores in \\d+ ms/")
+    print(f"answered in {time.perf_counter() - start:.1f} s")
+
+
+def test_scores_maps_and_a_click(tab, image):
+    shown = tab()
+    give(shown, image)
+    for name in ("cnn", "inn"):
+        assert shown.get_by_text(name, exact=True).count() >= 1
+    assert shown.locator(".answers figcaption", has_text="inv_1, 32").count() == 1
+    row, column = (shown.get_by_role("slider", name=re.compile(n)) for n in ("Row", "Column"))
+    picture = shown.get_by_role("img", name="heat map of inv_2", exact=True)
+    picture.click(position={"x": 64, "y": 32})
+    row.wait_for(state="visible")
+    assert float(row.input_value()) == pytest.approx(0.25, abs=0.02)
+    assert float(column.input_value()) == pytest.approx(0.5, abs=0.02)
+    # And again, in the windows that this shows.
+    shown.get_by_role("img", name="window of inv_3").click(position={"x": 115, "y": 115})
+    shown.wait_for_function(
+        "row => Math.abs(row.value - 0.9) < 0.02", arg=row.element_handle(), timeout=10_000
+    )
+
+
+def test_the_keyboard_reaches_everything(tab, image):
+    shown = tab()
+    give(shown, image)
+    shown.get_by_role("tab", name="Heat maps").focus()
+    shown.keyboard.press("Tab")
+    shown.keyboard.press("Enter")
+    row = shown.get_by_role("slider", name=re.compile("Row"))
+    row.wait_for(state="visible")
+    before = shown.locator(".answers").last.inner_html()
+    row.focus()
+    for _ in range(40):
+        shown.keyboard.press("ArrowRight")
+    shown.wait_for_function(
+        "before => [...document.querySelectorAll('.answers')].at(-1).innerHTML !== before",
+        arg=before,
+    )
+    assert float(row.input_value()) == pytest.approx(0.7)
+
+
+def test_every_picture_and_control_has_a_name(tab, image):
+    shown = tab()
+    give(shown, image)
+    assert shown.locator("img:not([alt])").count() == 0
+    unnamed = shown.evaluate(
+        """() => [...document.querySelectorAll('button, input:not([type=file]), [role=tab]')]
+        .filter(e => e.offsetParent && !(e.getAttribute('aria-label') || e.innerText.trim()
+            || e.title || e.labels?.length || e.getAttribute('aria-labelledby')))
+        .map(e => e.outerHTML.slice(0, 200))"""
+    )
+    assert unnamed == []
+    assert shown.title() == "Involution"
+
+
+def test_wrong_and_too_large_files_are_told_off(tab, tmp_path):
+    shown = tab()
+    file = tmp_path / "text.png"
+    file.write_bytes(b"hello")
+    shown.set_input_files("input[type=file]", str(file))
+    shown.wait_for_selector("text=An image must be a PNG, JPEG or WebP file")
+    shown.reload()
+    shown.wait_for_selector("input[type=file]", state="attached")
+    file.write_bytes(hostile_images.good() + bytes(9 * 2**20))
+    shown.set_input_files("input[type=file]", str(file))
+    shown.wait_for_selector("text=/exceed the maximum allowed size of 8.0 Mb/")
+    # What Gradio's own page writes of a refused upload.
+    assert len(tab.errors) <= 2
+    tab.errors.clear()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1200])
+def test_light_and_dark_narrow_and_wide(tab, image, tmp_path, scheme, width):
+    shown = tab(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    give(shown, image)
+    assert shown.evaluate("document.documentElement.scrollWidth") <= width
+    colour = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+    light = sum(map(int, re.findall(r"\d+", colour)[:3])) > 380
+    assert light == (scheme == "light")
+    folder = pathlib.Path(tmp_path)
+    shown.screenshot(path=folder / "page.png", full_page=True)
+    print(folder / "page.png")

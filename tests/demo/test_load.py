@@ -1,0 +1,76 @@
+"""The page under load, by `make test-long`: what it prints is for the record."""
+
+import collections
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from involution.demo import app
+from tests.support import hostile_images
+from tests.support.demo_client import served
+
+pytestmark = pytest.mark.slow
+CLIENTS, SECONDS, REQUESTS = 16, 60, 2000
+
+
+def test_sixteen_clients_and_two_thousand_requests(tmp_path):
+    files = [tmp_path / f"{number}.png" for number in range(8)]
+    for number, file in enumerate(files):
+        file.write_bytes(hostile_images.good(size=(100 + number, 80), seed=number))
+    expected = {
+        file: {name: c.scores(c.read(file))[0] for name, c in app.load(()).items()}
+        for file in files
+    }
+    codes: collections.Counter = collections.Counter()
+
+    def ask(page, file):
+        """One image from upload to answer."""
+        uploaded = page.upload(file.name, file.read_bytes())
+        codes[uploaded.status_code] += 1
+        if uploaded.status_code != 200:
+            return
+        asked = page.ask(uploaded.json()[0])
+        codes[asked.status_code] += 1
+        if asked.status_code != 200:
+            return
+        kind, scores = page.answer(asked)
+        assert kind == "complete", scores
+        for name, values in expected[file].items():
+            np.testing.assert_allclose(list(scores[name].values()), values, rtol=1e-5)
+        codes["answers"] += 1
+
+    with served(tmp_path / "log.txt") as page:
+        ask(page, files[0])
+        end = time.monotonic() + SECONDS
+        failures = []
+
+        def client(number):
+            try:
+                for file in itertools.cycle(files[number % 8 :] + files[: number % 8]):
+                    if time.monotonic() > end:
+                        return
+                    ask(page, file)
+            except Exception as error:  # noqa: BLE001 - of a thread
+                failures.append(error)
+
+        threads = [threading.Thread(target=client, args=(n,)) for n in range(CLIENTS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        print(f"{CLIENTS} clients, {SECONDS} s: {dict(codes)}")
+        numbers = {code: count for code, count in codes.items() if isinstance(code, int)}
+        assert set(numbers) <= {200, 429, 503}
+        assert codes[200] >= sum(numbers.values()) / 2
+        ask(page, files[0])
+        before = page.memory
+        for number in range(REQUESTS):
+            ask(page, files[number % 8])
+        growth = page.memory / before - 1
+        print(f"{REQUESTS} requests: memory {before / 2**20:.0f} MB, {growth:+.1%}")
+        assert growth <= 0.05
+    assert "Traceback" not in (tmp_path / "log.txt").read_text()

@@ -1,0 +1,204 @@
+"""An upload, before a model sees it: the page's look at the file, and its way to pixels."""
+
+import io
+import pathlib
+import types
+
+import gradio
+import numpy as np
+import pytest
+from PIL import Image
+
+from involution.data import datasets
+from involution.demo import app, render
+from involution.utils.errors import InputError
+from tests.support import hostile_images
+
+pytestmark = pytest.mark.any_backend
+
+NOT_WHOLE = "An image must be a whole PNG, JPEG or WebP file: "
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a file, and gives its path."""
+
+    def write(content):
+        (tmp_path / "image").write_bytes(content)
+        return tmp_path / "image"
+
+    return write
+
+
+def message(function, *arguments):
+    with pytest.raises(InputError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def saved(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+# --- The page's look -----------------------------------------------------------------------------
+
+
+def test_sizes_up_to_the_limits_are_taken(file, monkeypatch):
+    path = file(hostile_images.good(size=(40, 30)))
+    bytes_ = path.stat().st_size
+    monkeypatch.setattr(app, "MOST_BYTES", bytes_)
+    monkeypatch.setattr(app, "MOST_PIXELS", 1200)
+    app.check(path)
+    monkeypatch.setattr(app, "MOST_PIXELS", 1199)
+    assert message(app.check, path) == ("An image must have at most 1,199 pixels. Received: 40x30")
+    monkeypatch.setattr(app, "MOST_BYTES", bytes_ - 1)
+    assert message(app.check, path) == (
+        f"An image must have at most {bytes_ - 1:,} bytes. Received: {bytes_:,}"
+    )
+
+
+def test_the_limits():
+    assert (app.MOST_BYTES, app.MOST_PIXELS) == (8_388_608, 16_000_000)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_its_formats_are_taken_and_no_others(format, file):
+    app.check(file(hostile_images.good(format)))
+    for content in (b"", b"hello", *(hostile_images.good(other) for other in ("GIF", "BMP"))):
+        expected = "An image must be a PNG, JPEG or WebP file. Received: another"
+        assert message(app.check, file(content)) == expected
+
+
+def test_what_gradio_is_given_of_an_upload(file):
+    def told(function, argument):
+        with pytest.raises(gradio.Error) as caught:
+            function(argument)
+        # Nothing about a visitor's file goes to the log.
+        assert caught.value.print_exception is False
+        return caught.value.message
+
+    kept = []
+
+    async def keep(path):
+        kept.append(path)
+        return "cached"
+
+    image = types.SimpleNamespace(preprocess=None, async_move_resource_to_block_cache=keep)
+    app._guard(image)
+    path = str(file(hostile_images.good()))
+    assert image.preprocess(None) is None
+    assert image.preprocess(types.SimpleNamespace(path=path)) == path
+    payload = types.SimpleNamespace(path=str(file(b"GIF89a")))
+    assert told(image.preprocess, payload).startswith("An image must be a PNG, JPEG")
+    fetch = image.async_move_resource_to_block_cache
+    for url in ("http://127.0.0.1:9/a.png", "file:///etc/passwd"):
+        assert told(lambda url: fetch(url).send(None), url) == "An image must be uploaded."
+    assert kept == []
+    with pytest.raises(StopIteration) as returned:
+        fetch(pathlib.Path(path)).send(None)
+    assert (returned.value.value, kept) == ("cached", [pathlib.Path(path)])
+
+
+def test_only_what_is_meant_for_visitors_is_told_them():
+    def fail(error):
+        raise error
+
+    with pytest.raises(gradio.Error, match=r"^'one line'$"):
+        app._told(fail, InputError("one line"))
+    with pytest.raises(KeyError):
+        app._told(fail, KeyError("a secret"))
+    assert app._told(divmod, 7, 2) == (3, 1)
+
+
+# --- To pixels -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_pixels_come_as_they_were_written(format, file):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), "uint8")
+    path = file(saved(Image.fromarray(pixels), format, lossless=True))
+    read = datasets.read_image(path)
+    assert read.dtype == np.uint8
+    np.testing.assert_array_equal(read, pixels)
+    small = Image.fromarray(pixels).resize((3, 4), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(datasets.read_image(str(path), (4, 3)), np.asarray(small))
+
+
+def test_every_kind_of_pixels_becomes_three_bytes(file):
+    ramp = np.arange(0, 65536, 256, "uint16").reshape(16, 16)
+    np.testing.assert_array_equal(
+        datasets.read_image(file(saved(Image.fromarray(ramp + 255)))),
+        np.repeat(np.arange(256, dtype="uint8").reshape(16, 16, 1), 3, -1),
+    )
+    for mode, colour, expected in (
+        ("L", 7, [7, 7, 7]),
+        ("1", 1, [255, 255, 255]),
+        ("LA", (9, 0), [9, 9, 9]),
+        ("RGBA", (1, 2, 3, 0), [1, 2, 3]),
+        ("P", 0, [0, 0, 0]),
+    ):
+        read = datasets.read_image(file(saved(Image.new(mode, (2, 1), colour))))
+        assert read.tolist() == [[expected] * 2]
+
+
+def test_an_image_is_set_upright(file):
+    image = Image.new("RGB", (3, 2))
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    read = datasets.read_image(file(saved(image, exif=exif)))
+    assert read.shape == (3, 2, 3)
+    assert read[..., 0].tolist() == [[0, 255], [0, 0], [0, 0]]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_pixels_up_to_the_limit_are_decoded(file, monkeypatch):
+    path = file(hostile_images.good(size=(40, 30)))
+    for limit in (1200, None):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert datasets.read_image(path).shape == (30, 40, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
+    expected = f"{NOT_WHOLE}its 40x30 pixels exceed the limit. Received: {path}"
+    assert message(datasets.read_image, path) == expected
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    assert message(datasets.read_image, path).startswith(
+        f"{NOT_WHOLE}Image size (1200 pixels) exceeds"
+    )
+
+
+def test_a_warning_of_too_many_pixels_is_a_refusal(file, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
+    said = message(datasets.read_image, file(hostile_images.good(size=(40, 30))))
+    assert said.startswith(f"{NOT_WHOLE}Image size (1200 pixels) exceeds")
+
+
+def test_what_no_image_comes_of(file, tmp_path):
+    for name, content in hostile_images.refused().items():
+        # The page refuses these by their size, before anyone opens them.
+        if "mega" not in name and "million" not in name:
+            assert message(datasets.read_image, file(content)).startswith(NOT_WHOLE), name
+    text = file(b"hello")
+    assert message(datasets.read_image, text) == f"{NOT_WHOLE}cannot identify it. Received: {text}"
+    missing = tmp_path / "missing.png"
+    assert message(datasets.read_image, missing) == (
+        f"{NOT_WHOLE}No such file or directory. Received: {missing}"
+    )
+
+
+def test_a_visitor_is_not_told_where_an_upload_is(file, tmp_path):
+    reader = types.SimpleNamespace(read=datasets.read_image)
+    assert message(render._read, reader, file(b"hello")) == f"{NOT_WHOLE}cannot identify it"
+    assert message(render._read, reader, tmp_path / "gone.png") == (
+        "An image must be there, or be uploaded again. Received: No such file or directory"
+    )
+    pixels = render._read(reader, file(hostile_images.good(size=(40, 30))))
+    assert pixels.shape == (30, 40, 3)
+
+
+def test_pixels_are_scaled_to_one():
+    scaled = datasets.scale(np.arange(256, dtype="uint8"))
+    assert scaled.dtype == np.float32
+    np.testing.assert_array_equal(scaled, np.arange(256, dtype="float32") / np.float32(255))

@@ -1,0 +1,109 @@
+"""The pages of the documentation: their code runs, and what they point to is there."""
+
+import hashlib
+import re
+
+import keras
+import matplotlib
+import pytest
+
+from tests.support.paths import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.glob("en/**/*.md"), *DOCS.glob("ko/**/*.md")])
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT).with_suffix(""))
+
+
+def english(page):
+    if page.parent == ROOT:
+        return ROOT / "README.md"
+    return DOCS / "en" / page.relative_to(DOCS / "ko")
+
+
+def code(page):
+    """The Python of a page, each line where it stands there."""
+    lines, inside = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            inside = line == "```python"
+            lines.append("")
+        else:
+            lines.append(line if inside else "")
+    return "\n".join(lines) + "\n"
+
+
+def check_printed(text, output):
+    """What code says in a comment that a line prints is printed."""
+    lines = re.sub(r"torch\.Size\(\[(.*?)\]\)", r"(\1)", output).splitlines()
+    for expected in re.findall(r"print\(.*\)  # (.+)", text):
+        assert expected in lines, (expected, lines)
+
+
+@pytest.mark.parametrize(
+    "page",
+    # The tutorial is executed as a notebook; translations have the same code.
+    [p for p in PAGES if code(p).strip() and "ko" not in p.parts and p.stem != "tutorial"],
+    ids=name_of,
+)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("agg")
+    text = code(page)
+    keras.utils.set_random_seed(0)
+    exec(compile(text, str(page), "exec"), {"__name__": page.stem})  # noqa: S102 - our own pages
+    check_printed(text, capsys.readouterr().out)
+
+
+def test_the_tutorial_says_what_involution_is_in_twenty_lines():
+    block = re.search(
+        r"class SmallInvolution.*?```", (DOCS / "en" / "tutorial.md").read_text(), re.S
+    )
+    definition = [line for line in block[0].splitlines()[:-1] if line.strip()]
+    assert len(definition) <= 20
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.ko.md"], ids=name_of)
+def test_what_a_page_points_to_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).is_file(), target
+
+
+TRANSLATIONS = [
+    page
+    for page in (*sorted(DOCS.glob("ko/**/*.md")), ROOT / "README.ko.md")
+    if english(page).is_file()
+]
+
+
+@pytest.mark.parametrize("page", TRANSLATIONS, ids=name_of)
+def test_a_translation_is_of_the_page_as_it_is(page):
+    """The first line of a translation names the English text that it says the same as."""
+    now = hashlib.sha256(english(page).read_bytes()).hexdigest()[:16]
+    first = page.read_text(encoding="utf-8").splitlines()[0]
+    assert first in (f"% english: {now}", f"<!-- english: {now} -->"), (
+        f"translate what changed, then write {now}"
+    )
+
+
+@pytest.mark.parametrize("page", TRANSLATIONS, ids=name_of)
+def test_a_translation_has_the_same_code_and_parts(page):
+    assert code(page).split() == code(english(page)).split()
+    headings = [
+        [line.split()[0] for line in p.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
+        for p in (page, english(page))
+    ]
+    assert headings[0] == headings[1]
+
+
+@pytest.mark.parametrize("page", TRANSLATIONS, ids=name_of)
+def test_a_translation_has_the_same_figures(page):
+    figures = [
+        sorted(re.findall(r"\d+[.,]\d+", p.read_text(encoding="utf-8")))
+        for p in (page, english(page))
+    ]
+    assert figures[0] == figures[1]

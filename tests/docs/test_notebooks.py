@@ -1,0 +1,67 @@
+"""The notebooks: in step with their pages, executed, and of use where there is no checkout."""
+
+import importlib.util
+
+import keras
+import nbformat
+import pytest
+
+from tests.docs.test_docs import DOCS, check_printed
+
+pytestmark = pytest.mark.any_backend
+
+specification = importlib.util.spec_from_file_location("notebooks", DOCS / "notebooks.py")
+notebooks = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(notebooks)
+
+PAGES = list(notebooks.NOTEBOOKS)
+
+
+def committed(page):
+    return nbformat.read(notebooks.ROOT / notebooks.NOTEBOOKS[page][0], as_version=4)
+
+
+def printed(cell):
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_notebook_is_its_page(page):
+    now = [(cell.cell_type, cell.source) for cell in notebooks.notebook(page).cells]
+    assert [(cell.cell_type, cell.source) for cell in committed(page).cells] == now, (
+        "make notebooks, after a change of the tutorial"
+    )
+    nbformat.validate(committed(page))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_committed_results_are_those_of_cifar10(page):
+    code = notebooks.code(committed(page))
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    lines = [line for cell in code for line in printed(cell).splitlines()]
+    assert "(50000, 32, 32, 3) (10000, 32, 32, 3) 10" in lines
+    assert sum(line.startswith("Epoch 20/20") for line in lines) == 2
+    figures = [o for cell in code for o in cell.outputs if "image/png" in o.get("data", {})]
+    assert len(figures) == sum("figure = " in cell.source for cell in code) > 0
+
+
+def test_all_notebooks_have_the_same_code():
+    first, *others = (
+        [cell.source for cell in notebooks.code(notebooks.notebook(page))] for page in PAGES
+    )
+    assert others == [first] * len(others)
+
+
+# It is the same code: of a whole test run, each is executed.
+@pytest.mark.parametrize("page", PAGES[keras.backend.backend() == "jax" :][:1])
+def test_a_notebook_runs_top_to_bottom_outside_the_checkout(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("INVOLUTION_EPOCHS", "1")
+    made = notebooks.notebook(page)
+    install = notebooks.code(made)[0]
+    assert install.source.startswith("%pip install")
+    if keras.backend.backend() != "tensorflow":  # the others need not be installed
+        install.source = install.source.replace("tensorflow-cpu", keras.backend.backend())
+    notebooks.execute(made, tmp_path)
+    for cell in notebooks.code(made):
+        check_printed(cell.source, printed(cell))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,450 @@
+"""Layers, generators and models where Keras expects of them what its own layers do: paths of
+weights, configurations, stateless calls, shapes."""
+
+import gc
+import json
+
+import keras
+import numpy as np
+import pytest
+
+from involution import Involution, Involution1D, Involution2D, Involution3D
+from involution.kernel_generators.generators import (
+    GENERATORS,
+    Bottleneck,
+    Linear,
+    PairwiseAttention,
+    Static,
+    copied,
+)
+from involution.kernel_generators.pointwise import PointwiseConv1D, PointwiseConv2D, PointwiseConv3D
+from involution.models.registry import MODELS
+from tests.support.backends import numpy
+from tests.support.keras_io_formula import randomize
+
+BACKEND = keras.backend.backend()
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def two_convolutions(channels=9):
+    layers = keras.layers
+    return keras.Sequential([layers.Conv2D(4, 1, activation="relu"), layers.Conv2D(channels, 1)])
+
+
+@keras.saving.register_keras_serializable(package="involution_tests")
+class Sized(keras.layers.Layer):
+    """A user's generator, of which the layer fills in the sizes; ``call`` has no ``training``."""
+
+    def __init__(self, kernel_size=None, groups=None, **kwargs):
+        super().__init__(**kwargs)
+        self.kernel_size, self.groups = kernel_size, groups
+
+    def build(self, input_shape):
+        self.normalization = keras.layers.BatchNormalization(name="normalization")
+        self.normalization.build(input_shape)
+        taps = int(np.prod(self.kernel_size))
+        self.scale = self.add_weight((input_shape[-1], taps * self.groups), name="scale")
+
+    def call(self, features):
+        return keras.ops.matmul(self.normalization(features), self.scale)
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], int(np.prod(self.kernel_size)) * self.groups)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "kernel_size": self.kernel_size,
+            "groups": self.groups,
+        }
+
+
+# --- Paths ---------------------------------------------------------------------------------------
+
+GIVEN = {
+    **{name: lambda name=name: name for name in GENERATORS},
+    "Bottleneck": lambda: Bottleneck(2),
+    "Sequential": two_convolutions,
+    "user's": Sized,
+}
+
+
+def network(generator):
+    """A model with an involution of every kind, its weights at random."""
+    inputs = keras.Input((5, 6, 8))
+    x = Involution(4, 2, return_kernel=False, name="drop_in")(inputs)
+    x = Involution2D(3, kernel_generator=generator(), kernel_dropout=0.5, filters=8, name="a")(x)
+    outputs = Involution2D(3, 2, name="b")(x)
+    model = keras.Model(inputs, outputs, name="network")
+    randomize(model)
+    return model
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "Bottleneck", "Sequential", "user's"])
+def test_two_equal_models_have_the_same_paths_and_exchange_their_state(name):
+    generator = GIVEN[name]
+    old = network(generator)
+    keras.layers.Conv2D(3, 1)  # Keras's counters advance
+    Linear()
+    new = network(generator)
+    old.compile("sgd")
+    new.compile("sgd")
+    paths = [v.path for v in old.variables]
+    assert paths == [v.path for v in new.variables]
+    assert len(set(paths)) == len(paths)
+    for variable in new.weights:
+        variable.assign(np.zeros(variable.shape, "float32"))
+    new.set_state_tree(old.get_state_tree(value_format="numpy_array"))
+    for want, got in zip(old.variables, new.variables, strict=True):
+        np.testing.assert_array_equal(numpy(got.value), numpy(want.value))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="state_dict is PyTorch's")
+@pytest.mark.parametrize("name", ["Sequential", "user's"])
+def test_a_state_dict_loads_into_an_equal_model(name):
+    old, new = network(GIVEN[name]), network(GIVEN[name])
+    stored = {key: value.clone() for key, value in old.state_dict().items()}
+    for variable in new.weights:
+        variable.assign(np.zeros(variable.shape, "float32"))
+    new.load_state_dict(stored, strict=True)
+    for want, got in zip(old.weights, new.weights, strict=True):
+        np.testing.assert_array_equal(numpy(got.value), numpy(want.value))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("cnn", {}),
+        ("cnn", {"head": "convolutional"}),
+        ("inn", {}),
+        ("inn", {"kernel_generator": "linear", "head": "convolutional"}),
+        ("rednet_tiny", {"kernel_generator": "contextual"}),
+        ("rednet_tiny", {"kernel_generator": Static()}),
+        ("rednet26", {}),
+    ],
+)
+def test_two_equal_models_of_the_package_have_the_same_paths(name, arguments):
+    # Variables without values: only the names are of interest.
+    with keras.StatelessScope(initialize_variables=False):
+        first, second = (MODELS[name](**arguments) for _ in range(2))
+    paths = [v.path for v in first.variables]
+    assert paths == [v.path for v in second.variables]
+    assert len(set(paths)) == len(paths)
+    assert [layer.name for layer in first.layers[1:]] == [layer.name for layer in second.layers[1:]]
+
+
+def test_a_name_that_was_given_stays():
+    generator = keras.Sequential(
+        [keras.layers.Conv2D(4, 1), keras.layers.Conv2D(9, 1, name="last"), keras.layers.ReLU()],
+        name="mine",
+    )
+    layer = Involution2D(3, kernel_generator=generator, name="a")
+    layer.build((None, 5, 6, 8))
+    names = ["conv2d/kernel", "conv2d/bias", "last/kernel", "last/bias"]
+    assert [w.path for w in layer.weights] == [f"a/mine/{name}" for name in names]
+
+
+def test_names_inside_a_generator_stay_different():
+    built = keras.layers.Conv2D(4, 1, name="conv2d")
+    built.build((None, None, None, 8))
+    generator = keras.Sequential([built, keras.layers.Conv2D(9, 1)])
+    layer = Involution2D(3, kernel_generator=generator, name="a")
+    layer.build((None, 5, 6, 8))
+    assert [part.name for part in generator.layers] == ["conv2d", "conv2d_1"]
+
+
+@pytest.mark.parametrize("name", ["linear", "Sequential", "user's"])
+def test_a_model_loaded_has_the_paths_of_the_one_saved(name, tmp_path):
+    model = network(GIVEN[name])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert [w.path for w in loaded.weights] == [w.path for w in model.weights]
+    for want, got in zip(model.weights, loaded.weights, strict=True):
+        np.testing.assert_array_equal(numpy(got.value), numpy(want.value))
+
+
+# --- Configurations ------------------------------------------------------------------------------
+
+
+def of_an_earlier_release(layer):
+    """A configuration as earlier releases wrote it: with what was filled in, and Keras's names."""
+    generator = keras.saving.serialize_keras_object(layer.kernel_generator)
+    generator.pop("build_config", None)
+    for name in ("kernel_size", "groups", "strides", "padding", "dilation_rate", "data_format"):
+        if name in generator["config"]:
+            generator["config"][name] = getattr(layer, name)
+    generator["config"]["name"] += "_7"
+    return {**layer.get_config(), "groups": layer.groups, "kernel_generator": generator}
+
+
+@pytest.mark.parametrize("generator", [*GENERATORS, "user's"])
+def test_a_configuration_of_an_earlier_release_loads(generator):
+    layer = Involution2D(3, 1, "valid", kernel_generator=GIVEN[generator](), group_channels=4)
+    x = random(2, 5, 7, 8)
+    layer(x)
+    randomize(layer)
+    old = json.loads(json.dumps(of_an_earlier_release(layer)))
+    loaded = Involution2D.from_config(old)
+    loaded(x)
+    loaded.set_weights(layer.get_weights())
+    np.testing.assert_allclose(numpy(loaded(x)), numpy(layer(x)), rtol=1e-6, atol=1e-6)
+    assert loaded.groups == 2
+
+
+@pytest.mark.parametrize("generator", GIVEN.values(), ids=GIVEN)
+def test_building_changes_no_configuration(generator):
+    layer = Involution2D(3, 1, "valid", (1, 2), kernel_generator=generator(), group_channels=4)
+    before = json.dumps(layer.get_config())
+    layer(random(2, 7, 9, 4))
+    assert json.dumps(layer.get_config()) == before
+    assert layer.groups == 1
+    assert layer.get_config()["groups"] is None
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_building_changes_no_configuration_of_a_generator_alone(name):
+    generator = GENERATORS[name](kernel_size=3, groups=2)
+    before = generator.get_config()
+    assert before["kernel_size"] == 3
+    shape = generator.compute_output_shape((2, 5, 6, 8))
+    assert generator.get_config() == before
+    y = generator(random(2, 5, 6, 8))
+    assert tuple(y.shape) == tuple(shape) == tuple(generator.compute_output_shape((2, 5, 6, 8)))
+    assert generator.get_config() == before
+    assert (generator.kernel_size, generator.strides) == ((3, 3), (1, 1))
+
+
+@pytest.mark.parametrize("generator", [*GENERATORS, "Bottleneck", "user's"])
+def test_a_model_is_cloned_for_other_channels(generator):
+    model = keras.Sequential(
+        [keras.Input((6, 5, 16)), Involution2D(3, kernel_generator=GIVEN[generator]())]
+    )
+    clone = keras.models.clone_model(model, input_tensors=keras.Input((6, 5, 48)))
+    assert clone.output_shape == (None, 6, 5, 48)
+    assert (model.layers[0].groups, clone.layers[0].groups) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "hidden", "kernels"),
+    [
+        ({"reduction_ratio": 2}, 8, (2, 5, 6, 9, 1)),
+        ({"kernel_size": 5}, 4, (2, 5, 6, 25, 1)),
+        ({"strides": 2}, 4, (2, 3, 3, 9, 1)),
+        ({"groups": 4}, 4, (2, 5, 6, 9, 4)),
+        ({"dtype": "float16"}, 4, (2, 5, 6, 9, 1)),
+    ],
+)
+def test_a_configuration_that_is_edited_counts(change, hidden, kernels):
+    layer = Involution2D(3, return_kernel=True)
+    layer.build((None, 5, 6, 16))
+    edited = Involution2D.from_config({**layer.get_config(), **change})
+    _, kernel = edited(random(2, 5, 6, 16))
+    assert tuple(kernel.shape) == kernels
+    assert edited.kernel_generator.reduce.filters == hidden
+    assert edited.kernel_generator.dtype_policy == edited.dtype_policy
+
+
+def test_a_named_generator_that_was_changed_is_stored_whole():
+    layer = Involution2D(3)
+    layer.kernel_generator.trainable = False
+    copy = Involution2D.from_config(layer.get_config())
+    assert not copy.kernel_generator.trainable
+    assert copy.trainable
+
+
+def test_a_build_that_fails_leaves_nothing_filled_in():
+    layer = Involution2D(3, group_channels=2, reduction_ratio=5)
+    with pytest.raises(ValueError, match="reduction_ratio=5, channels=4"):
+        layer.build((None, 5, 6, 4))
+    layer(random(1, 5, 6, 8))
+    assert layer.groups == layer.kernel_generator.groups == 4
+
+
+# --- One generator for two layers ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("generator", [two_convolutions, lambda: Bottleneck(2), Sized])
+def test_f27_a_generator_with_weights_serves_one_layer(generator):
+    shared = generator()
+    first = Involution2D(3, kernel_generator=shared, name="first")
+    second = Involution2D(3, kernel_generator=shared, name="second")
+    x = random(1, 5, 6, 8)
+    first(x)
+    with pytest.raises(ValueError, match=r"serve one layer\. Received: .* serves layer first"):
+        second(x)
+    # The first one is whole, and may be called again; a copy is another generator.
+    first(first(x))
+    Involution2D.from_config(first.get_config())(x)
+    Involution2D(3, kernel_generator=copied(shared))(x)
+    # A generator is free when its layer is gone.
+    del first
+    gc.collect()
+    second(x)
+
+
+def test_f27_a_part_with_weights_serves_one_generator():
+    shared = keras.layers.Conv2D(4, 1)
+    first, second = (
+        Involution2D(3, kernel_generator=keras.Sequential([shared, keras.layers.Conv2D(9, 1)]))
+        for _ in range(2)
+    )
+    first(random(1, 5, 6, 8))
+    with pytest.raises(ValueError, match=f"with {shared.name}, which serves layer {first.name}"):
+        second(random(1, 5, 6, 8))
+
+
+class Ones(keras.layers.Layer):
+    """A generator without weights."""
+
+    groups = None
+
+    def call(self, features):
+        return keras.ops.ones((*keras.ops.shape(features)[:-1], 9 * self.groups))
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], 9 * self.groups)
+
+
+def test_a_generator_without_weights_may_serve_many():
+    ones = keras.layers.AveragePooling2D(1)
+    x = random(1, 5, 6, 9)
+    for _ in range(2):
+        Involution2D(3, groups=1, kernel_generator=ones)(x)
+
+
+def test_a_generator_serves_layers_of_one_number_of_groups():
+    ones = Ones()
+    first, second = (Involution2D(3, groups=g, kernel_generator=ones) for g in (1, 2))
+    first(random(1, 5, 6, 8))
+    with pytest.raises(ValueError, match=r"one `groups`.*groups=1, in layer .* groups=2"):
+        second(random(1, 5, 6, 8))
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+TRAINED = {
+    "drop-in": lambda: Involution(return_kernel=False),
+    "fused": lambda: Involution2D(3),
+    "dropout": lambda: Involution2D(3, kernel_dropout=0.5),
+    "user's": lambda: Involution2D(3, kernel_generator=Sized()),
+    "Sequential": lambda: Involution2D(
+        3, kernel_generator=keras.Sequential([keras.layers.BatchNormalization(), Linear(3, 1)])
+    ),
+    "generator": lambda: Bottleneck(2, kernel_size=3, groups=1),
+}
+
+
+@pytest.mark.parametrize("make", TRAINED.values(), ids=TRAINED)
+def test_stateless_call_takes_training(make):
+    x = random(3, 5, 6, 8) + 1
+    layer = make()
+    layer(x)
+    randomize(layer)
+    trainable = [v.value for v in layer.trainable_variables]
+    others = [numpy(v.value).copy() for v in layer.non_trainable_variables]
+
+    def call(x, training):
+        state = [keras.ops.convert_to_tensor(v) for v in others]
+        return layer.stateless_call(trainable, state, x, training=training)
+
+    outputs, state = call(x, True)
+    quiet, kept = call(x, False)
+    for before, after, same in zip(others, state, kept, strict=True):
+        # Keras's dropout takes PyTorch's own random numbers, and leaves its state as it is.
+        if BACKEND != "torch" or np.issubdtype(before.dtype, np.floating):
+            assert not np.array_equal(numpy(after), before)
+        np.testing.assert_array_equal(numpy(same), before)
+    assert not np.allclose(numpy(outputs), numpy(quiet))
+    # Nothing is left of it, neither in the layer nor in Keras.
+    for variable, before in zip(layer.non_trainable_variables, others, strict=True):
+        np.testing.assert_array_equal(numpy(variable.value), before)
+    np.testing.assert_allclose(numpy(layer(x)), numpy(quiet), rtol=1e-5, atol=1e-5)
+    if BACKEND == "jax":
+        import jax
+
+        _, compiled = jax.jit(call, static_argnums=1)(x, True)
+        for a, b in zip(state, compiled, strict=True):
+            np.testing.assert_allclose(numpy(a), numpy(b), rtol=1e-5, atol=1e-6)
+    # As a call with side effects.
+    layer(x, training=True)
+    for variable, after in zip(layer.non_trainable_variables, state, strict=True):
+        np.testing.assert_allclose(numpy(variable.value), numpy(after), rtol=1e-5, atol=1e-6)
+
+
+class Wrapping(keras.layers.Layer):
+    """Calls what it wraps as some of Keras's wrappers do: by ``call`` itself."""
+
+    def __init__(self, inner, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = inner
+
+    def build(self, input_shape):
+        self.inner.build(input_shape)
+
+    def call(self, x, training=None):
+        return self.inner.call(x, training=training)
+
+
+def test_training_reaches_what_a_wrapper_contains():
+    x = random(2, 5, 6, 8) + 1
+    inner = Involution2D(3)
+    wrapped = Wrapping(inner)
+    wrapped(x)
+    mean = inner.kernel_generator.normalization.moving_mean
+    before = numpy(mean.value).copy()
+    trainable = [v.value for v in wrapped.trainable_variables]
+    others = [v.value for v in wrapped.non_trainable_variables]
+    _, state = wrapped.stateless_call(trainable, others, x, training=True)
+    assert not np.array_equal(numpy(state[0]), before)
+    wrapped(x, training=False)
+    np.testing.assert_array_equal(numpy(mean.value), before)
+    wrapped(x, training=True)
+    assert not np.array_equal(numpy(mean.value), before)
+
+
+# --- Shapes --------------------------------------------------------------------------------------
+
+SHAPED = {
+    "Involution": (2, lambda: Involution()),
+    "Involution1D": (1, lambda: Involution1D(3)),
+    "Involution2D": (2, lambda: Involution2D(3)),
+    "Involution3D": (3, lambda: Involution3D(3)),
+    "channels_first": (2, lambda: Involution2D(3, data_format="channels_first")),
+    "Linear": (2, lambda: Linear((3, 3), 1)),
+    "PairwiseAttention": (1, lambda: PairwiseAttention(kernel_size=(3,), groups=1)),
+    "Static": (3, lambda: Static((3, 3, 3), 1)),
+    "PointwiseConv1D": (1, lambda: PointwiseConv1D(4, 1)),
+    "PointwiseConv2D": (2, lambda: PointwiseConv2D(4, 1)),
+    "PointwiseConv3D": (3, lambda: PointwiseConv3D(4, 1)),
+}
+
+
+@pytest.mark.parametrize(("rank", "make"), SHAPED.values(), ids=SHAPED)
+def test_a_shape_of_too_few_or_too_many_axes_is_refused(rank, make):
+    built = make()
+    built.build((2, *[8] * (rank + 1)))
+    for axes in (rank + 1, rank + 3):
+        shape = (8,) * axes
+        match = f"expected ndim={rank + 2}, found ndim={axes}"
+        for ask in (
+            make().build,
+            make().compute_output_shape,
+            built.compute_output_shape,
+            lambda shape: make().compute_output_spec(keras.KerasTensor(shape)),
+        ):
+            with pytest.raises(ValueError, match=match) as error:
+                ask(shape)
+            assert "\n" not in str(error.value).strip()
+            assert f"input_shape={shape}" in str(error.value)
+        for called in (built, make()):
+            with pytest.raises(ValueError, match=f"found ndim={axes}"):
+                called(random(*shape))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (2, 3, 4, 5, 6, 7)])
+def test_a_generator_has_one_to_three_spatial_axes(shape):
+    with pytest.raises(ValueError, match=rf"expected ndim=3, 4 or 5, found ndim={len(shape)}"):
+        Linear(3, 1).build(shape)

@@ -1,0 +1,137 @@
+"""The core's library alone, without the package and Keras: its members, compared with the oracle.
+
+    python -m tests.native.arm libinvolution.so
+
+Run for Arm under emulation by ``make test-arm``, where no framework is.
+"""
+
+import ctypes
+import dataclasses
+import itertools
+import platform
+import sys
+
+import numpy as np
+
+from tests.support.oracle import Call, error_bound, not_finite, pads, random_calls
+
+OUTPUT, INPUT, KERNEL = range(3)
+TYPES = ("float64", "float32")
+# Every way that vectors run, at sizes that divide by nothing.
+WIDE = [
+    Call(2, (7, 5), 48, (3, 3), (1, 1), "same", (1, 1), 3),
+    Call(1, (9, 6), 34, (3, 2), (2, 1), "same", (1, 2), 17, "interleaved"),
+    Call(1, (5, 13), 12, (2, 3), (1, 1), "symmetric", (1, 1), 4, "contiguous", "channels_first"),
+    Call(1, (37,), 3, (5,), (1,), "same", (2,)),
+    Call(1, (3, 4, 5), 40, (2, 3, 3), (1, 2, 1), "same", (2, 1, 1), 5),
+    Call(2, (0, 5), 4, (3, 3), (1, 1), ((2, 2), (1, 1)), (1, 1), 2),
+]
+
+
+def numbers(call, member, dtype):
+    """As ``csrc/involution.h`` has them."""
+    dimensions = list(
+        zip(call.sizes, call.kernel_size, call.strides, call.dilation_rate, strict=True)
+    )
+    before = [pads(*d, call.padding, i)[0] for i, d in enumerate(dimensions)]
+    rows = call.sizes, call.output_sizes, call.kernel_size, call.strides, call.dilation_rate
+    filled = [[fill] * (3 - len(row)) + list(row) for row, fill in zip(rows, (1,) * 5, strict=True)]
+    kinds = call.data_format == "channels_first", call.group_layout == "interleaved"
+    return [
+        *(member, TYPES.index(dtype), *map(int, kinds), call.channels, call.groups),
+        *itertools.chain.from_iterable(filled),
+        *([0] * (3 - len(before)) + before),
+    ]
+
+
+def run(function, told, batch, arguments, results):
+    arrays = [np.ascontiguousarray(a) for a in arguments]
+    addresses = [ctypes.c_void_p(a.ctypes.data) for a in (*arrays, *results)]
+    failed = function((ctypes.c_int64 * len(told))(*told), ctypes.c_int64(batch), 3, *addresses)
+    assert not failed
+
+
+def check(value, truth, bound, what):
+    assert np.isfinite(truth).all() == np.isfinite(value).all(), what
+    if np.isfinite(truth).all():
+        assert (np.abs(value - truth) <= bound).all(), what
+    else:
+        assert np.isclose(value, truth, rtol=0, atol=1e-4, equal_nan=True).all(), what
+
+
+@np.errstate(invalid="ignore")
+def check_call(library, call, dtype, arrays):
+    x, kernel, dy = (a.astype(dtype) for a in arrays)
+
+    def members(x, kernel, dy):
+        return call.involution(x, kernel)[0], *call.gradients(x, kernel, dy)
+
+    truths, sizes = members(x, kernel, dy), members(*map(np.abs, (x, kernel, dy)))
+    for member, pair in enumerate(((x, kernel), (kernel, dy), (x, dy))):
+        value = np.full(truths[member].shape, np.nan, dtype)
+        told = numbers(call, member, dtype)
+        run(library.involution_run, told, call.batch, pair, [value])
+        terms = call.channels // call.groups if member == KERNEL else call.taps
+        bound = error_bound(truths[member], sizes[member], terms, dtype)
+        check(value, truths[member], bound, (member, dtype, call))
+
+
+def check_fused(library, call, hidden_channels, dtype):
+    call = dataclasses.replace(call, data_format="channels_last")
+    rng = np.random.default_rng(0)
+    x, kernel, dy = (a.astype(dtype) for a in call.arrays())
+    columns = call.taps * call.groups
+    hidden, weight, bias = (
+        rng.standard_normal(shape).astype(dtype)
+        for shape in (
+            (*kernel.shape[:-2], hidden_channels),
+            (hidden_channels, columns),
+            (columns,),
+        )
+    )
+
+    def members(x, hidden, weight, bias, dy):
+        x, hidden, weight, bias, dy = (a.astype("float64") for a in (x, hidden, weight, bias, dy))
+        kernel = (hidden @ weight + bias).reshape(kernel_shape)
+        dx, dkernel = call.gradients(x, kernel, dy)
+        flat = dkernel.reshape(call.batch, -1, columns)
+        rows = hidden.reshape(call.batch, -1, hidden_channels)
+        dweights = np.concatenate([rows.swapaxes(1, 2) @ flat, flat.sum(1, keepdims=True)], 1)
+        return (
+            (call.involution(x, kernel)[0],),
+            (dx,),
+            (
+                (flat @ weight.T).reshape(hidden.shape),
+                dweights,
+            ),
+        )
+
+    kernel_shape = kernel.shape
+    given = x, hidden, weight, bias, dy
+    truths, sizes = members(*given), members(*map(np.abs, given))
+    arguments = (x, hidden, weight, bias), (hidden, weight, bias, dy), (x, hidden, weight, dy)
+    terms = hidden_channels + 1 + columns + call.channels + int(np.prod(call.output_sizes))
+    for member in (OUTPUT, INPUT, KERNEL):
+        values = [np.full(t.shape, np.nan, dtype) for t in truths[member]]
+        results = [*values, np.zeros(0, dtype)][:2]
+        told = [*numbers(call, member, dtype), hidden_channels]
+        run(library.involution_run_fused, told, call.batch, arguments[member], results)
+        for value, truth, size in zip(values, truths[member], sizes[member], strict=True):
+            bound = error_bound(truth, size, terms, dtype)
+            check(value, truth, bound, ("fused", member, dtype, call))
+
+
+def main(path):
+    library = ctypes.CDLL(path)
+    library.involution_level.restype = ctypes.c_char_p
+    calls = [*random_calls(48, seed=15), *WIDE]
+    for n, (call, dtype) in enumerate(itertools.product(calls, TYPES)):
+        check_call(library, call, dtype, call.arrays(n))
+        check_call(library, call, dtype, not_finite(call.arrays(n), n))
+        check_fused(library, call, (1, 5, 8)[n % 3], dtype)
+    level = library.involution_level(0).decode()
+    print(f"{platform.machine()}, {level}: {len(calls)} calls equal the oracle")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

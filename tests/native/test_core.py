@@ -1,0 +1,691 @@
+"""The native core: its loops at every level of instructions, its threads, and what it refuses."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import pathlib
+import platform
+import signal
+import sys
+import threading
+import time
+
+import keras
+import numpy as np
+import pytest
+
+import involution
+from involution.ops.autodiff import INPUT, KERNEL, OUTPUT
+from involution.ops.native import library as native_library
+from tests.support import native_core
+from tests.support.backends import (
+    BACKEND,
+    IMPLEMENTATIONS,
+    assert_equals_oracle,
+    fresh_process,
+    grad,
+    gradients,
+    in_graph,
+    missing,
+    numpy,
+    operation,
+    tensors,
+)
+from tests.support.native_core import DTYPES, each_level
+from tests.support.oracle import Call, error_bound, not_finite, random_calls
+
+pytestmark = [
+    pytest.mark.any_backend,
+    pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing())),
+]
+
+LEVELS = native_library.levels()
+MEMBERS = tuple(native_core.ARGUMENTS)
+
+
+each_half = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="told as Linux tells it")
+
+
+# --- Values ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def random_call_values(dtype):
+    """Calls with the arrays that they are given, what they give, and how far off that may be."""
+    found = []
+    for call in random_calls(96, seed=8):
+        arrays = [a.astype(dtype) for a in call.arrays(seed=8)]
+        exact = [a.astype("float64") for a in arrays]
+        magnitudes = native_core.expected(call, *map(np.abs, exact))
+        bounds = {}
+        for member, truth in native_core.expected(call, *exact).items():
+            terms = call.channels // call.groups if member == KERNEL else call.taps
+            bounds[member] = truth, error_bound(truth, magnitudes[member], terms, dtype)
+        found.append((call, arrays, bounds))
+    return found
+
+
+@each_level
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_output_and_gradients_of_random_calls(dtype, level):
+    for call, arrays, bounds in random_call_values(dtype):
+        for member, value in native_core.results(call, *arrays).items():
+            truth, bound = bounds[member]
+            assert (np.abs(value - truth) <= bound).all(), (member, call)
+
+
+# Below, at and above every vector's lanes, and what is left over from each.
+MEMBERS_OF_A_GROUP = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 32, 33, 48, 64, 130)
+GROUPS = (1, 2, 3, 4, 5, 8, 16, 32)
+ROWS = (1, 2, 3, 5, 7, 9, 15, 17, 33, 50)
+WINDOWS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+def wide_call(random, members, groups, row, window, group_layout, data_format):
+    def some(*values, count):
+        return tuple(int(n) for n in random.choice(values, count))
+
+    # Long rows and windows are of one dimension: the oracle is slow.
+    rank = 1 if row * window > 40 else int(random.integers(1, 4))
+    return Call(
+        batch=int(random.integers(1, 3)),
+        sizes=(*some(1, 2, 3, count=rank - 1), row),
+        channels=members * groups,
+        kernel_size=(*some(1, 2, 3, count=rank - 1), window),
+        strides=some(1, 1, 2, 3, count=rank),
+        padding=str(random.choice(["same", "same", "symmetric", "valid"])),
+        dilation_rate=some(1, 1, 2, 3, count=rank),
+        groups=groups,
+        group_layout=group_layout,
+        data_format=data_format,
+    )
+
+
+@functools.cache
+def wide_calls():
+    """Calls with arrays and results: every number of channels with every number of groups."""
+    random = np.random.default_rng(9)
+    kinds = itertools.product(
+        (pair for pair in itertools.product(MEMBERS_OF_A_GROUP, GROUPS) if np.prod(pair) <= 640),
+        ("contiguous", "interleaved"),
+        ("channels_last", "channels_first"),
+    )
+    found = []
+    for (members, groups), *kind in kinds:
+        row, window = int(random.choice(ROWS)), int(random.choice(WINDOWS))
+        draws = (wide_call(random, members, groups, row, window, *kind) for _ in itertools.count())
+        call = next(c for c in draws if min(c.output_sizes, default=0) >= 1 and c.taps <= 24)
+        arrays = native_core.coarse(call.arrays(seed=len(found)))
+        found.append((call, arrays, native_core.expected(call, *arrays)))
+    return found
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("group_layout", ["contiguous", "interleaved"])
+def test_wide_calls_have_every_row_window_step_and_rank(group_layout, data_format):
+    kind = group_layout, data_format
+    calls = [c for c, _, _ in wide_calls() if (c.group_layout, c.data_format) == kind]
+    assert {c.sizes[-1] for c in calls} == set(ROWS)
+    assert {c.kernel_size[-1] for c in calls} == set(WINDOWS)
+    assert {c.strides[-1] for c in calls} == {1, 2, 3}
+    assert {c.dilation_rate[-1] for c in calls} == {1, 2, 3}
+    assert {len(c.sizes) for c in calls} == {1, 2, 3}
+
+
+def assert_same(value, truth, what):
+    """To the bit, after rounding to the type, but for the sign of zero."""
+    rounded = truth.astype(value.dtype).astype("float64")
+    np.testing.assert_array_equal(value.astype("float64"), rounded, err_msg=str(what))
+
+
+@each_level
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_of_channels_row_and_layout(dtype, level):
+    for call, arrays, truths in wide_calls():
+        values = native_core.results(call, *(a.astype(DTYPES[dtype]) for a in arrays), threads=3)
+        for member, truth in truths.items():
+            assert_same(values[member], truth, (member, call))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_framework_gets_what_the_core_computes(dtype):
+    """A few of these calls: XLA compiles each."""
+    first = list(DTYPES).index(dtype)
+    for call, arrays, truths in wide_calls()[first::61]:
+        # The casts are exact in both directions, and so are their gradients.
+        def in_dtype(x, kernel, call=call):
+            y = operation(call, "native")(*(keras.ops.cast(a, dtype) for a in (x, kernel)))
+            return keras.ops.cast(y, "float64")
+
+        values = numpy(in_dtype(*arrays[:2])), *gradients(in_dtype, arrays[:2], arrays[2])
+        for value, (member, truth) in zip(values, truths.items(), strict=True):
+            assert_same(value, truth.astype(DTYPES[dtype]).astype("float64"), (member, call))
+
+
+@each_level
+def test_f20_what_is_not_finite_spreads_as_in_the_formula(level):
+    """Also from a kernel's taps, and an output's gradient, that meet nothing of the input."""
+    spread = dict.fromkeys(MEMBERS, 0)
+    for n, (call, arrays, _) in enumerate(wide_calls()[::9]):
+        for which in range(3):
+            mixed = list(arrays)
+            (mixed[which],) = not_finite([arrays[which]], seed=n, count=1 + n % 2)
+            values = native_core.results(call, *(a.astype("float32") for a in mixed), threads=2)
+            for member, truth in native_core.expected(call, *mixed).items():
+                assert_same(values[member], truth, (member, which, call))
+                spread[member] += np.isnan(truth).any() and not np.isnan(truth).all()
+    assert min(spread.values()) > 30
+
+
+# Inputs without a position in some dimension, whose outputs are of padding alone; and one that lies
+# between the taps of every window.
+NOTHING = [
+    Call(2, (0,), 6, (3,), (1,), ((2, 1),), (1,), 2),
+    Call(2, (0,), 8, (3,), (2,), ((4, 4),), (1,), 8, "interleaved"),
+    Call(1, (0, 9), 12, (3, 3), (1, 1), ((2, 2), (1, 1)), (1, 1), 3),
+    Call(2, (5, 0), 17, (2, 3), (2, 1), ((1, 1), (3, 3)), (1, 1), 1, "interleaved"),
+    Call(1, (3, 0, 2), 6, (1, 2, 3), (1, 1, 2), ((0, 0), (1, 2), (2, 2)), (1, 1, 1), 2),
+    Call(1, (0, 0, 7), 4, (2, 2, 3), (1, 1, 1), ((1, 1), (1, 1), (2, 1)), (1, 1, 1), 4),
+    Call(2, (1, 5), 6, (2, 3), (1, 1), ((4, 4), (1, 1)), (8, 1), 3),
+]
+NOTHING += [dataclasses.replace(call, data_format="channels_first") for call in NOTHING]
+
+
+@each_level
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_f13_windows_that_meet_nothing_are_zero(dtype, level):
+    for call in NOTHING:
+        arrays = [a.astype(DTYPES[dtype]) for a in call.arrays()]
+        for member, value in native_core.results(call, *arrays, threads=2).items():
+            assert not value.any(), (member, call)
+        # They are written, also with what 0 is multiplied with.
+        arrays = not_finite(call.arrays(), count=2)
+        values = native_core.results(call, *arrays)
+        for member, truth in native_core.expected(call, *arrays).items():
+            assert_same(values[member], truth, (member, call))
+
+
+def test_f13_without_outputs_a_gradient_is_zero():
+    """As where a traced size is 0: nothing reads the input."""
+    call = Call(2, (5,), 6, (3,), (1,), "valid", (1,), 2)
+    numbers = native_core.native_call.numbers(
+        INPUT, native_core.Geometry(**call.arguments), call.sizes, *call.arrays()[1:]
+    )
+    numbers[11] = 0
+    dx, nothing = np.full(call.x_shape, np.nan), np.zeros(0)
+    addresses = (a.ctypes.data for a in (nothing, nothing, dx))
+    native_library.run(numbers, call.batch, 2, *addresses)
+    assert not dx.any()
+
+
+def every_pattern(dtype):
+    return np.arange(2**16, dtype="uint16").view(DTYPES[dtype])
+
+
+def is_nan(values):
+    # NumPy warns of some of bfloat16.
+    with np.errstate(invalid="ignore"):
+        return np.isnan(values)
+
+
+def product(patterns, factor, channels, data_format):
+    """Of each number with the factor: an involution whose window is one position."""
+    shape = (1, -1, channels) if data_format == "channels_last" else (1, channels, -1)
+    x = patterns.reshape(shape)
+    positions = patterns.size // channels
+    call = Call(1, (positions,), channels, (1,), (1,), "same", (1,), 1, "contiguous", data_format)
+    kernel = np.full(call.kernel_shape, factor, x.dtype)
+    return native_core.run(OUTPUT, call, x, kernel, threads=2).ravel()
+
+
+# By way of vectors across positions, across channels, and the copies between the two.
+HALF_LAYOUTS = [(1, "channels_last"), (64, "channels_last"), (64, "channels_first")]
+
+
+@each_level
+@each_half
+@pytest.mark.parametrize(("channels", "data_format"), HALF_LAYOUTS)
+def test_f08_every_number_of_a_half_type_comes_back(channels, data_format, dtype, level):
+    patterns = every_pattern(dtype)
+    y = product(patterns, 1, channels, data_format)
+    nan = is_nan(patterns)
+    assert (is_nan(y) == nan).all()
+    # A sum begins at +0, which -0 does not change.
+    bits = patterns.view("uint16")
+    expected = np.where(bits == 0x8000, 0, bits)
+    np.testing.assert_array_equal(y.view("uint16")[~nan], expected[~nan])
+
+
+@each_level
+@each_half
+@pytest.mark.parametrize(("channels", "data_format"), HALF_LAYOUTS)
+def test_f08_rounds_to_the_nearest_ties_to_even(channels, data_format, dtype, level):
+    """As NumPy does: into numbers below the normal ones, and up to infinity."""
+    patterns = every_pattern(dtype)
+    tie = 1.5 if dtype == "float16" else 1.0078125
+    for factor in (tie, 1 / 3, 3, 2.0**-9, 1.5 * 2.0**-13, 2.0**10 * tie, 60000):
+        factor = DTYPES[dtype](factor)
+        with np.errstate(over="ignore", invalid="ignore"):
+            exact = patterns.astype("float32") * np.float32(factor)
+            expected = (exact + np.float32(0)).astype(DTYPES[dtype])
+        y = product(patterns, factor, channels, data_format)
+        nan = is_nan(expected)
+        assert (is_nan(y) == nan).all()
+        np.testing.assert_array_equal(y.view("uint16")[~nan], expected.view("uint16")[~nan])
+
+
+# --- Levels of instructions -----------------------------------------------------------------------
+
+
+@on_linux
+def test_levels_are_those_of_the_processor():
+    flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
+    expected = ["plain"]
+    if platform.machine() == "x86_64" and flags >= {"avx2", "fma"}:
+        expected.append("avx2")
+        if flags >= {"avx512f", "avx512bw", "avx512vl", "avx512dq"}:
+            expected.append("avx512")
+    assert expected == LEVELS
+
+
+def roundings():
+    """As text: sums that multiply-adds of one rounding and of two make differently."""
+    call = Call(1, (64,), 16, (9,), (1,), "same", (1,))
+    x, kernel, _ = (a.astype("float32") for a in call.arrays())
+    return native_core.run(OUTPUT, call, x, kernel).tobytes().hex()
+
+
+def test_instructions_are_those_of_the_environment(pool):
+    expected = {}
+    for name in LEVELS:
+        native_library.use_level(name)
+        expected[name] = roundings()
+    # The last level is in use again. Without another, nothing is chosen here.
+    assert len(LEVELS) == 1 or expected["plain"] != expected[LEVELS[-1]]
+    assert pool["roundings"] == expected["plain"]
+
+
+def load():
+    """The core as a process that begins now would find it."""
+    return native_library._load()
+
+
+def test_unknown_instructions_are_refused_in_one_line(monkeypatch):
+    monkeypatch.setenv("INVOLUTION_INSTRUCTIONS", "sse9")
+    core_and_reason = load()
+    monkeypatch.setattr(native_library, "core", lambda: core_and_reason)
+    x, kernel = keras.KerasTensor((1, 5, 8)), keras.KerasTensor((1, 5, 3, 1))
+    assert dict(involution.ops.implementations(x, kernel, 3))["native"] == (
+        f"INVOLUTION_INSTRUCTIONS must be one of {', '.join(LEVELS)} here. Received: sse9"
+    )
+
+
+# --- What is there --------------------------------------------------------------------------------
+
+
+def test_native_is_the_first_choice_for_every_kind_of_call():
+    kinds = itertools.product(
+        (1, 2, 3), DTYPES, ("contiguous", "interleaved"), ("channels_last", "channels_first")
+    )
+    count = 0
+    for rank, dtype, group_layout, data_format in kinds:
+        call = Call(
+            2,
+            (7,) * rank,
+            12,
+            (3,) * rank,
+            (2,) * rank,
+            "same",
+            (1,) * rank,
+            3,
+            group_layout,
+            data_format,
+        )
+        x, kernel = tensors(call.arrays()[:2], dtype)
+        told = involution.ops.implementations(x, kernel, **call.arguments)
+        name = next(name for name, reason in told if reason is None)
+        print(f"{BACKEND}, rank {rank}, {dtype}, {group_layout}, {data_format}: {name}")
+        assert name == "native"
+        count += 1
+    assert count == 48
+
+
+def found(monkeypatch, **files):
+    """What the core would be if the package had these files alone."""
+    names = {"libinvolution": "libinvolution.so", "missing": "missing.txt"}
+    there = {names[name]: file for name, file in files.items()}
+    monkeypatch.setattr(native_library, "find", there.get)
+    return load()
+
+
+def test_a_missing_core_has_the_reason_of_the_installation(monkeypatch, tmp_path):
+    (tmp_path / "missing.txt").write_text("no C++ compiler was found\n")
+    library, reason = found(monkeypatch, missing=tmp_path / "missing.txt")
+    assert library is None
+    assert reason == "the package was installed without it: no C++ compiler was found"
+
+
+def test_a_core_that_was_never_built_says_so(monkeypatch):
+    assert found(monkeypatch) == (None, "the package was installed without it: it was not built")
+
+
+def test_a_broken_core_is_no_missing_one(monkeypatch, tmp_path):
+    """Its tests fail; they do not go away, even if an earlier installation had none."""
+    (tmp_path / "missing.txt").write_text("no C++ compiler was found\n")
+    (tmp_path / "libinvolution.so").write_text("no library")
+    files = {"libinvolution": tmp_path / "libinvolution.so", "missing": tmp_path / "missing.txt"}
+    library, reason = found(monkeypatch, **files)
+    assert library is None
+    assert reason.startswith("its library cannot be loaded: ")
+    monkeypatch.setattr(native_library, "core", lambda: (library, reason))
+    assert missing() is None
+
+
+def test_a_backend_without_a_binding_is_named(monkeypatch):
+    monkeypatch.setattr(keras.config, "backend", lambda: "numpy")
+    call = Call(1, (5,), 2, (3,), (1,), "same", (1,))
+    x, kernel = (keras.KerasTensor(a.shape) for a in call.arrays()[:2])
+    reasons = dict(involution.ops.implementations(x, kernel, 3))
+    assert reasons["native"] == "it has no binding for the backend numpy"
+
+
+# --- Absurd arguments -----------------------------------------------------------------------------
+
+LINE = Call(1, (5,), 4, (3,), (1,), "same", (1,), 2)
+ABSURD = [
+    dataclasses.replace(LINE, dilation_rate=(2**58,)),
+    dataclasses.replace(LINE, dilation_rate=(2**58,), strides=(2**59,)),
+    dataclasses.replace(LINE, padding=((2**60, 2**60),), strides=(2**60,)),
+    dataclasses.replace(LINE, padding=((2**59, 5),), strides=(2**59 - 1,), kernel_size=(2,)),
+    dataclasses.replace(LINE, kernel_size=(2001,)),
+    dataclasses.replace(LINE, kernel_size=(301,), dilation_rate=(2**50,), padding="symmetric"),
+]
+each_absurd = pytest.mark.parametrize("call", ABSURD)
+
+
+@each_absurd
+def test_f12_absurd_windows_and_steps(call):
+    x, kernel, dy = call.arrays()
+    truths = native_core.expected(call, x, kernel, dy)
+    apply = operation(call, "native")
+    values = numpy(apply(*tensors((x, kernel), "float64"))), *gradients(apply, (x, kernel), dy)
+    for value, (member, truth) in zip(values, truths.items(), strict=True):
+        np.testing.assert_allclose(value, truth, rtol=0, atol=1e-12, err_msg=member)
+
+
+@each_level
+@pytest.mark.parametrize("padding", ["same", "symmetric", ((40, 44),)])
+@pytest.mark.parametrize(
+    ("channels", "groups", "group_layout", "data_format"),
+    [
+        (3, 1, "contiguous", "channels_last"),
+        (8, 2, "contiguous", "channels_last"),
+        (8, 4, "interleaved", "channels_last"),
+        (6, 3, "contiguous", "channels_first"),
+    ],
+)
+def test_f12_windows_wider_than_the_input(
+    level, channels, groups, group_layout, data_format, padding
+):
+    """By every way that vectors run, with taps just inside the input, just outside, far outside."""
+    for n, kernel_size, rate in itertools.product((4, 5, 33), (2, 3), (3, 4, 5, 6, 11, 32, 40)):
+        for strides in (1, 2):
+            call = Call(
+                1,
+                (n,),
+                channels,
+                (kernel_size,),
+                (strides,),
+                padding,
+                (rate,),
+                groups,
+                group_layout,
+                data_format,
+            )
+            arrays = call.arrays()
+            for member, truth in native_core.expected(call, *arrays).items():
+                value = native_core.run(member, call, *native_core.ARGUMENTS[member](*arrays))
+                np.testing.assert_allclose(value, truth, rtol=0, atol=1e-12, err_msg=f"{call}")
+
+
+def most_memory():
+    """In bytes, since the last call."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    (line,) = (s for s in status.splitlines() if s.startswith("VmHWM"))
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    return int(line.split()[1]) * 1024
+
+
+@on_linux
+@each_absurd
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_f12_absurd_arguments_take_neither_memory_nor_time(data_format, call):
+    call = dataclasses.replace(call, data_format=data_format)
+    arrays = call.arrays()
+    native_core.results(call, *arrays)
+    most_memory()
+    before, start = most_memory(), time.perf_counter()
+    native_core.results(call, *arrays)
+    assert time.perf_counter() - start < 0.5
+    assert most_memory() - before < 5 * sum(a.nbytes for a in arrays) + 2e6
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dilation_rate", 2**60), ("strides", 2**60 + 1), ("padding", ((2**60 + 1, 0),))],
+)
+def test_f12_what_64_bits_cannot_count_is_refused(name, value):
+    arguments = {"kernel_size": 3, "strides": 2**60, "padding": "same", name: value}
+    # Of a known size, steps that lead beyond it would be cut short.
+    x, kernel = keras.KerasTensor((1, None, 2)), keras.KerasTensor((1, None, 3, 1))
+    reasons = dict(involution.ops.implementations(x, kernel, **arguments))
+    assert reasons["native"] == f"a window's reach, a stride or a padding is above {2**60}"
+
+
+@pytest.mark.parametrize("dilation_rate", [2**60, 2**62, 2**63, 2**64])
+def test_f12_a_window_of_one_position_has_no_dilation(dilation_rate):
+    call = Call(1, (5,), 4, (1,), (1,), ((3, 3),), (dilation_rate,), 2)
+    x, kernel = tensors(call.arrays()[:2], "float64")
+    assert_equals_oracle(call, operation(call, None)(x, kernel), x, kernel)
+
+
+@each_level
+@pytest.mark.parametrize("member", [OUTPUT, KERNEL])
+def test_f11_taps_that_lie_two_to_the_31_elements_apart(member, level, tmp_path):
+    """Of what is between them nothing is read: a file's holes take neither memory nor disk."""
+    near = Call(1, (6,), 64, (2,), (1,), "valid", (3,), 4)
+    far = dataclasses.replace(near, sizes=(2**25 + 3,), dilation_rate=(2**25,))
+    arrays = native_core.coarse(near.arrays())
+    truth = native_core.expected(near, *arrays)[member]
+    x, kernel, dy = (a.astype("float32") for a in arrays)
+    apart = np.memmap(tmp_path / "x", "float32", "w+", shape=far.x_shape)
+    assert apart.size > 2**31
+    apart[:, :3], apart[:, -3:] = x[:, :3], x[:, 3:]
+    value = native_in_place(member, far, *native_core.ARGUMENTS[member](apart, kernel, dy))
+    assert_same(value, truth, member)
+
+
+@pytest.mark.slow
+def test_f11_more_than_two_to_the_31_elements():
+    """One tap and one group, so that the kernel is small; 4 GB for each of x and y."""
+    positions, channels = 2**25 + 3, 64
+    assert positions * channels > 2**31
+    call = Call(1, (positions,), channels, (1,), (1,), "same", (1,))
+    places = np.array([0, 1, 12345, 2**24 - 1, 2**25 - 1, 2**25, 2**25 + 1, 2**25 + 2])
+    x = np.zeros(call.x_shape, "float16")
+    x[0, places] = np.random.default_rng(0).standard_normal((len(places), channels))
+    kernel = np.full(call.kernel_shape, 1, "float16")
+    kernel[0, places, 0, 0] = np.arange(2, 2 + len(places))
+    expected = (x[0, places].astype("float32") * kernel[0, places, 0]).astype("float16")
+
+    y = operation(call, "native")(*tensors((x, kernel), "float16"))
+    np.testing.assert_array_equal(numpy(y)[0, places], expected)
+    assert np.count_nonzero(numpy(y)) == np.count_nonzero(expected)
+    del y
+
+    dx = native_in_place(INPUT, call, kernel, x)
+    np.testing.assert_array_equal(dx[0, places], expected)
+    del dx
+    dkernel = native_in_place(KERNEL, call, x, x)
+    squares = (x[0, places].astype("float64") ** 2).sum(-1)
+    np.testing.assert_allclose(dkernel[0, places, 0, 0], squares, rtol=2e-3)
+    assert np.count_nonzero(dkernel) == len(places)
+
+
+def native_in_place(member, call, a, b):
+    """As ``native_core.run``, without the copies."""
+    g = native_core.Geometry(**call.arguments)
+    numbers = native_core.native_call.numbers(member, g, call.sizes, a, b)
+    result = np.empty(native_core.native_call.result_shape(member, g, call.sizes, a, b), a.dtype)
+    addresses = (array.ctypes.data for array in (a, b, result))
+    native_library.run(numbers, len(a), native_library.processors(), *addresses)
+    return result
+
+
+# --- Threads --------------------------------------------------------------------------------------
+
+# Divided into many pieces, of rows and of parts of rows; one for each way that vectors run.
+LARGE = [
+    Call(2, (40, 37), 64, (3, 3), (1, 1), "same", (1, 1), 4),
+    Call(1, (33, 29), 48, (3, 5), (2, 1), "same", (1, 2), 16, "interleaved"),
+    Call(1, (41, 50), 24, (3, 3), (1, 1), "same", (1, 1), 3, "contiguous", "channels_first"),
+    Call(1, (61, 47), 32, (3, 3), (2, 2), "same", (1, 1), 8, "contiguous", "channels_first"),
+    Call(1, (7003,), 16, (5,), (1,), "same", (2,), 2, "interleaved", "channels_first"),
+    Call(1, (90, 70), 3, (3, 3), (1, 1), "same", (1, 1)),
+    Call(1, (7003,), 33, (3,), (1,), "valid", (1,), 1),
+    Call(1, (9, 14, 23), 8, (2, 3, 3), (1, 2, 1), "same", (2, 1, 1), 2),
+    # So much at every position that each is a piece.
+    Call(1, (5,), 2048, (65,), (1,), "same", (1,), 2, "contiguous", "channels_first"),
+]
+each_large = pytest.mark.parametrize("call", LARGE)
+
+
+@pytest.mark.parametrize("call", [*LARGE[1:4], LARGE[-1]])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_many_pieces_are_one_result(dtype, call):
+    arrays = native_core.coarse(call.arrays())
+    values = native_core.results(call, *(a.astype(DTYPES[dtype]) for a in arrays), threads=8)
+    for member, truth in native_core.expected(call, *arrays).items():
+        assert_same(values[member], truth, member)
+
+
+@each_large
+@each_level
+def test_f18_same_bits_in_any_number_of_threads(level, call):
+    arrays = [a.astype("float32") for a in call.arrays()]
+    alone = native_core.results(call, *arrays, threads=1)
+    for threads in (2, 8):
+        together = native_core.results(call, *arrays, threads=threads)
+        for member in MEMBERS:
+            assert (together[member] == alone[member]).all(), (member, threads)
+
+
+# Some hundred microseconds of work, in eight pieces.
+REPEATED = Call(1, (24, 25), 128, (3, 3), (1, 1), "same", (1, 1), 2)
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_f18_same_bits_a_thousand_times(member):
+    x, kernel, dy = (a.astype("float32") for a in REPEATED.arrays())
+    a, b = native_core.ARGUMENTS[member](x, kernel, dy)
+    first = native_core.run(member, REPEATED, a, b)
+    for n in range(1000):
+        assert (native_core.run(member, REPEATED, a, b, threads=(1, 2, 8)[n % 3]) == first).all()
+
+
+def test_f19_callers_at_once_do_not_disturb_each_other():
+    calls = [LARGE[0], REPEATED, LARGE[3], LARGE[4]] * 2
+    arrays = [[a.astype("float32") for a in c.arrays(i)] for i, c in enumerate(calls)]
+    alone = [native_core.results(c, *a) for c, a in zip(calls, arrays, strict=True)]
+
+    def many(i):
+        for n in range(25):
+            values = native_core.results(calls[i], *arrays[i], threads=1 + n % 4)
+            for member in MEMBERS:
+                assert (values[member] == alone[i][member]).all(), (member, calls[i])
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        assert all(pool.map(many, range(len(calls))))
+
+
+def test_f30_eight_threads_share_a_program_and_its_gradient():
+    def of(x, kernel):
+        y = operation(REPEATED, "native")(x, kernel)
+        return keras.ops.sum(y * y)
+
+    program = in_graph(grad(of))
+    arguments = [tensors(REPEATED.arrays(seed)[:2], "float32") for seed in range(8)]
+    alone = [[numpy(g) for g in program(*a)] for a in arguments]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            together = list(pool.map(lambda a: [numpy(g) for g in program(*a)], arguments))
+            for values, wanted in zip(together, alone, strict=True):
+                for value, want in zip(values, wanted, strict=True):
+                    assert (value == want).all()
+
+
+def tasks():
+    """How many threads this process has."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def pool_of_a_process():
+    """Prints what the pool did in a process where nothing else uses it."""
+    x, kernel, dy = (a.astype("float32") for a in REPEATED.arrays())
+    before, started = tasks(), []
+    for threads in (1, 2, 4, 3):
+        expected = native_core.results(REPEATED, x, kernel, dy, threads)
+        started.append(tasks() - before)
+
+    over = threading.Event()
+
+    def busy():
+        while not over.is_set():
+            native_core.run(OUTPUT, REPEATED, x, kernel, threads=4)
+
+    # Of the children, all but the first are made while the pool is at work.
+    other = threading.Thread(target=busy)
+    codes = []
+    for n in range(20):
+        child = os.fork()
+        if child == 0:
+            # A child that waits for its parent's threads would wait forever.
+            signal.alarm(20)
+            values = native_core.results(REPEATED, x, kernel, dy, threads=4)
+            os._exit(0 if all((values[m] == expected[m]).all() for m in MEMBERS) else 1)
+        codes.append(os.waitpid(child, 0)[1])
+        if n == 0:
+            other.start()
+    over.set()
+    other.join()
+    print(json.dumps({"started": started, "children": codes, "roundings": roundings()}))
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Of a process whose environment names the instructions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INVOLUTION_INSTRUCTIONS", "plain")
+        told = fresh_process("import tests.native.test_core as t; t.pool_of_a_process()")
+    return json.loads(told)
+
+
+@on_linux
+def test_the_pool_has_as_many_threads_as_it_is_told(pool):
+    """The caller is one of them, and they stay."""
+    assert pool["started"] == [0, 1, 3, 3]
+
+
+@on_linux
+def test_a_forked_process_computes_the_same_and_ends(pool):
+    assert pool["children"] == [0] * 20
+
+
+def test_processors_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    assert native_library.processors() == 2

@@ -1,0 +1,350 @@
+"""``native`` as JAX uses it: one node of a compiled program, on one device or several."""
+
+import ctypes
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import types as types_of
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import keras
+import numpy as np
+import pytest
+from jax import export
+from jax.test_util import check_grads
+
+import involution
+from involution.ops import api, native
+from involution.ops.geometry import Geometry
+from involution.ops.native import jax as native_jax
+from involution.ops.native import library as native_library
+from involution.ops.native import params
+from tests.support import native_core
+from tests.support.backends import (
+    IMPLEMENTATIONS,
+    assert_equals_oracle,
+    fresh_process,
+    missing,
+    numpy,
+    operation,
+    tensors,
+)
+from tests.support.native_core import ARGUMENTS
+from tests.support.oracle import Call
+from tests.support.paths import ROOT, TESTS
+
+pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
+
+CALL = Call(2, (5, 7), 12, (3, 2), (2, 1), "same", (1, 2), 3)
+FIRST = dataclasses.replace(CALL, data_format="channels_first", group_layout="interleaved")
+LINE = Call(2, (7,), 6, (4,), (1,), "symmetric", (1,), 2)
+each_call = pytest.mark.parametrize("call", [CALL, FIRST, LINE])
+
+
+def square(call):
+    """A scalar function, not linear in anything."""
+    return lambda x, kernel: (operation(call, "native")(x, kernel) ** 2).sum()
+
+
+@each_call
+def test_f17_gradients_of_first_and_second_order_are_differences(call):
+    arguments = tensors(call.arrays()[:2], "float64")
+    check_grads(operation(call, "native"), arguments, order=2, modes=["rev"])
+
+
+def test_a_program_holds_one_node_for_each_member():
+    arguments = tensors(CALL.arrays()[:2], "float64")
+    forward = jax.jit(operation(CALL, "native")).lower(*arguments).as_text()
+    assert forward.count("custom_call @involution(") == 1
+    both = jax.jit(jax.grad(square(CALL), (0, 1))).lower(*arguments).as_text()
+    assert both.count("custom_call @involution(") == 3
+
+
+def test_f14_a_program_is_made_once_for_a_shape():
+    program = jax.jit(operation(CALL, "native"))
+    for seed in range(3):
+        x, kernel = tensors(CALL.arrays(seed)[:2], "float64")
+        assert_equals_oracle(CALL, program(x, kernel), x, kernel)
+    assert program._cache_size() == 1
+
+
+def test_f14_one_exported_program_for_every_batch_size():
+    (batch,) = export.symbolic_shape("batch")
+    shapes = [
+        jax.ShapeDtypeStruct((batch, *shape[1:]), "float64")
+        for shape in (CALL.x_shape, CALL.kernel_shape)
+    ]
+    allowed = [export.DisabledSafetyCheck.custom_call(native_jax.TARGET)]
+    program = export.export(jax.jit(operation(CALL, "native")), disabled_checks=allowed)(*shapes)
+    for n in (1, 2, 5):
+        call = dataclasses.replace(CALL, batch=n)
+        x, kernel = tensors(call.arrays()[:2], "float64")
+        assert_equals_oracle(call, program.call(x, kernel), x, kernel)
+
+
+def test_an_export_is_refused_by_name_and_made_of_the_reference():
+    arguments = tensors(CALL.arrays()[:2], "float64")
+    with pytest.raises(ValueError, match="custom_call @involution"):
+        export.export(jax.jit(operation(CALL, None)))(*arguments)
+    with involution.ops.use("reference"):
+        program = export.export(jax.jit(operation(CALL, None)))(*arguments)
+    stored = export.deserialize(program.serialize())
+    assert_equals_oracle(CALL, stored.call(*arguments), *arguments)
+
+
+def test_f23_mapped_twice_with_its_gradient():
+    x, kernel, _ = CALL.arrays()
+    xs = jnp.stack([x, -x, 2 * x])
+    kernels = jnp.stack([kernel, 3 * kernel])
+    of = jax.vmap(jax.vmap(jax.grad(square(CALL), (0, 1)), (0, None)), (None, 0))
+    dx, dkernel = jax.jit(of)(xs, kernels)
+    assert (dx.shape, dkernel.shape) == ((2, 3, *x.shape), (2, 3, *kernel.shape))
+    for i, k in enumerate((kernel, 3 * kernel)):
+        for j, one in enumerate((x, -x, 2 * x)):
+            wanted = CALL.gradients(one, k, 2 * CALL.involution(one, k)[0])
+            for value, want in zip((dx[i, j], dkernel[i, j]), wanted, strict=True):
+                np.testing.assert_allclose(value, want, rtol=1e-11, atol=1e-10)
+
+
+def test_f23_mapped_over_an_empty_batch():
+    shapes = [(3, 0, *a.shape[1:]) for a in CALL.arrays()[:2]]
+    y = jax.vmap(operation(CALL, "native"))(*map(jnp.zeros, shapes))
+    assert y.shape == (3, 0, *CALL.output_shape[1:])
+
+
+def test_f23_forward_mode_says_that_it_cannot():
+    x, kernel = tensors(CALL.arrays()[:2], "float64")
+    with pytest.raises(TypeError, match=r"forward-mode .* custom_vjp"):
+        jax.jvp(operation(CALL, "native"), (x, kernel), (x, kernel))
+
+
+def test_in_a_scan_of_checkpoints():
+    """As deep models are trained: kept out of memory, computed again for the gradient."""
+    call = dataclasses.replace(CALL, strides=(1, 1))
+    x, kernel, _ = call.arrays()
+    kernels = jnp.stack([kernel, -kernel, kernel]) / 4
+
+    def deep(apply):
+        layer = jax.checkpoint(lambda x, kernel: (apply(x, kernel), None))
+        return jax.grad(lambda x, kernels: (jax.lax.scan(layer, x, kernels)[0] ** 2).sum(), (0, 1))
+
+    values = jax.jit(deep(operation(call, "native")))(x, kernels)
+    wanted = jax.jit(deep(operation(call, "reference")))(x, kernels)
+    for value, want in zip(values, wanted, strict=True):
+        np.testing.assert_allclose(value, want, rtol=1e-10, atol=1e-10)
+
+
+def test_f28_an_input_given_away_is_no_result():
+    """XLA may use the memory of x for anything once x is not needed; y has its shape."""
+    call = Call(1, (400,), 8, (3,), (1,), "same", (1,), 2)
+    x, kernel, _ = call.arrays()
+    given = jnp.array(x)
+    y = jax.jit(operation(call, "native"), donate_argnums=0)(given, jnp.array(kernel))
+    assert given.is_deleted()
+    assert_equals_oracle(call, y, jnp.array(x), jnp.array(kernel))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:-1])
+@pytest.mark.parametrize("changed", [0, 1])
+def test_f28_an_input_given_away_before_the_backward_pass_raises(changed, implementation):
+    inputs = tensors(CALL.arrays()[:2], "float64")
+    y, pullback = jax.vjp(operation(CALL, implementation), *inputs)
+    jax.jit(lambda t: t + 1, donate_argnums=0)(inputs[changed])
+    with pytest.raises((RuntimeError, ValueError), match="deleted"):
+        pullback(y)
+
+
+def sharded():
+    """Prints what two devices made of a batch that they share."""
+    devices = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+    over_batch = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("batch"))
+    call = dataclasses.replace(CALL, batch=4)
+    x, kernel, _ = call.arrays()
+    programs = {
+        "output": (operation(call, "native"), over_batch),
+        "gradients": (jax.grad(square(call), (0, 1)), (over_batch, over_batch)),
+    }
+    told = {"devices": len(jax.devices())}
+    for name, (function, results) in programs.items():
+        program = jax.jit(function, in_shardings=(over_batch,) * 2, out_shardings=results)
+        arguments = [jax.device_put(a, over_batch) for a in (x, kernel)]
+        text = program.lower(*arguments).compile().as_text()
+        values = jax.tree.leaves(program(*arguments))
+        alone = jax.tree.leaves(jax.jit(function)(jnp.array(x), jnp.array(kernel)))
+        told[name] = {
+            "native": text.count('custom_call_target="involution"'),
+            "exchanges": sum(
+                text.count(word) for word in ("all-gather", "all-reduce", "all-to-all")
+            ),
+            "parts": [v.addressable_shards[0].data.shape[0] for v in values],
+            "equal": [
+                bool((numpy(v) == numpy(a)).all()) for v, a in zip(values, alone, strict=True)
+            ],
+        }
+    print(json.dumps(told))
+
+
+def test_a_batch_shared_by_two_devices_stays_where_it_is(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    told = json.loads(fresh_process("import tests.native.test_jax as t; t.sharded()"))
+    assert told["devices"] == 2
+    assert told["output"] == {"native": 1, "exchanges": 0, "parts": [2], "equal": [True]}
+    assert told["gradients"] == {
+        "native": 3,
+        "exchanges": 0,
+        "parts": [2, 2],
+        "equal": [True, True],
+    }
+
+
+@pytest.mark.parametrize("member", params.MEMBERS)
+def test_of_all_axes_the_batch_alone_is_divided(member):
+    """What is told to either of XLA's partitioners; ``sharded`` has them do it."""
+    a, b = ARGUMENTS[member](*CALL.arrays())
+    c = native_core.run(member, CALL, a, b)
+    assert native_jax._register() is None
+    of = member, Geometry(**CALL.arguments), CALL.sizes
+    types = [types_of.SimpleNamespace(rank=t.ndim) for t in (a, b, c)]
+    rule, told = native_jax.TWO_STEPS.rule(*of, None, types[:2], types[2:])
+    factors = [part.split() for part in rule.replace("->", ",").split(",")]
+    assert [len(some) for some in factors] == [t.ndim for t in (a, b, c)]
+    assert {some[0] for some in factors} == {"batch"}
+    others = [name for some in factors for name in some[1:]]
+    assert len(set(others)) == len(others)
+    assert told == {"need_replication_factors": tuple(others)}
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("devices",))
+    spec = jax.sharding.PartitionSpec
+    over_two = jax.sharding.NamedSharding(mesh, spec("devices", None))
+    shapes = [jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=over_two) for t in (a, b, c)]
+    wanted = [spec("devices", *[None] * (t.ndim - 1)) for t in (a, b, c)]
+    found = native_jax.TWO_STEPS.result_sharding(*of, mesh, shapes[:2], shapes[2])
+    assert found.spec == wanted[2]
+    _, part, result, arguments = native_jax.TWO_STEPS.partition(*of, mesh, shapes[:2], shapes[2])
+    assert [s.spec for s in (*arguments, result)] == wanted
+    np.testing.assert_allclose(part(*map(jnp.array, (a, b))), c, rtol=0, atol=1e-12)
+
+
+def test_f16_another_default_device_is_refused_by_name(monkeypatch):
+    x, kernel = tensors(CALL.arrays()[:2], "float32")
+    problem = api.make_problem(x, kernel, **CALL.arguments)
+    assert native.refusal(problem) is None
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    reason = "it runs on CPUs, and JAX's default device is a gpu"
+    assert native.refusal(problem) == reason
+    with pytest.raises(ValueError, match=f"native: {reason}"):
+        operation(CALL, "native")(x, kernel)
+    assert_equals_oracle(CALL, operation(CALL, None)(x, kernel), x, kernel)
+
+
+def test_a_core_built_without_its_binding_is_refused(monkeypatch):
+    find = native_library.find
+    monkeypatch.setattr(native_library, "find", lambda name: None if "jax" in name else find(name))
+    native_jax._register.cache_clear()
+    x, kernel = (keras.KerasTensor(a.shape) for a in CALL.arrays()[:2])
+    try:
+        reasons = dict(involution.ops.implementations(x, kernel, **CALL.arguments))
+    finally:
+        native_jax._register.cache_clear()
+    assert reasons["native"] == (
+        "the package was installed without its binding for jax: it was not built"
+    )
+
+
+def test_a_jax_that_takes_no_such_library_is_no_error(monkeypatch):
+    def refuse(*arguments, **more):
+        raise jax.errors.JaxRuntimeError(
+            "INVALID_ARGUMENT: the API version (0.3) is incompat\nmore"
+        )
+
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+    native_jax._register.cache_clear()
+    try:
+        reason = native_jax.refusal(None)
+    finally:
+        native_jax._register.cache_clear()
+    assert reason == (
+        "this JAX does not take its library: INVALID_ARGUMENT: the API version (0.3) is incompat"
+    )
+
+
+def test_the_core_uses_the_processors_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(native_library, "processors", lambda: 3)
+    arguments = tensors(CALL.arrays()[:2], "float64")
+    text = jax.jit(jax.grad(square(CALL), (0, 1))).lower(*arguments).as_text()
+    assert text.count("threads = 3 : i32") == 3
+
+
+def test_a_jax_without_the_oldest_interface_gets_a_newer_one(monkeypatch):
+    """As XLA will do: the versions that it takes do not begin with 0.1."""
+    library = ctypes.CDLL(str(native_library.binding("jax")[0]))
+    minor = ctypes.c_int32.in_dll(library, "involution_jax_minor")
+    taken = []
+
+    def register(target, handler, platform):
+        if minor.value < 3:
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: incompatible")
+        taken.append((target, minor.value))
+
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", register)
+    native_jax._register.cache_clear()
+    try:
+        assert native_jax._register() is None
+    finally:
+        native_jax._register.cache_clear()
+    assert taken == [(native_jax.TARGET, 3), (native_jax.FUSED_TARGET, 3)]
+
+
+def test_a_binding_that_cannot_be_loaded_is_refused(monkeypatch, tmp_path):
+    file = tmp_path / "libinvolution_jax.so"
+    file.write_text("no library")
+    monkeypatch.setattr(native_library, "binding", lambda name: (file, None))
+    native_jax._register.cache_clear()
+    try:
+        assert native_jax.refusal(None).startswith("its library cannot be loaded: ")
+    finally:
+        native_jax._register.cache_clear()
+
+
+def test_the_declarations_of_xlas_interface_are_jaxlibs(tmp_path):
+    """Sizes, places and values, compared by the compiler."""
+    include = pathlib.Path(jaxlib.__file__).parent / "include"
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
+    command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{include}", f"-I{ROOT / 'csrc'}"]
+    made = subprocess.run(
+        [*command, TESTS / "native" / "xla_ffi.cpp"], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"numbers": np.zeros(23, "int64"), "threads": np.int32(1)},
+        {"numbers": np.zeros(24, "int32"), "threads": np.int32(1)},
+        {"numbers": np.zeros(24, "int64"), "threads": np.int64(1)},
+        {"numbers": np.zeros(24, "int64"), "thread": np.int32(1)},
+        {"numbers": np.int64(24), "threads": np.int32(1)},
+    ],
+)
+def test_a_call_of_another_version_is_an_error(attributes):
+    """One that this library's Python did not make: it must not read what is not there."""
+    assert native_jax.refusal(None) is None
+    x = jnp.zeros((1, 2, 2, 4))
+    call = jax.ffi.ffi_call(native_jax.TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="numbers of another version"):
+        jax.block_until_ready(call(x, x, **attributes))
+
+
+def test_a_call_with_other_tensors_is_an_error():
+    assert native_jax.refusal(None) is None
+    x = jnp.zeros((1, 2, 2, 4))
+    attributes = {"numbers": np.zeros(24, "int64"), "threads": np.int32(1)}
+    call = jax.ffi.ffi_call(native_jax.TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    for given in ((x,), (x, x, x), (jnp.float32(0), x)):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="arguments of another version"):
+            jax.block_until_ready(call(*given, **attributes))

@@ -1,0 +1,405 @@
+"""``native`` as TensorFlow uses it: eager, in graphs, under XLA, and saved."""
+
+import dataclasses
+import gc
+import subprocess
+import sys
+import types
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import involution
+from involution.ops import api, native
+from involution.ops.native import library, tensorflow
+from tests.support import native_core
+from tests.support.backends import (
+    IMPLEMENTATIONS,
+    assert_equals_oracle,
+    missing,
+    numpy,
+    operation,
+    tensors,
+)
+from tests.support.oracle import Call
+
+pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
+
+CALL = Call(2, (5, 7), 12, (3, 2), (2, 1), "same", (1, 2), 3)
+FIRST = dataclasses.replace(CALL, data_format="channels_first", group_layout="interleaved")
+LINE = Call(2, (7,), 6, (4,), (1,), "symmetric", (1,), 2)
+each_call = pytest.mark.parametrize("call", [CALL, FIRST, LINE])
+
+
+def specs(call, *, unknown):
+    """Of x and kernel, with None for the axes that ``unknown`` tells: "batch" or "sizes" too."""
+    spatial = range(1, 1 + len(call.sizes))
+    if call.data_format == "channels_first":
+        spatial = range(2, 2 + len(call.sizes))
+    found = []
+    for shape, later in ((call.x_shape, 0), (call.kernel_shape, 1)):
+        moved = later if call.data_format == "channels_first" else 0
+        axes = {0} if unknown == "batch" else {0, *(axis + moved for axis in spatial)}
+        sizes = [None if axis in axes else n for axis, n in enumerate(shape)]
+        found.append(tf.TensorSpec(sizes, "float64"))
+    return found
+
+
+# --- Graphs ---------------------------------------------------------------------------------------
+
+
+@each_call
+def test_f14_one_trace_for_every_batch_size(call):
+    traced = []
+
+    def of(x, kernel):
+        traced.append(None)
+        return operation(call, "native")(x, kernel)
+
+    program = tf.function(of, specs(call, unknown="batch"))
+    for batch in (1, 2, 5):
+        this = dataclasses.replace(call, batch=batch)
+        x, kernel = tensors(this.arrays()[:2], "float64")
+        assert_equals_oracle(this, program(x, kernel), x, kernel)
+    assert len(traced) == 1
+
+
+@each_call
+@pytest.mark.parametrize("unknown", ["batch", "sizes"])
+def test_shapes_are_known_as_far_as_they_can_be(unknown, call):
+    program = tf.function(operation(call, "native"), specs(call, unknown=unknown))
+    shape = program.get_concrete_function().output_shapes
+    expected = [None, *call.output_shape[1:]]
+    if unknown == "sizes":
+        first = 2 if call.data_format == "channels_first" else 1
+        expected[first : first + len(call.sizes)] = [None] * len(call.sizes)
+    assert shape.as_list() == expected
+
+
+@each_call
+def test_shapes_of_gradients_are_known(call):
+    @tf.function
+    def of(x, kernel):
+        with tf.GradientTape() as tape:
+            tape.watch([x, kernel])
+            y = operation(call, "native")(x, kernel)
+        dx, dkernel = tape.gradient(y, [x, kernel])
+        assert dx.shape.as_list() == [None, *call.x_shape[1:]]
+        assert dkernel.shape.as_list() == [None, *call.kernel_shape[1:]]
+        return dx, dkernel
+
+    assert len(of.get_concrete_function(*specs(call, unknown="batch")).outputs) == 2
+
+
+@each_call
+def test_f17_second_derivatives_of_nested_tapes(call):
+    arguments = tensors(call.arrays()[:2], "float64")
+    results = {}
+    for name in ("native", "reference"):
+        with tf.GradientTape() as outer:
+            outer.watch(arguments)
+            with tf.GradientTape() as inner:
+                inner.watch(arguments)
+                y = tf.reduce_sum(operation(call, name)(*arguments) ** 3)
+            first = inner.gradient(y, arguments)
+            total = sum(tf.reduce_sum(tf.sin(g)) for g in first)
+        results[name] = [numpy(g) for g in outer.gradient(total, arguments)]
+    for value, want in zip(results["native"], results["reference"], strict=True):
+        assert np.abs(want).max() > 0.1
+        np.testing.assert_allclose(value, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("kind", ["loop", "branch"])
+def test_gradients_through_a_loop_and_through_a_branch(kind):
+    call = dataclasses.replace(CALL, strides=(1, 1))
+    x, kernel = tensors(call.arrays()[:2], "float64")
+
+    def gradients(implementation):
+        @tf.function
+        def of(x, kernel):
+            apply = operation(call, implementation)
+            with tf.GradientTape() as tape:
+                tape.watch([x, kernel])
+                y = x
+                if kind == "loop":
+                    for _ in tf.range(3):
+                        y = apply(y, kernel) / 4
+                elif tf.reduce_sum(y) > -1e9:
+                    y = apply(y, kernel)
+            return tape.gradient(y, [x, kernel])
+
+        return [numpy(g) for g in of(x, kernel)]
+
+    for value, want in zip(gradients("native"), gradients("reference"), strict=True):
+        np.testing.assert_allclose(value, want, rtol=1e-10, atol=1e-10)
+
+
+def test_f23_mapped_by_a_loop_and_never_wrong(caplog):
+    """TensorFlow knows no way to map a custom operation but a loop, and says so."""
+    x, kernel, _ = CALL.arrays()
+    xs = tf.stack([x, 2 * x, 3 * x])
+    y = tf.vectorized_map(lambda x: operation(CALL, "native")(x, tf.constant(kernel)), xs)
+    for i in range(3):
+        want, _ = CALL.involution((i + 1) * x, kernel)
+        np.testing.assert_allclose(y[i], want, rtol=0, atol=1e-12)
+    assert "Using a while_loop for converting Involution" in caplog.text
+
+
+def _forward(function, tangents):
+    def derivative(*tensors):
+        with tf.autodiff.ForwardAccumulator(tensors, tangents) as accumulator:
+            y = function(*tensors)
+        return accumulator.jvp(y)
+
+    return derivative
+
+
+def _reverse(function):
+    def squares(*tensors):
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            y = function(*tensors)
+        return sum(tf.reduce_sum(g**3) for g in tape.gradient(y, tensors))
+
+    return squares
+
+
+# "rf" is reverse mode over forward mode. Others hold one of these.
+@pytest.mark.parametrize("modes", ["fr", "rf", "ff"])
+@pytest.mark.parametrize("implementation", ["native", "taps", "fused"])
+def test_f23_modes_in_a_graph_are_right_in_every_order(implementation, modes):
+    call = Call(1, (5, 4), 4, (3, 3), (2, 2), "same", (1, 1), 2)
+    x, kernel, dy = call.arrays(0)
+    random = np.random.default_rng(1)
+    weight, bias = random.standard_normal((3, 18)), random.standard_normal(18)
+
+    def loss(name):
+        def of(x, kernel):
+            if implementation == "fused":
+                # Its weight depends on what is differentiated, too.
+                given = kernel[..., :3, 0], weight * tf.sin(tf.reduce_mean(kernel)), bias
+                y = involution.ops.generate_and_apply(
+                    x, *given, **call.arguments, implementation=name
+                )
+            else:
+                y = operation(call, name)(x, kernel)
+            return tf.reduce_sum(tf.sin(y) * dy)
+
+        return of
+
+    given = tensors((x, kernel), "float64")
+    tangents = tuple(tensors([random.standard_normal(a.shape) for a in (x, kernel)], "float64"))
+
+    def derivative(name):
+        function = loss(name)
+        for mode in reversed(modes):
+            function = _forward(function, tangents) if mode == "f" else _reverse(function)
+        return function
+
+    expected = float(derivative("reference")(*given))
+    found = float(tf.function(derivative(implementation))(*given))
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_f28_variables_changed_before_the_backward_pass_count_as_they_were(
+    compiled, implementation
+):
+    """And what was computed from them stays."""
+    arrays = CALL.arrays()
+    variables = [tf.Variable(a) for a in arrays[:2]]
+
+    def of():
+        with tf.GradientTape() as tape:
+            y = operation(CALL, implementation)(*variables)
+        for variable in variables:
+            variable.assign_add(tf.ones_like(variable))
+        return y, *tape.gradient(y, variables, arrays[2])
+
+    results = (tf.function(of) if compiled else of)()
+    for value, want in zip(results, native_core.expected(CALL, *arrays).values(), strict=True):
+        np.testing.assert_allclose(numpy(value), want, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(numpy(variables[0]), arrays[0] + 1)
+
+
+# --- XLA ------------------------------------------------------------------------------------------
+
+IN_XLA = r"code compiled by jit_compile=True can call no custom operation"
+
+
+def test_f29_under_xla_taps_runs_and_native_says_why_it_does_not(ran):
+    x, kernel = tensors(CALL.arrays()[:2], "float64")
+    y = tf.function(operation(CALL, None), jit_compile=True)(x, kernel)
+    assert ran == ["taps"]
+    assert_equals_oracle(CALL, y, x, kernel)
+    ran.clear()
+    with pytest.raises(ValueError, match=f"native: {IN_XLA}"):
+        tf.function(operation(CALL, "native"), jit_compile=True)(x, kernel)
+    assert ran == []
+
+
+def test_f29_a_graph_within_xla_is_xla_too(ran):
+    x, kernel = tensors(CALL.arrays()[:2], "float64")
+
+    @tf.function(jit_compile=True)
+    def outer(x, kernel):
+        inner = tf.function(operation(CALL, None))
+        return tf.cond(tf.reduce_sum(x) > -1e9, lambda: inner(x, kernel), lambda: inner(-x, kernel))
+
+    assert_equals_oracle(CALL, outer(x, kernel), x, kernel)
+    assert set(ran) == {"taps"}
+    ran.clear()
+    # What was traced outside is another graph.
+    assert_equals_oracle(CALL, tf.function(operation(CALL, None))(x, kernel), x, kernel)
+    assert ran == ["native"]
+
+
+def test_f15_without_what_tensorflow_does_not_publish_its_error_names_the_operation(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow.python.ops.control_flow_util", None)
+    x, kernel = tensors(CALL.arrays()[:2], "float64")
+    assert_equals_oracle(CALL, tf.function(operation(CALL, None))(x, kernel), x, kernel)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="node involution_native"):
+        tf.function(operation(CALL, "native"), jit_compile=True)(x, kernel)
+
+
+@pytest.mark.parametrize(("jit_compile", "name"), [(False, "fused"), (True, "taps")])
+def test_f29_a_model_is_trained_by_what_its_compilation_allows(jit_compile, name, ran):
+    model = keras.Sequential([keras.Input((6, 6, 8)), involution.Involution2D(3, groups=2)])
+    ran.clear()
+    model.compile("sgd", "mse", jit_compile=jit_compile)
+    images = np.ones((4, 6, 6, 8), "float32")
+    history = model.fit(images, images, verbose=0)
+    assert np.isfinite(history.history["loss"]).all()
+    assert set(ran) == {name}
+
+
+# --- Saving ---------------------------------------------------------------------------------------
+
+
+def functional_model():
+    inputs = [keras.Input(s[1:], dtype="float64") for s in (CALL.x_shape, CALL.kernel_shape)]
+    return keras.Model(inputs, operation(CALL, None)(*inputs))
+
+
+WAYS = {
+    "export": lambda model, path: model.export(path, verbose=False),
+    "saved_model": tf.saved_model.save,
+}
+each_way = pytest.mark.parametrize("save", WAYS.values(), ids=WAYS)
+
+
+@pytest.fixture
+def young():
+    """TensorFlow's message names who holds the tensor, and for that goes through all objects that
+    the collector knows: a minute late in a run of all tests."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@each_way
+def test_a_model_that_only_this_library_can_run_is_not_saved(young, save, tmp_path):
+    with pytest.raises(AssertionError, match=r"native.* needs `reference`, see involution.ops.use"):
+        save(functional_model(), str(tmp_path / "model"))
+
+
+LOADED = """
+import sys, numpy as np, tensorflow as tf
+path, arrays, result = sys.argv[1:]
+with np.load(arrays) as stored:
+    pair = [stored["x"], stored["kernel"]]
+serve = tf.saved_model.load(path).signatures["serving_default"]
+names = sorted(serve.structured_input_signature[1])
+(y,) = serve(**dict(zip(names, map(tf.constant, pair)))).values()
+np.save(result, y.numpy())
+assert not any(name.split(".")[0] == "involution" for name in sys.modules)
+"""
+
+
+@each_way
+def test_a_model_saved_with_the_reference_runs_where_this_package_is_not(save, tmp_path):
+    model = functional_model()
+    with involution.ops.use("reference"):
+        save(model, str(tmp_path / "model"))
+    x, kernel, _ = CALL.arrays()
+    np.savez(tmp_path / "arrays.npz", x=x, kernel=kernel)
+    files = [tmp_path / name for name in ("model", "arrays.npz", "y.npy")]
+    command = [sys.executable, "-c", LOADED, *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    want, _ = CALL.involution(x, kernel)
+    np.testing.assert_allclose(np.load(files[-1]), want, rtol=0, atol=1e-12)
+
+
+# --- Devices, threads and what is missing ---------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # tf2onnx's own
+def test_keras_exports_to_onnx_by_the_reference_or_says_so(tmp_path):
+    model = keras.Sequential([keras.Input((4, 4, 4)), involution.Involution2D(3)])
+    model(np.ones((1, 4, 4, 4), "float32"))
+    message = r'export within `with involution\.ops\.use\("reference"\):`.* Received: a graph'
+    with pytest.raises(NotImplementedError, match=message):
+        model.export(str(tmp_path / "model.onnx"), format="onnx", verbose=False)
+
+
+def test_f16_a_visible_gpu_is_a_reason_by_name(monkeypatch):
+    x, kernel = tensors(CALL.arrays()[:2], "float32")
+    problem = api.make_problem(x, kernel, **CALL.arguments)
+    assert native.refusal(problem) is None
+    gpu = types.SimpleNamespace(name="/physical_device:GPU:0", device_type="GPU")
+    listed = tf.config.list_physical_devices
+    monkeypatch.setattr(
+        tf.config,
+        "list_physical_devices",
+        lambda kind=None: [gpu] if kind == "GPU" else listed(kind),
+    )
+    reason = "it runs on CPUs, and TensorFlow sees a GPU"
+    assert native.refusal(problem) == reason
+    with pytest.raises(ValueError, match=f"native: {reason}"):
+        operation(CALL, "native")(x, kernel)
+    assert_equals_oracle(CALL, operation(CALL, None)(x, kernel), x, kernel)
+
+
+def reason_with(monkeypatch, file):
+    """Why native cannot run if its binding is this file."""
+    monkeypatch.setattr(
+        library,
+        "find",
+        lambda name, find=library.find: (
+            file if name == "libinvolution_tensorflow.so" else find(name)
+        ),
+    )
+    tensorflow._operations.cache_clear()
+    x, kernel = (keras.KerasTensor(a.shape) for a in CALL.arrays()[:2])
+    try:
+        return dict(involution.ops.implementations(x, kernel, **CALL.arguments))["native"]
+    finally:
+        tensorflow._operations.cache_clear()
+
+
+def test_a_core_built_without_its_binding_is_refused(monkeypatch):
+    assert reason_with(monkeypatch, None) == (
+        "the package was installed without its binding for tensorflow: it was not built"
+    )
+
+
+def test_a_binding_that_cannot_be_loaded_is_refused(monkeypatch, tmp_path):
+    file = tmp_path / "libinvolution_tensorflow.so"
+    file.write_text("no library")
+    assert reason_with(monkeypatch, file).startswith("TensorFlow cannot load it: ")
+
+
+@pytest.mark.parametrize(("set_to", "told"), [(3, 3), (0, 5)])
+def test_the_core_uses_the_threads_that_tensorflow_is_set_to(set_to, told, monkeypatch):
+    """Of one operation; 0 means as many as there are processors."""
+    get = "get_intra_op_parallelism_threads"
+    monkeypatch.setattr(tf.config.threading, get, lambda: set_to)
+    monkeypatch.setattr(library, "processors", lambda: 5)
+    program = tf.function(operation(CALL, "native"), specs(CALL, unknown="batch"))
+    operations = program.get_concrete_function().graph.get_operations()
+    (ours,) = (o for o in operations if o.type.startswith("Involution"))
+    assert ours.get_attr("threads") == told

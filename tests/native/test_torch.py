@@ -1,0 +1,380 @@
+"""``native`` as PyTorch uses it: compiled, mapped, differentiated, on views and other devices."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import involution
+from involution.ops import api, native
+from involution.ops.geometry import Geometry
+from involution.ops.native import library, params
+from involution.ops.native import torch as native_torch
+from tests.support import native_core
+from tests.support.backends import (
+    IMPLEMENTATIONS,
+    assert_equals_oracle,
+    fresh_process,
+    missing,
+    operation,
+    tensors,
+)
+from tests.support.native_core import ARGUMENTS
+from tests.support.oracle import Call
+
+pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
+
+CALL = Call(2, (4, 5), 6, (3, 2), (2, 1), "same", (1, 2), 3)
+FIRST = dataclasses.replace(CALL, data_format="channels_first", group_layout="interleaved")
+LINE = Call(2, (7,), 6, (4,), (1,), "symmetric", (1,), 2)
+each_call = pytest.mark.parametrize("call", [CALL, FIRST, LINE])
+
+
+def leaves(call, count=2):
+    return [t.requires_grad_() for t in tensors(call.arrays()[:count], "float64")]
+
+
+# --- Compiled -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh():
+    """Nothing compiled before is remembered."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@each_call
+def test_f22_compiled_whole_with_its_gradients(call, fresh):
+    of = operation(call, None)
+    x, kernel = leaves(call)
+    explained = torch._dynamo.explain(of)(x, kernel)
+    assert (explained.graph_break_count, explained.graph_count) == (0, 1)
+    nodes = [str(node.target) for node in explained.graphs[0].graph.nodes]
+    assert [name for name in nodes if "involution" in name] == ["involution.native.default"]
+
+    compiled = torch.compile(of, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (of, compiled):
+        y = function(x, kernel)
+        results.append((y, *torch.autograd.grad(y.pow(2).sum(), (x, kernel))))
+    for eager, whole in zip(*results, strict=True):
+        assert torch.equal(eager, whole)
+
+
+# PyTorch itself calls what it has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_f22_compiled_by_the_default_compiler(fresh):
+    def of(x, kernel):
+        return operation(CALL, None)(x.exp(), kernel).sin()
+
+    x, kernel = leaves(CALL)
+    results = []
+    for function in (of, torch.compile(of, fullgraph=True)):
+        y = function(x, kernel)
+        results.append((y, *torch.autograd.grad(y.sum(), (x, kernel))))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
+
+
+# PyTorch's compiler makes an instance of a function's class, and deprecates it.
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["native", "taps", "reference"])
+def test_f22_inference_is_compiled_whole(name, fresh):
+    of = operation(CALL, name)
+    x, kernel = tensors(CALL.arrays()[:2], "float64")
+    y = torch.compile(of, fullgraph=True, backend="aot_eager")(x, kernel)
+    assert_equals_oracle(CALL, y, x, kernel)
+
+
+def test_f14_one_program_for_every_batch_size(fresh):
+    counter = CompileCounter()
+    program = torch.compile(operation(CALL, None), fullgraph=True, backend=counter, dynamic=True)
+    for batch in (8, 4, 6, 10, 11):
+        call = dataclasses.replace(CALL, batch=batch)
+        x, kernel = tensors(call.arrays()[:2], "float64")
+        assert_equals_oracle(call, program(x, kernel), x, kernel)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", "symmetric"])
+def test_f22_one_program_for_every_image_size(padding, fresh):
+    counter = CompileCounter()
+    call = dataclasses.replace(CALL, padding=padding)
+    program = torch.compile(operation(call, None), fullgraph=True, backend=counter, dynamic=True)
+    # Sizes that are the same by chance the compiler would take for one.
+    for sizes in [(16, 21), (14, 27), (12, 23)]:
+        this = dataclasses.replace(call, sizes=sizes)
+        x, kernel = tensors(this.arrays()[:2], "float64")
+        assert_equals_oracle(this, program(x, kernel), x, kernel)
+    assert counter.frame_count == 1
+
+
+@each_call
+@pytest.mark.parametrize("member", params.MEMBERS)
+def test_f22_operation_is_what_pytorch_asks_of_one(member, call):
+    a, b = ARGUMENTS[member](*leaves(call, 3))
+    g = Geometry(**call.arguments)
+    numbers = params.numbers(member, g, call.sizes, a, b)
+    told = torch.library.opcheck(native_torch.operations.plain, (a, b, numbers, g.rank))
+    assert len(told) == 4
+    assert set(told.values()) == {"SUCCESS"}
+
+
+def test_f22_exported_for_any_batch():
+    class Module(torch.nn.Module):
+        def forward(self, x, kernel):
+            return operation(CALL, None)(x, kernel)
+
+    batch = torch.export.Dim("batch")
+    arguments = tuple(tensors(CALL.arrays()[:2], "float64"))
+    program = torch.export.export(Module(), arguments, dynamic_shapes=({0: batch}, {0: batch}))
+    assert "involution.native" in str(program.graph)
+    more = dataclasses.replace(CALL, batch=5)
+    x, kernel = tensors(more.arrays()[:2], "float64")
+    assert_equals_oracle(more, program.module()(x, kernel), x, kernel)
+
+
+# What Keras asks of shapes, the tracer takes for constants, as it says.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("strides", [1, 2])
+def test_traced_by_the_reference_for_every_batch(strides):
+    layer = involution.Involution2D(3, strides=strides)
+    x, more = torch.rand(1, 7, 9, 16), torch.rand(3, 7, 9, 16)
+    layer(x)
+    program = torch.jit.trace(layer, x)
+    torch.testing.assert_close(program(more), layer(more), rtol=0, atol=1e-5)
+    with (
+        involution.ops.use("native"),
+        pytest.raises(ValueError, match=r"native: torch\.jit\.trace"),
+    ):
+        torch.jit.trace(layer, x)
+
+
+# --- Differentiated -------------------------------------------------------------------------------
+
+
+@each_call
+def test_f17_gradients_of_first_and_second_order_are_differences(call):
+    call = dataclasses.replace(call, batch=1)
+    of = operation(call, "native")
+    assert torch.autograd.gradcheck(of, leaves(call), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(of, leaves(call), check_batched_grad=True)
+
+
+def test_only_the_gradients_that_are_asked_for_are_made(monkeypatch):
+    ran = []
+    run = library.run
+
+    def recorded(numbers, *arguments):
+        ran.append(numbers[0])
+        return run(numbers, *arguments)
+
+    monkeypatch.setattr(library, "run", recorded)
+    for argument, member in ((0, "input"), (1, "kernel")):
+        pair = tensors(CALL.arrays()[:2], "float64")
+        pair[argument].requires_grad_()
+        operation(CALL, "native")(*pair).sum().backward()
+        assert ran == [params.MEMBERS["output"], params.MEMBERS[member]]
+        ran.clear()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:-1])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_f23_dual_numbers_have_the_tangent(recorded, implementation):
+    x, kernel = tensors(CALL.arrays()[:2], "float64")
+    x.requires_grad_(recorded)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, 2 * x.detach())
+        y = torch.autograd.forward_ad.unpack_dual(operation(CALL, implementation)(dual, kernel))
+    torch.testing.assert_close(y.tangent, 2 * y.primal, rtol=0, atol=1e-12)
+
+
+# PyTorch's compiler deprecates what it calls itself.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:-1])
+def test_f23_a_compiled_tangent_is_that_of_the_reference(implementation, fresh):
+    arguments = tuple(tensors(CALL.arrays()[:2], "float64"))
+
+    def of(x, kernel):
+        apply = operation(CALL, implementation)
+        return torch.func.jvp(apply, (x, kernel), (kernel.mean() * x, kernel))[1]
+
+    program = torch.compile(of, fullgraph=True, backend="eager")
+    y = operation(CALL, "reference")(*arguments)
+    want = (arguments[1].mean() + 1) * y
+    torch.testing.assert_close(program(*arguments), want, rtol=0, atol=1e-11)
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:-1])
+@pytest.mark.parametrize("changed", [0, 1])
+def test_f28_an_input_changed_before_the_backward_pass_raises(changed, implementation):
+    inputs = [t * 1 for t in leaves(CALL)]
+    y = operation(CALL, implementation)(*inputs)
+    inputs[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_f28_no_result_is_an_input(implementation):
+    """Even where a window has one position and the kernel is 1."""
+    call = Call(1, (5,), 4, (1,), (1,), "valid", (1,))
+    x = tensors(call.arrays()[:1], "float64")[0].requires_grad_()
+    kernel = torch.ones(call.kernel_shape, dtype=x.dtype, requires_grad=True)
+    dy = torch.ones_like(x)
+    y = operation(call, implementation)(x, kernel)
+    results = y, *torch.autograd.grad(y, (x, kernel), dy)
+    assert torch.equal(y, x)
+    memory = [t.untyped_storage().data_ptr() for t in (x, kernel, dy, *results)]
+    assert len(set(memory)) == len(memory)
+
+
+VIEWS = {
+    "channels_last memory": lambda t: (
+        t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+    ),
+    "every second": lambda t: torch.stack([t, -t], -1)[..., 0],
+    "reversed twice": lambda t: t.mT.contiguous().mT,
+    "inside": lambda t: torch.nn.functional.pad(t, (3, 2), value=float("nan"))[..., 3:-2],
+    "negative": lambda t: torch.complex(t, -t).conj().imag,
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_f10_views(view):
+    call = dataclasses.replace(CALL, data_format="channels_first")
+    x, kernel = (view(t) for t in tensors(call.arrays()[:2], "float64"))
+    assert not x.is_contiguous() or x.is_neg()
+    y = operation(call, "native")(x, kernel)
+    assert y.is_contiguous()
+    assert_equals_oracle(call, y, x.resolve_neg(), kernel.resolve_neg())
+
+
+def test_f10_sizes_of_one_with_strange_strides():
+    call = Call(1, (1, 5), 4, (1, 3), (1, 1), "same", (1, 1))
+    x, kernel = tensors(call.arrays()[:2], "float64")
+    strange = torch.as_strided(x, x.shape, (1, 7, 4, 1))
+    assert strange.is_contiguous()
+    assert_equals_oracle(call, operation(call, "native")(strange, kernel), x, kernel)
+
+
+@pytest.mark.parametrize("kind", ["expanded", "transposed", "every second", "negative"])
+def test_f09_non_contiguous_gradient(kind):
+    x, kernel, dy = CALL.arrays()
+    given = {
+        "expanded": lambda: torch.tensor(dy[:1, :1, :1, :1]).expand(dy.shape),
+        "transposed": lambda: torch.tensor(dy.transpose().copy()).permute(3, 2, 1, 0),
+        "every second": lambda: torch.tensor(np.stack([dy, -dy], -1))[..., 0],
+        "negative": lambda: torch.complex(torch.tensor(dy), torch.tensor(dy)).conj().imag,
+    }[kind]()
+    assert not given.is_contiguous() or given.is_neg()
+    pair = leaves(CALL)
+    results = torch.autograd.grad(operation(CALL, "native")(*pair), pair, given)
+    for value, want in zip(
+        results, CALL.gradients(x, kernel, given.numpy(force=True)), strict=True
+    ):
+        np.testing.assert_allclose(value.numpy(), want, rtol=0, atol=1e-12)
+
+
+def test_inference_mode_gives_the_same():
+    x, kernel = tensors(CALL.arrays()[:2], "float64")
+    with torch.inference_mode():
+        y = operation(CALL, "native")(x, kernel)
+        assert y.is_inference()
+    assert_equals_oracle(CALL, y, x, kernel)
+
+
+# --- Devices and threads --------------------------------------------------------------------------
+
+
+@each_call
+@pytest.mark.parametrize("member", params.MEMBERS)
+def test_f16_shapes_alone_on_the_device_that_has_no_memory(member, call):
+    a, b = (t.to("meta") for t in ARGUMENTS[member](*tensors(call.arrays(), "float32")))
+    g = Geometry(**call.arguments)
+    result = native_torch.call(member, g, call.sizes, a, b)
+    assert result.device.type == "meta"
+    assert result.dtype == torch.float32
+    assert tuple(result.shape) == params.result_shape(member, g, call.sizes, a, b)
+
+
+def test_f16_another_device_is_refused_by_name():
+    x, kernel = tensors(CALL.arrays()[:2], "float32")
+    problem = api.make_problem(x, kernel, **CALL.arguments)
+    assert problem.device == "cpu"
+    assert native.refusal(problem) is None
+    elsewhere = dataclasses.replace(problem, device="cuda")
+    assert native.refusal(elsewhere) == "it runs on CPUs, and the tensors are on cuda"
+    with pytest.raises(ValueError, match="native: it runs on CPUs, and the tensors are on cuda"):
+        api._choose(elsewhere, "native")
+    assert api._choose(elsewhere) is dict(api.IMPLEMENTATIONS)["taps"]
+
+
+def test_the_core_uses_the_threads_that_pytorch_is_set_to(monkeypatch):
+    told = []
+    run = library.run
+
+    def recorded(numbers, batch, threads, *addresses):
+        told.append(threads)
+        return run(numbers, batch, threads, *addresses)
+
+    monkeypatch.setattr(library, "run", recorded)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            y = involution.ops.involution(*leaves(CALL), **CALL.arguments)
+            y.sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    assert told == [1] * 3 + [3] * 3
+
+
+LARGE = Call(2, (24, 25), 128, (3, 3), (1, 1), "same", (1, 1), 2)
+
+
+def threads_of_a_process():
+    """Prints how many threads the core adds to PyTorch's own, and what came of forked children."""
+
+    def tasks():
+        return len(os.listdir("/proc/self/task"))
+
+    torch.set_num_threads(3)
+    torch.ones(10**7).exp().sum()
+    before = tasks()
+    x, kernel, dy = (a.astype("float32") for a in LARGE.arrays())
+    values = native_core.results(LARGE, x, kernel, dy, threads=3)
+    added = tasks() - before
+    library.use_team(None)
+    by_pool = native_core.results(LARGE, x, kernel, dy, threads=3)
+    added_by_pool = tasks() - before
+    library.use_team(native_torch._openmp())
+    assert all((values[m] == by_pool[m]).all() for m in values)
+    codes = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # A child that waits for its parent's threads would wait forever.
+            again = native_core.results(LARGE, x, kernel, dy, threads=3)
+            os._exit(0 if all((values[m] == again[m]).all() for m in values) else 1)
+        codes.append(os.waitpid(child, 0)[1])
+    print(json.dumps({"added": added, "by_pool": added_by_pool, "children": codes}))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="told as Linux tells it")
+def test_the_core_works_in_pytorchs_own_threads():
+    """Others would wait for processors that these keep; after a fork there are only others."""
+    code = "import tests.native.test_torch as t; t.threads_of_a_process()"
+    assert json.loads(fresh_process(code)) == {"added": 0, "by_pool": 2, "children": [0, 0, 0]}

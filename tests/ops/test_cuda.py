@@ -1,0 +1,135 @@
+"""On a CUDA device, and nowhere else: ``benchmarks/gpu.sh`` runs these."""
+
+import functools
+
+import pytest
+import torch
+
+import involution
+from involution.benchmarking import devices, runner
+from involution.ops.cases import Case
+from involution.ops.geometry import Geometry
+from tests.support import native_core
+from tests.support.native_core import ARGUMENTS, FUSED_ARGUMENTS
+from tests.support.oracle import Call
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(autouse=True)
+def untuned(monkeypatch):
+    """Block sizes are of speed alone."""
+    from involution.ops.triton import kernels
+
+    for program in (*kernels.PROGRAMS.values(), kernels.FUSED):
+        monkeypatch.setattr(program, "configs", program.configs[:1])
+
+
+CALL = Call(2, (9, 11), 24, (3, 5), (2, 1), "same", (1, 2), 3)
+STAGE = Call(4, (28, 28), 128, (7, 7), (1, 1), "symmetric", (1, 1), 8)
+
+
+def on_device(arrays, dtype, device="cuda"):
+    return [torch.tensor(a, dtype=getattr(torch, dtype), device=device) for a in arrays]
+
+
+def members(call, dtype, device="cuda"):
+    """Functions without arguments, one for each member and each fused one."""
+    from involution.ops.triton import launch
+
+    g = Geometry(**call.arguments)
+    x, kernel, dy = on_device(call.arrays(), dtype, device)
+    for member, arguments in ARGUMENTS.items():
+        a, b = arguments(x, kernel, dy)
+        yield functools.partial(launch.operations.call, member, g, call.sizes, a, b)
+    given = on_device(native_core.fused_arrays(call), dtype, device)
+    for member, arguments in FUSED_ARGUMENTS.items():
+        of = launch.operations.call_fused
+        yield functools.partial(of, member, g, call.sizes, *arguments(*given))
+
+
+def tensors(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_thousand_repeats_are_the_same_bits(dtype):
+    for call in (CALL, STAGE):
+        for run in members(call, dtype):
+            first = tensors(run())
+            for _ in range(1000):
+                assert all(map(torch.equal, first, tensors(run())))
+
+
+def test_more_than_2_to_the_31_numbers():
+    """The last sample, of which every offset is beyond, is as it is alone."""
+    batch, side, channels, groups = 33, 1024, 64, 2
+    from involution.ops.triton import launch
+
+    g = Geometry((7, 7), (1, 1), "same", (1, 1), groups, "contiguous", "channels_last")
+    generator = torch.Generator("cuda").manual_seed(0)
+    made = functools.partial(torch.randn, device="cuda", dtype=torch.float16, generator=generator)
+    x, dy = (made(batch, side, side, channels) for _ in range(2))
+    kernel = made(batch, side, side, 49, groups)
+    assert min(x.numel(), kernel.numel()) > 2**31
+    for member, arguments in ARGUMENTS.items():
+        a, b = arguments(x, kernel, dy)
+        call = functools.partial(launch.operations.call, member, g, (side, side))
+        assert torch.equal(call(a, b)[-1:], call(a[-1:], b[-1:]))
+
+
+@pytest.mark.parametrize("device", range(torch.cuda.device_count()))
+def test_tensors_may_be_on_a_device_that_is_not_the_current_one(device):
+    others = [d for d in range(torch.cuda.device_count()) if d != device] or [device]
+    here = [tensors(run()) for run in members(CALL, "float32", f"cuda:{device}")]
+    with torch.cuda.device(others[0]):
+        there = [tensors(run()) for run in members(CALL, "float32", f"cuda:{device}")]
+    for one, other in zip(here, there, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_a_graph_of_the_device_holds_them():
+    for run in members(CALL, "float32"):
+        want = tensors(run())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = tensors(run())
+        for _ in range(2):
+            for result in results:
+                result.zero_()
+            graph.replay()
+            assert all(map(torch.equal, want, results))
+
+
+def test_torch_compile_makes_them_part_of_its_graph():
+    x, *given = (
+        t.requires_grad_() for t in on_device(native_core.fused_arrays(CALL)[:-1], "float32")
+    )
+    of = functools.partial(involution.ops.generate_and_apply, **CALL.arguments)
+    for run in (of, torch.compile(of, fullgraph=True)):
+        y = run(x, *given)
+        gradients = torch.autograd.grad(y.pow(2).sum(), [x, *given])
+        if run is of:
+            want = y, *gradients
+    for one, other in zip(want, (y, *gradients), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_benchmark_measures_here(monkeypatch):
+    case = Case("small", 4, (28, 28), 64, 4, 7, padding="symmetric")
+    monkeypatch.setattr(runner, "CASES", (case,))
+    plan = runner.Plan(
+        cases=("small",),
+        candidates=("triton", "fused", "two-steps", "compiled-taps", "conv3"),
+        dtypes=("float32", "bfloat16"),
+        seconds=0.01,
+        device="cuda",
+        memory=True,
+    )
+    runner.check(plan)
+    told = []
+    rows = list(runner.run(plan, told.append))
+    assert not told
+    assert len(rows) == 5 * 2 * 2
+    assert all(row.median_ms > 0 and row.peak_mb > 0 for row in rows)
+    assert devices.DEVICES["cuda"].copy_bandwidth(2**28) > 1e10

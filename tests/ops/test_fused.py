@@ -1,0 +1,734 @@
+"""Kernels that are generated where they are used: the core, the operator, and the layers."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import keras
+import numpy as np
+import pytest
+
+import involution
+from involution import Involution2D
+from involution.kernel_generators import generators
+from involution.layers import involution_nd
+from involution.ops import api, fused
+from involution.ops.autodiff import INPUT, KERNEL, OUTPUT
+from involution.ops.native import library, params
+from tests.support import native_core
+from tests.support.backends import (
+    BACKEND,
+    IMPLEMENTATIONS,
+    exact,
+    forward_mode,
+    fresh_process,
+    grad,
+    gradients,
+    in_graph,
+    mapped,
+    missing,
+    numpy,
+    tensors,
+)
+from tests.support.native_core import DTYPES, each_level
+from tests.support.oracle import Call, error_bound, not_finite, random_calls
+
+pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
+
+LEVELS = library.levels()
+# Of bfloat16, even numbers are multiplied in pairs where the processor does.
+HIDDEN = (1, 2, 3, 8, 16, 17, 33)
+CALL = Call(2, (5, 7), 12, (3, 3), (2, 1), "same", (1, 2), 3)
+NAMES = ("x", "hidden", "weight", "bias")
+
+
+def apply(call, implementation="fused"):
+    """``generate_and_apply`` with a call's arguments."""
+    return functools.partial(
+        involution.ops.generate_and_apply, **call.arguments, implementation=implementation
+    )
+
+
+# --- The core -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def random_values(dtype):
+    """Calls with their arrays, and what each member gives and how far off it may be."""
+    found = []
+    for n, call in enumerate(random_calls(96, seed=3)):
+        call = dataclasses.replace(call, data_format="channels_last")
+        hidden = HIDDEN[n % len(HIDDEN)]
+        arrays = [a.astype(DTYPES[dtype]) for a in native_core.fused_arrays(call, hidden, seed=n)]
+        wide = [a.astype("float64") for a in arrays]
+        truth = native_core.expected_fused(call, *wide)
+        magnitude = native_core.expected_fused(call, *map(np.abs, wide))
+        # Each sum is one of sums: of hidden channels, taps, a group's channels, places.
+        terms = sum((hidden + 1, call.taps, call.channels // call.groups, call.taps * call.groups))
+        places = terms + call.batch * math.prod(call.output_sizes)
+        kinds = dtype, "float64" if dtype == "float64" else "float32"
+        bounds = {
+            member: [
+                (t, error_bound(t, m, n, kind))
+                for t, m, n, kind in zip(
+                    truth[member], magnitude[member], (terms, places), kinds, strict=True
+                )
+                if t is not None
+            ]
+            for member in truth
+        }
+        found.append((call, arrays, bounds))
+    return found
+
+
+@each_level
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_member_equals_the_oracle(dtype, level):
+    for n, (call, arrays, bounds) in enumerate(random_values(dtype)):
+        for member, arguments in native_core.FUSED_ARGUMENTS.items():
+            first, second = native_core.run_fused(
+                member, call, arguments(*arrays), threads=1 + n % 3
+            )
+            results = first, second.astype("float64").sum(0)
+            for result, (truth, bound) in zip(results, bounds[member], strict=False):
+                error = np.abs(result.astype("float64") - truth)
+                assert (error <= bound).all(), (member, call)
+
+
+# Of these sizes a sample is divided into many pieces, and the groups of the input's gradient too.
+LARGE = [
+    Call(2, (30, 31), 64, (7, 7), (1, 1), "same", (1, 1), 4),
+    Call(1, (70, 130), 32, (5, 5), (2, 1), "same", (1, 2), 16, "interleaved"),
+    Call(1, (9, 12, 13), 48, (3, 3, 3), (1, 1, 1), "symmetric", (1, 1, 1), 12),
+    Call(3, (700,), 32, (9,), (1,), "valid", (3,), 8),
+]
+
+
+@each_level
+@pytest.mark.parametrize(
+    ("dtype", "channels", "error"), [("float64", 19, 1e-12), ("bfloat16", 20, 2.0**-8)]
+)
+@pytest.mark.parametrize("call", LARGE, ids=str)
+def test_large_calls_equal_two_steps(call, dtype, channels, error, level):
+    given = [a.astype(DTYPES[dtype]) for a in native_core.fused_arrays(call, hidden=channels)]
+    arrays = [a.astype("float64") for a in given]
+    x, hidden, weight, bias, dy = arrays
+    kernel = native_core.generated(hidden, weight, bias, call.groups)
+    two = native_core.results(call, x, kernel, dy)
+    flat = two[KERNEL].reshape(call.batch, -1, call.taps * call.groups)
+    rows = hidden.reshape(call.batch, -1, hidden.shape[-1])
+    by_sample = [np.concatenate([h.T @ k, k.sum(0)[None]]) for h, k in zip(rows, flat, strict=True)]
+    expected = {
+        OUTPUT: [two[OUTPUT]],
+        INPUT: [two[INPUT]],
+        KERNEL: [(flat @ weight.T).reshape(hidden.shape), by_sample],
+    }
+    for member, arguments in native_core.FUSED_ARGUMENTS.items():
+        results = native_core.run_fused(member, call, arguments(*given), threads=3)
+        for result, truth in zip(results, expected[member], strict=False):
+            limit = error * np.abs(truth).max()
+            np.testing.assert_allclose(result.astype("float64"), truth, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize(("dtype", "hidden"), [("float32", 5), ("bfloat16", 5), ("bfloat16", 6)])
+@pytest.mark.parametrize("call", LARGE[:2], ids=str)
+def test_f18_threads_and_other_samples_change_no_bit(call, dtype, hidden):
+    call = dataclasses.replace(call, batch=3)
+    alone = dataclasses.replace(call, batch=1)
+    arrays = [a.astype(DTYPES[dtype]) for a in native_core.fused_arrays(call, hidden)]
+    for member, arguments in native_core.FUSED_ARGUMENTS.items():
+        given = arguments(*arrays)
+        results = native_core.run_fused(member, call, given, threads=1)
+        again = native_core.run_fused(member, call, given, threads=4)
+        last = [a[-1:] if has else a for a, has in zip(given, params.BATCHED[member], strict=True)]
+        own = native_core.run_fused(member, alone, last, threads=2)
+        for r, a, o in zip(results, again, own, strict=True):
+            assert r.tobytes() == a.tobytes()
+            assert r[-1:].tobytes() == o.tobytes()
+
+
+def test_a_nan_stays_within_windows_that_contain_it():
+    x, hidden, weight, bias, _ = native_core.fused_arrays(CALL)
+    x[0, 2, 3, 4] = np.nan
+    hidden[1, 1, 1, 0] = np.nan
+    y, _ = native_core.run_fused(OUTPUT, CALL, (x, hidden, weight, bias))
+    expected = native_core.expected_fused(CALL, x, hidden, weight, bias, y)[OUTPUT][0]
+    assert (np.isnan(y) == np.isnan(expected)).all()
+    assert 0 < np.isnan(y).sum() < y.size
+
+
+@each_level
+def test_f20_what_is_not_finite_spreads_as_in_the_formula(level):
+    for n, call in enumerate(random_calls(48, seed=20)):
+        call = dataclasses.replace(call, data_format="channels_last")
+        arrays = native_core.fused_arrays(call, HIDDEN[n % len(HIDDEN)], seed=n)
+        for which in range(5):
+            mixed = list(arrays)
+            (mixed[which],) = not_finite([arrays[which]], seed=n)
+            truths = native_core.expected_fused(call, *mixed)
+            for member, arguments in native_core.FUSED_ARGUMENTS.items():
+                first, second = native_core.run_fused(member, call, arguments(*mixed), threads=2)
+                for value, truth in zip((first, second.sum(0)), truths[member], strict=True):
+                    if truth is not None:
+                        what = f"{member}, {which}, {call}"
+                        np.testing.assert_allclose(value, truth, atol=1e-11, err_msg=what)
+
+
+# Outputs of padding alone.
+NOTHING = [
+    Call(2, (0,), 6, (3,), (1,), ((2, 1),), (1,), 2),
+    Call(2, (0, 5), 4, (3, 3), (1, 1), ((2, 2), (1, 1)), (1, 1), 2),
+    Call(1, (5, 0), 16, (2, 3), (2, 1), ((1, 1), (3, 3)), (1, 1), 8, "interleaved"),
+    Call(1, (3, 0, 2), 6, (1, 2, 3), (1, 1, 2), ((0, 0), (1, 2), (2, 2)), (1, 1, 1), 2),
+    Call(2, (1, 5), 6, (2, 3), (1, 1), ((4, 4), (1, 1)), (8, 1), 3),
+]
+
+
+@each_level
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", NOTHING, ids=str)
+def test_f13_windows_that_meet_nothing_are_zero(call, dtype, level):
+    arrays = [a.astype(DTYPES[dtype]) for a in native_core.fused_arrays(call)]
+    for member, arguments in native_core.FUSED_ARGUMENTS.items():
+        for result in native_core.run_fused(member, call, arguments(*arrays), threads=2):
+            assert not result.any(), member
+
+
+def test_f13_without_outputs_the_gradients_are_zero():
+    """As where a traced size is 0."""
+    call = Call(2, (5,), 6, (3,), (1,), "valid", (1,), 2)
+    g = native_core.Geometry(**call.arguments)
+    arrays = native_core.fused_arrays(call)
+    nothing = np.zeros(0)
+    for member, shape in ((INPUT, call.x_shape), (KERNEL, (2, 6, 6))):
+        given = native_core.FUSED_ARGUMENTS[member](*arrays)
+        numbers = params.fused_numbers(member, g, call.sizes, given)
+        numbers[11] = 0
+        result = np.full(shape, np.nan)
+        # The weight and the bias have elements; of the rest, x alone.
+        results = (result, nothing) if member == INPUT else (nothing, result)
+        library.run_fused(numbers, call.batch, 2, *(a.ctypes.data for a in (*given, *results)))
+        assert not result.any()
+
+
+@pytest.mark.parametrize("implementation", ["fused", "native", "taps"])
+def test_f13_an_input_without_positions(implementation):
+    call = NOTHING[1]
+    x, hidden, weight, bias, dy = native_core.fused_arrays(call)
+    arguments = x, hidden, weight, bias
+    of = apply(call, implementation)
+    y = numpy(of(*tensors(arguments, "float64")))
+    assert y.shape == call.output_shape
+    assert not y.any()
+    for gradient, argument in zip(gradients(of, arguments, dy), arguments, strict=True):
+        assert gradient.shape == argument.shape
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("implementation", ["fused", "native", "taps"])
+def test_f20_one_rule_for_taps_outside(implementation):
+    """The kernels of a corner and the gradient of another."""
+    arrays = native_core.fused_arrays(CALL)
+    arrays[1][0, 0, 0, 0] = np.inf
+    arrays[4][1, -1, -1, 3] = np.nan
+    *arguments, dy = arrays
+    truths = native_core.expected_fused(CALL, *arrays)
+    both = truths[KERNEL][1]
+    expected = truths[INPUT][0], truths[KERNEL][0], both[:-1], both[-1]
+    of = apply(CALL, implementation)
+    y = numpy(of(*tensors(arguments, "float64")))
+    np.testing.assert_allclose(y, truths[OUTPUT][0], atol=1e-12)
+    assert 0 < np.isnan(y).sum() < y.size / 2
+    for value, truth in zip(gradients(of, arguments, dy), expected, strict=True):
+        np.testing.assert_allclose(value, truth, atol=1e-11)
+
+
+def test_f13_an_empty_batch():
+    call = dataclasses.replace(CALL, batch=0)
+    arrays = native_core.fused_arrays(call)
+    for member, arguments in native_core.FUSED_ARGUMENTS.items():
+        first, second = native_core.run_fused(member, call, arguments(*arrays))
+        assert first.size == second.size == 0
+
+
+# --- The operator ---------------------------------------------------------------------------------
+
+CALLS = [
+    CALL,
+    Call(1, (11,), 8, (4,), (2,), ((3, 1),), (1,), 2, "interleaved"),
+    Call(2, (3, 4, 5), 6, (2, 3, 1), (1, 2, 2), "valid", (1, 1, 1), 6),
+    Call(3, (4, 6), 5, (3, 2), (1, 1), "symmetric", (1, 1), 1),
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_output_and_gradients_equal_the_oracle(call):
+    *arrays, dy = native_core.fused_arrays(call, hidden=3)
+    expected = native_core.expected_fused(call, *arrays, dy)
+    y = apply(call)(*tensors(arrays, "float64"))
+    np.testing.assert_allclose(exact(y), expected[OUTPUT][0], rtol=0, atol=1e-12)
+    dx, dhidden, dweight, dbias = gradients(apply(call), arrays, dy)
+    (dkernel, both) = expected[KERNEL]
+    np.testing.assert_allclose(dx, expected[INPUT][0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(dhidden, dkernel, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(dweight, both[:-1], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(dbias, both[-1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_have_the_types_of_what_they_are_for(dtype):
+    *arrays, dy = native_core.fused_arrays(CALL)
+    given = tensors(arrays, dtype)
+    y = apply(CALL)(*given)
+    assert keras.backend.standardize_dtype(y.dtype) == dtype
+    dy = tensors([dy], dtype)[0]
+    found = grad(lambda *t: keras.ops.sum(apply(CALL)(*t) * dy))(*given)
+    assert [keras.backend.standardize_dtype(g.dtype) for g in found] == [dtype] * 4
+    two = grad(lambda *t: keras.ops.sum(apply(CALL, IMPLEMENTATIONS)(*t) * dy))(*given)
+    digits = {"float64": 53, "float32": 24, "bfloat16": 8, "float16": 11}[dtype]
+    for one, other in zip(found, two, strict=True):
+        scale = np.abs(exact(other)).max()
+        np.testing.assert_allclose(exact(one), exact(other), rtol=0, atol=64 * scale / 2**digits)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_f17_second_derivatives_are_those_of_two_steps(compiled):
+    *arrays, dy = native_core.fused_arrays(CALL, hidden=3)
+    given, (dy,) = tensors(arrays, "float64"), tensors([dy], "float64")
+
+    def second(implementation):
+        first = grad(lambda *t: keras.ops.sum(apply(CALL, implementation)(*t) ** 3 * dy))
+        both = grad(lambda *t: sum(keras.ops.sum(g**2) for g in first(*t)))
+        return (in_graph(both) if compiled else both)(*given)
+
+    for name, one, other in zip(NAMES, second("fused"), second("native"), strict=True):
+        scale = np.abs(exact(other)).max()
+        np.testing.assert_allclose(exact(one), exact(other), atol=1e-11 * scale, err_msg=name)
+
+
+def modes(implementation, directions):
+    """Derivatives along directions, of first to third order, forward and reverse mode mixed."""
+    of = apply(CALL, implementation)
+
+    def scalar(*arguments):
+        return keras.ops.sum(of(*arguments) ** 3)
+
+    def along(function):
+        return lambda *arguments: forward_mode(function, arguments, directions)
+
+    def product(*arguments):
+        return sum(
+            keras.ops.sum(g * d)
+            for g, d in zip(grad_of(scalar)(*arguments), directions, strict=True)
+        )
+
+    return {
+        "forward": along(of),
+        "forward over reverse": along(lambda *a: tuple(grad_of(scalar)(*a))),
+        "reverse over forward": grad_of(along(scalar)),
+        "forward over forward": along(along(of)),
+        "forward over reverse over reverse": along(lambda *a: tuple(grad_of(product)(*a))),
+    }
+
+
+def grad_of(function):
+    if BACKEND == "torch":
+        import torch
+
+        return lambda *a: torch.func.grad(function, tuple(range(len(a))))(*a)
+    return grad(function)
+
+
+# PyTorch itself calls what it has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.skipif(BACKEND == "jax", reason="refused by jax.custom_vjp")
+@pytest.mark.parametrize("implementation", ["fused", *IMPLEMENTATIONS[:-1]])
+def test_f23_forward_mode_mixed_with_reverse_mode_is_that_of_the_reference(implementation):
+    given, directions = (
+        tuple(tensors(native_core.fused_arrays(CALL, hidden=3, seed=seed)[:-1], "float64"))
+        for seed in (1, 2)
+    )
+    wanted = modes("reference", directions)
+    for name, of in modes(implementation, directions).items():
+        values, truth = of(*given), wanted[name](*given)
+        pairs = (
+            zip(values, truth, strict=True)
+            if isinstance(truth, tuple | list)
+            else [(values, truth)]
+        )
+        for value, want in pairs:
+            scale = np.abs(exact(want)).max()
+            assert scale > 0.1
+            np.testing.assert_allclose(exact(value), exact(want), atol=1e-11 * scale, err_msg=name)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="refused by jax.custom_vjp")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_f23_forward_mode_through_a_layer_on_default_settings(runs):
+    layer = Involution2D(3, strides=1, group_channels=4)
+    x = keras.ops.convert_to_tensor(IMAGES)
+    layer(x)
+
+    def residual(x):
+        return x + layer(x)
+
+    runs.clear()
+    value = forward_mode(residual, (x,), (x,))
+    assert runs
+    with involution.ops.use("reference"):
+        want = forward_mode(residual, (x,), (x,))
+    np.testing.assert_allclose(numpy(value), numpy(want), rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="vectorized_map knows no custom operation")
+@pytest.mark.parametrize("axes", [(0, 0, None, None), (1, None, None, None), (None, 0, 0, None)])
+def test_f23_a_mapped_axis(axes):
+    *arrays, _ = native_core.fused_arrays(CALL)
+    given = tensors(arrays, "float64")
+    doubled = [
+        t if axis is None else keras.ops.stack([t, 2 * t], axis)
+        for t, axis in zip(given, axes, strict=True)
+    ]
+    y = mapped(apply(CALL), axes)(*doubled)
+    for n in (0, 1):
+        own = [t if axis is None else (n + 1) * t for t, axis in zip(given, axes, strict=True)]
+        np.testing.assert_allclose(exact(y[n]), exact(apply(CALL)(*own)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's compiler")
+def test_f22_torch_compile_has_no_breaks():
+    import torch
+
+    *arrays, dy = native_core.fused_arrays(CALL)
+    given = [torch.tensor(a, requires_grad=True) for a in arrays]
+    y = torch.compile(apply(CALL), fullgraph=True, backend="aot_eager")(*given)
+    found = torch.autograd.grad(y, given, torch.tensor(dy))
+    for one, other in zip(found, gradients(apply(CALL), arrays, dy), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's custom operations")
+def test_the_custom_operation_is_as_pytorch_wants_it():
+    import torch
+
+    from involution.ops.geometry import Geometry
+    from involution.ops.native import torch as native_torch
+
+    arrays = native_core.fused_arrays(CALL)
+    for member, arguments in native_core.FUSED_ARGUMENTS.items():
+        given = [torch.tensor(a) for a in arguments(*arrays)]
+        numbers = params.fused_numbers(member, Geometry(**CALL.arguments), CALL.sizes, given)
+        torch.library.opcheck(native_torch.operations.fused, (*given, numbers, 2))
+
+
+def sharded():
+    """Prints what two devices made of a batch that they share."""
+    import jax
+
+    devices = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+    over = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("batch"))
+    same = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
+    *arrays, dy = native_core.fused_arrays(dataclasses.replace(CALL, batch=4))
+    derive = jax.grad(lambda *t: (apply(CALL)(*t) * dy).sum(), range(4))
+    program = jax.jit(derive, in_shardings=(over, over, same, same))
+    given = [jax.device_put(a, s) for a, s in zip(arrays, (over, over, same, same), strict=True)]
+    text = program.lower(*given).compile().as_text()
+    found, alone = program(*given), jax.jit(derive)(*arrays)
+    told = {word: text.count(f" {word}(") for word in ("all-gather", "all-to-all")}
+    told["fused"] = text.count('custom_call_target="involution_fused"')
+    told["parts"] = [g.addressable_shards[0].data.shape[0] for g in found[:2]]
+    told["apart"] = [float(np.abs(f - a).max()) for f, a in zip(found, alone, strict=True)]
+    print(json.dumps(told))
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX's partitioner")
+def test_a_batch_shared_by_two_devices_stays_where_it_is(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    told = json.loads(fresh_process("import tests.ops.test_fused as t; t.sharded()"))
+    # The output is not needed, but for its gradients.
+    assert (told["all-gather"], told["all-to-all"], told["fused"]) == (0, 0, 2)
+    assert told["parts"] == [2, 2]
+    assert max(told["apart"]) <= 1e-12
+
+
+def test_sizes_that_are_known_only_when_it_runs():
+    shapes = [(None, None, None, 12), (None, None, None, 5), (5, 27), (27,)]
+    *arrays, _ = native_core.fused_arrays(CALL)
+    run = in_graph(apply(CALL), shapes)
+    y = run(*tensors(arrays, "float64"))
+    np.testing.assert_allclose(
+        exact(y), exact(apply(CALL)(*tensors(arrays, "float64"))), rtol=0, atol=0
+    )
+
+
+def test_a_functional_model_holds_it(tmp_path):
+    inputs = [keras.Input((6, 8, 4)), keras.Input((6, 8, 3))]
+    weight, bias = np.ones((3, 18), "float32"), np.zeros(18, "float32")
+    y = involution.ops.generate_and_apply(*inputs, weight, bias, 3, groups=2, padding="same")
+    assert y.shape == (None, 6, 8, 4)
+    model = keras.Model(inputs, y)
+    given = [np.ones((2, 6, 8, n), "float32") for n in (4, 3)]
+    assert numpy(model(given))[0, 1, 1, 0] == 27
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_other_names_make_kernels_first(data_format):
+    *arrays, _ = native_core.fused_arrays(CALL)
+    x, hidden, weight, bias = tensors(arrays, "float32")
+    expected = numpy(apply(CALL)(x, hidden, weight, bias))
+    call = dataclasses.replace(CALL, data_format=data_format)
+    if data_format == "channels_first":
+        x, hidden = (keras.ops.moveaxis(t, -1, 1) for t in (x, hidden))
+        expected = np.moveaxis(expected, -1, 1)
+    for implementation in (None, *IMPLEMENTATIONS):
+        y = numpy(apply(call, implementation)(x, hidden, weight, bias))
+        np.testing.assert_allclose(y, expected, rtol=0, atol=1e-4)
+
+
+def test_channels_first_are_refused_by_name():
+    call = dataclasses.replace(CALL, data_format="channels_first")
+    *arrays, _ = native_core.fused_arrays(CALL)
+    x, hidden, *rest = tensors(arrays, "float32")
+    x, hidden = (keras.ops.moveaxis(t, -1, 1) for t in (x, hidden))
+    with pytest.raises(ValueError, match="fused: its channels are last"):
+        apply(call)(x, hidden, *rest)
+
+
+def test_kernels_that_are_given_are_refused_by_name():
+    x, kernel, _ = CALL.arrays()
+    with pytest.raises(ValueError, match="fused: it generates the kernels, and these are given"):
+        involution.ops.involution(x, kernel, **CALL.arguments, implementation="fused")
+
+
+def test_what_is_forced_is_taken(monkeypatch):
+    *arrays, _ = native_core.fused_arrays(CALL)
+    monkeypatch.setattr(fused, "apply", None)
+    with involution.ops.use("reference"):
+        apply(CALL, None)(*tensors(arrays, "float32"))
+    with pytest.raises(TypeError):
+        apply(CALL, None)(*tensors(arrays, "float32"))
+
+
+def test_few_places_are_done_in_two_steps(monkeypatch):
+    call = dataclasses.replace(CALL, strides=(1, 1))
+    monkeypatch.setattr(fused, "apply", lambda x, generator, problem: "fused")
+    fits, more = (
+        apply(call, None)(*tensors(native_core.fused_arrays(call, hidden=n)[:-1], "float32"))
+        for n in (35, 36)
+    )
+    assert fits == "fused"
+    assert tuple(more.shape) == call.output_shape
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden": np.ones((2, 3, 7, 5, 1))}, "must have the shapes"),
+        ({"hidden": np.ones((2, 3, 6, 5))}, "must have the shapes"),
+        ({"hidden": np.ones((1, 3, 7, 5))}, "must have the shapes"),
+        ({"hidden": np.ones((2, 3, 7, 4))}, "must have the shapes"),
+        ({"weight": np.ones((5, 26))}, r"\(hidden channels, 27\) and \(27,\)"),
+        ({"weight": np.ones(27)}, "must have the shapes"),
+        ({"bias": np.ones((1, 27))}, "must have the shapes"),
+        ({"hidden": np.ones((2, 3, 7, 0)), "weight": np.ones((0, 27))}, "must have the shapes"),
+        ({"bias": np.ones(27, "float32")}, "must have the type of `x`, float64"),
+    ],
+)
+def test_p14_what_does_not_fit_is_told_before_anything_runs(change, said):
+    given = dict(zip(NAMES, native_core.fused_arrays(CALL), strict=False)) | change
+    given = {name: tensors([array], array.dtype.name)[0] for name, array in given.items()}
+    with pytest.raises(ValueError, match=said) as error:
+        apply(CALL, None)(**given)
+    assert "Received: " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- The layers -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """A list that gets an entry for each involution that is fused."""
+    found = []
+    take = fused.apply
+    monkeypatch.setattr(fused, "apply", lambda *given: found.append(given) or take(*given))
+    return found
+
+
+IMAGES = np.random.default_rng(0).standard_normal((2, 9, 8, 16)).astype("float32")
+
+
+def call_anew(layer, training):
+    """What a layer gives, and the weights that it has then; it gets back those that it had."""
+    before = layer.get_weights()
+    result = layer(IMAGES, training=training)
+    after = layer.get_weights()
+    layer.set_weights(before)
+    return result, after
+
+
+def assert_same(one, other):
+    """Of two results of ``call_anew``."""
+    np.testing.assert_allclose(numpy(one[0]), numpy(other[0]), rtol=0, atol=1e-5)
+    # Batch normalization has seen the same.
+    for weight, same in zip(one[1], other[1], strict=True):
+        np.testing.assert_array_equal(weight, same)
+
+
+@pytest.mark.parametrize("kernel_generator", ["bottleneck", "contextual", "linear"])
+@pytest.mark.parametrize("training", [False, True])
+def test_layers_take_it_and_give_the_same_numbers(kernel_generator, training, runs):
+    layer = Involution2D(
+        3, strides=2, group_channels=4, kernel_generator=kernel_generator, filters=6
+    )
+    layer.build(IMAGES.shape)
+    with involution.ops.use("native"):
+        two_steps = call_anew(layer, training)
+    assert not runs
+    assert_same(call_anew(layer, training), two_steps)
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_drop_in_layer_gives_what_two_steps_give(stride, training, runs):
+    layer = involution.Involution(8, 4, 3, stride, 2, return_kernel=False)
+    layer.build(IMAGES.shape)
+    layer.return_kernel = True
+    (y, _), weights = call_anew(layer, training)
+    assert not runs
+    layer.return_kernel = False
+    assert_same(call_anew(layer, training), (y, weights))
+    assert len(runs) == 1
+
+
+def test_the_drop_in_layer_makes_kernels_where_they_are_recorded_or_made_otherwise(runs):
+    class Negative(involution.Involution):
+        def generate_kernel(self, inputs):
+            return -super().generate_kernel(inputs)
+
+    Negative(16, 4, return_kernel=False)(IMAGES)
+    layer = involution.Involution(16, 4, return_kernel=False)
+    with involution_nd.recording() as calls:
+        layer(IMAGES)
+    layer(IMAGES[:0])
+    assert not runs
+    assert tuple(calls[0].kernel.shape) == (2, 9, 8, 9, 4)
+    layer(IMAGES)
+    assert len(runs) == 1
+
+
+def test_all_weights_of_a_layer_are_trained(runs):
+    layer = Involution2D(3, group_channels=4)
+    model = keras.Sequential([keras.Input((9, 8, 16)), layer, keras.layers.GlobalMaxPooling2D()])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    before = layer.get_weights()
+    model.fit(IMAGES, np.zeros((2, 16)), verbose=0)
+    assert runs
+    for variable, old, new in zip(layer.weights, before, layer.get_weights(), strict=True):
+        assert (old != new).any(), variable.path
+
+
+class Doubled(generators.Linear):
+    def call(self, features):
+        return 2 * super().call(features)
+
+
+class Sine(generators.Linear):
+    def _generate(self, features):
+        return keras.ops.sin(super()._generate(features))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"return_kernel": True},
+        {"kernel_softmax": True},
+        {"kernel_dropout": 0.5},
+        {"kernel_generator": "static"},
+        {"kernel_generator": "pairwise_attention"},
+        {"kernel_generator": Doubled()},
+        {"kernel_generator": Sine()},
+        {"kernel_generator": keras.layers.Conv2D(9 * 4, 1)},
+        {"kernel_generator": generators.Linear(dtype="mixed_bfloat16")},
+        {"implementation": "native"},
+    ],
+    ids=str,
+)
+def test_where_somebody_asks_for_the_kernels_they_are_made(options, runs):
+    Involution2D(3, **{"groups": 4, **options})(IMAGES)
+    assert not runs
+
+
+def test_a_subclass_may_make_kernels_of_its_own(runs):
+    class Negative(Involution2D):
+        def generate_kernel(self, inputs):
+            return -super().generate_kernel(inputs)
+
+    layer = Negative(3, groups=4)
+    y = numpy(layer(IMAGES))
+    assert not runs
+    plain = Involution2D(3, groups=4)
+    plain.build(IMAGES.shape)
+    plain.set_weights(layer.get_weights())
+    np.testing.assert_allclose(-y, numpy(plain(IMAGES)), rtol=0, atol=1e-5)
+    assert len(runs) == 1
+
+
+def test_where_kernels_are_recorded_they_are_made(runs):
+    layer = Involution2D(3, groups=4)
+    with involution_nd.recording() as calls:
+        layer(IMAGES)
+    assert not runs
+    assert tuple(calls[0].kernel.shape) == (2, 9, 8, 9, 4)
+
+
+def test_a_layer_may_ask_for_it_and_is_told_why_not(runs):
+    Involution2D(3, groups=4, implementation=("fused", "native"))(IMAGES)
+    assert len(runs) == 1
+    layer = Involution2D(3, groups=4, implementation="fused", return_kernel=True)
+    with pytest.raises(ValueError, match="fused: it generates the kernels, and these are given"):
+        layer(IMAGES)
+
+
+@pytest.mark.parametrize("policy", ["float64", "mixed_bfloat16"])
+def test_dtype_policies(policy, runs):
+    layer = Involution2D(3, groups=4, dtype=policy)
+    y = layer(IMAGES)
+    assert len(runs) == 1
+    assert keras.backend.standardize_dtype(y.dtype) == layer.compute_dtype
+    with involution.ops.use("native"):
+        expected = exact(layer(IMAGES))
+    bound = {"float64": 1e-12, "mixed_bfloat16": 0.05}[policy]
+    np.testing.assert_allclose(exact(y), expected, rtol=0, atol=bound * np.abs(expected).max())
+
+
+def test_what_is_taken_is_told():
+    x = keras.KerasTensor((2, 9, 8, 16))
+    call = {"kernel_size": 3, "groups": 4}
+    first = api.chosen(x, **call)
+    possible = [name for name, reason in api.implementations(x, None, **call) if reason is None]
+    assert first == possible[0]
+    assert api.chosen(x, 4, **call) == "fused"
+    assert api.implementations(x, None, hidden=4, **call)[0] == ("fused", None)
+    # Fewer places than hidden channels.
+    assert api.chosen(x, 73, **call) == first
+    assert api.implementations(x, None, hidden=73, **call)[-1] == ("fused", None)
+    assert api.chosen(x, 73, implementation="fused", **call) == "fused"
+    x_first = keras.KerasTensor((2, 16, 9, 8))
+    assert api.chosen(x_first, 4, data_format="channels_first", **call) == first
+    layer = Involution2D(3, groups=4)
+    layer.build(x.shape)
+    with pytest.raises(ValueError, match=r"must be built, as by a call\. Received: \w+, not built"):
+        involution.Involution2D(3).chosen_implementation(x)
+    assert layer.chosen_implementation(x) == "fused"
+    layer.return_kernel = True
+    assert layer.chosen_implementation(x) == first
+    drop_in = involution.Involution(16, 4, 3, 1, 4)
+    drop_in.build(x.shape)
+    assert drop_in.chosen_implementation(x) == first
+    drop_in.return_kernel = False
+    assert drop_in.chosen_implementation(x) == "fused"
+    x = keras.KerasTensor((2, 9, 8, 3))
+    assert api.chosen(x, 1, kernel_size=3) == api.chosen(x, kernel_size=3)

@@ -1,0 +1,768 @@
+"""The operator's values, shapes, choices and errors. The names hold the failure cases' numbers."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import gc
+import itertools
+import os
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+
+import involution
+from involution.ops import api, native, taps
+from involution.ops.cases import CASES
+from involution.ops.geometry import Geometry
+from involution.ops.native import library
+from tests.support.backends import (
+    BACKEND,
+    IMPLEMENTATIONS,
+    KNOWN,
+    assert_equals_oracle,
+    exact,
+    forward_mode,
+    fresh_process,
+    grad,
+    gradients,
+    in_graph,
+    mapped,
+    missing,
+    numpy,
+    operation,
+    tensors,
+)
+from tests.support.oracle import Call, not_finite, random_calls
+
+PADDINGS = ("same", "valid", "symmetric", ((1, 2), (0, 3)))
+
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+each_format = pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+
+
+def plane(sizes, kernel_size, **changes):
+    """A call in two dimensions, ordinary but for what is named."""
+    call = Call(2, sizes, 6, kernel_size, (1, 1), "same", (1, 1), 2)
+    return dataclasses.replace(call, **changes)
+
+
+SMALL = plane((5, 7), (3, 2))
+
+
+def check(call, implementation, dtype="float64"):
+    x, kernel = tensors(call.arrays()[:2], dtype)
+    assert_equals_oracle(call, operation(call, implementation)(x, kernel), x, kernel)
+
+
+@each_implementation
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("strides", [(2, 2), (3, 2)])
+def test_f01_size_not_divisible_by_stride(strides, padding, implementation):
+    check(plane((7, 11), (3, 2), strides=strides, padding=padding), implementation)
+
+
+@each_implementation
+def test_f01_same_has_the_ceiling_of_size_over_stride(implementation):
+    call = Call(1, (33,), 2, (3,), (2,), "same", (1,))
+    assert call.output_shape == (1, 17, 2)
+    check(call, implementation)
+
+
+@each_implementation
+@each_format
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_f02_sizes_that_a_program_does_not_know_and_that_change(
+    padding, data_format, implementation
+):
+    call = plane((5, 7), (3, 2), strides=(2, 3), padding=padding, data_format=data_format)
+    if data_format == "channels_last":
+        shapes = (None, None, None, 6), (None, None, None, 6, 2)
+    else:
+        shapes = (None, 6, None, None), (None, 6, 2, None, None)
+    program = in_graph(operation(call, implementation), shapes)
+    for sizes in [(5, 7), (8, 6)]:
+        this = dataclasses.replace(call, sizes=sizes)
+        x, kernel = tensors(this.arrays()[:2], "float64")
+        assert_equals_oracle(this, program(x, kernel), x, kernel)
+
+
+@each_implementation
+def test_f02_functional_model_of_unknown_sizes(implementation):
+    call = plane((5, 7), (3, 2), strides=(2, 2))
+    inputs = [
+        keras.Input((None, None, 6), dtype="float64"),
+        keras.Input((None, None, 6, 2), dtype="float64"),
+    ]
+    y = operation(call, implementation)(*inputs)
+    assert y.shape == (None, None, None, 6)
+    model = keras.Model(inputs, y)
+    for sizes in [(5, 7), (8, 6)]:
+        this = dataclasses.replace(call, sizes=sizes)
+        x, kernel = tensors(this.arrays()[:2], "float64")
+        assert_equals_oracle(this, model([x, kernel]), x, kernel)
+
+
+@each_implementation
+@each_format
+@pytest.mark.parametrize(
+    ("group_layout", "expected"),
+    [("contiguous", [10, 20, 60, 80]), ("interleaved", [10, 40, 30, 80])],
+)
+def test_f03_group_of_a_channel(group_layout, expected, data_format, implementation):
+    channels = (1, 1, 4) if data_format == "channels_last" else (1, 4, 1)
+    window = (1, 1, 1, 2) if data_format == "channels_last" else (1, 1, 2, 1)
+    y = involution.ops.involution(
+        np.reshape([1.0, 2.0, 3.0, 4.0], channels),
+        np.reshape([10.0, 20.0], window),
+        kernel_size=1,
+        groups=2,
+        group_layout=group_layout,
+        data_format=data_format,
+        implementation=implementation,
+    )
+    assert numpy(y).ravel().tolist() == expected
+
+
+@each_implementation
+@each_format
+@pytest.mark.parametrize("sizes", [(3, 8), (9, 2)])
+def test_f04_height_is_not_width(sizes, data_format, implementation):
+    check(plane(sizes, (3, 3), data_format=data_format), implementation)
+
+
+@each_implementation
+@pytest.mark.parametrize("padding", ["same", "symmetric"])
+@pytest.mark.parametrize("kernel_size", [(2, 4), (4, 1), (6, 7), (1, 1)])
+def test_f05_even_unequal_large_and_single_windows(kernel_size, padding, implementation):
+    if padding == "symmetric" and kernel_size == (6, 7):
+        kernel_size = (5, 7)  # An even window wider than the input finds no place.
+    call = plane((3, 5), kernel_size, padding=padding, strides=(1, 2))
+    check(call, implementation)
+
+
+@each_implementation
+@pytest.mark.parametrize(("channels", "groups"), [(6, 4), (2, 3), (0, 1)])
+def test_f06_channels_that_groups_do_not_divide(channels, groups, implementation):
+    with pytest.raises(ValueError, match=rf"divisible by `groups`\. Received: groups={groups}"):
+        involution.ops.involution(
+            np.ones((1, 4, channels)),
+            np.ones((1, 4, 3, groups)),
+            kernel_size=3,
+            groups=groups,
+            implementation=implementation,
+        )
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_f08_sums_that_leave_half_precision_and_come_back(dtype, implementation):
+    """300 * 200 * (1 + 1 - 1): two terms overflow float16. 256 + 1 - 256: bfloat16 has no 257."""
+    terms = [300.0, 300.0, -300.0] if dtype == "float16" else [256.0, 1.0, -256.0]
+    factor, result = (200.0, 60000.0) if dtype == "float16" else (1.0, 1.0)
+    arguments = {"kernel_size": 3, "padding": "valid", "implementation": implementation}
+    x, kernel = tensors([np.reshape(terms, (1, 3, 1)), np.full((1, 1, 3, 1), factor)], dtype)
+    y = involution.ops.involution(x, kernel, **arguments)
+    assert keras.backend.standardize_dtype(y.dtype) == dtype
+    assert exact(y).ravel().tolist() == [result]
+
+    # The kernel gradient is such a sum over the channels.
+    def apply(x, kernel):
+        x, kernel = keras.ops.cast(x, dtype), keras.ops.cast(kernel, dtype)
+        return keras.ops.cast(involution.ops.involution(x, kernel, **arguments), "float32")
+
+    x, kernel, dy = np.tile(terms, (1, 3, 1)), np.ones((1, 1, 3, 1)), np.full((1, 1, 3), factor)
+    _, dkernel = gradients(apply, [a.astype("float32") for a in (x, kernel)], dy.astype("float32"))
+    assert dkernel.ravel().tolist() == [result] * 3
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_f08_input_gradients_that_leave_half_precision_and_come_back(dtype, implementation):
+    """One position, read by three taps: the same sums as above."""
+    terms = [300.0, 300.0, -300.0] if dtype == "float16" else [256.0, 1.0, -256.0]
+    factor, result = (200.0, 60000.0) if dtype == "float16" else (1.0, 1.0)
+
+    def apply(x, kernel):
+        x, kernel = keras.ops.cast(x, dtype), keras.ops.cast(kernel, dtype)
+        y = involution.ops.involution(x, kernel, 3, padding=2, implementation=implementation)
+        return keras.ops.cast(y, "float32")
+
+    # The output at p reads the position with the tap 2 - p.
+    kernel = np.diag(terms)[:, ::-1].reshape(1, 3, 3, 1)
+    x, dy = np.zeros((1, 1, 1)), np.full((1, 3, 1), factor)
+    dx, _ = gradients(apply, [a.astype("float32") for a in (x, kernel)], dy.astype("float32"))
+    assert dx.ravel().tolist() == [result]
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_f08_every_type(dtype, implementation):
+    check(SMALL, implementation, dtype)
+
+
+@each_implementation
+def test_f10_inputs_that_do_not_lie_in_order(implementation):
+    """Transposed, expanded, and with a transposed gradient: views, where a framework has them."""
+    x, kernel, dy = SMALL.arrays()
+    x, kernel, dy = x[:, :, :, :1], kernel[:1], dy.transpose(3, 2, 1, 0)
+
+    def apply(x, kernel):
+        x = keras.ops.broadcast_to(keras.ops.transpose(x, (3, 0, 1, 2)), SMALL.x_shape)
+        kernel = keras.ops.broadcast_to(
+            keras.ops.transpose(kernel, (4, 3, 2, 1, 0)), SMALL.kernel_shape
+        )
+        return keras.ops.transpose(operation(SMALL, implementation)(x, kernel), (3, 2, 1, 0))
+
+    moved = x.transpose(1, 2, 3, 0), kernel.transpose()
+    expanded = np.broadcast_to(x, SMALL.x_shape), np.broadcast_to(kernel, SMALL.kernel_shape)
+    y, _ = SMALL.involution(*expanded)
+    np.testing.assert_allclose(numpy(apply(*tensors(moved, "float64"))), y.T, rtol=0, atol=1e-13)
+    dx, dkernel = SMALL.central_differences(*expanded, dy.T)
+    expected = dx.sum(-1, keepdims=True).transpose(1, 2, 3, 0), dkernel.sum(0, keepdims=True).T
+    for value, want in zip(gradients(apply, moved, dy), expected, strict=True):
+        np.testing.assert_allclose(value, want, rtol=0, atol=1e-12)
+
+
+@each_implementation
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dilation_rate": (10**15,)},
+        {"dilation_rate": (10**15 + 1,), "kernel_size": (4,), "strides": (2,)},
+        {"dilation_rate": (10**15 + 1,), "kernel_size": (4,), "padding": "symmetric"},
+        {"dilation_rate": (10**15,), "kernel_size": (2,), "strides": (3,)},
+        {"strides": (2**40,)},
+        {"strides": (2**40,), "dilation_rate": (2**40,)},
+        {"padding": ((100_000, 0),), "strides": (50_000,)},
+    ],
+)
+def test_f12_absurd_steps(changes, implementation):
+    call = dataclasses.replace(Call(1, (5,), 2, (3,), (1,), "same", (1,)), **changes)
+    check(call, implementation)
+    x, kernel, dy = call.arrays()
+    values = gradients(operation(call, implementation), (x, kernel), dy)
+    for value, want in zip(values, call.gradients(x, kernel, dy), strict=True):
+        np.testing.assert_allclose(value, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["taps", "reference"])
+def test_f12_a_padding_that_no_memory_holds_is_refused(implementation):
+    call = Call(1, (5,), 2, (3,), (10**15,), ((10**15, 10**15),), (1,))
+    arguments = tensors(call.arrays()[:2], "float64")
+    reason = f"an input would have {2 * 10**15 + 5} positions, more than {2**31}"
+    with pytest.raises(ValueError, match=reason):
+        operation(call, implementation)(*arguments)
+
+
+@pytest.mark.parametrize("padding", ["same", "symmetric"])
+def test_steps_cut_short_reach_the_same_positions(padding):
+    """Every tap of every window, where it meets the input."""
+
+    def read(g, n):
+        before = g.pads((n,))[0][0]
+        windows = range(g.output_sizes((n,))[0])
+        taps = range(g.kernel_size[0])
+        places = {
+            (p, k): p * g.strides[0] - before + k * g.dilation_rate[0]
+            for p, k in itertools.product(windows, taps)
+        }
+        return {at: place for at, place in places.items() if 0 <= place < n}
+
+    cut = 0
+    for n, k, s, d in itertools.product(range(1, 7), range(1, 6), range(1, 9), range(1, 25)):
+        g = Geometry((k,), (s,), padding, (d,), 1, "contiguous", "channels_last")
+        if g.output_sizes((n,))[0] < 1:
+            continue
+        nearer = g.without_excess((n,))
+        assert nearer.output_sizes((n,)) == g.output_sizes((n,))
+        assert read(nearer, n) == read(g, n), g
+        cut += nearer != g
+    assert cut > 1000
+
+
+@each_implementation
+@pytest.mark.parametrize("name", ["kernel_size", "padding"])
+def test_f12_absurd_sizes_do_not_fit_the_kernel(name, implementation):
+    arguments = {"kernel_size": 3, "implementation": implementation, name: 10**15}
+    with pytest.raises(ValueError, match="`kernel` must have the shape"):
+        involution.ops.involution(np.ones((1, 5, 2)), np.ones((1, 5, 3, 1)), **arguments)
+
+
+each_axes = pytest.mark.parametrize("axes", [(0, 0), (1, 2), (0, None), (None, 0)])
+
+
+def stacked(axes):
+    """Arguments of SMALL with an axis of three more where there is one, and the three pairs."""
+    x, kernel, _ = SMALL.arrays()
+    factors = [[1 if axis is None else n for n in (1, 2, 3)] for axis in axes]
+    parts = [[a * n for n in by] for a, by in zip((x, kernel), factors, strict=True)]
+    arguments = [
+        some[0] if axis is None else np.stack(some, axis)
+        for some, axis in zip(parts, axes, strict=True)
+    ]
+    return tensors(arguments, "float64"), list(zip(*parts, strict=True))
+
+
+@each_implementation
+@each_axes
+def test_f23_mapped_over_an_axis_of_either_argument_or_both(axes, implementation):
+    arguments, pairs = stacked(axes)
+    y = numpy(mapped(operation(SMALL, implementation), axes)(*arguments))
+    for value, pair in zip(y, pairs, strict=True):
+        np.testing.assert_allclose(value, SMALL.involution(*pair)[0], rtol=0, atol=1e-12)
+
+
+@each_implementation
+@each_axes
+def test_f23_a_mapped_gradient(axes, implementation):
+    arguments, pairs = stacked(axes)
+
+    def scalar(x, kernel):
+        return keras.ops.sum(operation(SMALL, implementation)(x, kernel) ** 2)
+
+    gradient = grad(scalar)
+    if BACKEND == "torch":
+        import torch
+
+        # Its other gradients cannot be mapped.
+        gradient = torch.func.grad(scalar, (0, 1))
+    together = [numpy(g) for g in mapped(gradient, axes)(*arguments)]
+    for i, pair in enumerate(pairs):
+        wanted = SMALL.gradients(*pair, 2 * SMALL.involution(*pair)[0])
+        for value, want in zip(together, wanted, strict=True):
+            np.testing.assert_allclose(value[i], want, rtol=1e-11, atol=1e-11)
+
+
+@each_implementation
+@each_axes
+def test_f23_the_gradient_of_what_is_mapped(axes, implementation):
+    arguments, pairs = stacked(axes)
+
+    def scalar(x, kernel):
+        return keras.ops.sum(mapped(operation(SMALL, implementation), axes)(x, kernel) ** 2)
+
+    together = [numpy(g) for g in grad(scalar)(*arguments)]
+    wanted = [SMALL.gradients(*pair, 2 * SMALL.involution(*pair)[0]) for pair in pairs]
+    for value, wants, axis in zip(together, zip(*wanted, strict=True), axes, strict=True):
+        want = sum(wants) if axis is None else np.stack(wants, axis)
+        np.testing.assert_allclose(value, want, rtol=1e-11, atol=1e-11)
+
+
+# PyTorch itself calls what it has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@each_implementation
+def test_f23_forward_mode_is_right_or_refused_and_never_zero(implementation):
+    """Along (x, kernel) the derivative of what is linear in each is twice the output."""
+    arguments = tuple(tensors(SMALL.arrays()[:2], "float64"))
+    apply = operation(SMALL, implementation)
+    if BACKEND != "jax" or implementation == "reference":
+        tangent = forward_mode(apply, arguments, arguments)
+        np.testing.assert_allclose(numpy(tangent), 2 * numpy(apply(*arguments)), atol=1e-12)
+    else:
+        with pytest.raises((TypeError, NotImplementedError), match=r"jvp|forward-mode"):
+            forward_mode(apply, arguments, arguments)
+
+
+@each_implementation
+@each_format
+def test_f13_empty_batch(data_format, implementation):
+    call = dataclasses.replace(SMALL, batch=0, strides=(2, 1), data_format=data_format)
+    x, kernel, dy = call.arrays()
+    check(call, implementation)
+    dx, dkernel = gradients(operation(call, implementation), (x, kernel), dy)
+    assert (dx.shape, dkernel.shape) == (call.x_shape, call.kernel_shape)
+
+
+@each_implementation
+def test_f13_empty_dimension(implementation):
+    with pytest.raises(ValueError, match=r"every output size must be at least 1\. Received: "):
+        involution.ops.involution(
+            np.ones((1, 0, 4, 2)), np.ones((1, 0, 4, 9, 1)), 3, implementation=implementation
+        )
+
+
+@each_implementation
+@pytest.mark.parametrize(
+    ("sizes", "data_format"), [((0, 5), "channels_last"), ((2, 0, 3), "channels_first")]
+)
+def test_f13_an_input_without_positions(sizes, data_format, implementation):
+    """Its padding makes outputs: zeros, as the gradient of the kernel is."""
+    rank = len(sizes)
+    call = Call(2, sizes, 6, (3, 3, 2)[:rank], (1, 2, 1)[:rank], ((2, 2),) * rank, (1,) * rank, 2)
+    call = dataclasses.replace(call, data_format=data_format)
+    x, kernel, dy = call.arrays()
+    apply = operation(call, implementation)
+    y = numpy(apply(*tensors((x, kernel), "float32")))
+    dx, dkernel = gradients(apply, (x, kernel), dy)
+    assert (y.shape, dx.shape) == (call.output_shape, call.x_shape)
+    assert dkernel.shape == call.kernel_shape
+    assert not y.any()
+    assert not dkernel.any()
+    products = products_of(call, implementation)(*tensors((x, dy), "float32"))
+    assert not numpy(products).any()
+
+
+def products_of(call, implementation):
+    return functools.partial(
+        involution.ops.window_products, **call.arguments, implementation=implementation
+    )
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "rows"])
+@pytest.mark.parametrize(
+    ("compiled", "data_format"), [(False, "channels_last"), (True, "channels_first")]
+)
+def test_f20_one_rule_for_taps_outside(compiled, data_format, implementation):
+    """They are multiplied by 0, which of what is not finite makes NaN."""
+    call = plane((5, 7), (3, 4), strides=(2, 1), channels=10, data_format=data_format)
+    x, kernel, dy = not_finite(call.arrays(), seed=2)
+    first_tap = (0, 0, 0, 0) if data_format == "channels_last" else (0, 0, slice(None), 0, 0)
+    kernel[first_tap] = np.inf
+    dy[(slice(None), -1, -1) if data_format == "channels_last" else (..., -1, -1)][1, 3] = np.nan
+    truths = call.involution(x, kernel)[0], *call.gradients(x, kernel, dy)
+    apply = operation(call, implementation)
+    y = (in_graph(apply) if compiled else apply)(*tensors((x, kernel), "float64"))
+    for value, truth in zip((numpy(y), *gradients(apply, (x, kernel), dy)), truths, strict=True):
+        np.testing.assert_allclose(value, truth, rtol=0, atol=1e-12)
+        assert 0 < np.isnan(truth).sum() < truth.size
+    products = products_of(call, implementation)
+    products = (in_graph(products) if compiled else products)(*tensors((x, dy), "float64"))
+    np.testing.assert_allclose(numpy(products), truths[2], rtol=0, atol=1e-12)
+
+
+@each_implementation
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_f20_nothing_leaks_from_around_the_input(compiled, padding, implementation):
+    """The arrays lie inside larger ones full of NaN, infinities before them."""
+    call = plane((5, 7), (3, 2), strides=(2, 2), padding=padding)
+    x, kernel, dy = call.arrays()
+    buffers = []
+    for a in (x, kernel):
+        buffer = np.full([n + 4 for n in a.shape], np.nan)
+        buffer[:2] = np.inf
+        buffer[(slice(2, -2),) * a.ndim] = a
+        buffers.append(buffer)
+
+    def apply(*buffers):
+        inside = (b[(slice(2, -2),) * len(b.shape)] for b in buffers)
+        return operation(call, implementation)(*inside)
+
+    y = (in_graph(apply) if compiled else apply)(*tensors(buffers, "float64"))
+    np.testing.assert_allclose(numpy(y), call.involution(x, kernel)[0], rtol=0, atol=1e-13)
+    expected = call.central_differences(x, kernel, dy)
+    for value, want in zip(gradients(apply, buffers, dy), expected, strict=True):
+        inside = value[(slice(2, -2),) * want.ndim]
+        np.testing.assert_allclose(inside, want, rtol=0, atol=1e-12)
+
+
+@each_implementation
+def test_f24_symbolic_shape_is_the_eager_shape(implementation):
+    for call in random_calls(8, seed=2):
+        x, kernel = (keras.KerasTensor(a.shape, "float64") for a in call.arrays()[:2])
+        symbolic = operation(call, implementation)(x, kernel)
+        eager = operation(call, implementation)(*tensors(call.arrays()[:2], "float64"))
+        assert symbolic.shape == tuple(eager.shape) == call.output_shape
+        assert symbolic.dtype == keras.backend.standardize_dtype(eager.dtype)
+
+
+@each_format
+def test_f24_sizes_unknown_in_a_symbolic_shape_stay_unknown(data_format):
+    call = plane((5, 7), (3, 2), strides=(2, 2), data_format=data_format)
+    shapes = [
+        tuple(
+            n if i == (3 if data_format == "channels_last" else 1) else None
+            for i, n in enumerate(shape)
+        )
+        for shape in (call.x_shape, call.output_shape)
+    ]
+    kernel_shape = (None,) * len(call.kernel_shape)
+    x, kernel = keras.KerasTensor(shapes[0]), keras.KerasTensor(kernel_shape)
+    assert operation(call, None)(x, kernel).shape == shapes[1]
+
+
+@each_implementation
+def test_f30_eight_threads(implementation, ran):
+    """Every thread gets its own result, and its own choice of an implementation."""
+    arrays = [tensors(SMALL.arrays(seed)[:2], "float64") for seed in range(8)]
+    expected = [numpy(operation(SMALL, implementation)(*a)) for a in arrays]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool, involution.ops.use("reference"):
+        for _ in range(4):
+            results = pool.map(lambda a: operation(SMALL, implementation)(*a), arrays)
+            for value, want in zip(results, expected, strict=True):
+                assert (numpy(value) == want).all()
+    assert set(ran) == {implementation}
+
+
+@each_implementation
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_named_cases(case, implementation):
+    case = case.small()
+    rank = len(case.sizes)
+    call = Call(
+        case.batch,
+        case.sizes,
+        case.channels,
+        (case.kernel_size,) * rank,
+        (case.strides,) * rank,
+        case.padding,
+        (case.dilation_rate,) * rank,
+        case.groups,
+        case.group_layout,
+    )
+    assert (case.x_shape, case.kernel_shape) == (call.x_shape, call.kernel_shape)
+    x, kernel = tensors(call.arrays()[:2], "float32")
+    y = involution.ops.involution(x, kernel, **case.arguments, implementation=implementation)
+    assert_equals_oracle(call, y, x, kernel)
+
+
+@each_implementation
+def test_one_number_stands_for_every_dimension(implementation):
+    call = plane((5, 7), (3, 3), strides=(2, 2), padding=((2, 2), (2, 2)), dilation_rate=(2, 2))
+    x, kernel = tensors(call.arrays()[:2], "float64")
+    y = involution.ops.involution(x, kernel, 3, 2, 2, 2, groups=2, implementation=implementation)
+    assert_equals_oracle(call, y, x, kernel)
+
+
+def test_data_format_is_that_of_keras_unless_told():
+    call = dataclasses.replace(SMALL, data_format="channels_first")
+    x, kernel = tensors(call.arrays()[:2], "float64")
+    keras.config.set_image_data_format("channels_first")
+    try:
+        y = involution.ops.involution(x, kernel, (3, 2), groups=2)
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    assert_equals_oracle(call, y, x, kernel)
+
+
+@each_implementation
+@each_format
+def test_in_a_functional_model_saved_and_loaded(data_format, implementation, tmp_path):
+    call = plane(
+        (5, 7),
+        (3, 2),
+        strides=(1, 2),
+        padding=((1, 2), (0, 3)),
+        dilation_rate=(2, 1),
+        group_layout="interleaved",
+        data_format=data_format,
+    )
+    inputs = [keras.Input(s[1:], dtype="float64") for s in (call.x_shape, call.kernel_shape)]
+    model = keras.Model(inputs, operation(call, implementation)(*inputs))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    x, kernel = tensors(call.arrays()[:2], "float64")
+    assert_equals_oracle(call, loaded([x, kernel]), x, kernel)
+
+
+def test_a_saved_model_keeps_the_data_format_that_keras_had(tmp_path):
+    call = dataclasses.replace(SMALL, data_format="channels_first")
+    inputs = [keras.Input(s[1:], dtype="float64") for s in (call.x_shape, call.kernel_shape)]
+    keras.config.set_image_data_format("channels_first")
+    try:
+        model = keras.Model(inputs, involution.ops.involution(*inputs, (3, 2), groups=2))
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    x, kernel = tensors(call.arrays()[:2], "float64")
+    assert_equals_oracle(call, loaded([x, kernel]), x, kernel)
+
+
+def test_these_tests_know_every_implementation():
+    assert tuple(name for name, _ in api.IMPLEMENTATIONS) == KNOWN
+
+
+def test_native_is_there_or_the_installation_says_why_not():
+    reasons = dict(involution.ops.implementations(*SMALL.arrays()[:2], (3, 2), groups=2))
+    if missing() is None:
+        print("native was built, for the instructions", *library.levels())
+        assert reasons["native"] is None
+        assert "native" in IMPLEMENTATIONS
+    else:
+        print("native is missing:", reasons["native"])
+        assert reasons["native"] == missing()
+        assert reasons["native"].startswith("the package was installed without it")
+        assert "native" not in IMPLEMENTATIONS
+
+
+@each_implementation
+def test_f29_the_implementation_named_is_the_one_that_runs(implementation, ran):
+    check(SMALL, implementation)
+    assert ran == [implementation]
+
+
+def test_the_first_that_can_run_is_the_default(ran, monkeypatch):
+    check(SMALL, None)
+    monkeypatch.setattr(native, "BINDINGS", ())
+    check(SMALL, None)
+    monkeypatch.setattr(taps, "MECHANISMS", {})
+    check(SMALL, None)
+    assert ran == [IMPLEMENTATIONS[0], "taps", "reference"]
+
+
+def test_implementations_are_listed_with_what_hinders_them(monkeypatch):
+    arguments = *SMALL.arrays()[:2], (3, 2)
+    pairs = involution.ops.implementations(*arguments, groups=2)
+    assert pairs[0][0] == "triton"
+    assert pairs[1:] == [("native", missing()), ("taps", None), ("reference", None)]
+    monkeypatch.setattr(native, "BINDINGS", ())
+    monkeypatch.setattr(taps, "MECHANISMS", {})
+    pairs = involution.ops.implementations(*arguments, groups=2)
+    assert tuple(name for name, _ in pairs) == KNOWN
+    assert pairs[1][1] == missing() or BACKEND in pairs[1][1]
+    assert BACKEND in pairs[2][1]
+    assert pairs[3][1] is None
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_native_yields_where_xla_makes_faster_code(channels):
+    x, kernel = keras.KerasTensor((None, 8, 8, channels)), keras.KerasTensor((None, 8, 8, 9, 1))
+    first, *names = (name for name, _ in involution.ops.implementations(x, kernel, 3))
+    assert first == "triton"
+    yields = BACKEND == "jax" and channels == 3
+    assert names == (["taps", "native"] if yields else ["native", "taps"]) + ["reference"]
+
+
+def test_f29_an_implementation_that_cannot_run_is_refused_not_replaced(ran, monkeypatch):
+    monkeypatch.setattr(taps, "MECHANISMS", {})
+    with pytest.raises(ValueError, match=rf"taps: .*{BACKEND}.*Received: "):
+        check(SMALL, "taps")
+    assert ran == []
+    check(SMALL, ("taps", "reference"))
+    assert ran == ["reference"]
+
+
+def test_use_forces_nests_and_restores(ran):
+    with involution.ops.use("reference"):
+        check(SMALL, "taps")
+        with involution.ops.use(("taps", "reference")):
+            check(SMALL, "reference")
+        check(SMALL, None)
+    check(SMALL, None)
+    with pytest.raises(KeyError), involution.ops.use("reference"):
+        raise KeyError
+    check(SMALL, None)
+    best = IMPLEMENTATIONS[0]
+    assert ran == ["reference", "taps", "reference", best, best]
+
+
+@pytest.mark.parametrize("implementation", ["fast", (), ("taps", "fast"), ""])
+def test_unknown_names_of_implementations_raise(implementation, ran):
+    message = r"`implementation` must be one of .*taps.*reference.*Received: implementation="
+    with pytest.raises(ValueError, match=message):
+        check(SMALL, implementation)
+    with pytest.raises(ValueError, match=message), involution.ops.use(implementation):
+        pass
+    assert ran == []
+
+
+@each_implementation
+@pytest.mark.parametrize(
+    ("x", "kernel", "rule", "received"),
+    [
+        ((5, 2), (1, 5, 3, 1), "one, two or three spatial axes", "x.shape=(5, 2)"),
+        ((1, 1, 1, 1, 5, 2), (1, 5, 3, 1), "one, two or three spatial axes", "x.shape=(1, 1, 1"),
+        ((1, 5, 2), (1, 5, 2, 1), "must have the shape (1, 5, 3, 1)", "kernel.shape=(1, 5, 2, 1)"),
+        ((1, 5, 2), (1, 4, 3, 1), "must have the shape (1, 5, 3, 1)", "kernel.shape=(1, 4, 3, 1)"),
+        ((2, 5, 2), (1, 5, 3, 1), "must have the shape (2, 5, 3, 1)", "kernel.shape=(1, 5, 3, 1)"),
+        ((1, 5, 2), (1, 5, 3), "must have the shape (1, 5, 3, 1)", "kernel.shape=(1, 5, 3)"),
+    ],
+)
+def test_shapes_that_do_not_fit(x, kernel, rule, received, implementation, ran):
+    with pytest.raises(ValueError, match="Received: ") as caught:
+        involution.ops.involution(np.ones(x), np.ones(kernel), 3, implementation=implementation)
+    told, got = str(caught.value).split("Received: ")
+    assert rule in told
+    assert got.startswith(received)
+    assert ran == []
+
+
+@pytest.mark.parametrize(("x", "kernel"), [("float32", "float64"), ("int32", "int32")])
+def test_types_that_do_not_fit(x, kernel, ran):
+    message = rf"must have the same type.*Received: x.dtype={x}, kernel.dtype={kernel}"
+    with pytest.raises(ValueError, match=message):
+        involution.ops.involution(np.ones((1, 5, 2), x), np.ones((1, 5, 3, 1), kernel), 3)
+    assert ran == []
+
+
+def test_a_window_that_does_not_fit_raises(ran):
+    message = r"must fit into the padded input.*Received: output sizes \(-1,\), .*\(1, 5, 2\)"
+    with pytest.raises(ValueError, match=message):
+        involution.ops.involution(np.ones((1, 5, 2)), np.ones((1, 1, 7, 1)), 7, padding="valid")
+    assert ran == []
+
+
+def unfolded(x, kernel, case):
+    """The usual way: all windows stored, multiplied, summed."""
+    k, groups, channels = case.kernel_size, case.groups, case.channels
+    if BACKEND == "torch":
+        import torch
+
+        patches = torch.nn.functional.unfold(x.permute(0, 3, 1, 2), k, padding=k // 2)
+        patches = patches.reshape(case.batch, channels, k * k, *case.sizes).permute(0, 3, 4, 2, 1)
+    elif BACKEND == "jax":
+        import jax.numpy as jnp
+
+        # Its own function for this, conv_general_dilated_patches, takes 17 GB here.
+        h, w = case.sizes
+        padded = jnp.pad(x, [(0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)])
+        corners = np.ndindex(k, k)
+        patches = jnp.stack([padded[:, i : i + h, j : j + w] for i, j in corners], axis=3)
+    else:
+        import tensorflow as tf
+
+        ones = [1, 1, 1, 1]
+        patches = tf.image.extract_patches(x, [1, k, k, 1], ones, ones, "SAME")
+    patches = keras.ops.reshape(patches, (*case.kernel_shape, channels // groups))
+    y = keras.ops.sum(patches * keras.ops.expand_dims(kernel, -1), axis=-3)
+    return keras.ops.reshape(y, case.x_shape)
+
+
+def test_unfolding_is_the_same_operator():
+    (case,) = (c.small() for c in CASES if c.name == "red1")
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(s) for s in (case.x_shape, case.kernel_shape)]
+    y = involution.ops.involution(*arrays, **case.arguments)
+    other = unfolded(*tensors(arrays, "float64"), case)
+    np.testing.assert_allclose(numpy(other), numpy(y), rtol=0, atol=1e-12)
+
+
+def peak_memory(*names):
+    """Prints the bytes that each run, forward and backward, adds to those of its inputs."""
+    (case,) = (c for c in CASES if c.name == "red1")
+    rng = np.random.default_rng(0)
+    shapes = case.x_shape, case.kernel_shape, case.x_shape
+    *arrays, dy = (rng.standard_normal(s, "float32") for s in shapes)
+
+    def apply(name, x, kernel):
+        if name == "unfold":
+            return unfolded(x, kernel, case)
+        return involution.ops.involution(x, kernel, **case.arguments, implementation=name)
+
+    def bytes_of(field):
+        with open("/proc/self/status") as file:
+            (line,) = (line for line in file if line.startswith(field))
+        return int(line.split()[1]) * 1024
+
+    for name in names:
+        gc.collect()
+        # The most begins anew.
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        before = bytes_of("VmRSS")
+        gradients(functools.partial(apply, name), arrays, dy)
+        print(bytes_of("VmHWM") - before)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measured as Linux tells it")
+def test_peak_memory_is_at_most_a_quarter_of_unfolds(monkeypatch):
+    # Arrays go back to the system when they are freed: what comes next does not find them.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    names = *IMPLEMENTATIONS[:-1], "unfold"
+    told = fresh_process(f"import tests.ops.test_operator as t; t.peak_memory(*{names})")
+    used = dict(zip(names, map(int, told.split()), strict=True))
+    print(BACKEND, {name: f"{count / 1e6:.0f} MB" for name, count in used.items()})
+    for name in IMPLEMENTATIONS[:-1]:
+        assert used[name] <= used["unfold"] / 4, used

@@ -1,0 +1,352 @@
+"""``triton`` and its part of ``fused``: on a CUDA device where there is one, else interpreted."""
+
+import dataclasses
+import functools
+import math
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+import involution
+from involution.ops import api, triton
+from involution.ops.autodiff import KERNEL
+from involution.ops.geometry import Geometry
+from involution.ops.native import params
+from tests.support import native_core
+from tests.support.backends import operation
+from tests.support.native_core import ARGUMENTS, DTYPES, FUSED_ARGUMENTS
+from tests.support.oracle import Call, error_bound, ieee, not_finite, random_calls
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+with pytest.MonkeyPatch.context() as patch:
+    # Whether programs are interpreted is settled when they are defined.
+    if DEVICE == "cpu":
+        patch.setenv("TRITON_INTERPRET", "1")
+    from involution.ops.triton import kernels
+    from involution.ops.triton import launch as triton_torch
+
+# Block sizes are of speed alone: on a device too one of them shows what is computed.
+for program in (*kernels.PROGRAMS.values(), kernels.FUSED):
+    program.configs = program.configs[:1]
+
+CALL = Call(2, (4, 5), 6, (3, 2), (2, 1), "same", (1, 2), 3)
+FIRST = dataclasses.replace(CALL, data_format="channels_first", group_layout="interleaved")
+# More members, groups, hidden channels and taps than a block has.
+MANY = Call(1, (5, 6), 130, (5, 5), (1, 1), "same", (1, 1), 1)
+GROUPS = Call(1, (5, 3), 70, (1, 3), (1, 2), "symmetric", (1, 1), 70, "interleaved")
+HIDDEN = (1, 3, 8, 17, 70)
+MARGIN = 37
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def tensor(array, dtype, strange=False):
+    """On the device, with NaN on all sides; ``strange``: in memory in another order."""
+    values = torch.tensor(np.asarray(array, "float64")).to(getattr(torch, dtype))
+    axes = range(values.dim())[::-1] if strange else range(values.dim())
+    memory = torch.full((values.numel() + 2 * MARGIN,), math.nan, dtype=values.dtype)
+    inside = memory[MARGIN : MARGIN + values.numel()]
+    inside.view([values.shape[i] for i in axes])[...] = values.permute(*axes)
+    moved = memory.to(DEVICE)[MARGIN : MARGIN + values.numel()]
+    return moved.view([values.shape[i] for i in axes]).permute(*axes)
+
+
+def run(launch, shapes, types):
+    """Results of these shapes, in memory with NaN on all sides, which is left as it was."""
+    memory = [
+        torch.full((math.prod(shape) + 2 * MARGIN,), math.nan, dtype=dtype, device=DEVICE)
+        for shape, dtype in zip(shapes, types, strict=True)
+    ]
+    inside = [m[MARGIN : len(m) - MARGIN].view(s) for m, s in zip(memory, shapes, strict=True)]
+    launch(*inside)
+    for m in memory:
+        assert m[:MARGIN].isnan().all()
+        assert m[len(m) - MARGIN :].isnan().all()
+    return [result.double().cpu().numpy() for result in inside]
+
+
+def bound(truth, magnitude, terms, dtype):
+    # The interpreter cuts numbers off to make bfloat16 of them; devices round.
+    cut = 2 if DEVICE == "cpu" and dtype == "bfloat16" else 1
+    return cut * error_bound(truth, magnitude, terms, dtype)
+
+
+def is_near(value, truth, limit):
+    """Equal where the truth is not finite."""
+    if np.isfinite(truth).all():
+        return (np.abs(value - truth) <= limit).all()
+    return np.isclose(value, truth, rtol=0, atol=1e-4, equal_nan=True).all()
+
+
+@ieee
+def check(call, dtype, strange=False, seed=0, change=list):
+    given = [tensor(a, dtype, strange) for a in change(call.arrays(seed))]
+    wide = [t.double().cpu().numpy() for t in given]
+    truth, magnitude = (
+        native_core.expected(call, *wide),
+        native_core.expected(call, *map(np.abs, wide)),
+    )
+    g = Geometry(**call.arguments)
+    for member, arguments in ARGUMENTS.items():
+        a, b = arguments(*given)
+        numbers = params.numbers(member, g, call.sizes, a, b)
+        shape = params.result_shape(member, g, call.sizes, a, b)
+        launch = functools.partial(triton_torch._run, numbers, g.rank, a, b)
+        (result,) = run(launch, [shape], [a.dtype])
+        terms = call.channels // call.groups if member == KERNEL else call.taps
+        limit = bound(truth[member], magnitude[member], terms, dtype)
+        assert is_near(result, truth[member], limit), (member, call)
+
+
+# Each rank, padding, layout and format. The interpreter takes seconds a call, so the dtypes divide
+# these among themselves; in `make test-long` each dtype has all.
+KINDS = 48
+SUBSET_OR_ALL = pytest.mark.parametrize(
+    "every", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+
+
+def calls_for(dtype, dtypes, every, seed):
+    first = list(dtypes).index(dtype)
+    calls = random_calls(KINDS, seed + first)
+    order = np.random.default_rng(seed).permutation(KINDS)
+    return [(int(n), calls[n]) for n in (order if every else order[first :: len(dtypes)])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@SUBSET_OR_ALL
+def test_every_member_equals_the_oracle(dtype, every):
+    for n, call in calls_for(dtype, DTYPES, every, seed=0):
+        check(call, dtype, strange=n % 3 == 2, seed=n)
+
+
+def test_f20_what_is_not_finite_spreads_as_in_the_formula():
+    """One of a call's arrays at a time has a number that is not."""
+
+    def changing(which, seed, arrays):
+        return [not_finite([a], seed)[0] if i == which else a for i, a in enumerate(arrays)]
+
+    for n, call in enumerate(random_calls(24, seed=31)):
+        check(call, "float32", seed=n, change=functools.partial(changing, n % 3, n))
+    for n, call in enumerate(random_calls(20, seed=32)):
+        call = dataclasses.replace(call, data_format="channels_last")
+        change = functools.partial(changing, n % 5, n)
+        check_fused(call, HIDDEN[n % len(HIDDEN)], "float32", seed=n, change=change)
+
+
+def test_f13_an_input_without_positions_gives_zeros():
+    last = Call(2, (0, 5), 6, (3, 3), (1, 2), ((2, 2), (1, 1)), (1, 1), 2)
+    for call in (last, dataclasses.replace(last, data_format="channels_first")):
+        check(call, "float32")
+    check_fused(last, 3, "float32")
+
+
+@pytest.mark.parametrize("call", [MANY, GROUPS], ids=["members", "groups"])
+def test_more_than_a_block_has(call):
+    check(call, "float32")
+
+
+@ieee
+def check_fused(call, hidden, dtype, seed=0, change=list):
+    given = [tensor(a, dtype) for a in change(native_core.fused_arrays(call, hidden, seed))]
+    wide = [t.double().cpu().numpy() for t in given]
+    truth = native_core.expected_fused(call, *wide)
+    magnitude = native_core.expected_fused(call, *map(np.abs, wide))
+    terms = hidden + 1 + call.taps + call.channels // call.groups + call.taps * call.groups
+    places = terms + call.batch * math.prod(call.output_sizes)
+    g = Geometry(**call.arguments)
+    for member, arguments in FUSED_ARGUMENTS.items():
+        tensors = arguments(*given)
+        numbers = params.fused_numbers(member, g, call.sizes, tensors)
+        shapes = params.fused_shapes(member, g, call.sizes, tensors)
+        launch = functools.partial(_run_fused, numbers, g.rank, tensors)
+        first, second = run(launch, shapes, (tensors[0].dtype, torch.float32))
+        # In two steps kernels, and their gradients, are rounded in between.
+        rounding = {"float32": 0, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+        results = (first, second.sum(0))
+        for result, want, size, count in zip(
+            results, truth[member], magnitude[member], (terms, places), strict=True
+        ):
+            if want is not None:
+                limit = bound(want, size, count, dtype) + rounding * size
+                assert is_near(result, want, limit), (member, call)
+
+
+def _run_fused(numbers, rank, tensors, *results):
+    triton_torch._run_fused(numbers, rank, tensors, results)
+
+
+FUSED_DTYPES = "float32", "float16", "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", FUSED_DTYPES)
+@SUBSET_OR_ALL
+def test_every_fused_member_equals_the_oracle(dtype, every):
+    for n, call in calls_for(dtype, FUSED_DTYPES, every, seed=7):
+        call = dataclasses.replace(call, data_format="channels_last")
+        check_fused(call, HIDDEN[n % len(HIDDEN)], dtype, seed=n)
+
+
+@pytest.mark.parametrize("call", [MANY, GROUPS], ids=["members", "groups"])
+def test_more_than_a_fused_block_has(call):
+    check_fused(call, 5, "float32")
+
+
+def test_a_few_samples_at_a_time(monkeypatch):
+    monkeypatch.setattr(triton_torch, "PIECE_BYTES", 2 * 4 * 3 * 4 * 6 * 5 * 3 // 2)
+    check_fused(dataclasses.replace(CALL, batch=5), 3, "float32")
+
+
+def test_offsets_have_64_bits():
+    """Samples, taps, groups or channels that lie 2**31 elements apart, or half as many. The
+    interpreter forgives products of 32 bits; devices do not."""
+    call = Call(2, (3,), 4, (3,), (1,), "same", (1,), 2)
+    arrays = call.arrays()
+    x, kernel, dy = (tensor(a, "float16") for a in arrays)
+    wide = [t.double().cpu().numpy() for t in (x, kernel, dy)]
+    want = native_core.expected(call, *wide)
+    memory = torch.empty(2**31 + 100, dtype=torch.float16, device=DEVICE)
+    g = Geometry(**call.arguments)
+    for given, strides in (
+        (0, (2**31 + 11, 4, 1)),
+        (0, (13, 4, 2**29 + 9)),
+        (0, (1, 2**30 - 9, 2)),
+        (1, (18, 6, 2**30 - 9, 1)),
+        (1, (19, 6, 2, 2**31 - 9)),
+        (2, (13, 4, 2**29 + 9)),
+    ):
+        tensors = [x, kernel, dy]
+        apart = memory.as_strided(tensors[given].shape, strides)
+        apart[...] = tensors[given]
+        tensors[given] = apart
+        for member, arguments in ARGUMENTS.items():
+            a, b = arguments(*tensors)
+            y = triton_torch.operations.call(member, g, call.sizes, a, b)
+            np.testing.assert_allclose(y.double().cpu().numpy(), want[member], rtol=0, atol=1e-2)
+
+
+# --- As the operator takes it ---------------------------------------------------------------------
+
+
+def leaves(call, dtype="float64", arrays=None):
+    arrays = call.arrays()[:2] if arrays is None else arrays
+    return [tensor(a, dtype).contiguous().requires_grad_() for a in arrays]
+
+
+@pytest.mark.parametrize("call", [CALL, FIRST])
+def test_gradients_of_first_and_second_order_are_differences(call):
+    call = dataclasses.replace(call, batch=1, sizes=(3, 3), channels=3)
+    of = operation(call, "triton")
+    assert torch.autograd.gradcheck(of, leaves(call), fast_mode=True)
+    assert torch.autograd.gradgradcheck(of, leaves(call), fast_mode=True)
+
+
+def fused(call):
+    return functools.partial(
+        involution.ops.generate_and_apply, **call.arguments, implementation="fused"
+    )
+
+
+def test_fused_gradients_are_those_of_two_steps(monkeypatch):
+    ran = []
+    call_fused = triton.call_fused
+    monkeypatch.setattr(triton, "call_fused", lambda *a: ran.append(a[0]) or call_fused(*a))
+    *arrays, dy = native_core.fused_arrays(CALL)
+    given = leaves(CALL, "float32", arrays)
+    found = torch.autograd.grad(fused(CALL)(*given), given, tensor(dy, "float32"))
+    assert ran == ["output"]
+    truth = native_core.expected_fused(CALL, *arrays, dy)
+    want = truth["input"][0], truth["kernel"][0], truth["kernel"][1][:-1], truth["kernel"][1][-1]
+    for one, other in zip(found, want, strict=True):
+        np.testing.assert_allclose(one.cpu().numpy(), other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "interleaved"])
+def test_a_layer_takes_it(layout):
+    layer = involution.Involution2D(3, groups=2, group_layout=layout)
+    x = tensor(np.random.default_rng(0).standard_normal((2, 7, 5, 8)), "float32")
+    layer.to(DEVICE)(x)
+    kernel = layer.generate_kernel(x)
+    y = involution.ops.involution(
+        x,
+        kernel,
+        3,
+        groups=2,
+        group_layout=layout,
+        padding=layer.padding,
+        implementation="reference",
+    )
+    assert api.chosen(x, None, **layer._arguments()) == "triton"
+    assert layer.chosen_implementation(x) == "fused"
+    np.testing.assert_allclose(
+        layer(x).detach().cpu().numpy(), y.detach().cpu().numpy(), rtol=1e-4, atol=1e-5
+    )
+
+
+def given(call):
+    return operation(call, "triton")
+
+
+@pytest.mark.parametrize("of", [given, fused])
+def test_f22_torch_compile_has_no_breaks(of):
+    torch.compiler.reset()
+    arrays = native_core.fused_arrays(CALL)[:-1] if of is fused else CALL.arrays()[:2]
+    results = []
+    for function in (of(CALL), torch.compile(of(CALL), fullgraph=True, backend="aot_eager")):
+        tensors = leaves(CALL, "float32", arrays)
+        y = function(*tensors)
+        results.append((y, *torch.autograd.grad(y.pow(2).sum(), tensors)))
+    for eager, whole in zip(*results, strict=True):
+        assert torch.equal(eager, whole)
+
+
+def test_operations_are_what_pytorch_asks_of_them():
+    g = Geometry(**CALL.arguments)
+    for member, arguments in ARGUMENTS.items():
+        given = [tensor(a, "float32") for a in arguments(*CALL.arrays())]
+        numbers = params.numbers(member, g, CALL.sizes, *given)
+        torch.library.opcheck(triton_torch.operations.plain, (*given, numbers, g.rank))
+    for member, arguments in FUSED_ARGUMENTS.items():
+        given = [tensor(a, "float32") for a in arguments(*native_core.fused_arrays(CALL))]
+        numbers = params.fused_numbers(member, g, CALL.sizes, given)
+        torch.library.opcheck(triton_torch.operations.fused, (*given, numbers, g.rank))
+
+
+# --- Where it does not run ------------------------------------------------------------------------
+
+
+def problem(dtype="float32", device="cuda"):
+    x = keras.KerasTensor((2, 5, 5, 4), dtype=dtype)
+    return dataclasses.replace(api.make_problem(x, None, 3), device=device)
+
+
+def test_it_says_why_it_does_not_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    elsewhere = "it runs on CUDA devices, and the tensors are on"
+    assert triton.refusal(problem(device="cpu")) == f"{elsewhere} cpu"
+    assert triton.refusal(problem(device=None)) == f"{elsewhere} none yet"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton.refusal(problem()) == "there is no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for generation, dtype, reason in (
+        ((7, 0), "float32", "the device is of generation 7.0: too old"),
+        ((7, 5), "float32", None),
+        ((7, 5), "bfloat16", "the device is of generation 7.5: too old"),
+        ((9, 0), "bfloat16", None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda g=generation: g)
+        assert triton.refusal(problem(dtype)) == reason
+    assert triton.fused_refusal(problem("float64")) == "its products of matrices are not in float64"
+    assert triton.refusal(problem("float64")) is None
+    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+    assert triton.refusal(problem()) == "it is for PyTorch"
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert triton.refusal(problem()) == "there is no module triton"

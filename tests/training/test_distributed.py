@@ -1,0 +1,329 @@
+"""Devices and hosts that share every batch: what they train, and what is refused."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+
+from involution.training import distributed, trainer
+from involution.utils.errors import InputError
+from tests.support import distributed_runs
+from tests.support.backends import BACKEND
+from tests.support.multihost import free_port
+
+on_jax = pytest.mark.skipif(BACKEND != "jax", reason="only JAX shares batches")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"devices": 0}, "--devices must be at least 1. Received: 0"),
+        ({"hosts": 0}, "--num-hosts must be at least 1. Received: 0"),
+        (
+            {"hosts": 2, "host": 2, "coordinator": "a:1"},
+            "--host-id must be from 0 to 1. Received: 2",
+        ),
+        ({"hosts": 2}, "--coordinator must be HOST:PORT .* Received: None"),
+        ({"hosts": 2, "coordinator": "a"}, "--coordinator must be HOST:PORT .* Received: a"),
+    ],
+)
+def test_what_is_no_cluster_is_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        distributed.of(**given, environment={})
+
+
+def test_keras_own_variables_tell_of_the_hosts():
+    told = {
+        "KERAS_DISTRIBUTION_JOB_ADDRESSES": "one:12,two:12",
+        "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+        "KERAS_DISTRIBUTION_PROCESS_ID": "1",
+    }
+    assert distributed.of(environment=told) == distributed.Cluster(None, "one:12", 2, 1)
+    # What is given goes before.
+    assert distributed.of(4, "other:1", 3, 0, told) == distributed.Cluster(4, "other:1", 3, 0)
+    assert distributed.of(environment={}) == distributed.ALONE
+    with pytest.raises(InputError, match="KERAS_DISTRIBUTION_NUM_PROCESSES must be a number"):
+        distributed.of(environment={"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"})
+
+
+def test_other_backends_are_refused_in_one_line(monkeypatch):
+    distributed.begin(distributed.ALONE)
+    backend = "torch" if BACKEND == "jax" else BACKEND
+    monkeypatch.setattr(keras.config, "backend", lambda: backend)
+    message = f"need the JAX backend: --backend jax .* Received: {backend}"
+    with pytest.raises(InputError, match=message):
+        distributed.begin(distributed.Cluster(devices=2))
+
+
+@on_jax
+def test_devices_are_told_before_they_are_used():
+    keras.ops.zeros(()) + 1
+    message = r"--devices must be told before JAX is used\. Received: 2:"
+    with pytest.raises(InputError, match=message):
+        distributed.begin(distributed.Cluster(devices=2))
+
+
+@pytest.mark.parametrize(
+    ("backend", "variable"), [("torch", "WORLD_SIZE"), ("tensorflow", "TF_CONFIG")]
+)
+def test_other_launchers_are_refused(backend, variable, monkeypatch):
+    monkeypatch.setattr(keras.config, "backend", lambda: backend)
+    with pytest.raises(
+        InputError, match=f"would train a model of its own.* Received: {variable}=2"
+    ):
+        distributed.refuse_others(distributed.ALONE, {variable: "2"})
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own strategies")
+def test_a_strategy_of_tensorflow_is_refused():
+    import tensorflow as tf
+
+    with (
+        tf.distribute.MirroredStrategy(["CPU:0"]).scope(),
+        pytest.raises(InputError, match=r"outside of a tf.distribute strategy.* MirroredStrategy"),
+    ):
+        distributed.refuse_others(distributed.ALONE, {})
+
+
+def test_every_host_takes_its_part(monkeypatch):
+    monkeypatch.setattr(distributed.Cluster, "total", 6)
+    whole, last = np.arange(20, 32), np.arange(40, 50)
+    shares = [distributed.Cluster(2, "a:1", 3, n).share(whole) for n in range(3)]
+    assert [list(s.index) for s in shares] == [
+        [20, 21, 22, 23],
+        [24, 25, 26, 27],
+        [28, 29, 30, 31],
+    ]
+    assert all(s.weights.min() == 1 and (s.count, s.whole) == (12, 12) for s in shares)
+    # Ten images for six devices: two of them once more, which do not count.
+    shares = [distributed.Cluster(2, "a:1", 3, n).share(last) for n in range(3)]
+    assert [list(s.index) for s in shares] == [
+        [40, 41, 42, 43],
+        [44, 45, 46, 47],
+        [48, 49, 40, 41],
+    ]
+    assert [list(s.weights) for s in shares] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
+    assert all((s.count, s.whole) == (10, 12) for s in shares)
+
+
+def test_a_device_alone_takes_all():
+    share = distributed.ALONE.share(np.array([5, 3, 4]))
+    assert list(share.index) == [5, 3, 4]
+    assert (list(share.weights), share.count, share.whole) == ([1, 1, 1], 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("total", "size", "accumulate", "message"),
+    [
+        (3, 16, 1, "--batch-size must be a multiple of the devices of all hosts, 3. Received: 16"),
+        (2, 16, 4, None),
+        (2, 12, 4, "of all hosts, 2 times --accumulate, 4. Received: 12"),
+        (1, 10, 4, "must be a multiple of --accumulate, 4. Received: 10"),
+        (2, 48, 4, "for a batch in parts, at least 48. Received: 40 training images"),
+        (48, 48, 1, "for each of 48 devices, at least 48. Received: 40 training images"),
+    ],
+)
+def test_batches_that_cannot_be_shared_are_refused(total, size, accumulate, message, monkeypatch):
+    monkeypatch.setattr(distributed.Cluster, "total", total)
+    recipe = trainer.Recipe(0.1, batch_size=size, accumulate=accumulate)
+    if message is None:
+        trainer.Trainer(distributed_runs.network(), distributed_runs.dataset(), recipe, 1, 0)
+        return
+    with pytest.raises(InputError, match=message):
+        trainer.Trainer(distributed_runs.network(), distributed_runs.dataset(), recipe, 1, 0)
+
+
+def test_a_host_that_is_silent_is_told_apart_from_other_errors():
+    pair = distributed.Cluster(1, "a:1", 2, 0)
+
+    def error(hosts, raised):
+        try:
+            with hosts.answering(), hosts.answering():
+                raise raised
+        except ValueError as caught:
+            return caught
+
+    silent = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer\nmore")
+    lost = error(pair, silent)
+    assert isinstance(lost, distributed.LostHostError)
+    assert str(lost) == (
+        "All hosts must go on to the end. Received: one that was lost: "
+        "UNKNOWN: Gloo AllGather failed: Connection reset by peer"
+    )
+    assert error(distributed.ALONE, silent) is silent
+    for other in (ValueError("Shapes must be equal"), InputError("The connection must be ...")):
+        assert error(pair, other) is other
+
+
+def environment():
+    path = os.pathsep.join(filter(None, sys.path))
+    return {**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": path}
+
+
+def trained(folder, devices, hosts, flags=""):
+    """(rows, weights by name) of each host."""
+    port = free_port()
+    files = [folder / f"{devices}-{hosts}-{host}.npz" for host in range(hosts)]
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                distributed_runs.__file__,
+                *map(str, (devices, hosts, host, port, file)),
+            ],
+            env={**environment(), "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host, file in enumerate(files)
+    ]
+    found = []
+    for process, file in zip(processes, files, strict=True):
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        with np.load(file) as weights:
+            found.append((json.loads(output.splitlines()[-1]), dict(weights)))
+    return found
+
+
+def check_shared(folder, shapes):
+    """Trains on so many devices of so many hosts, and on one."""
+    ((want, weights),) = trained(folder, 1, 1)
+    assert len(want) == 3
+    assert sum("moving" in name for name in weights) == 6
+    for devices, hosts in shapes:
+        for rows, found in trained(folder, devices, hosts):
+            for row, expected in zip(rows, want, strict=True):
+                # Keras has losses in float32.
+                assert row == pytest.approx(expected, rel=1e-6)
+            assert found.keys() == weights.keys()
+            for name, other in weights.items():
+                np.testing.assert_allclose(found[name], other, rtol=0, atol=1e-6, err_msg=name)
+
+
+@on_jax
+def test_devices_and_hosts_train_what_one_device_trains(tmp_path):
+    check_shared(tmp_path, ((2, 1), (1, 2), (2, 2)))
+
+
+@on_jax
+@pytest.mark.slow
+def test_four_hosts_train_what_one_device_trains(tmp_path):
+    check_shared(tmp_path, ((1, 4), (4, 1)))
+
+
+@on_jax
+def test_a_step_adds_up_and_exchanges_nothing_else(tmp_path):
+    """The native and the fused operator work on the part of the batch that is there."""
+    trained(tmp_path, 2, 1, f"--xla_dump_to={tmp_path}/dump --xla_dump_hlo_as_text")
+    texts = [f.read_text() for f in (tmp_path / "dump").glob("*after_optimizations.txt")]
+    step = max(texts, key=lambda text: text.count(" all-reduce("))
+    assert step.count(" all-reduce(") > 10
+    assert "involution" in step
+    others = "all-gather", "all-to-all", "collective-permute", "reduce-scatter"
+    assert [name for name in others if f" {name}" in step] == []
+
+
+COMMAND = (
+    "train",
+    "--model",
+    "inn",
+    "--dataset",
+    "digits",
+    "--batch-size",
+    "64",
+    "--backend",
+    "jax",
+)
+
+
+def hosts(folder, count, *more, run="run"):
+    """Processes of a run, whose output goes to files; {host} in what is told is the number."""
+    command = [sys.executable, "-m", "involution_cli", *COMMAND]
+    more += ("--output", f"{folder}/{run}")
+    if count > 1:
+        command += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-hosts", str(count)]
+    for host in range(count):
+        with open(folder / f"host{host}.txt", "w", encoding="utf-8") as file:
+            yield subprocess.Popen(
+                [*command, *(m.format(host=host) for m in more), "--host-id", str(host)],
+                env={**environment(), "JAX_ENABLE_X64": "0"},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+
+def wait_for(folder, text, seconds=240):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if text in (folder / "host0.txt").read_text(encoding="utf-8"):
+            return
+        time.sleep(0.1)
+    raise AssertionError((folder / "host0.txt").read_text(encoding="utf-8"))
+
+
+@on_jax
+def test_hosts_that_are_at_different_runs_are_refused(tmp_path):
+    processes = list(hosts(tmp_path, 2, "--epochs", "1", "--seed", "{host}"))
+    codes = [process.wait(240) for process in processes]
+    assert codes == [2, 2]
+    for host in range(2):
+        assert (tmp_path / f"host{host}.txt").read_text(encoding="utf-8").splitlines()[-1] == (
+            "involution: error: All hosts must have the same images, options and versions. "
+            "Received: others on host 1 than on host 0"
+        )
+
+
+@on_jax
+def test_hosts_that_begin_at_different_checkpoints_are_refused(tmp_path):
+    (alone,) = hosts(tmp_path, 1, "--epochs", "1", run="run0")
+    assert alone.wait(240) == 0
+    processes = list(hosts(tmp_path, 2, "--epochs", "1", "--resume", run="run{host}"))
+    assert [process.wait(240) for process in processes] == [2, 2]
+    for host in range(2):
+        assert (tmp_path / f"host{host}.txt").read_text(encoding="utf-8").splitlines()[-1] == (
+            "involution: error: All hosts must begin at the same checkpoint of one folder. "
+            "Received: others on host 1 than on host 0"
+        )
+    assert not (tmp_path / "run1").exists()
+
+
+@on_jax
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_lost_host_ends_the_run_and_another_number_goes_on(tmp_path, victim):
+    more = "--epochs", "40", "--checkpoint-every", "5"
+    processes = list(hosts(tmp_path, 2, *more))
+    try:
+        wait_for(tmp_path, "epoch 1/40")
+        processes[victim].kill()
+        begun = time.monotonic()
+        survivor = processes[1 - victim].wait(60)
+        assert survivor not in (0, -signal.SIGKILL), survivor
+        assert time.monotonic() - begun < 60
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    time.sleep(1)  # what is said last
+    said = (tmp_path / f"host{1 - victim}.txt").read_text(encoding="utf-8")
+    assert "a host was lost" in said or "one that was lost" in said, said
+    assert "--resume" in said
+    (alone,) = hosts(tmp_path, 1, "--epochs", "40", "--resume", "--checkpoint-every", "5")
+    try:
+        wait_for(tmp_path, "Going on from checkpoint")
+        alone.send_signal(signal.SIGTERM)
+        assert alone.wait(240) == 143
+    finally:
+        alone.kill()
+        alone.wait()
+    history = (pathlib.Path(tmp_path) / "run" / "history.csv").read_text(encoding="utf-8")
+    assert re.search(r"^inn,1,", history, re.MULTILINE)

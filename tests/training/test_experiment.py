@@ -1,0 +1,534 @@
+import csv
+import json
+import pathlib
+import shlex
+import shutil
+import signal
+import sys
+import types
+
+import keras
+import numpy as np
+import pytest
+
+from involution import Involution2D, models
+from involution.data import datasets
+from involution.models import specs
+from involution.saving import classifier as saved_model
+from involution.training import checkpoint, experiment
+from involution.training.experiment import Config, compare
+from involution.utils.errors import InputError
+from tests.support.backends import numpy
+from tests.support.images import write_folder, write_image
+
+FILES = {
+    ".lock",
+    "config.json",
+    "history.csv",
+    "metrics.json",
+    "report.html",
+    "curves.png",
+    "samples.png",
+    "words.png",
+    "heatmaps-inn.png",
+    "cnn.keras",
+    "inn.keras",
+    "checkpoints",
+}
+
+
+class Recorder(experiment.Silent):
+    def __init__(self):
+        self.lines, self.steps, self.totals = [], 0, []
+
+    def say(self, text):
+        self.lines.append(text)
+
+    def start(self, label, total, done=0):
+        self.totals.append((label, total))
+
+    def step(self):
+        self.steps += 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data") / "pets")
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """One short run of both networks: (run, its folder, what the console was told)."""
+    output = tmp_path_factory.mktemp("run") / "new" / "folder"
+    console = Recorder()
+    config = Config(str(folder), epochs=2, batch_size=10)
+    return compare(config, output, console, command="involution compare"), output, console
+
+
+def test_a_run_is_one_folder(run):
+    _, output, _ = run
+    assert {f.name for f in output.iterdir()} == FILES
+
+
+def test_metrics(run):
+    _, output, _ = run
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["dataset"] == "pets"
+    assert metrics["backend"] == keras.config.backend()
+    inn = metrics["models"]["inn"]
+    assert set(inn) >= {
+        "trainable_params",
+        "non_trainable_params",
+        "optimizer_params",
+        "total_params",
+        "bytes",
+        "train_accuracy",
+        "train_loss",
+        "test_accuracy",
+        "test_loss",
+        "best_test_accuracy",
+        "seconds_per_epoch",
+        "seconds",
+    }
+    assert inn["non_trainable_params"] == 6
+    assert inn["optimizer_params"] == 2 * inn["trainable_params"] + 2
+    assert inn["total_params"] == 6 + 3 * inn["trainable_params"] + 2
+    # The optimizer counts its steps in an integer of 4 or 8 bytes.
+    assert inn["bytes"] - 4 * inn["total_params"] in (0, 4)
+    assert inn["seconds"] >= inn["seconds_per_epoch"] > 0
+
+
+def test_history_holds_every_epoch(run):
+    result, output, _ = run
+    rows = list(csv.DictReader((output / "history.csv").read_text().splitlines()))
+    assert [(r["model"], r["epoch"]) for r in rows] == [
+        ("cnn", "1"),
+        ("cnn", "2"),
+        ("inn", "1"),
+        ("inn", "2"),
+    ]
+    assert float(rows[-1]["test_loss"]) == result.metrics["models"]["inn"]["test_loss"]
+
+
+def test_progress_moves_within_an_epoch(run):
+    _, _, console = run
+    # 24 training and 12 test images in batches of 10, two epochs; 36 files read before.
+    assert console.totals == [("reading images", 36), ("cnn", 10), ("inn", 10)]
+    assert console.steps == 36 + 20
+    assert sum("epoch 2/2" in line for line in console.lines) == 2
+
+
+def test_measures_are_means_over_all_images(run, folder):
+    """The last row's test figures, once more from the saved model, by NumPy."""
+    result, output, _ = run
+    loaded = saved_model.load(output / "cnn.keras")
+    dataset = datasets.load(str(folder))
+    scores = loaded.scores(datasets.scale(dataset.x_test))
+    right = scores[np.arange(12), dataset.y_test]
+    metrics = result.metrics["models"]["cnn"]
+    assert metrics["test_loss"] == pytest.approx(-np.log(right).mean(), rel=1e-4)
+    assert metrics["test_accuracy"] == pytest.approx(
+        (scores.argmax(-1) == dataset.y_test).mean(), abs=1e-6
+    )
+
+
+def test_bfloat16_is_what_layers_compute_in_and_not_what_weights_are(folder, tmp_path):
+    config = Config(str(folder), epochs=1, batch_size=10, precision="bfloat16")
+    result = compare(config, tmp_path / "run")
+    assert keras.config.dtype_policy().name == "float32"
+    for one in result.results:
+        model = one.classifier.model
+        assert {layer.compute_dtype for layer in model.layers if layer.weights} == {"bfloat16"}
+        assert {v.dtype for v in model.variables if "seed" not in v.path} == {"float32"}
+        assert all(np.isfinite(row["test_loss"]) for row in one.rows)
+    assert {f.name for f in (tmp_path / "run").iterdir()} == FILES
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == "bfloat16"
+    loaded = saved_model.load(tmp_path / "run" / "inn.keras")
+    scores = loaded.scores(datasets.scale(datasets.load(str(folder)).x_test))
+    np.testing.assert_allclose(scores.sum(-1), 1, atol=1e-5)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(InputError, match=r"one of float32, bfloat16\. Received: float16"):
+        Config(precision="float16")
+
+
+def test_the_same_seed_gives_the_same_history_to_the_byte(run, folder, tmp_path):
+    _, output, _ = run
+    again = compare(Config(str(folder), epochs=2, batch_size=10), tmp_path / "again")
+    assert (tmp_path / "again" / "history.csv").read_bytes() == (
+        output / "history.csv"
+    ).read_bytes()
+    other = compare(Config(str(folder), "cnn", 2, 10, seed=1), tmp_path / "other")
+    assert other.results[0].rows[0]["train_loss"] != again.results[0].rows[0]["train_loss"]
+
+
+def test_a_model_does_not_depend_on_those_before_it(run, folder, tmp_path):
+    result, _, _ = run
+    alone = compare(Config(str(folder), "inn", 2, 10), tmp_path / "alone")
+    expected = {k: v for k, v in result.results[1].rows[-1].items() if k != "seconds"}
+    assert {k: v for k, v in alone.results[0].rows[-1].items() if k != "seconds"} == expected
+
+
+def test_an_image_reaches_the_model_as_in_training_to_the_bit(run, folder):
+    _, output, _ = run
+    classifier = saved_model.load(output / "inn.keras")
+    assert classifier.class_names == ("ant", "bee", "cat")
+    dataset = datasets.load(str(folder))
+    read = classifier.read(folder / "test" / "bee" / "2.png")
+    np.testing.assert_array_equal(read, datasets.scale(dataset.x_test[6:7]))
+
+
+def test_a_saved_model_has_no_optimizer_and_loads_plainly(run):
+    _, output, _ = run
+    model = keras.saving.load_model(output / "inn.keras")
+    assert getattr(model, "optimizer", None) is None
+    assert [layer.name for layer in model.layers if "inv" in layer.name] == [
+        "inv_1",
+        "inv_2",
+        "inv_3",
+    ]
+
+
+@pytest.mark.any_backend
+def test_an_interruption_leaves_what_there_is(folder, tmp_path):
+    class Impatient(Recorder):
+        def step(self):
+            super().step()
+            if self.steps == 36 + 10 + 7:  # in the second epoch of the second model
+                raise KeyboardInterrupt
+
+    output = tmp_path / "run"
+    result = compare(Config(str(folder), "cnn,inn", 2, 10), output, Impatient())
+    assert result.interrupted
+    assert {f.name for f in output.iterdir()} == FILES
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["interrupted"] is True
+    assert [m["epochs"] for m in metrics["models"].values()] == [2, 1]
+    assert "was interrupted" in (output / "report.html").read_text()
+
+
+@pytest.mark.any_backend
+def test_ctrl_c_takes_effect_after_the_step_at_work(folder, tmp_path):
+    class Signalled(Recorder):
+        def step(self):
+            super().step()
+            if self.steps == 40:
+                signal.raise_signal(signal.SIGINT)
+                self.after = self.steps
+
+    console = Signalled()
+    before = signal.getsignal(signal.SIGINT)
+    result = compare(Config(str(folder), epochs=2, batch_size=10), tmp_path / "run", console)
+    assert result.interrupted
+    assert console.steps == console.after == 40
+    assert any("once more to stop at once" in line for line in console.lines)
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.any_backend
+def test_a_run_that_diverges_stops_and_is_reported(folder, tmp_path):
+    def broken(input_shape, classes):
+        model = models.inn(input_shape, classes)
+        model.set_weights([np.full_like(w, np.nan) for w in model.get_weights()])
+        return model
+
+    config = Config(str(folder), epochs=1, batch_size=12)
+    builders = {"cnn": models.cnn, "inn": broken, "never": models.cnn}
+    result = compare(config, tmp_path / "run", builders=builders)
+    assert "Received: nan at step 1, in epoch 1; weights: " in result.failure
+    assert result.failure.endswith("; checkpoint 3 is from before")
+    assert " not finite" in result.failure
+    assert [len(one.rows) for one in result.results] == [1, 0]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["failure"] == result.failure
+    assert metrics["models"]["inn"]["train_loss"] is None
+    assert "This run was stopped." in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.any_backend
+def test_windows_need_not_be_square(folder, tmp_path):
+    def oblong(input_shape, classes):
+        inputs = keras.Input(input_shape)
+        x = Involution2D((3, 5), reduction_ratio=1)(inputs)
+        x = keras.layers.Conv2D(4, 3)(x)
+        x = keras.layers.GlobalAveragePooling2D()(x)
+        return keras.Model(inputs, keras.layers.Dense(classes)(x))
+
+    config = Config(str(folder), epochs=1, batch_size=12)
+    compare(config, tmp_path / "run", builders={"oblong": oblong})
+    assert (tmp_path / "run" / "words.png").is_file()
+
+
+@pytest.mark.any_backend
+def test_an_interruption_before_any_epoch(folder, tmp_path):
+    class AtOnce(Recorder):
+        def step(self):
+            super().step()
+            if self.steps == 37:
+                raise KeyboardInterrupt
+
+    result = compare(Config(str(folder), "inn", 2, 10), tmp_path / "run", AtOnce())
+    assert result.interrupted
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "not reached" in page
+    assert "0 of 1 models finished an epoch" in page
+
+
+def own_model(input_shape, classes, width=4):
+    inputs = keras.Input(input_shape)
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(width, 3)(inputs))
+    return keras.Model(inputs, keras.layers.Dense(classes)(x))
+
+
+class Subclassed(keras.Model):
+    def __init__(self, classes):
+        super().__init__()
+        self.flatten, self.dense = keras.layers.Flatten(), keras.layers.Dense(classes)
+
+    def call(self, inputs):
+        return self.dense(self.flatten(inputs))
+
+
+@pytest.mark.any_backend
+def test_models_of_ones_own_from_python_and_from_a_file(folder, tmp_path):
+    config = Config(str(folder), epochs=1, batch_size=12)
+    result = compare(config, tmp_path / "object", builders={"mine": own_model})
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import keras\n"
+        "def small(input_shape, classes, width=2):\n"
+        "    return keras.Sequential([keras.Input(input_shape), keras.layers.Flatten(),\n"
+        "        keras.layers.Dense(width), keras.layers.Dense(classes)])\n"
+    )
+    label = f"{file}:small:width=3"
+    from_file = compare(Config(str(folder), f"cnn,{label}", 1, 12), tmp_path / "file")
+    assert result.metrics["models"]["mine"]["trainable_params"] == 4 * 28 + 3 * 5
+    expected = 16 * 16 * 3 * 3 + 3 + 3 * 3 + 3
+    assert from_file.metrics["models"][label]["trainable_params"] == expected
+    assert (tmp_path / "file" / from_file.results[1].file).is_file()
+    assert (
+        "None of these models has an involution"
+        in (tmp_path / "object" / "report.html").read_text()
+    )
+
+
+@pytest.mark.any_backend
+def test_variants_take_the_options_of_their_function():
+    builders = specs.parse("cnn, inn:kernel_size=5:kernel_generator=linear")
+    model = builders["inn:kernel_size=5:kernel_generator=linear"]((8, 8, 3), 10)
+    assert model.get_layer("inv_1").kernel_size == (5, 5)
+    assert type(model.get_layer("inv_1").kernel_generator).__name__ == "Linear"
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("resnet", r"one of cnn, inn, .* or a Python file. Received: resnet"),
+        ("", "Received: none"),
+        ("cnn,cnn", "named once"),
+        ("inn:a=1", r"name=value with a name of kernel_size, .*Received: a=1"),
+        ("inn:kernel_size", "Received: kernel_size"),
+        ("missing.py:f", "must exist. Received: missing.py"),
+    ],
+)
+def test_models_that_cannot_be_named(text, match):
+    with pytest.raises(InputError, match=match):
+        specs.parse(text)
+
+
+def test_a_file_without_the_function(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text("x = 1\n")
+    with pytest.raises(InputError, match="must define the function build"):
+        specs.parse(str(file))
+    file.write_text("import nothing_of_that_name\n")
+    with pytest.raises(InputError, match="nothing_of_that_name"):
+        specs.parse(f"{file}:f")
+
+
+def test_a_file_may_define_classes_and_have_colons_in_its_name(tmp_path):
+    file = tmp_path / "a:b.py"
+    file.write_text(
+        "from __future__ import annotations\nimport dataclasses\n"
+        "@dataclasses.dataclass\nclass Sizes:\n    width: int = 3\n"
+        "def f(input_shape, classes, width=1):\n    return (Sizes().width, classes, width)\n"
+    )
+    (builder,) = specs.parse(f"{file}:f:width=2").values()
+    assert builder(None, 7) == (3, 7, 2)
+
+
+def test_files_import_what_is_beside_them(tmp_path, monkeypatch):
+    """Each its own module of one name, at once and in the midst of building."""
+    for folder in ("a", "b"):
+        (tmp_path / folder / "parts").mkdir(parents=True)
+        (tmp_path / folder / "blocks.py").write_text(f"WHERE = {folder!r}\n")
+        (tmp_path / folder / "late.py").write_text("import blocks\nWHERE = blocks.WHERE\n")
+        (tmp_path / folder / "parts" / "deep.py").write_text("import blocks\nW = blocks.WHERE\n")
+        (tmp_path / folder / "own.py").write_text(
+            "import blocks, parts.deep\n"
+            "def build(input_shape, classes, width=1):\n"
+            "    import late, blocks as again\n"
+            "    return blocks is again, blocks.WHERE, late.WHERE, parts.deep.W, width\n"
+        )
+    # An environment below the folder of a file: its packages are imported once.
+    installed = tmp_path / "a" / ".venv" / "installed_once.py"
+    installed.parent.mkdir()
+    installed.write_text("")
+    monkeypatch.syspath_prepend(str(installed.parent))
+    with open(tmp_path / "a" / "own.py", "a") as file:
+        file.write("import installed_once\n")
+    before = list(sys.path)
+    monkeypatch.chdir(tmp_path / "b")
+    builders = specs.parse(f"{tmp_path}/a/own.py,own.py:build:width=3")
+    for _ in range(2):
+        found = [build(None, 2) for build in builders.values()]
+        assert found == [(True, "a", "a", "a", 1), (True, "b", "b", "b", 3)]
+    assert sys.path == before
+    assert sys.modules["installed_once"].__file__ == str(installed)
+    assert "installed_once" not in specs._imported[f"{tmp_path}/a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("import sys\nsys.exit(7)", "7"),
+        ("raise ValueError('two\\nlines')", "two lines"),
+        ("raise KeyError", "KeyError"),
+        ("import sys\nsys.path.clear()\nimport blocks_of_none", "No module named 'blocks_of_none'"),
+    ],
+)
+def test_a_file_that_does_not_run(content, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "own.py").write_text(content)
+    with pytest.raises(InputError) as caught:
+        specs.parse(str(tmp_path / "own.py"))
+    assert str(caught.value) == (f"A model's file must run. Received: {tmp_path}/own.py: {reason}")
+
+
+def test_a_model_whose_name_is_no_text():
+    with pytest.raises(InputError) as caught:
+        specs.parse("cnn,caf\udce9.py")
+    assert str(caught.value) == (
+        "The name of a model must be valid UTF-8, the encoding of reports. "
+        "Received: cnn,caf\\udce9.py"
+    )
+
+
+def test_command_lines_can_be_pasted(monkeypatch):
+    words = ("involution", pathlib.Path("a b/$x's.keras"), pathlib.Path("-x"), "-y", "z")
+    line = specs.command_line(*words)
+    assert shlex.split(line) == ["involution", "a b/$x's.keras", "./-x", "-y", "z"]
+    assert specs.command_line("a", pathlib.Path("b/c.keras")) == "a b/c.keras"
+    monkeypatch.setattr(specs, "os", types.SimpleNamespace(name="nt", sep="\\"))
+    assert specs.command_line(*words) == ("""involution "a b/$x's.keras" .\\-x -y z""")
+
+
+def test_another_floatx_is_refused(run, folder, tmp_path):
+    """It would be the type of what layers get, while config.json says float32."""
+    classifier = run[0].results[0].classifier
+    try:
+        for floatx in ("float16", "bfloat16", "float64"):
+            keras.config.set_floatx(floatx)
+            with pytest.raises(InputError, match=rf"be float32; .*Received: floatx={floatx}$"):
+                compare(Config(str(folder)), tmp_path / "run")
+            with pytest.raises(InputError, match=f"Received: floatx={floatx}$"):
+                classifier.scores(np.zeros((1, 16, 16, 3), "float32"))
+    finally:
+        keras.config.set_floatx("float32")
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_keras_are_recorded_and_the_same_after_a_break(run, folder, tmp_path):
+    _, output, _ = run
+    config = Config(str(folder), epochs=2, batch_size=10)
+    expected = {"floatx": "float32", "epsilon": 1e-7, "image_data_format": "channels_last"}
+    assert json.loads((output / "config.json").read_text())["keras"] == expected
+    shutil.copytree(output, tmp_path / "run")
+    try:
+        keras.config.set_epsilon(1e-5)
+        with pytest.raises(InputError, match=r"Received: Keras's epsilon was 1e-07 and is 1e-05$"):
+            compare(config, tmp_path / "run", resume=True)
+        # A checkpoint of an earlier release has none of them.
+        store = checkpoint.Store(tmp_path / "run")
+        saved = store.latest(print)
+        identity = saved.state["identity"]
+        for name in expected:
+            del identity[f"Keras's {name}"]
+        store.save(saved.arrays, saved.state)
+        again = compare(config, tmp_path / "run", resume=True)
+    finally:
+        keras.config.set_epsilon(1e-7)
+    assert [len(result.rows) for result in again.results] == [2, 2]
+
+
+def test_images_that_are_not_used_are_told(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "pets")
+    (tmp_path / "pets" / "train" / "ant" / "x.bmp").write_bytes(b"")
+    console = Recorder()
+    note = experiment.load(Config(str(tmp_path / "pets")), console).note
+    assert note.endswith(f": 1 .bmp files, as {tmp_path}/pets/train/ant/x.bmp.")
+    assert console.lines == [note]
+
+
+@pytest.mark.parametrize(
+    ("builder", "match"),
+    [
+        (lambda input_shape, classes: 3, "a int, not a Keras model"),
+        (lambda input_shape, classes: own_model(input_shape, 7), r"shape \(None, 7\)"),
+        (lambda input_shape, classes: 1 / 0, "division by zero"),
+        (lambda input_shape, classes: Subclassed(classes), "neither functional nor Sequential"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
+    folder, tmp_path, builder, match
+):
+    with pytest.raises(InputError, match=match):
+        compare(Config(str(folder)), tmp_path / "run", builders={"mine": builder})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("epochs", 0), ("batch_size", -1), ("seed", -1), ("seed", 2**32), ("learning_rate", 0.0)],
+)
+def test_options_out_of_range(option, value):
+    with pytest.raises(InputError, match=f"{option} must be .*Received: {option}={value}"):
+        Config(**{option: value})
+
+
+def test_an_output_that_cannot_be_written(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "x").write_text("kept")
+    for output, match in (
+        (tmp_path / "file" / "x", "writable"),
+        (tmp_path / "file", "new or empty"),
+        (tmp_path / "used", "new or empty"),
+    ):
+        with pytest.raises(InputError, match=match):
+            compare(Config(str(folder)), output)
+    assert (tmp_path / "used" / "x").read_text() == "kept"
+
+
+def test_what_is_no_classifier_is_refused(tmp_path):
+    (tmp_path / "x.keras").write_bytes(b"no zip")
+    plain = own_model((8, 8, 3), 2)
+    plain.save(tmp_path / "plain.keras")
+    for name, match in (
+        ("missing.keras", "missing.keras, which does not exist"),
+        ("x.keras", "written by `involution compare`"),
+        ("plain.keras", "written by `involution compare`"),
+    ):
+        with pytest.raises(InputError, match=match):
+            saved_model.load(tmp_path / name)
+
+
+def test_scores_are_probabilities(tmp_path):
+    classifier = saved_model.Classifier(own_model((8, 8, 3), 3), ("a", "b", "c"), (8, 8, 3))
+    write_image(tmp_path / "x.png", size=(20, 30))
+    image = classifier.read(tmp_path / "x.png")
+    scores = classifier.scores(image)
+    logits = numpy(classifier.model(image)).astype("float64")
+    np.testing.assert_allclose(scores, np.exp(logits) / np.exp(logits).sum(), rtol=1e-5)

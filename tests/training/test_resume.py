@@ -1,0 +1,391 @@
+"""Runs that go on from their checkpoints."""
+
+import errno
+import functools
+import json
+import os
+import pathlib
+import re
+import signal
+
+import keras
+import pytest
+
+from involution import models
+from involution.saving import classifier
+from involution.training import checkpoint, distributed, report
+from involution.training.checkpoint import Store
+from involution.training.experiment import Config, Silent, compare
+from involution.utils import atomic_files
+from involution.utils.errors import InputError, WriteError
+from tests.support.images import write_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data") / "pets")
+
+
+def builder(input_shape, classes, width=4):
+    """With all that has a state: batch normalization, and numbers drawn at random."""
+    inputs = keras.Input(input_shape)
+    x = keras.layers.Conv2D(width, 3)(inputs)
+    x = keras.layers.BatchNormalization()(x)
+    x = keras.layers.Dropout(0.3, seed=1)(keras.layers.ReLU()(x))
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, keras.layers.Dense(classes)(x))
+
+
+@pytest.fixture(autouse=True)
+def unreported(monkeypatch):
+    """Reports take longer than these runs, and are others' to test."""
+    monkeypatch.setattr(report, "write", lambda run, output: None)
+
+
+BUILDERS = {"one": builder, "other": functools.partial(builder, width=5)}
+ONE = {"one": builder}
+STEPS = 20  # of both models, after 36 images were read
+
+
+def config(folder, **more):
+    return Config(str(folder), **{"recipe": "one-cycle", "epochs": 2, "batch_size": 10} | more)
+
+
+def outcome(output, builders=BUILDERS):
+    """All that must not depend on breaks."""
+    weights = {
+        label: [w.tobytes() for w in classifier.load(output / f"{label}.keras").model.get_weights()]
+        for label in builders
+    }
+    metrics = json.loads((output / "metrics.json").read_text())["models"]
+    clock = ("seconds", "seconds_per_epoch")
+    kept = {m: {k: v for k, v in of.items() if k not in clock} for m, of in metrics.items()}
+    return weights, kept, (output / "history.csv").read_bytes()
+
+
+class StopAfter(Silent):
+    def __init__(self, steps, number=None):
+        self.left, self.number, self.lines = 36 + steps, number, []
+
+    def say(self, text):
+        self.lines.append(text)
+
+    def step(self):
+        self.left -= 1
+        if self.left == 0 and self.number is None:
+            raise KeyboardInterrupt
+        if self.left == 0:
+            signal.raise_signal(self.number)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", lambda run, output: None)
+        compare(config(folder), output, builders=BUILDERS)
+    return outcome(output)
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [
+        [2, 6, 4],
+        *(pytest.param(stops, marks=pytest.mark.slow) for stops in ([1] * 20, [10], [20])),
+    ],
+    ids=str,
+)
+def test_a_run_with_breaks_gives_what_it_gives_without(folder, tmp_path, uninterrupted, stops):
+    output = tmp_path / "run"
+    for steps in stops:
+        console = StopAfter(steps)
+        run = compare(config(folder), output, console, BUILDERS, resume=True)
+        assert run.exit_code == 130
+        assert console.left == 0
+    # The console is told how far it was, and no step is done twice.
+    rest = StopAfter(10**6)
+    run = compare(config(folder), output, rest, BUILDERS, resume=True)
+    assert run.exit_code == 0
+    assert 36 + 10**6 - rest.left == 36 + STEPS - sum(stops)
+    assert any(line.startswith("Going on from checkpoint ") for line in rest.lines)
+    assert outcome(output) == uninterrupted
+    # What has ended has nothing left to do.
+    (state,) = (output / checkpoint.FOLDER).iterdir()
+    again = StopAfter(10**6)
+    compare(config(folder), output, again, BUILDERS, resume=True)
+    assert again.left == 10**6
+    assert outcome(output) == uninterrupted
+    assert state.stat().st_size < 5000
+
+
+@pytest.mark.any_backend
+def test_a_damaged_checkpoint_costs_what_came_after_the_one_before(folder, tmp_path, uninterrupted):
+    output = tmp_path / "run"
+    compare(config(folder), output, StopAfter(4), BUILDERS, checkpoint_every=2)
+    newest = max((output / checkpoint.FOLDER).iterdir())
+    newest.write_bytes(newest.read_bytes()[:-100])
+    console = StopAfter(10**6)
+    compare(config(folder), output, console, BUILDERS, resume=True)
+    assert sum(" is damaged, the one before it is taken" in line for line in console.lines) == 1
+    assert outcome(output) == uninterrupted
+
+
+@pytest.mark.any_backend
+def test_a_trained_model_that_was_changed_is_trained_again(folder, tmp_path, uninterrupted):
+    output = tmp_path / "run"
+    compare(config(folder), output, StopAfter(10), BUILDERS)
+    compare(config(folder), output, StopAfter(1), BUILDERS, resume=True)
+    (output / "one.keras").write_bytes(b"hello")
+    console = StopAfter(10**6)
+    compare(config(folder), output, console, BUILDERS, resume=True)
+    assert (
+        sum(
+            "one.keras is not as it was written: it is trained again." in line
+            for line in console.lines
+        )
+        == 1
+    )
+    assert outcome(output) == uninterrupted
+
+
+@pytest.mark.any_backend
+def test_while_one_model_is_trained_again_the_others_stay(folder, tmp_path, uninterrupted):
+    output = tmp_path / "run"
+    compare(config(folder), output, builders=BUILDERS)
+    (output / "one.keras").unlink()
+    compare(config(folder), output, StopAfter(3), BUILDERS, resume=True)
+    rest = StopAfter(10**6)
+    compare(config(folder), output, rest, BUILDERS, resume=True)
+    assert 10**6 - rest.left == STEPS // 2 - 3
+    assert outcome(output) == uninterrupted
+
+
+@pytest.mark.any_backend
+def test_what_is_trained_is_not_changed(folder, tmp_path):
+    output = tmp_path / "run"
+    compare(config(folder), output, builders=ONE)
+    before = sorted(p.read_bytes() for p in output.rglob("*") if p.is_file())
+    more = {"resume": True, "allow_change": True}
+    message = (
+        "What is trained cannot be changed, a new folder can be given. "
+        "Received: one, trained before; epochs was 2 and is 3"
+    )
+    with pytest.raises(InputError, match=f"^{message}"):
+        compare(config(folder, epochs=3), output, builders=BUILDERS, **more)
+    assert sorted(p.read_bytes() for p in output.rglob("*") if p.is_file()) == before
+    # Others can be trained beside it, on the same images in another place.
+    moved = folder.rename(tmp_path / folder.name)
+    try:
+        run = compare(config(moved), output, builders=BUILDERS, **more)
+    finally:
+        moved.rename(folder)
+    assert [len(result.rows) for result in run.results] == [2, 2]
+
+
+def test_another_host_only_reads(folder, tmp_path, monkeypatch):
+    class Another(distributed.Cluster):
+        def share(self, index):
+            return distributed.ALONE.share(index)
+
+    together = Another()
+    object.__setattr__(together, "host", 1)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    output = tmp_path / "run"
+    run = compare(config(folder), output, builders=ONE, together=together)
+    assert [len(result.rows) for result in run.results] == [2]
+    assert not output.exists()
+    with pytest.raises(InputError, match="must be writable"):
+        compare(config(folder), output, builders=ONE)
+
+
+def test_batches_that_the_images_do_not_fill_are_refused_before_anything_is_written(
+    folder, tmp_path
+):
+    with pytest.raises(
+        InputError, match=r"images for a batch in parts, at least 50\. Received: 24"
+    ):
+        compare(config(folder, batch_size=50, accumulate=2), tmp_path / "run", builders=ONE)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lacking", ["lock", "folder"])
+def test_a_disk_without_room_for_a_name(lacking, folder, tmp_path, monkeypatch):
+    def refuse(*arguments, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = tmp_path / "run" / checkpoint.FOLDER
+    make = pathlib.Path.mkdir
+    if lacking == "lock":
+        monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    else:
+        monkeypatch.setattr(
+            "pathlib.Path.mkdir",
+            lambda path, *a, **more: refuse() if path == store else make(path, *a, **more),
+        )
+    place = store if lacking == "folder" else tmp_path / "run" / checkpoint.LOCK
+    with pytest.raises(WriteError, match=rf"written whole\. Received: {place}: No space left"):
+        compare(config(folder), tmp_path / "run", builders=ONE)
+
+
+def test_a_signal_loses_no_step(folder, tmp_path, uninterrupted):
+    output, number = tmp_path / "run", signal.SIGTERM
+    before = signal.getsignal(number)
+    run = compare(config(folder), output, StopAfter(3, number), BUILDERS)
+    assert run.exit_code == 128 + number
+    assert signal.getsignal(number) is before
+    rest = StopAfter(10**6)
+    compare(config(folder), output, rest, BUILDERS, resume=True)
+    assert 10**6 - rest.left == STEPS - 3
+    assert outcome(output) == uninterrupted
+
+
+def test_a_signal_in_the_midst_of_writing(folder, tmp_path, monkeypatch, uninterrupted):
+    output = tmp_path / "run"
+    real, left = os.fsync, 9
+
+    def sync(handle):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            signal.raise_signal(signal.SIGTERM)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    first, rest = StopAfter(10**6), StopAfter(10**6)
+    run = compare(config(folder), output, first, BUILDERS, checkpoint_every=1)
+    assert run.exit_code == 143
+    compare(config(folder), output, rest, BUILDERS, resume=True)
+    done = [10**6 - console.left for console in (first, rest)]
+    assert min(done) > 0
+    assert sum(done) == STEPS
+    assert outcome(output) == uninterrupted
+
+
+@pytest.mark.any_backend
+def test_a_full_disk_costs_what_came_after_the_last_checkpoint(folder, tmp_path, monkeypatch):
+    """Each file that a run writes is in its turn the one for which there is no room."""
+    output, left = tmp_path / "run", 0
+    one = config(folder, epochs=1)
+    compare(one, tmp_path / "whole", builders=ONE)
+    real = os.fsync
+
+    def sync(handle):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    for number in range(1, 100):
+        left, console, failure = number, StopAfter(10**6), None
+        try:
+            compare(one, output, console, ONE, resume=True, checkpoint_every=3)
+        except WriteError as error:
+            failure = str(error)
+        assert not list(output.rglob(f"{atomic_files.PART}*"))
+        if failure is None:
+            break
+        rule, received = failure.split(". Received: ")
+        assert rule == "A file must be written whole"
+        assert received.endswith(": No space left on device")
+        if number > 2:  # 1 and 2 are of the first checkpoint
+            assert re.fullmatch(r"Stopped: checkpoint \d+ is from before\.", console.lines[-1])
+    assert 4 < number < 99
+    assert outcome(output, ONE) == outcome(tmp_path / "whole", ONE)
+
+
+def test_what_a_killed_process_was_writing_is_removed(folder, tmp_path):
+    output = tmp_path / "run"
+    (output / checkpoint.FOLDER).mkdir(parents=True)
+    for place in (output, output / checkpoint.FOLDER):
+        (place / f"{atomic_files.PART}000000000001-1234.safetensors").write_bytes(b"half")
+    run = compare(config(folder, epochs=1), output, builders=ONE, resume=True)
+    assert run.exit_code == 0
+    assert not list(output.rglob(f"{atomic_files.PART}*"))
+    # In a folder that is no run's nothing is touched.
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in (f"{atomic_files.PART}x", "thesis.txt"):
+        (other / name).write_bytes(b"mine")
+    with pytest.raises(InputError, match="must have a whole checkpoint"):
+        compare(config(folder, epochs=1), other, builders=ONE, resume=True)
+    assert (other / f"{atomic_files.PART}x").read_bytes() == b"mine"
+
+
+@pytest.mark.any_backend
+def test_a_change_is_refused_by_name(folder, tmp_path):
+    output = tmp_path / "run"
+    compare(config(folder), output, StopAfter(2), ONE)
+    before = sorted(p.read_bytes() for p in output.rglob("*") if p.is_file())
+    for changed, said in (
+        ({"seed": 1}, "seed was 42 and is 1"),
+        ({"learning_rate": 0.5}, "recipe: learning_rate was 0.018 and is 0.5"),
+        ({"batch_size": 5}, "batch_size was 10 and is 5"),
+        ({"epochs": 3}, "epochs was 2 and is 3"),
+    ):
+        with pytest.raises(InputError, match="all must be as before, or --allow-change") as refusal:
+            compare(config(folder, **changed), output, builders=ONE, resume=True)
+        assert said in str(refusal.value)
+        assert sorted(p.read_bytes() for p in output.rglob("*") if p.is_file()) == before
+    # Another size of batches needs no other weights.
+    run = compare(
+        config(folder, **{"batch_size": 5, "epochs": 3}),
+        output,
+        builders=ONE,
+        resume=True,
+        allow_change=True,
+    )
+    assert [len(result.rows) for result in run.results] == [3]
+
+
+def test_other_images_are_a_change(folder, tmp_path):
+    output = tmp_path / "run"
+    compare(config(folder), output, StopAfter(2), ONE)
+    other = write_folder(tmp_path / "other" / "pets", train=9)
+    with pytest.raises(InputError, match=r"images was \w{64} and is \w{64}"):
+        compare(config(other), output, builders=ONE, resume=True)
+
+
+def test_another_model_is_refused_whatever_is_allowed(folder, tmp_path):
+    output = tmp_path / "run"
+    compare(config(folder), output, StopAfter(2), ONE)
+    with pytest.raises(InputError, match="A checkpoint must be of this model and recipe"):
+        compare(
+            config(folder), output, builders={"one": models.inn}, resume=True, allow_change=True
+        )
+
+
+@pytest.mark.any_backend
+def test_a_folder_without_checkpoints(folder, tmp_path):
+    output = tmp_path / "run"
+    run = compare(config(folder, epochs=1), output, builders=ONE, resume=True)
+    assert len(run.results[0].rows) == 1
+    for path in (output / checkpoint.FOLDER).iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match="must have a whole checkpoint"):
+        compare(config(folder, epochs=1), output, builders=ONE, resume=True)
+    with pytest.raises(InputError, match="must be new or empty"):
+        compare(config(folder, epochs=1), output, builders=ONE)
+    with checkpoint.alone(tmp_path), pytest.raises(InputError, match="must be free"):
+        compare(config(folder), tmp_path, builders=ONE, resume=True)
+
+
+@pytest.mark.any_backend
+def test_steps_between_checkpoints(folder, tmp_path, monkeypatch):
+    saved = []
+    real = Store.save
+
+    def save(self, arrays, state):
+        saved.append(state["at"] and state["at"]["images"])
+        return real(self, arrays, state)
+
+    monkeypatch.setattr(Store, "save", save)
+    compare(config(folder, epochs=1), tmp_path / "a", builders=ONE)
+    assert saved == [None, 0, None]  # at the beginning, after the epoch, after the model
+    saved.clear()
+    compare(config(folder, epochs=1), tmp_path / "b", builders=ONE, checkpoint_every=2)
+    # 24 training and 12 test images in batches of 10.
+    assert saved == [None, 20, 34, 0, None]
+    with pytest.raises(InputError, match="checkpoint_every must be at least 1"):
+        compare(config(folder), tmp_path / "c", checkpoint_every=0)

@@ -1,0 +1,386 @@
+"""Searches with networks so small that a trial takes a moment."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from unittest import mock
+
+import keras
+import optuna
+import pytest
+
+import involution_cli
+from involution.training import experiment, sweep
+from involution.training import trainer as training
+from involution.training.experiment import Config
+from involution.training.sweep import Choices, Plan, Range
+from involution.utils.errors import InputError
+from tests.support.images import write_folder
+from tests.training.test_experiment import Recorder
+
+pytestmark = pytest.mark.any_backend
+
+NETWORK = """
+import keras
+
+def build(input_shape, classes, width=1, kind="relu"):
+    inputs = keras.Input(input_shape)
+    x = keras.layers.GlobalAveragePooling2D()(inputs)
+    x = keras.layers.Dense(width, activation=kind)(x)
+    return keras.Model(inputs, keras.layers.Dense(classes)(x))
+"""
+SEARCH = ("width=2..40", "learning_rate=0.001..0.1")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data") / "pets")
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    file = tmp_path_factory.mktemp("code") / "network.py"
+    file.write_text(NETWORK)
+    return str(file)
+
+
+@pytest.fixture
+def planned(images, network):
+    def plan(search=SEARCH, trials=3, max_parameters=None, **config):
+        given = {"dataset": str(images), "models": network, "epochs": 2, "batch_size": 10}
+        return Plan(Config(**given | config), search, trials, max_parameters)
+
+    return plan
+
+
+def rows(folder):
+    return list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))
+
+
+def values(row):
+    return {k: row[k] for k in ("width", "learning_rate") if k in row}
+
+
+def test_what_a_search_varies(planned):
+    plan = planned(search=("width=3,5-6, 7", "learning_rate=1e-3..0.1", "batch_size=4..8"))
+    assert plan.space == {
+        "width": Choices(("3", "5-6", "7")),
+        "learning_rate": Range(0.001, 0.1),
+        "batch_size": Range(4, 8),
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "width",
+        "width=",
+        "=3",
+        "a b=3",
+        "width=3..",
+        "width=3..3",
+        "width=5..3",
+        "learning_rate=0..1.5",
+        "learning_rate=0.1..inf",
+        "learning_rate=0.1..True",
+    ],
+)
+def test_what_cannot_be_varied(text, planned):
+    with pytest.raises(InputError, match=r"name=a,b,c or name=low\.\.high.* Received: "):
+        planned(search=(text,))
+
+
+def test_plans_that_cannot_be(planned, network):
+    with pytest.raises(InputError, match="searched once"):
+        planned(search=("width=1,2", "width=3,4"))
+    with pytest.raises(InputError, match="at least one value to vary"):
+        planned(search=())
+    with pytest.raises(InputError, match=r"An option of .* must be name=value .* depth=0"):
+        planned(search=("depth=1,2",))
+    with pytest.raises(InputError, match="One model is searched"):
+        planned(models=f"inn,{network}")
+    with pytest.raises(InputError, match=r"trials must be at least 1\. Received: trials=0"):
+        planned(trials=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "received"),
+    [
+        ("learning_rate=0.001,0.003x", "learning_rate must be numbers. Received: 0.003x"),
+        ("learning_rate=0.1,1-2", r"learning_rate must be numbers. Received: \(1, 2\)"),
+        ("weight_decay=0.1,True", "weight_decay must be numbers. Received: True"),
+        ("weight_decay=0.1,-1", "weight_decay must be at least 0. Received: weight_decay=-1"),
+        ("batch_size=32.0,64", "batch_size must be whole numbers. Received: 32.0"),
+        ("batch_size=8..32.5", "batch_size must be whole numbers. Received: 32.5"),
+        ("batch_size=0..8", "batch_size must be at least 1. Received: batch_size=0"),
+    ],
+)
+def test_values_that_no_training_takes(text, received, planned):
+    with pytest.raises(InputError, match=received):
+        planned(search=(text,))
+
+
+def test_the_largest_seed(planned, tmp_path):
+    plan = planned(seed=2**32 - 1, trials=1, epochs=1)
+    assert sweep.run(plan, tmp_path).trials == 1
+
+
+def test_a_folder_of_something_else_is_left_alone(planned, tmp_path):
+    (tmp_path / "report.html").write_text("of a run")
+    for url in (None, f"sqlite:///{tmp_path / 'study.db'}"):
+        with pytest.raises(
+            InputError, match=r"must be new, empty or a search's\. Received: .*, wit"
+        ):
+            sweep.run(planned(), tmp_path, url)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_model_that_memory_does_not_hold_is_passed_over(planned, tmp_path, monkeypatch):
+    errors = {4: MemoryError("Unable to allocate 5 GiB"), 5: RuntimeError("of another kind")}
+    trainer = training.Trainer
+
+    def failing(model, *rest):
+        error = errors.get(model.layers[-2].units)
+        if error is not None:
+            raise error
+        return trainer(model, *rest)
+
+    monkeypatch.setattr(training, "Trainer", failing)
+    console = Recorder()
+
+    def search(widths):
+        plan = planned(search=(f"width={widths}",), trials=9, epochs=1)
+        return sweep.run(plan, tmp_path / "run", console=console).trials
+
+    with pytest.raises(RuntimeError, match="of another kind"):
+        search("3,4,5,6")
+    # It is not tried again.
+    assert search("3,4,5,6") == 2
+    assert {row["width"] for row in rows(tmp_path / "run")} == {"3", "6"}
+    lacks = [line for line in console.lines if "memory does not suffice: Unable to all" in line]
+    assert len(lacks) == 1
+
+
+def test_passwords_are_not_shown(planned, tmp_path):
+    url = "nonsense://me:s3cret@host/name"
+    with pytest.raises(InputError, match=r"Received: nonsense://me:\*\*\*@host/name") as refusal:
+        sweep.run(planned(), tmp_path, url)
+    assert "s3cret" not in str(refusal.value)
+    for text in (f"involution sweep --study {url}", "x://host/name", None):
+        hidden = sweep._hidden(text or "", url if text else None)
+        assert hidden == (text or "").replace("s3cret", "***")
+
+
+def test_a_search_and_its_report(planned, images, network, tmp_path):
+    console = Recorder()
+    plan = planned(trials=4, recipe="one-cycle")
+    done = sweep.run(plan, tmp_path / "new" / "folder", console=console, command="involution sweep")
+    folder = tmp_path / "new" / "folder"
+    found = rows(folder)
+    assert done.trials == len(found) == 4
+    assert done.exit_code == 0
+    accuracies = [float(r["accuracy"]) for r in found if r["state"] == "complete"]
+    assert done.accuracy == pytest.approx(max(accuracies), abs=1e-4)
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert values(found[0]) == {k: str(v) for k, v in done.best.items()}
+    for row in found:
+        width = int(row["width"])
+        assert int(row["parameters"]) == 3 * width + width + 3 * width + 3
+        assert 0.001 <= float(row["learning_rate"]) <= 0.1
+    page = (folder / "report.html").read_text()
+    # 24 training images, of which 2 are held out.
+    assert "on the 2 training" in page.replace("\n", " ")
+    assert page.count("data:image/png;base64,") >= 2
+    assert sum("accuracy" in line for line in console.lines) == 4
+    command = plan.command(done.best)
+    assert command.replace("&#39;", "'") in page.replace("&#39;", "'")
+    function, bound, _ = involution_cli.app.parse_args(
+        command.split()[1:], exit_on_error=False, print_error=False
+    )
+    assert function is involution_cli.train
+    recipe = bound.arguments["recipe"]
+    assert bound.arguments["model"] == f"{network}:width={done.best['width']}"
+    assert recipe.learning_rate == done.best["learning_rate"]
+    assert (recipe.dataset, recipe.recipe, recipe.batch_size) == (str(images), "one-cycle", 10)
+    assert recipe.validation is None
+    assert recipe.backend == keras.config.backend()
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "widths", "drawn"),
+    [
+        ((0.5,), (3,), 0),
+        ((0.5, 0.5, 0.5), (3, 4, 5), 2),  # nothing mattered
+        ((0.5, 0.6, 0.7), (3, 3, 3), 2),  # nothing was varied
+        ((0.5, 0.6, 0.7), (3, 4, 5), 4),
+    ],
+)
+def test_figures_show_what_there_is(accuracies, widths, drawn):
+    study = optuna.create_study(direction="maximize")
+    distributions = {
+        "width": optuna.distributions.IntDistribution(2, 9),
+        "kind": optuna.distributions.CategoricalDistribution(("relu", "silu")),
+    }
+    for accuracy, width in zip(accuracies, widths, strict=True):
+        trial = optuna.trial.create_trial(
+            params={"width": width, "kind": "silu"},
+            distributions=distributions,
+            value=accuracy,
+            intermediate_values={1: 0.1, 2: accuracy},
+        )
+        study.add_trial(trial)
+    figures = sweep._figures(study, study.trials)
+    assert len(figures) == drawn
+    assert all(f.startswith("data:image/png;base64,") for f in figures.values())
+
+
+def test_it_goes_on_where_it_ended(planned, tmp_path):
+    sweep.run(planned(trials=2), tmp_path)
+    first = rows(tmp_path)
+    console = Recorder()
+    assert sweep.run(planned(trials=2), tmp_path, console=console).trials == 2
+    assert not any(label.startswith("trial") for label, _ in console.totals)
+    sweep.run(planned(trials=5), tmp_path)
+    later = {r["trial"]: r for r in rows(tmp_path)}
+    assert len(later) == 5
+    assert all(later[r["trial"]] == r for r in first)
+    # Whether images may be fetched is no matter of the search.
+    assert sweep.run(planned(trials=5, download=True), tmp_path).trials == 5
+    with pytest.raises(InputError, match=r"Received: another epochs \(3, not 2\)"):
+        sweep.run(planned(epochs=3), tmp_path)
+    assert len(rows(tmp_path)) == 5
+
+
+def test_every_trial_is_another_and_a_search_ends_when_all_are_tried(planned, tmp_path):
+    console = Recorder()
+    plan = planned(search=("width=2,3", "kind=relu,tanh"), trials=30, epochs=1)
+    assert sweep.run(plan, tmp_path, console=console).trials == 4
+    assert {(r["width"], r["kind"]) for r in rows(tmp_path)} == {
+        (w, k) for w in "23" for k in ("relu", "tanh")
+    }
+    assert "exhausted" in console.lines[-1]
+
+
+def test_what_is_too_large_or_no_model_is_not_tried(planned, tmp_path, monkeypatch):
+    build = mock.Mock(wraps=experiment.build)
+    monkeypatch.setattr(experiment, "build", build)
+    # 7 w + 3 parameters, and no activation of that name.
+    plan = planned(
+        search=("width=4,5,6", "kind=relu,nothing"), trials=9, max_parameters=38, epochs=1
+    )
+    sweep.run(plan, tmp_path)
+    # However often a model is proposed, it is built once.
+    labels = [call.args[0] for call in build.call_args_list]
+    assert len(labels) == len(set(labels))
+    assert sorted((r["width"], r["kind"]) for r in rows(tmp_path)) == [("4", "relu"), ("5", "relu")]
+    assert "proposals were not tried" in (tmp_path / "report.html").read_text()
+
+
+def test_batches_that_cannot_be_accumulated_are_not_tried(planned, tmp_path):
+    # Of 24 training images 2 are held out.
+    plan = planned(search=("batch_size=4,6,8,24",), models="cnn", trials=4, epochs=1, accumulate=4)
+    sweep.run(plan, tmp_path)
+    assert sorted(r["batch_size"] for r in rows(tmp_path)) == ["4", "8"]
+
+
+def test_an_interruption_gives_the_trial_back(planned, tmp_path):
+    class Impatient(Recorder):
+        def step(self):
+            super().step()
+            if self.steps == 36 + 7 + 3:
+                raise KeyboardInterrupt
+
+    console = Impatient()
+    assert sweep.run(planned(), tmp_path, console=console).exit_code == 130
+    begun = [line for line in console.lines if "width" in line]
+    again = Recorder()
+    assert sweep.run(planned(), tmp_path, console=again).trials == 3
+    repeated = [line for line in again.lines if "width" in line]
+    # What was asked for in the trial that was cut short.
+    assert begun[-1].split(": ")[1] == repeated[0].split(": ")[1]
+    assert len({tuple(values(r).items()) for r in rows(tmp_path)}) == 3
+
+
+PROCESS = """
+import os, signal, sys
+from involution import sweep
+from involution.training.experiment import Config, Silent
+from involution.training.sweep import Plan
+
+class Console(Silent):
+    steps = 0
+    def step(self):
+        self.steps += 1
+        if self.steps == {killed_at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def say(self, text):
+        print(text, flush=True)
+
+config = Config({images!r}, {network!r}, epochs=2, batch_size=10)
+sweep.run(Plan(config, {search!r}, 6), {folder!r}, {url!r}, Console())
+"""
+
+
+def process(folder, images, network, killed_at=0, url=None):
+    code = PROCESS.format(
+        images=str(images),
+        network=network,
+        search=SEARCH,
+        folder=str(folder),
+        killed_at=killed_at,
+        url=url,
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes are told apart as POSIX does")
+@pytest.mark.parametrize("storage", ["journal", "database"])
+def test_two_processes_share_a_study_and_one_is_killed(storage, images, network, tmp_path):
+    url = None if storage == "journal" else f"sqlite:///{tmp_path / 'study.db'}"
+    killed = process(tmp_path, images, network, killed_at=36 + 3, url=url)
+    other = process(tmp_path, images, network, url=url)
+    begun = killed.communicate()[0]
+    assert killed.returncode == -signal.SIGKILL
+    lost = begun.splitlines()[-1].split(": ")[1]
+    restarted = process(tmp_path, images, network, url=url)
+    said = other.communicate()[0] + restarted.communicate()[0]
+    assert (other.returncode, restarted.returncode) == (0, 0)
+    assert said.count("was cut short: it will be repeated") == 1
+    assert sum(lost in line for line in said.splitlines()) == 1
+    found = rows(tmp_path)
+    assert len(found) == 6
+    assert len({tuple(values(r).items()) for r in found}) == 6
+
+
+def test_a_study_that_cannot_be_opened(planned, tmp_path):
+    for url in ("nonsense", f"sqlite:///{tmp_path}/no/folder/study.db", "postgres://host/name"):
+        with pytest.raises(InputError, match=r"A study must be a journal .* Received: "):
+            sweep.run(planned(), tmp_path / "run", url)
+    (tmp_path / "run" / sweep.JOURNAL).write_text(json.dumps({"not": "a journal"}) + "\n")
+    with pytest.raises(InputError, match="A study must be a journal"):
+        sweep.run(planned(), tmp_path / "run")
+
+
+def test_the_command(planned, images, network, tmp_path, capsys):
+    output = pathlib.Path(tmp_path, "run")
+    words = ["sweep", *SEARCH, "--model", network, "--trials", "2", "--epochs", "1"]
+    words += ["--dataset", str(images), "--output", str(output)]
+    involution_cli.app(words, exit_on_error=False, print_error=False, result_action="return_value")
+    said = capsys.readouterr().out
+    assert f"Report: {output / 'report.html'}" in said
+    assert "involution train" in said
+    assert {f.name for f in output.iterdir()} == {
+        "log.txt",
+        "report.html",
+        "study.journal",
+        "trials.csv",
+    }

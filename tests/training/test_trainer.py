@@ -1,0 +1,314 @@
+"""Recipes: what the rate, the decay and the mirror do, and what is held out."""
+
+import dataclasses
+import json
+
+import keras
+import numpy as np
+import pytest
+
+from involution.data import datasets
+from involution.training import experiment
+from involution.training import trainer as training
+from involution.training.trainer import RECIPES, Recipe, Trainer
+from involution.utils.errors import InputError
+from tests.support.backends import numpy
+from tests.support.images import write_folder
+
+
+def dataset(count=10):
+    random = np.random.default_rng(0)
+    x = random.integers(0, 256, (count, 4, 5, 3)).astype("uint8")
+    return datasets.Dataset(
+        "noise", "", x, np.arange(count) % 2, x[:3], np.arange(3) % 2, ("a", "b")
+    )
+
+
+def network():
+    layers = keras.layers
+    return keras.Sequential(
+        [keras.Input((4, 5, 3)), layers.Flatten(), layers.Dense(2), layers.BatchNormalization()]
+    )
+
+
+def test_one_cycle_rises_from_a_25th_and_falls_to_nothing():
+    optimizer = RECIPES["one-cycle"].optimizer(100)
+    rates = []
+    for step in range(101):
+        optimizer.iterations.assign(step)
+        rates.append(float(numpy(optimizer.learning_rate)))
+    assert rates[0] == pytest.approx(0.018 / 25)
+    assert int(np.argmax(rates)) == 25
+    assert rates[25] == pytest.approx(0.018)
+    assert rates[100] == pytest.approx(0, abs=1e-9)
+    assert (np.diff(rates[:26]) > 0).all()
+    assert (np.diff(rates[25:]) < 0).all()
+
+
+def test_imagenet_rises_for_five_of_130_epochs():
+    recipe = RECIPES["imagenet"]
+    # 626 steps are an epoch of 1,281,167 images.
+    optimizer = recipe.optimizer(130 * 626)
+    for epoch, rate in ((0, 0.2), (2.5, 0.5), (5, 0.8), (67.5, 0.4), (130, 0)):
+        optimizer.iterations.assign(round(epoch * 626))
+        assert float(numpy(optimizer.learning_rate)) == pytest.approx(rate, abs=1e-6)
+    # The same where a batch goes through in eight parts, which Keras counts.
+    optimizer = dataclasses.replace(recipe, accumulate=8).optimizer(130 * 626)
+    optimizer._iterations.assign(round(67.5 * 626) * 8 + 7)
+    assert float(numpy(optimizer.learning_rate)) == pytest.approx(0.4, abs=1e-6)
+
+
+def test_means_are_of_what_was_trained_on_before_a_break():
+    """More devices may leave over images that were trained on."""
+
+    class BreakError(Exception):
+        pass
+
+    def step():
+        if one.at.test_images:
+            raise BreakError
+
+    recipe = dataclasses.replace(RECIPES["example"], batch_size=5)
+    one, other = (Trainer(network(), dataset(), recipe, 1, 0) for _ in range(2))
+    with pytest.raises(BreakError):
+        list(one.epochs(step))
+    other._images = 8
+    other.restore(one.arrays(), dataclasses.replace(one.at))
+    (row,) = other.epochs()
+    assert row["train_loss"] == one.at.train_loss / 10
+    assert row["train_accuracy"] == one.at.train_accuracy / 10
+
+
+def test_sgd_is_that_of_the_paper():
+    """PyTorch's formula, written out: decay in the gradient, of all weights; Nesterov."""
+    random = np.random.default_rng(0)
+    variable = keras.Variable(random.normal(size=(3, 2)), dtype="float64", name="bias")
+    want, velocity = numpy(variable.value).copy(), 0.0
+    optimizer = dataclasses.replace(RECIPES["imagenet"], warm_up=None).optimizer(10)
+    for _ in range(4):
+        gradient = random.normal(size=(3, 2))
+        optimizer.apply([keras.ops.convert_to_tensor(gradient, "float64")], [variable])
+        decayed = gradient + 1e-4 * want
+        velocity = 0.9 * velocity + decayed
+        want = want - 0.8 * (decayed + 0.9 * velocity)
+    np.testing.assert_allclose(numpy(variable.value), want, atol=1e-6)
+
+
+def test_smoothed_labels_are_for_training_alone():
+    images = dataset()
+    recipe = Recipe(1e-3, label_smoothing=0.1)
+    trainer = Trainer(network(), images, recipe, 1, 0)
+    np.testing.assert_allclose(
+        trainer._seen(np.array([0, 1])).labels, [[0.95, 0.05], [0.05, 0.95]], rtol=1e-6
+    )
+    np.testing.assert_allclose(trainer._tested(np.array([1, 0])).labels, [[0, 1], [1, 0]])
+    (row,) = trainer.epochs()
+    logits = trainer.network(datasets.scale(images.x_test), training=False)
+    odds = keras.ops.log_softmax(logits)
+    loss = -np.mean(numpy(odds)[np.arange(3), images.y_test])
+    assert row["test_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def weights(model):
+    return [numpy(v.value).copy() for v in model.variables]
+
+
+def without_normalization():
+    keras.utils.set_random_seed(2)
+    layers = keras.layers
+    return keras.Sequential([keras.Input((4, 5, 3)), layers.Flatten(), layers.Dense(2)])
+
+
+@pytest.mark.parametrize("name", ["example", "one-cycle", "sgd"])
+def test_accumulated_parts_are_one_batch(name):
+    recipe = RECIPES.get(name, Recipe(0.1, 0.01, warm_up=0.5, sgd=True, clip_norm=0.3))
+    found = []
+    for accumulate in (1, 4):
+        asked = dataclasses.replace(recipe, batch_size=8, accumulate=accumulate)
+        trainer = Trainer(without_normalization(), dataset(16), asked, 3, 0)
+        assert trainer.batch_size == 8 // accumulate
+        rows = list(trainer.epochs())
+        found.append((rows, weights(trainer.network)))
+    (rows, one), (others, parts) = found
+    for a, b in zip(one, parts, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    for row, other in zip(rows, others, strict=True):
+        assert row["test_loss"] == pytest.approx(other["test_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_mean_of_the_weights_is_what_is_tested_and_left(accumulate):
+    images = dataset(12)
+    recipe = Recipe(0.05, batch_size=4, ema=0.8, accumulate=accumulate)
+    trainer = Trainer(without_normalization(), images, recipe, 2, 0)
+    passes, mean, tested = 0, None, []
+
+    def follow():
+        nonlocal passes, mean
+        values = weights(trainer._trained)
+        if trainer.at.images > len(images.x_train):
+            tested.append(values)
+            for own, expected in zip(values, mean, strict=True):
+                np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-7)
+            return
+        # The first whole batch of parts begins it.
+        passes += 1
+        keep = 0.8 ** (1 / accumulate) if passes > accumulate else 0.0
+        mean = [keep * m + (1 - keep) * v for m, v in zip(mean or values, values, strict=True)]
+
+    list(trainer.epochs(follow))
+    assert len(tested) == 2 * -(-3 // trainer.batch_size)
+    for own, expected in zip(weights(trainer.network), mean, strict=True):
+        np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_every_part_of_a_recipe_can_be_gone_on_with(tmp_path):
+    """From any step, in the midst of a batch's parts and of testing too."""
+    pets = write_folder(tmp_path / "pets", size=(12, 9), train=4, test=3)
+    images = datasets.load(str(pets), (6, 8), crop=0.875)
+    recipe = dataclasses.replace(
+        RECIPES["imagenet"], learning_rate=0.05, batch_size=4, accumulate=2, ema=0.7, clip_norm=1.0
+    )
+
+    def made():
+        keras.utils.set_random_seed(2)
+        layers = keras.layers
+        model = keras.Sequential(
+            [
+                keras.Input((6, 8, 3)),
+                layers.Flatten(),
+                layers.Dense(3),
+                layers.BatchNormalization(),
+                layers.Dropout(0.2),
+            ]
+        )
+        return Trainer(model, images, recipe, 2, 1)
+
+    saved = []
+    whole = made()
+
+    def save():
+        arrays = {name: array.copy() for name, array in whole.arrays().items()}
+        saved.append((dataclasses.replace(whole.at), arrays))
+
+    def without_time(rows):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    rows = without_time(whole.epochs(save))
+    expected = weights(whole.network)
+    assert len(saved) == whole.steps == 2 * (6 + 5)
+    for at, arrays in saved[::3]:
+        again = made()
+        again.restore(arrays, dataclasses.replace(at))
+        assert without_time(again.epochs())[-1] == rows[-1]
+        for own, other in zip(weights(again.network), expected, strict=True):
+            np.testing.assert_array_equal(own, other)
+
+
+def test_the_example_has_one_rate_and_no_decay():
+    optimizer = RECIPES["example"].optimizer(100)
+    assert isinstance(optimizer, keras.optimizers.Adam)
+    assert not isinstance(optimizer, keras.optimizers.AdamW)
+    assert float(numpy(optimizer.learning_rate)) == pytest.approx(1e-3)
+    assert optimizer.weight_decay is None
+
+
+def test_biases_and_normalizations_do_not_decay():
+    model = network()
+    for variable in model.trainable_variables:
+        variable.assign(np.ones(variable.shape))
+    optimizer = Recipe(0.5, weight_decay=0.1).optimizer(10)
+    gradients = [keras.ops.zeros(v.shape) for v in model.trainable_variables]
+    optimizer.apply(gradients, model.trainable_variables)
+    values = {v.name: numpy(v.value) for v in model.trainable_variables}
+    assert set(values) == {"kernel", "bias", "gamma", "beta"}
+    for name, value in values.items():
+        np.testing.assert_allclose(value, 1 - 0.5 * 0.1 if name == "kernel" else 1, rtol=1e-6)
+
+
+def test_some_images_are_seen_in_a_mirror():
+    images = dataset()
+    before = images.x_train.copy()
+    trainer = Trainer(network(), images, Recipe(1e-3, batch_size=4), 1, 0)
+    seen = []
+
+    class Compiled:
+        def train_on_batch(self, x, y, return_dict):
+            seen.append(x)
+            return {"loss": 0.5, "accuracy": 1.0}
+
+    trainer._compiled = Compiled()
+    order, mirrored = np.random.default_rng(1).permutation(10), np.arange(10) % 3 == 0
+    assert trainer.train(order, mirrored) == (0.5, 1.0)
+    expected = before[order] / np.float32(255)
+    turned = mirrored[order]
+    expected[turned] = expected[turned][:, :, ::-1]
+    np.testing.assert_array_equal(np.concatenate(seen), expected)
+    np.testing.assert_array_equal(images.x_train, before)
+
+
+def test_the_mirror_is_a_function_of_seed_and_epoch():
+    first = datasets.mirrored(4000, 1, 1)
+    np.testing.assert_array_equal(first, datasets.mirrored(4000, 1, 1))
+    assert 0.45 < first.mean() < 0.55
+    assert (first != datasets.mirrored(4000, 1, 2)).any()
+    assert (first != datasets.mirrored(4000, 2, 1)).any()
+
+
+def test_what_is_held_out():
+    images = dataset()
+    held = images.validation(3)
+    assert len(held.x_train) == 7
+    assert len(held.x_test) == 3
+    both = np.concatenate([held.x_train, held.x_test])
+    assert {x.tobytes() for x in both} == {x.tobytes() for x in images.x_train}
+    np.testing.assert_array_equal(held.x_test, dataset().validation(3).x_test)
+    labels = dict(zip([x.tobytes() for x in images.x_train], images.y_train, strict=True))
+    assert [labels[x.tobytes()] for x in held.x_test] == list(held.y_test)
+    assert held.name == "noise, 3 of its training images held out"
+    for count in (0, 10):
+        with pytest.raises(InputError, match=rf"from 1 to 9\. Received: {count}"):
+            images.validation(count)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "received"),
+    [
+        ({"recipe": "magic"}, "one of example, one-cycle, imagenet. Received: magic"),
+        ({"weight_decay": -0.1}, "at least 0. Received: weight_decay=-0.1"),
+        ({"weight_decay": float("nan")}, "at least 0. Received: weight_decay=nan"),
+        ({"learning_rate": 0.0}, "above 0. Received: learning_rate=0.0"),
+        ({"validation": 0}, "at least 1. Received: validation=0"),
+        ({"accumulate": 0}, "at least 1. Received: accumulate=0"),
+        ({"ema": 1.0}, "above 0 and below 1. Received: ema=1.0"),
+    ],
+)
+def test_bad_values_are_refused(arguments, received):
+    with pytest.raises(InputError, match=received):
+        experiment.Config(**arguments)
+
+
+def test_a_recipe_and_what_else_is_asked_for():
+    images = dataset()
+    asked = experiment.Config(recipe="one-cycle", weight_decay=0.0, batch_size=5)
+    assert asked.recipe_for(images) == dataclasses.replace(
+        RECIPES["one-cycle"], weight_decay=0.0, batch_size=5
+    )
+    # The data set's batch where the recipe has none.
+    assert experiment.Config().recipe_for(images) == Recipe(1e-3, batch_size=images.batch_size)
+
+
+def test_a_run_says_how_it_was_trained(tmp_path):
+    pets = write_folder(tmp_path / "pets")
+    config = experiment.Config(
+        str(pets), "inn:head=convolutional", 2, recipe="one-cycle", validation=4, batch_size=8
+    )
+    run = experiment.compare(config, tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert told["training"] == dataclasses.asdict(run.recipe)
+    assert told["training"]["flip"] is True
+    assert told["images"] == {"train": len(run.dataset.x_train), "test": 4}
+    assert "4 of its training images held out" in run.metrics["dataset"]
+    (metrics,) = run.metrics["models"].values()
+    assert metrics["multiply_adds"] > 0
+    assert training.MEASURES[0] in metrics

@@ -1,0 +1,171 @@
+"""What a configuration would build is known before it takes memory."""
+
+import contextlib
+import json
+import sys
+import threading
+import tracemalloc
+
+import keras
+import numpy as np
+import pytest
+
+import involution
+from involution.saving import classifier
+from involution.utils import memory
+from involution.utils.abstract_build import MOST_LAYERS, SPARE, outline
+from involution.utils.errors import InputError
+from tests.support import hostile_configs
+from tests.support.backends import numpy
+from tests.support.syscall_watch import held
+
+L = keras.layers
+MOST = 64 * 2**20
+
+
+def message(function, *arguments):
+    with pytest.raises(ValueError, match=r"\d") as caught:
+        outline(function, *arguments)
+    return str(caught.value)
+
+
+def dense(units):
+    L.Dense(units).build((None, 1000))
+
+
+def test_variables_that_end_up_in_no_model_are_counted():
+    stored = 10**6
+    fits = (2 * stored + SPARE) // 1001
+    outline(lambda: dense(fits), stored)
+    assert message(lambda: dense(fits + 1), stored).endswith("or more, where 1,000,000 are stored")
+    # All together, and of every kind.
+    assert "where 0 are" in message(lambda: [dense(1000) for _ in range(9)], 0)
+    assert "where 0 are" in message(lambda: L.Embedding(10**6, 10).build(), 0)
+    # Nobody counts where nothing is said of what is stored, nor afterwards.
+    outline(lambda: dense(10**9))
+    assert keras.Variable.__init__.__name__ == keras.Operation.__init__.__name__ == "__init__"
+    dense(10)
+
+
+def test_layers_that_end_up_in_no_model_are_counted():
+    outline(lambda: [L.ReLU() for _ in range(MOST_LAYERS)])
+    said = message(lambda: [L.ReLU() for _ in range(MOST_LAYERS + 1)])
+    assert said == f"more than {MOST_LAYERS:,} layers"
+
+
+def test_only_what_a_thread_makes_itself_is_counted():
+    def with_others():
+        # An outline within: it counts for itself.
+        outline(lambda: dense(5000))
+        other = threading.Thread(target=lambda: [L.ReLU() for _ in range(MOST_LAYERS + 1)])
+        other.start()
+        other.join()
+        dense(10)
+        return "made"
+
+    assert outline(with_others, 0) == "made"
+
+
+def test_nothing_is_computed():
+    def build():
+        return keras.ops.zeros((10**6, 10**6)).shape
+
+    assert tuple(outline(build)) == (10**6, 10**6)
+
+
+@pytest.mark.parametrize("generator", [None, "PairwiseAttention"])
+def test_a_window_takes_no_memory_before_it_is_used(generator):
+    if generator is not None:
+        generator = getattr(involution.kernel_generators, generator)()
+    tracemalloc.start()
+    try:
+        layer = involution.Involution2D(2001, kernel_generator=generator, padding="symmetric")
+        shape = layer.compute_output_shape((None, 9, 8, 16))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert shape == (None, 9, 8, 16)
+    assert peak < 2**22
+
+
+def test_a_refusal_for_any_number_of_channels_ends():
+    with pytest.raises(ValueError, match="one of 1, 2, 4, 5"):
+        involution.Involution2D(3, groups=3).build((None, 8, 8, 10**15))
+
+
+# Layers that make variables in ways of their own, or none; all others are slow together.
+KINDS = [
+    "Dense",
+    "EinsumDense",
+    "Embedding",
+    "Bidirectional",
+    "StackedRNNCells",
+    "MultiHeadAttention",
+    "UpSampling2D",
+    "Involution2D",
+    "pairwise",
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for memory")
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in KINDS)) for n in hostile_configs.NAMES],
+)
+def test_no_number_of_a_file_takes_memory(name, tmp_path):
+    parts = hostile_configs.parts(hostile_configs.honest(name), tmp_path)
+    classifier.load_model(tmp_path / "honest.keras")
+    config = json.loads(parts["config.json"])
+    tried = list(hostile_configs.blown_up(config, ("config", "build_config")))
+    assert len(tried) > 2 or name not in KINDS
+    for where, changed in tried:
+        path = hostile_configs.write(tmp_path / "x.keras", parts, changed)
+        memory.give_back()
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak begins anew
+        before = held()
+        with contextlib.suppress(InputError):
+            classifier.load_model(path)
+        assert held("VmHWM") - before < MOST, where
+
+
+def lora():
+    model = keras.Sequential([keras.Input((6,)), L.Dense(5), L.Dense(2)])
+    model.layers[0].enable_lora(3)
+    return model
+
+
+def cells():
+    states = [keras.Input((n,)) for n in (4, 4)]
+    inputs = keras.Input((3,))
+    return keras.Model([inputs, *states], L.LSTMCell(4)(inputs, states)[0])
+
+
+def shared():
+    inputs = [keras.Input((4,)), keras.Input((4,))]
+    layer = L.Dense(3, kernel_initializer="orthogonal")
+    return keras.Model(inputs, 1 - layer(inputs[0]) * 2.0 + layer(inputs[1])[:, :1])
+
+
+def nested():
+    inner = keras.Sequential([keras.Input((6, 5, 3)), L.Conv2D(4, 3), L.SpatialDropout2D(0.1)])
+    inputs = keras.Input((6, 5, 3))
+    twice = keras.Model(inputs, L.Concatenate()([inner(inputs), inner(inputs)]))
+    outer = keras.Input((6, 5, 3))
+    return keras.Model(outer, L.TimeDistributed(L.Dense(2))(twice(outer)))
+
+
+def recurrent():
+    stack = L.RNN(L.StackedRNNCells([L.GRUCell(3), L.SimpleRNNCell(2)]), return_sequences=True)
+    return keras.Sequential([keras.Input((5, 3)), stack, L.Bidirectional(L.LSTM(2))])
+
+
+@pytest.mark.parametrize("make", [lora, cells, shared, nested, recurrent])
+def test_honest_models_are_read(make, tmp_path):
+    model = make()
+    model.save(tmp_path / "x.keras")
+    again = classifier.load_model(tmp_path / "x.keras")
+    random = np.random.default_rng(0)
+    x = [random.random((2, *each.shape[1:]), "float32") for each in model.inputs]
+    got, want = (numpy(made(x if len(x) > 1 else x[0], training=False)) for made in (again, model))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
