@@ -1,4 +1,4 @@
-"""Import paths of earlier versions: each gives the module that has another name now."""
+"""Deprecated names: module paths and attributes of earlier versions."""
 
 import importlib
 import importlib.abc
@@ -61,6 +61,23 @@ RENAMED = {
 }
 
 
+def _warn(old, new, stacklevel):
+    message = f"{old} is now {new}; the old name will be removed in version 1.0"
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel + 1)
+
+
+def attributes(module: str, names: dict[str, str]):
+    """A ``__getattr__`` for ``module`` that resolves renamed attributes: ``{old: new}``."""
+
+    def __getattr__(name):  # noqa: N807 - the module's own
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        _warn(f"{module}.{name}", f"{module}.{names[name]}", 2)
+        return getattr(sys.modules[module], names[name])
+
+    return __getattr__
+
+
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, fullname, path=None, target=None):
         name = fullname.removeprefix("involution.")
@@ -70,11 +87,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec):
         new = f"involution.{spec.origin}"
-        warnings.warn(
-            f"{spec.name} is now {new}; the old name will be removed in version 1.0",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        _warn(spec.name, new, 2)
         module = importlib.import_module(new)
         # Importing sets a module's spec to that of the name that was asked for.
         spec.loader_state = module.__spec__
@@ -85,6 +98,6 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install():
-    """Lets Python find modules by the names that they had."""
+    """Makes the deprecated module paths importable."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

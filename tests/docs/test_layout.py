@@ -20,6 +20,7 @@ PACKAGE = ROOT / "src" / "involution"
 
 # Reading order: a module imports only what stands above it.
 ORDER = [
+    "renamed",
     "benchmarking",
     "demo",
     "saving",
@@ -106,7 +107,6 @@ ORDER = [
     "demo.app",
     "benchmarking.doctor",
     "utils.progress",
-    "renamed",
 ]
 
 
