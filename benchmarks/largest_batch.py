@@ -22,7 +22,7 @@ from training import implementation
 
 import involution
 from involution.benchmarking import runner
-from involution.ops import api
+from involution.ops import dispatch
 from involution.utils import atomic_files, memory
 
 NETWORKS = (CHOSEN, "native", "unfold")
@@ -32,7 +32,7 @@ STEPS = 4
 def tried(name, batch):
     """Peak bytes of the process, and the median seconds of a step."""
     memory.keep_freed()  # as the commands do
-    api.IMPLEMENTATIONS += (("unfold", implementation(unfold)),)
+    dispatch.IMPLEMENTATIONS["unfold"] = implementation(unfold)
     random = np.random.default_rng(0)
     x = random.random((batch, SIDE, SIDE, 3), "float32")
     y = random.integers(0, 1000, batch)

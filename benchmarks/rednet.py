@@ -21,7 +21,7 @@ from training import free, implementation
 
 import involution
 from involution.benchmarking import baselines, runner
-from involution.ops import api
+from involution.ops import dispatch
 from involution.utils import atomic_files, memory
 
 SIDE = 224
@@ -31,7 +31,7 @@ NETWORKS = (CHOSEN, "native", "free", *SLOW, RESNET)
 
 
 def unfold(x, kernel, problem):
-    g = problem.geometry
+    g = problem.window
     (kernel_size,), (strides,) = set(g.kernel_size), set(g.strides)
     pads = g.pads(x.shape[1:3])
     return baselines.patches(x, kernel, kernel_size, strides, 1, g.groups, g.group_layout, pads)
@@ -154,7 +154,8 @@ def timed(run, seconds):
 
 def main(options):
     memory.keep_freed()  # as the commands do
-    api.IMPLEMENTATIONS += (("unfold", implementation(unfold)), ("free", implementation(free)))
+    added = {"unfold": implementation(unfold), "free": implementation(free)}
+    dispatch.IMPLEMENTATIONS.update(added)
     keras.config.set_dtype_policy(options.dtype_policy)
     random = np.random.default_rng(0)
     x = random.random((options.batch, SIDE, SIDE, 3), "float32")

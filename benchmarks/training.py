@@ -16,31 +16,32 @@ import numpy as np
 
 import involution
 from involution.benchmarking import baselines, runner
-from involution.ops import api
+from involution.ops import dispatch
 from involution.utils import atomic_files, memory
 
 BATCH = 256
 
 
 def patches(x, kernel, problem):
-    g = problem.geometry
+    g = problem.window
     (kernel_size,), (strides,) = set(g.kernel_size), set(g.strides)
     return baselines.patches(x, kernel, kernel_size, strides, 1, g.groups, g.group_layout)
 
 
 def free(x, kernel, problem):
     # Every gradient is there, and as small as it can be.
-    stride = problem.geometry.strides[0]
+    stride = problem.window.strides[0]
     return x[:, ::stride, ::stride] * keras.ops.mean(kernel)
 
 
 def implementation(apply):
-    return types.SimpleNamespace(refusal=lambda problem: None, apply=apply)
+    return types.SimpleNamespace(unsupported_reason=lambda problem: None, apply=apply)
 
 
 def main(steps=30, file=None):
     memory.keep_freed()  # as the commands do
-    api.IMPLEMENTATIONS += (("patches", implementation(patches)), ("free", implementation(free)))
+    added = {"patches": implementation(patches), "free": implementation(free)}
+    dispatch.IMPLEMENTATIONS.update(added)
     random = np.random.default_rng(0)
     x = random.random((BATCH, 32, 32, 3), "float32")
     y = random.integers(0, 10, BATCH)

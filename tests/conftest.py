@@ -26,7 +26,7 @@ if os.environ.get("KERAS_BACKEND") == "torch":
         del os.environ["TRITON_INTERPRET"]
 
 import involution  # noqa: F401 - settles the backend before a test imports Keras
-from involution.ops import api
+from involution.ops import dispatch
 from involution.ops.native import library
 
 # What a framework alone has is tested where it runs. Elsewhere there is nothing to skip.
@@ -96,13 +96,13 @@ def ran(monkeypatch):
 
             return call
 
-        of = {n: getattr(module, n) for n in ("refusal", "reluctance") if hasattr(module, n)}
+        kept = ("unsupported_reason", "deprioritize_reason")
+        of = {n: getattr(module, n) for n in kept if hasattr(module, n)}
         of |= {n: telling(getattr(module, n)) for n in ("apply", "products") if hasattr(module, n)}
-        return name, types.SimpleNamespace(**of)
+        return types.SimpleNamespace(**of)
 
-    pairs = tuple(recorded(*pair) for pair in api.IMPLEMENTATIONS)
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", pairs)
-    monkeypatch.setattr(api, "FUSED", recorded(*api.FUSED))
+    modules = {n: recorded(n, module) for n, module in dispatch.IMPLEMENTATIONS.items()}
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", modules)
     return names
 
 

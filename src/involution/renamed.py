@@ -29,6 +29,7 @@ RENAMED = {
     "ops.fused_gradients": "ops.fused_autodiff",
     "ops.torch_operations": "ops.torch_custom_ops",
     "ops.views": "ops.tensor_utils",
+    "ops.geometry": "ops.window",
     "pointwise": "kernel_generators.pointwise",
     "models.table": "models.registry",
     "models.twins": "models.conv_counterpart",

@@ -177,11 +177,11 @@ def test_the_formula_for_cuda_says_what_it_cannot(cupy, monkeypatch):
         (alternating, "float32", "its groups are contiguous"),
         (large, "float32", "its tensors have fewer than 2**31 numbers"),
     ):
-        assert paper_cuda.refusal(case, dtype) == reason
+        assert paper_cuda.unsupported_reason(case, dtype) == reason
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert paper_cuda.refusal(small, "float32").startswith("there is no module cupy")
+    assert paper_cuda.unsupported_reason(small, "float32").startswith("there is no module cupy")
     monkeypatch.setattr(paper_cuda, "_device", lambda: "cpu")
-    assert paper_cuda.refusal(small, "float32") == "it runs on CUDA devices"
+    assert paper_cuda.unsupported_reason(small, "float32") == "it runs on CUDA devices"
 
 
 def test_what_is_not_recorded_is_told_of_each_pass(stand, monkeypatch):

@@ -266,17 +266,20 @@ def test_doctor(call):
 
 
 def test_doctor_fails_on_a_wrong_implementation(call, monkeypatch):
-    from involution.ops import api
+    from involution.ops import api, dispatch, reference
 
     class Wrong:
-        refusal = staticmethod(lambda problem: None)
-        apply = staticmethod(lambda *a: api.reference.apply(*a) * 1.001)
+        unsupported_reason = staticmethod(lambda problem: None)
+        apply = staticmethod(lambda *a: reference.apply(*a) * 1.001)
 
     class Absent:
-        refusal = staticmethod(lambda problem: "no such machine")
+        unsupported_reason = staticmethod(lambda problem: "no such machine")
 
-    members = (("absent", Absent), ("taps", Wrong), ("reference", api.reference))
+    members = {"absent": Absent, "taps": Wrong, "reference": reference}
+    members = dispatch.IMPLEMENTATIONS | members
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", members)
     monkeypatch.setattr(api, "IMPLEMENTATIONS", members)
+    monkeypatch.setattr(dispatch, "PREFERENCE", ("absent", "taps", "reference"))
     monkeypatch.setattr("involution.benchmarking.doctor.CASES", CASES[:1])
     code, lines = call("doctor")
     assert code == 1

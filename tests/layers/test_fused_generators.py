@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import involution
 from involution.kernel_generators import generators as kg
 from involution.kernel_generators import pointwise
-from involution.layers import involution_nd
+from involution.layers import keras_io
 from involution.ops import fused
 from tests.support.backends import BACKEND, IMPLEMENTATIONS, exact, missing
 
@@ -431,7 +431,7 @@ def test_without_the_rule_the_comparison_fails(monkeypatch):
         return layer.kernel[(0,) * layer.rank], layer.bias
 
     monkeypatch.setattr(kg, "affine", unchecked)
-    for module in (kg, involution_nd):
+    for module in (kg, keras_io):
         monkeypatch.setattr(module, "only_calls", lambda layer: True)
     noticed = []
     wrong = [case for case in EACH[:: 1 if BACKEND == "torch" else 4] if case not in MAY_BE_FUSED]

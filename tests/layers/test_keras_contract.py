@@ -15,7 +15,7 @@ from involution.kernel_generators.generators import (
     Linear,
     PairwiseAttention,
     Static,
-    copied,
+    clone,
 )
 from involution.kernel_generators.pointwise import PointwiseConv1D, PointwiseConv2D, PointwiseConv3D
 from involution.models.registry import MODELS
@@ -278,7 +278,7 @@ def test_f27_a_generator_with_weights_serves_one_layer(generator):
     # The first one is whole, and may be called again; a copy is another generator.
     first(first(x))
     Involution2D.from_config(first.get_config())(x)
-    Involution2D(3, kernel_generator=copied(shared))(x)
+    Involution2D(3, kernel_generator=clone(shared))(x)
     # A generator is free when its layer is gone.
     del first
     gc.collect()

@@ -437,7 +437,7 @@ def test_valid_is_the_inner_part_of_same(size, dilation):
 
 @pytest.mark.parametrize("padding", [2, ((2, 0),), ((0, 3),)])
 def test_padding_that_puts_a_centre_outside_is_refused(padding):
-    with pytest.raises(ValueError, match=r"centre of every window .* Received: padding="):
+    with pytest.raises(ValueError, match=r"center of every window .* Received: padding="):
         Involution1D(3, padding=padding).build((None, 8, 6))
 
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from involution.kernel_generators.pointwise import POINTWISE
+from involution.kernel_generators.pointwise import POINTWISE_CONVS
 from tests.support.backends import numpy
 from tests.support.keras_io_formula import relative_error
 
@@ -12,10 +12,10 @@ SHAPES = {1: (2, 9, 5), 2: (2, 9, 6, 5), 3: (2, 5, 4, 3, 5)}
 
 
 @pytest.mark.parametrize("strides", [1, 2, 3])
-@pytest.mark.parametrize("rank", POINTWISE)
+@pytest.mark.parametrize("rank", POINTWISE_CONVS)
 def test_it_is_the_convolution_of_keras(rank, strides):
     arguments = {"kernel_size": 1, "strides": strides, "activation": "tanh"}
-    layer = POINTWISE[rank](7, data_format="channels_last", **arguments)
+    layer = POINTWISE_CONVS[rank](7, data_format="channels_last", **arguments)
     other = getattr(keras.layers, f"Conv{rank}D")(7, data_format="channels_last", **arguments)
     x = np.random.default_rng(0).standard_normal(SHAPES[rank]).astype("float32")
     layer.build(x.shape)
@@ -28,11 +28,11 @@ def test_it_is_the_convolution_of_keras(rank, strides):
 
 
 def test_a_model_of_it_is_saved_and_loaded(tmp_path):
-    model = keras.Sequential([keras.Input((None, None, 3)), POINTWISE[2](4, 1, 2)])
+    model = keras.Sequential([keras.Input((None, None, 3)), POINTWISE_CONVS[2](4, 1, 2)])
     model.save(tmp_path / "model.keras")
     x = np.random.default_rng(0).random((1, 5, 4, 3), "float32")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert type(loaded.layers[-1]) is POINTWISE[2]
+    assert type(loaded.layers[-1]) is POINTWISE_CONVS[2]
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
 
 
@@ -47,4 +47,4 @@ def test_a_model_of_it_is_saved_and_loaded(tmp_path):
 )
 def test_another_convolution_is_refused(arguments, received):
     with pytest.raises(ValueError, match="must have `kernel_size` 1.* Received: .*" + received):
-        POINTWISE[2](4, **arguments)
+        POINTWISE_CONVS[2](4, **arguments)

@@ -213,7 +213,7 @@ def test_f13_without_outputs_a_gradient_is_zero():
     """As where a traced size is 0: nothing reads the input."""
     call = Call(2, (5,), 6, (3,), (1,), "valid", (1,), 2)
     numbers = native_core.native_call.numbers(
-        INPUT, native_core.Geometry(**call.arguments), call.sizes, *call.arrays()[1:]
+        INPUT, native_core.Window(**call.arguments), call.sizes, *call.arrays()[1:]
     )
     numbers[11] = 0
     dx, nothing = np.full(call.x_shape, np.nan), np.zeros(0)
@@ -538,7 +538,7 @@ def test_f11_more_than_two_to_the_31_elements():
 
 def native_in_place(member, call, a, b):
     """As ``native_core.run``, without the copies."""
-    g = native_core.Geometry(**call.arguments)
+    g = native_core.Window(**call.arguments)
     numbers = native_core.native_call.numbers(member, g, call.sizes, a, b)
     result = np.empty(native_core.native_call.result_shape(member, g, call.sizes, a, b), a.dtype)
     addresses = (array.ctypes.data for array in (a, b, result))

@@ -18,11 +18,12 @@ from jax import export
 from jax.test_util import check_grads
 
 import involution
-from involution.ops import api, native
-from involution.ops.geometry import Geometry
+from involution.ops import native
 from involution.ops.native import jax as native_jax
 from involution.ops.native import library as native_library
 from involution.ops.native import params
+from involution.ops.problem import problem_of
+from involution.ops.window import Window
 from tests.support import native_core
 from tests.support.backends import (
     IMPLEMENTATIONS,
@@ -207,7 +208,7 @@ def test_of_all_axes_the_batch_alone_is_divided(member):
     a, b = ARGUMENTS[member](*CALL.arrays())
     c = native_core.run(member, CALL, a, b)
     assert native_jax._register() is None
-    of = member, Geometry(**CALL.arguments), CALL.sizes
+    of = member, Window(**CALL.arguments), CALL.sizes
     types = [types_of.SimpleNamespace(rank=t.ndim) for t in (a, b, c)]
     rule, told = native_jax.TWO_STEPS.rule(*of, None, types[:2], types[2:])
     factors = [part.split() for part in rule.replace("->", ",").split(",")]
@@ -231,11 +232,11 @@ def test_of_all_axes_the_batch_alone_is_divided(member):
 
 def test_f16_another_default_device_is_refused_by_name(monkeypatch):
     x, kernel = tensors(CALL.arrays()[:2], "float32")
-    problem = api.make_problem(x, kernel, **CALL.arguments)
-    assert native.refusal(problem) is None
+    problem = problem_of(Window(**CALL.arguments), x)
+    assert native.unsupported_reason(problem) is None
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     reason = "it runs on CPUs, and JAX's default device is a gpu"
-    assert native.refusal(problem) == reason
+    assert native.unsupported_reason(problem) == reason
     with pytest.raises(ValueError, match=f"native: {reason}"):
         operation(CALL, "native")(x, kernel)
     assert_equals_oracle(CALL, operation(CALL, None)(x, kernel), x, kernel)
@@ -264,7 +265,7 @@ def test_a_jax_that_takes_no_such_library_is_no_error(monkeypatch):
     monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
     native_jax._register.cache_clear()
     try:
-        reason = native_jax.refusal(None)
+        reason = native_jax.unsupported_reason(None)
     finally:
         native_jax._register.cache_clear()
     assert reason == (
@@ -305,7 +306,7 @@ def test_a_binding_that_cannot_be_loaded_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(native_library, "binding", lambda name: (file, None))
     native_jax._register.cache_clear()
     try:
-        assert native_jax.refusal(None).startswith("its library cannot be loaded: ")
+        assert native_jax.unsupported_reason(None).startswith("its library cannot be loaded: ")
     finally:
         native_jax._register.cache_clear()
 
@@ -333,7 +334,7 @@ def test_the_declarations_of_xlas_interface_are_jaxlibs(tmp_path):
 )
 def test_a_call_of_another_version_is_an_error(attributes):
     """One that this library's Python did not make: it must not read what is not there."""
-    assert native_jax.refusal(None) is None
+    assert native_jax.unsupported_reason(None) is None
     x = jnp.zeros((1, 2, 2, 4))
     call = jax.ffi.ffi_call(native_jax.TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))
     with pytest.raises(jax.errors.JaxRuntimeError, match="numbers of another version"):
@@ -341,7 +342,7 @@ def test_a_call_of_another_version_is_an_error(attributes):
 
 
 def test_a_call_with_other_tensors_is_an_error():
-    assert native_jax.refusal(None) is None
+    assert native_jax.unsupported_reason(None) is None
     x = jnp.zeros((1, 2, 2, 4))
     attributes = {"numbers": np.zeros(24, "int64"), "threads": np.int32(1)}
     call = jax.ffi.ffi_call(native_jax.TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))

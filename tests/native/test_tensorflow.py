@@ -12,8 +12,10 @@ import pytest
 import tensorflow as tf
 
 import involution
-from involution.ops import api, native
+from involution.ops import native
 from involution.ops.native import library, tensorflow
+from involution.ops.problem import problem_of
+from involution.ops.window import Window
 from tests.support import native_core
 from tests.support.backends import (
     IMPLEMENTATIONS,
@@ -180,7 +182,7 @@ def test_f23_modes_in_a_graph_are_right_in_every_order(implementation, modes):
             if implementation == "fused":
                 # Its weight depends on what is differentiated, too.
                 given = kernel[..., :3, 0], weight * tf.sin(tf.reduce_mean(kernel)), bias
-                y = involution.ops.generate_and_apply(
+                y = involution.ops.fused_involution(
                     x, *given, **call.arguments, implementation=name
                 )
             else:
@@ -348,8 +350,8 @@ def test_keras_exports_to_onnx_by_the_reference_or_says_so(tmp_path):
 
 def test_f16_a_visible_gpu_is_a_reason_by_name(monkeypatch):
     x, kernel = tensors(CALL.arrays()[:2], "float32")
-    problem = api.make_problem(x, kernel, **CALL.arguments)
-    assert native.refusal(problem) is None
+    problem = problem_of(Window(**CALL.arguments), x)
+    assert native.unsupported_reason(problem) is None
     gpu = types.SimpleNamespace(name="/physical_device:GPU:0", device_type="GPU")
     listed = tf.config.list_physical_devices
     monkeypatch.setattr(
@@ -358,7 +360,7 @@ def test_f16_a_visible_gpu_is_a_reason_by_name(monkeypatch):
         lambda kind=None: [gpu] if kind == "GPU" else listed(kind),
     )
     reason = "it runs on CPUs, and TensorFlow sees a GPU"
-    assert native.refusal(problem) == reason
+    assert native.unsupported_reason(problem) == reason
     with pytest.raises(ValueError, match=f"native: {reason}"):
         operation(CALL, "native")(x, kernel)
     assert_equals_oracle(CALL, operation(CALL, None)(x, kernel), x, kernel)

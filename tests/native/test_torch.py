@@ -12,10 +12,11 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import involution
-from involution.ops import api, native
-from involution.ops.geometry import Geometry
+from involution.ops import dispatch, native
 from involution.ops.native import library, params
 from involution.ops.native import torch as native_torch
+from involution.ops.problem import problem_of
+from involution.ops.window import Window
 from tests.support import native_core
 from tests.support.backends import (
     IMPLEMENTATIONS,
@@ -121,7 +122,7 @@ def test_f22_one_program_for_every_image_size(padding, fresh):
 @pytest.mark.parametrize("member", params.MEMBERS)
 def test_f22_operation_is_what_pytorch_asks_of_one(member, call):
     a, b = ARGUMENTS[member](*leaves(call, 3))
-    g = Geometry(**call.arguments)
+    g = Window(**call.arguments)
     numbers = params.numbers(member, g, call.sizes, a, b)
     told = torch.library.opcheck(native_torch.operations.plain, (a, b, numbers, g.rank))
     assert len(told) == 4
@@ -303,7 +304,7 @@ def test_inference_mode_gives_the_same():
 @pytest.mark.parametrize("member", params.MEMBERS)
 def test_f16_shapes_alone_on_the_device_that_has_no_memory(member, call):
     a, b = (t.to("meta") for t in ARGUMENTS[member](*tensors(call.arrays(), "float32")))
-    g = Geometry(**call.arguments)
+    g = Window(**call.arguments)
     result = native_torch.call(member, g, call.sizes, a, b)
     assert result.device.type == "meta"
     assert result.dtype == torch.float32
@@ -311,15 +312,15 @@ def test_f16_shapes_alone_on_the_device_that_has_no_memory(member, call):
 
 
 def test_f16_another_device_is_refused_by_name():
-    x, kernel = tensors(CALL.arrays()[:2], "float32")
-    problem = api.make_problem(x, kernel, **CALL.arguments)
+    x, _ = tensors(CALL.arrays()[:2], "float32")
+    problem = problem_of(Window(**CALL.arguments), x)
     assert problem.device == "cpu"
-    assert native.refusal(problem) is None
+    assert native.unsupported_reason(problem) is None
     elsewhere = dataclasses.replace(problem, device="cuda")
-    assert native.refusal(elsewhere) == "it runs on CPUs, and the tensors are on cuda"
+    assert native.unsupported_reason(elsewhere) == "it runs on CPUs, and the tensors are on cuda"
     with pytest.raises(ValueError, match="native: it runs on CPUs, and the tensors are on cuda"):
-        api._choose(elsewhere, "native")
-    assert api._choose(elsewhere) is dict(api.IMPLEMENTATIONS)["taps"]
+        dispatch.select(elsewhere, "native")
+    assert dispatch.select(elsewhere).name == "taps"
 
 
 def test_the_core_uses_the_threads_that_pytorch_is_set_to(monkeypatch):

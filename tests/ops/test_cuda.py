@@ -8,7 +8,7 @@ import torch
 import involution
 from involution.benchmarking import devices, runner
 from involution.ops.cases import Case
-from involution.ops.geometry import Geometry
+from involution.ops.window import Window
 from tests.support import native_core
 from tests.support.native_core import ARGUMENTS, FUSED_ARGUMENTS
 from tests.support.oracle import Call
@@ -37,7 +37,7 @@ def members(call, dtype, device="cuda"):
     """Functions without arguments, one for each member and each fused one."""
     from involution.ops.triton import launch
 
-    g = Geometry(**call.arguments)
+    g = Window(**call.arguments)
     x, kernel, dy = on_device(call.arrays(), dtype, device)
     for member, arguments in ARGUMENTS.items():
         a, b = arguments(x, kernel, dy)
@@ -66,7 +66,7 @@ def test_more_than_2_to_the_31_numbers():
     batch, side, channels, groups = 33, 1024, 64, 2
     from involution.ops.triton import launch
 
-    g = Geometry((7, 7), (1, 1), "same", (1, 1), groups, "contiguous", "channels_last")
+    g = Window((7, 7), (1, 1), "same", (1, 1), groups, "contiguous", "channels_last")
     generator = torch.Generator("cuda").manual_seed(0)
     made = functools.partial(torch.randn, device="cuda", dtype=torch.float16, generator=generator)
     x, dy = (made(batch, side, side, channels) for _ in range(2))
@@ -105,7 +105,7 @@ def test_torch_compile_makes_them_part_of_its_graph():
     x, *given = (
         t.requires_grad_() for t in on_device(native_core.fused_arrays(CALL)[:-1], "float32")
     )
-    of = functools.partial(involution.ops.generate_and_apply, **CALL.arguments)
+    of = functools.partial(involution.ops.fused_involution, **CALL.arguments)
     for run in (of, torch.compile(of, fullgraph=True)):
         y = run(x, *given)
         gradients = torch.autograd.grad(y.pow(2).sum(), [x, *given])

@@ -12,10 +12,12 @@ import pytest
 import involution
 from involution import Involution2D
 from involution.kernel_generators import generators
-from involution.layers import involution_nd
-from involution.ops import api, fused
+from involution.layers import record_involutions
+from involution.ops import api, dispatch, fused
 from involution.ops.autodiff import INPUT, KERNEL, OUTPUT
 from involution.ops.native import library, params
+from involution.ops.problem import problem_of
+from involution.ops.window import Window
 from tests.support import native_core
 from tests.support.backends import (
     BACKEND,
@@ -46,7 +48,7 @@ NAMES = ("x", "hidden", "weight", "bias")
 def apply(call, implementation="fused"):
     """``generate_and_apply`` with a call's arguments."""
     return functools.partial(
-        involution.ops.generate_and_apply, **call.arguments, implementation=implementation
+        involution.ops.fused_involution, **call.arguments, implementation=implementation
     )
 
 
@@ -198,7 +200,7 @@ def test_f13_windows_that_meet_nothing_are_zero(call, dtype, level):
 def test_f13_without_outputs_the_gradients_are_zero():
     """As where a traced size is 0."""
     call = Call(2, (5,), 6, (3,), (1,), "valid", (1,), 2)
-    g = native_core.Geometry(**call.arguments)
+    g = native_core.Window(**call.arguments)
     arrays = native_core.fused_arrays(call)
     nothing = np.zeros(0)
     for member, shape in ((INPUT, call.x_shape), (KERNEL, (2, 6, 6))):
@@ -412,13 +414,12 @@ def test_f22_torch_compile_has_no_breaks():
 def test_the_custom_operation_is_as_pytorch_wants_it():
     import torch
 
-    from involution.ops.geometry import Geometry
     from involution.ops.native import torch as native_torch
 
     arrays = native_core.fused_arrays(CALL)
     for member, arguments in native_core.FUSED_ARGUMENTS.items():
         given = [torch.tensor(a) for a in arguments(*arrays)]
-        numbers = params.fused_numbers(member, Geometry(**CALL.arguments), CALL.sizes, given)
+        numbers = params.fused_numbers(member, Window(**CALL.arguments), CALL.sizes, given)
         torch.library.opcheck(native_torch.operations.fused, (*given, numbers, 2))
 
 
@@ -465,7 +466,7 @@ def test_sizes_that_are_known_only_when_it_runs():
 def test_a_functional_model_holds_it(tmp_path):
     inputs = [keras.Input((6, 8, 4)), keras.Input((6, 8, 3))]
     weight, bias = np.ones((3, 18), "float32"), np.zeros(18, "float32")
-    y = involution.ops.generate_and_apply(*inputs, weight, bias, 3, groups=2, padding="same")
+    y = involution.ops.fused_involution(*inputs, weight, bias, 3, groups=2, padding="same")
     assert y.shape == (None, 6, 8, 4)
     model = keras.Model(inputs, y)
     given = [np.ones((2, 6, 8, n), "float32") for n in (4, 3)]
@@ -524,15 +525,18 @@ def test_few_places_are_done_in_two_steps(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"hidden": np.ones((2, 3, 7, 5, 1))}, "must have the shapes"),
-        ({"hidden": np.ones((2, 3, 6, 5))}, "must have the shapes"),
-        ({"hidden": np.ones((1, 3, 7, 5))}, "must have the shapes"),
-        ({"hidden": np.ones((2, 3, 7, 4))}, "must have the shapes"),
-        ({"weight": np.ones((5, 26))}, r"\(hidden channels, 27\) and \(27,\)"),
-        ({"weight": np.ones(27)}, "must have the shapes"),
-        ({"bias": np.ones((1, 27))}, "must have the shapes"),
-        ({"hidden": np.ones((2, 3, 7, 0)), "weight": np.ones((0, 27))}, "must have the shapes"),
-        ({"bias": np.ones(27, "float32")}, "must have the type of `x`, float64"),
+        ({"hidden": np.ones((2, 3, 7, 5, 1))}, "`hidden` must have the shape"),
+        ({"hidden": np.ones((2, 3, 6, 5))}, "`hidden` must have the shape"),
+        ({"hidden": np.ones((1, 3, 7, 5))}, "`hidden` must have the shape"),
+        ({"hidden": np.ones((2, 3, 7, 4))}, "`hidden` must have the shape"),
+        ({"weight": np.ones((5, 26))}, r"`weight` must have the shape \(5, 27\)"),
+        ({"weight": np.ones(27)}, "`weight` must have the shape"),
+        ({"bias": np.ones((1, 27))}, r"`bias` must have the shape \(27,\)"),
+        (
+            {"hidden": np.ones((2, 3, 7, 0)), "weight": np.ones((0, 27))},
+            "at least one hidden channel",
+        ),
+        ({"bias": np.ones(27, "float32")}, "`bias` must have the dtype of `x`, float64"),
     ],
 )
 def test_p14_what_does_not_fit_is_told_before_anything_runs(change, said):
@@ -610,7 +614,7 @@ def test_the_drop_in_layer_makes_kernels_where_they_are_recorded_or_made_otherwi
 
     Negative(16, 4, return_kernel=False)(IMAGES)
     layer = involution.Involution(16, 4, return_kernel=False)
-    with involution_nd.recording() as calls:
+    with record_involutions() as calls:
         layer(IMAGES)
     layer(IMAGES[:0])
     assert not runs
@@ -678,7 +682,7 @@ def test_a_subclass_may_make_kernels_of_its_own(runs):
 
 def test_where_kernels_are_recorded_they_are_made(runs):
     layer = Involution2D(3, groups=4)
-    with involution_nd.recording() as calls:
+    with record_involutions() as calls:
         layer(IMAGES)
     assert not runs
     assert tuple(calls[0].kernel.shape) == (2, 9, 8, 9, 4)
@@ -704,20 +708,25 @@ def test_dtype_policies(policy, runs):
     np.testing.assert_allclose(exact(y), expected, rtol=0, atol=bound * np.abs(expected).max())
 
 
+def selected(x, hidden=None, implementation=None, **arguments):
+    problem = problem_of(Window(**arguments, rank=2), x, hidden)
+    return dispatch.select(problem, implementation).name
+
+
 def test_what_is_taken_is_told():
     x = keras.KerasTensor((2, 9, 8, 16))
     call = {"kernel_size": 3, "groups": 4}
-    first = api.chosen(x, **call)
+    first = selected(x, **call)
     possible = [name for name, reason in api.implementations(x, None, **call) if reason is None]
     assert first == possible[0]
-    assert api.chosen(x, 4, **call) == "fused"
+    assert selected(x, 4, **call) == "fused"
     assert api.implementations(x, None, hidden=4, **call)[0] == ("fused", None)
     # Fewer places than hidden channels.
-    assert api.chosen(x, 73, **call) == first
+    assert selected(x, 73, **call) == first
     assert api.implementations(x, None, hidden=73, **call)[-1] == ("fused", None)
-    assert api.chosen(x, 73, implementation="fused", **call) == "fused"
+    assert selected(x, 73, implementation="fused", **call) == "fused"
     x_first = keras.KerasTensor((2, 16, 9, 8))
-    assert api.chosen(x_first, 4, data_format="channels_first", **call) == first
+    assert selected(x_first, 4, data_format="channels_first", **call) == first
     layer = Involution2D(3, groups=4)
     layer.build(x.shape)
     with pytest.raises(ValueError, match=r"must be built, as by a call\. Received: \w+, not built"):
@@ -731,4 +740,4 @@ def test_what_is_taken_is_told():
     drop_in.return_kernel = False
     assert drop_in.chosen_implementation(x) == "fused"
     x = keras.KerasTensor((2, 9, 8, 3))
-    assert api.chosen(x, 1, kernel_size=3) == api.chosen(x, kernel_size=3)
+    assert selected(x, 1, kernel_size=3) == selected(x, kernel_size=3)

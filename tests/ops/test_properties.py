@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import involution
-from involution.ops import api
+from involution.ops import dispatch
 from tests.support.backends import (
     BACKEND,
     IMPLEMENTATIONS,
@@ -460,14 +460,14 @@ def test_p14_invalid_arguments_raise_before_anything_runs(implementation, call, 
     def never(*_):
         raise AssertionError("something ran")
 
-    broken = types.SimpleNamespace(refusal=never, apply=never)
+    broken = types.SimpleNamespace(unsupported_reason=never, apply=never)
     name, value = invalid
     arguments = {**call.arguments, "implementation": implementation, name: value}
     x, kernel = call.arrays()[:2]
     if symbolic:
         x, kernel = (keras.KerasTensor(a.shape, "float64") for a in (x, kernel))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "IMPLEMENTATIONS", tuple((n, broken) for n in IMPLEMENTATIONS))
+        patch.setattr(dispatch, "IMPLEMENTATIONS", dict.fromkeys(dispatch.IMPLEMENTATIONS, broken))
         with pytest.raises(ValueError, match="Received: ") as caught:
             involution.ops.involution(x, kernel, **arguments)
     rule, received = str(caught.value).rsplit("Received: ", 1)

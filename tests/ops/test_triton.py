@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import involution
-from involution.ops import api, triton
+from involution.ops import triton
 from involution.ops.autodiff import KERNEL
-from involution.ops.geometry import Geometry
+from involution.ops.dispatch import select
 from involution.ops.native import params
+from involution.ops.problem import problem_of
+from involution.ops.window import Window
 from tests.support import native_core
 from tests.support.backends import operation
 from tests.support.native_core import ARGUMENTS, DTYPES, FUSED_ARGUMENTS
@@ -92,7 +94,7 @@ def check(call, dtype, strange=False, seed=0, change=list):
         native_core.expected(call, *wide),
         native_core.expected(call, *map(np.abs, wide)),
     )
-    g = Geometry(**call.arguments)
+    g = Window(**call.arguments)
     for member, arguments in ARGUMENTS.items():
         a, b = arguments(*given)
         numbers = params.numbers(member, g, call.sizes, a, b)
@@ -160,7 +162,7 @@ def check_fused(call, hidden, dtype, seed=0, change=list):
     magnitude = native_core.expected_fused(call, *map(np.abs, wide))
     terms = hidden + 1 + call.taps + call.channels // call.groups + call.taps * call.groups
     places = terms + call.batch * math.prod(call.output_sizes)
-    g = Geometry(**call.arguments)
+    g = Window(**call.arguments)
     for member, arguments in FUSED_ARGUMENTS.items():
         tensors = arguments(*given)
         numbers = params.fused_numbers(member, g, call.sizes, tensors)
@@ -212,7 +214,7 @@ def test_offsets_have_64_bits():
     wide = [t.double().cpu().numpy() for t in (x, kernel, dy)]
     want = native_core.expected(call, *wide)
     memory = torch.empty(2**31 + 100, dtype=torch.float16, device=DEVICE)
-    g = Geometry(**call.arguments)
+    g = Window(**call.arguments)
     for given, strides in (
         (0, (2**31 + 11, 4, 1)),
         (0, (13, 4, 2**29 + 9)),
@@ -249,7 +251,7 @@ def test_gradients_of_first_and_second_order_are_differences(call):
 
 def fused(call):
     return functools.partial(
-        involution.ops.generate_and_apply, **call.arguments, implementation="fused"
+        involution.ops.fused_involution, **call.arguments, implementation="fused"
     )
 
 
@@ -282,7 +284,7 @@ def test_a_layer_takes_it(layout):
         padding=layer.padding,
         implementation="reference",
     )
-    assert api.chosen(x, None, **layer._arguments()) == "triton"
+    assert select(problem_of(layer.window, x)).name == "triton"
     assert layer.chosen_implementation(x) == "fused"
     np.testing.assert_allclose(
         layer(x).detach().cpu().numpy(), y.detach().cpu().numpy(), rtol=1e-4, atol=1e-5
@@ -307,7 +309,7 @@ def test_f22_torch_compile_has_no_breaks(of):
 
 
 def test_operations_are_what_pytorch_asks_of_them():
-    g = Geometry(**CALL.arguments)
+    g = Window(**CALL.arguments)
     for member, arguments in ARGUMENTS.items():
         given = [tensor(a, "float32") for a in arguments(*CALL.arrays())]
         numbers = params.numbers(member, g, CALL.sizes, *given)
@@ -323,16 +325,16 @@ def test_operations_are_what_pytorch_asks_of_them():
 
 def problem(dtype="float32", device="cuda"):
     x = keras.KerasTensor((2, 5, 5, 4), dtype=dtype)
-    return dataclasses.replace(api.make_problem(x, None, 3), device=device)
+    return dataclasses.replace(problem_of(Window(3, rank=2), x), device=device)
 
 
 def test_it_says_why_it_does_not_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     elsewhere = "it runs on CUDA devices, and the tensors are on"
-    assert triton.refusal(problem(device="cpu")) == f"{elsewhere} cpu"
-    assert triton.refusal(problem(device=None)) == f"{elsewhere} none yet"
+    assert triton.unsupported_reason(problem(device="cpu")) == f"{elsewhere} cpu"
+    assert triton.unsupported_reason(problem(device=None)) == f"{elsewhere} none yet"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert triton.refusal(problem()) == "there is no CUDA device"
+    assert triton.unsupported_reason(problem()) == "there is no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     for generation, dtype, reason in (
@@ -342,11 +344,14 @@ def test_it_says_why_it_does_not_run(monkeypatch):
         ((9, 0), "bfloat16", None),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda g=generation: g)
-        assert triton.refusal(problem(dtype)) == reason
-    assert triton.fused_refusal(problem("float64")) == "its products of matrices are not in float64"
-    assert triton.refusal(problem("float64")) is None
+        assert triton.unsupported_reason(problem(dtype)) == reason
+    assert (
+        triton.fused_unsupported_reason(problem("float64"))
+        == "its products of matrices are not in float64"
+    )
+    assert triton.unsupported_reason(problem("float64")) is None
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
-    assert triton.refusal(problem()) == "it is for PyTorch"
+    assert triton.unsupported_reason(problem()) == "it is for PyTorch"
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert triton.refusal(problem()) == "there is no module triton"
+    assert triton.unsupported_reason(problem()) == "there is no module triton"

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from involution.ops.autodiff import INPUT, KERNEL, OUTPUT
-from involution.ops.geometry import Geometry
 from involution.ops.native import library, params
+from involution.ops.window import Window
 from tests.support.oracle import ieee
 
 DTYPES = {
@@ -38,7 +38,7 @@ def surrounded(shape, dtype):
 
 def run(member, call, a, b, threads=1):
     """One member of the family for an ``oracle.Call``."""
-    g = Geometry(**call.arguments)
+    g = Window(**call.arguments)
     numbers = params.numbers(member, g, call.sizes, a, b)
     result, edges = surrounded(params.result_shape(member, g, call.sizes, a, b), a.dtype)
     inside = []
@@ -77,7 +77,7 @@ FUSED_ARGUMENTS = {
 
 def run_fused(member, call, arguments, threads=1):
     """The two results of one member of the fused family for an ``oracle.Call``."""
-    g = Geometry(**call.arguments)
+    g = Window(**call.arguments)
     numbers = params.fused_numbers(member, g, call.sizes, arguments)
     shapes = params.fused_shapes(member, g, call.sizes, arguments)
     dtype = arguments[0].dtype

@@ -96,7 +96,7 @@ def test_windows_and_positions_belong_together(arguments):
     layer = Involution2D(**arguments, groups=1, reduction_ratio=1)
     (look,) = looks(layer, images).values()
     for p in np.ndindex(look.kernels.shape[1:3]):
-        place = centre_of(look.geometry, look.sizes, p)
+        place = centre_of(look.window, look.sizes, p)
         inside = [min(max(share, 0), 1) for share in place]
         if inside == place:
             assert look.position(place) == p

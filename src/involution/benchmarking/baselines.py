@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from involution.benchmarking.timed_program import tensors
-from involution.ops.geometry import CONTIGUOUS
+from involution.ops.validation import CONTIGUOUS
 
 
 def patches(

@@ -12,14 +12,12 @@ import pathlib
 import keras
 import torch
 
-from involution.ops.problem import make_problem
-
 SOURCE = pathlib.Path(__file__).with_suffix(".cu")
 TYPES = {torch.float32: "float", torch.float64: "double"}
 THREADS = 1024
 
 
-def refusal(case, dtype) -> str | None:
+def unsupported_reason(case, dtype) -> str | None:
     if len(case.sizes) != 2:
         return "it is for images"
     if case.group_layout != "contiguous":
@@ -43,8 +41,7 @@ def _device() -> str:
 
 def definitions(case, dtype) -> dict[str, object]:
     """What the text leaves open."""
-    x, kernel = keras.KerasTensor(case.x_shape), keras.KerasTensor(case.kernel_shape)
-    (top, _), (left, _) = make_problem(x, kernel, **case.arguments).geometry.pads(case.sizes)
+    (top, _), (left, _) = case.window.clamp_steps(case.sizes).pads(case.sizes)
     return {
         "T": TYPES[dtype],
         "BATCH": case.batch,

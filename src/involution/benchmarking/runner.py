@@ -24,10 +24,10 @@ from involution.benchmarking import baselines, devices
 from involution.benchmarking.devices import DEVICES
 from involution.benchmarking.timed_program import program, tensors
 from involution.ops import autodiff, taps
-from involution.ops.api import FUSED, IMPLEMENTATIONS
 from involution.ops.cases import CASES, Case
-from involution.ops.problem import make_generating_problem, make_problem
-from involution.ops.tensor_utils import sizes
+from involution.ops.dispatch import IMPLEMENTATIONS, PREFERENCE
+from involution.ops.problem import problem_of
+from involution.ops.tensor_utils import spatial_shape
 from involution.training.experiment import versions
 from involution.utils.atomic_files import csv_text
 from involution.utils.errors import InputError
@@ -37,7 +37,7 @@ PATCHES = "patches"
 PER_NUMBER, COMPILED_TAPS = "per-number", "compiled-taps"
 # Kernels from hidden features, and their use: stored between, or not.
 TWO_STEPS = "two-steps"
-GENERATING = {TWO_STEPS: tuple(dict(IMPLEMENTATIONS)), FUSED[0]: FUSED[0]}
+GENERATING = {TWO_STEPS: PREFERENCE, "fused": "fused"}
 CANDIDATES = (
     *dict(IMPLEMENTATIONS),
     *GENERATING,
@@ -222,11 +222,12 @@ def candidate(name: str, case: Case, dtype: str) -> Candidate:
     if name in baselines.CONVOLUTIONS:
         function, arguments = baselines.CONVOLUTIONS[name](case, random, dtype)
     elif name in GENERATING:
-        operation = ops.generate_and_apply
+        operation = ops.fused_involution
         shapes = [case.x_shape, *case.generator_shapes]
         arguments = tensors([random.standard_normal(s) for s in shapes], dtype)
-        if name == FUSED[0]:
-            _refuse(FUSED[1].refusal(make_generating_problem(*arguments, **named)))
+        if name == "fused":
+            problem = problem_of(case.window, arguments[0], case.generator_shapes[1][0])
+            _refuse(IMPLEMENTATIONS[name].unsupported_reason(problem))
         function = functools.partial(operation, implementation=GENERATING[name], **named)
     else:
         if name == PER_NUMBER:
@@ -239,9 +240,10 @@ def candidate(name: str, case: Case, dtype: str) -> Candidate:
         if name == PATCHES:
             function = _patches(case)
         elif name == COMPILED_TAPS:
-            function = _compiled_taps(named)
+            function = _compiled_taps(case)
         elif name != PER_NUMBER:
-            _refuse(dict(IMPLEMENTATIONS)[name].refusal(make_problem(*arguments, **named)))
+            problem = problem_of(case.window, arguments[0])
+            _refuse(IMPLEMENTATIONS[name].unsupported_reason(problem))
             function = functools.partial(operation, implementation=name, **named)
     if keras.backend.standardize_dtype(arguments[0].dtype) != dtype:
         raise NotImplementedError(f"{keras.config.backend()} makes no {dtype} here")
@@ -267,11 +269,11 @@ def _per_number(case, dtype):
         raise NotImplementedError("it is for PyTorch on CUDA devices")
     from involution.benchmarking import paper_cuda
 
-    _refuse(paper_cuda.refusal(case, dtype))
+    _refuse(paper_cuda.unsupported_reason(case, dtype))
     return functools.partial(paper_cuda.involution, case=case)
 
 
-def _compiled_taps(named):
+def _compiled_taps(case):
     if keras.config.backend() != "torch":
         raise NotImplementedError("`taps` is compiled by XLA as it is")
     import torch
@@ -281,8 +283,8 @@ def _compiled_taps(named):
     call = autodiff.differentiable(torch.compile(taps.compute, fullgraph=True))
 
     def apply(x, kernel):
-        g = make_problem(x, kernel, **named).geometry
-        return call(autodiff.OUTPUT, g, sizes(x, g), x, kernel)
+        g = problem_of(case.window, x).window
+        return call(autodiff.OUTPUT, g, spatial_shape(x, g), x, kernel)
 
     return apply
 
@@ -362,8 +364,7 @@ def least_ms(case, dtype, backward, device, generating=False) -> float:
 
 def _taps_inside(case) -> int:
     """Of one sample's windows: those that meet the input."""
-    x, kernel = keras.KerasTensor(case.x_shape), keras.KerasTensor(case.kernel_shape)
-    pads = make_problem(x, kernel, **case.arguments).geometry.pads(case.sizes)
+    pads = case.window.clamp_steps(case.sizes).pads(case.sizes)
     total = 1
     for n, (before, _) in zip(case.sizes, pads, strict=True):
         positions = range(-(-n // case.strides))

@@ -5,13 +5,14 @@ A generator is any layer that turns features (B, *spatial, C) into a kernel map
 channels of the map are tap-major: ``tap * groups + group``. Where an attribute ``kernel_size``,
 ``groups``, ``strides``, ``padding``, ``dilation_rate`` or ``data_format`` is None, the involution
 layer fills it in when built, and again when a layer of the same configuration is built; the
-configuration has None. Features begin at the first window's centre; a generator with a true
-attribute ``whole_input`` gets the layer's input as it is.
+configuration has None. Features begin at the first window's center; a generator with a true
+attribute ``uses_full_input`` gets the layer's input as it is.
 
 The last convolution of ``Linear`` and its subclasses may be applied without being called, so that
-no kernels are stored: see ``expansion``.
+no kernels are stored: see ``final_projection``.
 """
 
+from involution import renamed
 from involution.kernel_generators.generators import (
     GENERATORS,
     Bottleneck,
@@ -23,7 +24,7 @@ from involution.kernel_generators.generators import (
     average_pool,
     current_training,
     get,
-    nearly_static,
+    near_depthwise_init,
     training_scope,
 )
 
@@ -38,6 +39,8 @@ __all__ = [
     "average_pool",
     "current_training",
     "get",
-    "nearly_static",
+    "near_depthwise_init",
     "training_scope",
 ]
+
+__getattr__ = renamed.attributes(__name__, {"nearly_static": "near_depthwise_init"})

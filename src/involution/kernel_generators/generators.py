@@ -5,14 +5,15 @@ A generator is any layer that turns features (B, *spatial, C) into a kernel map
 channels of the map are tap-major: ``tap * groups + group``. Where an attribute ``kernel_size``,
 ``groups``, ``strides``, ``padding``, ``dilation_rate`` or ``data_format`` is None, the involution
 layer fills it in when built, and again when a layer of the same configuration is built; the
-configuration has None. Features begin at the first window's centre; a generator with a true
-attribute ``whole_input`` gets the layer's input as it is.
+configuration has None. Features begin at the first window's center; a generator with a true
+attribute ``uses_full_input`` gets the layer's input as it is.
 
 The last convolution of ``Linear`` and its subclasses may be applied without being called, so that
 no kernels are stored: see ``expansion``.
 """
 
 import contextlib
+import dataclasses
 import gc
 import math
 import re
@@ -22,23 +23,21 @@ import weakref
 import keras
 from keras import ops
 
-from involution.kernel_generators.pointwise import affine, convolution, only_calls
-from involution.ops.api import window_products
-from involution.ops.geometry import (
+from involution.kernel_generators.pointwise import affine, conv_class, only_calls
+from involution.ops.api import apply_window_products
+from involution.ops.dispatch import select
+from involution.ops.problem import problem_of
+from involution.ops.tensor_utils import pad, softmax, strided_slice, to_accumulation_dtype
+from involution.ops.validation import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
-    CONTIGUOUS,
     SAME,
-    Geometry,
-    ceil_divide,
-)
-from involution.ops.problem import (
     check_axes,
-    integers,
     standardize_data_format,
     standardize_padding,
+    standardize_tuple,
 )
-from involution.ops.tensor_utils import softmax, wide, window, zero_pad
+from involution.ops.window import STANDARDIZE, Window, ceil_div
 
 
 def _normal(scale):
@@ -51,9 +50,9 @@ def _normal(scale):
 # The paper's code: Kaiming's normal distribution over the outputs of a layer.
 KAIMING = _normal(2.0)
 # What an involution layer sets in a generator that leaves it None.
-FILLED_IN = ("kernel_size", "groups", "strides", "padding", "dilation_rate", "data_format")
-# The score of a position outside the input: no weight after a softmax, and no NaN where all are.
-OUTSIDE = -1e9
+INHERITED_ARGUMENTS = tuple(name for name, _ in STANDARDIZE if name != "group_layout")
+# Score of a masked position: zero after softmax; finite, so fully masked windows give no NaN.
+MASK_VALUE = -1e9
 
 
 class _Training(threading.local):
@@ -87,16 +86,24 @@ def current_training() -> bool | None:
     return _training.value
 
 
+def uses_full_input(generator) -> bool:
+    """Whether a generator reads the layer's input from its first position, not from the first
+    window's center. ``whole_input`` is the attribute's deprecated name."""
+    return bool(
+        getattr(generator, "uses_full_input", False) or getattr(generator, "whole_input", False)
+    )
+
+
 class KernelGenerator(keras.layers.Layer):
     """What the generators of this module have in common: where the kernels go.
 
     A subclass has ``_build_generator(channels)``, which makes its weights, and ``_generate``.
     """
 
-    # Whether it reads the layer's whole input, or only what follows the windows' centres.
-    whole_input = False
-    # Whether initial values that are not its own, as of ``nearly_static``, make sense in it.
-    begins_as_told = False
+    # Whether it reads the layer's whole input, or only what follows the windows' centers.
+    uses_full_input = False
+    # Whether initial values that are not its own, as of ``near_depthwise_init``, make sense in it.
+    accepts_initializers = False
 
     def __init__(self, kernel_size=None, groups=None, strides=None, data_format=None, **kwargs):
         super().__init__(**kwargs)
@@ -129,10 +136,12 @@ class KernelGenerator(keras.layers.Layer):
                 f"ndim={len(input_shape)}. Received: kernel_size={size}, "
                 f"input_shape={tuple(input_shape)}, layer={self.name}"
             )
-        self.kernel_size = integers("kernel_size", size, rank)
-        self.groups = integers("groups", self.groups, 1)[0]
-        self.strides = integers("strides", 1 if self.strides is None else self.strides, rank)
-        self.data_format = standardize_data_format(self.data_format)
+        self.kernel_size = standardize_tuple("kernel_size", size, rank)
+        self.groups = standardize_tuple("groups", self.groups, 1)[0]
+        self.strides = standardize_tuple(
+            "strides", 1 if self.strides is None else self.strides, rank
+        )
+        self.data_format = standardize_data_format("data_format", self.data_format)
 
     def _build_generator(self, channels):
         """Makes the weights for features of so many channels."""
@@ -144,8 +153,7 @@ class KernelGenerator(keras.layers.Layer):
 
     def _output_sizes(self, sizes) -> tuple:
         return tuple(
-            None if n is None else ceil_divide(n, s)
-            for n, s in zip(sizes, self.strides, strict=True)
+            None if n is None else ceil_div(n, s) for n, s in zip(sizes, self.strides, strict=True)
         )
 
     @property
@@ -205,7 +213,7 @@ class Linear(KernelGenerator):
     (1, 8, 8, 32)
     """
 
-    begins_as_told = True
+    accepts_initializers = True
 
     def __init__(
         self,
@@ -243,14 +251,14 @@ class Linear(KernelGenerator):
     def _convolution(self, name, filters, channels, use_bias=True, kernel_size=1):
         """A convolution with the channels last, which every backend has on every device."""
         rank = len(self.kernel_size)
-        layer = convolution(rank, kernel_size)(
+        layer = conv_class(rank, kernel_size)(
             filters,
             kernel_size,
             padding="same",
             data_format=CHANNELS_LAST,
             use_bias=use_bias,
-            kernel_initializer=_copy(self.kernel_initializer),
-            bias_initializer=_copy(self.bias_initializer),
+            kernel_initializer=clone_initializer(self.kernel_initializer),
+            bias_initializer=clone_initializer(self.bias_initializer),
             kernel_regularizer=self.kernel_regularizer,
             bias_regularizer=self.bias_regularizer,
             dtype=self.dtype_policy,
@@ -299,7 +307,7 @@ class Bottleneck(Linear):
 
     def __init__(self, reduction_ratio=4, **kwargs):
         super().__init__(**kwargs)
-        self.reduction_ratio = integers("reduction_ratio", reduction_ratio, 1)[0]
+        self.reduction_ratio = standardize_tuple("reduction_ratio", reduction_ratio, 1)[0]
 
     def _build_generator(self, channels):
         hidden = channels // self.reduction_ratio
@@ -352,7 +360,9 @@ class Contextual(Bottleneck):
 
     def __init__(self, reduction_ratio=4, context_size=3, **kwargs):
         super().__init__(reduction_ratio, **kwargs)
-        self.context_size = self._context_size = integers("context_size", context_size, 1)[0]
+        self.context_size = self._context_size = standardize_tuple("context_size", context_size, 1)[
+            0
+        ]
 
     def get_config(self):
         return {**super().get_config(), "context_size": self.context_size}
@@ -360,9 +370,9 @@ class Contextual(Bottleneck):
 
 @keras.saving.register_keras_serializable(package="involution")
 class PairwiseAttention(Linear):
-    """Local self-attention: dot products of each centre with its window, softmax over the window.
+    """Local self-attention: dot products of each center with its window, softmax over the window.
 
-    The groups are the heads. A query is made of the features at each window's centre and a key of
+    The groups are the heads. A query is made of the features at each window's center and a key of
     the features at every position, both by 1x1 convolutions; a kernel is
 
         softmax over taps k of query[p] . key[position k of the window of p] / sqrt(key_channels)
@@ -391,13 +401,13 @@ class PairwiseAttention(Linear):
     (1, 8, 8, 25, 2)
     """
 
-    whole_input = True
-    begins_as_told = False  # its convolutions make queries and keys, no kernels
+    uses_full_input = True
+    accepts_initializers = False  # its convolutions make queries and keys, no kernels
 
     def __init__(self, key_channels=None, padding=None, dilation_rate=None, **kwargs):
         super().__init__(**kwargs)
         self.key_channels = (
-            None if key_channels is None else integers("key_channels", key_channels, 1)[0]
+            None if key_channels is None else standardize_tuple("key_channels", key_channels, 1)[0]
         )
         self.padding = padding
         self.dilation_rate = dilation_rate
@@ -411,8 +421,11 @@ class PairwiseAttention(Linear):
     def _settle(self, input_shape):
         super()._settle(input_shape)
         rank = len(self.kernel_size)
-        self.padding = standardize_padding(self.padding or SAME, rank)
-        self.dilation_rate = integers("dilation_rate", self.dilation_rate or 1, rank)
+        self.padding = standardize_padding("padding", self.padding or SAME, rank)
+        self.dilation_rate = standardize_tuple("dilation_rate", self.dilation_rate or 1, rank)
+        inherited = {name: getattr(self, name) for name in INHERITED_ARGUMENTS}
+        # Queries and keys have the channels last.
+        self.window = Window(**{**inherited, "data_format": CHANNELS_LAST})
 
     def _build_generator(self, channels):
         if self.key_channels is None:
@@ -421,48 +434,29 @@ class PairwiseAttention(Linear):
         self.query = self._convolution("query", width, channels)
         self.key = self._convolution("key", width, channels)
 
-    def _geometry(self) -> Geometry:
-        return Geometry(
-            self.kernel_size,
-            self.strides,
-            self.padding,
-            self.dilation_rate,
-            self.groups,
-            CONTIGUOUS,
-            CHANNELS_LAST,
-        )
-
     def _output_sizes(self, sizes):
-        return self._geometry().output_sizes(sizes)
+        return self.window.output_sizes(sizes)
 
     def _generate(self, features):
-        g = self._geometry()
+        g = self.window
         shape = ops.shape(features)
         sizes = g.output_sizes(g.spatial(shape))
-        centres = window(features, g.first_centre, self.strides, sizes, g, first=1)
-        query = self.query(centres) / math.sqrt(self.query.filters // self.groups)
-        scores = wide(self._products(self.key(features), query, self.groups))
+        centers = strided_slice(features, g.first_center, self.strides, sizes, g, first=1)
+        query = self.query(centers) / math.sqrt(self.query.filters // self.groups)
+        scores = to_accumulation_dtype(self._products(self.key(features), query, self.groups))
         inside = self._products(
             ops.ones((1, *g.spatial(shape), 1), "float32"), ops.ones((1, *sizes, 1), "float32"), 1
         )
-        scores = ops.where(inside > 0.5, scores, OUTSIDE)
+        scores = ops.where(inside > 0.5, scores, MASK_VALUE)
         kernel = ops.cast(softmax(scores, -2), self.compute_dtype)
         return ops.reshape(kernel, (shape[0], *sizes, self._kernel_channels))
 
     def _products(self, x, y, groups):
-        return window_products(
-            x,
-            y,
-            self.kernel_size,
-            strides=self.strides,
-            padding=self.padding,
-            dilation_rate=self.dilation_rate,
-            groups=groups,
-            data_format=CHANNELS_LAST,
-        )
+        window = dataclasses.replace(self.window, groups=groups)
+        return apply_window_products(select(problem_of(window, x)), x, y)
 
     def count_multiply_adds(self) -> int:
-        """At each position, if every position of the input is a centre."""
+        """At each position, if every position of the input is a center."""
         queries = sum(math.prod(layer.kernel.shape) for layer in (self.query, self.key))
         return queries + math.prod(self.kernel_size) * self.query.filters
 
@@ -535,7 +529,7 @@ class Static(KernelGenerator):
 _LINEAR = ("__call__", "call", "_generate")
 
 
-def expansion(generator, dtype):
+def final_projection(generator, dtype):
     """The weight (hidden channels, taps * groups) and bias by which a generator makes kernels of
     type ``dtype`` from what its ``hidden`` returns, where applying them instead of calling the
     generator makes no difference; None elsewhere."""
@@ -547,10 +541,10 @@ def expansion(generator, dtype):
     # A subclass may have replaced the last layer.
     if "_generate" in vars(generator) or generator.compute_dtype != dtype:
         return None
-    return last_step(generator.expand, dtype, generator._kernel_channels)
+    return projection_of(generator.expand, dtype, generator._kernel_channels)
 
 
-def last_step(layer, dtype, channels):
+def projection_of(layer, dtype, channels):
     """``affine`` of a generator's last layer, if it computes in ``dtype`` and has so many output
     channels; None elsewhere."""
     found = affine(layer)
@@ -559,31 +553,31 @@ def last_step(layer, dtype, channels):
     return found
 
 
-def average_pool(x, strides, centred=False):
+def average_pool(x, strides, centered=False):
     """Means over windows that tile ``x`` (B, *spatial, C): (B, *ceil(n / stride), C).
 
-    The windows start at position 0, so that the last may be partial; ``centred`` they start as
+    The windows start at position 0, so that the last may be partial; ``centered`` they start as
     "same" places them, so that the first may be partial too. A partial window's mean is that of
     its real values.
     """
     if all(s == 1 for s in strides):
         return x
     shape = ops.shape(x)
-    counts = [ceil_divide(n, s) for n, s in zip(shape[1:-1], strides, strict=True)]
+    counts = [ceil_div(n, s) for n, s in zip(shape[1:-1], strides, strict=True)]
     missing = [c * s - n for c, s, n in zip(counts, strides, shape[1:-1], strict=True)]
-    before = [m // 2 if centred else 0 for m in missing]
+    before = [m // 2 if centered else 0 for m in missing]
     known = all(isinstance(m, int) for m in missing)
 
     def sums(values):
         if known:
             around = [(b, m - b) for b, m in zip(before, missing, strict=True)]
-            padded = zero_pad(wide(values), [(0, 0), *around, (0, 0)])
+            padded = pad(to_accumulation_dtype(values), [(0, 0), *around, (0, 0)])
         else:
             # PyTorch's exporter takes it from its example whether there are zeros, and whether a
             # slice ends where its tensor does: so more zeros than needed, and a slice of that.
-            most = [s - 1 if centred else 0 for s in strides]
+            most = [s - 1 if centered else 0 for s in strides]
             around = [(a, s) for a, s in zip(most, strides, strict=True)]
-            padded = zero_pad(wide(values), [(0, 0), *around, (0, 0)])
+            padded = pad(to_accumulation_dtype(values), [(0, 0), *around, (0, 0)])
             parts = (
                 slice(a - b, a - b + c * s)
                 for a, b, c, s in zip(most, before, counts, strides, strict=True)
@@ -600,7 +594,7 @@ def average_pool(x, strides, centred=False):
     return ops.cast(sums(x) / sums(ops.ones_like(x[:1, ..., :1])), x.dtype)
 
 
-def _copy(initializer):
+def clone_initializer(initializer):
     """An initializer of its own for every weight: two weights from one would be equal."""
     return initializer.clone() if hasattr(initializer, "clone") else initializer
 
@@ -614,7 +608,7 @@ GENERATORS: dict[str, type[KernelGenerator]] = {
 }
 
 
-def nearly_static(taps):
+def near_depthwise_init(taps):
     """Initial values with which a generator begins nearly as a depthwise convolution.
 
     Its kernels are the biases, in which every group differs and every place is alike, drawn as
@@ -631,14 +625,14 @@ def nearly_static(taps):
     Example:
 
     >>> import keras
-    >>> from involution.kernel_generators import Bottleneck, nearly_static
-    >>> generator = Bottleneck(kernel_size=3, groups=8, **nearly_static(9))
+    >>> from involution.kernel_generators import Bottleneck, near_depthwise_init
+    >>> generator = Bottleneck(kernel_size=3, groups=8, **near_depthwise_init(9))
     >>> features = keras.random.normal((1, 32, 32, 32))
     >>> kernels = keras.ops.convert_to_numpy(generator(features))
     >>> bool(kernels.std(axis=(1, 2)).mean() < kernels.mean(axis=(1, 2)).std() / 3)
     True
     """
-    (taps,) = integers("taps", taps, 1)
+    (taps,) = standardize_tuple("taps", taps, 1)
     return {
         # A tenth of the paper's; in the first convolution normalization takes the scale away.
         "kernel_initializer": _normal(0.02),
@@ -652,8 +646,8 @@ def nearly_static(taps):
 def get(identifier, reduction_ratio=4, dtype=None, initial=None):
     """A generator from its name, its configuration or itself; None is ``"bottleneck"``.
 
-    ``reduction_ratio``, ``dtype`` and the initial values, as ``nearly_static`` gives them, are for
-    a generator that is named, if it is of a kind that has them.
+    ``reduction_ratio``, ``dtype`` and the initial values, as of ``near_depthwise_init``, are for a
+    generator that is named, if it is of a kind that has them.
     """
     if isinstance(identifier, dict):
         return keras.saving.deserialize_keras_object(identifier)
@@ -666,13 +660,13 @@ def get(identifier, reduction_ratio=4, dtype=None, initial=None):
             f"Received: kernel_generator={identifier!r}"
         )
     make = GENERATORS[name]
-    options = dict(initial or {}) if make.begins_as_told else {}
+    options = dict(initial or {}) if make.accepts_initializers else {}
     if issubclass(make, Bottleneck):
         options["reduction_ratio"] = reduction_ratio
     return make(dtype=dtype, name=name, **options)
 
 
-def copied(identifier):
+def clone(identifier):
     """What ``get`` takes, as one of several layers may take it: a layer becomes one of its own."""
     if isinstance(identifier, keras.layers.Layer):
         config = identifier.get_config()
@@ -724,7 +718,7 @@ def fill_in(generator, layer):
         ValueError: It is built with those of another layer, which are different.
     """
     filled = _filled.setdefault(generator, set())
-    for name in FILLED_IN:
+    for name in INHERITED_ARGUMENTS:
         value = getattr(layer, name)
         # A layer that brings its own value keeps it: a Conv2D has strides of its own.
         if name not in filled and getattr(generator, name, generator) is not None:

@@ -8,9 +8,8 @@ convolutions of this kind take twice as long that way. Elsewhere it makes no dif
 
 import keras
 
-from involution.ops.geometry import CHANNELS_LAST
-from involution.ops.problem import check_axes
 from involution.ops.tensor_utils import matmul
+from involution.ops.validation import CHANNELS_LAST, check_axes
 
 
 class _Pointwise(keras.layers.Layer):
@@ -127,9 +126,9 @@ def affine(layer):
     return (layer.kernel[(0,) * layer.rank], layer.bias) if plain else None
 
 
-POINTWISE = {1: PointwiseConv1D, 2: PointwiseConv2D, 3: PointwiseConv3D}
+POINTWISE_CONVS = {1: PointwiseConv1D, 2: PointwiseConv2D, 3: PointwiseConv3D}
 
 
-def convolution(rank, kernel_size):
+def conv_class(rank, kernel_size):
     """The layer class for a convolution, channels last, with windows of this side."""
-    return POINTWISE[rank] if kernel_size == 1 else getattr(keras.layers, f"Conv{rank}D")
+    return POINTWISE_CONVS[rank] if kernel_size == 1 else getattr(keras.layers, f"Conv{rank}D")

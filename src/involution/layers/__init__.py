@@ -1,23 +1,36 @@
-"""The layers."""
+"""The layers: the keras.io example's, and the paper's in one to three dimensions."""
 
+import keras
+
+from involution import renamed
+from involution.kernel_generators.generators import layers_within
+from involution.layers.base import BaseInvolution
 from involution.layers.involution_nd import (
-    Call,
-    Involution,
     Involution1D,
     Involution2D,
     Involution3D,
     InvolutionND,
-    involutions,
-    recording,
 )
+from involution.layers.keras_io import Involution
+from involution.layers.recording import InvolutionTrace, record_involutions
 
 __all__ = [
-    "Call",
     "Involution",
     "Involution1D",
     "Involution2D",
     "Involution3D",
     "InvolutionND",
+    "InvolutionTrace",
     "involutions",
-    "recording",
+    "record_involutions",
 ]
+
+__getattr__ = renamed.attributes(
+    __name__, {"Call": "InvolutionTrace", "recording": "record_involutions"}
+)
+
+
+def involutions(layer) -> list[keras.layers.Layer]:
+    """The involution layers in a layer or model, each once: itself, those of nested models, and
+    those that other layers hold in attributes, as wrappers do."""
+    return [held for held in layers_within(layer) if isinstance(held, BaseInvolution)]

@@ -1,298 +1,24 @@
-"""Involution layers: the keras.io example's as a drop-in, and the paper's in one to three
-dimensions."""
+"""The paper's layer in one to three dimensions."""
 
-import contextlib
-import threading
-from typing import NamedTuple
+import dataclasses
 
 import keras
 from keras import ops
 
 from involution.kernel_generators import generators
-from involution.kernel_generators.generators import current_training, layers_within, training_scope
-from involution.kernel_generators.pointwise import only_calls
-from involution.ops.api import chosen, generate_and_apply, implementation_names, involution
-from involution.ops.geometry import (
+from involution.kernel_generators.generators import current_training
+from involution.layers.base import BaseInvolution, check_groups, input_channels
+from involution.ops.dispatch import standardize_implementation
+from involution.ops.problem import cached, output_sizes
+from involution.ops.tensor_utils import softmax, spatial_shape, to_accumulation_dtype
+from involution.ops.validation import (
     CHANNELS_LAST,
-    CONTIGUOUS,
-    INTERLEAVED,
     SAME,
     SYMMETRIC,
-    Geometry,
-)
-from involution.ops.problem import (
     check_axes,
-    integers,
-    one_of,
-    output_sizes,
-    standardize_data_format,
-    standardize_padding,
+    standardize_tuple,
 )
-from involution.ops.tensor_utils import sizes as view_sizes
-from involution.ops.tensor_utils import softmax, wide
-
-
-class Call(NamedTuple):
-    """What one involution was given, generated and gave, as ``recording`` tells it.
-
-    Attributes:
-        layer: The layer.
-        geometry: Where its windows lie.
-        inputs: Its input.
-        kernel: The kernels, as ``involution.ops.involution`` takes them.
-        outputs: Its output, without the kernels.
-    """
-
-    layer: keras.layers.Layer
-    geometry: Geometry
-    inputs: object
-    kernel: object
-    outputs: object
-
-
-class _Record(threading.local):
-    """The calls of this thread, while they are recorded."""
-
-    calls: list[Call] | None = None
-
-
-_record = _Record()
-
-
-@contextlib.contextmanager
-def recording():
-    """Within the block every involution that runs in this thread, in whatever model, adds a
-    ``Call`` to the list yielded: with values where a model is called, with symbols where it is
-    traced."""
-    before, _record.calls = _record.calls, []
-    try:
-        yield _record.calls
-    finally:
-        _record.calls = before
-
-
-@keras.saving.register_keras_serializable(package="involution")
-class Involution(keras.layers.Layer):
-    """The layer of the keras.io example "Involutional neural networks", as a drop-in.
-
-    Same arguments in the same order, same weights in the same order, same numbers; ``.keras`` and
-    ``.weights.h5`` files of the example load into it. It also works where the original does not:
-    unknown and changing sizes, odd sizes with strides, every backend, saving and loading.
-
-    It differs from the paper's layer (``Involution2D``) in what the example differs: channel c
-    belongs to group c % group_number, padding is ``"same"``, so is the strided average pooling,
-    the first convolution has a bias, and batch normalization has Keras's defaults.
-
-    Args:
-        channel: Sets the hidden width of the kernel generator, channel // reduction_ratio. It does
-            not change the output, which always has the input's channels. None: the input's.
-        group_number: Number of groups; divides the input's channels.
-        kernel_size: Side of the square window.
-        stride: Distance of windows, in both directions.
-        reduction_ratio: See ``channel``.
-        name: Name of the layer.
-        return_kernel: Whether the layer returns (output, kernel), as the example's does, or the
-            output alone, which fits a ``keras.Sequential``.
-        **kwargs: ``dtype``, ``trainable`` and so on, as in ``keras.layers.Layer``.
-
-    Call arguments:
-        inputs: Tensor (B, H, W, C).
-        training: Whether batch normalization takes the batch's statistics. None: as the layer or
-            model around it, and otherwise False.
-
-    Returns:
-        ``(output, kernel)`` with shapes (B, H', W', C) and (B, H', W', kernel_size**2, 1,
-        group_number), where H' = ceil(H / stride); or ``output`` alone.
-
-    Raises:
-        ValueError: An argument is out of its range, the hidden width is 0, ``group_number`` does
-            not divide the input's channels, or the input has not four axes.
-
-    Example:
-
-    >>> import numpy as np, involution
-    >>> output, kernel = involution.Involution(3, 1, 5, 2, 1, "inv")(np.ones((2, 33, 32, 3)))
-    >>> tuple(output.shape), tuple(kernel.shape)
-    ((2, 17, 16, 3), (2, 17, 16, 25, 1, 1))
-    """
-
-    def __init__(
-        self,
-        channel=None,
-        group_number=1,
-        kernel_size=3,
-        stride=1,
-        reduction_ratio=1,
-        name=None,
-        return_kernel=True,
-        **kwargs,
-    ):
-        super().__init__(name=name, **kwargs)
-        self.channel = None if channel is None else integers("channel", channel, 1)[0]
-        self.group_number = integers("group_number", group_number, 1)[0]
-        self.kernel_size = integers("kernel_size", kernel_size, 1)[0]
-        self.stride = integers("stride", stride, 1)[0]
-        self.reduction_ratio = integers("reduction_ratio", reduction_ratio, 1)[0]
-        self.return_kernel = bool(return_kernel)
-        self.input_spec = keras.layers.InputSpec(ndim=4)
-        self._geometry = Geometry(
-            (self.kernel_size,) * 2,
-            (self.stride,) * 2,
-            SAME,
-            (1, 1),
-            self.group_number,
-            INTERLEAVED,
-            CHANNELS_LAST,
-        )
-
-    def build(self, input_shape):
-        check_axes(self, input_shape, 2)
-        channels = _channels(input_shape, CHANNELS_LAST)
-        if channels % self.group_number:
-            raise ValueError(
-                "`group_number` must divide the input's channels: "
-                f"for {channels} channels one of {_divisors(channels)}. "
-                f"Received: group_number={self.group_number}"
-            )
-        width = channels if self.channel is None else self.channel
-        hidden = width // self.reduction_ratio
-        if hidden == 0:
-            raise ValueError(
-                "`channel` // `reduction_ratio` must be at least 1. "
-                f"Received: channel={width}, reduction_ratio={self.reduction_ratio}"
-            )
-        layers = keras.layers
-        common = {"data_format": CHANNELS_LAST, "dtype": self.dtype_policy}
-        # Named as Keras names the first of their classes: the names that it makes for the next ones
-        # would give two equal models weights of different paths.
-        self.kernel_gen = keras.Sequential(
-            [
-                layers.Conv2D(hidden, 1, name="conv2d", **common),
-                layers.BatchNormalization(dtype=self.dtype_policy, name="batch_normalization"),
-                layers.ReLU(dtype=self.dtype_policy, name="re_lu"),
-                layers.Conv2D(
-                    self._geometry.taps * self.group_number, 1, name="conv2d_1", **common
-                ),
-            ],
-            name="sequential",
-        )
-        # A Sequential casts its input to its own policy's type.
-        self.kernel_gen.dtype_policy = self.dtype_policy
-        self.kernel_gen.build((None, None, None, channels))
-
-    def generate_kernel(self, inputs):
-        """The kernels for ``inputs``: (B, H', W', kernel_size**2, group_number)."""
-        pooled = self._pooled(inputs)
-        if pooled.shape[0] == 0:
-            # To a convolution of nothing TensorFlow gives a wrong shape on some processors.
-            one = ops.zeros((1, *ops.shape(pooled)[1:]), pooled.dtype)
-            kernel = self.kernel_gen(one, training=False)[:0]
-        else:
-            kernel = self.kernel_gen(pooled, training=current_training())
-        batch, height, width, _ = ops.shape(kernel)
-        shape = (batch, height, width, self._geometry.taps, self.group_number)
-        return ops.cast(ops.reshape(kernel, shape), inputs.dtype)
-
-    def chosen_implementation(self, inputs) -> str:
-        """The name of the implementation that runs on ``inputs``, a tensor or a
-        ``keras.KerasTensor``, once the layer was called; ``"fused"`` where no kernels are
-        stored."""
-        return _chosen_when_built(self, inputs)
-
-    def _expansion(self, inputs):
-        """As ``InvolutionND`` has it."""
-        own = getattr(self.generate_kernel, "__func__", None) is not Involution.generate_kernel
-        generator = self.kernel_gen
-        # A subclass may have any layer there.
-        if self.return_kernel or own or type(generator) is not keras.Sequential:
-            return None
-        dtype = keras.backend.standardize_dtype(inputs.dtype)
-        if inputs.shape[0] == 0 or generator.compute_dtype != dtype or not only_calls(generator):
-            return None
-        layers = generator.layers
-        channels = self._geometry.taps * self.group_number
-        return generators.last_step(layers[-1], dtype, channels) if layers else None
-
-    def _hidden(self, inputs):
-        hidden = self._pooled(inputs)
-        for layer in self.kernel_gen.layers[:-1]:
-            hidden = layer(hidden, training=current_training())
-        return hidden
-
-    def generator_input_shape(self, input_shape):
-        """The shape of what the generator gets for an input of this shape."""
-        batch, *sizes, channels = input_shape
-        return (batch, *self._geometry.output_sizes(sizes), channels)
-
-    def _pooled(self, inputs):
-        # Keras's own "same" pooling gives other means on PyTorch than on TensorFlow and JAX.
-        return generators.average_pool(inputs, (self.stride,) * 2, centred=True)
-
-    def _arguments(self) -> dict:
-        return {
-            "kernel_size": self.kernel_size,
-            "strides": self.stride,
-            "groups": self.group_number,
-            "group_layout": INTERLEAVED,
-            "data_format": CHANNELS_LAST,
-        }
-
-    def call(self, inputs, training=None):
-        with training_scope(training):
-            return self._call(inputs)
-
-    def _call(self, inputs):
-        output = _fused(self, inputs)
-        if output is not None:
-            return output
-        kernel = self.generate_kernel(inputs)
-        output = involution(inputs, kernel, **self._arguments())
-        if _record.calls is not None:
-            _record.calls.append(Call(self, self._geometry, inputs, kernel, output))
-        return (output, ops.expand_dims(kernel, -2)) if self.return_kernel else output
-
-    def compute_output_shape(self, input_shape):
-        check_axes(self, input_shape, 2)
-        batch, height, width, channels = input_shape
-        height, width = self._geometry.output_sizes((height, width))
-        output = (batch, height, width, channels)
-        if not self.return_kernel:
-            return output
-        return output, (batch, height, width, self._geometry.taps, 1, self.group_number)
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "channel": self.channel,
-            "group_number": self.group_number,
-            "kernel_size": self.kernel_size,
-            "stride": self.stride,
-            "reduction_ratio": self.reduction_ratio,
-            "return_kernel": self.return_kernel,
-        }
-
-
-def _chosen(layer, inputs, expansion) -> str:
-    """What a layer takes for its inputs, given its ``_expansion``."""
-    hidden = None if expansion is None else expansion[0].shape[0]
-    return chosen(inputs, hidden, **layer._arguments())
-
-
-def _chosen_when_built(layer, inputs) -> str:
-    if not layer.built:
-        raise ValueError(f"A layer must be built, as by a call. Received: {layer.name}, not built")
-    return _chosen(layer, inputs, layer._expansion(inputs))
-
-
-def _fused(layer, inputs):
-    """The output of a layer with an ``_expansion``, with no kernels stored; None where they are:
-    somebody records them, or another implementation is chosen."""
-    expansion = layer._expansion(inputs) if _record.calls is None else None
-    if expansion is None or _chosen(layer, inputs, expansion) != "fused":
-        return None
-    # The last layer would cast what it is given, and Keras its weights.
-    given = (ops.cast(t, inputs.dtype) for t in (layer._hidden(inputs), *expansion))
-    return generate_and_apply(inputs, *given, **layer._arguments())
+from involution.ops.window import Window
 
 
 class _KernelDropout(keras.layers.Dropout):
@@ -313,7 +39,7 @@ class _KernelDropout(keras.layers.Dropout):
         self.seed_generator = keras.random.SeedGenerator(name="seed_generator")
 
 
-class InvolutionND(keras.layers.Layer):
+class InvolutionND(BaseInvolution):
     """The paper's layer in ``rank`` dimensions: everything about Involution1D, 2D and 3D."""
 
     rank: int
@@ -338,41 +64,48 @@ class InvolutionND(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        rank = self.rank
-        self.kernel_size = integers("kernel_size", kernel_size, rank)
-        self.strides = integers("strides", strides, rank)
-        self.padding = standardize_padding(padding, rank)
-        self.dilation_rate = integers("dilation_rate", dilation_rate, rank)
-        self.groups = None if groups is None else integers("groups", groups, 1)[0]
-        self.group_channels = integers("group_channels", group_channels, 1)[0]
-        self.reduction_ratio = integers("reduction_ratio", reduction_ratio, 1)[0]
+        window = Window(
+            kernel_size,
+            strides,
+            padding,
+            dilation_rate,
+            1 if groups is None else groups,
+            group_layout,
+            data_format,
+            self.rank,
+        )
+        for name, value in window.arguments().items():
+            setattr(self, name, value)
+        self.window = window
+        # As given: from ``build`` on, ``groups`` is that of the input's channels.
+        self._groups = self.groups = None if groups is None else window.groups
+        self.group_channels = standardize_tuple("group_channels", group_channels, 1)[0]
+        self.reduction_ratio = standardize_tuple("reduction_ratio", reduction_ratio, 1)[0]
         self.return_kernel = bool(return_kernel)
-        self.group_layout = one_of("group_layout", group_layout, (CONTIGUOUS, INTERLEAVED))
-        self.data_format = standardize_data_format(data_format)
         if implementation is not None:
-            implementation_names(implementation)
+            standardize_implementation(implementation)
         self.implementation = implementation
-        self.filters = None if filters is None else integers("filters", filters, 1)[0]
+        self.filters = None if filters is None else standardize_tuple("filters", filters, 1)[0]
         self.kernel_softmax = bool(kernel_softmax)
         self.kernel_dropout = (
             _KernelDropout(kernel_dropout, dtype=self.dtype_policy, name="kernel_dropout")
             if kernel_dropout
             else None
         )
-        self._groups = self.groups
         self._named = not isinstance(kernel_generator, (dict, keras.layers.Layer))
         self._generator_name = kernel_generator if self._named else None
         self.kernel_generator = generators.get(
             kernel_generator, self.reduction_ratio, self.dtype_policy
         )
         generators.name_by_class(self.kernel_generator)
-        self.input_spec = keras.layers.InputSpec(ndim=rank + 2)
-        self._check_centre()
+        self.input_spec = keras.layers.InputSpec(ndim=self.rank + 2)
+        self._validate_padding()
 
     def build(self, input_shape):
         check_axes(self, input_shape, self.rank)
-        channels = _channels(input_shape, self.data_format)
+        channels = input_channels(input_shape, self.data_format)
         self.groups = self._number_of_groups(channels)
+        self.window = dataclasses.replace(self.window, groups=self.groups)
         self._output_sizes(input_shape)
         generator = self.kernel_generator
         generators.check_unshared(generator, self)
@@ -392,86 +125,59 @@ class InvolutionND(keras.layers.Layer):
         projection.build((None,) * (self.rank + 1) + (channels,))
         self.projection = projection
 
-    def _geometry(self) -> Geometry:
-        return Geometry(
-            self.kernel_size,
-            self.strides,
-            self.padding,
-            self.dilation_rate,
-            self.groups or 1,
-            self.group_layout,
-            self.data_format,
-        )
-
     def _number_of_groups(self, channels) -> int:
-        # As given: ``groups`` is that of the channels with which the layer was built.
         given = self._groups
-        if given is None and channels < self.group_channels:
+        if given is not None:
+            check_groups("groups", given, channels)
+            return given
+        if channels < self.group_channels:
             return 1
-        name, value = (
-            ("group_channels", self.group_channels) if given is None else ("groups", given)
-        )
-        if channels % value:
-            raise ValueError(
-                f"`{name}` must divide the input's channels: for {channels} channels one of "
-                f"{_divisors(channels)}. Received: {name}={value}"
-            )
-        return channels // value if given is None else value
+        check_groups("group_channels", self.group_channels, channels)
+        return channels // self.group_channels
 
-    def _check_centre(self):
-        """ValueError unless the first window's centre lies inside the input."""
-        if min(self._geometry().first_centre) < 0:
+    def _validate_padding(self):
+        """ValueError unless the first window's center lies inside the input."""
+        if min(self.window.first_center) < 0:
             raise ValueError(
-                "`padding` must leave the centre of every window inside the input: at most "
+                "`padding` must leave the center of every window inside the input: at most "
                 "floor((kernel_size - 1) * dilation_rate / 2) before it. "
                 f"Received: padding={self.padding!r}, kernel_size={self.kernel_size}, "
                 f"dilation_rate={self.dilation_rate}"
             )
 
     def _output_sizes(self, input_shape) -> tuple[int | None, ...]:
-        """Spatial sizes of the output, if every window and its centre fit; ValueError if not."""
-        g = self._geometry()
-        sizes = output_sizes(g, input_shape)
-        for n, out, centre, s in zip(
-            g.spatial(input_shape), sizes, g.first_centre, self.strides, strict=True
-        ):
-            if n is not None and out is not None and centre + (out - 1) * s >= n:
-                raise ValueError(
-                    "`padding` must leave the centre of every window inside the input. "
-                    f"Received: padding={self.padding!r}, kernel_size={self.kernel_size}, "
-                    f"dilation_rate={self.dilation_rate}, input shape {tuple(input_shape)}"
-                )
-        return sizes
+        """Spatial sizes of the output; ValueError unless all windows and their centers fit."""
+        return _checked_output_sizes(self.window, tuple(input_shape))
 
     def generator_input_shape(self, input_shape):
         """The shape of what the generator gets for an input of this shape."""
-        whole = getattr(self.kernel_generator, "whole_input", False)
-        return input_shape if whole else self._features_shape(input_shape)
+        full = generators.uses_full_input(self.kernel_generator)
+        return input_shape if full else self._features_shape(input_shape)
 
     def _features_shape(self, input_shape):
-        g = self._geometry()
+        g = self.window
         sizes = g.spatial(input_shape)
         cropped = tuple(
-            None if n is None else min(n - centre, out * s)
-            for n, out, centre, s in zip(
-                sizes, g.output_sizes(sizes), g.first_centre, self.strides, strict=True
+            None if n is None else min(n - center, out * s)
+            for n, out, center, s in zip(
+                sizes, g.output_sizes(sizes), g.first_center, self.strides, strict=True
             )
         )
         return g.shape(input_shape[0], cropped, input_shape[g.channel_axis])
 
     def _features(self, inputs):
-        """What the kernels are generated from: the windows' centres and what follows each."""
-        g = self._geometry()
+        """What the kernels are generated from: the windows' centers and what follows each."""
+        g = self.window
         odd = not any(last % 2 for last in g.last_offset)
         if self.padding == SAME or (self.padding == SYMMETRIC and odd):
             # All positions. Slices of that length would do, but for PyTorch's exporter: it takes it
             # from its example whether they reach the end.
             return inputs
         parts = tuple(
-            slice(centre, centre + out * s)
-            for centre, out, s in zip(
-                g.first_centre,
-                g.output_sizes(view_sizes(inputs, g)),
+            slice(center, center + out * s)
+            for center, out, s in zip(
+                g.first_center,
+                g.output_sizes(spatial_shape(inputs, g)),
                 self.strides,
                 strict=True,
             )
@@ -481,10 +187,10 @@ class InvolutionND(keras.layers.Layer):
     def generate_kernel(self, inputs):
         """The kernels for ``inputs``, as ``involution.ops.involution`` takes them:
         (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial)."""
-        whole = getattr(self.kernel_generator, "whole_input", False)
-        features = inputs if whole else self._features(inputs)
+        full = generators.uses_full_input(self.kernel_generator)
+        features = inputs if full else self._features(inputs)
         kernel = self.kernel_generator(features, training=current_training())
-        g = self._geometry()
+        g = self.window
         shape = ops.shape(kernel)
         if len(shape) != self.rank + 2 or kernel.shape[g.channel_axis] != g.taps * g.groups:
             raise ValueError(
@@ -494,60 +200,30 @@ class InvolutionND(keras.layers.Layer):
             )
         kernel = ops.reshape(kernel, g.shape(shape[0], g.spatial(shape), g.taps, g.groups))
         if self.kernel_softmax:
-            kernel = softmax(wide(kernel), g.tap_axis)
+            kernel = softmax(to_accumulation_dtype(kernel), g.tap_axis)
         if self.kernel_dropout is not None:
             kernel = self.kernel_dropout(kernel, training=current_training())
         return ops.cast(kernel, inputs.dtype)
 
-    def chosen_implementation(self, inputs) -> str:
-        """The name of the implementation that runs on ``inputs``, a tensor or a
-        ``keras.KerasTensor``, once the layer was called; ``"fused"`` where no kernels are
-        stored."""
-        return _chosen_when_built(self, inputs)
-
-    def call(self, inputs, training=None):
-        with training_scope(training):
-            return self._call(inputs)
-
     def _call(self, inputs):
         self._output_sizes(inputs.shape)
-        output = _fused(self, inputs)
-        if output is not None:
-            return output if self.filters is None else self._project(output)
-        kernel = self.generate_kernel(inputs)
-        output = involution(inputs, kernel, **self._arguments())
-        if self.filters is not None:
-            output = self._project(output)
-        if _record.calls is not None:
-            _record.calls.append(Call(self, self._geometry(), inputs, kernel, output))
-        return (output, kernel) if self.return_kernel else output
+        return super()._call(inputs)
 
-    def _arguments(self) -> dict:
-        """Those of ``involution``."""
-        return {
-            "kernel_size": self.kernel_size,
-            "strides": self.strides,
-            "padding": self.padding,
-            "dilation_rate": self.dilation_rate,
-            "groups": self.groups,
-            "group_layout": self.group_layout,
-            "data_format": self.data_format,
-            "implementation": self.implementation,
-        }
+    def _finish(self, output):
+        return output if self.filters is None else self._project(output)
 
-    def _hidden(self, inputs):
+    def _generator_hidden(self, inputs):
         return self.kernel_generator.hidden(self._features(inputs))
 
-    def _expansion(self, inputs):
-        """The weight and bias that make kernels of the generator's hidden channels, if these may
-        be generated where they are used: nobody else sees them then. None where they may not."""
+    def _final_projection(self, inputs):
+        # Kernels that somebody sees or changes are stored.
         seen = self.return_kernel or self.kernel_softmax or self.kernel_dropout is not None
         # A subclass may have a function of its own for them.
         own = getattr(self.generate_kernel, "__func__", None) is not InvolutionND.generate_kernel
         if seen or own:
             return None
         dtype = keras.backend.standardize_dtype(inputs.dtype)
-        return generators.expansion(self.kernel_generator, dtype)
+        return generators.final_projection(self.kernel_generator, dtype)
 
     def _project(self, output):
         if self.data_format == CHANNELS_LAST:
@@ -556,8 +232,8 @@ class InvolutionND(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         check_axes(self, input_shape, self.rank)
-        g = self._geometry()
-        channels = _channels(input_shape, self.data_format)
+        g = self.window
+        channels = input_channels(input_shape, self.data_format)
         sizes = self._output_sizes(input_shape)
         output = g.shape(input_shape[0], sizes, self.filters or channels)
         if not self.return_kernel:
@@ -567,17 +243,12 @@ class InvolutionND(keras.layers.Layer):
     def get_config(self):
         return {
             **super().get_config(),
-            "kernel_size": self.kernel_size,
-            "strides": self.strides,
-            "padding": self.padding,
-            "dilation_rate": self.dilation_rate,
+            **self.window.arguments(),
             "groups": self._groups,
             "group_channels": self.group_channels,
             "reduction_ratio": self.reduction_ratio,
             "kernel_generator": self._generator_config(),
             "return_kernel": self.return_kernel,
-            "group_layout": self.group_layout,
-            "data_format": self.data_format,
             "implementation": self.implementation,
             "filters": self.filters,
             "kernel_softmax": self.kernel_softmax,
@@ -596,7 +267,7 @@ class InvolutionND(keras.layers.Layer):
 
 
 # The three differ in the rank alone, so they share one signature and one text.
-ARGUMENTS = """
+_SHARED_DOC = """
 
     Args:
         kernel_size: Integer, or one for each spatial dimension: the window.
@@ -651,7 +322,7 @@ class Involution1D(InvolutionND):
     >>> tuple(involution.Involution1D(kernel_size=9)(np.ones((2, 100, 32), "float32")).shape)
     (2, 100, 32)
     """
-        + ARGUMENTS
+        + _SHARED_DOC
     )
     rank = 1
 
@@ -665,7 +336,7 @@ class Involution2D(InvolutionND):
     >>> tuple(involution.Involution2D(strides=2)(np.ones((2, 33, 20, 64), "float32")).shape)
     (2, 17, 10, 64)
     """
-        + ARGUMENTS
+        + _SHARED_DOC
     )
     rank = 2
 
@@ -679,27 +350,23 @@ class Involution3D(InvolutionND):
     >>> tuple(involution.Involution3D(kernel_size=3)(np.ones((1, 5, 6, 7, 16), "float32")).shape)
     (1, 5, 6, 7, 16)
     """
-        + ARGUMENTS
+        + _SHARED_DOC
     )
     rank = 3
 
 
-def involutions(layer) -> list[keras.layers.Layer]:
-    """The involutions in a layer or model: itself, those of models within it, and those that other
-    layers hold in attributes, as wrappers do. Each appears once."""
-    return [held for held in layers_within(layer) if isinstance(held, (Involution, InvolutionND))]
+def _check_output_sizes(window, input_shape) -> tuple[int | None, ...]:
+    sizes = output_sizes(window, input_shape)
+    for n, out, center, stride in zip(
+        window.spatial(input_shape), sizes, window.first_center, window.strides, strict=True
+    ):
+        if n is not None and out is not None and center + (out - 1) * stride >= n:
+            raise ValueError(
+                "`padding` must leave the center of every window inside the input. "
+                f"Received: padding={window.padding!r}, kernel_size={window.kernel_size}, "
+                f"dilation_rate={window.dilation_rate}, input shape {input_shape}"
+            )
+    return sizes
 
 
-def _channels(input_shape, data_format) -> int:
-    channels = input_shape[-1 if data_format == CHANNELS_LAST else 1]
-    if channels is None:
-        raise ValueError(
-            "The number of channels must be known when the layer is built. "
-            f"Received: input shape {tuple(input_shape)}"
-        )
-    return channels
-
-
-def _divisors(n) -> str:
-    # A layer has no more groups; a file may say that an input has any number of channels.
-    return ", ".join(str(d) for d in range(1, min(n, 2**16) + 1) if n % d == 0)
+_checked_output_sizes = cached(_check_output_sizes)

@@ -8,10 +8,10 @@ ReLU and, but for the last stage, a 2x2 max pooling.
 import keras
 from keras import layers
 
-from involution.kernel_generators.generators import copied
-from involution.layers.involution_nd import Involution, Involution2D
-from involution.ops.geometry import CHANNELS_LAST
-from involution.ops.problem import integers
+from involution.kernel_generators.generators import clone
+from involution.layers.involution_nd import Involution2D
+from involution.layers.keras_io import Involution
+from involution.ops.validation import CHANNELS_LAST, standardize_tuple
 
 HEADS = ("dense", "convolutional")
 # The example's visualizer: no classes, what the involutions generate.
@@ -44,10 +44,10 @@ def cnn(input_shape=(32, 32, 3), classes=10, head="dense", filters=(32, 64, 64),
     319178
     """
     _check(input_shape, classes, head, HEADS)
-    integers("hidden", hidden, 1)
+    standardize_tuple("hidden", hidden, 1)
     inputs = keras.Input(shape=input_shape)
     x = inputs
-    for stage, width in enumerate(integers("filters", filters, 3), start=1):
+    for stage, width in enumerate(standardize_tuple("filters", filters, 3), start=1):
         x = layers.Conv2D(
             width,
             (3, 3),
@@ -108,7 +108,7 @@ def inn(
             kernel_size,
             groups=group_number,
             reduction_ratio=reduction_ratio,
-            kernel_generator=copied(kernel_generator),
+            kernel_generator=clone(kernel_generator),
             return_kernel=True,
             group_layout="interleaved",
             data_format=CHANNELS_LAST,

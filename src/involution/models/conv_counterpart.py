@@ -2,14 +2,9 @@
 
 import keras
 
-from involution.layers.involution_nd import (
-    Involution1D,
-    Involution2D,
-    Involution3D,
-    InvolutionND,
-    involutions,
-)
-from involution.ops.geometry import SAME, SYMMETRIC, VALID
+from involution.layers import involutions
+from involution.layers.involution_nd import Involution1D, Involution2D, Involution3D, InvolutionND
+from involution.ops.validation import SAME, SYMMETRIC, VALID
 
 KINDS = ("convolution", "depthwise")
 PADDINGS = {SAME: "same", SYMMETRIC: "same", VALID: "valid"}

@@ -4,8 +4,9 @@ import math
 
 import keras
 
-from involution.layers.involution_nd import Involution, InvolutionND
-from involution.ops.geometry import CHANNELS_FIRST
+from involution.layers.involution_nd import InvolutionND
+from involution.layers.keras_io import Involution
+from involution.ops.validation import CHANNELS_FIRST
 
 # Layers that use every entry of these weights once at every position of the output.
 WEIGHTED: dict[type[keras.layers.Layer], tuple[str, ...]] = {

@@ -13,10 +13,14 @@ from keras import layers
 
 from involution.kernel_generators import generators
 from involution.kernel_generators.generators import KAIMING
-from involution.kernel_generators.pointwise import convolution
+from involution.kernel_generators.pointwise import conv_class
 from involution.layers.involution_nd import Involution2D
-from involution.ops.geometry import CHANNELS_FIRST, CHANNELS_LAST
-from involution.ops.problem import integers, standardize_data_format
+from involution.ops.validation import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    standardize_data_format,
+    standardize_tuple,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ VARIANTS = {
 
 
 def _build(name, variant, input_shape, classes, include_top, feature_maps, data_format):
-    form = standardize_data_format(data_format)
+    form = standardize_data_format("data_format", data_format)
     if input_shape is None:
         input_shape = (None, None, 3) if form == CHANNELS_LAST else (3, None, None)
     _check(variant, input_shape, classes, include_top, feature_maps, form)
@@ -115,7 +119,7 @@ def _block(x, variant, width, stride, first, name):
 
 
 def _convolution(filters, kernel_size, strides, name, padding="valid"):
-    return convolution(2, kernel_size)(
+    return conv_class(2, kernel_size)(
         filters,
         kernel_size,
         strides,
@@ -134,7 +138,7 @@ def _involution(variant, kernel_size, strides, name):
         padding="symmetric",
         group_channels=variant.group_channels,
         reduction_ratio=variant.reduction_ratio,
-        kernel_generator=generators.copied(variant.kernel_generator),
+        kernel_generator=generators.clone(variant.kernel_generator),
         data_format=CHANNELS_LAST,
         name=name,
     )
@@ -204,7 +208,7 @@ def _network(name, function_name, text):
         stem_kernel_size=3,
         data_format="channels_last",
     ):
-        (stem_kernel_size,) = integers("stem_kernel_size", stem_kernel_size, 1)
+        (stem_kernel_size,) = standardize_tuple("stem_kernel_size", stem_kernel_size, 1)
         variant = dataclasses.replace(VARIANTS[name], stem_kernel_size=stem_kernel_size)
         return _build(name, variant, input_shape, classes, include_top, feature_maps, data_format)
 
@@ -262,7 +266,7 @@ def rednet_tiny(
         group_channels: Channels that share a kernel.
         reduction_ratio: Channels for each hidden channel of the kernel generators.
         kernel_generator: None for ``Bottleneck``, or a name, which begins nearly as a depthwise
-            convolution (``kernel_generators.nearly_static``); or a Keras layer of which each
+            convolution (``kernel_generators.near_depthwise_init``); or a Keras layer of which each
             involution gets a copy.
 
     Returns:
@@ -279,13 +283,13 @@ def rednet_tiny(
     """
     blocks, widths = ((n,) if isinstance(n, int) else tuple(n) for n in (blocks, widths))
     for name, value in (("blocks", blocks), ("widths", widths)):
-        integers(name, value, len(value))
+        standardize_tuple(name, value, len(value))
     if len(blocks) != len(widths) or not blocks:
         raise ValueError(
             "`blocks` and `widths` must have a number for each stage. "
             f"Received: blocks={blocks!r}, widths={widths!r}"
         )
-    (kernel_size,) = integers("kernel_size", kernel_size, 1)
+    (kernel_size,) = standardize_tuple("kernel_size", kernel_size, 1)
     if kernel_size % 2 == 0:
         raise ValueError(f"`kernel_size` must be odd. Received: kernel_size={kernel_size}")
     if not isinstance(stem_pool, bool):
@@ -293,8 +297,8 @@ def rednet_tiny(
     variant = Variant(
         blocks=blocks,
         widths=widths,
-        expansion=integers("expansion", expansion, 1)[0],
-        stem_width=integers("stem_width", stem_width, 1)[0],
+        expansion=standardize_tuple("expansion", expansion, 1)[0],
+        stem_width=standardize_tuple("stem_width", stem_width, 1)[0],
         stem_kernel_size=None,
         stem_pool=stem_pool,
         kernel_size=kernel_size,
@@ -302,7 +306,7 @@ def rednet_tiny(
         kernel_generator=generators.get(
             kernel_generator,
             reduction_ratio,
-            initial=generators.nearly_static(kernel_size**2),
+            initial=generators.near_depthwise_init(kernel_size**2),
         ),
     )
     return _build(

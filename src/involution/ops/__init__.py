@@ -1,5 +1,20 @@
 """The involution operator and its implementations."""
 
-from involution.ops.api import generate_and_apply, implementations, involution, use, window_products
+from involution.ops.api import (
+    fused_involution,
+    generate_and_apply,
+    implementations,
+    involution,
+    window_products,
+)
+from involution.ops.dispatch import force_implementation, use
 
-__all__ = ["generate_and_apply", "implementations", "involution", "use", "window_products"]
+__all__ = [
+    "force_implementation",
+    "fused_involution",
+    "generate_and_apply",
+    "implementations",
+    "involution",
+    "use",
+    "window_products",
+]

@@ -1,44 +1,12 @@
-"""The operator: its contract, and the choice of an implementation."""
-
-import contextlib
-import dataclasses
-import threading
-from collections.abc import Sequence
+"""The operator's public functions, and their nodes in functional Keras models."""
 
 import keras
 
-from involution.ops import fused, native, reference, rows, taps, triton
-from involution.ops.geometry import CHANNELS_LAST
-from involution.ops.problem import (
-    fits,
-    make_generating_problem,
-    make_problem,
-    shape_of,
-    standardize_data_format,
-)
-from involution.ops.tensor_utils import matmul
-
-# In order of preference: the first that can run is taken. One with a ``reluctance(problem)`` says
-# where the one after it is faster.
-IMPLEMENTATIONS = (
-    ("triton", triton),
-    ("native", native),
-    ("taps", taps),
-    ("reference", reference),
-)
-# Taken where it is named, and nowhere else.
-ROWS = ("rows", rows)
-# Where kernels are generated, it comes before the others.
-FUSED = ("fused", fused)
-
-
-class _Forced(threading.local):
-    """What ``use`` forces in this thread. No context variable: torch.compile cannot trace those."""
-
-    names: tuple[str, ...] | None = None
-
-
-_forced = _Forced()
+from involution.ops.dispatch import IMPLEMENTATIONS, Selection, preferred, select
+from involution.ops.problem import Problem, check_generator, check_kernel, check_output, problem_of
+from involution.ops.tensor_utils import as_tensor, matmul
+from involution.ops.validation import CHANNELS_LAST, static_shape
+from involution.ops.window import Window
 
 
 def involution(
@@ -107,12 +75,15 @@ def involution(
     Source: Li et al., "Involution: Inverting the Inherence of Convolution for Visual Recognition",
     CVPR 2021, arXiv:2103.06255.
     """
-    arguments = _arguments(
-        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format
+    x, kernel = as_tensor(x), as_tensor(kernel)
+    window = Window(
+        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, _rank(x)
     )
-    if isinstance(x, keras.KerasTensor) or isinstance(kernel, keras.KerasTensor):
-        return InvolutionOperation(implementation, **arguments)(x, kernel)
-    return _run(x, kernel, implementation, arguments)
+    if _any_symbolic(x, kernel):
+        return InvolutionOperation(implementation, **window.arguments())(x, kernel)
+    problem = problem_of(window, x)
+    check_kernel(problem, kernel)
+    return apply_kernels(select(problem, implementation), x, kernel)
 
 
 def window_products(
@@ -157,15 +128,18 @@ def window_products(
     >>> tuple(scores.shape), float(scores[0, 0, 0, 0, 0]), float(scores[0, 0, 0, 4, 0])
     ((1, 4, 5, 9, 2), 0.0, 3.0)
     """
-    arguments = _arguments(
-        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format
+    x, y = as_tensor(x), as_tensor(y)
+    window = Window(
+        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, _rank(x)
     )
-    if isinstance(x, keras.KerasTensor) or isinstance(y, keras.KerasTensor):
-        return WindowProductsOperation(implementation, **arguments)(x, y)
-    return _products(x, y, implementation, arguments)
+    if _any_symbolic(x, y):
+        return WindowProductsOperation(implementation, **window.arguments())(x, y)
+    problem = problem_of(window, x)
+    check_output(problem, y)
+    return apply_window_products(select(problem, implementation), x, y)
 
 
-def generate_and_apply(
+def fused_involution(
     x,
     hidden,
     weight,
@@ -208,35 +182,26 @@ def generate_and_apply(
     >>> import numpy as np, involution
     >>> x, hidden = np.ones((1, 4, 5, 6), "float32"), np.ones((1, 4, 5, 2), "float32")
     >>> weight, bias = np.ones((2, 18), "float32"), np.ones(18, "float32")
-    >>> y = involution.ops.generate_and_apply(x, hidden, weight, bias, kernel_size=3, groups=2)
+    >>> y = involution.ops.fused_involution(x, hidden, weight, bias, kernel_size=3, groups=2)
     >>> float(y[0, 0, 0, 0]), float(y[0, 1, 1, 0])
     (12.0, 27.0)
     """
-    arguments = _arguments(
-        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format
+    x, hidden, weight, bias = (as_tensor(t) for t in (x, hidden, weight, bias))
+    window = Window(
+        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, _rank(x)
     )
-    if any(isinstance(t, keras.KerasTensor) for t in (x, hidden, weight, bias)):
-        operation = GenerateAndApplyOperation(implementation, **arguments)
+    if _any_symbolic(x, hidden, weight, bias):
+        operation = FusedInvolutionOperation(implementation, **window.arguments())
         return operation(x, hidden, weight, bias)
-    return _generate_and_run(x, hidden, weight, bias, implementation, arguments)
+    problem = problem_of(window, x, _hidden_channels(weight))
+    check_generator(problem, hidden, weight, bias)
+    return apply_generated(select(problem, implementation), x, hidden, weight, bias)
 
 
-def _arguments(
-    kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format
-) -> dict:
-    return {
-        "kernel_size": kernel_size,
-        "strides": strides,
-        "padding": padding,
-        "dilation_rate": dilation_rate,
-        "groups": groups,
-        "group_layout": group_layout,
-        # A model keeps the format that it was made with, whatever Keras's setting becomes.
-        "data_format": standardize_data_format(data_format),
-    }
+generate_and_apply = fused_involution
 
 
-class _Node(keras.Operation):
+class _Operation(keras.Operation):
     """A node of a functional Keras model, with a function's arguments by name."""
 
     def __init__(self, implementation=None, name=None, **arguments):
@@ -244,47 +209,55 @@ class _Node(keras.Operation):
         self.implementation = implementation
         self.arguments = arguments
 
-    def _spec(self, problem):
-        _choose(problem, self.implementation)
-        return keras.KerasTensor(problem.output_shape, dtype=problem.dtype)
+    def _problem(self, x, hidden=None) -> Problem:
+        return problem_of(Window(**self.arguments, rank=_rank(x)), x, hidden)
 
     def get_config(self):
         return {"name": self.name, "implementation": self.implementation, **self.arguments}
 
 
 @keras.saving.register_keras_serializable(package="involution")
-class InvolutionOperation(_Node):
+class InvolutionOperation(_Operation):
     """``involution`` as a node."""
 
     def call(self, x, kernel):
-        return _run(x, kernel, self.implementation, self.arguments)
+        return involution(x, kernel, implementation=self.implementation, **self.arguments)
 
     def compute_output_spec(self, x, kernel):
-        return self._spec(make_problem(x, kernel, **self.arguments))
+        problem = self._problem(x)
+        check_kernel(problem, kernel)
+        select(problem, self.implementation)
+        return keras.KerasTensor(problem.output_shape, dtype=problem.dtype)
 
 
 @keras.saving.register_keras_serializable(package="involution")
-class WindowProductsOperation(_Node):
+class WindowProductsOperation(_Operation):
     """``window_products`` as a node."""
 
     def call(self, x, y):
-        return _products(x, y, self.implementation, self.arguments)
+        return window_products(x, y, implementation=self.implementation, **self.arguments)
 
     def compute_output_spec(self, x, y):
-        problem = _products_problem(x, y, self.arguments)
-        _choose(problem, self.implementation)
+        problem = self._problem(x)
+        check_output(problem, y)
+        select(problem, self.implementation)
         return keras.KerasTensor(problem.kernel_shape, dtype=problem.dtype)
 
 
-@keras.saving.register_keras_serializable(package="involution")
-class GenerateAndApplyOperation(_Node):
-    """``generate_and_apply`` as a node."""
+# Files of models hold the registered name.
+@keras.saving.register_keras_serializable(package="involution", name="GenerateAndApplyOperation")
+class FusedInvolutionOperation(_Operation):
+    """``fused_involution`` as a node."""
 
     def call(self, x, hidden, weight, bias):
-        return _generate_and_run(x, hidden, weight, bias, self.implementation, self.arguments)
+        arguments = {"implementation": self.implementation, **self.arguments}
+        return fused_involution(x, hidden, weight, bias, **arguments)
 
     def compute_output_spec(self, x, hidden, weight, bias):
-        return self._spec(make_generating_problem(x, hidden, weight, bias, **self.arguments))
+        problem = self._problem(x, _hidden_channels(weight))
+        check_generator(problem, hidden, weight, bias)
+        select(problem, self.implementation)
+        return keras.KerasTensor(problem.output_shape, dtype=problem.dtype)
 
 
 def implementations(x, kernel, kernel_size, hidden=None, **arguments):
@@ -293,7 +266,7 @@ def implementations(x, kernel, kernel_size, hidden=None, **arguments):
     Args:
         x, kernel, kernel_size: As for ``involution``; tensors, or ``keras.KerasTensor`` for their
             shapes and types alone. ``kernel`` may be None, for the one that fits.
-        hidden: How many hidden channels ``generate_and_apply`` is given; None for ``involution``.
+        hidden: How many hidden channels ``fused_involution`` is given; None for ``involution``.
         **arguments: The other arguments of ``involution``, without ``implementation``.
 
     Returns:
@@ -307,140 +280,72 @@ def implementations(x, kernel, kernel_size, hidden=None, **arguments):
     >>> [name for name, reason in involution.ops.implementations(x, kernel, 3)]
     ['triton', 'native', 'taps', 'reference']
     """
-    problem = make_problem(x, kernel, kernel_size, **arguments)
-    problem = dataclasses.replace(problem, hidden=hidden)
-    modules = _modules()
-    return [(name, modules[name].refusal(problem)) for name in _preference(problem)]
+    problem = problem_of(Window(kernel_size, **arguments, rank=_rank(x)), x, hidden)
+    if kernel is not None:
+        check_kernel(problem, kernel)
+    return [
+        (name, IMPLEMENTATIONS[name].unsupported_reason(problem)) for name in preferred(problem)
+    ]
 
 
-@contextlib.contextmanager
-def use(implementation):
-    """Within the block every involution takes this implementation, whatever its own argument says.
-
-    It is chosen when Python code runs. A program that was traced before, by ``jax.jit``,
-    ``tf.function`` or ``torch.compile``, keeps what it was traced with, and one that is traced
-    within the block keeps that outside: trace anew, as with a new function.
-
-    Args:
-        implementation: As for ``involution``: a name, or a sequence of names tried in order.
-
-    Example:
-
-    >>> import numpy as np, involution
-    >>> with involution.ops.use("reference"):
-    ...     y = involution.ops.involution(np.ones((1, 4, 6)), np.ones((1, 4, 3, 1)), 3)
-    """
-    before, _forced.names = _forced.names, implementation_names(implementation)
-    try:
-        yield
-    finally:
-        _forced.names = before
+def apply_kernels(selection: Selection, x, kernel):
+    """``involution`` of checked operands, with the implementation selected."""
+    problem = selection.problem
+    kernel = _with_static_shape(kernel, x, problem, problem.window.taps, problem.window.groups)
+    return selection.implementation.apply(x, kernel, problem)
 
 
-def _run(x, kernel, implementation, arguments):
-    x, kernel = _tensor(x), _tensor(kernel)
-    problem = make_problem(x, kernel, **arguments)
-    kernel = _sized(kernel, x, problem, problem.geometry.taps, problem.geometry.groups)
-    return _choose(problem, implementation).apply(x, kernel, problem)
+def apply_window_products(selection: Selection, x, y):
+    """``window_products`` of checked operands, with the implementation selected."""
+    problem = selection.problem
+    y = _with_static_shape(y, x, problem, problem.x_shape[problem.window.channel_axis])
+    return selection.implementation.products(x, y, problem)
 
 
-def _products(x, y, implementation, arguments):
-    x, y = _tensor(x), _tensor(y)
-    problem = _products_problem(x, y, arguments)
-    y = _sized(y, x, problem, problem.x_shape[problem.geometry.channel_axis])
-    return _choose(problem, implementation).products(x, y, problem)
-
-
-def _products_problem(x, y, arguments):
-    problem = make_problem(x, None, **arguments)
-    if not fits(problem.output_shape, shape_of("y", y)) or y.dtype != x.dtype:
-        raise ValueError(
-            f"`y` must have the shape of the output, {problem.output_shape}, and the type of `x`, "
-            f"{problem.dtype}. Received: y.shape={tuple(y.shape)}, y.dtype={y.dtype}"
-        )
-    return problem
-
-
-def _generate_and_run(x, hidden, weight, bias, implementation, arguments):
-    x, hidden, weight, bias = (_tensor(t) for t in (x, hidden, weight, bias))
-    problem = make_generating_problem(x, hidden, weight, bias, **arguments)
-    hidden = _sized(hidden, x, problem, problem.hidden)
-    module = _choose(problem, implementation)
-    if module is FUSED[1]:
-        return module.apply(x, (hidden, weight, bias), problem)
-    g = problem.geometry
-    last = g.data_format == CHANNELS_LAST
+def apply_generated(selection: Selection, x, hidden, weight, bias):
+    """``fused_involution`` of checked operands, with the implementation selected."""
+    problem, window = selection.problem, selection.problem.window
+    hidden = _with_static_shape(hidden, x, problem, problem.hidden)
+    if selection.name == "fused":
+        return selection.implementation.apply(x, (hidden, weight, bias), problem)
+    last = window.data_format == CHANNELS_LAST
     kernel = matmul(hidden if last else keras.ops.moveaxis(hidden, 1, -1), weight) + bias
     shape = keras.ops.shape(hidden)
     kernel = kernel if last else keras.ops.moveaxis(kernel, -1, 1)
-    kernel = keras.ops.reshape(kernel, g.shape(shape[0], g.spatial(shape), g.taps, g.groups))
-    return module.apply(x, kernel, problem)
+    shape = window.shape(shape[0], window.spatial(shape), window.taps, window.groups)
+    return selection.implementation.apply(x, keras.ops.reshape(kernel, shape), problem)
 
 
-def chosen(x, hidden=None, implementation=None, **arguments) -> str:
-    """The name that ``involution`` takes for an input, or ``generate_and_apply`` with so many
-    hidden channels. ``x`` may be a ``keras.KerasTensor``."""
-    problem = dataclasses.replace(make_problem(x, None, **arguments), hidden=hidden)
-    return _chosen(problem, implementation)
+def _rank(x) -> int:
+    shape = static_shape("x", x)
+    if len(shape) not in (3, 4, 5):
+        raise ValueError(
+            "`x` must have a batch axis, a channel axis and one, two or three spatial axes. "
+            f"Received: x.shape={shape}"
+        )
+    return len(shape) - 2
 
 
-def _sized(tensor, x, problem, *channels):
-    """``tensor``, which has the output's sizes, where only the running program knows them: another
-    size would be broadcast in silence."""
+def _hidden_channels(weight) -> int:
+    shape = static_shape("weight", weight)
+    if len(shape) != 2 or not shape[0]:
+        raise ValueError(
+            "`weight` must have the shape (hidden channels, taps * groups), with at least one "
+            f"hidden channel. Received: weight.shape={shape}"
+        )
+    return shape[0]
+
+
+def _with_static_shape(tensor, x, problem, *channels):
+    """``tensor`` reshaped to the output's sizes where these are known at run time only: any other
+    size would broadcast without an error."""
     if None not in problem.output_shape:
         return tensor
-    g = problem.geometry
+    window = problem.window
     shape = keras.ops.shape(x)
-    return keras.ops.reshape(tensor, g.shape(shape[0], g.output_sizes(g.spatial(shape)), *channels))
+    sizes = window.output_sizes(window.spatial(shape))
+    return keras.ops.reshape(tensor, window.shape(shape[0], sizes, *channels))
 
 
-def _tensor(value):
-    """Tensors stay as they are, on the device they are on."""
-    return value if keras.ops.is_tensor(value) else keras.ops.convert_to_tensor(value)
-
-
-def implementation_names(implementation) -> tuple[str, ...]:
-    """The names to be tried in order; ValueError unless all are known."""
-    known = list(_modules())
-    names = (implementation,) if isinstance(implementation, str) else implementation
-    if not isinstance(names, Sequence) or not names or any(name not in known for name in names):
-        raise ValueError(
-            f"`implementation` must be one of {known}, or a sequence of them. "
-            f"Received: implementation={implementation!r}"
-        )
-    return tuple(names)
-
-
-def _modules() -> dict:
-    return dict((*IMPLEMENTATIONS, ROWS, FUSED))
-
-
-def _preference(problem) -> list[str]:
-    """All names, the fastest first."""
-    names = [name for name, _ in IMPLEMENTATIONS]
-    for i, (_, module) in enumerate(IMPLEMENTATIONS[:-1]):
-        reluctance = getattr(module, "reluctance", None)
-        if reluctance is not None and reluctance(problem) is not None:
-            names[i], names[i + 1] = names[i + 1], names[i]
-    if problem.hidden is None:
-        return names
-    name = FUSED[0]
-    return [name, *names] if fused.reluctance(problem) is None else [*names, name]
-
-
-def _choose(problem, implementation=None):
-    return _modules()[_chosen(problem, implementation)]
-
-
-def _chosen(problem, implementation) -> str:
-    modules = _modules()
-    names = _forced.names or (
-        _preference(problem) if implementation is None else implementation_names(implementation)
-    )
-    reasons = {}
-    for name in names:
-        reasons[name] = modules[name].refusal(problem)
-        if reasons[name] is None:
-            return name
-    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise ValueError(f"No implementation named can run here ({why}). Received: {problem}")
+def _any_symbolic(*tensors) -> bool:
+    return any(isinstance(tensor, keras.KerasTensor) for tensor in tensors)

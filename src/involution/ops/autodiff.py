@@ -20,7 +20,7 @@ OUTPUT, INPUT, KERNEL = "output", "input", "kernel"
 
 # For a member(a, b) with the cotangent c: the gradients of a and of b, each as a member of the
 # family and where in (a, b, c) its two arguments stand.
-RULES = {
+VJP_RULES = {
     OUTPUT: ((INPUT, (1, 2)), (KERNEL, (0, 2))),
     INPUT: ((KERNEL, (2, 1)), (OUTPUT, (2, 0))),
     KERNEL: ((INPUT, (2, 1)), (OUTPUT, (0, 2))),
@@ -39,7 +39,7 @@ class Which:
 def _gradients(call, member, g, sizes, abc, needed=(True, True)):
     return tuple(
         call(rule, g, sizes, *(abc[i] for i in arguments)) if need else None
-        for (rule, arguments), need in zip(RULES[member], needed, strict=True)
+        for (rule, arguments), need in zip(VJP_RULES[member], needed, strict=True)
     )
 
 

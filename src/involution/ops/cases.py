@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from involution.ops.window import Window
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -45,6 +47,10 @@ class Case:
             "group_layout": self.group_layout,
             "data_format": "channels_last",
         }
+
+    @property
+    def window(self) -> Window:
+        return Window(**self.arguments, rank=len(self.sizes))
 
     def small(self) -> "Case":
         """The same case with one image, no larger than the window needs."""

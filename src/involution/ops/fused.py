@@ -6,27 +6,27 @@ import math
 
 from involution.ops import native, triton
 from involution.ops.autodiff import OUTPUT
-from involution.ops.geometry import CHANNELS_LAST
-from involution.ops.tensor_utils import sizes
+from involution.ops.tensor_utils import spatial_shape
+from involution.ops.validation import CHANNELS_LAST
 
 
-def refusal(problem) -> str | None:
+def unsupported_reason(problem) -> str | None:
     if problem.hidden is None:
         return "it generates the kernels, and these are given"
-    if problem.geometry.data_format != CHANNELS_LAST:
+    if problem.window.data_format != CHANNELS_LAST:
         return "its channels are last"
-    if triton.fused_refusal(problem) is None:
+    if triton.fused_unsupported_reason(problem) is None:
         return None
-    return native.refusal(problem)
+    return native.unsupported_reason(problem)
 
 
 # As measured on TensorFlow and PyTorch, and on JAX where XLA makes one loop of two steps.
 FEWEST_CHANNELS = 4
 
 
-def reluctance(problem) -> str | None:
+def deprioritize_reason(problem) -> str | None:
     """Why storing the kernels is faster, or None where this is."""
-    g = problem.geometry
+    g = problem.window
     if problem.x_shape[g.channel_axis] < FEWEST_CHANNELS:
         return f"of fewer than {FEWEST_CHANNELS} channels a vector of the processor holds too few"
     places = g.output_sizes(g.spatial(problem.x_shape))
@@ -37,7 +37,7 @@ def reluctance(problem) -> str | None:
 
 def apply(x, generator, problem):
     """``generator`` is (hidden, weight, bias)."""
-    g = problem.geometry
-    maker = triton if triton.fused_refusal(problem) is None else native
-    y, _ = maker.call_fused(OUTPUT, g, sizes(x, g), x, *generator)
+    g = problem.window
+    maker = triton if triton.fused_unsupported_reason(problem) is None else native
+    y, _ = maker.call_fused(OUTPUT, g, spatial_shape(x, g), x, *generator)
     return y

@@ -5,41 +5,47 @@ from keras import ops
 from involution.ops import tensor_utils
 from involution.ops.tensor_utils import (
     merge_groups,
-    padded_view,
-    sizes,
+    pad_and_split,
+    spatial_shape,
     split_groups,
+    strided_slice,
     tap_kernel,
-    wide,
-    window,
+    to_accumulation_dtype,
 )
 
 
-def refusal(problem) -> str | None:
+def unsupported_reason(problem) -> str | None:
     """Runs everywhere, if its memory holds the padding."""
-    return tensor_utils.refusal(problem)
+    return tensor_utils.unsupported_reason(problem)
 
 
 def apply(x, kernel, problem):
     """Y[b, p, c] = sum over taps of kernel[b, p, tap, group of c] * X[b, window of p at tap, c]."""
-    g = problem.geometry
-    x_sizes = sizes(x, g)
-    padded, weights = padded_view(wide(x), x_sizes, g), wide(kernel)
+    g = problem.window
+    x_sizes = spatial_shape(x, g)
+    padded, weights = (
+        pad_and_split(to_accumulation_dtype(x), x_sizes, g),
+        to_accumulation_dtype(kernel),
+    )
     y = 0.0
     for tap, offset in enumerate(g.tap_offsets):
-        here = window(padded, offset, g.strides, g.output_sizes(x_sizes), g)
+        here = strided_slice(padded, offset, g.strides, g.output_sizes(x_sizes), g)
         y = y + tap_kernel(weights, tap, g) * here
     return ops.cast(merge_groups(y, g), x.dtype)
 
 
 def products(x, y, problem):
     """P[b, p, tap, group] = sum over channels of Y[b, p, c] * X[b, window of p at tap, c]."""
-    g = problem.geometry
-    x_sizes = sizes(x, g)
-    padded, seen = padded_view(wide(x), x_sizes, g), split_groups(wide(y), g)
+    g = problem.window
+    x_sizes = spatial_shape(x, g)
+    padded, seen = (
+        pad_and_split(to_accumulation_dtype(x), x_sizes, g),
+        split_groups(to_accumulation_dtype(y), g),
+    )
     taps = [
         ops.sum(
-            seen * window(padded, offset, g.strides, g.output_sizes(x_sizes), g),
-            axis=g.member_axis,
+            seen * strided_slice(padded, offset, g.strides, g.output_sizes(x_sizes), g),
+            axis=g.group_channel_axis,
         )
         for offset in g.tap_offsets
     ]

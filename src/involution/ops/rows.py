@@ -7,28 +7,28 @@ It is never chosen where a program runs here: its sums change their order with t
 from keras import ops
 
 from involution.ops import tensor_utils
-from involution.ops.geometry import CHANNELS_LAST
 from involution.ops.tensor_utils import (
     merge_groups,
-    padded_view,
-    sizes,
+    pad_and_split,
     spatial_axis,
+    spatial_shape,
     split_groups,
-    wide,
-    window,
+    strided_slice,
+    to_accumulation_dtype,
 )
+from involution.ops.validation import CHANNELS_LAST
 
 
-def refusal(problem) -> str | None:
-    if problem.geometry.rank == 3:
+def unsupported_reason(problem) -> str | None:
+    if problem.window.rank == 3:
         return "XLA's code for rows in three dimensions crashes"
-    return tensor_utils.refusal(problem)
+    return tensor_utils.unsupported_reason(problem)
 
 
 def apply(x, kernel, problem):
     """Y[b, p, c] = sum over taps of kernel[b, p, tap, group of c] * X[b, window of p at tap, c]."""
-    g = problem.geometry
-    weights, width = wide(kernel), g.kernel_size[-1]
+    g = problem.window
+    weights, width = to_accumulation_dtype(kernel), g.kernel_size[-1]
     y = 0.0
     for row, seen in enumerate(_rows(x, g)):
         taps = slice(row * width, (row + 1) * width)
@@ -41,8 +41,8 @@ def apply(x, kernel, problem):
 
 def products(x, y, problem):
     """P[b, p, tap, group] = sum over channels of Y[b, p, c] * X[b, window of p at tap, c]."""
-    g = problem.geometry
-    own = ops.expand_dims(split_groups(wide(y), g), _tap_axis(g))
+    g = problem.window
+    own = ops.expand_dims(split_groups(to_accumulation_dtype(y), g), _tap_axis(g))
     rows = [ops.sum(own * seen, axis=_member_axis(g)) for seen in _rows(x, g)]
     if g.data_format != CHANNELS_LAST:
         rows = [ops.moveaxis(row, -1, g.tap_axis) for row in rows]
@@ -53,20 +53,20 @@ def _rows(x, g):
     """For each row of taps, which differ in the last dimension alone, what all positions see
     there: a view as ``split_groups`` has it, with an axis for the row's taps behind the spatial
     ones."""
-    x_sizes = sizes(x, g)
+    x_sizes = spatial_shape(x, g)
     count = g.output_sizes(x_sizes)
-    padded = padded_view(wide(x), x_sizes, g)
+    padded = pad_and_split(to_accumulation_dtype(x), x_sizes, g)
     last = _tap_axis(g) - 1
     width = g.kernel_size[-1]
     columns = ops.stack(
         [
-            window(padded, offset[-1:], g.strides[-1:], count[-1:], g, last)
+            strided_slice(padded, offset[-1:], g.strides[-1:], count[-1:], g, last)
             for offset in g.tap_offsets[:width]
         ],
         axis=last + 1,
     )
     for offset in g.tap_offsets[::width]:
-        yield window(columns, offset[:-1], g.strides[:-1], count[:-1], g)
+        yield strided_slice(columns, offset[:-1], g.strides[:-1], count[:-1], g)
 
 
 def _tap_axis(g) -> int:
@@ -75,4 +75,4 @@ def _tap_axis(g) -> int:
 
 def _member_axis(g) -> int:
     """The axis that counts the channels of a group, where taps have one behind the positions."""
-    return g.member_axis + (1 if g.data_format == CHANNELS_LAST else 0)
+    return g.group_channel_axis + (1 if g.data_format == CHANNELS_LAST else 0)

@@ -21,49 +21,49 @@ from involution.ops.autodiff import (
     differentiable,
     traced,
 )
-from involution.ops.geometry import Geometry
 from involution.ops.tensor_utils import (
     merge_groups,
+    pad_and_split,
     pad_spatial,
-    padded_view,
     pads,
-    sizes,
     spatial_axis,
+    spatial_shape,
     split_groups,
+    strided_slice,
     tap_kernel,
-    wide,
-    window,
+    to_accumulation_dtype,
 )
+from involution.ops.window import Window
 
 # Additions written out before partial sums are stored: bounds the size of the program.
-WRITTEN_OUT = 16
+MAX_UNROLL = 16
 # Up to here the channels of a group are read where they lie; more are first moved outermost, which
 # makes the inner loop contiguous. Under XLA: 19 ms instead of 49 for the 16 of case red1, but 2.7
 # instead of 1.4 for the 3 of case tut.
-FEW_MEMBERS = 4
+SMALL_GROUP_CHANNELS = 4
 
 
-def refusal(problem) -> str | None:
+def unsupported_reason(problem) -> str | None:
     backend = keras.config.backend()
     if backend not in MECHANISMS:
         return f"its gradients need one of the backends {', '.join(MECHANISMS)}, not {backend}"
-    return traced() or tensor_utils.refusal(problem)
+    return traced() or tensor_utils.unsupported_reason(problem)
 
 
 def apply(x, kernel, problem):
-    g = problem.geometry
-    return call(OUTPUT, g, sizes(x, g), x, kernel)
+    g = problem.window
+    return call(OUTPUT, g, spatial_shape(x, g), x, kernel)
 
 
 def products(x, y, problem):
-    g = problem.geometry
-    return call(KERNEL, g, sizes(x, g), x, y)
+    g = problem.window
+    return call(KERNEL, g, spatial_shape(x, g), x, y)
 
 
-def compute(member, g: Geometry, x_sizes, a, b):
+def compute(member, g: Window, x_sizes, a, b):
     """A member of the family in ``gradients.py``."""
     result = {OUTPUT: _output, INPUT: _input_gradient, KERNEL: _kernel_gradient}[member](
-        wide(a), wide(b), x_sizes, g
+        to_accumulation_dtype(a), to_accumulation_dtype(b), x_sizes, g
     )
     return ops.cast(result, a.dtype)
 
@@ -99,11 +99,11 @@ def call(member, g, x_sizes, a, b):
 
 
 def _output(x, kernel, x_sizes, g):
-    padded = padded_view(x, x_sizes, g)
+    padded = pad_and_split(x, x_sizes, g)
     count = g.output_sizes(x_sizes)
     return merge_groups(
         _sum(
-            tap_kernel(kernel, tap, g) * window(padded, offset, g.strides, count, g)
+            tap_kernel(kernel, tap, g) * strided_slice(padded, offset, g.strides, count, g)
             for tap, offset in enumerate(g.tap_offsets)
         ),
         g,
@@ -137,16 +137,18 @@ def _input_gradient(kernel, dy, x_sizes, g):
 
     def phase(members):
         return _sum(
-            tap_kernel(window(kernel, start, ones, count, g), tap, g)
-            * window(dy, start, ones, count, g)
+            tap_kernel(strided_slice(kernel, start, ones, count, g), tap, g)
+            * strided_slice(dy, start, ones, count, g)
             for tap, start in members
         )
 
-    whole = _interleave({remainder: phase(members) for remainder, members in terms.items()}, g)
-    return merge_groups(window(whole, [before for before, _ in around], ones, x_sizes, g), g)
+    whole = _interleave_phases(
+        {remainder: phase(members) for remainder, members in terms.items()}, g
+    )
+    return merge_groups(strided_slice(whole, [before for before, _ in around], ones, x_sizes, g), g)
 
 
-def _interleave(phases, g):
+def _interleave_phases(phases, g):
     """One view of every s-th position for each remainder, as the view of all: 0 for those without.
 
     The remainders are all combinations of those in each dimension.
@@ -156,11 +158,13 @@ def _interleave(phases, g):
         for remainder in sorted(phases):
             row = rows.setdefault(remainder[:i], {})
             row[remainder[i]] = phases[remainder]
-        phases = {r: _zip(row, g.strides[i], spatial_axis(g) + i) for r, row in rows.items()}
+        phases = {
+            r: _interleave_axis(row, g.strides[i], spatial_axis(g) + i) for r, row in rows.items()
+        }
     return phases[()]
 
 
-def _zip(parts, stride, axis):
+def _interleave_axis(parts, stride, axis):
     """Positions of the parts in turn along ``axis``, each at its remainder of ``stride``."""
     if stride == 1:
         return parts[0]
@@ -179,13 +183,13 @@ def _zip(parts, stride, axis):
 
 
 def _kernel_gradient(x, dy, x_sizes, g):
-    padded = padded_view(x, x_sizes, g)
+    padded = pad_and_split(x, x_sizes, g)
     count = g.output_sizes(x_sizes)
-    xs, dys = _members(padded, g), _members(split_groups(dy, g), g)
+    xs, dys = _group_channels(padded, g), _group_channels(split_groups(dy, g), g)
 
     def tap(offset):
         partial = _sum(
-            window(a, offset, g.strides, count, g, g.spatial_axis + 1) * b
+            strided_slice(a, offset, g.strides, count, g, g.spatial_axis + 1) * b
             for a, b in zip(xs, dys, strict=True)
         )
         return _sum(partial[i] for i in range(partial.shape[0]))
@@ -193,15 +197,15 @@ def _kernel_gradient(x, dy, x_sizes, g):
     return ops.stack([tap(offset) for offset in g.tap_offsets], axis=g.tap_axis)
 
 
-def _members(view, g):
+def _group_channels(view, g):
     """The channels of every group as at most ``WRITTEN_OUT`` tensors to be summed over: each
     (parts, B, *spatial, groups) or (parts, B, groups, *spatial), to be summed over parts too."""
-    axis = g.member_axis
+    axis = g.group_channel_axis
     members = view.shape[axis]
-    if members <= FEW_MEMBERS:
+    if members <= SMALL_GROUP_CHANNELS:
         return [view[(None,) + (slice(None),) * axis + (j,)] for j in range(members)]
     view = ops.moveaxis(view, axis, 0)
-    parts = -(-members // WRITTEN_OUT)
+    parts = -(-members // MAX_UNROLL)
     count = -(-members // parts)
     view = ops.pad(view, [(0, count * parts - members)] + [(0, 0)] * (len(view.shape) - 1))
     view = ops.reshape(view, (count, parts, *ops.shape(view)[1:]))

@@ -9,15 +9,22 @@ import math
 import keras
 from keras import ops
 
-from involution.ops.geometry import CHANNELS_LAST
+from involution.ops.validation import CHANNELS_LAST
 
 
-def wide(x):
-    """``x`` in the type that sums are made in: float32, or float64 for float64."""
+def as_tensor(value):
+    """``value`` as a tensor; one that is a tensor stays on its device."""
+    if isinstance(value, keras.KerasTensor) or ops.is_tensor(value):
+        return value
+    return ops.convert_to_tensor(value)
+
+
+def to_accumulation_dtype(x):
+    """``x`` in the dtype of sums: float32, or float64 for float64."""
     return x if "64" in str(x.dtype) else ops.cast(x, "float32")
 
 
-def sizes(x, g) -> tuple:
+def spatial_shape(x, g) -> tuple:
     """Spatial sizes of ``x``: integers, or tensors where TensorFlow does not know them yet."""
     return g.spatial(ops.shape(x))
 
@@ -47,7 +54,7 @@ def merge_groups(view, g):
     return ops.reshape(view, g.shape(shape[0], shape[first : first + g.rank], channels))
 
 
-def padded_view(x, x_sizes, g):
+def pad_and_split(x, x_sizes, g):
     """``split_groups`` of ``x`` with the zeros that its padding asks for; where sizes are not known
     yet, with one more behind."""
     around = pads(x_sizes, g)
@@ -64,19 +71,17 @@ def pads(x_sizes, g) -> tuple:
 
 
 # Positions of one padded input: more are a mistake, or for an implementation that stores no zeros.
-MOST_POSITIONS = 2**31
+MAX_PADDED_POSITIONS = 2**31
 
 
-def refusal(problem) -> str | None:
+def unsupported_reason(problem) -> str | None:
     """Why this input cannot be padded, or None."""
-    g = problem.geometry
+    g = problem.window
     known = [n or 1 for n in g.spatial(problem.x_shape)]
     # A list: PyTorch's compiler takes no generator here.
     padded = math.prod([n + sum(p) for n, p in zip(known, g.pads(known), strict=True)])
-    if padded > MOST_POSITIONS:
-        return (
-            f"with its padding an input would have {padded} positions, more than {MOST_POSITIONS}"
-        )
+    if padded > MAX_PADDED_POSITIONS:
+        return f"a padded input would have {padded} positions, more than {MAX_PADDED_POSITIONS}"
     return None
 
 
@@ -85,10 +90,10 @@ def pad_spatial(view, pads, g):
     if all(isinstance(p, int) and p == 0 for pair in pads for p in pair):
         return view
     around = [(0, 0)] * spatial_axis(g) + list(pads)
-    return zero_pad(view, around + [(0, 0)] * (len(view.shape) - len(around)))
+    return pad(view, around + [(0, 0)] * (len(view.shape) - len(around)))
 
 
-def zero_pad(x, around):
+def pad(x, around):
     """``keras.ops.pad`` with (before, after) for every axis."""
     if keras.config.backend() == "torch":
         import torch
@@ -98,7 +103,7 @@ def zero_pad(x, around):
     return ops.pad(x, around)
 
 
-def window(view, start, strides, count, g, first=None):
+def strided_slice(view, start, strides, count, g, first=None):
     """``count`` positions in each spatial dimension, from ``start``, ``strides`` apart; ``first``
     is the first spatial axis, that of a view unless told."""
     parts = tuple(
@@ -110,7 +115,7 @@ def window(view, start, strides, count, g, first=None):
 
 def tap_kernel(kernel, tap, g):
     """One tap of a kernel tensor, with an axis of 1 for the channels of a group."""
-    return ops.expand_dims(kernel[(slice(None),) * g.tap_axis + (tap,)], g.member_axis)
+    return ops.expand_dims(kernel[(slice(None),) * g.tap_axis + (tap,)], g.group_channel_axis)
 
 
 def matmul(a, b):

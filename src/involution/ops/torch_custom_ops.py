@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from involution.ops import fused_autodiff, taps
-from involution.ops.autodiff import INPUT, KERNEL, OUTPUT, RULES, beyond_functions, differentiable
+from involution.ops.autodiff import (
+    INPUT,
+    KERNEL,
+    OUTPUT,
+    VJP_RULES,
+    beyond_functions,
+    differentiable,
+)
 from involution.ops.native.params import BATCHED, MEMBERS, fused_numbers, numbers, wide_type
 
 NAMES = tuple(MEMBERS)
@@ -115,7 +122,7 @@ def _plain(name, run, device_types):
             if needed
             else None
             for (rule, arguments), needed in zip(
-                RULES[NAMES[ctx.numbers[0]]], ctx.needs_input_grad[:2], strict=True
+                VJP_RULES[NAMES[ctx.numbers[0]]], ctx.needs_input_grad[:2], strict=True
             )
         ]
         return (*gradients, None, None)

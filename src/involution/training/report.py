@@ -180,9 +180,7 @@ def _words(look, filters):
     kernel = look.kernels[0, ..., 0]
     height, width, _ = kernel.shape
     places = [(y, x) for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
-    return visualize.words(
-        kernel.reshape(height, width, *look.geometry.kernel_size), filters, places
-    )
+    return visualize.words(kernel.reshape(height, width, *look.window.kernel_size), filters, places)
 
 
 def _first_filters(run) -> np.ndarray | None:

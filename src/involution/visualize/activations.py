@@ -6,8 +6,9 @@ import functools
 import keras
 import numpy as np
 
-from involution.layers import involution_nd
-from involution.ops.geometry import CHANNELS_LAST, Geometry
+from involution.layers import involutions, record_involutions
+from involution.ops.validation import CHANNELS_LAST
+from involution.ops.window import Window
 
 # Images at a time: kernels are many times the size of what they are generated from.
 BATCH = 8
@@ -20,7 +21,7 @@ class Look:
 
     Attributes:
         name: The layer's; with #2, #3... where several calls would share it.
-        geometry: Where the layer's windows lie in its input.
+        window: The layer's window.
         sizes: Spatial sizes of its input.
         kernels: (N, *out_spatial, taps, groups).
         outputs: (N, *out_spatial, channels).
@@ -30,7 +31,7 @@ class Look:
     """
 
     name: str
-    geometry: Geometry
+    window: Window
     sizes: tuple[int, ...]
     kernels: np.ndarray
     outputs: np.ndarray
@@ -55,7 +56,7 @@ class Look:
     @property
     def received(self) -> np.ndarray:
         """The sum of the weights that all windows give to a position: (N, *sizes, groups)."""
-        g = self.geometry
+        g = self.window
         count, *out, _, groups = self.kernels.shape
         before = [pair[0] for pair in self._pads]
         reach = [
@@ -78,7 +79,7 @@ class Look:
         Args:
             place: In shares of the image's sizes: (0, 0) is its top left corner, (1, 1) the other.
         """
-        g = self.geometry
+        g = self.window
         centres = (
             round((share * n - 0.5 - (last / 2 - pair[0])) / s)
             for share, n, s, last, pair in zip(
@@ -93,12 +94,12 @@ class Look:
         """The kernel at a place, as for ``position``, of one of the images: (*kernel_size,
         groups)."""
         kernel = self.kernels[(image, *self.position(place))]
-        return kernel.reshape(*self.geometry.kernel_size, -1)
+        return kernel.reshape(*self.window.kernel_size, -1)
 
     def window_at(self, place) -> tuple[tuple[float, float], ...]:
         """Where in the image the window at a place begins and ends, in shares, by dimension. It is
         what the kernel there is applied to; what its features saw of the image may be more."""
-        g = self.geometry
+        g = self.window
         begins = (
             p * s - pair[0]
             for p, s, pair in zip(self.position(place), g.strides, self._pads, strict=True)
@@ -110,7 +111,7 @@ class Look:
 
     @property
     def _pads(self):
-        return self.geometry.pads(self.sizes)
+        return self.window.pads(self.sizes)
 
 
 def looks(model, images) -> dict[str, Look]:
@@ -178,13 +179,13 @@ def kernel_maps(model, images) -> dict[str, np.ndarray]:
 def has_involutions(model) -> bool:
     """Whether a model or layer is an involution or holds one, at any depth: in a layer or model
     that it holds as an attribute, or within a list, tuple, set or dictionary that it holds."""
-    return bool(involution_nd.involutions(model))
+    return bool(involutions(model))
 
 
 def _look(model, images) -> dict[str, Look]:
     if not model.built:
         model(images[:1], training=False)  # it is traced in the course of that
-    with involution_nd.recording() as calls:
+    with record_involutions() as calls:
         model(images, training=False)
     found: dict[str, Look] = {}
     for call in calls:
@@ -192,7 +193,7 @@ def _look(model, images) -> dict[str, Look]:
         while name in found:
             number += 1
             name = f"{call.layer.name}#{number}"
-        g = call.geometry
+        g = call.window
         try:
             kernels, outputs = _channels_last(call.kernel, g, 2), _channels_last(call.outputs, g, 1)
         except Exception as error:  # of a framework's own kind

@@ -9,12 +9,12 @@ import keras
 
 from involution.ops.autodiff import KERNEL, OUTPUT, traced
 from involution.ops.native import library
-from involution.ops.tensor_utils import sizes
+from involution.ops.tensor_utils import spatial_shape
 
 BINDINGS = ("tensorflow", "jax", "torch")
 
 
-def refusal(problem) -> str | None:
+def unsupported_reason(problem) -> str | None:
     _, reason = library.core()
     if reason is not None:
         return reason
@@ -23,26 +23,26 @@ def refusal(problem) -> str | None:
         return f"it has no binding for the backend {backend}"
     if reason := traced():
         return reason
-    g = problem.geometry
+    g = problem.window
     pads = [] if isinstance(g.padding, str) else [p for pair in g.padding for p in pair]
     if max(*g.last_offset, *g.strides, *pads) > library.LARGEST:
         return f"a window's reach, a stride or a padding is above {library.LARGEST}"
-    return _binding(backend).refusal(problem)
+    return _binding(backend).unsupported_reason(problem)
 
 
-def reluctance(problem) -> str | None:
+def deprioritize_reason(problem) -> str | None:
     """Why the next implementation is faster, or None where this one is."""
     if keras.config.backend() != "jax":
         return None
-    return _binding("jax").reluctance(problem)
+    return _binding("jax").deprioritize_reason(problem)
 
 
 def apply(x, kernel, problem):
-    return _call(OUTPUT, x, kernel, problem.geometry)
+    return _call(OUTPUT, x, kernel, problem.window)
 
 
 def products(x, y, problem):
-    return _call(KERNEL, x, y, problem.geometry)
+    return _call(KERNEL, x, y, problem.window)
 
 
 def call_fused(member, g, x_sizes, *arguments):
@@ -51,7 +51,7 @@ def call_fused(member, g, x_sizes, *arguments):
 
 
 def _call(member, a, b, g):
-    return _binding(keras.config.backend()).call(member, g, sizes(a, g), a, b)
+    return _binding(keras.config.backend()).call(member, g, spatial_shape(a, g), a, b)
 
 
 def _binding(backend):

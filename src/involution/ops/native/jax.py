@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from involution.ops import fused_autodiff
 from involution.ops.autodiff import KERNEL, differentiable
-from involution.ops.geometry import CHANNELS_LAST
 from involution.ops.native import library as native_library
 from involution.ops.native.params import (
     BATCHED,
@@ -22,20 +21,21 @@ from involution.ops.native.params import (
     result_shape,
     wide_type,
 )
+from involution.ops.validation import CHANNELS_LAST
 
 TARGET, FUSED_TARGET = "involution", "involution_fused"
 # Versions 0.1 to this of XLA's interface agree in what csrc/xla_ffi.h declares.
 NEWEST_MINOR = 3
 
 
-def refusal(problem) -> str | None:
+def unsupported_reason(problem) -> str | None:
     if jax.default_backend() != "cpu":
         return f"it runs on CPUs, and JAX's default device is a {jax.default_backend()}"
     return _register()
 
 
-def reluctance(problem) -> str | None:
-    g = problem.geometry
+def deprioritize_reason(problem) -> str | None:
+    g = problem.window
     if g.data_format == CHANNELS_LAST and problem.x_shape[g.channel_axis] < 4:
         return "XLA compiles `taps` to faster code for fewer than 4 channels"
     return None

@@ -3,8 +3,9 @@
 import keras
 
 from involution.ops.autodiff import INPUT, KERNEL, OUTPUT
-from involution.ops.geometry import CHANNELS_FIRST, INTERLEAVED, Geometry
 from involution.ops.tensor_utils import pads
+from involution.ops.validation import CHANNELS_FIRST, INTERLEAVED
+from involution.ops.window import Window
 
 MEMBERS = {OUTPUT: 0, INPUT: 1, KERNEL: 2}
 DTYPES = {"float64": 0, "float32": 1, "bfloat16": 2, "float16": 3}
@@ -22,13 +23,13 @@ FEATURES = {OUTPUT: 0, INPUT: 3, KERNEL: 0}
 HIDDEN = {OUTPUT: 1, INPUT: 0, KERNEL: 1}
 
 
-def numbers(member, g: Geometry, x_sizes, a, b) -> list:
+def numbers(member, g: Window, x_sizes, a, b) -> list:
     """What the core is told; integers, or tensors where TensorFlow does not know sizes yet."""
     # The tensor with the channels: x for the output and the kernel gradient, dy for the input's.
     return _numbers(member, g, x_sizes, b if member == INPUT else a)
 
 
-def fused_numbers(member, g: Geometry, x_sizes, arguments) -> list:
+def fused_numbers(member, g: Window, x_sizes, arguments) -> list:
     """The same for a member of the fused family, given all its arguments."""
     told = _numbers(member, g, x_sizes, arguments[FEATURES[member]])
     return [*told, arguments[HIDDEN[member]].shape[-1]]
@@ -57,7 +58,7 @@ def _numbers(member, g, x_sizes, features) -> list:
     ]
 
 
-def result_shape(member, g: Geometry, x_sizes, a, b) -> tuple:
+def result_shape(member, g: Window, x_sizes, a, b) -> tuple:
     channels = (b if member == INPUT else a).shape[g.channel_axis]
     if member == KERNEL:
         return g.shape(a.shape[0], g.output_sizes(x_sizes), g.taps, g.groups)
@@ -69,7 +70,7 @@ def wide_type(dtype) -> str:
     return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
 
 
-def fused_shapes(member, g: Geometry, x_sizes, arguments) -> tuple[tuple, tuple]:
+def fused_shapes(member, g: Window, x_sizes, arguments) -> tuple[tuple, tuple]:
     """Shapes of a fused member's two results; the second is empty but for the kernel's gradient:
     that of the generator's weight and below it the bias, for each sample."""
     features, hidden = arguments[FEATURES[member]], arguments[HIDDEN[member]]

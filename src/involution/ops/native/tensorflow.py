@@ -5,7 +5,7 @@ import functools
 import tensorflow as tf
 
 from involution.ops import fused_autodiff
-from involution.ops.autodiff import INPUT, KERNEL, OUTPUT, RULES
+from involution.ops.autodiff import INPUT, KERNEL, OUTPUT, VJP_RULES
 from involution.ops.native import library
 from involution.ops.native.params import (
     FEATURES,
@@ -21,7 +21,7 @@ from involution.ops.native.params import (
 NAMES = tuple(MEMBERS)
 
 
-def refusal(problem) -> str | None:
+def unsupported_reason(problem) -> str | None:
     if tf.config.list_physical_devices("GPU"):
         return "it runs on CPUs, and TensorFlow sees a GPU"
     if _in_xla():
@@ -91,7 +91,7 @@ def _of(number, told):
 def _gradient(operation, c):
     a, b, told = operation.inputs
     abc = (a, b, c)
-    rules = RULES[NAMES[operation.get_attr("member")]]
+    rules = VJP_RULES[NAMES[operation.get_attr("member")]]
     gradients = [_member(rule, told, None, *(abc[i] for i in where)) for rule, where in rules]
     return *_like(gradients, (a, b)), None
 

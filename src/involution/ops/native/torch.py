@@ -26,7 +26,7 @@ def _openmp() -> ctypes.CDLL | None:
 library.use_team(_openmp())
 
 
-def refusal(problem) -> str | None:
+def unsupported_reason(problem) -> str | None:
     if problem.device not in (None, "cpu", "meta"):
         return f"it runs on CPUs, and the tensors are on {problem.device}"
     return None

@@ -11,7 +11,7 @@ import os
 import keras
 
 from involution.ops.autodiff import KERNEL, OUTPUT, traced
-from involution.ops.tensor_utils import sizes
+from involution.ops.tensor_utils import spatial_shape
 
 # The earliest generation of devices that Triton compiles for, and the first with bfloat16.
 OLDEST, FIRST_BFLOAT16 = (7, 5), (8, 0)
@@ -22,7 +22,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def refusal(problem) -> str | None:
+def unsupported_reason(problem) -> str | None:
     if keras.config.backend() != "torch":
         return "it is for PyTorch"
     if reason := traced():
@@ -45,18 +45,18 @@ def refusal(problem) -> str | None:
     return None
 
 
-def fused_refusal(problem) -> str | None:
+def fused_unsupported_reason(problem) -> str | None:
     if problem.dtype == "float64":
         return "its products of matrices are not in float64"
-    return refusal(problem)
+    return unsupported_reason(problem)
 
 
 def apply(x, kernel, problem):
-    return _operations().call(OUTPUT, problem.geometry, sizes(x, problem.geometry), x, kernel)
+    return _operations().call(OUTPUT, problem.window, spatial_shape(x, problem.window), x, kernel)
 
 
 def products(x, y, problem):
-    return _operations().call(KERNEL, problem.geometry, sizes(x, problem.geometry), x, y)
+    return _operations().call(KERNEL, problem.window, spatial_shape(x, problem.window), x, y)
 
 
 def call_fused(member, g, x_sizes, *arguments):

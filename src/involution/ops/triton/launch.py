@@ -30,7 +30,7 @@ class _Told:
         self.steps = (1, self.groups) if interleaved else (self.members, 1)
         self.x_sizes, self.y_sizes, self.kernel_size = numbers[6:9], numbers[9:12], numbers[12:15]
         # Sizes of the input and the output, strides, dilation rates, zeros before.
-        self.geometry = (*self.x_sizes, *self.y_sizes, *numbers[15:24])
+        self.window = (*self.x_sizes, *self.y_sizes, *numbers[15:24])
 
     @property
     def taps(self):
@@ -61,7 +61,7 @@ def _launch(told, rank, a, b, result):
             told.groups,
             told.members,
             *told.steps,
-            *told.geometry,
+            *told.window,
             *told.kernel_size,
             WIDE=kernels.width(result.dtype),
             POSITIONS_LAST=bool(told.channels_first),
@@ -117,7 +117,7 @@ def _fused_output(told, rank, x, hidden, weight, bias, y, _):
             told.members,
             *told.steps,
             channels,
-            *told.geometry,
+            *told.window,
             *told.kernel_size,
             # The interpreter's products of bfloat16 are wrong.
             AS_FLOAT32=kernels.INTERPRETED,

@@ -1,6 +1,6 @@
-"""Where windows lie: what every implementation agrees on.
+"""Window positions: the part of the contract that every implementation shares.
 
-Output position ``p`` reads, for the tap ``k`` of a window, the input position
+Output position ``p`` reads, at tap ``k`` of its window, the input position
 
     p * strides - pad_before + k * dilation_rate
 
@@ -11,29 +11,68 @@ kernel's channels are tap-major (``tap * groups + group``), and positions outsid
 import dataclasses
 import itertools
 import math
+from typing import Any
 
-SAME, VALID, SYMMETRIC = "same", "valid", "symmetric"
-CONTIGUOUS, INTERLEAVED = "contiguous", "interleaved"
-CHANNELS_LAST, CHANNELS_FIRST = "channels_last", "channels_first"
+from involution.ops.validation import (
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    INTERLEAVED,
+    SAME,
+    SYMMETRIC,
+    VALID,
+    check_choice,
+    standardize_data_format,
+    standardize_padding,
+    standardize_tuple,
+)
 
-Pads = tuple[tuple[int, int], ...]
+# Given as an integer or a sequence, held as a tuple.
+Ints = Any
+
+
+def _integer(name, value, rank):
+    return standardize_tuple(name, value, 1)[0]
+
+
+def _layout(name, value, rank):
+    return check_choice(name, value, (CONTIGUOUS, INTERLEAVED))
 
 
 @dataclasses.dataclass(frozen=True)
-class Geometry:
-    """Everything about one involution except the sizes and the types of its tensors."""
+class Window:
+    """The operator's arguments, validated: all of a call except its tensors.
 
-    kernel_size: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: str | Pads
-    dilation_rate: tuple[int, ...]
-    groups: int
-    group_layout: str
-    data_format: str
+    Each argument is given as the public functions take it and held in its standard form: a tuple
+    of one integer for each spatial dimension, a padding mode or pairs, a data format. A field's
+    metadata has its check, ``standardize(name, value, rank)``.
 
-    @property
-    def rank(self) -> int:
-        return len(self.kernel_size)
+    Args:
+        rank: Number of spatial dimensions; None: as many as ``kernel_size`` has integers.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    kernel_size: Ints = dataclasses.field(metadata={"standardize": standardize_tuple})
+    strides: Ints = dataclasses.field(default=1, metadata={"standardize": standardize_tuple})
+    padding: Any = dataclasses.field(default=SAME, metadata={"standardize": standardize_padding})
+    dilation_rate: Ints = dataclasses.field(default=1, metadata={"standardize": standardize_tuple})
+    groups: int = dataclasses.field(default=1, metadata={"standardize": _integer})
+    group_layout: str = dataclasses.field(default=CONTIGUOUS, metadata={"standardize": _layout})
+    data_format: Any = dataclasses.field(
+        default=None, metadata={"standardize": standardize_data_format}
+    )
+    rank: int = None  # type: ignore[assignment]
+
+    def __post_init__(self):
+        if self.rank is None:
+            object.__setattr__(self, "rank", len(self.kernel_size))
+        for name, standardize in STANDARDIZE:
+            object.__setattr__(self, name, standardize(name, getattr(self, name), self.rank))
+
+    def arguments(self) -> dict:
+        """The keyword arguments of the public functions."""
+        return {name: getattr(self, name) for name, _ in STANDARDIZE}
 
     @property
     def taps(self) -> int:
@@ -78,13 +117,13 @@ class Geometry:
         return (batch, *channels, *spatial)
 
     def split_channels(self, channels: int) -> tuple[int, int]:
-        """The channel axis as two: (groups, channels of a group), in the order of the layout."""
+        """The channel axis split in two: groups and channels of a group, ordered by the layout."""
         pair = (self.groups, channels // self.groups)
         return pair if self.group_layout == CONTIGUOUS else pair[::-1]
 
     @property
-    def member_axis(self) -> int:
-        """With the channel axis split in two: the one that counts the channels of a group."""
+    def group_channel_axis(self) -> int:
+        """The axis of the channels of a group, after the channel axis is split in two."""
         return self.channel_axis + (1 if self.group_layout == CONTIGUOUS else 0)
 
     def pads(self, sizes, maximum=max) -> tuple:
@@ -102,11 +141,11 @@ class Geometry:
         )
 
     @property
-    def first_centre(self) -> tuple[int, ...]:
-        """Where the first window's centre lies in each dimension; 0 for "same" by definition."""
+    def first_center(self) -> tuple[int, ...]:
+        """The first window's center in each dimension; 0 for "same" by definition."""
         if self.padding == SAME:
             return (0,) * self.rank
-        # Outside of "same" the zeros before do not depend on the input's size.
+        # Except for "same", the padding before does not depend on the input's size.
         before = (pair[0] for pair in self.pads((1,) * self.rank))
         return tuple(last // 2 - pad for last, pad in zip(self.last_offset, before, strict=True))
 
@@ -117,7 +156,7 @@ class Geometry:
     def _output_size(self, i, n):
         stride = self.strides[i]
         if self.padding == SAME:
-            return ceil_divide(n, stride)
+            return ceil_div(n, stride)
         span = self.dilation_rate[i] * (self.kernel_size[i] - 1)
         if isinstance(self.padding, tuple):
             total = sum(self.padding[i])
@@ -125,28 +164,38 @@ class Geometry:
             total = 2 * (span // 2) if self.padding == SYMMETRIC else 0
         return (n + total - span - 1) // stride + 1
 
-    def without_excess(self, sizes) -> "Geometry":
-        """The same involution of an input of these sizes, with no steps that lead far beyond it.
+    def clamp_steps(self, sizes) -> "Window":
+        """An equivalent window for inputs of these sizes, whose steps stay near the input.
 
         Taps that meet only padding may lie anywhere outside, and the stride to a second window
-        that there is not counts for nothing. Memory and time would go with both.
+        that does not exist has no effect. Memory and time would grow with both.
         """
         strides, rates = list(self.strides), list(self.dilation_rate)
         for i, n in enumerate(sizes):
             if n is None:
                 continue
             if self.padding in (SAME, SYMMETRIC):
-                # From either side of a window's middle the first tap is half a step away at least:
-                # now beyond the other end of the input, from any window. Half of the change, which
-                # must be even, moves into the padding.
+                # The taps next to a window's middle are at least half a step away from it: with
+                # this rate, beyond either end of the input. Half of the change, which must be even,
+                # moves into the padding.
                 rates[i] = min(rates[i], 2 * n + 2 + rates[i] % 2)
             if self._output_size(i, n) == 1:
                 around = self.padding[i] if isinstance(self.padding, tuple) else (0, 0)
                 strides[i] = min(strides[i], n + sum(around))
+        if (*strides, *rates) == (*self.strides, *self.dilation_rate):
+            return self
         return dataclasses.replace(self, strides=tuple(strides), dilation_rate=tuple(rates))
 
 
-def ceil_divide(n, stride):
+# Each argument with its check, in the order of the public signatures.
+STANDARDIZE = tuple(
+    (field.name, field.metadata["standardize"])
+    for field in dataclasses.fields(Window)
+    if field.metadata
+)
+
+
+def ceil_div(n, stride):
     """How many strides cover a size n, which may be a tensor."""
     # Not -(-n // stride): in ONNX the division of a negative integer rounds towards zero.
     return (n + stride - 1) // stride
@@ -163,7 +212,7 @@ def _pads(padding, n, kernel, stride, dilation, maximum):
     elif n is None:
         raise ValueError("'same' padding with strides above 1 depends on the input's size")
     else:
-        total = (ceil_divide(n, stride) - 1) * stride + span + 1 - n
+        total = (ceil_div(n, stride) - 1) * stride + span + 1 - n
         if span + 1 < stride:
             total = maximum(total, 0)
     return (total // 2, total - total // 2)

@@ -5,18 +5,18 @@ import itertools
 
 import pytest
 
-from involution.ops.geometry import Geometry, ceil_divide
+from involution.ops.window import Window, ceil_div
 from tests.support import oracle
 
 pytestmark = pytest.mark.any_backend
 
 # Of two dimensions that have nothing in common.
-WIDE = Geometry((3, 4), (2, 1), "valid", (2, 5), 3, "contiguous", "channels_last")
+WIDE = Window((3, 4), (2, 1), "valid", (2, 5), 3, "contiguous", "channels_last")
 FIRST = dataclasses.replace(WIDE, data_format="channels_first", group_layout="interleaved")
 
 
 def line(kernel, stride, dilation, padding):
-    return Geometry((kernel,), (stride,), padding, (dilation,), 1, "contiguous", "channels_last")
+    return Window((kernel,), (stride,), padding, (dilation,), 1, "contiguous", "channels_last")
 
 
 @pytest.mark.parametrize("padding", ["same", "valid", "symmetric", ((2, 1),)])
@@ -52,7 +52,7 @@ def test_the_channel_axis_as_two():
     assert FIRST.split_channels(12) == (4, 3)
     assert all(isinstance(n, int) for n in WIDE.split_channels(12))
     # Of (B, *spatial, groups, members), and of (B, members, groups, *spatial).
-    assert (WIDE.member_axis, FIRST.member_axis) == (4, 1)
+    assert (WIDE.group_channel_axis, FIRST.group_channel_axis) == (4, 1)
 
 
 def test_where_the_first_centre_lies():
@@ -62,7 +62,7 @@ def test_where_the_first_centre_lies():
         ("symmetric", (0, 0)),
         (((1, 0), (9, 0)), (1, -2)),
     ):
-        assert dataclasses.replace(WIDE, padding=padding).first_centre == centre
+        assert dataclasses.replace(WIDE, padding=padding).first_center == centre
 
 
 def test_sizes_that_are_not_known():
@@ -100,16 +100,16 @@ def test_sizes_that_are_not_known():
 )
 def test_steps_that_lead_far_beyond_the_input_are_cut_short(g, n, stride, rate):
     nearer = dataclasses.replace(g, strides=(stride,), dilation_rate=(rate,))
-    assert g.without_excess((n,)) == nearer
+    assert g.clamp_steps((n,)) == nearer
     # Beside a dimension of no known size.
-    two = {"kernel_size": g.kernel_size * 2, "strides": g.strides * 2}
+    two = {"kernel_size": g.kernel_size * 2, "strides": g.strides * 2, "rank": 2}
     pads = g.padding * 2 if isinstance(g.padding, tuple) else g.padding
     g = dataclasses.replace(g, **two, padding=pads, dilation_rate=g.dilation_rate * 2)
     nearer = dataclasses.replace(
         g, strides=(g.strides[0], stride), dilation_rate=(g.dilation_rate[0], rate)
     )
-    assert g.without_excess((None, n)) == nearer
+    assert g.clamp_steps((None, n)) == nearer
 
 
 def test_strides_that_cover_a_size():
-    assert [ceil_divide(n, 3) for n in range(8)] == [0, 1, 1, 1, 2, 2, 2, 3]
+    assert [ceil_div(n, 3) for n in range(8)] == [0, 1, 1, 1, 2, 2, 2, 3]

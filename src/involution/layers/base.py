@@ -1,0 +1,101 @@
+"""What the involution layers share: the way of one call."""
+
+import keras
+from keras import ops
+
+from involution.kernel_generators.generators import training_scope
+from involution.layers.recording import is_recording, record
+from involution.ops.api import apply_generated, apply_kernels
+from involution.ops.dispatch import Selection, select
+from involution.ops.problem import check_generator, check_kernel, problem_of
+from involution.ops.tensor_utils import as_tensor
+from involution.ops.validation import CHANNELS_LAST
+from involution.ops.window import Window
+
+
+class BaseInvolution(keras.layers.Layer):
+    """One call: select an implementation, generate the kernels, apply them.
+
+    A subclass sets ``window`` by the time it is built, and implements ``generate_kernel``,
+    ``_final_projection`` and ``_generator_hidden``.
+    """
+
+    window: Window
+    implementation: str | tuple[str, ...] | None = None
+    return_kernel = False
+
+    def generate_kernel(self, inputs):
+        """The kernels for ``inputs``, as ``involution.ops.involution`` takes them."""
+        raise NotImplementedError
+
+    def _final_projection(self, inputs):
+        """Weight and bias that turn ``_generator_hidden`` into kernels, if the kernels may be
+        generated where they are applied; None if they must be stored."""
+        raise NotImplementedError
+
+    def _generator_hidden(self, inputs):
+        """Hidden channels of the generator: (B, *out_spatial, hidden channels)."""
+        raise NotImplementedError
+
+    def chosen_implementation(self, inputs) -> str:
+        """Name of the implementation that runs on ``inputs``, a tensor or a ``keras.KerasTensor``,
+        after the layer is built; ``"fused"`` if no kernels are stored."""
+        if not self.built:
+            raise ValueError(
+                f"A layer must be built, as by a call. Received: {self.name}, not built"
+            )
+        return self._select(inputs, self._final_projection(inputs)).name
+
+    def _select(self, inputs, projection) -> Selection:
+        hidden = None if projection is None else projection[0].shape[0]
+        return select(problem_of(self.window, inputs, hidden), self.implementation)
+
+    def call(self, inputs, training=None):
+        with training_scope(training):
+            # A stateless call passes arrays as they are.
+            return self._call(as_tensor(inputs))
+
+    def _call(self, inputs):
+        # A recorded call stores its kernels.
+        projection = None if is_recording() else self._final_projection(inputs)
+        selection = self._select(inputs, projection)
+        if selection.name == "fused" and projection is not None:
+            # Calling the last layer would cast its input and its weights.
+            operands = (self._generator_hidden(inputs), *projection)
+            operands = tuple(ops.cast(operand, inputs.dtype) for operand in operands)
+            check_generator(selection.problem, *operands)
+            return self._finish(apply_generated(selection, inputs, *operands))
+        kernel = self.generate_kernel(inputs)
+        check_kernel(selection.problem, kernel)
+        output = self._finish(apply_kernels(selection, inputs, kernel))
+        record(self, self.window, inputs, kernel, output)
+        return (output, self._returned(kernel)) if self.return_kernel else output
+
+    def _finish(self, output):
+        """The layer's output, from the involution's."""
+        return output
+
+    def _returned(self, kernel):
+        """The kernels as ``return_kernel`` returns them."""
+        return kernel
+
+
+def check_groups(name, value, channels):
+    """ValueError unless ``value`` divides the input's channels."""
+    if channels % value:
+        # A file may claim any number of channels: the list is bounded.
+        divisors = (str(d) for d in range(1, min(channels, 2**16) + 1) if channels % d == 0)
+        raise ValueError(
+            f"`{name}` must divide the input's channels: for {channels} channels one of "
+            f"{', '.join(divisors)}. Received: {name}={value}"
+        )
+
+
+def input_channels(input_shape, data_format) -> int:
+    channels = input_shape[-1 if data_format == CHANNELS_LAST else 1]
+    if channels is None:
+        raise ValueError(
+            "The number of channels must be known when the layer is built. "
+            f"Received: input shape {tuple(input_shape)}"
+        )
+    return channels

@@ -1,0 +1,177 @@
+"""The layer of the keras.io example, as a drop-in."""
+
+import keras
+from keras import ops
+
+from involution.kernel_generators import generators
+from involution.kernel_generators.generators import current_training
+from involution.kernel_generators.pointwise import only_calls
+from involution.layers.base import BaseInvolution, check_groups, input_channels
+from involution.ops.validation import CHANNELS_LAST, INTERLEAVED, check_axes, standardize_tuple
+from involution.ops.window import Window
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class Involution(BaseInvolution):
+    """The layer of the keras.io example "Involutional neural networks", as a drop-in.
+
+    Same arguments in the same order, same weights in the same order, same numbers; ``.keras`` and
+    ``.weights.h5`` files of the example load into it. It also works where the original does not:
+    unknown and changing sizes, odd sizes with strides, every backend, saving and loading.
+
+    It differs from the paper's layer (``Involution2D``) in what the example differs: channel c
+    belongs to group c % group_number, padding is ``"same"``, so is the strided average pooling,
+    the first convolution has a bias, and batch normalization has Keras's defaults.
+
+    Args:
+        channel: Sets the hidden width of the kernel generator, channel // reduction_ratio. It does
+            not change the output, which always has the input's channels. None: the input's.
+        group_number: Number of groups; divides the input's channels.
+        kernel_size: Side of the square window.
+        stride: Distance of windows, in both directions.
+        reduction_ratio: See ``channel``.
+        name: Name of the layer.
+        return_kernel: Whether the layer returns (output, kernel), as the example's does, or the
+            output alone, which fits a ``keras.Sequential``.
+        **kwargs: ``dtype``, ``trainable`` and so on, as in ``keras.layers.Layer``.
+
+    Call arguments:
+        inputs: Tensor (B, H, W, C).
+        training: Whether batch normalization takes the batch's statistics. None: as the layer or
+            model around it, and otherwise False.
+
+    Returns:
+        ``(output, kernel)`` with shapes (B, H', W', C) and (B, H', W', kernel_size**2, 1,
+        group_number), where H' = ceil(H / stride); or ``output`` alone.
+
+    Raises:
+        ValueError: An argument is out of its range, the hidden width is 0, ``group_number`` does
+            not divide the input's channels, or the input has not four axes.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> output, kernel = involution.Involution(3, 1, 5, 2, 1, "inv")(np.ones((2, 33, 32, 3)))
+    >>> tuple(output.shape), tuple(kernel.shape)
+    ((2, 17, 16, 3), (2, 17, 16, 25, 1, 1))
+    """
+
+    def __init__(
+        self,
+        channel=None,
+        group_number=1,
+        kernel_size=3,
+        stride=1,
+        reduction_ratio=1,
+        name=None,
+        return_kernel=True,
+        **kwargs,
+    ):
+        super().__init__(name=name, **kwargs)
+        self.channel = None if channel is None else standardize_tuple("channel", channel, 1)[0]
+        self.group_number = standardize_tuple("group_number", group_number, 1)[0]
+        self.kernel_size = standardize_tuple("kernel_size", kernel_size, 1)[0]
+        self.stride = standardize_tuple("stride", stride, 1)[0]
+        self.reduction_ratio = standardize_tuple("reduction_ratio", reduction_ratio, 1)[0]
+        self.return_kernel = bool(return_kernel)
+        self.input_spec = keras.layers.InputSpec(ndim=4)
+        self.window = Window(
+            self.kernel_size,
+            self.stride,
+            groups=self.group_number,
+            group_layout=INTERLEAVED,
+            data_format=CHANNELS_LAST,
+            rank=2,
+        )
+
+    def build(self, input_shape):
+        check_axes(self, input_shape, 2)
+        channels = input_channels(input_shape, CHANNELS_LAST)
+        check_groups("group_number", self.group_number, channels)
+        width = channels if self.channel is None else self.channel
+        hidden = width // self.reduction_ratio
+        if hidden == 0:
+            raise ValueError(
+                "`channel` // `reduction_ratio` must be at least 1. "
+                f"Received: channel={width}, reduction_ratio={self.reduction_ratio}"
+            )
+        layers = keras.layers
+        common = {"data_format": CHANNELS_LAST, "dtype": self.dtype_policy}
+        # Named as Keras names the first of their classes: the names that it makes for the next ones
+        # would give two equal models weights of different paths.
+        self.kernel_gen = keras.Sequential(
+            [
+                layers.Conv2D(hidden, 1, name="conv2d", **common),
+                layers.BatchNormalization(dtype=self.dtype_policy, name="batch_normalization"),
+                layers.ReLU(dtype=self.dtype_policy, name="re_lu"),
+                layers.Conv2D(self.window.taps * self.group_number, 1, name="conv2d_1", **common),
+            ],
+            name="sequential",
+        )
+        # A Sequential casts its input to its own policy's type.
+        self.kernel_gen.dtype_policy = self.dtype_policy
+        self.kernel_gen.build((None, None, None, channels))
+
+    def generate_kernel(self, inputs):
+        """The kernels for ``inputs``: (B, H', W', kernel_size**2, group_number)."""
+        pooled = self._pooled(inputs)
+        if pooled.shape[0] == 0:
+            # TensorFlow's convolution of an empty batch has a wrong shape on some processors.
+            one = ops.zeros((1, *ops.shape(pooled)[1:]), pooled.dtype)
+            kernel = self.kernel_gen(one, training=False)[:0]
+        else:
+            kernel = self.kernel_gen(pooled, training=current_training())
+        batch, height, width, _ = ops.shape(kernel)
+        shape = (batch, height, width, self.window.taps, self.group_number)
+        return ops.cast(ops.reshape(kernel, shape), inputs.dtype)
+
+    def _final_projection(self, inputs):
+        own = getattr(self.generate_kernel, "__func__", None) is not Involution.generate_kernel
+        generator = self.kernel_gen
+        # A subclass may have any layer there.
+        if self.return_kernel or own or type(generator) is not keras.Sequential:
+            return None
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        if inputs.shape[0] == 0 or generator.compute_dtype != dtype or not only_calls(generator):
+            return None
+        layers = generator.layers
+        channels = self.window.taps * self.group_number
+        return generators.projection_of(layers[-1], dtype, channels) if layers else None
+
+    def _generator_hidden(self, inputs):
+        hidden = self._pooled(inputs)
+        for layer in self.kernel_gen.layers[:-1]:
+            hidden = layer(hidden, training=current_training())
+        return hidden
+
+    def generator_input_shape(self, input_shape):
+        """The shape of what the generator gets for an input of this shape."""
+        batch, *sizes, channels = input_shape
+        return (batch, *self.window.output_sizes(sizes), channels)
+
+    def _pooled(self, inputs):
+        # Keras's own "same" pooling gives other means on PyTorch than on TensorFlow and JAX.
+        return generators.average_pool(inputs, (self.stride,) * 2, centered=True)
+
+    def _returned(self, kernel):
+        return ops.expand_dims(kernel, -2)
+
+    def compute_output_shape(self, input_shape):
+        check_axes(self, input_shape, 2)
+        batch, height, width, channels = input_shape
+        height, width = self.window.output_sizes((height, width))
+        output = (batch, height, width, channels)
+        if not self.return_kernel:
+            return output
+        return output, (batch, height, width, self.window.taps, 1, self.group_number)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "channel": self.channel,
+            "group_number": self.group_number,
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "reduction_ratio": self.reduction_ratio,
+            "return_kernel": self.return_kernel,
+        }

@@ -1,0 +1,124 @@
+"""The implementations of the operator, and the choice of one for each call.
+
+An implementation is a module with
+
+    unsupported_reason(problem)  why it cannot compute a problem, or None
+    apply(x, kernel, problem)    the output
+    products(x, y, problem)      the gradient of the kernel
+
+and, optionally, ``deprioritize_reason(problem)``: why the next one is faster, or None. ``fused``
+generates the kernels itself: its ``apply`` takes (hidden, weight, bias) in place of a kernel.
+"""
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+from involution.ops import fused, native, reference, rows, taps, triton
+from involution.ops.problem import Problem
+
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "triton": triton,
+    "native": native,
+    "taps": taps,
+    "reference": reference,
+    "rows": rows,
+    "fused": fused,
+}
+# In order of preference: the first that supports a problem is selected. ``fused`` precedes them
+# where kernels are generated; ``rows`` is for exporters, and is selected by name only.
+PREFERENCE = ("triton", "native", "taps", "reference")
+
+
+class Selection(NamedTuple):
+    """The implementation of one call, and the problem it computes."""
+
+    name: str
+    problem: Problem
+
+    @property
+    def implementation(self) -> ModuleType:
+        return IMPLEMENTATIONS[self.name]
+
+
+class _Override(threading.local):
+    """What ``force_implementation`` sets in this thread. torch.compile cannot trace a context
+    variable."""
+
+    names: tuple[str, ...] | None = None
+
+
+_override = _Override()
+
+
+@contextlib.contextmanager
+def force_implementation(implementation):
+    """Context manager in which every involution of this thread takes one implementation.
+
+    It overrides the argument ``implementation`` of functions and layers. The choice is made when
+    Python code runs: a program traced earlier by ``jax.jit``, ``tf.function`` or ``torch.compile``
+    keeps the implementation that it was traced with, and one traced inside the block keeps that
+    outside. Trace again, for example with a new function. ``use`` is another name of it.
+
+    Args:
+        implementation: As for ``involution``: a name, or a sequence of names tried in order.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> with involution.ops.force_implementation("reference"):
+    ...     y = involution.ops.involution(np.ones((1, 4, 6)), np.ones((1, 4, 3, 1)), 3)
+    """
+    before, _override.names = _override.names, standardize_implementation(implementation)
+    try:
+        yield
+    finally:
+        _override.names = before
+
+
+use = force_implementation
+
+
+def select(problem: Problem, implementation=None) -> Selection:
+    """The implementation of a call; ValueError, with the reasons, if none named supports it."""
+    names = _override.names or (
+        preferred(problem) if implementation is None else standardize_implementation(implementation)
+    )
+    reasons = {}
+    for name in names:
+        reasons[name] = IMPLEMENTATIONS[name].unsupported_reason(problem)
+        if reasons[name] is None:
+            return Selection(name, problem)
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise ValueError(f"No implementation named can run here ({why}). Received: {problem}")
+
+
+def preferred(problem: Problem) -> list[str]:
+    """Names in order of preference, the fastest first."""
+    names = list(PREFERENCE)
+    for i, name in enumerate(PREFERENCE[:-1]):
+        deprioritize_reason = getattr(IMPLEMENTATIONS[name], "deprioritize_reason", None)
+        if deprioritize_reason is not None and deprioritize_reason(problem) is not None:
+            names[i], names[i + 1] = names[i + 1], names[i]
+    if problem.hidden is None:
+        return names
+    if fused.deprioritize_reason(problem) is None:
+        return ["fused", *names]
+    return [*names, "fused"]
+
+
+def standardize_implementation(implementation) -> tuple[str, ...]:
+    """The names to be tried in order; ValueError unless all are known."""
+    names = (implementation,) if isinstance(implementation, str) else implementation
+    if (
+        not isinstance(names, Sequence)
+        or not names
+        or any(name not in IMPLEMENTATIONS for name in names)
+    ):
+        raise ValueError(
+            f"`implementation` must be one of {list(IMPLEMENTATIONS)}, or a sequence of them. "
+            f"Received: implementation={implementation!r}"
+        )
+    return tuple(names)

@@ -1,0 +1,88 @@
+"""Checks of single arguments. Each raises ValueError with the rule and the value received."""
+
+import operator
+from collections.abc import Sequence
+
+import keras
+
+SAME, VALID, SYMMETRIC = "same", "valid", "symmetric"
+CONTIGUOUS, INTERLEAVED = "contiguous", "interleaved"
+CHANNELS_LAST, CHANNELS_FIRST = "channels_last", "channels_first"
+
+
+def standardize_tuple(name, value, count, minimum=1) -> tuple[int, ...]:
+    """``count`` integers, from one integer or a sequence."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * count
+    try:
+        numbers = tuple(operator.index(v) for v in values)
+    except TypeError:
+        numbers = ()
+    if (
+        len(numbers) != count
+        or any(isinstance(v, bool) for v in values)
+        or any(n < minimum for n in numbers)
+    ):
+        each = "" if count == 1 else f", or {count} of them, one for each spatial dimension"
+        raise ValueError(
+            f"`{name}` must be an integer of at least {minimum}{each}. Received: {name}={value!r}"
+        )
+    return numbers
+
+
+def standardize_padding(name, padding, rank):
+    """A mode, or (before, after) for every spatial dimension."""
+    if isinstance(padding, str) and padding in (SAME, VALID, SYMMETRIC):
+        return padding
+    try:
+        if isinstance(padding, Sequence) and not isinstance(padding, str):
+            if len(padding) == rank:
+                return tuple(standardize_tuple(name, tuple(pair), 2, minimum=0) for pair in padding)
+        elif not isinstance(padding, str):
+            return (standardize_tuple(name, padding, 1, minimum=0) * 2,) * rank
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        "`padding` must be 'same', 'valid', 'symmetric', an integer of at least 0, or "
+        f"a pair (before, after) of them for each of {rank} spatial dimensions. "
+        f"Received: padding={padding!r}"
+    )
+
+
+def standardize_data_format(name, data_format, rank=None) -> str:
+    if data_format is None:
+        return keras.config.image_data_format()
+    return check_choice(name, data_format, (CHANNELS_LAST, CHANNELS_FIRST))
+
+
+def check_choice(name, value, allowed):
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, allowed))}. Received: {name}={value!r}"
+        )
+    return value
+
+
+def static_shape(name, x) -> tuple[int | None, ...]:
+    """The shape of a tensor or ``keras.KerasTensor``; None for each unknown size."""
+    shape = getattr(x, "shape", None)
+    if shape is None or getattr(shape, "rank", 0) is None:
+        raise ValueError(f"`{name}` must be a tensor of known rank. Received: {name}={x!r}")
+    return tuple(shape)
+
+
+def is_shape_compatible(expected, shape) -> bool:
+    """Whether two shapes have equal rank and no two known sizes differ."""
+    return len(expected) == len(shape) and all(
+        want is None or have is None or want == have
+        for want, have in zip(expected, shape, strict=True)
+    )
+
+
+def check_axes(layer, input_shape, rank):
+    """ValueError unless a shape has a batch axis, ``rank`` spatial axes, and channels."""
+    if len(input_shape) != rank + 2:
+        raise ValueError(
+            f"Input of {type(layer).__name__} must have a batch axis, {rank} spatial and one of "
+            f"channels: expected ndim={rank + 2}, found ndim={len(input_shape)}. "
+            f"Received: input_shape={tuple(input_shape)}, layer={layer.name}"
+        )
