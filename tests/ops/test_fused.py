@@ -492,13 +492,15 @@ def test_channels_first_are_refused_by_name():
     *arrays, _ = native_core.fused_arrays(CALL)
     x, hidden, *rest = tensors(arrays, "float32")
     x, hidden = (keras.ops.moveaxis(t, -1, 1) for t in (x, hidden))
-    with pytest.raises(ValueError, match="fused: its channels are last"):
+    with pytest.raises(ValueError, match="fused: it requires channels_last"):
         apply(call)(x, hidden, *rest)
 
 
 def test_kernels_that_are_given_are_refused_by_name():
     x, kernel, _ = CALL.arrays()
-    with pytest.raises(ValueError, match="fused: it generates the kernels, and these are given"):
+    with pytest.raises(
+        ValueError, match="fused: it generates the kernels itself, and kernels are given"
+    ):
         involution.ops.involution(x, kernel, **CALL.arguments, implementation="fused")
 
 
@@ -692,7 +694,9 @@ def test_a_layer_may_ask_for_it_and_is_told_why_not(runs):
     Involution2D(3, groups=4, implementation=("fused", "native"))(IMAGES)
     assert len(runs) == 1
     layer = Involution2D(3, groups=4, implementation="fused", return_kernel=True)
-    with pytest.raises(ValueError, match="fused: it generates the kernels, and these are given"):
+    with pytest.raises(
+        ValueError, match="fused: it generates the kernels itself, and kernels are given"
+    ):
         layer(IMAGES)
 
 

@@ -1,6 +1,4 @@
-"""Kernels generated where they are used: the compiled core, or a CUDA device's program, makes a few
-places' kernels from their hidden channels, applies them while it has them, and forgets them.
-"""
+"""Fused implementation: generates the kernels tile by tile where they are applied, stores none."""
 
 import math
 
@@ -12,32 +10,32 @@ from involution.ops.validation import CHANNELS_LAST
 
 def unsupported_reason(problem) -> str | None:
     if problem.hidden is None:
-        return "it generates the kernels, and these are given"
+        return "it generates the kernels itself, and kernels are given"
     if problem.window.data_format != CHANNELS_LAST:
-        return "its channels are last"
+        return "it requires channels_last"
     if triton.fused_unsupported_reason(problem) is None:
         return None
     return native.unsupported_reason(problem)
 
 
-# As measured on TensorFlow and PyTorch, and on JAX where XLA makes one loop of two steps.
-FEWEST_CHANNELS = 4
+# Measured on TensorFlow, PyTorch, and JAX, where XLA compiles the unfused form to one loop.
+MIN_CHANNELS = 4
 
 
 def deprioritize_reason(problem) -> str | None:
-    """Why storing the kernels is faster, or None where this is."""
+    """Why storing the kernels is faster, or None."""
     g = problem.window
-    if problem.x_shape[g.channel_axis] < FEWEST_CHANNELS:
-        return f"of fewer than {FEWEST_CHANNELS} channels a vector of the processor holds too few"
-    places = g.output_sizes(g.spatial(problem.x_shape))
-    if None not in places and math.prod(places) < problem.hidden:
-        return "of fewer places than hidden channels the weight's gradient takes most of the time"
+    if problem.x_shape[g.channel_axis] < MIN_CHANNELS:
+        return f"fewer than {MIN_CHANNELS} channels leave vector lanes empty"
+    sizes = g.output_sizes(g.spatial(problem.x_shape))
+    if None not in sizes and math.prod(sizes) < problem.hidden:
+        return "with fewer positions than hidden channels the weight's gradient dominates"
     return None
 
 
 def apply(x, generator, problem):
     """``generator`` is (hidden, weight, bias)."""
     g = problem.window
-    maker = triton if triton.fused_unsupported_reason(problem) is None else native
-    y, _ = maker.call_fused(OUTPUT, g, spatial_shape(x, g), x, *generator)
+    module = triton if triton.fused_unsupported_reason(problem) is None else native
+    y, _ = module.call_fused(OUTPUT, g, spatial_shape(x, g), x, *generator)
     return y

@@ -1,4 +1,4 @@
-"""The formula, one tap after another, in ``keras.ops``: slow, and short enough to check by eye."""
+"""Reference implementation: the formula tap by tap in ``keras.ops``, slow and easy to verify."""
 
 from keras import ops
 
@@ -15,7 +15,7 @@ from involution.ops.tensor_utils import (
 
 
 def unsupported_reason(problem) -> str | None:
-    """Runs everywhere, if its memory holds the padding."""
+    """Runs on every backend and device."""
     return tensor_utils.unsupported_reason(problem)
 
 

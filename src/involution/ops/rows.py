@@ -1,7 +1,8 @@
-"""The formula, one row of a window after another: what exporters write, for they and the runtimes
-take long for each operation, and at 7 x 7 taps these are a sixth of ``reference``'s.
+"""Row-unrolled implementation, for exporters: one sum for each row of taps.
 
-It is never chosen where a program runs here: its sums change their order with the batch under XLA.
+Exporters and runtimes pay for each operation, and for 7x7 windows this has a sixth of those of
+``reference``. It is selected by name only: under XLA the order of its sums depends on the batch
+size.
 """
 
 from keras import ops
@@ -21,7 +22,7 @@ from involution.ops.validation import CHANNELS_LAST
 
 def unsupported_reason(problem) -> str | None:
     if problem.window.rank == 3:
-        return "XLA's code for rows in three dimensions crashes"
+        return "XLA crashes when it compiles three-dimensional rows"
     return tensor_utils.unsupported_reason(problem)
 
 
@@ -33,7 +34,7 @@ def apply(x, kernel, problem):
     for row, seen in enumerate(_rows(x, g)):
         taps = slice(row * width, (row + 1) * width)
         here = weights[(slice(None),) * g.tap_axis + (taps,)]
-        # The taps stand behind the positions: with channels first they came before the groups.
+        # The tap axis comes last of the spatial ones; with channels first it precedes the groups.
         here = here if g.data_format == CHANNELS_LAST else ops.moveaxis(here, g.tap_axis, -1)
         y = y + ops.sum(ops.expand_dims(here, _member_axis(g)) * seen, axis=_tap_axis(g))
     return ops.cast(merge_groups(y, g), x.dtype)
@@ -50,9 +51,8 @@ def products(x, y, problem):
 
 
 def _rows(x, g):
-    """For each row of taps, which differ in the last dimension alone, what all positions see
-    there: a view as ``split_groups`` has it, with an axis for the row's taps behind the spatial
-    ones."""
+    """For each row of taps (those that differ in the last dimension only), the input values at
+    every position: shaped as by ``split_groups``, with the row's taps as one more spatial axis."""
     x_sizes = spatial_shape(x, g)
     count = g.output_sizes(x_sizes)
     padded = pad_and_split(to_accumulation_dtype(x), x_sizes, g)
@@ -74,5 +74,5 @@ def _tap_axis(g) -> int:
 
 
 def _member_axis(g) -> int:
-    """The axis that counts the channels of a group, where taps have one behind the positions."""
+    """The axis of the channels of a group, when the taps have an axis after the spatial ones."""
     return g.group_channel_axis + (1 if g.data_format == CHANNELS_LAST else 0)

@@ -1,8 +1,8 @@
-"""Portable and fast: shifted multiply-adds, with gradients written out in the same form.
+"""Shift-and-multiply implementation: portable, with gradients written in the same form.
 
-Every sum is a chain of additions over slices, which XLA and inductor fuse into one loop, and no
-tensor of the size taps x channels is ever stored. All three sums gather: an input gradient is
-collected by each input position from the windows that hold it, so nothing is scattered.
+Each sum is a chain of additions over slices, which XLA and inductor fuse into one loop; no tensor
+of taps x channels elements is stored. The input gradient gathers: each input position collects
+from the windows that contain it, so nothing is scattered.
 """
 
 import functools
@@ -35,11 +35,10 @@ from involution.ops.tensor_utils import (
 )
 from involution.ops.window import Window
 
-# Additions written out before partial sums are stored: bounds the size of the program.
+# Unrolled additions before a partial sum is stored; bounds the program's size.
 MAX_UNROLL = 16
-# Up to here the channels of a group are read where they lie; more are first moved outermost, which
-# makes the inner loop contiguous. Under XLA: 19 ms instead of 49 for the 16 of case red1, but 2.7
-# instead of 1.4 for the 3 of case tut.
+# Larger groups are transposed first, channels outermost, for a contiguous inner loop. Under XLA:
+# 19 ms instead of 49 for the 16 channels of case red1, but 2.7 instead of 1.4 for the 3 of tut.
 SMALL_GROUP_CHANNELS = 4
 
 
@@ -61,7 +60,7 @@ def products(x, y, problem):
 
 
 def compute(member, g: Window, x_sizes, a, b):
-    """A member of the family in ``gradients.py``."""
+    """One operation of the family in ``autodiff.py``."""
     result = {OUTPUT: _output, INPUT: _input_gradient, KERNEL: _kernel_gradient}[member](
         to_accumulation_dtype(a), to_accumulation_dtype(b), x_sizes, g
     )
@@ -69,7 +68,7 @@ def compute(member, g: Window, x_sizes, a, b):
 
 
 def _compiled(compute):
-    """``compute`` as one fused program, where the framework makes one."""
+    """``compute`` compiled to one program, if the backend has a compiler."""
     backend = keras.config.backend()
     if backend == "jax":
         import jax
@@ -79,7 +78,7 @@ def _compiled(compute):
         import tensorflow as tf
 
         def in_graph(member, g, x_sizes, a, b):
-            # A single eager call is not worth the compilation, some 0.5 s for every new shape.
+            # Compiling takes some 0.5 s for each new shape: too long for one eager call.
             if tf.executing_eagerly():
                 return compute(member, g, x_sizes, a, b)
             fused = tf.function(functools.partial(compute, member, g, x_sizes), jit_compile=True)
@@ -111,16 +110,18 @@ def _output(x, kernel, x_sizes, g):
 
 
 def _input_gradient(kernel, dy, x_sizes, g):
-    """Position s*u + r of the padded input is read by output u - offset // s of every tap whose
-    offset leaves the remainder r: for each r that there is, a sum over slices, as in the output
-    itself."""
+    """Input gradient by polyphase components.
+
+    Padded input position s*u + r is read by output u - offset // s at every tap whose offset has
+    the remainder r modulo the stride s. Each remainder gives one sum over slices, as in the output.
+    """
     around = pads(x_sizes, g)
     count = tuple(
         -(-(n + before + after) // s)
         for n, (before, after), s in zip(x_sizes, around, g.strides, strict=True)
     )
     reach = tuple(o // s for o, s in zip(g.last_offset, g.strides, strict=True))
-    # Where sizes are unknown, as many positions after the last output as there can ever be.
+    # For unknown sizes, the most positions that can follow the last output.
     margin = [
         (r, n - out if isinstance(n, int) and isinstance(out, int) else r + 2)
         for r, n, out in zip(reach, count, g.output_sizes(x_sizes), strict=True)
@@ -149,9 +150,9 @@ def _input_gradient(kernel, dy, x_sizes, g):
 
 
 def _interleave_phases(phases, g):
-    """One view of every s-th position for each remainder, as the view of all: 0 for those without.
+    """The full view from its polyphase components, zero at remainders without one.
 
-    The remainders are all combinations of those in each dimension.
+    Each component holds every s-th position; the keys are remainders in each dimension.
     """
     for i in reversed(range(g.rank)):
         rows: dict = {}
@@ -165,7 +166,7 @@ def _interleave_phases(phases, g):
 
 
 def _interleave_axis(parts, stride, axis):
-    """Positions of the parts in turn along ``axis``, each at its remainder of ``stride``."""
+    """Interleaves components along ``axis``; each is keyed by its remainder modulo ``stride``."""
     if stride == 1:
         return parts[0]
     shape = list(ops.shape(parts[min(parts)]))
@@ -216,6 +217,6 @@ def _sum(terms):
     terms = iter(terms)
     total = next(terms)
     for term in terms:
-        # In place where tensors can change (PyTorch): the first term is a tensor of our own.
+        # In place on PyTorch: no caller holds the first term.
         total += term
     return total

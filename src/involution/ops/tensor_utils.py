@@ -1,7 +1,7 @@
-"""Tensors seen the way the formula reads them, for every rank, data format and group layout.
+"""Views of tensors that make the formula independent of rank, data format and group layout.
 
-A tensor of C channels is viewed with its channel axis split in two, groups and the channels of a
-group, so that one tap of the kernel broadcasts over it.
+A view splits the channel axis in two, groups and channels of a group, so that one tap of the kernel
+broadcasts over it.
 """
 
 import math
@@ -25,7 +25,7 @@ def to_accumulation_dtype(x):
 
 
 def spatial_shape(x, g) -> tuple:
-    """Spatial sizes of ``x``: integers, or tensors where TensorFlow does not know them yet."""
+    """Spatial sizes of ``x``: integers, or tensors if TensorFlow knows them at run time only."""
     return g.spatial(ops.shape(x))
 
 
@@ -34,12 +34,12 @@ def _maximum(a, b):
 
 
 def spatial_axis(g) -> int:
-    """First spatial axis of a view, which like a kernel tensor has two axes for the channels."""
+    """First spatial axis of a view or kernel tensor, which have two channel axes."""
     return 1 if g.data_format == CHANNELS_LAST else 3
 
 
 def split_groups(x, g):
-    """(B, *spatial, C) or (B, C, *spatial), with C as (groups, members) or (members, groups)."""
+    """The view of a tensor: C becomes (groups, channels of a group), or the reverse."""
     shape = ops.shape(x)
     return ops.reshape(
         x, g.shape(shape[0], g.spatial(shape), *g.split_channels(x.shape[g.channel_axis]))
@@ -55,12 +55,10 @@ def merge_groups(view, g):
 
 
 def pad_and_split(x, x_sizes, g):
-    """``split_groups`` of ``x`` with the zeros that its padding asks for; where sizes are not known
-    yet, with one more behind."""
+    """The view of the zero-padded ``x``; for unknown sizes with one position more at the end."""
     around = pads(x_sizes, g)
     if not all(isinstance(n, int) for n in x_sizes):
-        # PyTorch's exporter takes it from its example whether a slice ends where its tensor does:
-        # so that none does.
+        # PyTorch's exporter specializes on whether a slice ends where its tensor does. None does.
         around = tuple((before, after + 1) for before, after in around)
     return pad_spatial(split_groups(x, g), around, g)
 
@@ -70,12 +68,12 @@ def pads(x_sizes, g) -> tuple:
     return g.pads(x_sizes, _maximum)
 
 
-# Positions of one padded input: more are a mistake, or for an implementation that stores no zeros.
+# Positions of a padded input. More are a mistake, or need an implementation without padding.
 MAX_PADDED_POSITIONS = 2**31
 
 
 def unsupported_reason(problem) -> str | None:
-    """Why this input cannot be padded, or None."""
+    """Why the input cannot be padded, or None."""
     g = problem.window
     known = [n or 1 for n in g.spatial(problem.x_shape)]
     # A list: PyTorch's compiler takes no generator here.
@@ -98,14 +96,16 @@ def pad(x, around):
     if keras.config.backend() == "torch":
         import torch
 
-        # Keras asks whether padding is 0, which a program exported for all sizes cannot know.
+        # Keras branches on padding of 0, which a program exported for all sizes cannot decide.
         return torch.nn.functional.pad(x, [n for pair in reversed(around) for n in pair])
     return ops.pad(x, around)
 
 
 def strided_slice(view, start, strides, count, g, first=None):
-    """``count`` positions in each spatial dimension, from ``start``, ``strides`` apart; ``first``
-    is the first spatial axis, that of a view unless told."""
+    """Every ``strides``-th position from ``start``, ``count`` in each spatial dimension.
+
+    ``first`` is the first spatial axis; None: that of a view.
+    """
     parts = tuple(
         slice(i, i + (n - 1) * s + 1, s) for i, s, n in zip(start, strides, count, strict=True)
     )
@@ -114,18 +114,18 @@ def strided_slice(view, start, strides, count, g, first=None):
 
 
 def tap_kernel(kernel, tap, g):
-    """One tap of a kernel tensor, with an axis of 1 for the channels of a group."""
+    """One tap of a kernel tensor, with an axis of size 1 for the channels of a group."""
     return ops.expand_dims(kernel[(slice(None),) * g.tap_axis + (tap,)], g.group_channel_axis)
 
 
 def matmul(a, b):
-    """``keras.ops.matmul``, which on PyTorch makes float32 of float64."""
+    """``keras.ops.matmul``, except for float64, which it computes in float32 on PyTorch."""
     wide = keras.backend.standardize_dtype(a.dtype) == "float64"
     return a @ b if wide else ops.matmul(a, b)
 
 
 def softmax(x, axis):
-    """``keras.ops.softmax``; TensorFlow's with oneDNN takes at most five axes."""
+    """``keras.ops.softmax`` for any rank: TensorFlow's with oneDNN takes at most five axes."""
     if keras.config.backend() != "tensorflow":
         return ops.softmax(x, axis=axis)
     shape = ops.shape(x)
