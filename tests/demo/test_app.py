@@ -65,7 +65,7 @@ def test_its_answers_are_those_of_the_command(page, classifiers, tmp_path):
         file = tmp_path / "image"
         file.write_bytes(content)
         for title, classifier in classifiers.items():
-            expected = classifier.scores(classifier.read(file))[0]
+            expected = classifier.predict_proba(classifier.read(file))[0]
             assert list(scores[title]) == list(classifier.class_names)
             # Another process: the same machine and code, and on TensorFlow other last bits.
             np.testing.assert_allclose(list(scores[title].values()), expected, rtol=1e-5)
@@ -205,7 +205,7 @@ def test_names_of_strangers_are_escaped(classifiers, tmp_path):
 
 def test_the_cards_say_what_the_models_were_trained_on():
     text = app.cards(())
-    for name in pretrained.names():
+    for name in pretrained.available():
         assert f"### {name}\n" in text
     assert "50000 images" in text
     assert "license:" not in text

@@ -19,7 +19,7 @@ import pytest
 
 import involution_cli
 from involution import hub
-from involution.data import datasets
+from involution.data import datasets, decode
 from involution.models.convert import convert
 from involution.saving import classifier
 from involution.training import checkpoint
@@ -79,7 +79,7 @@ ENTRIES = {
     "hub": hub_load,
     "convert": lambda place, path: lambda: convert(path, place.written / "model"),
     "data": lambda place, path: lambda: datasets.load(path),
-    "image": lambda place, path: lambda: datasets.read_image(path / "train" / "a" / "2.png"),
+    "image": lambda place, path: lambda: decode.read_image(path / "train" / "a" / "2.png"),
     "resume": resume,
 }
 CASES = [(name, entry) for name, (_, entries) in FILES.items() for entry in entries]
@@ -185,7 +185,7 @@ def warm(tmp_path_factory):
     classifier.load(classifier.DEFAULT)
     # Pillow looks for all its readers, and for what they need, at its first failure.
     with contextlib.suppress(InputError):
-        datasets.read_image(io.BytesIO(b"x"))
+        decode.read_image(io.BytesIO(b"x"))
 
 
 @pytest.mark.parametrize(("name", "entry"), HONEST_CASES)

@@ -268,7 +268,7 @@ def tokenizer_of_keras_hub(place):
 
 @hostile(*KERAS)
 def class_of_this_package_that_is_not_registered(place):
-    return with_layer(place, "involution.data.lazy_images", "StoredImages", {"files": ["x"]})
+    return with_layer(place, "involution.data.lazy_images", "LazyImages", {"sources": ["x"]})
 
 
 @hostile(*KERAS)

@@ -104,7 +104,7 @@ def watching(*folders):
         sys.addaudithook(_hook)  # for ever
     watch = Watch(*folders)
     _watches[:] = [watch]
-    memory.give_back()
+    memory.malloc_trim()
     before, temporary = held(), tempfile.tempdir
     tempfile.tempdir = str(folders[-1])
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

@@ -283,7 +283,7 @@ def test_a_full_disk_costs_what_came_after_the_last_checkpoint(folder, tmp_path,
             compare(one, output, console, ONE, resume=True, checkpoint_every=3)
         except WriteError as error:
             failure = str(error)
-        assert not list(output.rglob(f"{atomic_files.PART}*"))
+        assert not list(output.rglob(f"{atomic_files.TMP_PREFIX}*"))
         if failure is None:
             break
         rule, received = failure.split(". Received: ")
@@ -299,18 +299,18 @@ def test_what_a_killed_process_was_writing_is_removed(folder, tmp_path):
     output = tmp_path / "run"
     (output / checkpoint.FOLDER).mkdir(parents=True)
     for place in (output, output / checkpoint.FOLDER):
-        (place / f"{atomic_files.PART}000000000001-1234.safetensors").write_bytes(b"half")
+        (place / f"{atomic_files.TMP_PREFIX}000000000001-1234.safetensors").write_bytes(b"half")
     run = compare(config(folder, epochs=1), output, builders=ONE, resume=True)
     assert run.exit_code == 0
-    assert not list(output.rglob(f"{atomic_files.PART}*"))
+    assert not list(output.rglob(f"{atomic_files.TMP_PREFIX}*"))
     # In a folder that is no run's nothing is touched.
     other = tmp_path / "other"
     other.mkdir()
-    for name in (f"{atomic_files.PART}x", "thesis.txt"):
+    for name in (f"{atomic_files.TMP_PREFIX}x", "thesis.txt"):
         (other / name).write_bytes(b"mine")
     with pytest.raises(InputError, match="must have a whole checkpoint"):
         compare(config(folder, epochs=1), other, builders=ONE, resume=True)
-    assert (other / f"{atomic_files.PART}x").read_bytes() == b"mine"
+    assert (other / f"{atomic_files.TMP_PREFIX}x").read_bytes() == b"mine"
 
 
 @pytest.mark.any_backend
