@@ -69,12 +69,12 @@ def test_damaged_exif_tag_does_not_affect_the_orientation(format, tmp_path):
     """A resolution stored as text, on which Pillow fails when it writes the tags back."""
     image, file = Image.new("RGB", (21, 16)), io.BytesIO()
     if format == "PNG":
-        chunk = hostile_images.png_chunk(b"eXIf", hostile_images.LETTERS[6:])
+        chunk = hostile_images.png_chunk(b"eXIf", hostile_images.TEXT_RESOLUTION[6:])
         rows = bytes((1 + 3 * 21) * 16)
         file.write(hostile_images.png(21, 16, rows, more=chunk))
     else:
         more = {"save_all": True, "append_images": [image]} if format == "MPO" else {}
-        image.save(file, format, exif=hostile_images.LETTERS, **more)
+        image.save(file, format, exif=hostile_images.TEXT_RESOLUTION, **more)
     path = tmp_path / "photo"
     path.write_bytes(file.getvalue())
     assert decode.read_image(path).shape == (21, 16, 3)
@@ -105,7 +105,7 @@ def test_orientations_match_pillow(tmp_path):
         hostile_images.exif([(0x0112, 12, 1, 2**20)]),
         b"Exif\0\0II",
         b"Exif\0\0neither endian",
-        hostile_images.LETTERS[:19],
+        hostile_images.TEXT_RESOLUTION[:19],
     ],
 )
 def test_invalid_orientation_is_ignored(exif, tmp_path):

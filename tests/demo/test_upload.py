@@ -16,7 +16,7 @@ from tests.support import hostile_images
 
 pytestmark = pytest.mark.any_backend
 
-NOT_WHOLE = "An image must be a whole PNG, JPEG or WebP file: "
+INVALID = "An image must be a valid PNG, JPEG or WebP file: "
 
 
 @pytest.fixture
@@ -161,36 +161,38 @@ def test_pixels_up_to_the_limit_are_decoded(file, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         assert decode.read_image(path).shape == (30, 40, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
-    expected = f"{NOT_WHOLE}its 40x30 pixels exceed the limit. Received: {path}"
+    expected = f"{INVALID}its 40x30 pixels exceed the limit. Received: {path}"
     assert message(decode.read_image, path) == expected
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
-    assert message(decode.read_image, path).startswith(
-        f"{NOT_WHOLE}Image size (1200 pixels) exceeds"
-    )
+    assert message(decode.read_image, path).startswith(f"{INVALID}Image size (1200 pixels) exceeds")
 
 
 def test_a_warning_of_too_many_pixels_is_a_refusal(file, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
     said = message(decode.read_image, file(hostile_images.good(size=(40, 30))))
-    assert said.startswith(f"{NOT_WHOLE}Image size (1200 pixels) exceeds")
+    assert said.startswith(f"{INVALID}Image size (1200 pixels) exceeds")
 
 
 def test_what_no_image_comes_of(file, tmp_path):
-    for name, content in hostile_images.refused().items():
+    for name, content in hostile_images.invalid().items():
         # The page refuses these by their size, before anyone opens them.
         if "mega" not in name and "million" not in name:
-            assert message(decode.read_image, file(content)).startswith(NOT_WHOLE), name
+            assert message(decode.read_image, file(content)).startswith(INVALID), name
     text = file(b"hello")
-    assert message(decode.read_image, text) == f"{NOT_WHOLE}cannot identify it. Received: {text}"
+    assert message(decode.read_image, text) == (
+        f"{INVALID}its format is not recognized. Received: {text}"
+    )
     missing = tmp_path / "missing.png"
     assert message(decode.read_image, missing) == (
-        f"{NOT_WHOLE}No such file or directory. Received: {missing}"
+        f"{INVALID}No such file or directory. Received: {missing}"
     )
 
 
 def test_a_visitor_is_not_told_where_an_upload_is(file, tmp_path):
     reader = types.SimpleNamespace(read=decode.read_image)
-    assert message(render._read, reader, file(b"hello")) == f"{NOT_WHOLE}cannot identify it"
+    assert message(render._read, reader, file(b"hello")) == (
+        f"{INVALID}its format is not recognized"
+    )
     assert message(render._read, reader, tmp_path / "gone.png") == (
         "An image must be there, or be uploaded again. Received: No such file or directory"
     )

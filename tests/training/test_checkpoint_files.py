@@ -145,7 +145,7 @@ def test_what_is_not_read_back_as_it_was_written_is_no_checkpoint(store, monkeyp
     with pytest.raises(WriteError) as caught:
         store.save({}, {"n": 2})
     assert re.fullmatch(
-        rf"A file must be written whole\. Received: {store.folder}/0{{11}}2-\w{{64}}\.safetensors: "
+        rf"Could not write {store.folder}/0{{11}}2-\w{{64}}\.safetensors: "
         "it is not read back as it was written",
         str(caught.value),
     )

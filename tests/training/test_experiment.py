@@ -327,8 +327,8 @@ def test_variants_take_the_options_of_their_function():
     [
         ("resnet", r"one of cnn, inn, .* or a Python file. Received: resnet"),
         ("", "Received: none"),
-        ("cnn,cnn", "named once"),
-        ("inn:a=1", r"name=value with a name of kernel_size, .*Received: a=1"),
+        ("cnn,cnn", "must be unique"),
+        ("inn:a=1", r"must be one of kernel_size, .*Received: a=1"),
         ("inn:kernel_size", "Received: kernel_size"),
         ("missing.py:f", "must exist. Received: missing.py"),
     ],
@@ -341,7 +341,7 @@ def test_models_that_cannot_be_named(text, match):
 def test_a_file_without_the_function(tmp_path):
     file = tmp_path / "own.py"
     file.write_text("x = 1\n")
-    with pytest.raises(InputError, match="must define the function build"):
+    with pytest.raises(InputError, match="must define build"):
         specs.parse(str(file))
     file.write_text("import nothing_of_that_name\n")
     with pytest.raises(InputError, match="nothing_of_that_name"):
@@ -404,15 +404,16 @@ def test_a_file_that_does_not_run(content, reason, tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text(content)
     with pytest.raises(InputError) as caught:
         specs.parse(str(tmp_path / "own.py"))
-    assert str(caught.value) == (f"A model's file must run. Received: {tmp_path}/own.py: {reason}")
+    assert str(caught.value) == (
+        f"The Python file of a model must run. Received: {tmp_path}/own.py: {reason}"
+    )
 
 
 def test_a_model_whose_name_is_no_text():
     with pytest.raises(InputError) as caught:
         specs.parse("cnn,caf\udce9.py")
     assert str(caught.value) == (
-        "The name of a model must be valid UTF-8, the encoding of reports. "
-        "Received: cnn,caf\\udce9.py"
+        "A model spec must be valid UTF-8, the encoding of reports. Received: cnn,caf\\udce9.py"
     )
 
 
@@ -467,9 +468,9 @@ def test_images_that_are_not_used_are_told(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "pets")
     (tmp_path / "pets" / "train" / "ant" / "x.bmp").write_bytes(b"")
     console = Recorder()
-    note = experiment.load(Config(str(tmp_path / "pets")), console).note
-    assert note.endswith(f": 1 .bmp files, as {tmp_path}/pets/train/ant/x.bmp.")
-    assert console.lines == [note]
+    description = experiment.load(Config(str(tmp_path / "pets")), console).description
+    assert description.endswith(f": 1 .bmp files, such as {tmp_path}/pets/train/ant/x.bmp.")
+    assert console.lines == [description]
 
 
 @pytest.mark.parametrize(

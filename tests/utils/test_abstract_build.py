@@ -17,7 +17,7 @@ from involution.utils.abstract_build import EXTRA_ELEMENTS, MAX_LAYERS, build_ab
 from involution.utils.errors import InputError
 from tests.support import hostile_configs
 from tests.support.backends import numpy
-from tests.support.syscall_watch import held
+from tests.support.syscall_watch import memory_bytes
 
 L = keras.layers
 MAX_GROWTH = 64 * 2**20
@@ -123,10 +123,10 @@ def test_no_number_in_a_file_takes_memory(name, tmp_path):
         memory.malloc_trim()
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # resets the peak
-        before = held()
+        before = memory_bytes()
         with contextlib.suppress(InputError):
             classifier.load_model(path)
-        assert held("VmHWM") - before < MAX_GROWTH, where
+        assert memory_bytes("VmHWM") - before < MAX_GROWTH, where
 
 
 def lora():
