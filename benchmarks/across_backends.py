@@ -39,7 +39,7 @@ def train(arguments):
         if not weights.exists():
             network.save_weights(weights)
         network.load_weights(weights)
-        order = datasets.order(len(dataset.x_train), 42, 1)
+        order = datasets.epoch_permutation(len(dataset.x_train), 42, 1)
         recipe, size = training.RECIPES["example"], dataset.batch_size
         trainer = training.Trainer(network, dataset, recipe, 1, 42)
         losses = []

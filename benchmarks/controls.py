@@ -6,17 +6,19 @@ size, and generators of its own. Each function is a model for
 import keras
 from keras import layers
 
-from involution.models import rednet_tiny, twin
+from involution.models import conv_counterpart, rednet_tiny
 
 
 def depthwise(input_shape, classes, kernel_size=3, **options):
     """rednet_tiny with a depthwise convolution in each involution's place."""
-    return twin(rednet_tiny(input_shape, classes, kernel_size=kernel_size, **options), "depthwise")
+    return conv_counterpart(
+        rednet_tiny(input_shape, classes, kernel_size=kernel_size, **options), "depthwise"
+    )
 
 
 def convolution(input_shape, classes, kernel_size=3, **options):
     """rednet_tiny with a convolution in each involution's place: a ResNet of bottlenecks."""
-    return twin(rednet_tiny(input_shape, classes, kernel_size=kernel_size, **options))
+    return conv_counterpart(rednet_tiny(input_shape, classes, kernel_size=kernel_size, **options))
 
 
 @keras.saving.register_keras_serializable(package="controls")

@@ -31,7 +31,7 @@ STEPS = 4
 
 def tried(name, batch):
     """Peak bytes of the process, and the median seconds of a step."""
-    memory.keep_freed()  # as the commands do
+    memory.disable_malloc_trim()  # as the commands do
     dispatch.IMPLEMENTATIONS["unfold"] = implementation(unfold)
     random = np.random.default_rng(0)
     x = random.random((batch, SIDE, SIDE, 3), "float32")

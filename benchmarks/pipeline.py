@@ -18,7 +18,7 @@ import numpy as np
 from involution.benchmarking import runner
 from involution.benchmarking.devices import DEVICES
 from involution.data import datasets
-from involution.data.transforms import MIDDLE
+from involution.data.transforms import CENTER_FRACTION
 from involution.models import specs
 from involution.training import experiment
 from involution.training import trainer as training
@@ -35,10 +35,12 @@ def main():
     parser.add_argument("--seconds", type=float, default=2.0, help="of each, and three times")
     parser.add_argument("--output")
     given = parser.parse_args()
-    memory.keep_freed()
+    memory.disable_malloc_trim()
     recipe = dataclasses.replace(training.RECIPES["imagenet"], batch_size=given.batch_size)
-    stored = datasets.load(given.folder, (given.side, given.side), crop=MIDDLE)
-    order = datasets.order(len(stored.x_train), 0, 1)[: given.batches * given.batch_size]
+    stored = datasets.load(given.folder, (given.side, given.side), crop_fraction=CENTER_FRACTION)
+    order = datasets.epoch_permutation(len(stored.x_train), 0, 1)[
+        : given.batches * given.batch_size
+    ]
     count = len(order)
     held = dataclasses.replace(stored, x_train=stored.x_train[order], y_train=stored.y_train[order])
 

@@ -153,7 +153,7 @@ def timed(run, seconds):
 
 
 def main(options):
-    memory.keep_freed()  # as the commands do
+    memory.disable_malloc_trim()  # as the commands do
     added = {"unfold": implementation(unfold), "free": implementation(free)}
     dispatch.IMPLEMENTATIONS.update(added)
     keras.config.set_dtype_policy(options.dtype_policy)

@@ -80,7 +80,7 @@ def child(host, hosts, port, model, side, batch, dump):
     from involution.training import trainer as training
     from involution.utils import memory
 
-    memory.keep_freed()
+    memory.disable_malloc_trim()
     together = distributed.of(1, f"127.0.0.1:{port}", hosts, host)
     distributed.begin(together)
     import numpy as np

@@ -80,7 +80,7 @@ def main():
             f"{first['multiply_adds'] / 1e6:.2f} M | {mean(runs):.4f} | {each} |"
         )
         means[f"{model}, {recipe}"] = first | {"test_accuracy": mean(runs)}
-    with atomic_files.replacing(options.output.with_suffix(".png")) as temporary:
+    with atomic_files.atomic_write(options.output.with_suffix(".png")) as temporary:
         figures.costs(means).savefig(temporary, format="png", dpi=110)
 
 

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from involution import hub
-from involution.data import datasets
+from involution.data import datasets, transforms
 from involution.models import pretrained, specs, weights
 from involution.saving import classifier as saved_model
 
@@ -22,7 +22,7 @@ from involution.saving import classifier as saved_model
 def ship(run, label, name):
     classifier = saved_model.load(pathlib.Path(run) / specs.file_name(label))
     logits = classifier.model.predict(ramp(classifier), verbose=0)[0].tolist()
-    folder = pretrained.FOLDERS / name
+    folder = pretrained.ROOT / name
     hub.save(run, label, folder, extra={"logits_of_a_ramp": logits})
     print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()):,} bytes")
 
@@ -35,11 +35,11 @@ def ramp(classifier):
 
 def check(dataset):
     images = datasets.load(dataset)
-    for name in pretrained.names():
+    for name in pretrained.available():
         classifier = saved_model.load(name)
-        scores = classifier.scores(datasets.scale(images.x_test))
+        scores = classifier.predict_proba(transforms.to_unit_float(images.x_test))
         accuracy = float((scores.argmax(-1) == images.y_test).mean())
-        card = weights.read_config(pretrained.folder(name))["extra"]["test_accuracy"]
+        card = weights.read_config(pretrained.path(name))["extra"]["test_accuracy"]
         print(f"{keras.config.backend()}, {name}: accuracy {accuracy:.4f}, by its card {card:.4f}")
 
 

@@ -39,7 +39,7 @@ def implementation(apply):
 
 
 def main(steps=30, file=None):
-    memory.keep_freed()  # as the commands do
+    memory.disable_malloc_trim()  # as the commands do
     added = {"patches": implementation(patches), "free": implementation(free)}
     dispatch.IMPLEMENTATIONS.update(added)
     random = np.random.default_rng(0)

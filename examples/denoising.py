@@ -30,7 +30,7 @@ def network(width, spatial="involution"):
         kernel_size=7 if spatial == "involution" else 3,
     )
     if spatial == "convolution":
-        features = models.twin(features)
+        features = models.conv_counterpart(features)
     noisy = keras.Input((None, None, 3))
     noise = keras.layers.Conv2D(3, 3, padding="same")(features(noisy))
     return keras.Model(noisy, keras.layers.Subtract()([noisy, noise]), name=spatial)

@@ -30,7 +30,7 @@ def network(width, spatial="involution"):
         group_channels=width,
     )
     if spatial == "convolution":
-        features = models.twin(features)
+        features = models.conv_counterpart(features)
     scores = []
     for i, stage in enumerate(features.output.values()):
         score = layers.Conv2D(BACKGROUND + 1, 1, name=f"scores{i + 1}")(stage)

@@ -198,7 +198,7 @@ def sweep(
 
         if recipe.epochs is None:
             recipe = dataclasses.replace(recipe, epochs=5)
-        memory.keep_freed()
+        memory.disable_malloc_trim()
         plan = Plan(_config(experiment, model, recipe), search, trials, max_parameters)
         output = recipe.output or _free_folder(f"sweep-{recipe.dataset}")
         command = command_line("involution", *sys.argv[1:])
@@ -238,7 +238,7 @@ def predict(
             raise InputError(f"--top must be at least 1. Received: {top}")
         classifier, images = _read(saved_model, files)
         for image, tensor in images:
-            scores = classifier.scores(tensor)[0]
+            scores = classifier.predict_proba(tensor)[0]
             best = scores.argsort()[::-1][:top]
             session.console.say(
                 f"{image}: "
@@ -498,8 +498,8 @@ class _Session:
 
         self.console = Console()
         self.folder: pathlib.Path | None = None
-        if backend.notice is not None:
-            self.console.say(f"involution: {backend.notice}")
+        if backend.warning is not None:
+            self.console.say(f"involution: {backend.warning}")
 
 
 @contextlib.contextmanager
@@ -556,7 +556,7 @@ def _explain(error, log) -> tuple[str, int]:
     if isinstance(error, PermissionError):
         told = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return f"Files and folders must be open to this user. Received: {told}", 2
-    reason = ours.out_of_memory(error) if ours else None
+    reason = ours.out_of_memory_reason(error) if ours else None
     if reason is not None:
         return (
             "Memory must suffice; in training a smaller --batch-size or --image-size takes less, "
@@ -591,8 +591,7 @@ def _fail(message, code=2) -> int:
 
 
 def _shown(text) -> str:
-    """Writes control characters as escapes, as ``involution.utils.errors.shown``, whose package
-    takes seconds to import."""
+    """``involution.utils.errors.escape_controls``, whose package takes seconds to import."""
     return CONTROL.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
 
 
@@ -638,7 +637,7 @@ def _train(what, models, recipe, resume, together):
         from involution.utils import memory
         from involution.utils.errors import InputError
 
-        memory.keep_freed()
+        memory.disable_malloc_trim()
         config = _config(experiment, models, recipe)
         output = recipe.output or _free_folder(config.dataset)
         command = command_line("involution", *sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Which backend is taken, in processes of their own: a test cannot change its own."""
+"""Selection of the backend, in subprocesses: that of a test is fixed."""
 
 import json
 import os
@@ -34,7 +34,7 @@ SELECT = "from involution_select import select; print(select())"
 
 @pytest.fixture
 def select(tmp_path, monkeypatch):
-    """Runs ``backend.select`` alone, without importing the package and so Keras."""
+    """Runs ``backend.select`` without the package, which imports Keras."""
     source = tmp_path / "code"
     source.mkdir()
     shutil.copy(backend.__file__, source / "involution_select.py")
@@ -49,19 +49,19 @@ def select(tmp_path, monkeypatch):
     return run_select
 
 
-def test_the_first_installed_is_taken_where_nothing_is_configured(select):
+def test_default_is_the_first_installed_backend(select):
     result = select()
     assert result.stdout.strip() == backend.installed()[0]
     assert result.stderr == ""
 
 
-def test_the_configured_one_is_taken(select):
+def test_configured_backend_is_selected(select):
     for name in backend.installed():
         result = select(json.dumps({"backend": name}))
         assert (result.stdout.strip(), result.stderr) == (name, "")
 
 
-def test_a_configured_one_that_is_missing_gives_way_in_one_line(select):
+def test_missing_configured_backend_is_replaced_with_a_warning(select):
     remaining = backend.installed()[-1]
     hidden = [b for b in backend.BACKENDS if b != remaining]
     result = select(json.dumps({"backend": hidden[0]}), hidden=hidden)
@@ -73,12 +73,12 @@ def test_a_configured_one_that_is_missing_gives_way_in_one_line(select):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"backend": 3}'])
-def test_a_broken_configuration_does_no_harm(select, content):
+def test_invalid_configuration_is_ignored(select, content):
     result = select(content)
     assert (result.stdout.strip(), result.stderr) == (backend.installed()[0], "")
 
 
-def test_a_named_one_that_is_missing_is_an_error(select):
+def test_missing_requested_backend_is_an_error(select):
     name = next(n for n in backend.BACKENDS if set(backend.installed()) - {n})
     result = select(hidden=[name], KERAS_BACKEND=name)
     last = result.stderr.strip().splitlines()[-1]
@@ -86,19 +86,19 @@ def test_a_named_one_that_is_missing_is_an_error(select):
     assert f"involution[{name}]" in last
 
 
-def test_none_installed_is_an_error_that_says_what_to_install(select):
+def test_no_installed_backend_is_an_error(select):
     result = select(hidden=backend.BACKENDS)
     last = result.stderr.strip().splitlines()[-1]
     assert "No Keras backend is installed" in last
     assert "pip install 'involution[jax]'" in last
 
 
-def test_a_backend_outside_the_three_is_left_to_keras(select):
+def test_inference_backends_are_left_to_keras(select):
     assert select(KERAS_BACKEND="numpy").stdout.strip() == "numpy"
 
 
-def test_importing_loads_no_plotting_hub_or_page_library(tmp_path):
-    # Keras and its backends import some of them themselves, so these come first.
+def test_import_loads_no_optional_dependency(tmp_path):
+    # Keras and its backends import some of them too.
     code = (
         "import sys, keras, numpy; before = set(sys.modules); import involution;"
         "loaded = {m.split('.')[0] for m in set(sys.modules) - before};"

@@ -1,4 +1,4 @@
-"""The hub, by a stand-in on this machine that speaks its protocol."""
+"""The Hugging Face Hub, with a local server that implements its protocol."""
 
 import json
 import shutil
@@ -26,9 +26,9 @@ LABEL = "inn:head=convolutional"
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     pets = write_folder(folder / "pets")
-    mine = folder / "mine.py"
-    mine.write_text("from involution.models import cnn as net\n")
-    config = experiment.Config(str(pets), f"{LABEL},{mine}:net", 1)
+    own = folder / "own.py"
+    own.write_text("from involution.models import cnn as net\n")
+    config = experiment.Config(str(pets), f"{LABEL},{own}:net", 1)
     experiment.compare(config, folder / "run", command="involution compare --epochs 1")
     return folder / "run"
 
@@ -42,18 +42,18 @@ def server(monkeypatch):
 
 @pytest.fixture
 def pushed(run, server, tmp_path):
-    """(the hub, options for it, the commit) of a model that was put there."""
+    """(the Hub, options for it, the commit) of an uploaded model."""
     folder = tmp_path / "folder"
     hub.save(run, LABEL, folder, name="small inn")
     (folder / "secret.txt").write_text("mine")
-    standing, url = server
+    server_state, url = server
     revision = hub.push(folder, "me/small", token="right", endpoint=url)
-    return standing, {"endpoint": url, "cache": tmp_path / "cache"}, revision
+    return server_state, {"endpoint": url, "cache": tmp_path / "cache"}, revision
 
 
-def test_what_is_pushed_comes_back(pushed, run):
-    standing, options, revision = pushed
-    files = standing.repositories["me/small"][revision]
+def test_push_and_load(pushed, run):
+    server_state, options, revision = pushed
+    files = server_state.repositories["me/small"][revision]
     assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
     model = hub.load("me/small", revision, **options)
     original = classifier.load(run / "inn-head=convolutional.keras").model
@@ -66,51 +66,51 @@ def test_what_is_pushed_comes_back(pushed, run):
         assert part in card
 
 
-def test_a_revision_is_a_commit(pushed):
+def test_revision_must_be_a_commit(pushed):
     _, options, revision = pushed
     for wrong in (None, "main", revision[:7], revision.upper() + "x", "v1"):
-        with pytest.raises(InputError, match="must be a commit, 40 hexadecimal digits"):
+        with pytest.raises(InputError, match="must be a commit hash, 40 hexadecimal digits"):
             hub.load("me/small", wrong, **options)
     for right in (None, "main", revision):
         assert hub.load("me/small", right, allow_unpinned=True, **options).output_shape == (None, 3)
 
 
-def test_offline_takes_what_was_fetched_and_asks_nobody(pushed):
-    standing, options, revision = pushed
+def test_offline_uses_the_cache_only(pushed):
+    server_state, options, revision = pushed
     with pytest.raises(InputError, match="Received: me/small: LocalEntryNotFoundError"):
         hub.load("me/small", revision, offline=True, **options)
     hub.load("me/small", revision, **options)
-    asked = len(standing.requests)
+    before = len(server_state.requests)
     assert hub.load("me/small", revision, offline=True, **options).output_shape == (None, 3)
-    assert len(standing.requests) == asked
+    assert len(server_state.requests) == before
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
-def test_changed_content_is_refused(pushed, file):
-    standing, options, revision = pushed
-    content = bytearray(standing.repositories["me/small"][revision][file])
+def test_changed_download_is_rejected(pushed, file):
+    server_state, options, revision = pushed
+    content = bytearray(server_state.repositories["me/small"][revision][file])
     content[-3] ^= 1
-    standing.changed[file] = bytes(content)
-    with pytest.raises(InputError, match=rf"must be what the hub says: .*{file} with"):
+    server_state.changed[file] = bytes(content)
+    with pytest.raises(InputError, match=rf"must match the Hub's hash .*{file} with"):
         hub.load("me/small", revision, **options)
-    # Nor is it taken from the cache later.
-    with pytest.raises(InputError, match="must be what the hub says"):
+    # The cache is verified too.
+    with pytest.raises(InputError, match="must match the Hub's hash"):
         hub.load("me/small", revision, offline=True, **options)
 
 
-def test_what_changed_in_the_cache_is_refused(pushed):
+def test_changed_cache_is_rejected(pushed):
     _, options, revision = pushed
     hub.load("me/small", revision, **options)
     (file,) = options["cache"].rglob("snapshots/*/model.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.resolve().write_bytes(content)
-    with pytest.raises(InputError, match=r"must be what the hub says: .*safetensors with"):
+    with pytest.raises(InputError, match=r"must match the Hub's hash .*safetensors with"):
         hub.load("me/small", revision, offline=True, **options)
 
 
-def test_what_the_hub_does_not_give(pushed, tmp_path):
-    standing, options, _ = pushed
+def test_missing_repositories_and_models(pushed, tmp_path):
+    server_state, options, _ = pushed
     none = "0" * 40
     for repo, reason in (
         ("me/none", "RepositoryNotFoundError"),
@@ -120,7 +120,7 @@ def test_what_the_hub_does_not_give(pushed, tmp_path):
         with pytest.raises(InputError, match=f"Received: {repo}: {reason}") as caught:
             hub.load(repo, none, **options)
         assert "\n" not in str(caught.value)
-    other = standing.commit("me/other", {"pickle.bin": b"\x80\x04.", "README.md": b"hello"})
+    other = server_state.commit("me/other", {"pickle.bin": b"\x80\x04.", "README.md": b"hello"})
     with pytest.raises(InputError, match="Received: me/other with neither"):
         hub.load("me/other", other, **options)
     assert not list((options["cache"]).rglob("pickle.bin"))
@@ -128,14 +128,14 @@ def test_what_the_hub_does_not_give(pushed, tmp_path):
         hub.load("me/small", none, endpoint="http://127.0.0.1:9", cache=tmp_path / "empty")
 
 
-def test_the_hosted_model_is_converted(server, tmp_path):
-    """The form of keras-io/involution: a SavedModel, of which nothing is run."""
-    standing, url = server
+def test_hosted_model_is_converted(server, tmp_path):
+    """The format of keras-io/involution: a SavedModel, of which no code is executed."""
+    server_state, url = server
     files = {
         f"variables/{file.name}": file.read_bytes() for file in (HOSTED / "variables").iterdir()
     }
-    graph = {"saved_model.pb": b"not to be read"}
-    revision = standing.commit("keras-io/involution", {**files, **graph})
+    graph = {"saved_model.pb": b"must not be read"}
+    revision = server_state.commit("keras-io/involution", {**files, **graph})
     model = hub.load("keras-io/involution", revision, endpoint=url, cache=tmp_path / "cache")
     models.convert.convert(HOSTED, tmp_path / "converted")
     expected = weights.load(tmp_path / "converted")
@@ -145,8 +145,8 @@ def test_the_hosted_model_is_converted(server, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.pb"))
 
 
-def test_pushing_needs_a_token_and_a_whole_folder(run, server, tmp_path):
-    standing, url = server
+def test_push_needs_a_token_and_a_complete_folder(run, server, tmp_path):
+    server_state, url = server
     folder = tmp_path / "folder"
     hub.save(run, LABEL, folder)
     with pytest.raises(InputError, match=r"Received: me/small: HfHubHTTPError: .*401"):
@@ -154,27 +154,27 @@ def test_pushing_needs_a_token_and_a_whole_folder(run, server, tmp_path):
     (folder / "README.md").unlink()
     with pytest.raises(InputError, match=r"without README\.md"):
         hub.push(folder, "me/small", token="right", endpoint=url)
-    assert standing.repositories == {}
+    assert server_state.repositories == {}
 
 
-def test_a_model_that_was_not_tested_is_not_saved(run, tmp_path):
+def test_untested_model_is_rejected(run, tmp_path):
     untested = tmp_path / "run"
     shutil.copytree(run, untested)
     metrics = json.loads((untested / "metrics.json").read_text())
     metrics["models"][LABEL]["test_accuracy"] = None
     (untested / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(InputError, match=rf"must be one that was tested.* Received: {LABEL} in "):
+    with pytest.raises(InputError, match=rf"must have a test accuracy.* Received: {LABEL} in "):
         hub.save(untested, LABEL, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_what_cannot_be_saved(run, tmp_path):
+def test_models_that_cannot_be_saved(run, tmp_path):
     mine = next(name for name in json.loads((run / "metrics.json").read_text())["models"])
     assert mine == LABEL
-    own = f"{run.parent / 'mine.py'}:net"
+    own = f"{run.parent / 'own.py'}:net"
     for source, label, reason in (
         (run, own, "a Python file's cannot be built"),
-        (run, "none", "and the model one of it"),
+        (run, "none", "that has the model"),
         (tmp_path, LABEL, "must be a folder with config.json and metrics.json"),
     ):
         with pytest.raises(InputError, match=reason):

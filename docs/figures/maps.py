@@ -20,7 +20,7 @@ def main(folder):
     pixels = images.x_test[chosen]
     maps = {}
     for name in ("inn", "rednet_tiny"):
-        found = visualize.kernel_maps(models.load(f"{name}-cifar10"), data.scale(pixels))
+        found = visualize.kernel_maps(models.load(f"{name}-cifar10"), data.to_unit_float(pixels))
         for layer, values in found.items():
             maps[f"{name}: {layer.removesuffix('_2_involution')}"] = values
     titles = [images.class_names[label] for label in images.y_test[chosen]]

@@ -1,5 +1,6 @@
-"""Models on the Hugging Face hub: as folders of JSON and safetensors, with a card of the run's own
-figures. What is loaded is pinned to a commit and held against its hashes; no code comes with it.
+"""Models on the Hugging Face Hub, as folders of JSON and safetensors with a model card.
+
+Downloads are pinned to a commit and verified by hash, and contain no code.
 """
 
 import hashlib
@@ -12,23 +13,24 @@ import keras
 
 from involution.models import specs, weights
 from involution.models.convert import convert
-from involution.saving import classifier as saved_model
+from involution.saving.classifier import load as load_classifier
 from involution.utils.atomic_files import write_text
-from involution.utils.errors import InputError, shown
+from involution.utils.errors import InputError, escape_controls
 
 try:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 except ImportError as error:
     raise InputError(
-        f"The hub needs its client: pip install 'involution[hub]'. Received: no module {error.name}"
+        "The Hugging Face Hub needs its client: pip install 'involution[hub]'. "
+        f"Received: no module {error.name}"
     ) from error
 
-CARD = "README.md"
-FILES = (weights.CONFIG, weights.WEIGHTS, CARD)
-# Of a TensorFlow SavedModel, as keras-io/involution: its tensors, not its graph.
+CARD_FILE = "README.md"
+FILES = (weights.CONFIG, weights.WEIGHTS, CARD_FILE)
+# The tensors of a TensorFlow SavedModel such as keras-io/involution, without its graph.
 CHECKPOINT = ("variables/variables.index", "variables/variables.data-00000-of-00001")
-TEXT = """---
+CARD_TEMPLATE = """---
 license: mit
 library_name: keras
 pipeline_tag: image-classification
@@ -41,7 +43,7 @@ tags:
 {model}, {parameters:,} trainable parameters, for images of {width}x{height} pixels in {count}
 classes: {classes}.
 
-| trained on | {dataset}: {train} images; measured on its {test} test images |
+| trained on | {dataset}: {train} images; evaluated on its {test} test images |
 |---|---|
 | test accuracy after the last epoch | {accuracy:.4f} |
 | test loss | {loss:.4f} |
@@ -49,25 +51,25 @@ classes: {classes}.
 | command | `{command}` |
 | versions | {versions} |
 
-Pixels go in as float32 from 0 to 1, logits come out. It knows the classes above and no others, in
-pictures like those it was trained on. The package `involution`, named after
-[the operator](https://arxiv.org/abs/2103.06255), reads this folder.
+The input is float32 pixels in [0, 1], the output logits. The model distinguishes the classes above
+only, in images like its training data. Load the folder with the package `involution`, named after
+[the operator](https://arxiv.org/abs/2103.06255).
 """
 
 
 def save(run, label, folder, name=None, extra=None):
-    """Writes a model of a run as a folder for the hub: its configuration, its weights, its card.
+    """Writes a model of a run as a folder for the Hub: configuration, weights and model card.
 
     Args:
-        run: A folder that ``involution compare`` or ``train`` wrote.
-        label: The model in it, as metrics.json names it.
-        folder: The folder to write; files of the same names are replaced.
-        name: What the card calls the model; the folder's name unless given.
-        extra: Dictionary of what else the configuration shall hold.
+        run: A folder written by ``involution compare`` or ``train``.
+        label: The model's key in the run's metrics.json.
+        folder: The folder to write; existing files are replaced.
+        name: Title of the model card; default: the folder's name.
+        extra: Dictionary of additional entries of the configuration.
 
     Raises:
-        InputError: There is no such model, or it is of a Python file of one's own, without which
-            nobody could build it.
+        InputError: The run has no such model, or the model is built by a user's Python file, which
+            the folder does not include, or it was not tested.
     """
     run, folder = pathlib.Path(run), pathlib.Path(folder)
     try:
@@ -75,72 +77,74 @@ def save(run, label, folder, name=None, extra=None):
             json.loads((run / f"{file}.json").read_text(encoding="utf-8"))
             for file in ("config", "metrics")
         )
-        figures = metrics["models"][label]
+        results = metrics["models"][label]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            "A run must be a folder with config.json and metrics.json, and the model one of it. "
+            "A run must be a folder with config.json and metrics.json that has the model. "
             f"Received: {run}, {label}"
         ) from error
-    function, arguments = specs.function_and_options(label)
+    function, arguments = specs.split_spec(label)
     if ":" in function:
         raise InputError(
-            "A model for others must be one of involution.models; a Python file's cannot be built "
+            "A model to publish must be one of involution.models: a Python file's cannot be built "
             f"without the file. Received: {label}"
         )
-    if None in (figures["test_accuracy"], figures["test_loss"]):
+    if None in (results["test_accuracy"], results["test_loss"]):
         raise InputError(
-            "A model for others must be one that was tested, with a loss that is finite. "
+            "A model to publish must have a test accuracy and a finite test loss. "
             f"Received: {label} in {run}"
         )
-    classifier = saved_model.load(run / specs.file_name(label))
+    classifier = load_classifier(run / specs.file_name(label))
     height, width, _ = classifier.image_shape
     arguments |= {"input_shape": classifier.image_shape, "classes": len(classifier.class_names)}
-    about = {"test_accuracy": figures["test_accuracy"], **(extra or {})}
-    text = TEXT.format(
+    extra_metadata = {"test_accuracy": results["test_accuracy"], **(extra or {})}
+    text = CARD_TEMPLATE.format(
         name=name or folder.name,
         model=label,
-        parameters=figures["trainable_params"],
+        parameters=results["trainable_params"],
         width=width,
         height=height,
         count=len(classifier.class_names),
-        classes=", ".join(map(shown, classifier.class_names)),
+        classes=", ".join(map(escape_controls, classifier.class_names)),
         dataset=metrics["dataset"],
         train=config["images"]["train"],
         test=config["images"]["test"],
-        accuracy=figures["test_accuracy"],
-        loss=figures["test_loss"],
+        accuracy=results["test_accuracy"],
+        loss=results["test_loss"],
         recipe=f"{config['recipe']}, {config['epochs']} epochs, "
         + ", ".join(f"{k} {v}" for k, v in config["training"].items()),
         command=config["command"],
         versions=", ".join(f"{k} {v}" for k, v in config["versions"].items()),
     )
-    weights.save(folder, function, arguments, classifier.model, classifier.about | about)
-    write_text(folder / CARD, text)
+    weights.save(
+        folder, function, arguments, classifier.model, classifier.metadata | extra_metadata
+    )
+    write_text(folder / CARD_FILE, text)
 
 
 def push(folder, repo, token=None, private=False, message="A model of involutions", endpoint=None):
-    """Puts a folder that ``save`` wrote on the hub, in one commit.
+    """Uploads a folder written by ``save`` to the Hub, in one commit.
 
     Args:
-        folder: The folder. Its configuration, weights and card go; nothing else does.
-        repo: "owner/name"; made where it is missing.
-        token: With the right to write; None: the one that the client is logged in with.
-        private: Whether a repository that is made is private.
-        message: Of the commit.
-        endpoint: Another hub's URL.
+        folder: The folder. Only its configuration, weights and model card are uploaded.
+        repo: "owner/name"; created if missing.
+        token: Access token with write permission; None: the client's stored token.
+        private: Whether a created repository is private.
+        message: Commit message.
+        endpoint: URL of the Hub; None: the client's.
 
     Returns:
-        The commit, 40 digits: the ``revision`` that ``load`` takes.
+        The commit hash, 40 hexadecimal digits, for ``revision`` of ``load``.
 
     Raises:
-        InputError: It is no such folder, or the hub refuses.
+        InputError: It is no such folder, or the Hub rejects the upload.
     """
     folder = pathlib.Path(folder)
     weights.read_config(folder)
     missing = [file for file in FILES if not (folder / file).is_file()]
     if missing:
         raise InputError(
-            f"A folder for the hub must hold {', '.join(FILES)}. "
+            f"A folder to upload must contain {', '.join(FILES)}. "
             f"Received: {folder} without {', '.join(missing)}"
         )
     api = huggingface_hub.HfApi(endpoint=endpoint, token=token)
@@ -152,37 +156,37 @@ def push(folder, repo, token=None, private=False, message="A model of involution
         api.create_repo(repo, private=private, exist_ok=True)
         return api.create_commit(repo, operations, commit_message=message).oid
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise _refused(repo, error) from error
+        raise _hub_error(repo, error) from error
 
 
 def load(
     repo, revision=None, allow_unpinned=False, offline=False, cache=None, token=None, endpoint=None
 ) -> keras.Model:
-    """A model from the hub: of a folder that ``push`` put there, or of a TensorFlow SavedModel that
-    ``convert`` reads, as "keras-io/involution".
+    """Loads a model from the Hub: a folder uploaded by ``push``, or a TensorFlow SavedModel that
+    ``convert`` reads, such as "keras-io/involution".
 
-    Nothing of it is executed. Every file is held against the hash that the hub gives for it, or
-    gave when it was fetched.
+    No downloaded code is executed. Every file is verified by the hash that the Hub reports, or
+    reported when the file was downloaded.
 
     Args:
         repo: "owner/name".
-        revision: The commit, 40 hexadecimal digits: what it holds cannot change.
-        allow_unpinned: Whether a branch, a tag or None, the main branch, will do as well.
-        offline: Whether to take what was fetched before, and ask nobody.
-        cache: Folder for what is fetched; None: the client's.
-        token: For private repositories; None: the one that the client is logged in with.
-        endpoint: Another hub's URL.
+        revision: Commit hash, 40 hexadecimal digits; its content cannot change.
+        allow_unpinned: Whether ``revision`` may be a branch, a tag, or None for the main branch.
+        offline: Whether to use the cache only, without network access.
+        cache: Folder of downloads; None: the client's.
+        token: Access token for private repositories; None: the client's stored token.
+        endpoint: URL of the Hub; None: the client's.
 
     Returns:
         A ``keras.Model``, not compiled.
 
     Raises:
-        InputError: ``revision`` is no commit; the hub refuses; there is no such model; a file is
-            not what the hub says.
+        InputError: ``revision`` is no commit hash, the Hub rejects the download, the repository has
+            no such model, or a file does not match its hash.
     """
     if not allow_unpinned and not re.fullmatch(r"[0-9a-f]{40}", str(revision)):
         raise InputError(
-            "revision must be a commit, 40 hexadecimal digits, unless allow_unpinned=True. "
+            "`revision` must be a commit hash, 40 hexadecimal digits, unless allow_unpinned=True. "
             f"Received: {revision}"
         )
     try:
@@ -196,7 +200,7 @@ def load(
             allow_patterns=[*FILES[:2], *CHECKPOINT],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise _refused(repo, error) from error
+        raise _hub_error(repo, error) from error
     return _read(pathlib.Path(folder), repo)
 
 
@@ -211,36 +215,36 @@ def _read(folder, repo):
             convert(folder, converted)
             return weights.load(converted)
     raise InputError(
-        f"A model on the hub must be {' and '.join(FILES[:2])}, or a SavedModel that convert "
+        f"A repository must contain {' and '.join(FILES[:2])}, or a SavedModel that `convert` "
         f"reads. Received: {repo} with {', '.join(found) or 'neither'}"
     )
 
 
 def _check_hash(file):
-    """The client's cache names what it fetched by the hash that the hub gave: git's of the blob,
-    or SHA-256."""
+    """Compares a file with its name in the client's cache: the hash that the Hub reported, Git's
+    blob hash or SHA-256."""
     content = file.resolve()
     expected = content.name
     if not file.is_symlink() or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected):
         raise InputError(
-            f"The hub must give a hash for every file, and the cache keep links. Received: {file}"
+            f"A cached file must be a link to a blob named by its hash. Received: {file}"
         )
     digest = hashlib.sha1(usedforsecurity=False) if len(expected) == 40 else hashlib.sha256()
     if len(expected) == 40:
         digest.update(b"blob %d\0" % content.stat().st_size)
     with open(content, "rb") as opened:
-        while part := opened.read(2**20):
-            digest.update(part)
+        while chunk := opened.read(2**20):
+            digest.update(chunk)
     if digest.hexdigest() != expected:
         raise InputError(
-            f"A file must be what the hub says: its hash {expected}. "
+            f"A file must match the Hub's hash {expected}. "
             f"Received: {file} with {digest.hexdigest()}"
         )
 
 
-def _refused(repo, error) -> InputError:
+def _hub_error(repo, error) -> InputError:
     reason = " ".join(str(error).split())[:300]
     return InputError(
-        f"The hub must have, and give, what is asked for. Received: {repo}: "
-        f"{type(error).__name__}: {reason}"
+        "A repository must exist, be accessible and have the revision. "
+        f"Received: {repo}: {type(error).__name__}: {reason}"
     )

@@ -342,7 +342,7 @@ def bad_inputs(root, trained):
         (["convert", HOSTED, root / "text.png" / "x"], "writable"),
         (["export", root / "none.keras"], "which does not exist"),
         (["export", root / "text.png"], "must be a .keras file"),
-        (["export", root / "used"], "must hold config.json and model.safetensors"),
+        (["export", root / "used"], "must contain config.json and model.safetensors"),
         (["export", cnn, "--image-size", "9"], "Received: one for images of (16, 16, 3)"),
         (["export", cnn, "--output", root / "none" / "x.onnx"], "none/x.onnx"),
         (["export", cnn, "--format", "tflite"], "tflite"),

@@ -11,7 +11,7 @@ import involution_cli
 from involution.demo import render
 from involution.saving import classifier
 from involution.utils import atomic_files, errors
-from involution.utils.errors import shown
+from involution.utils.errors import escape_controls
 from involution.utils.progress import Console
 from involution.visualize import html
 from tests.support.images import write_image
@@ -28,14 +28,14 @@ def clean(text):
 
 
 def test_control_characters_are_shown_and_no_others():
-    assert shown(HARM) == SEEN
-    assert shown(READABLE) == READABLE
-    assert shown("a\nb\tc", "\n") == "a\nb\\u0009c"
-    assert shown("\udcff") == "\\udcff"
-    assert shown(ValueError("\x07")) == "\\u0007"
+    assert escape_controls(HARM) == SEEN
+    assert escape_controls(READABLE) == READABLE
+    assert escape_controls("a\nb\tc", "\n") == "a\nb\\u0009c"
+    assert escape_controls("\udcff") == "\\udcff"
+    assert escape_controls(ValueError("\x07")) == "\\u0007"
     # All of C0 and C1, DEL, separators of lines, and what turns the direction of writing.
     for code in (*range(32), *range(127, 160), 0x200E, 0x200F, *range(0x2028, 0x202F)):
-        assert shown(chr(code)) == f"\\u{code:04x}"
+        assert escape_controls(chr(code)) == f"\\u{code:04x}"
 
 
 def test_the_command_has_the_same_rule():

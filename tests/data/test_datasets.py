@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from involution.data import datasets
+from involution.data import datasets, decode, transforms
 from involution.utils.errors import InputError
 from tests.support import hostile_images
 from tests.support.images import write_folder, write_image
@@ -18,26 +18,26 @@ from tests.support.images import write_folder, write_image
 pytestmark = pytest.mark.any_backend
 
 
-def test_digits_are_real_enlarged_and_split_once():
+def test_digits_are_upsampled_and_split_without_overlap():
     digits = datasets.load("digits")
     assert digits.x_train.shape == (1437, 32, 32, 3)
     assert digits.x_test.shape == (360, 32, 32, 3)
     assert digits.x_train.dtype == np.uint8
     assert sorted(set(digits.y_test)) == list(range(10))
-    assert "not CIFAR-10" in digits.note
-    seen = {image.tobytes() for image in digits.x_train}
-    assert sum(image.tobytes() in seen for image in digits.x_test) <= 1
+    assert "not CIFAR-10" in digits.description
+    train = {image.tobytes() for image in digits.x_train}
+    assert sum(image.tobytes() in train for image in digits.x_test) <= 1
 
 
-def test_order_is_a_function_of_seed_and_epoch():
-    first = datasets.order(100, 42, 1)
-    np.testing.assert_array_equal(first, datasets.order(100, 42, 1))
+def test_epoch_permutation_depends_on_seed_and_epoch():
+    first = datasets.epoch_permutation(100, 42, 1)
+    np.testing.assert_array_equal(first, datasets.epoch_permutation(100, 42, 1))
     assert sorted(first) == list(range(100))
-    for other in (datasets.order(100, 42, 2), datasets.order(100, 43, 1)):
+    for other in (datasets.epoch_permutation(100, 42, 2), datasets.epoch_permutation(100, 43, 1)):
         assert (first != other).any()
 
 
-def test_folder_with_its_own_size(tmp_path):
+def test_folder_without_image_size(tmp_path):
     loaded = datasets.load(str(write_folder(tmp_path / "pets", size=(12, 20))))
     assert loaded.name == "pets"
     assert loaded.class_names == ("ant", "bee", "cat")
@@ -46,7 +46,7 @@ def test_folder_with_its_own_size(tmp_path):
     np.testing.assert_array_equal(np.bincount(loaded.y_train), [8, 8, 8])
 
 
-def test_folder_reads_png_jpeg_webp_upright_at_any_size(tmp_path):
+def test_folder_decodes_png_jpeg_and_webp_upright_and_resizes(tmp_path):
     write_folder(tmp_path, train=1, test=1)
     for suffix, size in ((".jpg", (40, 10)), (".webp", (9, 9)), (".JPEG", (8, 8))):
         write_image(tmp_path / "train" / "ant" / f"more{suffix}", size=size)
@@ -54,31 +54,31 @@ def test_folder_reads_png_jpeg_webp_upright_at_any_size(tmp_path):
     loaded = datasets.load(str(tmp_path), (24, 18), progress=lambda done, total: calls.append(done))
     assert loaded.x_train.shape == (6, 24, 18, 3)
     assert calls == list(range(1, 10))
-    turned = Image.new("RGB", (10, 20))
-    turned.putpixel((0, 0), (255, 255, 255))
-    exif = turned.getexif()
-    exif[274] = 6  # to be turned by 90 degrees
-    turned.save(tmp_path / "turned.png", exif=exif)
-    read = datasets.read_image(tmp_path / "turned.png")
+    rotated = Image.new("RGB", (10, 20))
+    rotated.putpixel((0, 0), (255, 255, 255))
+    exif = rotated.getexif()
+    exif[274] = 6  # rotated by 90 degrees
+    rotated.save(tmp_path / "turned.png", exif=exif)
+    read = decode.read_image(tmp_path / "turned.png")
     assert read.shape == (10, 20, 3)
     assert read[0, 19].tolist() == [255, 255, 255]
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "PNG", "MPO"])
-def test_a_damaged_tag_leaves_the_sound_orientation(format, tmp_path):
-    """A resolution in letters, on which Pillow fails when it writes the tags anew."""
+def test_damaged_exif_tag_does_not_affect_the_orientation(format, tmp_path):
+    """A resolution stored as text, on which Pillow fails when it writes the tags back."""
     image, file = Image.new("RGB", (21, 16)), io.BytesIO()
     if format == "PNG":
-        chunk = hostile_images.png_chunk(b"eXIf", hostile_images.LETTERS[6:])
+        chunk = hostile_images.png_chunk(b"eXIf", hostile_images.TEXT_RESOLUTION[6:])
         rows = bytes((1 + 3 * 21) * 16)
         file.write(hostile_images.png(21, 16, rows, more=chunk))
     else:
         more = {"save_all": True, "append_images": [image]} if format == "MPO" else {}
-        image.save(file, format, exif=hostile_images.LETTERS, **more)
+        image.save(file, format, exif=hostile_images.TEXT_RESOLUTION, **more)
     path = tmp_path / "photo"
     path.write_bytes(file.getvalue())
-    assert datasets.read_image(path).shape == (21, 16, 3)
-    assert datasets.read_image(path, (8, 4)).shape == (8, 4, 3)
+    assert decode.read_image(path).shape == (21, 16, 3)
+    assert decode.read_image(path, (8, 4)).shape == (8, 4, 3)
     for part, name in (("train", "a"), ("train", "b"), ("test", "a")):
         folder = tmp_path / "photos" / part / name
         folder.mkdir(parents=True)
@@ -86,7 +86,7 @@ def test_a_damaged_tag_leaves_the_sound_orientation(format, tmp_path):
     assert datasets.load(str(tmp_path / "photos")).x_train.shape == (2, 21, 16, 3)
 
 
-def test_orientations_are_those_of_pillow(tmp_path):
+def test_orientations_match_pillow(tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), "uint8"))
     for value in range(11):
         exif = image.getexif()
@@ -94,7 +94,7 @@ def test_orientations_are_those_of_pillow(tmp_path):
         image.save(tmp_path / "x.png", exif=exif)
         with Image.open(tmp_path / "x.png") as opened:
             expected = np.asarray(ImageOps.exif_transpose(opened))
-        np.testing.assert_array_equal(datasets.read_image(tmp_path / "x.png"), expected)
+        np.testing.assert_array_equal(decode.read_image(tmp_path / "x.png"), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning", "ignore:Truncated File:UserWarning")
@@ -105,16 +105,16 @@ def test_orientations_are_those_of_pillow(tmp_path):
         hostile_images.exif([(0x0112, 12, 1, 2**20)]),
         b"Exif\0\0II",
         b"Exif\0\0neither endian",
-        hostile_images.LETTERS[:19],
+        hostile_images.TEXT_RESOLUTION[:19],
     ],
 )
-def test_what_is_no_orientation_leaves_an_image_as_it_is(exif, tmp_path):
+def test_invalid_orientation_is_ignored(exif, tmp_path):
     Image.new("RGB", (21, 16)).save(tmp_path / "x.jpg", exif=exif)
-    assert datasets.read_image(tmp_path / "x.jpg").shape == (16, 21, 3)
+    assert decode.read_image(tmp_path / "x.jpg").shape == (16, 21, 3)
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "reason"),
     [
         (struct.error("unpack requires\na buffer"), "unpack requires a buffer"),
         (TypeError("bad operand"), "bad operand"),
@@ -125,51 +125,51 @@ def test_what_is_no_orientation_leaves_an_image_as_it_is(exif, tmp_path):
     ],
 )
 @pytest.mark.parametrize("step", ["load", "convert"])
-def test_whatever_breaks_a_reader_names_the_file(error, said, step, tmp_path, monkeypatch):
+def test_decoding_errors_name_the_file(error, reason, step, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise error
 
     write_image(tmp_path / "x.png")
     kind = ImageFile.ImageFile if step == "load" else Image.Image
     monkeypatch.setattr(kind, step, fail)
-    expected = f"An image must be a whole PNG, JPEG or WebP file: {said}"
+    expected = f"An image must be a valid PNG, JPEG or WebP file: {reason}"
     for name in (tmp_path / "x.png", str(tmp_path / "x.png"), os.fsencode(tmp_path / "x.png")):
         with pytest.raises(InputError) as caught:
-            datasets.read_image(name)
+            decode.read_image(name)
         assert str(caught.value) == f"{expected}. Received: {tmp_path}/x.png"
     with open(tmp_path / "x.png", "rb") as opened, pytest.raises(InputError) as caught:
-        datasets.read_image(opened)
+        decode.read_image(opened)
     assert str(caught.value) == expected
 
 
-def test_too_little_memory_is_no_fault_of_a_file(tmp_path, monkeypatch):
+def test_memory_error_is_not_an_input_error(tmp_path, monkeypatch):
     def fail(*_):
         raise MemoryError
 
     write_image(tmp_path / "x.png")
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
     with pytest.raises(MemoryError):
-        datasets.read_image(tmp_path / "x.png")
+        decode.read_image(tmp_path / "x.png")
 
 
-def test_images_that_are_not_used_are_noted(tmp_path):
+def test_skipped_images_are_in_the_description(tmp_path):
     root = write_folder(tmp_path / "pets")
-    assert datasets.load(str(root)).note == ""
+    assert datasets.load(str(root)).description == ""
     Image.new("RGB", (16, 16)).save(root / "train" / "ant" / "x.bmp")
     Image.new("RGB", (16, 16)).save(root / "train" / "ant" / "x.jfif", "JPEG")
     loaded = datasets.load(str(root))
     assert len(loaded.x_train) == 25
     assert (
-        loaded.note
-        == loaded.validation(3).note
+        loaded.description
+        == loaded.validation_split(3).description
         == (
-            "Images that are not used (PNG, JPEG and WebP directly in the folder of a class are): "
-            f"1 .bmp files, as {root}/train/ant/x.bmp."
+            "Skipped images (only PNG, JPEG and WebP files directly in a class folder are used): "
+            f"1 .bmp files, such as {root}/train/ant/x.bmp."
         )
     )
 
 
-def test_images_of_several_sizes_need_one(tmp_path):
+def test_different_image_sizes_are_rejected(tmp_path):
     write_folder(tmp_path)
     write_image(tmp_path / "train" / "cat" / "zz.png", size=(5, 7))
     with pytest.raises(InputError, match=r"--image-size.*16x16 in .*0\.png, 7x5 in .*zz\.png"):
@@ -187,35 +187,35 @@ def test_truncated_images_are_named_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
-def test_what_is_no_image_is_refused(tmp_path, content):
+def test_invalid_image_is_rejected(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(InputError, match="whole PNG"):
-        datasets.read_image(tmp_path / "x.png")
+    with pytest.raises(InputError, match="valid PNG"):
+        decode.read_image(tmp_path / "x.png")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("limit", [1000, 3000])
-def test_an_image_too_large_for_memory_is_refused(tmp_path, monkeypatch, limit):
+def test_decompression_bomb_is_rejected(tmp_path, monkeypatch, limit):
     write_image(tmp_path / "x.png", size=(64, 64))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(InputError, match=r"exceed.* limit"):
-        datasets.read_image(tmp_path / "x.png")
+        decode.read_image(tmp_path / "x.png")
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+def test_16_bit_images_are_scaled_not_clipped(tmp_path):
     ramp = np.arange(0, 65536, 256, "uint16").reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "x.png")
-    read = datasets.read_image(tmp_path / "x.png")
+    read = decode.read_image(tmp_path / "x.png")
     np.testing.assert_array_equal(read[..., 0], np.arange(256).reshape(16, 16))
 
 
-def test_other_formats_under_a_name_of_ours_and_hidden_files(tmp_path):
+def test_format_is_detected_by_content_and_hidden_files_are_ignored(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "x.bmp")
     (tmp_path / "x.bmp").rename(tmp_path / "x.png")
     with pytest.raises(InputError, match="PNG, JPEG or WebP"):
-        datasets.read_image(tmp_path / "x.png")
+        decode.read_image(tmp_path / "x.png")
     root = write_folder(tmp_path / "pets")
-    (root / "train" / "ant" / "._0.png").write_bytes(b"what macOS leaves")
+    (root / "train" / "ant" / "._0.png").write_bytes(b"metadata of macOS")
     (root / "train" / ".cache").mkdir()
     assert len(datasets.load(str(root)).x_train) == 24
 
@@ -231,20 +231,20 @@ def test_folder_errors(tmp_path):
     write_image(tmp_path / "train" / "ant" / "0.png")
     fails(tmp_path, "without test/")
     write_image(tmp_path / "test" / "ant" / "0.png")
-    fails(tmp_path, "at least two classes.*ant alone")
+    fails(tmp_path, "at least two classes.*only ant")
     write_image(tmp_path / "test" / "yak" / "0.png")
-    fails(tmp_path, "one to train too.*yak")
+    fails(tmp_path, "must have training images.*yak")
     (tmp_path / "train" / "yak").mkdir()
     fails(tmp_path, "Every class must have images.*yak")
 
 
-def test_unknown_data_set_and_a_size_where_it_has_no_meaning(tmp_path):
+def test_unknown_data_set_and_inapplicable_image_size(tmp_path):
     with pytest.raises(InputError, match="Received: mnist"):
         datasets.load("mnist")
-    with pytest.raises(InputError, match=r"folder of images only.*8x8 for digits"):
+    with pytest.raises(InputError, match=r"image folders only.*8x8 for digits"):
         datasets.load("digits", (8, 8))
     (tmp_path / "some.tar.gz").write_bytes(b"some")
-    with pytest.raises(InputError, match="whose hash is another"):
+    with pytest.raises(InputError, match="with a different hash"):
         datasets.load(str(tmp_path / "some.tar.gz"))
 
 
@@ -296,7 +296,7 @@ def keras_archive(home, monkeypatch, content):
     return path
 
 
-def test_cifar10_from_the_cache_of_keras(tmp_path, monkeypatch):
+def test_cifar10_from_keras_cache(tmp_path, monkeypatch):
     path = keras_archive(
         tmp_path,
         monkeypatch,
@@ -304,11 +304,11 @@ def test_cifar10_from_the_cache_of_keras(tmp_path, monkeypatch):
     )
     check_cifar10(datasets.load("cifar10"))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match="whose hash is another"):
+    with pytest.raises(InputError, match="with a different hash"):
         datasets.load("cifar10")
 
 
-def test_a_batch_that_would_run_code_is_refused(tmp_path, monkeypatch):
+def test_batch_with_code_is_rejected(tmp_path, monkeypatch):
     class Harm:
         def __reduce__(self):
             return (open, (str(tmp_path / "harm"), "w"))
@@ -319,30 +319,30 @@ def test_a_batch_that_would_run_code_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "harm").exists()
 
 
-def test_cifar10_is_fetched_only_when_asked(tmp_path, monkeypatch):
+def test_cifar10_is_downloaded_only_on_request(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    asked = []
+    requests = []
 
     def get_file(**arguments):
-        asked.append(arguments)
-        raise Exception("no route")  # noqa: TRY002 - what Keras raises
+        requests.append(arguments)
+        raise Exception("no route")  # noqa: TRY002 - as Keras does
 
     monkeypatch.setattr(keras.utils, "get_file", get_file)
     with pytest.raises(InputError, match=r"--download \(163 MB\)"):
         datasets.load("cifar10")
-    assert not asked
-    with pytest.raises(InputError, match=r"server that answers. Received: no route"):
+    assert not requests
+    with pytest.raises(InputError, match=r"download of CIFAR-10 must succeed. Received: no route"):
         datasets.load("cifar10", download=True)
-    assert asked[0]["file_hash"] == datasets.CIFAR10_KERAS_SHA256
+    assert requests[0]["file_hash"] == datasets.CIFAR10_KERAS_SHA256
 
 
-def test_pixels_are_scaled_to_one():
-    scaled = datasets.scale(np.array([[0, 51, 255]], "uint8"))
+def test_to_unit_float():
+    scaled = transforms.to_unit_float(np.array([[0, 51, 255]], "uint8"))
     assert scaled.dtype == np.float32
     np.testing.assert_array_equal(scaled, np.array([[0, 0.2, 1]], "float32"))
 
 
-def test_a_batch_as_python_2_wrote_it():
+def test_batch_pickled_by_python_2():
     def text(content):
         return b"U" + bytes([len(content)]) + content
 

@@ -1,4 +1,4 @@
-"""Where images are found: folders of classes, tar files of them."""
+"""Image folders and tar files."""
 
 import contextlib
 import hashlib
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from involution.data import datasets, image_folder
-from involution.data.image_folder import Record
-from involution.data.lazy_images import StoredImages
+from involution.data.image_folder import TarMember
+from involution.data.lazy_images import LazyImages
 from involution.utils import memory
 from involution.utils.errors import InputError
 from tests.support.images import write_folder, write_image
@@ -27,12 +27,12 @@ def pets(tmp_path):
     return write_folder(tmp_path / "pets")
 
 
-def packed(pets, folder, parts=("train", "test"), mode="w", prefix=""):
-    """The folder as tar files, one for each part."""
+def pack(pets, folder, splits=("train", "test"), mode="w", prefix=""):
+    """The folder as tar files, one for each split."""
     folder.mkdir()
-    for part in parts:
-        with tarfile.open(folder / f"{part}.tar", mode) as archive:
-            archive.add(pets / part, f"{prefix}{part}")
+    for split in splits:
+        with tarfile.open(folder / f"{split}.tar", mode) as archive:
+            archive.add(pets / split, f"{prefix}{split}")
     return folder
 
 
@@ -44,8 +44,8 @@ def member(archive, name, content=b"", **more):
     archive.addfile(info, io.BytesIO(content))
 
 
-def test_tar_files_hold_the_same_data_set(pets, tmp_path):
-    folder, archives = datasets.load(str(pets)), datasets.load(str(packed(pets, tmp_path / "tar")))
+def test_tar_files_give_the_same_data_set(pets, tmp_path):
+    folder, archives = datasets.load(str(pets)), datasets.load(str(pack(pets, tmp_path / "tar")))
     assert archives.class_names == folder.class_names
     for name in ("x_train", "y_train", "x_test", "y_test"):
         np.testing.assert_array_equal(getattr(archives, name), getattr(folder, name))
@@ -53,15 +53,15 @@ def test_tar_files_hold_the_same_data_set(pets, tmp_path):
 
 
 def test_tar_files_are_read_in_place(pets, tmp_path, monkeypatch):
-    packed(pets, tmp_path / "tar", prefix="./some/")
-    monkeypatch.setattr(memory, "allowed", lambda: 0)
+    pack(pets, tmp_path / "tar", prefix="./some/")
+    monkeypatch.setattr(memory, "memory_limit", lambda: 0)
     stored = datasets.load(str(tmp_path / "tar"))
-    assert isinstance(stored.x_train, StoredImages)
+    assert isinstance(stored.x_train, LazyImages)
     np.testing.assert_array_equal(stored.x_train[:], datasets.load(str(pets)).x_train[:])
-    assert str(stored.x_train.files[0]) == f"{tmp_path}/tar/train.tar: ./some/train/ant/0.png"
-    # What is not an image any more is told by its name.
+    assert str(stored.x_train.sources[0]) == f"{tmp_path}/tar/train.tar: ./some/train/ant/0.png"
+    # Errors name the member.
     path = tmp_path / "tar" / "train.tar"
-    begin = stored.x_train.files[1].begin
+    begin = stored.x_train.sources[1].offset
     content = path.read_bytes()
     path.write_bytes(content[:begin] + b"x" * 20 + content[begin + 20 :])
     with pytest.raises(InputError, match=r"Received: \S+train\.tar: \./some/train/ant/1\.png"):
@@ -71,18 +71,18 @@ def test_tar_files_are_read_in_place(pets, tmp_path, monkeypatch):
         stored.x_train[:3]
 
 
-def test_shards_and_classes_beside_the_images(pets, tmp_path):
-    """As WebDataset has them: a number in a file of the same name."""
+def test_webdataset_shards(pets, tmp_path):
+    """The label is a number in a file of the same name."""
     expected = datasets.load(str(pets))
     (tmp_path / "tar").mkdir()
     classes = {"ant": "2", "bee": "10", "cat": "9"}
-    for part, shards in (("train", 3), ("test", 1)):
+    for split, shards in (("train", 3), ("test", 1)):
         with contextlib.ExitStack() as stack:
             opened = [
-                stack.enter_context(tarfile.open(tmp_path / "tar" / f"{part}-{n:03d}.tar", "w"))
+                stack.enter_context(tarfile.open(tmp_path / "tar" / f"{split}-{n:03d}.tar", "w"))
                 for n in range(shards)
             ]
-            for count, file in enumerate(sorted((pets / part).rglob("*.png"))):
+            for count, file in enumerate(sorted((pets / split).rglob("*.png"))):
                 archive = opened[count % shards]
                 member(archive, f"{count:06d}.png", file.read_bytes())
                 member(archive, f"{count:06d}.cls", classes[file.parent.name].encode())
@@ -100,17 +100,17 @@ def test_shards_and_classes_beside_the_images(pets, tmp_path):
         assert found.class_names[y] == classes[names[x.tobytes()]]
 
 
-def test_imagenet_calls_it_val(pets):
+def test_val_is_a_test_split(pets):
     before = datasets.load(str(pets)).fingerprint()
     (pets / "test").rename(pets / "val")
     assert datasets.load(str(pets)).fingerprint() == before
-    # Its test images have no labels.
+    # ImageNet's test images have no labels.
     write_image(pets / "test" / "some.png")
     assert datasets.load(str(pets)).fingerprint() == before
 
 
-def test_what_is_not_an_image_of_a_class_is_passed_over(pets, tmp_path):
-    folder = packed(pets, tmp_path / "tar")
+def test_other_files_are_ignored(pets, tmp_path):
+    folder = pack(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "a") as archive:
         member(archive, "train/ant/._0.png", b"of another system")
         member(archive, "train/ant/notes.txt", b"notes")
@@ -122,13 +122,13 @@ def test_what_is_not_an_image_of_a_class_is_passed_over(pets, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda whole: b"hello", "be whole, and not compressed. Received: .*train.tar"),
-        (lambda whole: b"", "be whole, and not compressed. Received: .*train.tar"),
-        (lambda whole: whole[: len(whole) // 2 + 700], "be whole, and not compressed"),
+        (lambda whole: b"hello", "be complete and uncompressed. Received: .*train.tar"),
+        (lambda whole: b"", "be complete and uncompressed. Received: .*train.tar"),
+        (lambda whole: whole[: len(whole) // 2 + 700], "be complete and uncompressed"),
     ],
 )
-def test_tar_files_that_are_none(pets, tmp_path, content, message):
-    folder = packed(pets, tmp_path / "tar")
+def test_invalid_tar_files(pets, tmp_path, content, message):
+    folder = pack(pets, tmp_path / "tar")
     path = folder / "train.tar"
     path.write_bytes(content(path.read_bytes()))
     with pytest.raises(InputError, match=message):
@@ -136,23 +136,23 @@ def test_tar_files_that_are_none(pets, tmp_path, content, message):
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
-def test_images_that_are_not_in_a_tar_file_are_missed(pets, tmp_path, kind):
-    folder = packed(pets, tmp_path / "tar")
+def test_links_in_tar_files_are_rejected(pets, tmp_path, kind):
+    folder = pack(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "a") as archive:
         member(archive, "train/ant/link.png", type=kind, linkname="train/ant/0.png")
-    with pytest.raises(InputError, match=r"train/ant/link\.png is a link, or of another kind"):
+    with pytest.raises(InputError, match=r"train/ant/link\.png is a link or special file"):
         datasets.load(str(folder))
 
 
-def test_links_that_lead_nowhere_are_named(pets):
+def test_dangling_links_are_named(pets):
     (pets / "train" / "ant" / "gone.png").symlink_to("nowhere")
     with pytest.raises(InputError, match=r"No such file.*gone\.png"):
         datasets.load(str(pets))
 
 
 @pytest.mark.parametrize("place", ["header", "boundary"])
-def test_a_damaged_header_is_not_the_end(pets, tmp_path, place):
-    folder = packed(pets, tmp_path / "tar")
+def test_damaged_header_is_not_the_end_of_the_archive(pets, tmp_path, place):
+    folder = pack(pets, tmp_path / "tar")
     path = folder / "train.tar"
     with tarfile.open(path) as archive:
         header = archive.getmembers()[5].offset
@@ -162,15 +162,15 @@ def test_a_damaged_header_is_not_the_end(pets, tmp_path, place):
     else:
         del content[header:]
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"be whole, .*train\.tar: its end is missing"):
+    with pytest.raises(InputError, match=r"be complete .*train\.tar: its end is missing"):
         datasets.load(str(folder))
 
 
-def test_records_are_in_the_order_of_their_names(pets, tmp_path):
+def test_tar_members_are_sorted_by_name(pets, tmp_path):
     (tmp_path / "tar").mkdir()
-    for part in ("train", "test"):
-        with tarfile.open(tmp_path / "tar" / f"{part}.tar", "w") as archive:
-            for file in sorted((pets / part).rglob("*.png"), reverse=True):
+    for split in ("train", "test"):
+        with tarfile.open(tmp_path / "tar" / f"{split}.tar", "w") as archive:
+            for file in sorted((pets / split).rglob("*.png"), reverse=True):
                 archive.add(file, file.relative_to(pets))
     (tmp_path / "tar" / "training.tar").write_bytes(b"another")
     assert (
@@ -178,9 +178,9 @@ def test_records_are_in_the_order_of_their_names(pets, tmp_path):
     )
 
 
-def test_members_that_go_backwards_end_it(pets, tmp_path, monkeypatch):
-    """As those of CVE-2025-8194, by which Python's reader never ends."""
-    folder = str(packed(pets, tmp_path / "tar"))
+def test_members_with_decreasing_offsets_are_rejected(pets, tmp_path, monkeypatch):
+    """As in CVE-2025-8194, where Python's reader loops forever."""
+    folder = str(pack(pets, tmp_path / "tar"))
     from_buffer, from_file = tarfile.TarInfo.frombuf, tarfile.TarInfo.fromtarfile.__func__
     reason = r"train\.tar: its members do not follow each other$"
 
@@ -211,58 +211,58 @@ def test_members_that_go_backwards_end_it(pets, tmp_path, monkeypatch):
     ("content", "reason"),
     [(b"\xff\xfe", "'utf-8' codec"), (b"x" * 1001, r"train/ant/0\.cls has more than 1000 bytes")],
 )
-def test_a_class_that_is_no_name(content, reason, pets, tmp_path):
-    folder = packed(pets, tmp_path / "tar")
+def test_invalid_labels(content, reason, pets, tmp_path):
+    folder = pack(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "a") as archive:
         member(archive, "train/ant/0.cls", content)
-    with pytest.raises(InputError, match=rf"be whole, .*Received: .*train\.tar: {reason}"):
+    with pytest.raises(InputError, match=rf"be complete .*Received: .*train\.tar: {reason}"):
         datasets.load(str(folder))
 
 
-def test_a_class_with_a_long_name(pets, tmp_path):
-    folder = packed(pets, tmp_path / "tar")
+def test_label_of_maximum_length(pets, tmp_path):
+    folder = pack(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "a") as archive:
         member(archive, "x.png", (pets / "train" / "ant" / "0.png").read_bytes())
         member(archive, "x.cls", b"x" * 1000)
     assert datasets.load(str(folder)).class_names == ("ant", "bee", "cat", "x" * 1000)
 
 
-def test_names_are_in_the_order_of_their_letters(pets, tmp_path):
-    for part in ("train", "test"):
-        (pets / part / "ant").rename(pets / part / "10")
-    assert datasets.load(str(packed(pets, tmp_path / "tar"))).class_names == ("10", "bee", "cat")
-    for part in ("train", "test"):
-        (pets / part / "bee").rename(pets / part / "9")
-    assert datasets.load(str(packed(pets, tmp_path / "other"))).class_names == ("10", "9", "cat")
+def test_classes_are_sorted_by_name(pets, tmp_path):
+    for split in ("train", "test"):
+        (pets / split / "ant").rename(pets / split / "10")
+    assert datasets.load(str(pack(pets, tmp_path / "tar"))).class_names == ("10", "bee", "cat")
+    for split in ("train", "test"):
+        (pets / split / "bee").rename(pets / split / "9")
+    assert datasets.load(str(pack(pets, tmp_path / "other"))).class_names == ("10", "9", "cat")
 
 
-def test_what_is_hidden_is_passed_over(pets):
+def test_hidden_files_are_ignored(pets):
     before = datasets.load(str(pets)).fingerprint()
     write_image(pets / "train" / ".thumbnails" / "0.png")
     write_image(pets / "train" / "ant" / ".0.png")
     assert datasets.load(str(pets)).fingerprint() == before
 
 
-def test_a_folder_without_a_part_or_images(pets):
+def test_missing_split_or_images(pets):
     for image in (pets / "test" / "bee").iterdir():
         image.unlink()
     with pytest.raises(InputError) as caught:
-        image_folder.find(pets)
+        image_folder.scan(pets)
     assert str(caught.value) == (
         "Every class must have images (.png, .jpg, .jpeg, .jpe, .jfif, .webp). "
         f"Received: none in {pets}/test/bee"
     )
     shutil.rmtree(pets / "test")
     with pytest.raises(InputError) as caught:
-        image_folder.find(pets)
+        image_folder.scan(pets)
     assert str(caught.value) == (
-        "A folder of images must hold train/<class>/ and test/<class>/ (or val/<class>/), or tar "
+        "An image folder must contain train/<class>/ and test/<class>/ (or val/<class>/), or tar "
         f"files of them. Received: {pets}, without test/<class>/"
     )
 
 
 def write_tree(root, *names):
-    """Empty files, and folders where a name ends in a slash: nothing is decoded here."""
+    """Empty files, or folders for names that end in a slash."""
     for name in names:
         path = root / name
         (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
@@ -272,17 +272,17 @@ def write_tree(root, *names):
 
 
 def outcome(root):
-    """What is found, or the error, without where it is."""
+    """The result of a scan, or its error, without the path of the root."""
     try:
-        found = image_folder.find(root)
+        found = image_folder.scan(root)
     except InputError as error:
         return re.sub(r"\S+?/(train|test)(\.tar)?(: (\S*?/)?\1)?/", r"\1/", str(error))
-    skipped = re.sub(r"as [^;]*/([^/;]+)", r"as \1", found.skipped)
+    skipped = re.sub(r"such as [^;]*/([^/;]+)", r"such as \1", found.skipped)
     classes = [
-        {name: [os.path.basename(file.name) for file in files] for name, files in part.items()}
-        for part in (found.train, found.test)
+        {name: [os.path.basename(file.name) for file in files] for name, files in split.items()}
+        for split in (found.train, found.test)
     ]
-    return classes, [list(part) for part in classes], skipped
+    return classes, [list(split) for split in classes], skipped
 
 
 TREES = {
@@ -290,29 +290,30 @@ TREES = {
         ["train/cat/.ipynb_checkpoints/a.png", "train/.trash/x.png", "train/cat/.b.png"],
         ([["cat", "dog"], ["cat", "dog"]], ""),
     ),
-    "of file servers": (
+    "system folders": (
         [
             *("train/@eaDir/a.png", "train/cat/@eaDir/a.png/small.jpg", "train/lost+found/"),
             *("train/__MACOSX/cat/._a.png", "train/#recycle/cat/a.png"),
         ],
         ([["cat", "dog"], ["cat", "dog"]], ""),
     ),
-    "within classes": (
+    "inside classes": (
         ["train/cat/1/a.png", "train/cat/2/b.jpg", "train/dog/1/deep/c.gif"],
-        ([["cat", "dog"], ["cat", "dog"]], "3 in folders within a class, as a.png"),
+        ([["cat", "dog"], ["cat", "dog"]], "3 in subfolders of a class, such as a.png"),
     ),
     "outside": (
         ["train/cover.png", "test/cover.bmp", "train/README.txt"],
-        ([["cat", "dog"], ["cat", "dog"]], "2 outside of the classes, as cover.bmp"),
+        ([["cat", "dog"], ["cat", "dog"]], "2 outside of any class, such as cover.bmp"),
     ),
-    "other formats": (
+    "unsupported formats": (
         [
             *("train/cat/b.BMP", "train/cat/a.bmp", "train/dog/a.gif", "test/dog/a.tiff"),
             *("train/dog/b.jfif", "train/dog/Thumbs.db", "train/dog/b.gif/"),
         ],
         (
             [["cat", "dog"], ["cat", "dog"]],
-            "2 .bmp files, as a.bmp; 1 .gif files, as a.gif; 1 .tiff files, as a.tiff",
+            "2 .bmp files, such as a.bmp; 1 .gif files, such as a.gif; "
+            "1 .tiff files, such as a.tiff",
         ),
     ),
     "an empty class": (
@@ -320,151 +321,154 @@ TREES = {
         "Every class must have images (.png, .jpg, .jpeg, .jpe, .jfif, .webp). "
         "Received: none in train/yak",
     ),
-    "a class of notes": (
+    "a class without images": (
         ["train/yak/notes.txt"],
         "Every class must have images (.png, .jpg, .jpeg, .jpe, .jfif, .webp). "
         "Received: none in train/yak",
     ),
-    "a class of others": (
+    "a class of unsupported formats": (
         ["train/yak/1.bmp", "train/yak/2.bmp", "train/yak/1/1.png"],
         "Every class must have images (.png, .jpg, .jpeg, .jpe, .jfif, .webp). Received: none in "
-        "train/yak, but 2 .bmp files, as train/yak/1.bmp; "
-        "1 in folders within a class, as train/yak/1/1.png",
+        "train/yak, but 2 .bmp files, such as train/yak/1.bmp; "
+        "1 in subfolders of a class, such as train/yak/1/1.png",
     ),
-    "a class named as its part": (
+    "a class named as its split": (
         ["train/train/a.png", "train/cat/train/a.png"],
-        ([["cat", "dog", "train"], ["cat", "dog"]], "1 in folders within a class, as a.png"),
+        ([["cat", "dog", "train"], ["cat", "dog"]], "1 in subfolders of a class, such as a.png"),
     ),
 }
 
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("prefix", ["", "./", "some/", ".cache/x/", "../", "/"])
-def test_one_rule_for_folders_and_tar_files(tree, prefix, tmp_path):
+def test_folders_and_tar_files_follow_one_rule(tree, prefix, tmp_path):
     more, expected = TREES[tree]
-    usual = [f"{part}/{name}/a.png" for part in ("train", "test") for name in ("cat", "dog")]
+    usual = [f"{split}/{name}/a.png" for split in ("train", "test") for name in ("cat", "dog")]
     root = write_tree(tmp_path / "folder", *usual, *more)
     found = outcome(root)
     assert (found if isinstance(found, str) else found[1:]) == expected
     (tmp_path / "tar").mkdir()
-    for part in ("train", "test"):
-        with tarfile.open(tmp_path / "tar" / f"{part}.tar", "w") as archive:
-            for path in sorted((root / part).rglob("*"), reverse=True):
+    for split in ("train", "test"):
+        with tarfile.open(tmp_path / "tar" / f"{split}.tar", "w") as archive:
+            for path in sorted((root / split).rglob("*"), reverse=True):
                 info = archive.gettarinfo(path, "x")
                 info.name = f"{prefix}{path.relative_to(root)}"
                 archive.addfile(info)
     assert outcome(tmp_path / "tar") == found
 
 
-def test_a_tar_file_of_what_is_in_the_folder(tmp_path):
-    """Without train/, as ``tar -C train`` packs it; also below another folder."""
+def test_tar_file_without_its_split_folder(tmp_path):
+    """Without train/, as ``tar -C train`` packs it; also inside another folder."""
     usual = ["cat/a.png", "dog/b.png", "dog/1/c.png", "cat/.x/d.png"]
     for prefix in ("", "./", "pets/", "a/b/"):
         root = tmp_path / f"tar{len(prefix)}"
         root.mkdir()
-        for part, names in (("train", usual), ("test", ["cat/a.png", "cat/1/a.png"])):
-            # Hidden folders above are some of another part.
-            with tarfile.open(root / f"{part}.tar", "w") as archive:
-                for name in [*names, *(["cover.png"] if part == "train" else [])]:
+        for split, names in (("train", usual), ("test", ["cat/a.png", "cat/1/a.png"])):
+            # A hidden folder is ignored.
+            with tarfile.open(root / f"{split}.tar", "w") as archive:
+                for name in [*names, *(["cover.png"] if split == "train" else [])]:
                     member(archive, name if name == "cover.png" else prefix + name)
-        found = image_folder.find(root)
+        found = image_folder.scan(root)
         assert list(found.train) == ["cat", "dog"]
         assert [file.name for file in found.train["cat"]] == [f"{prefix}cat/a.png"]
         assert list(found.test) == ["cat"]
         assert found.skipped == (
-            f"2 in folders within a class, as {root}/test.tar: {prefix}cat/1/a.png; "
-            f"1 outside of the classes, as {root}/train.tar: cover.png"
+            f"2 in subfolders of a class, such as {root}/test.tar: {prefix}cat/1/a.png; "
+            f"1 outside of any class, such as {root}/train.tar: cover.png"
         )
 
 
-def test_shards_share_one_folder_of_classes(tmp_path):
+def test_shards_have_one_class_root(tmp_path):
     (tmp_path / "tar").mkdir()
     for shard, name in enumerate(("cat", "dog")):
         with tarfile.open(tmp_path / "tar" / f"train-{shard}.tar", "w") as archive:
             member(archive, f"pets/{name}/a.png")
     with tarfile.open(tmp_path / "tar" / "val.tar", "w") as archive:
         member(archive, "val/cat/a.png")
-    found = image_folder.find(tmp_path / "tar")
+    found = image_folder.scan(tmp_path / "tar")
     assert (list(found.train), list(found.test)) == (["cat", "dog"], ["cat"])
 
 
-def test_classes_beside_images_count_wherever_they_are(tmp_path):
+def test_labels_take_precedence_over_folders(tmp_path):
     def found(*members):
-        for part in ("train", "test"):
-            with tarfile.open(tmp_path / f"{part}.tar", "w") as archive:
+        for split in ("train", "test"):
+            with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
                 for name, content in members:
                     member(archive, name, content)
-        return image_folder.find(tmp_path)
+        return image_folder.scan(tmp_path)
 
-    told = [("s/1/0.png", b""), ("s/1/0.cls", b"10"), ("s/1/0.json", b""), ("s/x/y", b"")]
-    assert list(found(*told).train) == ["10"]
-    # Of folders beside those the ones are classes that hold no such images.
-    both = found(*told[:3], ("s/cat/a.png", b""), ("0.bmp", b""), ("0.cls", b"2"), ("s/1", b""))
+    labeled = [("s/1/0.png", b""), ("s/1/0.cls", b"10"), ("s/1/0.json", b""), ("s/x/y", b"")]
+    assert list(found(*labeled).train) == ["10"]
+    # Folders without labeled images are classes.
+    both = found(*labeled[:3], ("s/cat/a.png", b""), ("0.bmp", b""), ("0.cls", b"2"), ("s/1", b""))
     assert list(both.train) == ["10", "cat"]
-    assert both.skipped == f"2 .bmp files, as {tmp_path}/test.tar: 0.bmp"
+    assert both.skipped == f"2 .bmp files, such as {tmp_path}/test.tar: 0.bmp"
     for name, content in (("1.png", b""), ("0.cls", b" ")):
         with pytest.raises(
-            InputError, match=r"named by its class, or have a .cls .*Received: .*png"
+            InputError, match=r"named after its class, or have a .cls .*Received: .*png"
         ):
-            found(*told, ("0.png", b""), (name, content))
+            found(*labeled, ("0.png", b""), (name, content))
 
 
-def test_numbered_classes_are_in_the_order_of_numbers(tmp_path):
+def test_numeric_classes_are_sorted_as_numbers(tmp_path):
     names = ["2", "10", "009", "1"]
     root = write_tree(tmp_path, *(f"{p}/{n}/a.png" for p in ("train", "test") for n in names))
-    assert list(image_folder.find(root).train) == ["1", "2", "009", "10"]
+    assert list(image_folder.scan(root).train) == ["1", "2", "009", "10"]
     write_tree(root, "train/x/a.png")
-    assert list(image_folder.find(root).train) == ["009", "1", "10", "2", "x"]
+    assert list(image_folder.scan(root).train) == ["009", "1", "10", "2", "x"]
 
 
-def test_links_to_folders_end(tmp_path):
-    """A class may be one; within a class they may lead in circles."""
+def test_link_loops_are_not_followed(tmp_path):
+    """A class may be a link; links inside a class may form loops."""
     root = write_tree(tmp_path, "train/cat/a.png", "test/cat/a.png", "else/b.png")
     (root / "train" / "dog").symlink_to(root / "else")
     (root / "train" / "cat" / "round").symlink_to(root / "train")
     (root / "train" / "cat" / "c.png").symlink_to(root / "else")
-    found = image_folder.find(root)
+    found = image_folder.scan(root)
     assert {name: len(files) for name, files in found.train.items()} == {"cat": 1, "dog": 1}
     assert found.skipped == ""
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
-def test_names_that_are_no_text(pets, tmp_path):
-    """A class's would be in the model and the report; a file's is in errors alone."""
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
+def test_names_that_are_not_utf_8(pets, tmp_path):
+    """A class name is in models and reports; a file name is in errors only."""
     image = (pets / "train" / "ant" / "0.png").read_bytes()
     (pets / "train" / "ant" / os.fsdecode(b"caf\xe9.png")).write_bytes(image)
-    tar = packed(pets, tmp_path / "tar")
+    tar = pack(pets, tmp_path / "tar")
     loaded = [datasets.load(str(root)) for root in (pets, tar)]
     assert len(loaded[0].x_train) == 25
     assert loaded[0].fingerprint() == loaded[1].fingerprint()
     (pets / "train" / "ant").rename(pets / "train" / os.fsdecode(b"caf\xe9"))
     (pets / "test" / "ant").rename(pets / "test" / os.fsdecode(b"caf\xe9"))
-    for root, where in ((pets, "train"), (packed(pets, tmp_path / "tar2"), "train.tar")):
+    for root, where in ((pets, "train"), (pack(pets, tmp_path / "tar2"), "train.tar")):
         with pytest.raises(InputError) as caught:
-            image_folder.find(root)
+            image_folder.scan(root)
         assert str(caught.value) == (
-            "The name of a class must be valid UTF-8, the encoding of models and reports. "
+            "A class name must be valid UTF-8, the encoding of models and reports. "
             f"Received: caf\\udce9 in {root / where}"
         )
 
 
-def test_what_is_large(monkeypatch):
-    monkeypatch.setattr(image_folder, "LARGE", 100)
+def test_exceeds_scan_limit(monkeypatch):
+    monkeypatch.setattr(image_folder, "SCAN_LIMIT", 100)
     for sizes, large in (((60, 40), True), ((60, 39), False), ((100,), True), ((), False)):
-        assert image_folder.are_large([Record("a", "b", 0, size) for size in sizes]) is large
+        assert (
+            image_folder.exceeds_scan_limit([TarMember("a", "b", 0, size) for size in sizes])
+            is large
+        )
 
 
-def test_a_digest_is_of_contents_or_of_names_and_sizes(tmp_path):
+def test_digest_of_contents_or_of_names_and_sizes(tmp_path):
     content = np.random.default_rng(0).bytes(2 * 2100)
     (tmp_path / "x.tar").write_bytes(content)
-    records = [Record(str(tmp_path / "x.tar"), f"{n}.png", 2 * n, 2) for n in range(2100)]
+    records = [TarMember(str(tmp_path / "x.tar"), f"{n}.png", 2 * n, 2) for n in range(2100)]
     parts = [hashlib.sha256(content[2 * n : 2 * n + 2]).digest() for n in range(2100)]
     assert image_folder.digest(records, False) == hashlib.sha256(b"".join(parts)).hexdigest()
     names = "".join(f"{n}.png\0{2}\n" for n in range(2100)).encode()
     assert image_folder.digest(records, True) == hashlib.sha256(names).hexdigest()
 
 
-def test_a_folder_that_cannot_be_read(pets, monkeypatch):
+def test_unreadable_folder(pets, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -473,15 +477,13 @@ def test_a_folder_that_cannot_be_read(pets, monkeypatch):
         datasets.load(str(pets))
 
 
-def test_tar_files_that_are_compressed(pets, tmp_path):
-    with pytest.raises(
-        InputError, match=r"not compressed. Received: .*train\.tar: invalid header$"
-    ):
-        datasets.load(str(packed(pets, tmp_path / "tar", mode="w:gz")))
+def test_compressed_tar_files(pets, tmp_path):
+    with pytest.raises(InputError, match=r"uncompressed. Received: .*train\.tar: invalid header$"):
+        datasets.load(str(pack(pets, tmp_path / "tar", mode="w:gz")))
 
 
 def test_tar_files_without_images_or_classes(pets, tmp_path):
-    folder = packed(pets, tmp_path / "tar")
+    folder = pack(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "w") as archive:
         member(archive, "train/ant/notes.txt", b"notes")
     with pytest.raises(
@@ -490,5 +492,7 @@ def test_tar_files_without_images_or_classes(pets, tmp_path):
         datasets.load(str(folder))
     with tarfile.open(folder / "train.tar", "w") as archive:
         member(archive, "0.png", (pets / "train" / "ant" / "0.png").read_bytes())
-    with pytest.raises(InputError, match=r"a folder named by its class, or have a .cls .*: 0\.png"):
+    with pytest.raises(
+        InputError, match=r"a folder named after its class, or have a .cls .*: 0\.png"
+    ):
         datasets.load(str(folder))

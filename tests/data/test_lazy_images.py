@@ -1,4 +1,4 @@
-"""Folders that are larger than memory: their images stay in their files."""
+"""Images decoded on access, for folders larger than memory."""
 
 import dataclasses
 import math
@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import pytest
 
-from involution.data import datasets, image_folder
-from involution.data.lazy_images import StoredImages
+from involution.data import datasets, decode, image_folder
+from involution.data.lazy_images import LazyImages
 from involution.models import cnn
 from involution.training import trainer as training
 from involution.utils import memory
@@ -26,19 +26,19 @@ def pets(tmp_path):
 
 @pytest.fixture
 def pair(pets, monkeypatch):
-    """The same folder, in memory and in its files."""
+    """The same folder, in memory and lazy."""
     loaded = datasets.load(str(pets))
     assert isinstance(loaded.x_train, np.ndarray)
-    # A quarter of it is less than they take.
+    # A quarter of it is less than the images take.
     size = 3 * (loaded.x_train.nbytes + loaded.x_test.nbytes)
-    monkeypatch.setattr(memory, "allowed", lambda: size)
+    monkeypatch.setattr(memory, "memory_limit", lambda: size)
     stored = datasets.load(str(pets))
-    assert isinstance(stored.x_train, StoredImages)
-    assert isinstance(stored.x_test, StoredImages)
+    assert isinstance(stored.x_train, LazyImages)
+    assert isinstance(stored.x_test, LazyImages)
     return loaded, stored
 
 
-def test_they_are_read_as_an_array_is(pair):
+def test_indexing_matches_an_array(pair):
     for name in ("x_train", "x_test"):
         array, images = (getattr(dataset, name) for dataset in pair)
         assert (images.shape, images.dtype, len(images)) == (array.shape, array.dtype, len(array))
@@ -46,19 +46,19 @@ def test_they_are_read_as_an_array_is(pair):
             assert images[index].dtype == array.dtype
             np.testing.assert_array_equal(images[index], array[index])
             if not isinstance(index, int):
-                np.testing.assert_array_equal(images.part(index)[:], array[index])
+                np.testing.assert_array_equal(images.subset(index)[:], array[index])
 
 
-def test_it_is_the_same_data_set(pair, monkeypatch):
-    monkeypatch.setattr(datasets, "BLOCK", 5)
+def test_fingerprints_match_those_in_memory(pair, monkeypatch):
+    monkeypatch.setattr(datasets, "CHUNK_SIZE", 5)
     loaded, stored = pair
     assert stored.fingerprint() == loaded.fingerprint()
-    held_out = [dataset.validation(7) for dataset in pair]
-    assert isinstance(held_out[1].x_test, StoredImages)
+    held_out = [dataset.validation_split(7) for dataset in pair]
+    assert isinstance(held_out[1].x_test, LazyImages)
     assert held_out[1].fingerprint() == held_out[0].fingerprint() != loaded.fingerprint()
 
 
-def test_training_does_not_see_where_they_are(pair):
+def test_training_matches_images_in_memory(pair):
     def rows(dataset):
         recipe = dataclasses.replace(training.RECIPES["one-cycle"], batch_size=10)
         keras.utils.set_random_seed(1)
@@ -69,60 +69,60 @@ def test_training_does_not_see_where_they_are(pair):
     assert rows(pair[1]) == rows(pair[0])
 
 
-def test_a_file_that_is_another_meanwhile(pair):
+def test_files_changed_after_loading(pair):
     images = pair[1].x_train
-    first, third = (pathlib.Path(images.files[n].path) for n in (0, 2))
+    first, third = (pathlib.Path(images.sources[n].path) for n in (0, 2))
     third.write_bytes(b"hello")
-    with pytest.raises(InputError, match=rf"whole PNG.*Received: {third}"):
+    with pytest.raises(InputError, match=rf"valid PNG.*Received: {third}"):
         images[:4]
     third.unlink()
     with pytest.raises(InputError, match="No such file"):
         images[2]
     third.write_bytes(first.read_bytes())
-    smaller = StoredImages(images.files, (1, 1, 3), images.read)
-    with pytest.raises(InputError, match=r"the size of the others, \(1, 1, 3\)"):
+    smaller = LazyImages(images.sources, (1, 1, 3))
+    with pytest.raises(InputError, match=r"one size, here 1x1, unless `image_size`"):
         smaller[[0]]
 
 
-def test_crops_are_a_function_of_seed_epoch_and_image(tmp_path):
+def test_random_crops_depend_on_seed_epoch_and_image(tmp_path):
     pets = write_folder(tmp_path / "pets", size=(20, 14))
-    images = datasets.load(str(pets), (6, 8), crop=0.875).x_train
+    images = datasets.load(str(pets), (6, 8), crop_fraction=0.875).x_train
     index = np.array([3, 0, 3])
-    seen = images.crops(index, 1, 1)
+    seen = images.random_crops(index, 1, 1)
     assert (seen.shape, seen.dtype) == ((3, 6, 8, 3), np.uint8)
     np.testing.assert_array_equal(seen[0], seen[2])
-    np.testing.assert_array_equal(images.crops(np.arange(5), 1, 1)[[3, 0, 3]], seen)
+    np.testing.assert_array_equal(images.random_crops(np.arange(5), 1, 1)[[3, 0, 3]], seen)
     for seed, epoch in ((1, 2), (2, 1)):
-        assert (images.crops(index, seed, epoch) != seen).any()
+        assert (images.random_crops(index, seed, epoch) != seen).any()
     assert (images[index] != seen).any()
-    with images.files[3].open() as file:
-        expected = datasets.read_image(file, (6, 8), random=np.random.default_rng([1, 1, 2, 3]))
+    with images.sources[3].open() as file:
+        expected = decode.read_image(file, (6, 8), rng=np.random.default_rng([1, 1, 2, 3]))
     np.testing.assert_array_equal(seen[0], expected)
 
 
-def test_what_crops_stays_in_its_files(tmp_path):
+def test_cropped_folders_are_lazy(tmp_path):
     pets = write_folder(tmp_path / "pets")
-    # No two of one size.
+    # Different sizes are accepted.
     write_image(pets / "train" / "ant" / "0.png", size=(31, 17))
-    loaded = datasets.load(str(pets), (8, 8), crop=0.5)
-    assert isinstance(loaded.x_test, StoredImages)
+    loaded = datasets.load(str(pets), (8, 8), crop_fraction=0.5)
+    assert isinstance(loaded.x_test, LazyImages)
     assert loaded.x_train.shape == (24, 8, 8, 3)
     assert loaded.fingerprint() != datasets.load(str(pets), (8, 8)).fingerprint()
     with pytest.raises(InputError, match=r"needs --image-size\. Received: none"):
-        datasets.load(str(pets), crop=0.5)
-    with pytest.raises(InputError, match=r"needs a folder of images\. Received: digits"):
-        datasets.load("digits", crop=0.5)
+        datasets.load(str(pets), crop_fraction=0.5)
+    with pytest.raises(InputError, match=r"needs an image folder\. Received: digits"):
+        datasets.load("digits", crop_fraction=0.5)
     (pets / "test" / "cat" / "1.png").write_bytes(b"hello")
     with pytest.raises(InputError, match=r"1\.png \(1 of 36 files cannot be read\)"):
-        datasets.load(str(pets), (8, 8), crop=0.5)
+        datasets.load(str(pets), (8, 8), crop_fraction=0.5)
 
 
-def test_large_folders_are_not_read_at_the_beginning(tmp_path, monkeypatch):
+def test_folders_above_the_scan_limit_are_not_decoded(tmp_path, monkeypatch):
     pets = write_folder(tmp_path / "pets")
     small = datasets.load(str(pets)).fingerprint()
-    monkeypatch.setattr(image_folder, "LARGE", 1000)
+    monkeypatch.setattr(image_folder, "SCAN_LIMIT", 1000)
     broken = pets / "train" / "bee" / "3.png"
-    monkeypatch.setattr(StoredImages, "_read", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(LazyImages, "_decode", lambda *_: pytest.fail("decoded"))
     loaded = datasets.load(str(pets))
     assert loaded.image_shape == (16, 16, 3)
     assert datasets.load(str(pets), (9, 7)).image_shape == (9, 7, 3)
@@ -134,20 +134,20 @@ def test_large_folders_are_not_read_at_the_beginning(tmp_path, monkeypatch):
     broken.write_bytes(content + b"x")
     assert datasets.load(str(pets)).fingerprint() != before
     monkeypatch.undo()
-    monkeypatch.setattr(image_folder, "LARGE", 1000)
+    monkeypatch.setattr(image_folder, "SCAN_LIMIT", 1000)
     broken.write_bytes(b"hello")
-    with pytest.raises(InputError, match=rf"cannot identify it. Received: {broken}"):
+    with pytest.raises(InputError, match=rf"format is not recognized. Received: {broken}"):
         datasets.load(str(pets)).x_train[:]
     first = pets / "train" / "ant" / "0.png"
     first.write_bytes(b"hello")
-    with pytest.raises(InputError, match=rf"whole PNG.*Received: {first}"):
+    with pytest.raises(InputError, match=rf"valid PNG.*Received: {first}"):
         datasets.load(str(pets))
 
 
-def test_how_much_memory_there_is(monkeypatch):
+def test_memory_limit(monkeypatch):
     resource = pytest.importorskip("resource")
-    before = memory.allowed()
+    before = memory.memory_limit()
     assert 0 < before < math.inf
     limits = {resource.RLIMIT_AS: 10**6, resource.RLIMIT_DATA: resource.RLIM_INFINITY}
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which], 10**9))
-    assert memory.allowed() == 10**6
+    assert memory.memory_limit() == 10**6

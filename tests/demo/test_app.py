@@ -59,13 +59,13 @@ def test_it_listens_to_this_machine_alone(page):
 
 @pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning", "ignore:Truncated File:UserWarning")
 def test_its_answers_are_those_of_the_command(page, classifiers, tmp_path):
-    for name, content in {"a.png": hostile_images.good(), **hostile_images.odd()}.items():
+    for name, content in {"a.png": hostile_images.good(), **hostile_images.unusual()}.items():
         kind, scores = page.classify(name, content)
         assert kind == "complete", (name, scores)
         file = tmp_path / "image"
         file.write_bytes(content)
         for title, classifier in classifiers.items():
-            expected = classifier.scores(classifier.read(file))[0]
+            expected = classifier.predict_proba(classifier.read(file))[0]
             assert list(scores[title]) == list(classifier.class_names)
             # Another process: the same machine and code, and on TensorFlow other last bits.
             np.testing.assert_allclose(list(scores[title].values()), expected, rtol=1e-5)
@@ -80,7 +80,7 @@ def test_an_equal_image_gets_an_answer_equal_to_the_bit(page):
 def test_what_is_no_image_is_refused_in_one_line(page):
     page.forget_peak()
     before = page.memory
-    for name, content in hostile_images.refused().items():
+    for name, content in hostile_images.invalid().items():
         kind, said = page.classify(name, content)
         if len(content) > 8 * MEGABYTE:
             assert kind == "413"
@@ -205,7 +205,7 @@ def test_names_of_strangers_are_escaped(classifiers, tmp_path):
 
 def test_the_cards_say_what_the_models_were_trained_on():
     text = app.cards(())
-    for name in pretrained.names():
+    for name in pretrained.available():
         assert f"### {name}\n" in text
     assert "50000 images" in text
     assert "license:" not in text
@@ -283,7 +283,7 @@ def test_what_the_page_shows_of_an_upload(classifiers, tmp_path):
         with pytest.raises(gradio.Error, match="An image must be given"):
             app.clicked(seen_, types.SimpleNamespace(row=row, column=0.5))
     file.write_bytes(hostile_images.good()[:200])
-    with pytest.raises(gradio.Error, match="An image must be a whole PNG"):
+    with pytest.raises(gradio.Error, match="An image must be a valid PNG"):
         app.explain(classifiers, str(file))
 
 

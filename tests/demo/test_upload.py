@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from involution.data import datasets
+from involution.data import decode, transforms
 from involution.demo import app, render
 from involution.utils.errors import InputError
 from tests.support import hostile_images
 
 pytestmark = pytest.mark.any_backend
 
-NOT_WHOLE = "An image must be a whole PNG, JPEG or WebP file: "
+INVALID = "An image must be a valid PNG, JPEG or WebP file: "
 
 
 @pytest.fixture
@@ -120,17 +120,17 @@ def test_only_what_is_meant_for_visitors_is_told_them():
 def test_pixels_come_as_they_were_written(format, file):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), "uint8")
     path = file(saved(Image.fromarray(pixels), format, lossless=True))
-    read = datasets.read_image(path)
+    read = decode.read_image(path)
     assert read.dtype == np.uint8
     np.testing.assert_array_equal(read, pixels)
     small = Image.fromarray(pixels).resize((3, 4), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(datasets.read_image(str(path), (4, 3)), np.asarray(small))
+    np.testing.assert_array_equal(decode.read_image(str(path), (4, 3)), np.asarray(small))
 
 
 def test_every_kind_of_pixels_becomes_three_bytes(file):
     ramp = np.arange(0, 65536, 256, "uint16").reshape(16, 16)
     np.testing.assert_array_equal(
-        datasets.read_image(file(saved(Image.fromarray(ramp + 255)))),
+        decode.read_image(file(saved(Image.fromarray(ramp + 255)))),
         np.repeat(np.arange(256, dtype="uint8").reshape(16, 16, 1), 3, -1),
     )
     for mode, colour, expected in (
@@ -140,7 +140,7 @@ def test_every_kind_of_pixels_becomes_three_bytes(file):
         ("RGBA", (1, 2, 3, 0), [1, 2, 3]),
         ("P", 0, [0, 0, 0]),
     ):
-        read = datasets.read_image(file(saved(Image.new(mode, (2, 1), colour))))
+        read = decode.read_image(file(saved(Image.new(mode, (2, 1), colour))))
         assert read.tolist() == [[expected] * 2]
 
 
@@ -149,7 +149,7 @@ def test_an_image_is_set_upright(file):
     image.putpixel((0, 0), (255, 255, 255))
     exif = image.getexif()
     exif[0x0112] = 6
-    read = datasets.read_image(file(saved(image, exif=exif)))
+    read = decode.read_image(file(saved(image, exif=exif)))
     assert read.shape == (3, 2, 3)
     assert read[..., 0].tolist() == [[0, 255], [0, 0], [0, 0]]
 
@@ -159,38 +159,40 @@ def test_pixels_up_to_the_limit_are_decoded(file, monkeypatch):
     path = file(hostile_images.good(size=(40, 30)))
     for limit in (1200, None):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        assert datasets.read_image(path).shape == (30, 40, 3)
+        assert decode.read_image(path).shape == (30, 40, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
-    expected = f"{NOT_WHOLE}its 40x30 pixels exceed the limit. Received: {path}"
-    assert message(datasets.read_image, path) == expected
+    expected = f"{INVALID}its 40x30 pixels exceed the limit. Received: {path}"
+    assert message(decode.read_image, path) == expected
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
-    assert message(datasets.read_image, path).startswith(
-        f"{NOT_WHOLE}Image size (1200 pixels) exceeds"
-    )
+    assert message(decode.read_image, path).startswith(f"{INVALID}Image size (1200 pixels) exceeds")
 
 
 def test_a_warning_of_too_many_pixels_is_a_refusal(file, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
-    said = message(datasets.read_image, file(hostile_images.good(size=(40, 30))))
-    assert said.startswith(f"{NOT_WHOLE}Image size (1200 pixels) exceeds")
+    said = message(decode.read_image, file(hostile_images.good(size=(40, 30))))
+    assert said.startswith(f"{INVALID}Image size (1200 pixels) exceeds")
 
 
 def test_what_no_image_comes_of(file, tmp_path):
-    for name, content in hostile_images.refused().items():
+    for name, content in hostile_images.invalid().items():
         # The page refuses these by their size, before anyone opens them.
         if "mega" not in name and "million" not in name:
-            assert message(datasets.read_image, file(content)).startswith(NOT_WHOLE), name
+            assert message(decode.read_image, file(content)).startswith(INVALID), name
     text = file(b"hello")
-    assert message(datasets.read_image, text) == f"{NOT_WHOLE}cannot identify it. Received: {text}"
+    assert message(decode.read_image, text) == (
+        f"{INVALID}its format is not recognized. Received: {text}"
+    )
     missing = tmp_path / "missing.png"
-    assert message(datasets.read_image, missing) == (
-        f"{NOT_WHOLE}No such file or directory. Received: {missing}"
+    assert message(decode.read_image, missing) == (
+        f"{INVALID}No such file or directory. Received: {missing}"
     )
 
 
 def test_a_visitor_is_not_told_where_an_upload_is(file, tmp_path):
-    reader = types.SimpleNamespace(read=datasets.read_image)
-    assert message(render._read, reader, file(b"hello")) == f"{NOT_WHOLE}cannot identify it"
+    reader = types.SimpleNamespace(read=decode.read_image)
+    assert message(render._read, reader, file(b"hello")) == (
+        f"{INVALID}its format is not recognized"
+    )
     assert message(render._read, reader, tmp_path / "gone.png") == (
         "An image must be there, or be uploaded again. Received: No such file or directory"
     )
@@ -199,6 +201,6 @@ def test_a_visitor_is_not_told_where_an_upload_is(file, tmp_path):
 
 
 def test_pixels_are_scaled_to_one():
-    scaled = datasets.scale(np.arange(256, dtype="uint8"))
+    scaled = transforms.to_unit_float(np.arange(256, dtype="uint8"))
     assert scaled.dtype == np.float32
     np.testing.assert_array_equal(scaled, np.arange(256, dtype="float32") / np.float32(255))

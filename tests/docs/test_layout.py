@@ -29,12 +29,14 @@ ORDER = [
     "utils.errors",
     "utils.atomic_files",
     "utils.memory",
+    "utils.layer_names",
     "data.prefetch",
     "data.transforms",
     "data.image_folder",
+    "data.decode",
+    "data.lazy_images",
     "utils.abstract_build",
     "saving.keras_archive",
-    "data.lazy_images",
     "ops.validation",
     "ops.window",
     "ops.problem",
@@ -258,7 +260,7 @@ def unsafe(code):
                 yield f"{node.arg}={ast.unparse(node.value)}"
 
 
-# Where its subclass takes the names of NumPy's arrays and no others.
+# Its subclass accepts the names of NumPy's arrays only.
 REVIEWED = {"data.datasets": ["pickle.Unpickler"]}
 
 

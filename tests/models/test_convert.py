@@ -1,4 +1,4 @@
-"""Public checkpoints, converted: against an independent PyTorch network and the keras.io model."""
+"""Conversion of public checkpoints, against a PyTorch network and the keras.io model."""
 
 import pickle
 import shutil
@@ -15,20 +15,20 @@ from tests.support.backends import BACKEND, numpy
 from tests.support.keras_io_formula import relative_error
 from tests.support.paths import FILES
 
-torch = pytest.importorskip("torch", reason="PyTorch computes what converted models must give")
+torch = pytest.importorskip("torch", reason="PyTorch computes the expected outputs")
 from tests.support import rednet_torch  # noqa: E402 - needs PyTorch
 
 DEPTHS = (26, 38, 50, 101, 152)
 BOUNDS = {"float32": 1e-4, "float64": 1e-9}
-# Sides that no stride divides.
+# Sizes that no stride divides.
 IMAGES = np.random.default_rng(1).random((2, 65, 47, 3))
 
 
 @pytest.fixture
 def policy(request, monkeypatch):
-    """The type of models, for one test."""
-    # On JAX and PyTorch Keras normalizes and averages in float32 where the type is float64, which
-    # hides errors below 1e-6. Not in these tests.
+    """The dtype policy of one test."""
+    # On JAX and PyTorch Keras computes normalization and means in float32 even for float64, which
+    # would hide errors below 1e-6.
     monkeypatch.delitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64")
     before = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx(request.param)
@@ -48,7 +48,7 @@ def network():
 
 @pytest.fixture
 def state(network):
-    """The state of the network in float32, for the test to change."""
+    """The state dict of the network in float32, which a test may change."""
     return {k: v.float() if v.is_floating_point() else v for k, v in network.state_dict().items()}
 
 
@@ -65,8 +65,8 @@ def outputs(folder, images, dtype="float32"):
     return keras.tree.map_structure(numpy, weights.load(folder)(images.astype(dtype)))
 
 
-def refused(source, folder):
-    """The message with which a checkpoint is refused; nothing is written."""
+def rejection(source, folder):
+    """The message with which a checkpoint is rejected; nothing is written."""
     with pytest.raises(CheckpointError) as caught:
         convert.convert(source, folder / "out")
     assert "\n" not in str(caught.value)
@@ -77,63 +77,63 @@ def refused(source, folder):
 
 @every_policy
 @pytest.mark.parametrize("kind", ["pth", "pdparams"])
-def test_f26_converted_logits_are_those_of_the_independent_network(policy, kind, network, tmp_path):
+def test_f26_converted_logits_match_the_independent_network(policy, kind, network, tmp_path):
     typed = {k: v.to(getattr(torch, policy)) for k, v in network.state_dict().items()}
-    done = convert.convert(saved(typed, kind, tmp_path), tmp_path / "out")
+    conversion = convert.convert(saved(typed, kind, tmp_path), tmp_path / "out")
     error = relative_error(
         outputs(tmp_path / "out", IMAGES, policy), rednet_torch.logits(network, IMAGES)
     )
-    print(f"{BACKEND}, {policy}, {kind}: {error:.1e}; told: {done.difference:.1e}")
+    print(f"{BACKEND}, {policy}, {kind}: {error:.1e}, {conversion.max_relative_error:.1e}")
     assert error <= BOUNDS[policy]
-    assert done.difference <= BOUNDS[policy]
-    assert done.reloaded_difference == 0
-    assert (done.name, done.arguments["classes"]) == ("rednet26", 5)
-    assert len(done.left_out) == (40 if kind == "pth" else 0)
-    assert f"{done.parameters:,} parameters" in done.lines[0]
+    assert conversion.max_relative_error <= BOUNDS[policy]
+    assert conversion.reload_error == 0
+    assert (conversion.name, conversion.arguments["classes"]) == ("rednet26", 5)
+    assert len(conversion.unused) == (40 if kind == "pth" else 0)
+    assert f"{conversion.parameters:,} parameters" in conversion.lines[0]
     assert weights.read_config(tmp_path / "out")["extra"]["source"]["file"] == f"checkpoint.{kind}"
 
 
 @pytest.mark.slow
 @every_policy
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_f26_all_depths_give_the_logits_of_the_independent_network(policy, depth, tmp_path):
+def test_f26_logits_of_all_depths_match_the_independent_network(policy, depth, tmp_path):
     network = rednet_torch.network(depth, classes=1000, seed=depth)
     typed = {k: v.to(getattr(torch, policy)) for k, v in network.state_dict().items()}
     want = rednet_torch.logits(network, IMAGES)
     for kind in "pth", "pdparams":
-        done = convert.convert(saved(typed, kind, tmp_path), tmp_path / kind)
+        conversion = convert.convert(saved(typed, kind, tmp_path), tmp_path / kind)
         error = relative_error(outputs(tmp_path / kind, IMAGES, policy), want)
         print(f"{BACKEND}, {policy}, rednet{depth}, {kind}: {error:.1e}")
-        assert done.name == f"rednet{depth}"
+        assert conversion.name == f"rednet{depth}"
         assert error <= BOUNDS[policy]
 
 
-# Tensors of an official checkpoint, 25 for the stem and each block, 6 for each of four shortcuts,
-# 2 for the classifier; and those of them that count batches, one for each normalization.
+# Tensors of an official checkpoint: 25 for the stem and each block, 6 for each of four shortcuts,
+# 2 for the classifier; and how many of them count batches, one for each normalization.
 COUNTS = {26: (251, 40), 38: (351, 56), 50: (451, 72), 101: (876, 140), 152: (1301, 208)}
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_lists_of_names_are_those_of_the_independent_network(depth):
+def test_tensor_names_match_the_independent_network(depth):
     with torch.device("meta"):
         state = rednet_torch.Classifier(depth, 10).state_dict()
     counters = [name for name in state if name.endswith("num_batches_tracked")]
     assert (len(state), len(counters)) == COUNTS[depth]
-    plain = convert.plain_names(state)
+    plain = convert.strip_prefixes(state)
     blocks = rednet_torch.BLOCKS[depth]
-    expected = convert.rednet_layouts(checkpoint_readers.PYTORCH, blocks)
+    expected = convert.rednet_weight_maps(checkpoint_readers.PYTORCH, blocks)
     assert {name for name in plain.values() if name} == set(expected)
     assert [name for name, short in plain.items() if short is None] == counters
-    without = convert.rednet_layouts(checkpoint_readers.PYTORCH, blocks, top=False)
+    without = convert.rednet_weight_maps(checkpoint_readers.PYTORCH, blocks, top=False)
     assert set(expected) - set(without) == {"fc.weight", "fc.bias"}
     renamed = {n.replace("running_mean", "_mean") for n in expected}
     renamed = {n.replace("running_var", "_variance") for n in renamed}
-    assert set(convert.rednet_layouts(checkpoint_readers.PADDLE, blocks)) == renamed
+    assert set(convert.rednet_weight_maps(checkpoint_readers.PADDLE, blocks)) == renamed
 
 
 @pytest.fixture(scope="module")
 def rednet26():
-    """Not for tests that change it."""
+    """Tests must not change it."""
     return models.RedNet26()
 
 
@@ -143,13 +143,14 @@ def test_every_weight_of_the_model_has_a_tensor(depth, rednet26):
         blocks = rednet_torch.BLOCKS[depth]
         assert models.rednet.VARIANTS[f"rednet{depth}"].blocks == blocks
         return
-    targets = [t for t, _ in convert.rednet_layouts("PyTorch", rednet_torch.BLOCKS[26]).values()]
+    weight_maps = convert.rednet_weight_maps("PyTorch", rednet_torch.BLOCKS[26])
+    targets = [target for target, _ in weight_maps.values()]
     assert len(set(targets)) == len(targets)
     assert set(targets) == set(weights.named_weights(rednet26))
 
 
-def test_f26_normalizations_have_the_epsilon_and_momentum_of_the_independent_network(rednet26):
-    """Of the momentum no output tells; PyTorch's is what Keras's leaves of 1."""
+def test_f26_epsilon_and_momentum_match_the_independent_network(rednet26):
+    """No output depends on the momentum; PyTorch's is 1 minus Keras's."""
     with torch.device("meta"):
         parts = rednet_torch.Classifier(26, 5).modules()
     theirs = [(m.eps, 1 - m.momentum) for m in parts if isinstance(m, torch.nn.BatchNorm2d)]
@@ -159,7 +160,7 @@ def test_f26_normalizations_have_the_epsilon_and_momentum_of_the_independent_net
     assert [(p.epsilon, p.momentum) for p in ours] == theirs
 
 
-def test_the_places_of_stride_2(rednet26):
+def test_layers_with_stride_2(rednet26):
     strided = {
         layer.name for layer in rednet26.layers if 2 in np.ravel(getattr(layer, "strides", 1))
     }
@@ -175,23 +176,23 @@ def test_the_places_of_stride_2(rednet26):
     }
 
 
-def test_a_detector_becomes_its_maps(tmp_path):
-    """The stem's window is 7, other parts are left out, and all names may begin with module."""
+def test_detector_becomes_feature_maps(tmp_path):
+    """The stem's kernel size is 7, other parts are unused, and names have the prefix module."""
     network = rednet_torch.network(26, stem_size=7, seed=2)
     state = {k: v for k, v in network.float().state_dict().items() if "head" not in k}
     others = ["neck.lateral_convs.0.conv.weight", "rpn_head.rpn_cls.bias", "roi_head.bbox.fc.bias"]
     others += ["decode_head.conv_seg.weight", "auxiliary_head.convs.0.bn.weight"]
     state.update({name: torch.ones(2) for name in others})
     path = saved({f"module.{name}": tensor for name, tensor in state.items()}, "pth", tmp_path)
-    done = convert.convert(path, tmp_path / "out")
-    assert done.arguments == {
+    conversion = convert.convert(path, tmp_path / "out")
+    assert conversion.arguments == {
         "input_shape": (None, None, 3),
         "stem_kernel_size": 7,
         "include_top": False,
         "feature_maps": True,
     }
-    left_out = [name for name in done.left_out if not name.endswith("tracked")]
-    assert left_out == [f"module.{name}" for name in others]
+    unused = [name for name in conversion.unused if not name.endswith("tracked")]
+    assert unused == [f"module.{name}" for name in others]
     with torch.no_grad():
         want = network.backbone(torch.tensor(np.moveaxis(IMAGES, -1, 1), dtype=torch.float32))
     got = outputs(tmp_path / "out", IMAGES)
@@ -201,14 +202,16 @@ def test_a_detector_becomes_its_maps(tmp_path):
 
 
 @pytest.mark.parametrize("mistake", ["group order", "classifier", "epsilon"])
-def test_f03_f26_the_check_finds_what_shapes_do_not(mistake, state, tmp_path, monkeypatch):
+def test_f03_f26_verification_finds_errors_that_shapes_do_not_show(
+    mistake, state, tmp_path, monkeypatch
+):
     if mistake == "group order":
         monkeypatch.setattr(convert, "_tap_major", lambda taps: lambda array: array)
     elif mistake == "classifier":
-        # As many classes as channels: a matrix that fits either way.
+        # As many classes as channels: the matrix fits with and without a transpose.
         state["head.fc.weight"] = torch.randn(2048, 2048)
         state["head.fc.bias"] = torch.randn(2048)
-        monkeypatch.setattr(convert, "TRANSPOSED", convert.SAME)
+        monkeypatch.setattr(convert, "TRANSPOSE", convert.IDENTITY)
     else:
         for name in state:
             if name.endswith("running_var"):
@@ -222,100 +225,104 @@ def test_f03_f26_the_check_finds_what_shapes_do_not(mistake, state, tmp_path, mo
             return model
 
         monkeypatch.setitem(models.MODELS, "rednet26", wrong)
-    assert "give the numbers of the checkpoint" in refused(saved(state, "pth", tmp_path), tmp_path)
+    assert "must match those of the checkpoint" in rejection(
+        saved(state, "pth", tmp_path), tmp_path
+    )
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(state, tmp_path):
     def message(changes):
         changed = {k: v for k, v in (state | changes).items() if v is not None}
-        return refused(saved(changed, "pth", tmp_path), tmp_path)
+        return rejection(saved(changed, "pth", tmp_path), tmp_path)
 
     names = {f"backbone.layer1.0.{n}": None for n in ("bn2.weight", "conv2.conv2.conv.bias")}
-    told = message({**names, "backbone.extra.weight": torch.ones(1), "ema": torch.ones(1)})
-    assert "2 missing: layer1.0.conv2.conv2.conv.bias, layer1.0.bn2.weight" in told
-    assert "2 unknown: extra.weight, ema" in told
-    told = message({"backbone.layer1.0.conv1.weight": torch.ones(64, 65, 1, 1)})
-    assert "layer1.0.conv1.weight (64, 65, 1, 1) instead of (64, 64, 1, 1)" in told
-    told = message({"head.fc.weight": torch.ones(5, 3)})
-    assert "fc.weight (5, 3) instead of (5, 2048)" in told
-    told = message({"head.fc.bias": torch.ones(10**6)})
-    assert "fc.weight (5, 2048) instead of (1000000, 2048)" in told
+    text = message({**names, "backbone.extra.weight": torch.ones(1), "ema": torch.ones(1)})
+    assert "2 missing: layer1.0.conv2.conv2.conv.bias, layer1.0.bn2.weight" in text
+    assert "2 unknown: extra.weight, ema" in text
+    text = message({"backbone.layer1.0.conv1.weight": torch.ones(64, 65, 1, 1)})
+    assert "layer1.0.conv1.weight (64, 65, 1, 1) instead of (64, 64, 1, 1)" in text
+    text = message({"head.fc.weight": torch.ones(5, 3)})
+    assert "fc.weight (5, 3) instead of (5, 2048)" in text
+    text = message({"head.fc.bias": torch.ones(10**6)})
+    assert "fc.weight (5, 2048) instead of (1000000, 2048)" in text
     assert "2 * K * K rows" in message({"backbone.stem.1.conv2.conv.weight": torch.ones(17, 8)})
     assert "under two prefixes" in message({"layer1.0.bn2.weight": torch.ones(64)})
     many = {name: None for name in state if "layer1" in name and not name.endswith("0.bn1.weight")}
     assert "25 missing: " in message(many)
     assert " and 5 more" in message(many)
     without = {name: None for name in state if "layer4" in name}
-    assert "must be a RedNet's" in message(without)
+    assert "of a RedNet, in numbers" in message(without)
     assert "(1, 2, 4, 0)" in message(without)
 
 
-def test_weights_that_are_no_finite_numbers_are_named(state, tmp_path):
+def test_weights_that_are_not_finite_are_named(state, tmp_path):
     name = "backbone.layer1.0.bn1.running_mean"
     for value in (np.nan, np.inf):
         state[name][3] = value
-        assert "in 1: layer1.0.bn1.running_mean" in refused(saved(state, "pth", tmp_path), tmp_path)
+        assert "in 1: layer1.0.bn1.running_mean" in rejection(
+            saved(state, "pth", tmp_path), tmp_path
+        )
     state[name] = torch.ones(64, dtype=torch.int64)
-    assert "finite floating-point" in refused(saved(state, "pth", tmp_path), tmp_path)
+    assert "finite floating-point" in rejection(saved(state, "pth", tmp_path), tmp_path)
     state[name] = torch.ones(64)
     state["backbone.layer1.0.bn1.running_var"] = -torch.ones(64)
-    assert "differ by nan" in refused(saved(state, "pth", tmp_path), tmp_path)
+    assert "maximum relative error of nan" in rejection(saved(state, "pth", tmp_path), tmp_path)
 
 
-def test_what_cannot_be_converted_is_refused_first(tmp_path):
+def test_preconditions_are_checked_first(tmp_path):
     source = FILES / "hosted"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(CheckpointError, match="new or empty"):
         convert.convert(source, tmp_path / "full")
-    assert "begins with" in refused(__file__, tmp_path)
+    assert "begins with" in rejection(__file__, tmp_path)
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        assert "dtype policy" in refused(source, tmp_path)
+        assert "dtype policy" in rejection(source, tmp_path)
     finally:
         keras.config.set_dtype_policy("float32")
 
 
-def test_the_hosted_model_gives_the_kernels_that_keras_2_computed(tmp_path):
+def test_hosted_model_gives_the_kernels_computed_by_keras_2(tmp_path):
     images, *want = np.load(FILES / "hosted.npz").values()
-    done = convert.convert(FILES / "hosted", tmp_path / "out")
-    assert (done.name, done.arguments["head"]) == ("inn", "kernels")
+    conversion = convert.convert(FILES / "hosted", tmp_path / "out")
+    assert (conversion.name, conversion.arguments["head"]) == ("inn", "kernels")
     got = keras.tree.flatten(outputs(tmp_path / "out", images))
     for y, expected in zip(got, want, strict=True):
         assert y.shape == expected.shape
         assert relative_error(y, expected) <= 1e-5
-    assert done.difference <= 1e-5
-    assert done.reloaded_difference == 0
+    assert conversion.max_relative_error <= 1e-5
+    assert conversion.reload_error == 0
 
 
-def test_the_hosted_model_may_be_named_by_its_layers(tmp_path, monkeypatch):
-    """As tf.train.Checkpoint names the variables of such a model."""
+def test_hosted_model_with_object_graph_names(tmp_path, monkeypatch):
+    """As tf.train.Checkpoint names the variables."""
     read = checkpoint_readers.read(FILES / "hosted").tensors
     renamed = {}
     for name, array in read.items():
         layer, index = divmod(int(name.split("/")[1]), 8)
-        inside = convert.EXAMPLE[index][0]
+        inside = convert.KERAS_IO_VARIABLES[index][0]
         path = f"layer_with_weights-{layer}/kernel_gen/{inside}/.ATTRIBUTES/VARIABLE_VALUE"
         renamed[path] = array
-    both = convert._example_plan(read, "source"), convert._example_plan(renamed, "source")
-    assert both[0].layouts == both[1].layouts
+    both = convert._keras_io_plan(read, "source"), convert._keras_io_plan(renamed, "source")
+    assert both[0].weight_maps == both[1].weight_maps
     for name, array in both[0].tensors.items():
         assert both[1].tensors[name] is array
     counted = {**renamed, "save_counter/.ATTRIBUTES/VARIABLE_VALUE": np.array(1)}
-    assert convert._example_plan(counted, "source").left_out == tuple(counted)[-1:]
+    assert convert._keras_io_plan(counted, "source").unused == tuple(counted)[-1:]
     del renamed[path]
     with pytest.raises(CheckpointError, match="1 missing: inv_2/sequential/conv2d/bias"):
-        convert._example_plan(
+        convert._keras_io_plan(
             {k: v for k, v in read.items() if not k.startswith("variables/9/")}, "source"
         )
     with pytest.raises(CheckpointError, match="1 unknown: dense/kernel"):
-        convert._example_plan({**read, "dense/kernel": np.ones(3)}, "source")
+        convert._keras_io_plan({**read, "dense/kernel": np.ones(3)}, "source")
 
 
-def test_a_damaged_bundle_is_refused(tmp_path):
+def test_damaged_bundle_is_rejected(tmp_path):
     shutil.copytree(FILES / "hosted", tmp_path / "hosted")
     data = tmp_path / "hosted/variables/variables.data-00000-of-00001"
     contents = bytearray(data.read_bytes())
     contents[5] ^= 1
     data.write_bytes(contents)
-    assert "checksum" in refused(tmp_path / "hosted", tmp_path)
+    assert "checksum" in rejection(tmp_path / "hosted", tmp_path)

@@ -1,4 +1,4 @@
-"""Trained models that come along: that they are what their cards say, and how they get there."""
+"""Pretrained models: they match their model cards; how they are packaged."""
 
 import importlib.util
 import json
@@ -9,7 +9,8 @@ import pytest
 
 from involution import models
 from involution.models import pretrained, weights
-from involution.saving import classifier as saved_model
+from involution.saving.classifier import DEFAULT
+from involution.saving.classifier import load as load_classifier
 from involution.training import experiment
 from tests.support.backends import numpy
 from tests.support.images import write_folder
@@ -26,14 +27,14 @@ def script(name):
     return module
 
 
-def test_they_are_small_and_each_has_a_card():
-    assert saved_model.DEFAULT in pretrained.names()
-    assert {"cnn-cifar10", "inn-cifar10", "rednet_tiny-cifar10"} == set(pretrained.names())
-    sizes = [f.stat().st_size for f in pretrained.FOLDERS.rglob("*") if f.is_file()]
+def test_size_and_model_cards():
+    assert DEFAULT in pretrained.available()
+    assert {"cnn-cifar10", "inn-cifar10", "rednet_tiny-cifar10"} == set(pretrained.available())
+    sizes = [f.stat().st_size for f in pretrained.ROOT.rglob("*") if f.is_file()]
     assert sum(sizes) < LIMIT
-    for name in pretrained.names():
-        card = (pretrained.folder(name) / "README.md").read_text(encoding="utf-8")
-        accuracy = weights.read_config(pretrained.folder(name))["extra"]["test_accuracy"]
+    for name in pretrained.available():
+        card = (pretrained.path(name) / "README.md").read_text(encoding="utf-8")
+        accuracy = weights.read_config(pretrained.path(name))["extra"]["test_accuracy"]
         for part in (
             f"# {name}\n",
             "| recipe |",
@@ -44,21 +45,21 @@ def test_they_are_small_and_each_has_a_card():
             assert part in card, (name, part)
 
 
-@pytest.mark.parametrize("name", pretrained.names())
-def test_a_shipped_model_has_the_numbers_it_was_shipped_with(name):
+@pytest.mark.parametrize("name", pretrained.available())
+def test_outputs_match_those_at_packaging(name):
     model = models.load(name)
-    about = weights.read_config(pretrained.folder(name))["extra"]
+    metadata = weights.read_config(pretrained.path(name))["extra"]
     ramp = np.linspace(0, 1, 32 * 32 * 3, dtype="float32").reshape(1, 32, 32, 3)
     np.testing.assert_allclose(
-        numpy(model(ramp))[0], about["logits_of_a_ramp"], rtol=1e-4, atol=1e-4
+        numpy(model(ramp))[0], metadata["logits_of_a_ramp"], rtol=1e-4, atol=1e-4
     )
-    classifier = saved_model.load(name)
+    classifier = load_classifier(name)
     assert classifier.image_shape == (32, 32, 3)
     assert classifier.class_names[3] == "cat"
-    np.testing.assert_allclose(classifier.scores(ramp).sum(), 1, rtol=1e-5)
+    np.testing.assert_allclose(classifier.predict_proba(ramp).sum(), 1, rtol=1e-5)
 
 
-def test_others_are_refused():
+def test_unknown_names_are_rejected():
     with pytest.raises(ValueError, match=r"one of cnn-cifar10, inn-cifar10.* Received: 'magic'"):
         models.load("magic")
     with pytest.raises(ValueError, match=r"Received: '\.\./trained/inn-cifar10'"):
@@ -67,7 +68,7 @@ def test_others_are_refused():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs that differ in their seed."""
+    """Two runs with different seeds."""
     folder = tmp_path_factory.mktemp("runs")
     pets = write_folder(folder / "pets")
     for seed in (1, 2):
@@ -79,12 +80,12 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.any_backend
-def test_a_run_is_shipped(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pretrained, "FOLDERS", tmp_path)
+def test_a_run_is_packaged(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrained, "ROOT", tmp_path)
     script("ship").ship(runs / "1", "cnn:filters=2-3-4", "small")
-    assert pretrained.names() == ["small"]
-    classifier = saved_model.load("small")
-    original = saved_model.load(runs / "1" / "cnn-filters=2-3-4.keras")
+    assert pretrained.available() == ["small"]
+    classifier = load_classifier("small")
+    original = load_classifier(runs / "1" / "cnn-filters=2-3-4.keras")
     assert classifier.class_names == original.class_names
     x = np.random.default_rng(0).random((2, *classifier.image_shape), "float32")
     np.testing.assert_array_equal(numpy(classifier.model(x)), numpy(original.model(x)))
@@ -98,7 +99,7 @@ def test_a_run_is_shipped(runs, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.any_backend
-def test_seeds_become_a_table_and_a_figure(runs, tmp_path, monkeypatch, capsys):
+def test_table_and_figure_of_seeds(runs, tmp_path, monkeypatch, capsys):
     stem = tmp_path / "table"
     monkeypatch.setattr(
         sys, "argv", ["seeds", str(runs / "1"), str(runs / "2"), "--output", str(stem)]

@@ -1,4 +1,4 @@
-"""The reader of pickles by itself: what it makes, and all that it refuses."""
+"""The restricted unpickler: accepted and rejected pickles."""
 
 import collections
 import io
@@ -11,42 +11,42 @@ from involution.models.checkpoint_readers import CheckpointError, restricted_unp
 
 pytestmark = pytest.mark.any_backend
 
-ARRAYS = "A checkpoint must be made of arrays alone"
+ARRAYS = "A checkpoint must contain arrays only"
 
 
 def read(content, functions=None, persistent=None):
     return restricted_unpickler.read(io.BytesIO(content), functions or {}, persistent)
 
 
-def refused(content, functions=None, persistent=None):
+def rejection(content, functions=None, persistent=None):
     with pytest.raises(CheckpointError) as caught:
         read(content, functions, persistent)
     return str(caught.value)
 
 
-def named(module, name):
-    """Instructions that ask for a name, as protocol 4 has them."""
-    texts = (b"X" + struct.pack("<I", len(t.encode())) + t.encode() for t in (module, name))
-    return b"".join(texts) + b"\x93"
+def global_instructions(module, name):
+    """The instructions of protocol 4 that push a global."""
+    strings = (b"X" + struct.pack("<I", len(t.encode())) + t.encode() for t in (module, name))
+    return b"".join(strings) + b"\x93"
 
 
 SHARED = ["shared"]
 VALUES = {
-    "texts": ["", "é", "x" * 300],
+    "strings": ["", "é", "x" * 300],
     "numbers": [0, 1, 255, 256, 65536, -1, 2**40, -(2**70), 1.5, float("inf")],
     "constants": [None, True, False],
     "tuples": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), ((), ((5,), [6]))],
     "empty": [[], {}],
     "one": [[7], {8: 9}],
     "shared": [SHARED, SHARED],
-    # More than 255 of them, whose numbers take four bytes.
+    # Memo indices above 255 take four bytes.
     "many": [many := [[n] for n in range(300)], many[299], many[2]],
     3: {True: {"deep": {"deeper": [{}]}}},
 }
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_data_comes_as_pickle_gives_it(protocol):
+def test_data_matches_pickle(protocol):
     content = pickle.dumps(VALUES, protocol)
     value = read(content)
     assert repr(value) == repr(VALUES)
@@ -54,7 +54,7 @@ def test_data_comes_as_pickle_gives_it(protocol):
     assert value["many"][0][299] is value["many"][1]
 
 
-def test_bytes_and_texts_of_every_length():
+def test_bytes_and_strings_of_every_length():
     for value, protocol in (
         (b"", 3),
         (b"x" * 300, 3),
@@ -62,14 +62,14 @@ def test_bytes_and_texts_of_every_length():
     ):
         got = read(pickle.dumps(value, protocol))
         assert (type(got), got) == (type(value), value)
-    # With 8 bytes for the length, which pickle writes above 4 GB alone.
+    # With a length of 8 bytes, which pickle writes only above 4 GB.
     assert read(b"\x8d" + struct.pack("<Q", 3) + b"abc.") == "abc"
     assert read(b"\x8e" + struct.pack("<Q", 3) + b"abc.") == b"abc"
-    # As Python 2 wrote them.
+    # Python 2.
     assert read(b"(U\x01aT\x02\0\0\0bct.") == ("a", "bc")
 
 
-def test_what_is_remembered_has_the_number_that_the_pickle_gives_it():
+def test_memo_indices():
     assert read(b"(K\x01q\x05K\x02r\x07\0\0\0K\x03\x94h\x05j\x07\0\0\0h\x02t.") == (
         1,
         2,
@@ -80,45 +80,48 @@ def test_what_is_remembered_has_the_number_that_the_pickle_gives_it():
     )
 
 
-def test_one_pickle_is_read_and_the_file_stands_behind_it():
+def test_one_pickle_is_read():
     file = io.BytesIO(b"\x80\x02K\x01.\x80\x02K\x02.")
     assert [restricted_unpickler.read(file, {}) for _ in range(2)] == [1, 2]
 
 
-def test_names_are_texts_and_functions_are_the_callers():
+def test_globals_and_functions():
     functions = {"a.b.c": None, "m.pair": lambda *values: list(values)}
-    assert read(b"ca.b\nc\n.", functions) == restricted_unpickler.Name("a.b.c")
-    assert read(named("a.b", "c") + b".", functions) == restricted_unpickler.Name("a.b.c")
+    assert read(b"ca.b\nc\n.", functions) == restricted_unpickler.GlobalRef("a.b.c")
+    assert read(
+        global_instructions("a.b", "c") + b".", functions
+    ) == restricted_unpickler.GlobalRef("a.b.c")
     assert read(b"cm\npair\nK\x01K\x02\x86R.", functions) == [1, 2]
-    assert read(named("m", "pair") + b"(K\x01K\x02tR.", functions) == [1, 2]
+    assert read(global_instructions("m", "pair") + b"(K\x01K\x02tR.", functions) == [1, 2]
     assert read(b"K\x07Q.", persistent=lambda number: ["object", number]) == ["object", 7]
-    assert restricted_unpickler.empty_dictionary() == {}
+    assert restricted_unpickler.empty_dict() == {}
     ordered = pickle.dumps(collections.OrderedDict(a=1), 2)
-    assert read(ordered, {"collections.OrderedDict": restricted_unpickler.empty_dictionary}) == {
-        "a": 1
-    }
+    assert read(ordered, {"collections.OrderedDict": restricted_unpickler.empty_dict}) == {"a": 1}
 
 
-def test_a_state_is_for_what_takes_one():
-    class Taking:
+def test_build():
+    class Stateful:
         def build(self, state):
             self.state = state
 
-    assert read(b"cm\nt\n)R}K\x01K\x02sb.", {"m.t": Taking}).state == {1: 2}
-    # Attributes of a dictionary mean nothing.
+    assert read(b"cm\nt\n)R}K\x01K\x02sb.", {"m.t": Stateful}).state == {1: 2}
+    # Attributes of a dictionary are ignored.
     assert read(b"}K\x01K\x02s}K\x03K\x04sb.") == {1: 2}
 
 
-def test_names_that_are_not_known():
-    rule = f"{ARRAYS}; no code of a file is run. Received: a pickle that asks for "
-    assert refused(b"cos\nsystem\n.") == f"{rule}os.system"
-    assert refused(named("os", "system") + b")R.", {"os.path": None}) == f"{rule}os.system"
-    assert refused(named("o", "é\n") + b".") == rf"{rule}o.\xe9\n"
-    assert refused(named("o", "x" * 300) + b".") == f"{rule}o.{'x' * 198}"
+def test_unknown_globals():
+    rule = f"{ARRAYS}, no code. Received: a pickle with the global "
+    assert rejection(b"cos\nsystem\n.") == f"{rule}os.system"
+    assert (
+        rejection(global_instructions("os", "system") + b")R.", {"os.path": None})
+        == f"{rule}os.system"
+    )
+    assert rejection(global_instructions("o", "é\n") + b".") == rf"{rule}o.\xe9\n"
+    assert rejection(global_instructions("o", "x" * 300) + b".") == f"{rule}o.{'x' * 198}"
 
 
-def test_names_that_are_not_to_be_called():
-    message = refused(b"cm\nkind\n)R.", {"m.kind": None})
+def test_globals_that_are_not_callable():
+    message = rejection(b"cm\nkind\n)R.", {"m.kind": None})
     assert message == f"{ARRAYS}. Received: a call of m.kind"
 
 
@@ -140,28 +143,28 @@ def test_names_that_are_not_to_be_called():
         (b"\x97.", "NEXT_BUFFER"),
     ],
 )
-def test_other_instructions(content, instruction):
-    assert refused(content) == f"{ARRAYS}. Received: the pickle instruction {instruction}"
+def test_unsupported_instructions(content, instruction):
+    assert rejection(content) == f"{ARRAYS}. Received: the pickle instruction {instruction}"
 
 
-def test_instructions_are_counted(monkeypatch):
-    monkeypatch.setattr(restricted_unpickler, "STEPS", 1000)
+def test_maximum_number_of_instructions(monkeypatch):
+    monkeypatch.setattr(restricted_unpickler, "MAX_INSTRUCTIONS", 1000)
     assert read(b"\x80\x02" * 998 + b"N.") is None
-    rule = "A pickle must need at most 1,000 instructions. Received: a longer one"
-    assert refused(b"\x80\x02" * 999 + b"N.") == rule
+    rule = "A pickle must have at most 1,000 instructions. Received: more"
+    assert rejection(b"\x80\x02" * 999 + b"N.") == rule
 
 
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        (b"K\x01K\x02a.", TypeError, "int in the place of list"),
-        (b"K\x01(K\x02e.", TypeError, "int in the place of list"),
-        (b"]K\x01K\x02s.", TypeError, "list in the place of dict"),
-        (b"](K\x01K\x02u.", TypeError, "list in the place of dict"),
-        (b"cm\nf\n]R.", TypeError, "list in the place of tuple"),
-        (b"K\x01)R.", TypeError, "int in the place of Name"),
-        (b"K\x01X\1\0\0\0a\x93.", TypeError, "int in the place of str"),
-        (b"X\1\0\0\0aK\x01\x93.", TypeError, "int in the place of str"),
+        (b"K\x01K\x02a.", TypeError, "int instead of list"),
+        (b"K\x01(K\x02e.", TypeError, "int instead of list"),
+        (b"]K\x01K\x02s.", TypeError, "list instead of dict"),
+        (b"](K\x01K\x02u.", TypeError, "list instead of dict"),
+        (b"cm\nf\n]R.", TypeError, "list instead of tuple"),
+        (b"K\x01)R.", TypeError, "int instead of GlobalRef"),
+        (b"K\x01X\1\0\0\0a\x93.", TypeError, "int instead of str"),
+        (b"X\1\0\0\0aK\x01\x93.", TypeError, "int instead of str"),
         (b"}NK\x01s.", TypeError, "NoneType as a key"),
         (b"}(K\x01K\x02)K\x01u.", TypeError, "tuple as a key"),
         (b"}(K\x01u.", ValueError, "shorter"),
@@ -176,7 +179,7 @@ def test_instructions_are_counted(monkeypatch):
         (b"]Nb.", AttributeError, "build"),
     ],
 )
-def test_what_is_not_well_formed(content, error, message):
+def test_malformed_pickles(content, error, message):
     with pytest.raises(error, match=message) as caught:
         read(content, {"m.f": lambda: None})
     assert caught.type is error

@@ -1,4 +1,4 @@
-"""A model in a folder: names of weights, what is stored, what damaged folders do."""
+"""The folder format of models: names of weights, content, damaged folders."""
 
 import json
 import types
@@ -32,12 +32,12 @@ def saved(name, folder):
     return model
 
 
-def refused(folder):
-    return test_checkpoint_readers.refused(folder, weights.load)
+def rejection(folder):
+    return test_checkpoint_readers.rejection(folder, weights.load)
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_folder_gives_the_model_back_to_the_bit(name, tmp_path):
+def test_round_trip_is_exact(name, tmp_path):
     model = saved(name, tmp_path / "new" / "folder")
     again = weights.load(tmp_path / "new" / "folder")
     images = np.random.default_rng(0).random(IMAGES[name], dtype="float32")
@@ -50,7 +50,7 @@ def test_a_folder_gives_the_model_back_to_the_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_names_do_not_depend_on_what_was_built_before(name, tmp_path):
+def test_names_do_not_depend_on_earlier_models(name, tmp_path):
     first, second = (models.MODELS[name](**SMALL[name]) for _ in range(2))
     names = weights.named_weights(first)
     assert len(names) == len(first.weights)
@@ -62,7 +62,7 @@ def test_names_do_not_depend_on_what_was_built_before(name, tmp_path):
         np.testing.assert_array_equal(numpy(variable.value), numpy(same.value))
 
 
-def test_names_are_the_layers_and_the_paths_inside():
+def test_names_are_layers_and_paths_inside():
     assert list(weights.named_weights(models.inn()))[6:10] == [
         "inv_1/sequential/conv2d_1/kernel",
         "inv_1/sequential/conv2d_1/bias",
@@ -80,10 +80,10 @@ def test_names_are_the_layers_and_the_paths_inside():
     assert names[-2:] == ["logits/kernel", "logits/bias"]
 
 
-def test_weights_of_one_name_are_refused():
-    keras.utils.clear_session()  # the first layer is conv2d, whatever ran before
+def test_equal_names_are_rejected():
+    keras.utils.clear_session()  # the first layer is conv2d, regardless of other tests
     x = inputs = keras.Input((4, 4, 16))
-    # A name as Keras would count it, of a layer of another class.
+    # An automatic name of another class.
     named = keras.layers.Conv2DTranspose(16, 1, name="conv2d_1")
     for layer in (keras.layers.Conv2D(16, 1), named, keras.layers.Conv2D(16, 1, name="conv2d_9")):
         x = layer(x)
@@ -92,7 +92,7 @@ def test_weights_of_one_name_are_refused():
 
 
 class Layer:
-    """A layer as far as names go: its weights' paths, and its class."""
+    """A stand-in for a layer: class, name and the paths of its weights."""
 
     def __init__(self, name, *paths):
         self.name, self.weights = name, [types.SimpleNamespace(path=path) for path in paths]
@@ -106,18 +106,18 @@ class BatchNormalization(Layer):
     pass
 
 
-def test_names_are_counted_anew_in_every_model_and_in_every_layer():
+def test_numbering_is_per_model_and_per_layer():
     layers = [
         Layer("input_layer_3"),
         Conv2D("conv2d_7", "conv2d_7/kernel", "conv2d_7/bias"),
         BatchNormalization("batch_normalization_4", "batch_normalization_4/gamma"),
         Conv2D("conv2d_9", "conv2d_9/kernel"),
-        # Names of one's own stay, whatever they end with.
+        # A user's names are kept.
         Conv2D("mine_3", "mine_3/kernel"),
         Layer(
             "inv_1", *(f"inv_1/seq_{path}" for path in ("5/c_8/a", "5/c_8/b", "5/c_9/a", "6/c_3/a"))
         ),
-        # Built before its outer layer, whose name is missing; and within another.
+        # Built before its parent, whose name is missing; and inside another layer.
         Layer("inv_2", "seq_7/c_1/a", "outer/inv_2/seq_9/c_1/a"),
     ]
     named = weights.named_weights(types.SimpleNamespace(layers=layers))
@@ -137,31 +137,32 @@ def test_names_are_counted_anew_in_every_model_and_in_every_layer():
     variables = [variable for layer in layers for variable in layer.weights]
     assert list(named.values()) == variables
     layers.append(Layer("mine_3", "kernel"))
-    with pytest.raises(ValueError, match="Weights must have names of their own") as e:
+    with pytest.raises(ValueError, match="Weights must have unique names") as e:
         weights.named_weights(types.SimpleNamespace(layers=layers))
     assert str(e.value).endswith(": mine_3/kernel twice")
 
 
-def test_what_differs_is_listed():
+def test_differences_are_listed():
     weights.check_tensors({"a": (2,), "b": None}, {"a": (2,), "b": (3, 4)}, "x")
     with pytest.raises(CheckpointError) as caught:
         weights.check_tensors(
             {"a": (2,), "b": None, "c": (1,), "d": (5,)}, {"c": (2,), "d": (5, 1), "e": ()}, "x.y"
         )
     assert str(caught.value) == (
-        "The tensors must be the model's, with its shapes. Received: x.y, with 2 missing: a, b; "
+        "Tensors must match the names and shapes of the model's weights. "
+        "Received: x.y, with 2 missing: a, b; "
         "1 unknown: e; 2 of another shape: c (2,) instead of (1,), d (5, 1) instead of (5,)"
     )
-    assert weights.listed([]) == ""
-    assert weights.listed(range(20)) == ", ".join(map(str, range(20)))
-    assert weights.listed(range(22)) == ", ".join(map(str, range(20))) + " and 2 more"
-    assert weights.listed("abc", 1) == "a and 2 more"
-    # Names stand in a file of a stranger's.
-    assert weights.listed(["x" * 300, "é\n"]) == "x" * 200 + r", \xe9\n"
+    assert weights.format_names([]) == ""
+    assert weights.format_names(range(20)) == ", ".join(map(str, range(20)))
+    assert weights.format_names(range(22)) == ", ".join(map(str, range(20))) + " and 2 more"
+    assert weights.format_names("abc", 1) == "a and 2 more"
+    # Names are from an untrusted file.
+    assert weights.format_names(["x" * 300, "é\n"]) == "x" * 200 + r", \xe9\n"
 
 
 class Variable:
-    """One weight of a model that takes no time to build."""
+    """The weight of a model that is built at once."""
 
     path = "head/kernel"
 
@@ -175,22 +176,22 @@ class Variable:
 
 
 def small(monkeypatch, **options):
-    """Has ``weights.MODELS`` know a model ``small``; gives what it was called with."""
-    asked = []
+    """Adds a model ``small`` to ``weights.MODELS``; returns the arguments of its calls."""
+    calls = []
 
     def build(**arguments):
-        asked.append(arguments)
+        calls.append(arguments)
         if "wings" in arguments:
             raise RuntimeError("no\n  " + "wings " * 100)
         layer = types.SimpleNamespace(name="head", weights=[Variable(**options)])
         return types.SimpleNamespace(layers=[layer])
 
     monkeypatch.setitem(weights.MODELS, "small", build)
-    return asked
+    return calls
 
 
-def test_what_stands_in_a_folder(tmp_path, monkeypatch):
-    asked = small(monkeypatch, value=np.arange(6, dtype="float64").reshape(3, 2).T)
+def test_content_of_a_folder(tmp_path, monkeypatch):
+    calls = small(monkeypatch, value=np.arange(6, dtype="float64").reshape(3, 2).T)
     model = weights.MODELS["small"]()
     arguments = {"classes": 3, "sizes": (1, 2)}
     weights.save(str(tmp_path / "a" / "b"), "small", arguments, model, {"note": "é"})
@@ -205,19 +206,19 @@ def test_what_stands_in_a_folder(tmp_path, monkeypatch):
     assert list(stored) == ["head/kernel"]
     np.testing.assert_array_equal(stored["head/kernel"], [[0, 2, 4], [1, 3, 5]])
     again = weights.load(str(tmp_path / "a" / "b"))
-    assert asked[-1] == {"classes": 3, "sizes": (1, 2)}
+    assert calls[-1] == {"classes": 3, "sizes": (1, 2)}
     np.testing.assert_array_equal(again.layers[0].weights[0].value, [[0, 2, 4], [1, 3, 5]])
-    # Into a folder that is there, and without anything more.
+    # To an existing folder, without extra.
     weights.save(tmp_path, "small", {}, model)
     assert weights.read_config(str(tmp_path))["extra"] == {}
 
 
-def test_a_folder_is_a_model_when_it_is_whole(tmp_path, monkeypatch):
+def test_configuration_is_written_last(tmp_path, monkeypatch):
     small(monkeypatch)
     written = []
-    real = atomic_files.replacing
+    real = atomic_files.atomic_write
     monkeypatch.setattr(
-        atomic_files, "replacing", lambda path: written.append(path.name) or real(path)
+        atomic_files, "atomic_write", lambda path: written.append(path.name) or real(path)
     )
     weights.save(tmp_path, "small", {}, weights.MODELS["small"]())
     assert written == ["model.safetensors", "config.json"]
@@ -229,7 +230,7 @@ def test_a_folder_is_a_model_when_it_is_whole(tmp_path, monkeypatch):
     ("kind", "stored"),
     [("float16", "F16"), ("float32", "F32"), ("float64", "F64"), ("bfloat16", "F32")],
 )
-def test_types_of_weights(kind, stored, tmp_path, monkeypatch):
+def test_dtypes_of_weights(kind, stored, tmp_path, monkeypatch):
     value = np.array([[0.1, 0.2, 0.3]] * 2, "float32" if kind == "bfloat16" else kind)
     small(monkeypatch, dtype=kind, value=value)
     model = weights.MODELS["small"]()
@@ -241,7 +242,7 @@ def test_types_of_weights(kind, stored, tmp_path, monkeypatch):
     np.testing.assert_array_equal(again, value)
 
 
-def test_a_weight_is_set_from_a_copy_in_its_own_type():
+def test_assign_copies_and_casts():
     variable, array = Variable("float16"), np.arange(6, dtype="float64").reshape(3, 2).T
     weights.assign(variable, array)
     assert variable.value.dtype == np.float16
@@ -253,7 +254,7 @@ def test_a_weight_is_set_from_a_copy_in_its_own_type():
     assert not np.shares_memory(variable.value, same)
 
 
-def test_every_refusal_says_what_is_wrong(tmp_path, monkeypatch):
+def test_error_messages(tmp_path, monkeypatch):
     small(monkeypatch)
     weights.save(tmp_path, "small", {}, weights.MODELS["small"]())
     config, tensors = tmp_path / "config.json", tmp_path / "model.safetensors"
@@ -261,15 +262,15 @@ def test_every_refusal_says_what_is_wrong(tmp_path, monkeypatch):
 
     def message(**changes):
         config.write_text(json.dumps({**whole, **changes}))
-        return refused(tmp_path)
+        return rejection(tmp_path)
 
-    rule = f"A model's arguments must suit small. Received: {config}: RuntimeError: "
+    rule = f"A model's arguments must be valid for small. Received: {config}: RuntimeError: "
     assert message(arguments={"wings": 2}) == (rule + "no " + "wings " * 100)[: len(rule) + 300]
     rule = (
-        "A model's folder must hold config.json and model.safetensors as involution writes them. "
+        "A model folder must contain config.json and model.safetensors as involution writes them. "
     )
     rule += f"Received: {config}: "
-    for change, said in (
+    for change, reason in (
         ({"format": "x"}, "ValueError: format 'x', version 1"),
         ({"version": 2}, "ValueError: format 'involution model', version 2"),
         ({"name": "huge"}, "ValueError: unknown model 'huge'"),
@@ -277,69 +278,69 @@ def test_every_refusal_says_what_is_wrong(tmp_path, monkeypatch):
         ({"extra": None}, "TypeError: arguments and extra must be objects"),
         ({"extra": {"x": "y" * 2**20}}, "ValueError: more than 1048576 bytes"),
     ):
-        assert message(**change) == rule + said
+        assert message(**change) == rule + reason
     text = json.dumps(whole)
     config.write_text(text + " " * (2**20 - len(text)))
     weights.load(tmp_path)
     config.write_text(text + " " * (2**20 - len(text) + 1))
-    assert refused(tmp_path) == f"{rule}ValueError: more than 1048576 bytes"
+    assert rejection(tmp_path) == f"{rule}ValueError: more than 1048576 bytes"
     config.write_text(text)
     save_file({"head/kernel": np.ones((2, 3), "int32"), "b": np.ones(0, "f")}, tensors)
-    assert refused(tmp_path) == (
-        "A model's tensors must be of the types F16, F32, F64. Received: head/kernel of type I32"
+    assert rejection(tmp_path) == (
+        "A model's tensors must have a dtype of F16, F32, F64. Received: head/kernel of dtype I32"
     )
     save_file({"head/kernel": np.ones((2, 4), "f")}, tensors)
-    assert refused(tmp_path) == (
-        f"The tensors must be the model's, with its shapes. Received: {tensors}, with 1 of another "
-        "shape: head/kernel (2, 4) instead of (2, 3)"
+    assert rejection(tmp_path) == (
+        "Tensors must match the names and shapes of the model's weights. Received: "
+        f"{tensors}, with 1 of another shape: head/kernel (2, 4) instead of (2, 3)"
     )
     tensors.write_bytes(b"")
-    rule = f"A model's weights must be a whole safetensors file. Received: {tensors}: Safetensor"
-    assert refused(tmp_path).startswith(rule)
+    rule = f"A model's weights must be a complete safetensors file. Received: {tensors}: Safetensor"
+    assert rejection(tmp_path).startswith(rule)
     tensors.unlink()
-    assert "No such file" in refused(tmp_path)
+    assert "No such file" in rejection(tmp_path)
 
 
-def test_arguments_are_such_that_building_ends(tmp_path, monkeypatch):
-    asked = small(monkeypatch)
+def test_arguments_that_do_not_bound_the_build_are_rejected(tmp_path, monkeypatch):
+    calls = small(monkeypatch)
     weights.save(tmp_path, "small", {}, weights.MODELS["small"]())
     config = tmp_path / "config.json"
     whole = json.loads(config.read_text())
-    asked.clear()
+    calls.clear()
 
     def message(**arguments):
         config.write_text(json.dumps({**whole, "arguments": arguments}))
-        return refused(tmp_path)
+        return rejection(tmp_path)
 
     rule = (
-        "A model's arguments must be numbers, texts, booleans, null, or lists of them. Received: "
+        "A model's arguments must be numbers, strings, booleans, null, or lists of them. Received: "
     )
     harm = {"class_name": "Lambda", "config": {}}
     assert message(a={"b": 1}) == f"{rule}{config} with a=\"{{'b': 1}}\""
     assert message(a=[1, harm]).startswith(f"{rule}{config} with a=")
     assert message(a=[[1]]) == f"{rule}{config} with a='([1],)'"
-    rule = "A model must have tensors for all its `blocks`. Received: "
-    assert message(blocks=2) == f"{rule}{config} with blocks=2, and 1 tensors"
-    assert message(blocks=[1, 9999]) == f"{rule}{config} with blocks=(1, 9999), and 1 tensors"
-    assert asked == []
+    rule = "`blocks` must not exceed the number of tensors. Received: "
+    assert message(blocks=2) == f"{rule}{config} with blocks=2 and 1 tensors"
+    assert message(blocks=[1, 9999]) == f"{rule}{config} with blocks=(1, 9999) and 1 tensors"
+    assert calls == []
     for arguments in ({"blocks": 1}, {"blocks": [1, 0]}, {"blocks": None}, {"blocks": ["x", 1]}):
         config.write_text(json.dumps({**whole, "arguments": arguments}))
         weights.load(tmp_path)
 
 
-def test_shapes_are_compared_before_the_model_is_built(tmp_path, monkeypatch):
-    asked = small(monkeypatch)
+def test_shapes_are_compared_before_the_build(tmp_path, monkeypatch):
+    calls = small(monkeypatch)
     weights.save(tmp_path, "small", {}, weights.MODELS["small"]())
-    asked.clear()
+    calls.clear()
     weights.load(tmp_path)
-    assert len(asked) == 2
+    assert len(calls) == 2
     save_file({"head/kernel": np.ones((2, 4), "f")}, tmp_path / "model.safetensors")
-    asked.clear()
-    refused(tmp_path)
-    assert len(asked) == 1
+    calls.clear()
+    rejection(tmp_path)
+    assert len(calls) == 1
 
 
-def test_only_models_with_a_name_are_saved(tmp_path):
+def test_only_registered_models_are_saved(tmp_path):
     with pytest.raises(ValueError, match="`name` must be one of"):
         weights.save(tmp_path / "new", "rednet_huge", {}, models.cnn())
     assert not (tmp_path / "new").exists()
@@ -353,53 +354,53 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path):
     def message(changes):
         tensors = {k: v for k, v in (whole | changes).items() if v is not None}
         save_file(tensors, file)
-        return refused(tmp_path)
+        return rejection(tmp_path)
 
     assert "2 missing: conv2d/bias, conv2d_1/bias" in message(
         {"conv2d/bias": None, "conv2d_1/bias": None}
     )
     assert "1 unknown: more" in message({"more": np.ones(2, "float32")})
     assert "conv2d/bias (31,) instead of (32,)" in message({"conv2d/bias": np.ones(31, "f")})
-    assert "types F16, F32, F64" in message({"conv2d/bias": np.ones(32, "int32")})
+    assert "dtype of F16, F32, F64" in message({"conv2d/bias": np.ones(32, "int32")})
     save_file({k: v.astype("float64") for k, v in whole.items()}, file)
     weights.load(tmp_path)
 
 
-def test_configurations_that_are_none_are_refused(tmp_path):
+def test_invalid_configurations_are_rejected(tmp_path):
     saved("cnn", tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
 
     def message(**changes):
         file.write_text(json.dumps({**config, **changes}))
-        return refused(tmp_path)
+        return rejection(tmp_path)
 
     assert "format 'x'" in message(format="x")
     assert "version 2" in message(version=2)
     assert "unknown model 'x'" in message(name="x")
     assert "arguments and extra" in message(arguments=[1])
-    assert "must suit cnn" in message(arguments={"classes": 7, "wings": 3})
-    assert "must suit cnn" in message(arguments={"classes": 7, "input_shape": "large"})
-    # Before memory is taken.
-    told = message(arguments={**config["arguments"], "classes": 10**12})
-    assert "must suit cnn. " in told
-    assert "numbers or more, where " in told
+    assert "must be valid for cnn" in message(arguments={"classes": 7, "wings": 3})
+    assert "must be valid for cnn" in message(arguments={"classes": 7, "input_shape": "large"})
+    # Before memory is allocated.
+    text = message(arguments={**config["arguments"], "classes": 10**12})
+    assert "must be valid for cnn. " in text
+    assert "elements, of which " in text
     assert "more than" in message(extra={"x": "y" * 2**20})
     for text in ("", "[]", "{", '"x"', "[" * 10**5, "\udcff", '{"format": 1}'):
         file.write_bytes(text.encode("utf-8", "surrogateescape"))
-        refused(tmp_path)
+        rejection(tmp_path)
     file.unlink()
-    assert "No such file" in refused(tmp_path)
-    refused(tmp_path / "missing")
+    assert "No such file" in rejection(tmp_path)
+    rejection(tmp_path / "missing")
 
 
-def test_damaged_weights_end_in_the_error_or_in_a_model(tmp_path):
+def test_damaged_weights_give_an_error_or_a_model(tmp_path):
     saved("cnn", tmp_path)
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
     for cut in (0, 7, 8, 100, 1000, len(whole) - 1):
         file.write_bytes(whole[:cut])
-        refused(tmp_path)
+        rejection(tmp_path)
     rng = np.random.default_rng(0)
     header = 8 + int.from_bytes(whole[:8], "little")
     errors = 0
@@ -413,6 +414,6 @@ def test_damaged_weights_end_in_the_error_or_in_a_model(tmp_path):
             errors += 1
     assert errors > 20
     file.unlink()
-    refused(tmp_path)
+    rejection(tmp_path)
     file.mkdir()
-    refused(tmp_path)
+    rejection(tmp_path)

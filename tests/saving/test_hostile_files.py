@@ -1,5 +1,5 @@
-"""Files of strangers at every place where one comes in: no code runs, nothing else is opened,
-nobody is called, memory stays, and one line says what is wrong."""
+"""Hostile files at every entry point: no code is executed, no other file is opened, no connection
+is made, memory is bounded, and the error has one line."""
 
 import contextlib
 import ctypes
@@ -19,28 +19,27 @@ import pytest
 
 import involution_cli
 from involution import hub
-from involution.data import datasets
+from involution.data import datasets, decode
 from involution.models.convert import convert
 from involution.saving import classifier
 from involution.training import checkpoint
 from involution.utils.errors import InputError
-from tests.models import test_checkpoint_readers
-from tests.support import hostile_files
+from tests.support import hostile_files, paths
 from tests.support.backends import numpy
 from tests.support.hostile_files import FILES, Place
 from tests.support.images import write_folder, write_image
-from tests.support.syscall_watch import Doorbell, watching
+from tests.support.syscall_watch import FileOpenMonitor, observe
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what happens")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses inotify and /proc")
 
-MOST = 64 * 2**20
-# An image within Pillow's limit of pixels takes four bytes for each.
+MAX_GROWTH = 64 * 2**20
+# An image within Pillow's limit of pixels takes four bytes per pixel.
 EXPECTED = {"image_bomb_of_64_million_black_pixels": 4 * 64 * 10**6}
 REVISION = "0" * 40
 
 
 def hub_load(place, path):
-    """A folder as the client's cache has it: names that are links to contents, by their hashes."""
+    """A folder in the layout of the client's cache: links to blobs named by their hashes."""
     cache = place.written / "cache"
     repo = cache / "models--me--x"
     (repo / "blobs").mkdir(parents=True)
@@ -61,32 +60,32 @@ def predict(place, path):
 
 
 def resume(place, path):
-    def go_on():
-        said: list[str] = []
-        saved = checkpoint.Store(path).latest(said.append)
+    def latest():
+        lines: list[str] = []
+        saved = checkpoint.Store(path).latest(lines.append)
         if saved is None:
-            (reason,) = said
-            raise InputError(f"Received: {reason}")  # as a run says it
+            (reason,) = lines
+            raise InputError(f"Received: {reason}")  # as a run reports it
         return saved
 
-    return go_on
+    return latest
 
 
-# What a command does with a file of a stranger's: explain and demo do what predict does.
+# What commands do with a file; explain and demo do the same as predict.
 ENTRIES = {
     "export": lambda place, path: lambda: classifier.load_model(path),
     "predict": predict,
     "hub": hub_load,
     "convert": lambda place, path: lambda: convert(path, place.written / "model"),
     "data": lambda place, path: lambda: datasets.load(path),
-    "image": lambda place, path: lambda: datasets.read_image(path / "train" / "a" / "2.png"),
+    "image": lambda place, path: lambda: decode.read_image(path / "train" / "a" / "2.png"),
     "resume": resume,
 }
 CASES = [(name, entry) for name, (_, entries) in FILES.items() for entry in entries]
 
 
 class Written(Place):
-    """A place with a folder for what readers write."""
+    """A place with a folder that readers may write to."""
 
     @property
     def written(self) -> pathlib.Path:
@@ -100,14 +99,14 @@ def place(tmp_path, monkeypatch):
         folder.mkdir()
     with h5py.File(made.secret, "w") as file:
         file["x"] = np.ones((48, 2), "f4")
-    # A file's code beside it could be found where Python looks for modules.
+    # Modules beside a file are importable, as in the current folder.
     monkeypatch.syspath_prepend(made.given)
     return made
 
 
 @keras.saving.register_keras_serializable("test_hostile")
 class Own(keras.layers.Layer):
-    """A layer of the user's own."""
+    """A user's registered layer."""
 
     def build(self, input_shape):
         self.kernel = self.add_weight(shape=(input_shape[-1], 2))
@@ -121,7 +120,7 @@ def own_file(place):
     x = keras.layers.Conv2D(3, 3, padding="same", activation="gelu")(x) + x
     x = keras.ops.mean(keras.layers.RandomFlip()(x)[:, 1:], axis=(1, 2))
     model = keras.Model(inputs, Own()(keras.layers.Dropout(0.5)(x)))
-    model.compile("adam", "mse")  # of which nothing is taken
+    model.compile("adam", "mse")  # is ignored in loading
     classifier.Classifier(model, ("a", "b"), (4, 4, 3)).save(place.given / "own.keras")
     return place.given / "own.keras"
 
@@ -141,32 +140,31 @@ def run_folder(place):
 
 HONEST = {
     "a model's file": (lambda place: hostile_files.archive(place), hostile_files.KERAS),
-    "a file with a layer of one's own": (own_file, hostile_files.KERAS),
+    "a file with a registered layer": (own_file, hostile_files.KERAS),
     "a folder": (lambda place: hostile_files.folder(place), hostile_files.FOLDER),
-    "a bundle": (lambda place: test_checkpoint_readers.DATA / "hosted", ("convert", "hub")),
+    "a bundle": (lambda place: paths.FILES / "hosted", ("convert", "hub")),
     "images": (data_folder, ("data", "image")),
     "a run": (run_folder, ("resume",)),
 }
 
 
-def watched(place, work):
-    """(what is returned or raised, what was noticed)."""
-    bell = Doorbell(place.secret)
-    data_folder = test_checkpoint_readers.DATA  # which an honest case lies in
-    with watching(place.given, data_folder, place.written) as watch:
+def observed(place, work):
+    """(result or exception, observed events by kind, growth of memory)."""
+    monitor = FileOpenMonitor(place.secret)
+    with observe(place.given, paths.FILES, place.written) as watch:
         try:
             result = work()
-        except Exception as error:  # noqa: BLE001 - to be looked at
+        except Exception as error:  # noqa: BLE001 - is returned
             result = error
-    rang = bell.rang()
-    bell.close()
-    noticed = {
+    was_opened = monitor.was_opened()
+    monitor.close()
+    events = {
         "ran": watch.ran,
-        "opened": watch.opened + ["secret"] * rang,
+        "opened": watch.opened + ["secret"] * was_opened,
         "sockets": watch.sockets,
         "marker": place.marker.exists(),
     }
-    return result, {name: value for name, value in noticed.items() if value}, watch.grown
+    return result, {name: value for name, value in events.items() if value}, watch.grown
 
 
 HONEST_CASES = [(name, entry) for name, (_, entries) in HONEST.items() for entry in entries]
@@ -174,30 +172,30 @@ HONEST_CASES = [(name, entry) for name, (_, entries) in HONEST.items() for entry
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
-    """Frameworks load parts of themselves at their first work."""
+    """Runs every honest case once: frameworks load modules lazily."""
     for number, (name, entry) in enumerate(HONEST_CASES):
         folder = tmp_path_factory.mktemp(f"warm{number}")
         made = Written(folder / "given", folder / "secret", folder / "marker")
         made.given.mkdir()
         made.written.mkdir()
         ENTRIES[entry](made, HONEST[name][0](made))()
-    # What has no model's ending is an image, for this one.
+    # The model of commands that name none.
     classifier.load(classifier.DEFAULT)
-    # Pillow looks for all its readers, and for what they need, at its first failure.
+    # Pillow loads all its plugins at its first failure.
     with contextlib.suppress(InputError):
-        datasets.read_image(io.BytesIO(b"x"))
+        decode.read_image(io.BytesIO(b"x"))
 
 
 @pytest.mark.parametrize(("name", "entry"), HONEST_CASES)
 def test_honest_files_are_read(name, entry, place, warm):
     path = HONEST[name][0](place)
-    result, noticed, grown = watched(place, ENTRIES[entry](place, path))
+    result, events, grown = observed(place, ENTRIES[entry](place, path))
     assert not isinstance(result, Exception), result
-    assert noticed == {}
-    assert grown <= MOST
+    assert events == {}
+    assert grown <= MAX_GROWTH
 
 
-def test_a_registered_layer_comes_with_its_weights(place):
+def test_registered_layer_is_loaded_with_its_weights(place):
     path = own_file(place)
     model = classifier.load_model(path)
     assert isinstance(model.layers[-1], Own)
@@ -208,25 +206,25 @@ def test_a_registered_layer_comes_with_its_weights(place):
 
 
 @pytest.mark.parametrize(("name", "entry"), CASES)
-def test_hostile_files_are_refused(name, entry, place, warm):
+def test_hostile_files_are_rejected(name, entry, place, warm):
     path = FILES[name][0](place)
     assert not place.marker.exists()
-    result, noticed, grown = watched(place, ENTRIES[entry](place, path))
+    result, events, grown = observed(place, ENTRIES[entry](place, path))
     print(f"{name} at {entry}: {grown / 2**20:.1f} MiB, {result}")
     assert isinstance(result, InputError), repr(result)
     assert "Received: " in str(result) or entry == "image"
     assert "\n" not in str(result)
     assert len(str(result)) < 2000
-    assert noticed == {}
-    assert grown <= MOST + EXPECTED.get(name, 0)
+    assert events == {}
+    assert grown <= MAX_GROWTH + EXPECTED.get(name, 0)
 
 
-def test_there_are_enough_of_them():
+def test_number_of_hostile_files():
     assert len(FILES) >= 60
     assert {entry for _, entry in CASES} == set(ENTRIES)
 
 
-# Whether the watch would see what the files want.
+# The observation itself.
 
 
 def open_secret(place):
@@ -250,7 +248,7 @@ def run_lambda(place):
 
 def unpickle(place):
     content = pickle.dumps(hostile_files.Call(os.system, place.command))
-    pickle.loads(content)  # noqa: S301 - our own
+    pickle.loads(content)  # noqa: S301 - from this test
 
 
 def start(place):
@@ -263,7 +261,7 @@ def import_canary(place):
 
 
 def execute_a_file(place):
-    exec(compile("1", str(place.given / "x.py"), "exec"))  # noqa: S102 - our own
+    exec(compile("1", str(place.given / "x.py"), "exec"))  # noqa: S102 - from this test
 
 
 def connect(place):
@@ -272,7 +270,7 @@ def connect(place):
 
 
 @pytest.mark.parametrize(
-    ("attack", "seen"),
+    ("attack", "kinds"),
     [
         (open_secret, {"opened"}),
         (follow_link, {"opened"}),
@@ -285,25 +283,25 @@ def connect(place):
         (connect, {"sockets"}),
     ],
 )
-def test_attacks_are_noticed(attack, seen, place, warm):
-    result, noticed, _ = watched(place, lambda: attack(place))
+def test_attacks_are_observed(attack, kinds, place, warm):
+    result, events, _ = observed(place, lambda: attack(place))
     assert result is None
-    assert seen <= set(noticed)
+    assert kinds <= set(events)
 
 
-def test_memory_is_noticed(place):
+def test_memory_is_observed(place):
     def take():
         ctypes.memset(ctypes.create_string_buffer(100 * 2**20), 1, 100 * 2**20)
 
-    *_, grown = watched(place, take)
+    *_, grown = observed(place, take)
     assert 95 * 2**20 <= grown < 160 * 2**20
-    # Given back: the peak is what counts, and of the block alone.
-    *_, grown = watched(place, lambda: None)
+    # The memory is free again, and an earlier peak does not count.
+    *_, grown = observed(place, lambda: None)
     assert grown < 10 * 2**20
 
 
-def test_what_takes_memory_without_a_look_at_it(place):
-    """A bomb does go off where nobody looks."""
+def test_memory_without_validation(place):
+    """Without validation the bomb does take memory."""
     path = hostile_files.compressed_array(place)
-    *_, grown = watched(place, lambda: keras.saving.load_model(path, compile=False))
-    assert grown > MOST
+    *_, grown = observed(place, lambda: keras.saving.load_model(path, compile=False))
+    assert grown > MAX_GROWTH

@@ -1,4 +1,4 @@
-"""Files of every kind of layer that a file may hold, a whole number of each made huge."""
+"""Configurations of every accepted layer, with one integer made huge."""
 
 import copy
 import inspect
@@ -15,8 +15,8 @@ from involution.saving import keras_archive
 HUGE = 10**9
 L, G = keras.layers, involution.kernel_generators
 
-# Values of arguments, by their names, that layers do not go without.
-NEEDED = {
+# Values of required arguments, by name.
+REQUIRED = {
     "activation": "relu",
     "axes": -1,
     "cell": lambda: L.LSTMCell(3),
@@ -45,8 +45,8 @@ NEEDED = {
     "width": 2,
     "width_factor": 0.5,
 }
-# What layers are given besides, so that it stands in their files.
-MORE = {
+# Values of optional arguments that are then in the configuration.
+OPTIONAL = {
     "Dense": {"lora_rank": 2},
     "EinsumDense": {"output_shape": (None, 3), "bias_axes": "d", "lora_rank": 2},
     "Embedding": {"lora_rank": 2},
@@ -66,8 +66,10 @@ OWN = {
     "pairwise": {"kernel_size": 3, "kernel_generator": lambda: G.PairwiseAttention()},
     "static": {"kernel_size": 3, "kernel_generator": lambda: G.Static()},
 }
-TWO = ("AdditiveAttention", "Attention", "Dot", "GroupQueryAttention", "MultiHeadAttention")
-MERGED = "Add Average Concatenate Maximum Minimum Multiply Subtract Dot Attention AdditiveAttention"
+TWO_INPUTS = ("AdditiveAttention", "Attention", "Dot", "GroupQueryAttention", "MultiHeadAttention")
+MERGING = (
+    "Add Average Concatenate Maximum Minimum Multiply Subtract Dot Attention AdditiveAttention"
+)
 
 
 def _value(given):
@@ -75,22 +77,25 @@ def _value(given):
 
 
 def honest(name) -> keras.Model:
-    """A model around one layer."""
+    """A model with one layer."""
     if name in OWN:
         kind = getattr(involution, name, involution.Involution2D)
         needed = OWN[name]
     else:
         kind = getattr(L, name)
         parameters = inspect.signature(kind.__init__).parameters.values()
-        required = [p.name for p in parameters if p.name in NEEDED and p.default is p.empty]
-        needed = {key: NEEDED[key] for key in required} | MORE.get(name, {})
+        required = [p.name for p in parameters if p.name in REQUIRED and p.default is p.empty]
+        needed = {key: REQUIRED[key] for key in required} | OPTIONAL.get(name, {})
     layer = kind(**{key: _value(value) for key, value in needed.items()})
     if name == "Embedding":
         inputs = [keras.Input((4,), dtype="int32")]
     elif name == "RepeatVector":
         inputs = [keras.Input((4,))]
     else:
-        inputs = [keras.Input(_shape(name)) for _ in range(2 if name in TWO + MANY else 1)]
+        inputs = [
+            keras.Input(_shape(name))
+            for _ in range(2 if name in TWO_INPUTS + MERGING_LAYERS else 1)
+        ]
     if name.endswith("Cell") or name == "StackedRNNCells":
         inputs, layer = [keras.Input((5, 3))], L.RNN(layer)
     if name in ("GroupQueryAttention", "MultiHeadAttention"):
@@ -98,7 +103,7 @@ def honest(name) -> keras.Model:
     return keras.Model(inputs, layer(inputs if len(inputs) > 1 else inputs[0]))
 
 
-MANY = tuple(MERGED.split())
+MERGING_LAYERS = tuple(MERGING.split())
 
 
 def _shape(name):
@@ -111,7 +116,7 @@ def _shape(name):
 
 
 def numbers(value, path=()) -> Iterator[tuple]:
-    """Paths to what could be a size in a configuration."""
+    """Paths to values in a configuration that could be sizes."""
     if isinstance(value, dict):
         if value.get("class_name") in ("DTypePolicy", "__keras_tensor__"):
             return
@@ -130,20 +135,20 @@ SKIPPED = re.compile(
 
 
 def blown_up(config, within=()) -> Iterator[tuple[str, dict]]:
-    """Configurations with one number of a layer made huge, by where it stands; if ``within`` names
-    parts of a layer, of these alone, and not of its inputs."""
+    """Pairs (path, configuration) with one integer of a layer made huge; with ``within``, only in
+    these parts of layers, input layers excluded."""
     for index, layer in enumerate(config["config"]["layers"]):
         for path in numbers(layer):
             if any(SKIPPED.fullmatch(str(key)) for key in path) or "kernel_initializer" in path:
                 continue
             if within and (path[0] not in within or layer["class_name"] == "InputLayer"):
                 continue
-            made = copy.deepcopy(config)
-            place = made["config"]["layers"][index]
+            changed = copy.deepcopy(config)
+            target = changed["config"]["layers"][index]
             for key in path[:-1]:
-                place = place[key]
-            place[path[-1]] = HUGE
-            yield "/".join(map(str, (layer["class_name"], *path))), made
+                target = target[key]
+            target[path[-1]] = HUGE
+            yield "/".join(map(str, (layer["class_name"], *path))), changed
 
 
 def parts(model, folder) -> dict[str, bytes]:

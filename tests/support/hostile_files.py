@@ -1,7 +1,7 @@
-"""Files of strangers that would harm whoever reads them, made when a test asks: one for each kind
-of hole that Keras's files are known to have had, and their like in pickles, archives and HDF5.
+"""Hostile files, one for each known vulnerability of Keras's formats and similar ones of pickles,
+archives and HDF5.
 
-A maker takes a ``Place``, and returns the path of what it wrote into ``place.given``.
+A maker takes a ``Place`` and returns the path of what it wrote to ``place.given``.
 """
 
 import base64
@@ -31,23 +31,23 @@ from involution import models
 from involution.models import weights
 from involution.saving.classifier import SCALING, Classifier
 from tests.models import test_checkpoint_readers
-from tests.support import hostile_images
+from tests.support import hostile_images, paths
 from tests.support.images import write_image
 
 KERAS = ("export", "predict")
 FOLDER = ("export", "predict", "hub")
-ABOUT = {"class_names": ["a", "b"], "image_shape": [4, 4, 3], "scaling": SCALING}
+METADATA = {"class_names": ["a", "b"], "image_shape": [4, 4, 3], "scaling": SCALING}
 GIGABYTES = 2**33
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a file is made.
+    """The folders and files of one case.
 
     Attributes:
-        given: Folder of what the stranger gives.
+        given: Folder of the hostile file.
         secret: A file elsewhere, which must not be opened.
-        marker: A file that the stranger's code would write.
+        marker: A file that hostile code would write.
     """
 
     given: pathlib.Path
@@ -63,7 +63,7 @@ FILES: dict[str, tuple[Callable[[Place], pathlib.Path], tuple[str, ...]]] = {}
 
 
 def hostile(*entries):
-    """The function makes a file, of its name, for these entries."""
+    """Registers a maker under its name, for these entry points."""
 
     def decorate(function):
         FILES[function.__name__] = function, entries
@@ -73,7 +73,7 @@ def hostile(*entries):
 
 
 class Call:
-    """What unpickling calls."""
+    """Is pickled as a call."""
 
     def __init__(self, function, *arguments):
         self.reduced = function, arguments
@@ -82,7 +82,7 @@ class Call:
         return self.reduced
 
 
-# .keras files: parts of an honest one, of which others are made.
+# .keras files, from the members of an ordinary one.
 
 
 @functools.cache
@@ -107,14 +107,14 @@ def archive(place, changes=None, name="model.keras", compression=zipfile.ZIP_STO
 
 
 def configured(place, change):
-    """With another configuration: ``change`` is given its layers."""
+    """With another configuration: ``change`` gets its layers."""
     config = json.loads(parts()["config.json"])
     change(config["config"]["layers"])
     return archive(place, {"config.json": json.dumps(config)})
 
 
 def with_layer(place, module, class_name, config, **more):
-    """With a layer in the middle."""
+    """With an additional layer."""
     layer = {"module": module, "class_name": class_name, "config": config, "registered_name": None}
     return configured(place, lambda layers: layers.insert(2, layer | more))
 
@@ -128,7 +128,7 @@ def with_function(place, module, name):
 
 
 def weighted(place, change):
-    """With other weights: ``change`` is given the open HDF5 file."""
+    """With other weights: ``change`` gets the open HDF5 file."""
     content = io.BytesIO(parts()["model.weights.h5"])
     with h5py.File(content, "a") as file:
         change(file)
@@ -138,8 +138,8 @@ def weighted(place, change):
 ARRAY = "layers/dense/vars/0"
 
 
-def in_place(file, make):
-    """``make`` has the place of the weights' first array."""
+def replace_array(file, make):
+    """Replaces the first array of the weights: ``make`` gets its group."""
     del file[ARRAY]
     make(file["layers/dense/vars"])
 
@@ -172,8 +172,8 @@ def cve_2025_1550_class_of_a_module(place):
 
 @hostile(*KERAS)
 def cve_2025_1550_module_that_runs_when_imported(place):
-    (place.given / "canary_of_a_stranger.py").write_text(f"open({str(place.marker)!r}, 'w')\n")
-    return with_layer(place, "canary_of_a_stranger", "Layer", {})
+    (place.given / "canary_of_the_attacker.py").write_text(f"open({str(place.marker)!r}, 'w')\n")
+    return with_layer(place, "canary_of_the_attacker", "Layer", {})
 
 
 @hostile(*KERAS)
@@ -234,12 +234,12 @@ def cve_2025_12058_vocabulary_of_a_server(place):
 
 
 @hostile(*KERAS)
-def integers_of_a_file(place):
+def integer_vocabulary_of_a_file(place):
     return with_layer(place, "keras.layers", "IntegerLookup", {"vocabulary": str(place.secret)})
 
 
 @hostile(*KERAS)
-def text_of_a_file(place):
+def text_vocabulary_of_a_file(place):
     config = {"vocabulary": str(place.secret), "standardize": None}
     return with_layer(place, "keras.layers", "TextVectorization", config)
 
@@ -268,16 +268,16 @@ def tokenizer_of_keras_hub(place):
 
 @hostile(*KERAS)
 def class_of_this_package_that_is_not_registered(place):
-    return with_layer(place, "involution.data.lazy_images", "StoredImages", {"files": ["x"]})
+    return with_layer(place, "involution.data.lazy_images", "LazyImages", {"sources": ["x"]})
 
 
 @hostile(*KERAS)
 def unknown_registered_name(place):
-    return with_layer(place, "os", "X", {}, registered_name="stranger>X")
+    return with_layer(place, "os", "X", {}, registered_name="attacker>X")
 
 
 @hostile(*KERAS)
-def registered_name_that_is_no_text(place):
+def registered_name_that_is_no_string(place):
     return with_layer(place, "os", "X", {}, registered_name={"class_name": "x"})
 
 
@@ -314,27 +314,27 @@ def object_in_a_build_config(place):
 
 
 @hostile(*KERAS)
-def compiled_model_within(place):
+def nested_compiled_model(place):
     config = {"name": "inner", "layers": []}
     compiled = {"loss": function("os", "system")}
     return with_layer(place, "keras", "Sequential", config, compile_config=compiled)
 
 
 @hostile(*KERAS)
-def layer_of_the_old_form(place):
+def layer_in_legacy_format(place):
     harm = {"class_name": "Lambda", "config": {"function": ["4wEAAAAA", None, None]}}
     return configured(place, lambda layers: layers.insert(2, harm))
 
 
 @hostile(*KERAS)
-def lambda_of_the_old_form(place):
+def lambda_in_legacy_format(place):
     harm = {"class_name": "__lambda__", "config": {"value": ["4wEAAAAA", None, None]}}
     config = {"activation": harm}
     return with_layer(place, "keras.layers", "Activation", config)
 
 
 @hostile(*KERAS)
-def type_of_tensorflow(place):
+def tensorflow_typespec(place):
     harm = {"module": "os", "class_name": "__typespec__", "spec_name": "system", "config": ["id"]}
     return with_layer(
         place, "keras.layers", "Rescaling", {"scale": {**harm, "registered_name": ""}}
@@ -342,7 +342,7 @@ def type_of_tensorflow(place):
 
 
 @hostile(*KERAS)
-def array_of_gigabytes_by_its_type(place):
+def array_of_gigabytes_by_its_dtype(place):
     harm = {"class_name": "__numpy__", "config": {"value": ["x"], "dtype": f"S{2**30}"}}
     return with_layer(place, "keras.layers", "Rescaling", {"scale": harm})
 
@@ -361,7 +361,7 @@ def statistics_of_any_size(place):
 
 
 @hostile(*KERAS)
-def units_by_the_billion(place):
+def billions_of_units(place):
     return configured(place, lambda layers: layers[2]["config"].update(units=2**31))
 
 
@@ -384,7 +384,7 @@ def weights_smaller_than_the_model(place):
 
 
 @hostile(*KERAS)
-def layers_by_the_thousand(place):
+def thousands_of_layers(place):
     one = {
         "module": "keras.layers",
         "class_name": "Identity",
@@ -395,12 +395,12 @@ def layers_by_the_thousand(place):
 
 
 @hostile(*KERAS)
-def configuration_of_many_levels(place):
+def deeply_nested_configuration(place):
     return archive(place, {"config.json": "[" * 10**5})
 
 
 @hostile(*KERAS)
-def configuration_of_some_levels(place):
+def nested_configuration(place):
     value: list = []
     for _ in range(200):
         value = [value]
@@ -413,7 +413,7 @@ def configuration_of_megabytes(place):
 
 
 @hostile(*KERAS)
-def configuration_that_is_none(place):
+def null_configuration(place):
     return archive(place, {"config.json": "null"})
 
 
@@ -424,15 +424,15 @@ def number_of_many_digits(place):
 
 @hostile(*KERAS)
 def image_of_gigabytes(place):
-    about = {**ABOUT, "image_shape": [10**5, 10**5, 3]}
+    metadata = {**METADATA, "image_shape": [10**5, 10**5, 3]}
     config = json.loads(parts()["config.json"])
     config["config"]["layers"][0]["config"]["batch_shape"] = [None, 10**5, 10**5, 3]
-    changes = {"involution.json": json.dumps(about), "config.json": json.dumps(config)}
+    changes = {"involution.json": json.dumps(metadata), "config.json": json.dumps(config)}
     return archive(place, changes)
 
 
-# Of a functional model: what a configuration builds although nothing of it is in the weights. Each
-# takes some hundred megabytes where nobody looks.
+# Functional models that build layers without weights in the file. Each takes some hundred megabytes
+# without validation.
 
 
 @functools.cache
@@ -447,7 +447,7 @@ def graph_parts() -> dict[str, bytes]:
 
 
 def with_node(place, module, class_name, config, nodes=(), **more):
-    """With one more layer, and these calls of it, beside those that lead to the output."""
+    """With an additional layer and calls of it, which lead to no output."""
     config_json = json.loads(graph_parts()["config.json"])
     layer = {"module": module, "class_name": class_name, "registered_name": None, "name": "more"}
     layer |= {"config": {"name": "more", **config}, "inbound_nodes": list(nodes), **more}
@@ -483,14 +483,14 @@ def call_of_constants(place):
 
 
 @hostile("export")
-def layers_of_one_name(place):
+def layers_with_equal_names(place):
     config = {"units": 30_000, "name": "dense"}
     build = {"input_shape": [None, 1000]}
     return with_node(place, "keras.layers", "Dense", config, name="dense", build_config=build)
 
 
 @hostile("export")
-def lora_of_a_million(place):
+def lora_rank_of_a_million(place):
     return configured(place, lambda layers: layers[2]["config"].update(lora_rank=10**6))
 
 
@@ -517,7 +517,7 @@ def states_of_any_batch(place):
 @hostile(*KERAS)
 def cve_2026_1669_external_link(place):
     link = h5py.ExternalLink(str(place.secret), "/x")
-    return weighted(place, lambda f: in_place(f, lambda group: group.__setitem__("0", link)))
+    return weighted(place, lambda f: replace_array(f, lambda group: group.__setitem__("0", link)))
 
 
 @hostile(*KERAS)
@@ -532,11 +532,11 @@ def external_link_as_a_group(place):
 @hostile(*KERAS)
 def soft_link(place):
     link = h5py.SoftLink("/layers/dense/vars/1")
-    return weighted(place, lambda f: in_place(f, lambda group: group.__setitem__("0", link)))
+    return weighted(place, lambda f: replace_array(f, lambda group: group.__setitem__("0", link)))
 
 
 @hostile(*KERAS)
-def hard_link_in_a_circle(place):
+def hard_link_loop(place):
     return weighted(place, lambda file: file["layers"].__setitem__("again", file["layers"]))
 
 
@@ -551,7 +551,7 @@ def cve_2026_1669_external_storage(place):
         stored = [(str(place.secret), 0, h5py.h5f.UNLIMITED)]
         group.create_dataset("0", (48, 2), "f4", external=stored)
 
-    return weighted(place, lambda f: in_place(f, make))
+    return weighted(place, lambda f: replace_array(f, make))
 
 
 @hostile(*KERAS)
@@ -561,7 +561,7 @@ def virtual_array(place):
         layout[:] = h5py.VirtualSource(str(place.secret), "x", (48, 2))
         group.create_virtual_dataset("0", layout)
 
-    return weighted(place, lambda f: in_place(f, make))
+    return weighted(place, lambda f: replace_array(f, make))
 
 
 @hostile(*KERAS)
@@ -569,7 +569,7 @@ def cve_2026_0897_shape_bomb(place):
     def make(group):
         group.create_dataset("0", (2**33,), "f4", chunks=(2**20,), compression="gzip")
 
-    return weighted(place, lambda f: in_place(f, make))
+    return weighted(place, lambda f: replace_array(f, make))
 
 
 @hostile(*KERAS)
@@ -579,7 +579,7 @@ def shape_bombs_below_keras_s_floor(place):
             name = str(number) if number != 1 else "x"
             group.create_dataset(name, (2**29,), "f4", chunks=(2**20,))
 
-    return weighted(place, lambda f: in_place(f, make))
+    return weighted(place, lambda f: replace_array(f, make))
 
 
 @hostile(*KERAS)
@@ -588,20 +588,20 @@ def compressed_array(place):
         zeros = np.zeros(2**25, "f4")
         group.create_dataset("0", data=zeros, chunks=(2**22,), compression="gzip")
 
-    return weighted(place, lambda f: in_place(f, make))
+    return weighted(place, lambda f: replace_array(f, make))
 
 
 @hostile(*KERAS)
 def array_without_bytes(place):
-    # Contiguous, and nothing of it written.
+    # Contiguous, not written.
     return weighted(
-        place, lambda f: in_place(f, lambda group: group.create_dataset("0", (2**27,), "f4"))
+        place, lambda f: replace_array(f, lambda group: group.create_dataset("0", (2**27,), "f4"))
     )
 
 
 @hostile(*KERAS)
 def arrays_that_overlap(place):
-    """Each stands in the file, and all do at the place of the first."""
+    """Each array is in the file, at the offset of the first one."""
     content = io.BytesIO(parts()["model.weights.h5"])
     with h5py.File(content, "a") as file:
         first = file.create_dataset("again/0", data=np.zeros(2**14, "f4"))
@@ -615,18 +615,18 @@ def arrays_that_overlap(place):
 
 
 @hostile(*KERAS)
-def array_of_texts(place):
+def array_of_strings(place):
     texts = np.array(["x"] * 96, object)
     return weighted(
-        place, lambda f: in_place(f, lambda group: group.create_dataset("0", data=texts))
+        place, lambda f: replace_array(f, lambda group: group.create_dataset("0", data=texts))
     )
 
 
 @hostile(*KERAS)
-def array_of_wide_texts(place):
+def array_of_long_strings(place):
     texts = np.zeros(96, "S1000")
     return weighted(
-        place, lambda f: in_place(f, lambda group: group.create_dataset("0", data=texts))
+        place, lambda f: replace_array(f, lambda group: group.create_dataset("0", data=texts))
     )
 
 
@@ -636,14 +636,14 @@ def array_of_references(place):
         made = group.create_dataset("0", (1,), h5py.ref_dtype)
         made[0] = group.ref
 
-    return weighted(place, lambda f: in_place(f, make))
+    return weighted(place, lambda f: replace_array(f, make))
 
 
 @hostile(*KERAS)
 def array_of_records(place):
     records = np.zeros((48, 2), [("a", "f4"), ("b", "i8")])
     return weighted(
-        place, lambda f: in_place(f, lambda group: group.create_dataset("0", data=records))
+        place, lambda f: replace_array(f, lambda group: group.create_dataset("0", data=records))
     )
 
 
@@ -651,19 +651,19 @@ def array_of_records(place):
 def array_without_a_shape(place):
     nothing = h5py.Empty("f4")
     return weighted(
-        place, lambda f: in_place(f, lambda group: group.create_dataset("0", data=nothing))
+        place, lambda f: replace_array(f, lambda group: group.create_dataset("0", data=nothing))
     )
 
 
 @hostile(*KERAS)
-def type_in_the_place_of_an_array(place):
+def dtype_instead_of_an_array(place):
     kind = np.dtype("f4")
-    return weighted(place, lambda f: in_place(f, lambda group: group.__setitem__("0", kind)))
+    return weighted(place, lambda f: replace_array(f, lambda group: group.__setitem__("0", kind)))
 
 
 @hostile(*KERAS)
 def missing_array(place):
-    return weighted(place, lambda f: in_place(f, lambda group: None))
+    return weighted(place, lambda f: replace_array(f, lambda group: None))
 
 
 @hostile(*KERAS)
@@ -688,22 +688,22 @@ def npz_of_pickled_objects(place):
 
 
 @hostile(*KERAS)
-def weights_compressed_to_a_thousandth(place):
+def zip_bomb_of_weights(place):
     return archive(place, {"model.weights.h5": bytes(2**28)}, compression=zipfile.ZIP_DEFLATED)
 
 
 @hostile(*KERAS)
-def configuration_compressed_to_a_thousandth(place):
+def zip_bomb_of_a_configuration(place):
     return archive(place, {"config.json": " " * 2**28}, compression=zipfile.ZIP_DEFLATED)
 
 
 @hostile(*KERAS)
-def classes_compressed_to_a_thousandth(place):
+def zip_bomb_of_metadata(place):
     return archive(place, {"involution.json": " " * 2**26}, compression=zipfile.ZIP_LZMA)
 
 
 def listed_sizes(path, name, size):
-    """The archive with another size of a member, in its list of members."""
+    """The archive with another size of a member in the central directory."""
     content = bytearray(path.read_bytes())
     at = content.rindex(b"PK\1\2", 0, content.rindex(name.encode()))
     struct.pack_into("<II", content, at + 20, size, size)
@@ -732,7 +732,7 @@ def two_configurations(place):
 
 @hostile(*KERAS)
 def member_above_the_folder(place):
-    return archive(place, more=[("../../stranger.txt", b"x")])
+    return archive(place, more=[("../../attacker.txt", b"x")])
 
 
 @hostile(*KERAS)
@@ -765,7 +765,7 @@ def pickle_as_a_model(place):
 
 
 def legacy(place, name):
-    """HDF5 as Keras 2 wrote models, with a Lambda."""
+    """A model in Keras 2's HDF5 format, with a Lambda."""
     code = base64.b64encode(b"\xe3\x00").decode()
     layer = {"class_name": "Lambda", "config": {"name": "x", "function": [code, None, None]}}
     config = {"class_name": "Sequential", "config": {"name": "s", "layers": [layer]}}
@@ -783,7 +783,7 @@ def cve_2025_9905_legacy_hdf5(place):
 
 
 @hostile(*KERAS)
-def archive_behind_legacy_hdf5(place):
+def archive_appended_to_legacy_hdf5(place):
     path = legacy(place, "model.h5")
     with zipfile.ZipFile(path, "a") as made:
         for member, content in parts().items():
@@ -815,7 +815,7 @@ SMALL = {"input_shape": [4, 4, 3], "classes": 2, "filters": [1, 1, 1], "hidden":
 @functools.cache
 def folder_parts() -> tuple[dict, bytes]:
     with tempfile.TemporaryDirectory() as name:
-        weights.save(name, "cnn", SMALL, models.cnn(**SMALL), ABOUT)
+        weights.save(name, "cnn", SMALL, models.cnn(**SMALL), METADATA)
         folder = pathlib.Path(name)
         content = (folder / weights.WEIGHTS).read_bytes()
         return json.loads((folder / weights.CONFIG).read_text()), content
@@ -823,7 +823,7 @@ def folder_parts() -> tuple[dict, bytes]:
 
 def folder(place, arguments=None, content=None, **changes):
     config, whole = copy.deepcopy(folder_parts())
-    # Those of a model of another name are all that it has.
+    # Another model gets only these arguments.
     config["arguments"] = {**({} if "name" in changes else SMALL), **(arguments or {})}
     (place.given / weights.CONFIG).write_text(json.dumps({**config, **changes}))
     (place.given / weights.WEIGHTS).write_bytes(whole if content is None else content)
@@ -831,27 +831,27 @@ def folder(place, arguments=None, content=None, **changes):
 
 
 @hostile(*FOLDER)
-def classes_by_the_billion(place):
+def a_trillion_classes(place):
     return folder(place, {"classes": 10**12})
 
 
 @hostile(*FOLDER)
-def filters_by_the_million(place):
+def millions_of_filters(place):
     return folder(place, {"filters": [10**6] * 3})
 
 
 @hostile(*FOLDER)
-def images_by_the_gigabyte(place):
+def images_of_gigabytes(place):
     return folder(place, {"input_shape": [10**5, 10**5, 3]})
 
 
 @hostile(*FOLDER)
-def blocks_by_the_billion(place):
+def a_billion_blocks(place):
     return folder(place, {"blocks": [1, 10**9], "widths": [16, 16]}, name="rednet_tiny")
 
 
 @hostile(*FOLDER)
-def windows_by_the_billion(place):
+def huge_kernel_size(place):
     arguments = {"input_shape": [4, 4, 3], "kernel_size": 10**9 + 1}
     return folder(place, name="inn", arguments=arguments)
 
@@ -873,12 +873,12 @@ def lookup_as_an_argument(place):
 
 @hostile(*FOLDER)
 def model_of_a_python_file(place):
-    (place.given / "stranger.py").write_text(f"open({str(place.marker)!r}, 'w')\n")
-    return folder(place, name=f"{place.given}/stranger.py:model")
+    (place.given / "attacker.py").write_text(f"open({str(place.marker)!r}, 'w')\n")
+    return folder(place, name=f"{place.given}/attacker.py:model")
 
 
 @hostile(*FOLDER)
-def arguments_of_many_levels(place):
+def deeply_nested_arguments(place):
     path = folder(place)
     (path / weights.CONFIG).write_text('{"arguments": ' + "[" * 10**5)
     return path
@@ -924,13 +924,13 @@ def tensors_that_overlap(place):
 
 
 @hostile(*FOLDER)
-def tensors_without_values_by_the_thousand(place):
+def thousands_of_empty_tensors(place):
     entry = {"dtype": "F32", "shape": [0, 2**40], "data_offsets": [0, 0]}
     return folder(place, content=tensors({str(number): entry for number in range(10_000)}))
 
 
 @hostile(*FOLDER)
-def header_of_many_levels(place):
+def deeply_nested_header(place):
     return folder(place, content=tensors(b'{"a":' + b"[" * 10**6))
 
 
@@ -939,7 +939,7 @@ def pickle_as_tensors(place):
     return folder(place, content=pickle.dumps(Call(os.system, place.command)))
 
 
-# Checkpoints to be converted.
+# Checkpoints for conversion.
 
 
 @hostile("convert")
@@ -952,7 +952,7 @@ def pickled_command_in_a_torch_archive(place):
 
 
 @hostile("convert")
-def pickled_command_in_an_old_torch_file(place):
+def pickled_command_in_a_legacy_torch_file(place):
     path = place.given / "x.pth"
     start = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
     path.write_bytes(start + pickle.dumps(Call(os.system, place.command), 2))
@@ -960,7 +960,7 @@ def pickled_command_in_an_old_torch_file(place):
 
 
 @hostile("convert")
-def torch_archive_compressed_to_a_thousandth(place):
+def zip_bomb_as_a_torch_archive(place):
     path = place.given / "x.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
         made.writestr("archive/data.pkl", bytes(2**28))
@@ -996,7 +996,7 @@ for _name in ("shape", "item size", "objects", "bytes", "text", "memo", "key of 
 
 
 def bundle(place, size):
-    shutil.copytree(test_checkpoint_readers.DATA / "hosted", place.given, dirs_exist_ok=True)
+    shutil.copytree(paths.FILES / "hosted", place.given, dirs_exist_ok=True)
     shape = b"\x12\x06\x08" + b"\x80\x80\x80\x80\x28"
     index = test_checkpoint_readers.crafted_index([(1, 1), (2, shape), (5, size)])
     (place.given / "variables/variables.index").write_bytes(index)
@@ -1020,7 +1020,7 @@ def tar(place, name, mode):
     path = place.given / name
     with tarfile.open(path, mode) as made:
         for member, kind, target in (
-            ("../../stranger.txt", tarfile.REGTYPE, ""),
+            ("../../attacker.txt", tarfile.REGTYPE, ""),
             ("data_batch_1", tarfile.SYMTYPE, str(place.secret)),
             ("data_batch_2", tarfile.LNKTYPE, str(place.secret)),
             (str(place.marker), tarfile.REGTYPE, ""),
@@ -1050,10 +1050,10 @@ def archive_of_pickled_commands(place):
 
 def image(name):
     def make(place):
-        for part in ("train", "test"):
-            for kind in ("a", "b"):
-                write_image(place.given / part / kind / "1.png")
-        content = hostile_images.refused()[name]
+        for split in ("train", "test"):
+            for name_ in ("a", "b"):
+                write_image(place.given / split / name_ / "1.png")
+        content = hostile_images.invalid()[name]
         (place.given / "train" / "a" / "2.png").write_bytes(content)
         return place.given
 
@@ -1072,7 +1072,7 @@ for _name in (
     image(_name)
 
 
-# Runs to go on with.
+# Runs to resume.
 
 
 def checkpoint(place, content, digest=None):
@@ -1095,10 +1095,10 @@ def checkpoint_of_gigabytes(place):
 
 
 @hostile("resume")
-def checkpoint_of_many_levels(place):
+def deeply_nested_checkpoint(place):
     return checkpoint(place, tensors({"__metadata__": {"state": "[" * 10**5}}))
 
 
 @hostile("resume")
-def checkpoint_that_says_nothing(place):
+def checkpoint_without_state(place):
     return checkpoint(place, tensors({"__metadata__": {"state": "[]"}}))

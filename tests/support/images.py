@@ -1,4 +1,4 @@
-"""Small folders of images to train on."""
+"""Small image folders for training."""
 
 import numpy as np
 from PIL import Image
@@ -11,11 +11,11 @@ def write_image(path, seed=0, size=(16, 16)):
 
 
 def write_folder(root, classes=("ant", "bee", "cat"), train=8, test=4, size=(16, 16)):
-    """Images whose brightness tells their class, so that a model can learn them."""
-    for part, count in (("train", train), ("test", test)):
+    """Images whose brightness depends on their class, so that a model can learn them."""
+    for split, count in (("train", train), ("test", test)):
         for number, name in enumerate(classes):
             for i in range(count):
-                path = root / part / name / f"{i}.png"
+                path = root / split / name / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 low = number * 256 // len(classes)
                 random = np.random.default_rng([number, i, count])

@@ -145,7 +145,7 @@ def test_what_is_not_read_back_as_it_was_written_is_no_checkpoint(store, monkeyp
     with pytest.raises(WriteError) as caught:
         store.save({}, {"n": 2})
     assert re.fullmatch(
-        rf"A file must be written whole\. Received: {store.folder}/0{{11}}2-\w{{64}}\.safetensors: "
+        rf"Could not write {store.folder}/0{{11}}2-\w{{64}}\.safetensors: "
         "it is not read back as it was written",
         str(caught.value),
     )
@@ -168,13 +168,13 @@ def test_what_is_saved_comes_back_to_the_bit(store):
 def test_the_older_stays_until_the_newer_is_read_back(store, monkeypatch):
     for number in (1, 2):
         store.save(ARRAYS, {"number": number})
-    real = atomic_files.replacing
+    real = atomic_files.atomic_write
 
     def faulty(path):
         return real(path.with_name("elsewhere"))
 
     before = content(store)
-    monkeypatch.setattr(atomic_files, "replacing", faulty)
+    monkeypatch.setattr(atomic_files, "atomic_write", faulty)
     with pytest.raises(OSError, match="No such file"):
         store.save(ARRAYS, {"number": 3})
     assert set(before) < set(content(store))
@@ -219,7 +219,7 @@ def test_a_file_with_the_right_hash_and_the_wrong_content(store):
 
 def test_what_else_lies_there_is_left_out(store):
     store.save(ARRAYS, {"number": 1})
-    for name in (f"{atomic_files.PART}1-2.safetensors", "notes.txt"):
+    for name in (f"{atomic_files.TMP_PREFIX}1-2.safetensors", "notes.txt"):
         (store.folder / name).write_bytes(b"x")
     assert store.latest(no_word).number == 1
     store.remove_older()

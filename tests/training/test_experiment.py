@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from involution import Involution2D, models
-from involution.data import datasets
+from involution.data import datasets, transforms
 from involution.models import specs
 from involution.saving import classifier as saved_model
 from involution.training import checkpoint, experiment
@@ -123,7 +123,7 @@ def test_measures_are_means_over_all_images(run, folder):
     result, output, _ = run
     loaded = saved_model.load(output / "cnn.keras")
     dataset = datasets.load(str(folder))
-    scores = loaded.scores(datasets.scale(dataset.x_test))
+    scores = loaded.predict_proba(transforms.to_unit_float(dataset.x_test))
     right = scores[np.arange(12), dataset.y_test]
     metrics = result.metrics["models"]["cnn"]
     assert metrics["test_loss"] == pytest.approx(-np.log(right).mean(), rel=1e-4)
@@ -144,7 +144,7 @@ def test_bfloat16_is_what_layers_compute_in_and_not_what_weights_are(folder, tmp
     assert {f.name for f in (tmp_path / "run").iterdir()} == FILES
     assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == "bfloat16"
     loaded = saved_model.load(tmp_path / "run" / "inn.keras")
-    scores = loaded.scores(datasets.scale(datasets.load(str(folder)).x_test))
+    scores = loaded.predict_proba(transforms.to_unit_float(datasets.load(str(folder)).x_test))
     np.testing.assert_allclose(scores.sum(-1), 1, atol=1e-5)
 
 
@@ -176,7 +176,7 @@ def test_an_image_reaches_the_model_as_in_training_to_the_bit(run, folder):
     assert classifier.class_names == ("ant", "bee", "cat")
     dataset = datasets.load(str(folder))
     read = classifier.read(folder / "test" / "bee" / "2.png")
-    np.testing.assert_array_equal(read, datasets.scale(dataset.x_test[6:7]))
+    np.testing.assert_array_equal(read, transforms.to_unit_float(dataset.x_test[6:7]))
 
 
 def test_a_saved_model_has_no_optimizer_and_loads_plainly(run):
@@ -327,8 +327,8 @@ def test_variants_take_the_options_of_their_function():
     [
         ("resnet", r"one of cnn, inn, .* or a Python file. Received: resnet"),
         ("", "Received: none"),
-        ("cnn,cnn", "named once"),
-        ("inn:a=1", r"name=value with a name of kernel_size, .*Received: a=1"),
+        ("cnn,cnn", "must be unique"),
+        ("inn:a=1", r"must be one of kernel_size, .*Received: a=1"),
         ("inn:kernel_size", "Received: kernel_size"),
         ("missing.py:f", "must exist. Received: missing.py"),
     ],
@@ -341,7 +341,7 @@ def test_models_that_cannot_be_named(text, match):
 def test_a_file_without_the_function(tmp_path):
     file = tmp_path / "own.py"
     file.write_text("x = 1\n")
-    with pytest.raises(InputError, match="must define the function build"):
+    with pytest.raises(InputError, match="must define build"):
         specs.parse(str(file))
     file.write_text("import nothing_of_that_name\n")
     with pytest.raises(InputError, match="nothing_of_that_name"):
@@ -404,15 +404,16 @@ def test_a_file_that_does_not_run(content, reason, tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text(content)
     with pytest.raises(InputError) as caught:
         specs.parse(str(tmp_path / "own.py"))
-    assert str(caught.value) == (f"A model's file must run. Received: {tmp_path}/own.py: {reason}")
+    assert str(caught.value) == (
+        f"The Python file of a model must run. Received: {tmp_path}/own.py: {reason}"
+    )
 
 
 def test_a_model_whose_name_is_no_text():
     with pytest.raises(InputError) as caught:
         specs.parse("cnn,caf\udce9.py")
     assert str(caught.value) == (
-        "The name of a model must be valid UTF-8, the encoding of reports. "
-        "Received: cnn,caf\\udce9.py"
+        "A model spec must be valid UTF-8, the encoding of reports. Received: cnn,caf\\udce9.py"
     )
 
 
@@ -434,7 +435,7 @@ def test_another_floatx_is_refused(run, folder, tmp_path):
             with pytest.raises(InputError, match=rf"be float32; .*Received: floatx={floatx}$"):
                 compare(Config(str(folder)), tmp_path / "run")
             with pytest.raises(InputError, match=f"Received: floatx={floatx}$"):
-                classifier.scores(np.zeros((1, 16, 16, 3), "float32"))
+                classifier.predict_proba(np.zeros((1, 16, 16, 3), "float32"))
     finally:
         keras.config.set_floatx("float32")
     assert not (tmp_path / "run").exists()
@@ -467,9 +468,9 @@ def test_images_that_are_not_used_are_told(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "pets")
     (tmp_path / "pets" / "train" / "ant" / "x.bmp").write_bytes(b"")
     console = Recorder()
-    note = experiment.load(Config(str(tmp_path / "pets")), console).note
-    assert note.endswith(f": 1 .bmp files, as {tmp_path}/pets/train/ant/x.bmp.")
-    assert console.lines == [note]
+    description = experiment.load(Config(str(tmp_path / "pets")), console).description
+    assert description.endswith(f": 1 .bmp files, such as {tmp_path}/pets/train/ant/x.bmp.")
+    assert console.lines == [description]
 
 
 @pytest.mark.parametrize(
@@ -529,6 +530,6 @@ def test_scores_are_probabilities(tmp_path):
     classifier = saved_model.Classifier(own_model((8, 8, 3), 3), ("a", "b", "c"), (8, 8, 3))
     write_image(tmp_path / "x.png", size=(20, 30))
     image = classifier.read(tmp_path / "x.png")
-    scores = classifier.scores(image)
+    scores = classifier.predict_proba(image)
     logits = numpy(classifier.model(image)).astype("float64")
     np.testing.assert_allclose(scores, np.exp(logits) / np.exp(logits).sum(), rtol=1e-5)

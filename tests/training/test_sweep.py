@@ -99,7 +99,7 @@ def test_plans_that_cannot_be(planned, network):
         planned(search=("width=1,2", "width=3,4"))
     with pytest.raises(InputError, match="at least one value to vary"):
         planned(search=())
-    with pytest.raises(InputError, match=r"An option of .* must be name=value .* depth=0"):
+    with pytest.raises(InputError, match=r"An option of .* must be one of .* depth=0"):
         planned(search=("depth=1,2",))
     with pytest.raises(InputError, match="One model is searched"):
         planned(models=f"inn,{network}")

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from involution.data import datasets
+from involution.data import datasets, transforms
 from involution.training import experiment
 from involution.training import trainer as training
 from involution.training.trainer import RECIPES, Recipe, Trainer
@@ -103,7 +103,7 @@ def test_smoothed_labels_are_for_training_alone():
     )
     np.testing.assert_allclose(trainer._tested(np.array([1, 0])).labels, [[0, 1], [1, 0]])
     (row,) = trainer.epochs()
-    logits = trainer.network(datasets.scale(images.x_test), training=False)
+    logits = trainer.network(transforms.to_unit_float(images.x_test), training=False)
     odds = keras.ops.log_softmax(logits)
     loss = -np.mean(numpy(odds)[np.arange(3), images.y_test])
     assert row["test_loss"] == pytest.approx(loss, rel=1e-5)
@@ -165,7 +165,7 @@ def test_the_mean_of_the_weights_is_what_is_tested_and_left(accumulate):
 def test_every_part_of_a_recipe_can_be_gone_on_with(tmp_path):
     """From any step, in the midst of a batch's parts and of testing too."""
     pets = write_folder(tmp_path / "pets", size=(12, 9), train=4, test=3)
-    images = datasets.load(str(pets), (6, 8), crop=0.875)
+    images = datasets.load(str(pets), (6, 8), crop_fraction=0.875)
     recipe = dataclasses.replace(
         RECIPES["imagenet"], learning_rate=0.05, batch_size=4, accumulate=2, ema=0.7, clip_norm=1.0
     )
@@ -248,27 +248,27 @@ def test_some_images_are_seen_in_a_mirror():
 
 
 def test_the_mirror_is_a_function_of_seed_and_epoch():
-    first = datasets.mirrored(4000, 1, 1)
-    np.testing.assert_array_equal(first, datasets.mirrored(4000, 1, 1))
+    first = transforms.flip_mask(4000, 1, 1)
+    np.testing.assert_array_equal(first, transforms.flip_mask(4000, 1, 1))
     assert 0.45 < first.mean() < 0.55
-    assert (first != datasets.mirrored(4000, 1, 2)).any()
-    assert (first != datasets.mirrored(4000, 2, 1)).any()
+    assert (first != transforms.flip_mask(4000, 1, 2)).any()
+    assert (first != transforms.flip_mask(4000, 2, 1)).any()
 
 
 def test_what_is_held_out():
     images = dataset()
-    held = images.validation(3)
+    held = images.validation_split(3)
     assert len(held.x_train) == 7
     assert len(held.x_test) == 3
     both = np.concatenate([held.x_train, held.x_test])
     assert {x.tobytes() for x in both} == {x.tobytes() for x in images.x_train}
-    np.testing.assert_array_equal(held.x_test, dataset().validation(3).x_test)
+    np.testing.assert_array_equal(held.x_test, dataset().validation_split(3).x_test)
     labels = dict(zip([x.tobytes() for x in images.x_train], images.y_train, strict=True))
     assert [labels[x.tobytes()] for x in held.x_test] == list(held.y_test)
     assert held.name == "noise, 3 of its training images held out"
     for count in (0, 10):
         with pytest.raises(InputError, match=rf"from 1 to 9\. Received: {count}"):
-            images.validation(count)
+            images.validation_split(count)
 
 
 @pytest.mark.parametrize(

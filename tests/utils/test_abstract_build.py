@@ -1,4 +1,4 @@
-"""What a configuration would build is known before it takes memory."""
+"""Abstract builds, and their limits."""
 
 import contextlib
 import json
@@ -13,19 +13,19 @@ import pytest
 import involution
 from involution.saving import classifier
 from involution.utils import memory
-from involution.utils.abstract_build import MOST_LAYERS, SPARE, outline
+from involution.utils.abstract_build import EXTRA_ELEMENTS, MAX_LAYERS, build_abstract
 from involution.utils.errors import InputError
 from tests.support import hostile_configs
 from tests.support.backends import numpy
-from tests.support.syscall_watch import held
+from tests.support.syscall_watch import memory_bytes
 
 L = keras.layers
-MOST = 64 * 2**20
+MAX_GROWTH = 64 * 2**20
 
 
 def message(function, *arguments):
     with pytest.raises(ValueError, match=r"\d") as caught:
-        outline(function, *arguments)
+        build_abstract(function, *arguments)
     return str(caught.value)
 
 
@@ -33,48 +33,48 @@ def dense(units):
     L.Dense(units).build((None, 1000))
 
 
-def test_variables_that_end_up_in_no_model_are_counted():
+def test_unused_variables_are_counted():
     stored = 10**6
-    fits = (2 * stored + SPARE) // 1001
-    outline(lambda: dense(fits), stored)
-    assert message(lambda: dense(fits + 1), stored).endswith("or more, where 1,000,000 are stored")
-    # All together, and of every kind.
-    assert "where 0 are" in message(lambda: [dense(1000) for _ in range(9)], 0)
-    assert "where 0 are" in message(lambda: L.Embedding(10**6, 10).build(), 0)
-    # Nobody counts where nothing is said of what is stored, nor afterwards.
-    outline(lambda: dense(10**9))
+    fits = (2 * stored + EXTRA_ELEMENTS) // 1001
+    build_abstract(lambda: dense(fits), stored)
+    assert message(lambda: dense(fits + 1), stored).endswith("of which 1,000,000 are stored")
+    # The sum counts, for every kind of layer.
+    assert "of which 0 are" in message(lambda: [dense(1000) for _ in range(9)], 0)
+    assert "of which 0 are" in message(lambda: L.Embedding(10**6, 10).build(), 0)
+    # Without `stored` there is no limit, and none after the build.
+    build_abstract(lambda: dense(10**9))
     assert keras.Variable.__init__.__name__ == keras.Operation.__init__.__name__ == "__init__"
     dense(10)
 
 
-def test_layers_that_end_up_in_no_model_are_counted():
-    outline(lambda: [L.ReLU() for _ in range(MOST_LAYERS)])
-    said = message(lambda: [L.ReLU() for _ in range(MOST_LAYERS + 1)])
-    assert said == f"more than {MOST_LAYERS:,} layers"
+def test_unused_layers_are_counted():
+    build_abstract(lambda: [L.ReLU() for _ in range(MAX_LAYERS)])
+    text = message(lambda: [L.ReLU() for _ in range(MAX_LAYERS + 1)])
+    assert text == f"more than {MAX_LAYERS:,} layers"
 
 
-def test_only_what_a_thread_makes_itself_is_counted():
+def test_counts_are_per_thread():
     def with_others():
-        # An outline within: it counts for itself.
-        outline(lambda: dense(5000))
-        other = threading.Thread(target=lambda: [L.ReLU() for _ in range(MOST_LAYERS + 1)])
+        # A nested abstract build has its own counts.
+        build_abstract(lambda: dense(5000))
+        other = threading.Thread(target=lambda: [L.ReLU() for _ in range(MAX_LAYERS + 1)])
         other.start()
         other.join()
         dense(10)
-        return "made"
+        return "built"
 
-    assert outline(with_others, 0) == "made"
+    assert build_abstract(with_others, 0) == "built"
 
 
-def test_nothing_is_computed():
+def test_operations_are_not_computed():
     def build():
         return keras.ops.zeros((10**6, 10**6)).shape
 
-    assert tuple(outline(build)) == (10**6, 10**6)
+    assert tuple(build_abstract(build)) == (10**6, 10**6)
 
 
 @pytest.mark.parametrize("generator", [None, "PairwiseAttention"])
-def test_a_window_takes_no_memory_before_it_is_used(generator):
+def test_large_kernel_sizes_take_no_memory_before_use(generator):
     if generator is not None:
         generator = getattr(involution.kernel_generators, generator)()
     tracemalloc.start()
@@ -88,12 +88,12 @@ def test_a_window_takes_no_memory_before_it_is_used(generator):
     assert peak < 2**22
 
 
-def test_a_refusal_for_any_number_of_channels_ends():
+def test_error_for_many_channels_takes_no_time():
     with pytest.raises(ValueError, match="one of 1, 2, 4, 5"):
         involution.Involution2D(3, groups=3).build((None, 8, 8, 10**15))
 
 
-# Layers that make variables in ways of their own, or none; all others are slow together.
+# Layers that create variables in special ways, or none; all others together are slow.
 KINDS = [
     "Dense",
     "EinsumDense",
@@ -107,26 +107,26 @@ KINDS = [
 ]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=[pytest.mark.slow] * (n not in KINDS)) for n in hostile_configs.NAMES],
 )
-def test_no_number_of_a_file_takes_memory(name, tmp_path):
+def test_no_number_in_a_file_takes_memory(name, tmp_path):
     parts = hostile_configs.parts(hostile_configs.honest(name), tmp_path)
     classifier.load_model(tmp_path / "honest.keras")
     config = json.loads(parts["config.json"])
-    tried = list(hostile_configs.blown_up(config, ("config", "build_config")))
-    assert len(tried) > 2 or name not in KINDS
-    for where, changed in tried:
+    configs = list(hostile_configs.blown_up(config, ("config", "build_config")))
+    assert len(configs) > 2 or name not in KINDS
+    for where, changed in configs:
         path = hostile_configs.write(tmp_path / "x.keras", parts, changed)
-        memory.give_back()
+        memory.malloc_trim()
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak begins anew
-        before = held()
+            file.write("5")  # resets the peak
+        before = memory_bytes()
         with contextlib.suppress(InputError):
             classifier.load_model(path)
-        assert held("VmHWM") - before < MOST, where
+        assert memory_bytes("VmHWM") - before < MAX_GROWTH, where
 
 
 def lora():
@@ -161,7 +161,7 @@ def recurrent():
 
 
 @pytest.mark.parametrize("make", [lora, cells, shared, nested, recurrent])
-def test_honest_models_are_read(make, tmp_path):
+def test_ordinary_models_are_read(make, tmp_path):
     model = make()
     model.save(tmp_path / "x.keras")
     again = classifier.load_model(tmp_path / "x.keras")

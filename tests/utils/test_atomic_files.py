@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what is written into them."""
+"""Atomic writes and file formats."""
 
 import errno
 import hashlib
@@ -11,13 +11,13 @@ import stat
 import pytest
 
 from involution.utils import atomic_files
-from involution.utils.atomic_files import replacing, write_json, write_text
+from involution.utils.atomic_files import atomic_write, write_json, write_text
 from involution.utils.errors import WriteError
 
 pytestmark = pytest.mark.any_backend
 
 
-def test_a_file_is_replaced_whole(tmp_path):
+def test_files_are_replaced(tmp_path):
     path = tmp_path / "x.json"
     write_text(path, "old")
     write_json(path, {"a": [1, "é"]})
@@ -25,12 +25,12 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert os.listdir(tmp_path) == ["x.json"]
 
 
-def test_a_failure_leaves_the_old_file(tmp_path):
+def test_failure_keeps_the_old_file(tmp_path):
     path = tmp_path / "x.txt"
     write_text(path, "old")
 
     def fail():
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("half")
             raise KeyboardInterrupt
 
@@ -44,30 +44,28 @@ def test_a_failure_leaves_the_old_file(tmp_path):
     ("cause", "number", "reason"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC, "No space left on device"),
-        (OSError("of another kind"), None, "of another kind"),
+        (OSError("without a number"), None, "without a number"),
     ],
 )
-def test_what_keeps_a_file_from_being_written_is_told_in_one_line(tmp_path, cause, number, reason):
+def test_write_errors_have_one_line(tmp_path, cause, number, reason):
     path = tmp_path / "x.txt"
-    with pytest.raises(WriteError) as caught, replacing(str(path)):
+    with pytest.raises(WriteError) as caught, atomic_write(str(path)):
         raise cause
-    assert str(caught.value) == f"A file must be written whole. Received: {path}: {reason}"
+    assert str(caught.value) == f"Could not write {path}: {reason}"
     assert (caught.value.errno, caught.value.filename) == (number, str(path))
     assert caught.value.__cause__ is cause
     assert os.listdir(tmp_path) == []
 
 
-def test_the_temporary_file_says_what_it_is_of(tmp_path):
-    with replacing(tmp_path / ("n" * 50 + ".keras")) as temporary:
+def test_name_of_the_temporary_file(tmp_path):
+    with atomic_write(tmp_path / ("n" * 50 + ".keras")) as temporary:
         assert temporary.parent == tmp_path
         assert temporary.name.startswith(".part-" + "n" * 40 + "-")
         assert temporary.suffix == ".keras"
         assert temporary.read_bytes() == b""
 
 
-def test_content_reaches_the_disk_before_its_name_and_its_name_before_the_end(
-    tmp_path, monkeypatch
-):
+def test_sync_precedes_rename_and_folder_sync_follows(tmp_path, monkeypatch):
     path, order = tmp_path / "x.txt", []
     real_sync, real_replace = os.fsync, pathlib.Path.replace
 
@@ -87,7 +85,7 @@ def test_content_reaches_the_disk_before_its_name_and_its_name_before_the_end(
 
 
 @pytest.mark.parametrize("mask", [0o027, 0o000])
-def test_a_file_is_as_readable_as_others_are(tmp_path, mask):
+def test_permissions_follow_the_umask(tmp_path, mask):
     before = os.umask(mask)
     try:
         write_text(tmp_path / "x.txt", "new")
@@ -97,7 +95,7 @@ def test_a_file_is_as_readable_as_others_are(tmp_path, mask):
     assert stat.S_IMODE((tmp_path / "x.txt").stat().st_mode) == 0o666 & ~mask
 
 
-def test_a_folder_is_closed_whatever_happens(tmp_path, monkeypatch):
+def test_folder_handle_is_closed_on_error(tmp_path, monkeypatch):
     handles, closed = [], []
     real_close = os.close
 
@@ -111,22 +109,22 @@ def test_a_folder_is_closed_whatever_happens(tmp_path, monkeypatch):
         atomic_files._sync_folder(tmp_path)
     assert len(handles) == 1
     assert closed == handles
-    # Where a folder cannot be opened nothing is tried.
+    # Folders cannot be opened on Windows.
     with monkeypatch.context() as patch:
         patch.setattr(os, "name", "nt")
         atomic_files._sync_folder("missing")
 
 
-def test_what_was_being_written_is_removed_in_all_folders(tmp_path):
+def test_remove_temporaries(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in (".part-1", "a/.part-x.keras", "a/b/.part-", "a/part-1", ".parts", "a/x.part-"):
         (tmp_path / name).write_bytes(b"x")
-    atomic_files.remove_parts(str(tmp_path))
+    atomic_files.remove_temporaries(str(tmp_path))
     left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
     assert left == [".parts", "a/part-1", "a/x.part-"]
 
 
-def test_what_is_written_is_the_same_everywhere(tmp_path):
+def test_file_formats_do_not_depend_on_the_system(tmp_path):
     path = tmp_path / "x"
     write_text(path, "é\n\n")
     assert path.read_bytes() == b"\xc3\xa9\n\n"
@@ -141,8 +139,8 @@ def test_what_is_written_is_the_same_everywhere(tmp_path):
     assert atomic_files.csv_text(("a", "b"), rows) == 'a,b\n1,"x,y"\n,""""\n'
 
 
-def test_names_that_are_no_text_are_escaped(tmp_path):
-    """As Python has a file's name whose bytes are not UTF-8."""
+def test_names_that_are_not_utf_8_are_escaped(tmp_path):
+    """Python decodes such file names with lone surrogates."""
     name = "caf\udce9 \u2603"
     atomic_files.write_text(tmp_path / "x.txt", name)
     assert (tmp_path / "x.txt").read_bytes() == b"caf\\udce9 \xe2\x98\x83"

@@ -70,11 +70,11 @@ class Processor:
         if not os.path.exists("/proc/self/clear_refs"):
             return None
         load()
-        memory.give_back()
+        memory.malloc_trim()
         before = resident("VmRSS")
         run = prepare()
         # The peak starts anew: making the arguments took more than they do.
-        memory.give_back()
+        memory.malloc_trim()
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
         run()

@@ -1,7 +1,7 @@
-"""Images to train on: the bundled digits, CIFAR-10, a folder of one's own.
+"""Data sets for image classification: scikit-learn's digits, CIFAR-10, or a folder of images.
 
-Images are uint8 arrays (N, height, width, 3) until they reach a model, which gets float32 from 0
-to 1. ``read_image`` and ``scale`` are the only way from a file to a model, in training and after.
+Images are uint8 (N, height, width, 3); ``transforms.to_unit_float`` makes them the input of a
+model.
 """
 
 import concurrent.futures
@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import math
 import os
 import pathlib
 import pickle
@@ -17,10 +16,11 @@ import tarfile
 from typing import ClassVar
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 
-from involution.data import image_folder, transforms
-from involution.data.lazy_images import StoredImages
+from involution.data import image_folder
+from involution.data.decode import read_image, resize
+from involution.data.lazy_images import LazyImages
 from involution.utils import memory
 from involution.utils.atomic_files import sha256
 from involution.utils.errors import InputError
@@ -36,119 +36,115 @@ CIFAR10_CLASSES = [
     "horse",
     "ship",
     "truck",
-]  # the archive's order
-# The archive that Keras keeps, under the name that Keras gives it.
+]  # in the order of the archive's labels
+# The archive in Keras's cache, under the name that Keras gives it.
 CIFAR10_KERAS = "cifar-10-batches-py-target_archive"
 CIFAR10_KERAS_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CIFAR10_BINARY_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-UNUSED = "Images that are not used (PNG, JPEG and WebP directly in the folder of a class are):"
-# What a file may be named by.
-PATHS = (str, bytes, os.PathLike)
-BLOCK = 1024  # images that are read at a time
-# What sets an image upright, by its EXIF orientation; 1 is upright.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+SKIPPED = "Skipped images (only PNG, JPEG and WebP files directly in a class folder are used):"
+CHUNK_SIZE = 1024  # images decoded at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Images with labels, for training and for testing.
+    """Labeled images, split into training and test data.
 
     Attributes:
-        name: What to call it in a report.
-        note: What a reader must know about its images; empty where there is nothing.
-        x_train, x_test: uint8 (N, height, width, 3); in memory, or in their files.
+        name: The name shown in reports.
+        description: What a reader must know about the images; empty if nothing.
+        x_train, x_test: uint8 (N, height, width, 3), in memory or decoded on access.
         y_train, y_test: int64 (N,), indices into ``class_names``.
         class_names: One name for each class.
-        batch_size: The batch size that suits it.
-        files: SHA-256 of the files that it was read from, see ``image_files.digest``; None where
-            it is not a folder.
-        crop: The share of an image that a model is tested on, see ``read_image``.
+        batch_size: Default batch size for training.
+        files_digest: SHA-256 of the files of an image folder, see ``image_folder.digest``; None for
+            other data sets.
+        crop_fraction: The center crop of evaluation, see ``decode.read_image``.
     """
 
     name: str
-    note: str
-    x_train: np.ndarray | StoredImages
+    description: str
+    x_train: np.ndarray | LazyImages
     y_train: np.ndarray
-    x_test: np.ndarray | StoredImages
+    x_test: np.ndarray | LazyImages
     y_test: np.ndarray
     class_names: tuple[str, ...]
     batch_size: int = 256
-    files: str | None = None
-    crop: float | None = None
+    files_digest: str | None = None
+    crop_fraction: float | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.x_train.shape[1:]
 
     def fingerprint(self) -> str:
-        """SHA-256 of images, or of their files, of labels and classes, in hexadecimal."""
+        """SHA-256 of class names, labels and images (or their files), in hexadecimal."""
         digest = hashlib.sha256(repr(self.class_names).encode())
-        if self.files is not None:
+        if self.files_digest is not None:
             shapes = self.x_train.shape, self.x_test.shape
-            digest.update(f"{self.files} {shapes} {self.crop}".encode())
+            digest.update(f"{self.files_digest} {shapes} {self.crop_fraction}".encode())
             for labels in (self.y_train, self.y_test):
                 digest.update(labels.tobytes())
             return digest.hexdigest()
         for array in (self.x_train, self.y_train, self.x_test, self.y_test):
             digest.update(f"{array.shape} {array.dtype}".encode())
-            for begin in range(0, len(array), BLOCK):
-                digest.update(np.ascontiguousarray(array[begin : begin + BLOCK]).data)
+            for begin in range(0, len(array), CHUNK_SIZE):
+                digest.update(np.ascontiguousarray(array[begin : begin + CHUNK_SIZE]).data)
         return digest.hexdigest()
 
-    def validation(self, count) -> "Dataset":
-        """Without its test images: ``count`` training images, always the same, in their place.
+    def validation_split(self, count) -> "Dataset":
+        """The training data, with ``count`` of its images as test data instead of the real ones.
+
+        The split does not depend on a seed.
 
         Raises:
-            InputError: There are not so many.
+            InputError: ``count`` is not from 1 to the number of training images - 1.
         """
         total = len(self.x_train)
         if not 0 < count < total:
             raise InputError(
-                f"Training images to be held out must be from 1 to {total - 1}. Received: {count}"
+                f"Validation images must number from 1 to {total - 1}. Received: {count}"
             )
-        mixed = order(total, 0, 0)
-        test, train = mixed[:count], mixed[count:]
+        permutation = epoch_permutation(total, 0, 0)
+        test, train = permutation[:count], permutation[count:]
         return dataclasses.replace(
             self,
             name=f"{self.name}, {count} of its training images held out",
-            x_train=_part(self.x_train, train),
+            x_train=_subset(self.x_train, train),
             y_train=self.y_train[train],
-            x_test=_part(self.x_train, test),
+            x_test=_subset(self.x_train, test),
             y_test=self.y_train[test],
         )
 
 
-def _part(images, index):
-    return images.part(index) if isinstance(images, StoredImages) else images[index]
+def _subset(images, index):
+    return images.subset(index) if isinstance(images, LazyImages) else images[index]
 
 
 def load(
-    dataset, image_size=None, download=False, progress=lambda done, total: None, crop=None
+    dataset,
+    image_size=None,
+    download=False,
+    progress=lambda done, total: None,
+    crop_fraction=None,
 ) -> Dataset:
     """Loads a data set.
 
     Args:
-        dataset: ``"digits"``; ``"cifar10"``, from the archive that Keras keeps; the path of one of
-            CIFAR-10's archives (Python or binary); or a folder of PNG, JPEG or WebP images, see
-            ``image_files.find``.
-        image_size: (height, width) that a folder's images are resized to; None where they already
+        dataset: ``"digits"``; ``"cifar10"``, from Keras's cache; the path of a CIFAR-10 archive
+            (Python or binary version); or a folder of PNG, JPEG or WebP images, see
+            ``image_folder.scan``.
+        image_size: (height, width) to which the images of a folder are resized; None if they all
             have one size.
-        download: Whether CIFAR-10 may be fetched where Keras has no archive (163 MB).
-        progress: Called with the numbers of images read and to be read.
-        crop: The share of a folder's images that is seen, see ``read_image``. They stay in their
-            files then, and ``x_train.crops`` gives random parts of them. None: all of an image.
+        download: Whether to download CIFAR-10 (163 MB) if it is not in Keras's cache.
+        progress: Called with the numbers of decoded images and of all images.
+        crop_fraction: The center crop of a folder's images that is resized, see
+            ``decode.read_image``. The images are decoded on access then, and
+            ``x_train.random_crops`` returns random crops. None: the whole images are resized.
 
     Raises:
-        InputError: The data cannot be used.
+        InputError: The data set is unknown, incomplete or damaged, or an argument does not apply
+            to it.
     """
     path = pathlib.Path(dataset).expanduser()
     if dataset == "digits":
@@ -156,128 +152,28 @@ def load(
     elif dataset == "cifar10":
         loaded = _cifar10(_keras_archive(download))
     elif path.is_dir():
-        return _folder(path, image_size, crop, progress)
+        return _folder(path, image_size, crop_fraction, progress)
     elif path.is_file():
         loaded = _cifar10(path)
     else:
         raise InputError(
-            "The data set must be digits, cifar10, a CIFAR-10 archive or a folder with train/ and "
+            "A data set must be digits, cifar10, a CIFAR-10 archive or a folder with train/ and "
             f"test/. Received: {dataset}"
         )
-    if crop is not None:
-        raise InputError(f"A recipe that crops needs a folder of images. Received: {dataset}")
+    if crop_fraction is not None:
+        raise InputError(f"A recipe with random crops needs an image folder. Received: {dataset}")
     if image_size is not None and tuple(image_size) != loaded.image_shape[:2]:
         raise InputError(
-            "An image size can be given for a folder of images only. "
+            "`image_size` (--image-size) applies to image folders only. "
             f"Received: {image_size[0]}x{image_size[1]} for {dataset}"
         )
     return loaded
 
 
-def order(count, seed, epoch) -> np.ndarray:
-    """The order of training images in an epoch: a function of its arguments alone."""
+def epoch_permutation(count, seed, epoch) -> np.ndarray:
+    """The order in which an epoch visits ``count`` training images: a function of the arguments
+    only."""
     return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def mirrored(count, seed, epoch) -> np.ndarray:
-    """Which training images an epoch sees in a mirror: a function of its arguments alone."""
-    return np.random.default_rng([seed, epoch, 1]).random(count) < 0.5
-
-
-def scale(images) -> np.ndarray:
-    """What a model gets: float32 from 0 to 1."""
-    scaled = images.astype("float32")
-    scaled /= np.float32(255)
-    return scaled
-
-
-def check_floatx():
-    """That Keras's floatx is the type of what ``scale`` gives: it is what Keras converts inputs to
-    and computes metrics in, whatever the layers' precision is.
-
-    Raises:
-        InputError: It is another.
-    """
-    import keras
-
-    floatx = keras.config.floatx()
-    if floatx != "float32":
-        raise InputError(
-            "Keras's floatx, in its keras.json or set by keras.config.set_floatx, must be float32; "
-            f"--precision sets what layers compute in. Received: floatx={floatx}"
-        )
-
-
-def read_image(file, size=None, crop=None, random=None) -> np.ndarray:
-    """An image file as uint8 (height, width, 3), upright.
-
-    The orientation is the one in its EXIF or XMP data, a number from 2 to 8. Whatever else stands
-    in these is not read; where there is no such number, or it cannot be read, the image is taken
-    as it is stored, as viewers do.
-
-    Args:
-        file: A path, which an error names, or an open file.
-        size: (height, width) that it is resized to; None: it keeps its own.
-        crop: The share of the largest rectangle of these proportions, in the middle of the image,
-            that is taken; None: the whole image is, whatever its proportions.
-        random: A generator of random numbers: some part of the image is taken, see
-            ``crops.at_random``.
-
-    Raises:
-        InputError: The file is missing, truncated, too large or not an image.
-    """
-    try:
-        with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as opened:
-            # Pillow itself only warns up to twice this size, which may be an attack on memory.
-            if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-                raise ValueError(f"its {opened.width}x{opened.height} pixels exceed the limit")
-            opened.load()
-            turn = _turn(opened)
-            upright = opened if turn is None else opened.transpose(turn)
-            if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype("uint8"))
-            image = upright.convert("RGB")
-    except MemoryError:  # no fault of the file: its pixels are within the limit
-        raise
-    except Exception as error:  # a damaged file breaks Pillow's readers in many ways
-        where = f". Received: {os.fsdecode(file)}" if isinstance(file, PATHS) else ""
-        raise InputError(
-            f"An image must be a whole PNG, JPEG or WebP file: {_reason(error)}{where}"
-        ) from error
-    if size is None:
-        return np.asarray(image)
-    proportions = size[1] / size[0]
-    box = None
-    if random is not None:
-        box = transforms.at_random(*image.size, proportions, random)
-    elif crop is not None:
-        box = transforms.middle(*image.size, proportions, crop)
-    return _resize(image, size, box)
-
-
-def _turn(image) -> Image.Transpose | None:
-    """What sets an image upright; None: it is, or nothing that can be read says otherwise.
-
-    ``ImageOps.exif_transpose`` writes the EXIF data anew without the orientation, and so fails on
-    any tag that is damaged.
-    """
-    try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # noqa: BLE001 - Pillow raises many kinds for EXIF data that is damaged
-        return None
-
-
-def _reason(error) -> str:
-    """Of an error of Pillow's or the system's, without the file: Pillow names one that is open by
-    its address in memory."""
-    if isinstance(error, UnidentifiedImageError):
-        return "cannot identify it"
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(said.split()) or type(error).__name__
-
-
-def _resize(image, size, box=None) -> np.ndarray:
-    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
 
 
 def _digits() -> Dataset:
@@ -285,25 +181,25 @@ def _digits() -> Dataset:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise InputError(
-            "The digits come with scikit-learn: pip install 'involution[compare]'"
+            "The data set digits needs scikit-learn: pip install 'involution[compare]'"
         ) from error
     bundle = load_digits()
-    # At 8 x 8 pixels three involutions with pooling learn nothing: 32 x 32 x 3 they do.
+    # Three involutions with pooling do not learn from 8x8 images; from 32x32 they do.
     small = np.round(bundle.images * (255 / 16)).astype("uint8")
-    enlarged = [_resize(Image.fromarray(i), (32, 32)) for i in small]
+    enlarged = [resize(Image.fromarray(i), (32, 32)) for i in small]
     images = np.repeat(np.stack(enlarged)[..., None], 3, axis=-1)
     labels = bundle.target.astype("int64")
-    mixed = order(len(images), 0, 0)
-    test, train = mixed[:360], mixed[360:]
+    permutation = epoch_permutation(len(images), 0, 0)
+    test, train = permutation[:360], permutation[360:]
     return Dataset(
         name="digits",
-        note="Handwritten digits of scikit-learn, enlarged from 8x8 to 32x32; not CIFAR-10.",
+        description="scikit-learn's handwritten digits, upsampled from 8x8 to 32x32; not CIFAR-10.",
         x_train=images[train],
         y_train=labels[train],
         x_test=images[test],
         y_test=labels[test],
         class_names=tuple("0123456789"),
-        # With 256 the involutional network does not learn them in 20 epochs.
+        # With 256 the involutional network does not converge in 20 epochs.
         batch_size=32,
     )
 
@@ -315,20 +211,18 @@ def _keras_archive(download) -> pathlib.Path:
         return path
     if not download:
         raise InputError(
-            "CIFAR-10 must be in Keras's cache, be fetched with --download (163 MB), or be given "
-            f"by the path of its archive. Received: cifar10, and no file {path}"
+            "CIFAR-10 must be in Keras's cache, downloaded with --download (163 MB), or given as "
+            f"the path of its archive. Received: cifar10, and no file {path}"
         )
     import keras
 
     try:
-        fetched = keras.utils.get_file(
+        downloaded = keras.utils.get_file(
             fname=CIFAR10_KERAS, origin=CIFAR10_ORIGIN, file_hash=CIFAR10_KERAS_SHA256
         )
-    except Exception as error:  # bare ones are what Keras raises without a network
-        raise InputError(
-            f"CIFAR-10 must be fetched from a server that answers. Received: {error}"
-        ) from error
-    return pathlib.Path(fetched)
+    except Exception as error:  # Keras raises a bare one without a network
+        raise InputError(f"The download of CIFAR-10 must succeed. Received: {error}") from error
+    return pathlib.Path(downloaded)
 
 
 def _cifar10(path) -> Dataset:
@@ -339,8 +233,8 @@ def _cifar10(path) -> Dataset:
         names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
     else:
         raise InputError(
-            "A file given as a data set must be one of CIFAR-10's archives, whole and unchanged. "
-            f"Received: {path}, whose hash is another"
+            "A data set that is a file must be an unmodified CIFAR-10 archive. "
+            f"Received: {path}, with a different hash"
         )
     return _cifar10_from(path, read, names)
 
@@ -363,7 +257,7 @@ def _cifar10_from(path, read, names) -> Dataset:
     labels = [batches[name][1] for name in names]
     return Dataset(
         name="CIFAR-10",
-        note="",
+        description="",
         x_train=np.concatenate(images[:-1]),
         y_train=np.concatenate(labels[:-1]),
         x_test=images[-1],
@@ -381,121 +275,124 @@ def _binary_batch(content):
     return _channels_last(records[:, 1:]), records[:, 0].astype("int64")
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Reads what CIFAR-10's batches hold, and refuses to make anything else."""
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Unpickles the arrays of CIFAR-10's batches, and refuses every other global."""
 
     ALLOWED: ClassVar = {
         "ndarray": np.ndarray,
         "dtype": np.dtype,
-        # The function that NumPy's own arrays name as theirs, wherever it lives.
+        # Its module depends on NumPy's version.
         "_reconstruct": np.empty(0).__reduce__()[0],
     }
 
     def find_class(self, module, name):
         if module.split(".")[0] == "numpy" and name in self.ALLOWED:
             return self.ALLOWED[name]
-        raise InputError(f"A batch must hold arrays only. Received: {module}.{name}")
+        raise InputError(f"A CIFAR-10 batch must hold arrays only. Received: {module}.{name}")
 
 
 def _pickled_batch(content):
-    batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+    batch = _RestrictedUnpickler(io.BytesIO(content), encoding="bytes").load()
     return _channels_last(batch[b"data"]), np.array(batch[b"labels"], "int64")
 
 
-def _folder(root, image_size, crop, progress) -> Dataset:
-    if crop is not None and image_size is None:
-        raise InputError("A recipe that crops needs --image-size. Received: none")
-    found = image_folder.find(root)
+def _folder(root, image_size, crop_fraction, progress) -> Dataset:
+    if crop_fraction is not None and image_size is None:
+        raise InputError("A recipe with random crops needs --image-size. Received: none")
+    found = image_folder.scan(root)
     class_names = tuple(found.train)
     unknown = [name for name in found.test if name not in found.train]
     if unknown:
         raise InputError(
-            "Every class to test must be one to train too. "
-            f"Received: {unknown[0]}, of which {root} has test images alone"
+            f"Every test class must have training images. Received: {unknown[0]} in {root}, "
+            "without any"
         )
     if len(class_names) < 2:
         raise InputError(
             "A data set must have at least two classes. "
-            f"Received: {', '.join(class_names)} alone in {root}"
+            f"Received: only {', '.join(class_names)} in {root}"
         )
     numbers = {name: number for number, name in enumerate(class_names)}
-    files, labels = [], []
+    sources, labels = [], []
     for name, members in (*found.train.items(), *found.test.items()):
-        files += members
+        sources += members
         labels += [numbers[name]] * len(members)
     y = np.array(labels, "int64")
     train = sum(map(len, found.train.values()))
-    large = image_folder.are_large(files)
-    images = _read_all(files, large, image_size, crop, progress)
+    exceeds_scan_limit = image_folder.exceeds_scan_limit(sources)
+    images = _decode_all(sources, exceeds_scan_limit, image_size, crop_fraction, progress)
     return Dataset(
         name=root.resolve().name,
-        note=f"{UNUSED} {found.skipped}." if found.skipped else "",
-        x_train=_part(images, slice(train)),
+        description=f"{SKIPPED} {found.skipped}." if found.skipped else "",
+        x_train=_subset(images, slice(train)),
         y_train=y[:train],
-        x_test=_part(images, slice(train, None)),
+        x_test=_subset(images, slice(train, None)),
         y_test=y[train:],
         class_names=class_names,
-        files=image_folder.digest(files, large),
-        crop=crop,
+        files_digest=image_folder.digest(sources, exceeds_scan_limit),
+        crop_fraction=crop_fraction,
     )
 
 
-def _read_all(files, large, image_size, crop, progress) -> np.ndarray | StoredImages:
-    """All are read once, unless that takes too long; those that would take more than a quarter of
-    the memory, or are seen in parts, are not kept."""
+def _decode_all(
+    sources, exceeds_scan_limit, image_size, crop_fraction, progress
+) -> np.ndarray | LazyImages:
+    """The images of a folder, each decoded once to find damaged ones, unless that takes too long.
 
-    def stored(shape):
-        read = functools.partial(_read_part, size=image_size, crop=crop)
-        return StoredImages(files, shape, read)
+    They are kept in memory if they take at most a quarter of it and are not cropped at random.
+    """
 
-    def read(file):
+    def lazy(shape):
+        return LazyImages(sources, shape, image_size, crop_fraction)
+
+    def decode(source):
         try:
-            with file.open() as opened:
-                return read_image(opened, image_size, crop)
+            with source.open() as file:
+                return read_image(file, image_size, crop_fraction)
         except (InputError, OSError) as error:
             return InputError(" ".join(str(error).split()))
 
-    if large:
-        first = read(files[0]) if image_size is None else np.empty((*image_size, 3), "uint8")
+    if exceeds_scan_limit:
+        first = decode(sources[0]) if image_size is None else np.empty((*image_size, 3), "uint8")
         if isinstance(first, InputError):
-            raise InputError(f"{first}. Received: {files[0]}")
-        return stored(first.shape)
+            raise InputError(f"{first}. Received: {sources[0]}")
+        return lazy(first.shape)
     images: np.ndarray | None = None
     shape: tuple[int, ...] = ()
-    broken, others = [], []
-    # Decoding runs outside of Python's lock. What is decoded waits: not all at once.
+    unreadable, wrong_size = [], []
+    # Pillow decodes outside of the global interpreter lock. Chunks bound the queue of results.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = (
             image
-            for begin in range(0, len(files), BLOCK)
-            for image in pool.map(read, files[begin : begin + BLOCK])
+            for begin in range(0, len(sources), CHUNK_SIZE)
+            for image in pool.map(decode, sources[begin : begin + CHUNK_SIZE])
         )
-        for number, (file, image) in enumerate(zip(files, decoded, strict=True)):
-            progress(number + 1, len(files))
+        for number, (source, image) in enumerate(zip(sources, decoded, strict=True)):
+            progress(number + 1, len(sources))
             if isinstance(image, InputError):
-                broken.append((file, image))
+                unreadable.append((source, image))
                 continue
             if not shape:
                 shape = image.shape
-                if crop is None and len(files) * image.nbytes <= memory.allowed() / 4:
-                    images = np.empty((len(files), *shape), "uint8")
+                if (
+                    crop_fraction is None
+                    and len(sources) * image.nbytes <= memory.memory_limit() / 4
+                ):
+                    images = np.empty((len(sources), *shape), "uint8")
             if image.shape != shape:
-                others.append((file, image.shape))
+                wrong_size.append((source, image.shape))
             elif images is not None:
                 images[number] = image
-    if broken:
-        file, error = broken[0]
+    if unreadable:
+        source, error = unreadable[0]
         raise InputError(
-            f"{error}. Received: {file} ({len(broken)} of {len(files)} files cannot be read)"
+            f"{error}. Received: {source} ({len(unreadable)} of {len(sources)} files cannot be "
+            "read)"
         )
-    if others:
-        sizes = [f"{width}x{height}" for height, width, *_ in (shape, others[0][1])]
+    if wrong_size:
+        sizes = [f"{width}x{height}" for height, width, *_ in (shape, wrong_size[0][1])]
         raise InputError(
-            "Images must have one size, or --image-size must be given. "
-            f"Received: {sizes[0]} in {files[0]}, {sizes[1]} in {others[0][0]}"
+            "Images must have one size unless `image_size` (--image-size) is given. "
+            f"Received: {sizes[0]} in {sources[0]}, {sizes[1]} in {wrong_size[0][0]}"
         )
-    return stored(shape) if images is None else images
-
-
-def _read_part(file, random, size, crop):
-    return read_image(file, size, crop, random)
+    return lazy(shape) if images is None else images

@@ -1,10 +1,10 @@
-"""Where the images of a folder are: files in a folder for each class, or records of tar files.
+"""The images of a folder by class: image files, or members of tar files.
 
 One rule holds for both: a class is a folder directly in ``train/``, and its images are the files
-directly in that folder. ``_sorted`` applies it.
+directly in that folder. ``_group_by_class`` applies it.
 
-A tar file is read in place: where each of its members begins is looked up once, and an image is
-read from there when it is wanted. Nothing is unpacked, and links are not followed.
+Tar files are not unpacked: the offsets of their members are read once, and an image is read at its
+offset. Links are not followed.
 """
 
 import concurrent.futures
@@ -20,28 +20,28 @@ from collections.abc import Iterable, Iterator
 from involution.utils.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
-# Images that are counted and not read: SECURITY.md limits what is decoded to three formats, and
-# some of these hold several images, or none made of pixels.
-OTHERS = (
+# Counted and not decoded: SECURITY.md limits decoding to three formats, and some of these hold
+# several images or vector graphics.
+UNSUPPORTED_SUFFIXES = (
     *(".bmp", ".dib", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".psd", ".svg", ".dng", ".cr2", ".nef"),
 )
-# Folders that file servers and operating systems create beside those of their users.
-SYSTEM = (
+# Created by file servers and operating systems among the folders of users.
+SYSTEM_FOLDERS = (
     *("@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"),
     *("lost+found", "__MACOSX"),
 )
-# What a class is named by in a tar file of the WebDataset kind, instead of by its folder.
-CLASS = ".cls"
-MOST_CLASS = 1000  # bytes
-PARTS = {"train": ("train",), "test": ("test", "val")}
-# Bytes.
-LARGE = 2**32
+# WebDataset: a file beside an image that holds its class.
+LABEL_SUFFIX = ".cls"
+MAX_LABEL_BYTES = 1000
+SPLITS = {"train": ("train",), "test": ("test", "val")}
+# Bytes of images above which a folder is not read as a whole, which would take minutes.
+SCAN_LIMIT = 2**32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class File:
-    """An image in a file of its own."""
+class FileSource:
+    """An image in its own file."""
 
     path: str
 
@@ -49,7 +49,7 @@ class File:
     def size(self) -> int:
         try:
             return os.stat(self.path).st_size
-        except OSError:  # it is named when it is read
+        except OSError:  # decoding reports it
             return 0
 
     @property
@@ -64,117 +64,118 @@ class File:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Record:
-    """An image within a tar file."""
+class TarMember:
+    """An image in a tar file."""
 
     archive: str
     name: str
-    begin: int
+    offset: int
     size: int
 
     def open(self) -> io.BufferedIOBase:
         with open(self.archive, "rb") as file:
-            file.seek(self.begin)
+            file.seek(self.offset)
             return io.BytesIO(file.read(self.size))
 
     def __str__(self):
         return f"{self.archive}: {self.name}"
 
 
-Classes = dict[str, list[File | Record]]
-# Names of folders, and at the end the name of a file.
-Parts = tuple[str, ...]
-# Reasons why an image is not used.
-FORMAT, NESTED, STRAY = "{} files", "in folders within a class", "outside of the classes"
+Source = FileSource | TarMember
+SourcesByClass = dict[str, list[Source]]
+# A relative path: the names of folders, then of the file.
+PathParts = tuple[str, ...]
+# Why images are skipped.
+UNSUPPORTED, NESTED, STRAY = "{} files", "in subfolders of a class", "outside of any class"
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class ScanResult:
     """The images of a folder.
 
     Attributes:
-        train, test: By class.
-        skipped: Which images are not used, and why, in one line; empty where all are.
+        train, test: Images by class.
+        skipped: Numbers of skipped images by reason, in one line; empty if none is skipped.
     """
 
-    train: Classes
-    test: Classes
+    train: SourcesByClass
+    test: SourcesByClass
     skipped: str
 
 
 class _Skipped(dict[str, list[str]]):
-    """Names of images that are not used, by the reason."""
+    """Names of skipped images by reason."""
 
     def add(self, reason, image):
         self.setdefault(reason, []).append(str(image))
 
     def __str__(self):
         return "; ".join(
-            f"{len(names)} {reason}, as {min(names)}" for reason, names in sorted(self.items())
+            f"{len(names)} {reason}, such as {min(names)}" for reason, names in sorted(self.items())
         )
 
 
-def find(root) -> Found:
-    """The images of ``train`` and ``test``, by class.
+def scan(root) -> ScanResult:
+    """The training and test images of a folder, by class.
 
-    A class is a folder directly in ``train/``, and its images are the files directly in that
-    folder whose names end in one of ``SUFFIXES``, in the order of their names. Classes are in the
-    order of their names, or of numbers if all names are numbers: the same on every system. Hidden
-    files and folders (the name begins with a dot) are ignored, and so are those of ``SYSTEM``.
-    Images of other formats, in folders within a class, or outside of the classes are not used:
-    ``Found.skipped`` counts them.
+    A class is a folder directly in ``train/``. Its images are the files directly in that folder
+    whose names end in one of ``SUFFIXES``, sorted by name. Classes are sorted by name, or as
+    numbers if all names are numbers, on every system. Hidden files and folders (names with a
+    leading dot) and ``SYSTEM_FOLDERS`` are ignored. Images of other formats, in subfolders of a
+    class, or outside of any class are skipped and counted in ``ScanResult.skipped``.
 
-    Tar files follow the same rule. Their ``train/`` is the folder with that name which holds all
-    images; if there is none, the folder which holds all folders of images. An image with a ``.cls``
-    file beside it, as in WebDataset, belongs to the class named there, in whatever folder it is.
+    Tar files follow the same rule. Their ``train/`` is the folder of this name that contains all
+    images, or, without one, the folder that contains all folders of images. An image with a
+    ``.cls`` file beside it, as in WebDataset, belongs to the class written there, in any folder.
 
     Args:
-        root: A folder with ``train/<class>/`` and ``test/<class>/``, or ``val/<class>/`` as
-            ImageNet has it; or with tar files instead, as ``train.tar``, or ``train-000.tar``,
-            ``train-001.tar`` and so on.
+        root: A folder with ``train/<class>/`` and ``test/<class>/`` or, as in ImageNet,
+            ``val/<class>/``; or with the tar files ``train.tar``, or ``train-000.tar``,
+            ``train-001.tar`` and so on, instead.
 
     Raises:
-        InputError: It is none, a class has no images, or its name is not valid UTF-8.
+        InputError: A split is missing or damaged, a class has no images, or its name is not valid
+            UTF-8.
     """
     skipped = _Skipped()
     try:
-        train, test = (_part(root, part, names, skipped) for part, names in PARTS.items())
+        train, test = (_scan_split(root, *split, skipped) for split in SPLITS.items())
     except OSError as error:
         raise InputError(
-            f"A folder of images must be readable. Received: {error.filename}: {error.strerror}"
+            f"An image folder must be readable. Received: {error.filename}: {error.strerror}"
         ) from error
-    return Found(train, test, str(skipped))
+    return ScanResult(train, test, str(skipped))
 
 
-def _part(root, part, names, skipped) -> Classes:
+def _scan_split(root, split, names, skipped) -> SourcesByClass:
     for name in names:
         folder = root / name
         archives = sorted((*root.glob(f"{name}.tar"), *root.glob(f"{name}-*.tar")))
-        if folder.is_dir() and (classes := _of_folder(folder, skipped)):
+        if folder.is_dir() and (classes := _scan_folder(folder, skipped)):
             return classes
         if archives:
-            return _of_archives(archives, names, skipped)
+            return _scan_archives(archives, names, skipped)
     raise InputError(
-        "A folder of images must hold train/<class>/ and test/<class>/ (or val/<class>/), or tar "
-        f"files of them. Received: {root}, without {part}/<class>/"
+        "An image folder must contain train/<class>/ and test/<class>/ (or val/<class>/), or tar "
+        f"files of them. Received: {root}, without {split}/<class>/"
     )
 
 
-def _of_folder(folder, skipped) -> Classes:
+def _scan_folder(folder, skipped) -> SourcesByClass:
     names = [entry.name for entry in _visible(folder) if entry.is_dir()]
-    # ImageNet's test images have no classes: where there is val/ they are not looked at.
-    return _sorted(names, _walk(folder), (), folder, skipped) if names else {}
+    # Without classes, as ImageNet's test images, it is no split: val/ is tried next.
+    return _group_by_class(names, _walk(folder), (), folder, skipped) if names else {}
 
 
-def _walk(folder, above: Parts = ()) -> Iterator[tuple[Parts, File]]:
-    """Images in a folder, with their places in it."""
+def _walk(folder, parents: PathParts = ()) -> Iterator[tuple[PathParts, FileSource]]:
+    """Pairs (relative path, image) of a folder."""
     for entry in _visible(folder):
-        place = (*above, entry.name)
-        # A class may be a link to a folder; deeper ones are not followed, as they may form a loop.
-        if entry.is_dir(follow_symlinks=not above):
-            yield from _walk(entry.path, place)
-        elif _suffix(entry.name) in (*SUFFIXES, *OTHERS) and not entry.is_dir():
-            yield place, File(entry.path)
+        path = (*parents, entry.name)
+        # A class may be a link to a folder; deeper links may form a loop.
+        if entry.is_dir(follow_symlinks=not parents):
+            yield from _walk(entry.path, path)
+        elif _suffix(entry.name) in (*SUFFIXES, *UNSUPPORTED_SUFFIXES) and not entry.is_dir():
+            yield path, FileSource(entry.path)
 
 
 def _visible(folder) -> list[os.DirEntry]:
@@ -183,52 +184,52 @@ def _visible(folder) -> list[os.DirEntry]:
 
 
 def _is_hidden(name) -> bool:
-    return (name.startswith(".") and name != "..") or name in SYSTEM
+    return (name.startswith(".") and name != "..") or name in SYSTEM_FOLDERS
 
 
 def _suffix(name) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _sorted(
-    names: Iterable[str],
-    placed: Iterable[tuple[Parts, File | Record]],
-    named: Iterable[tuple[str, File | Record]],
+def _group_by_class(
+    class_names: Iterable[str],
+    by_path: Iterable[tuple[PathParts, Source]],
+    labeled: Iterable[tuple[str, Source]],
     where: pathlib.Path,
     skipped: _Skipped,
-) -> Classes:
+) -> SourcesByClass:
     """Images by class.
 
     Args:
-        names: The folders directly in the part's.
-        placed: Images with their places in the part's folder.
-        named: Images with the names of their classes.
+        class_names: The folders directly in the folder of the split.
+        by_path: Pairs (path relative to the folder of the split, image).
+        labeled: Pairs (class, image).
         where: The folder or tar file, for errors.
-        skipped: Gets the images that are not used.
+        skipped: Skipped images are added to it.
     """
-    classes: Classes = {name: [] for name in names}
+    classes: SourcesByClass = {name: [] for name in class_names}
     unused = _Skipped()
 
     def add(name, image):
         suffix = _suffix(image.name)
-        if suffix in OTHERS:
-            unused.add(FORMAT.format(suffix), image)
+        if suffix in UNSUPPORTED_SUFFIXES:
+            unused.add(UNSUPPORTED.format(suffix), image)
         else:
             classes.setdefault(name, []).append(image)
 
-    for place, image in placed:
-        if len(place) == 2:
-            add(place[0], image)
+    for path, image in by_path:
+        if len(path) == 2:
+            add(path[0], image)
         else:
-            unused.add(NESTED if len(place) > 2 else STRAY, image)
-    for name, image in named:
+            unused.add(NESTED if len(path) > 2 else STRAY, image)
+    for name, image in labeled:
         add(name, image)
     for name, images in sorted(classes.items()):
-        shown = name.encode("utf-8", "backslashreplace").decode()
-        if shown != name:
+        escaped = name.encode("utf-8", "backslashreplace").decode()
+        if escaped != name:
             raise InputError(
-                "The name of a class must be valid UTF-8, the encoding of models and reports. "
-                f"Received: {shown} in {where}"
+                "A class name must be valid UTF-8, the encoding of models and reports. "
+                f"Received: {escaped} in {where}"
             )
         if not images:
             more = f", but {unused}" if unused else ""
@@ -238,157 +239,158 @@ def _sorted(
             )
     for reason, files in unused.items():
         skipped.setdefault(reason, []).extend(files)
-    # Numbers are compared as such: with class 10 after 9 a model's output has the class's index.
-    numbers = all(map(str.isdecimal, classes))
-    order = sorted(classes, key=lambda name: (int(name) if numbers else 0, name))
-    return {name: sorted(classes[name], key=str) for name in order}
+    # Numbers sort as numbers, so that class 10 follows class 9.
+    numeric = all(map(str.isdecimal, classes))
+    ordered = sorted(classes, key=lambda name: (int(name) if numeric else 0, name))
+    return {name: sorted(classes[name], key=str) for name in ordered}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Members:
-    """What tar files hold.
+class _TarContents:
+    """The members of a split's tar files.
 
     Attributes:
-        placed: Images with their places in the tar file, those of other formats too.
-        named: Images with the names of their classes, from ``.cls`` files.
+        by_path: Pairs (path, image), unsupported formats included.
+        labeled: Pairs (class, image), the class from a ``.cls`` file.
         folders: The folders of all members.
-        named_folders: Those of ``named``.
+        labeled_folders: The folders of ``labeled``.
     """
 
-    placed: list[tuple[Parts, Record]] = dataclasses.field(default_factory=list)
-    named: list[tuple[str, Record]] = dataclasses.field(default_factory=list)
-    folders: set[Parts] = dataclasses.field(default_factory=set)
-    named_folders: set[Parts] = dataclasses.field(default_factory=set)
+    by_path: list[tuple[PathParts, TarMember]] = dataclasses.field(default_factory=list)
+    labeled: list[tuple[str, TarMember]] = dataclasses.field(default_factory=list)
+    folders: set[PathParts] = dataclasses.field(default_factory=set)
+    labeled_folders: set[PathParts] = dataclasses.field(default_factory=set)
 
 
-def _of_archives(archives, names, skipped) -> Classes:
-    members = _Members()
+def _scan_archives(archives, split_names, skipped) -> SourcesByClass:
+    contents = _TarContents()
     for archive in archives:
         try:
-            _read(archive, names, members)
+            _read_archive(archive, split_names, contents)
         except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
             raise InputError(
-                f"A tar file of images must be whole, and not compressed. Received: {archive}: "
+                f"A tar file of images must be complete and uncompressed. Received: {archive}: "
                 f"{' '.join(str(error).split())}"
             ) from error
-    within = [place for place, _ in members.placed if len(place) > 1]
-    for name, record in members.named:
-        if not name:
-            raise _without_class(record)
-    for place, record in members.placed:
-        if len(place) == 1 and (members.named or not within):
-            raise _without_class(record)
-    if not members.placed and not members.named:
+    in_folders = [path for path, _ in contents.by_path if len(path) > 1]
+    for label, image in contents.labeled:
+        if not label:
+            raise _unlabeled(image)
+    for path, image in contents.by_path:
+        if len(path) == 1 and (contents.labeled or not in_folders):
+            raise _unlabeled(image)
+    if not contents.by_path and not contents.labeled:
         raise InputError(
-            f"Tar files must hold images ({', '.join(SUFFIXES)}). Received: none in {archives[0]}"
+            f"A tar file must contain images ({', '.join(SUFFIXES)}). "
+            f"Received: none in {archives[0]}"
         )
-    top = _top([place[:-1] for place in within], names)
-    depth = len(top)
+    root = _class_root([path[:-1] for path in in_folders], split_names)
+    depth = len(root)
 
     def classes(folders):
-        return {f[depth] for f in folders if len(f) > depth and f[:depth] == top}
+        return {f[depth] for f in folders if len(f) > depth and f[:depth] == root}
 
-    # A folder of images that have .cls files is no class, nor is any if all images have one.
-    folders = classes(members.folders) - classes(members.named_folders) if within else set()
-    placed = (
-        (place[depth:] if place[:depth] == top else place[-1:], record)
-        for place, record in members.placed
+    # A folder of labeled images is no class, and with labeled images only there is none.
+    folders = classes(contents.folders) - classes(contents.labeled_folders) if in_folders else set()
+    by_path = (
+        (path[depth:] if path[:depth] == root else path[-1:], image)
+        for path, image in contents.by_path
     )
-    return _sorted(
-        folders | classes(place[:-1] for place in within),
-        placed,
-        members.named,
+    return _group_by_class(
+        folders | classes(path[:-1] for path in in_folders),
+        by_path,
+        contents.labeled,
         archives[0],
         skipped,
     )
 
 
-def _without_class(record) -> InputError:
+def _unlabeled(image) -> InputError:
     return InputError(
-        f"An image in a tar file must be in a folder named by its class, or have a {CLASS} "
-        f"file beside it. Received: {record}"
+        f"An image in a tar file must be in a folder named after its class, or have a "
+        f"{LABEL_SUFFIX} file beside it. Received: {image}"
     )
 
 
-def _top(folders: list[Parts], names) -> Parts:
-    """The folder of the classes, from the folders of images."""
-    shared = _shared(folders)
-    depths = [depth for depth, name in enumerate(shared, 1) if name in names]
-    return shared[: depths[-1]] if depths else _shared([folder[:-1] for folder in folders])
+def _class_root(folders: list[PathParts], split_names) -> PathParts:
+    """The folder that contains the classes, from the folders of images."""
+    prefix = _common_prefix(folders)
+    depths = [depth for depth, name in enumerate(prefix, 1) if name in split_names]
+    return prefix[: depths[-1]] if depths else _common_prefix([folder[:-1] for folder in folders])
 
 
-def _shared(folders: list[Parts]) -> Parts:
-    """The folder that holds all of these."""
+def _common_prefix(folders: list[PathParts]) -> PathParts:
+    """The deepest folder that contains all of these."""
     levels = (set(names) for names in zip(*set(folders), strict=False))
     return tuple(names.pop() for names in itertools.takewhile(lambda n: len(n) == 1, levels))
 
 
-def _read(archive, names, members):
-    """Adds what a tar file holds."""
-    told, records, before = {}, [], -1
+def _read_archive(archive, split_names, contents):
+    """Adds the members of a tar file to ``contents``."""
+    labels, images, previous = {}, [], -1
     with tarfile.open(archive, "r:") as opened:
         for member in opened:
-            # Otherwise it keeps all of them.
+            # It would keep all members in memory.
             opened.members = []  # type: ignore[attr-defined]  # not in its stubs
-            if member.offset <= before or member.size < 0:
+            if member.offset <= previous or member.size < 0:
                 raise tarfile.ReadError("its members do not follow each other")
-            before = member.offset
-            path = pathlib.PurePosixPath(member.name)
-            place = path.parts[bool(path.anchor) :]
-            # The folder that was packed may be in a hidden one.
-            begin = next((n for n, name in enumerate(place) if name in names), 0)
-            if any(map(_is_hidden, place[begin:])):
+            previous = member.offset
+            name = pathlib.PurePosixPath(member.name)
+            path = name.parts[bool(name.anchor) :]
+            # Hidden folders above the split do not count.
+            begin = next((n for n, part in enumerate(path) if part in split_names), 0)
+            if any(map(_is_hidden, path[begin:])):
                 continue
-            members.folders.add(place if member.isdir() else place[:-1])
-            kind = "" if member.isdir() else path.suffix.lower()
-            if kind in (CLASS, *SUFFIXES) and (not member.isreg() or member.issparse()):
-                raise tarfile.ReadError(f"{path} is a link, or of another kind that is not read")
-            if kind == CLASS:
-                content = opened.extractfile(member)
-                text = b"" if content is None else content.read(MOST_CLASS + 1)
-                if len(text) > MOST_CLASS:
-                    raise tarfile.ReadError(f"{path} has more than {MOST_CLASS} bytes")
-                told[str(path.with_suffix(""))] = text.decode("utf-8").strip()
-            elif kind in (*SUFFIXES, *OTHERS):
-                record = Record(str(archive), member.name, member.offset_data, member.size)
-                records.append((path, place, record))
-        # Where a header is damaged the reader ends as if all were read.
-        with open(archive, "rb") as file:
-            file.seek(opened.offset)
-            if file.read(512) != bytes(512):
+            contents.folders.add(path if member.isdir() else path[:-1])
+            suffix = "" if member.isdir() else name.suffix.lower()
+            if suffix in (LABEL_SUFFIX, *SUFFIXES) and (not member.isreg() or member.issparse()):
+                raise tarfile.ReadError(f"{name} is a link or special file, which is not read")
+            if suffix == LABEL_SUFFIX:
+                file = opened.extractfile(member)
+                content = b"" if file is None else file.read(MAX_LABEL_BYTES + 1)
+                if len(content) > MAX_LABEL_BYTES:
+                    raise tarfile.ReadError(f"{name} has more than {MAX_LABEL_BYTES} bytes")
+                labels[str(name.with_suffix(""))] = content.decode("utf-8").strip()
+            elif suffix in (*SUFFIXES, *UNSUPPORTED_SUFFIXES):
+                image = TarMember(str(archive), member.name, member.offset_data, member.size)
+                images.append((name, path, image))
+        # At a damaged header the reader stops as if at the end.
+        with open(archive, "rb") as raw:
+            raw.seek(opened.offset)
+            if raw.read(512) != bytes(512):
                 raise tarfile.ReadError("its end is missing")
-    for path, place, record in records:
-        name = told.get(str(path.with_suffix("")))
-        if name is None:
-            members.placed.append((place, record))
+    for name, path, image in images:
+        label = labels.get(str(name.with_suffix("")))
+        if label is None:
+            contents.by_path.append((path, image))
         else:
-            members.named.append((name, record))
-            members.named_folders.add(place[:-1])
+            contents.labeled.append((label, image))
+            contents.labeled_folders.add(path[:-1])
 
 
-def are_large(sources: list[File | Record]) -> bool:
-    """Whether it would take minutes to read all of them."""
+def exceeds_scan_limit(sources: list[Source]) -> bool:
+    """Whether the images together have ``SCAN_LIMIT`` bytes or more."""
     total = 0
     for source in sources:
         total += source.size
-        if total >= LARGE:
+        if total >= SCAN_LIMIT:
             return True
     return False
 
 
-def digest(sources: list[File | Record], large: bool) -> str:
-    """SHA-256 that tells images from others, in hexadecimal: of the content of the files, or of
-    large ones of their names and sizes."""
+def digest(sources: list[Source], metadata_only: bool) -> str:
+    """SHA-256 that identifies the images, in hexadecimal: of the contents of their files, or with
+    ``metadata_only`` of names and sizes."""
 
-    def of_one(source) -> bytes:
-        if large:
+    def digest_of(source) -> bytes:
+        if metadata_only:
             return os.fsencode(f"{source.name}\0{source.size}\n")
         with source.open() as file:
             return hashlib.sha256(file.read()).digest()
 
-    whole = hashlib.sha256()
+    combined = hashlib.sha256()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for begin in range(0, len(sources), 1024):
-            for one in pool.map(of_one, sources[begin : begin + 1024]):
-                whole.update(one)
-    return whole.hexdigest()
+            for part in pool.map(digest_of, sources[begin : begin + 1024]):
+                combined.update(part)
+    return combined.hexdigest()

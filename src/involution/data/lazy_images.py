@@ -1,66 +1,69 @@
-"""Images that stay in their files: for folders that are larger than memory."""
+"""Images that are decoded on access, for data sets larger than memory."""
 
 import concurrent.futures
 import os
-from collections.abc import Callable
 
 import numpy as np
 
+from involution.data.decode import read_image
 from involution.utils.errors import InputError
 
 
-class StoredImages:
-    """An array of images (N, height, width, 3), uint8, to read from: what is asked for is decoded
-    then, and not kept.
+class LazyImages:
+    """A read-only array of images, uint8 (N, height, width, 3), decoded on access and not cached.
 
     Args:
-        files: One for each image, as ``image_files`` finds them.
+        sources: One ``FileSource`` or ``TarMember`` of ``image_folder`` for each image.
         image_shape: (height, width, 3).
-        read: From a file to an array of that shape; with ``random``, a generator of random
-            numbers, of some part of it.
+        image_size: (height, width) to resize to; None if all images have that shape already.
+        crop_fraction: The center crop that is resized, see ``decode.read_image``.
     """
 
     dtype = np.dtype("uint8")
 
-    def __init__(self, files, image_shape, read: Callable[..., np.ndarray]):
-        self.files, self.read = np.asarray(files, object), read
-        self.shape = (len(self.files), *image_shape)
+    def __init__(self, sources, image_shape, image_size=None, crop_fraction=None):
+        self.sources = np.asarray(sources, object)
+        self.image_size, self.crop_fraction = image_size, crop_fraction
+        self.shape = (len(self.sources), *image_shape)
         self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
 
     def __len__(self):
-        return len(self.files)
+        return len(self.sources)
 
     def __getitem__(self, index) -> np.ndarray:
-        """Of an integer one image; of a slice or an array of indices so many."""
-        files = self.files[index]
-        if not isinstance(files, np.ndarray):
-            return self._read(files)
-        return self._all(files, [None] * len(files))
+        """One image for an integer; a batch for a slice or an array of indices."""
+        sources = self.sources[index]
+        if not isinstance(sources, np.ndarray):
+            return self._decode(sources)
+        return self._decode_batch(sources, [None] * len(sources))
 
-    def crops(self, index, seed, epoch) -> np.ndarray:
-        """Some part of each of these, another one in every epoch: a function of its arguments."""
-        return self._all(self.files[index], [(seed, epoch, 2, number) for number in index])
+    def random_crops(self, index, seed, epoch) -> np.ndarray:
+        """A random crop of each of these images: a function of seed, epoch and image."""
+        return self._decode_batch(self.sources[index], [(seed, epoch, 2, i) for i in index])
 
-    def part(self, index) -> "StoredImages":
-        """These of the images, still in their files."""
-        return StoredImages(self.files[index], self.shape[1:], self.read)
+    def subset(self, index) -> "LazyImages":
+        """The images of a slice or an array of indices, not decoded."""
+        return LazyImages(self.sources[index], self.shape[1:], self.image_size, self.crop_fraction)
 
-    def _all(self, files, keys):
-        images = np.empty((len(files), *self.shape[1:]), self.dtype)
-        for image, read in zip(images, self._pool.map(self._read, files, keys), strict=True):
-            image[:] = read
+    def _decode_batch(self, sources, seeds):
+        images = np.empty((len(sources), *self.shape[1:]), self.dtype)
+        for image, decoded in zip(
+            images, self._pool.map(self._decode, sources, seeds), strict=True
+        ):
+            image[:] = decoded
         return images
 
-    def _read(self, file, key=None):
-        random = None if key is None else np.random.default_rng(key)
+    def _decode(self, source, seed=None):
+        rng = None if seed is None else np.random.default_rng(seed)
         try:
-            with file.open() as opened:
-                image = self.read(opened, random)
+            with source.open() as file:
+                image = read_image(file, self.image_size, self.crop_fraction, rng)
             if image.shape != self.shape[1:]:
+                height, width, _ = self.shape[1:]
                 raise InputError(
-                    f"An image must have the size of the others, {self.shape[1:]}, or --image-size "
-                    "be given"
+                    f"Images must have one size, here {width}x{height}, unless `image_size` "
+                    "(--image-size) is given"
                 )
         except (InputError, OSError) as error:
-            raise InputError(f"{' '.join(str(error).split())}. Received: {file}") from error
+            raise InputError(f"{' '.join(str(error).split())}. Received: {source}") from error
         return image

@@ -1,4 +1,4 @@
-"""Work that is done ahead of the one who wants it."""
+"""Prefetching: the next items are computed in a thread while one is in use."""
 
 import collections
 import concurrent.futures
@@ -9,20 +9,20 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(
-    make: Callable[[Item], Result], items: Iterable[Item], depth: int = 2
+def prefetch(
+    fn: Callable[[Item], Result], items: Iterable[Item], depth: int = 2
 ) -> Generator[Result]:
-    """``make`` of each item, in order; a thread of its own works on the next ``depth`` of them
-    while one is in use. An error comes when it is that item's turn."""
+    """Yields ``fn(item)`` in the order of the items; one thread computes up to ``depth`` results
+    ahead. An exception is raised at its item."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        waiting: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
+        pending: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
         try:
             for item in items:
-                waiting.append(thread.submit(make, item))
-                if len(waiting) > depth:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                pending.append(thread.submit(fn, item))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            for future in waiting:
+            for future in pending:
                 future.cancel()

@@ -1,43 +1,78 @@
-"""Which part of a photograph a model sees: its middle, or in training another part each time."""
+"""Image transforms: crop boxes, flips and scaling. A random one is a function of its seed."""
 
 import math
 
 import numpy as np
 
+from involution.utils.errors import InputError
+
+# (left, top, right, bottom) in pixels.
 Box = tuple[float, float, float, float]
 
-# Of the largest rectangle of the model's proportions, when a model is tested and used.
-MIDDLE = 0.875
-# Of the area, and of the proportions, in training.
-LEAST_AREA, MOST_STRETCH = 0.08, 4 / 3
+# Side of the center crop in evaluation, relative to the largest crop of the same aspect ratio.
+CENTER_FRACTION = 0.875
+# Area of a training crop relative to the image's, and its largest change of aspect ratio.
+MIN_AREA, MAX_ASPECT_CHANGE = 0.08, 4 / 3
 
 
-def middle(width, height, proportions, share=MIDDLE) -> Box:
-    """(left, top, right, bottom) of the middle of an image.
+def center_crop(width, height, aspect_ratio, fraction=CENTER_FRACTION) -> Box:
+    """The box of a center crop.
 
     Args:
-        width, height: Of the image, in pixels.
-        proportions: Width by height of what is seen.
-        share: Of the largest rectangle of these proportions.
+        width, height: Size of the image in pixels.
+        aspect_ratio: Width / height of the crop.
+        fraction: Side of the crop, relative to the largest crop of this aspect ratio.
     """
-    seen_width = share * min(width, height * proportions)
-    return _box(width, height, seen_width, seen_width / proportions, 0.5, 0.5)
+    crop_width = fraction * min(width, height * aspect_ratio)
+    return _box(width, height, crop_width, crop_width / aspect_ratio, 0.5, 0.5)
 
 
-def at_random(width, height, proportions, random: np.random.Generator) -> Box:
-    """The same of some part, as Inception was trained (Szegedy et al., CVPR 2015, section 6)."""
+def random_resized_crop(width, height, aspect_ratio, rng: np.random.Generator) -> Box:
+    """The box of a crop of random area, aspect ratio and position (Szegedy et al., CVPR 2015,
+    section 6); the center crop of fraction 1 if ten draws do not fit."""
     for _ in range(10):
-        area = width * height * random.uniform(LEAST_AREA, 1)
-        stretch = MOST_STRETCH ** random.uniform(-1, 1)
-        seen_width = math.sqrt(area * proportions * stretch)
-        seen_height = area / seen_width
-        if seen_width <= width and seen_height <= height:
-            return _box(width, height, seen_width, seen_height, *random.random(2))
-    return middle(width, height, proportions, share=1)
+        area = width * height * rng.uniform(MIN_AREA, 1)
+        aspect_change = MAX_ASPECT_CHANGE ** rng.uniform(-1, 1)
+        crop_width = math.sqrt(area * aspect_ratio * aspect_change)
+        crop_height = area / crop_width
+        if crop_width <= width and crop_height <= height:
+            return _box(width, height, crop_width, crop_height, *rng.random(2))
+    return center_crop(width, height, aspect_ratio, fraction=1)
 
 
-def _box(width, height, seen_width, seen_height, across, down) -> Box:
-    left, top = across * (width - seen_width), down * (height - seen_height)
-    # Rounding must not lead out of the image.
+def _box(width, height, crop_width, crop_height, x, y) -> Box:
+    """The box at relative position (x, y), both from 0 to 1."""
+    left, top = x * (width - crop_width), y * (height - crop_height)
+    # Rounding may leave the image.
     left, top = max(left, 0), max(top, 0)
-    return left, top, min(left + seen_width, width), min(top + seen_height, height)
+    return left, top, min(left + crop_width, width), min(top + crop_height, height)
+
+
+def flip_mask(count, seed, epoch) -> np.ndarray:
+    """Which of ``count`` training images an epoch flips horizontally: booleans, a function of the
+    arguments only."""
+    return np.random.default_rng([seed, epoch, 1]).random(count) < 0.5
+
+
+def to_unit_float(images) -> np.ndarray:
+    """The input of a model: uint8 images as float32 in [0, 1]."""
+    scaled = images.astype("float32")
+    scaled /= np.float32(255)
+    return scaled
+
+
+def check_floatx():
+    """Checks that Keras's floatx is float32, the dtype of ``to_unit_float``: Keras casts inputs and
+    computes metrics in floatx, whatever the dtype policy of the layers.
+
+    Raises:
+        InputError: It is another dtype.
+    """
+    import keras
+
+    floatx = keras.config.floatx()
+    if floatx != "float32":
+        raise InputError(
+            "Keras's floatx (keras.json or keras.config.set_floatx) must be float32; --precision "
+            f"sets the compute dtype of the layers. Received: floatx={floatx}"
+        )

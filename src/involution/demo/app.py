@@ -20,7 +20,7 @@ from PIL import Image
 
 from involution.models import pretrained
 from involution.saving import classifier as saved_model
-from involution.utils.errors import InputError, shown
+from involution.utils.errors import InputError, escape_controls
 
 # Before Gradio is imported: it asks then, and would send what it counts.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -102,14 +102,16 @@ def load(names) -> dict[str, saved_model.Classifier]:
     """Classifiers by the names that the page shows, and an answer of each, so that the first
     visitor waits no longer than the others."""
     classifiers = {}
-    for name in names or pretrained.names():
+    for name in names or pretrained.available():
         title = pathlib.Path(name).stem.removesuffix("-cifar10")
         if title in classifiers:
             raise InputError(f"Every model must have a name of its own. Received: {title} twice")
         classifiers[title] = saved_model.load(name)
     for classifier in classifiers.values():
         height, width, channels = classifier.image_shape
-        classifier.scores(keras.ops.convert_to_numpy(keras.ops.zeros((1, height, width, channels))))
+        classifier.predict_proba(
+            keras.ops.convert_to_numpy(keras.ops.zeros((1, height, width, channels)))
+        )
     return classifiers
 
 
@@ -178,7 +180,7 @@ def build(classifiers, cards="") -> gradio.Blocks:
                 timing = gradio.Markdown()
             with gradio.Column(min_width=280), gradio.Row():
                 labels = [
-                    gradio.Label(label=shown(name), num_top_classes=3, min_width=160)
+                    gradio.Label(label=escape_controls(name), num_top_classes=3, min_width=160)
                     for name in classifiers
                 ]
             _guard(image)
@@ -224,9 +226,9 @@ def build(classifiers, cards="") -> gradio.Blocks:
 def cards(names) -> str:
     """The cards of shipped models as one text."""
     texts = [
-        (pretrained.folder(name) / "README.md").read_text(encoding="utf-8")
-        for name in names or pretrained.names()
-        if name in pretrained.names()
+        (pretrained.path(name) / "README.md").read_text(encoding="utf-8")
+        for name in names or pretrained.available()
+        if name in pretrained.available()
     ]
     # Without what a hub reads, between two lines of dashes.
     bodies = (re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL) for text in texts)
@@ -294,4 +296,6 @@ def _told(function, *arguments):
     try:
         return function(*arguments)
     except InputError as error:
-        raise gradio.Error(html.escape(shown(error), quote=False), print_exception=False) from None
+        raise gradio.Error(
+            html.escape(escape_controls(error), quote=False), print_exception=False
+        ) from None

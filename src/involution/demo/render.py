@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from involution.saving.classifier import Classifier
-from involution.utils.errors import InputError, shown
+from involution.utils.errors import InputError, escape_controls
 from involution.visualize.activations import Look, looks
 
 ORDERED, SIGNED = (colormaps[name] for name in ("cividis", "PuOr"))
@@ -21,8 +21,8 @@ def scores(classifiers: dict[str, Classifier], file) -> dict[str, dict[str, floa
     return {
         name: dict(
             zip(
-                map(shown, classifier.class_names),
-                map(float, classifier.scores(_read(classifier, file))[0]),
+                map(escape_controls, classifier.class_names),
+                map(float, classifier.predict_proba(_read(classifier, file))[0]),
                 strict=True,
             )
         )
@@ -116,7 +116,7 @@ class Explanation:
 
 def _escaped(text) -> str:
     """A text of a file's as HTML."""
-    return html.escape(shown(text))
+    return html.escape(escape_controls(text))
 
 
 def _section(title, inside) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from keras import tree
 
 from involution.ops import use
-from involution.utils.atomic_files import replacing
+from involution.utils.atomic_files import atomic_write
 from involution.utils.errors import InputError
 
 FORMATS = ("onnx", "saved_model", "pt2")
@@ -659,7 +659,7 @@ def _place(made, path):
         if made.is_dir():
             made.rename(path)
             return
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             made.replace(temporary)
     except OSError as error:
         raise InputError(

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import gc
 import math
-import re
 import threading
 import weakref
 
@@ -38,6 +37,7 @@ from involution.ops.validation import (
     standardize_tuple,
 )
 from involution.ops.window import STANDARDIZE, Window, ceil_div
+from involution.utils.layer_names import base_name, has_automatic_name
 
 
 def _normal(scale):
@@ -797,19 +797,10 @@ def name_by_class(generator):
     Layers that are built keep their names, which the paths of their weights already have.
     """
     layers = layers_within(generator)
-    named = [layer for layer in layers if not layer.built and _is_automatic(layer)]
+    named = [layer for layer in layers if not layer.built and has_automatic_name(layer)]
     taken = {layer.name for layer in layers if layer not in named}
     for layer in named:
         base = base_name(layer.name)
         names = (base if i == 0 else f"{base}_{i}" for i in range(len(layers) + 1))
         layer.name = next(name for name in names if name not in taken)
         taken.add(layer.name)
-
-
-def _is_automatic(layer) -> bool:
-    return base_name(layer.name).replace("_", "") == type(layer).__name__.replace("_", "").lower()
-
-
-def base_name(name) -> str:
-    """A layer's name without the number that tells it from others of its class."""
-    return re.sub(r"_\d+$", "", name)

@@ -1,7 +1,8 @@
-"""Models made of involutions, and the convolutional ones they are compared with."""
+"""Involutional networks, and convolutional networks to compare them with."""
 
+from involution import renamed
 from involution.models.classifiers import cnn, inn
-from involution.models.conv_counterpart import twin
+from involution.models.conv_counterpart import conv_counterpart
 from involution.models.flops import count_multiply_adds
 from involution.models.pretrained import load
 from involution.models.rednet import RedNet26, RedNet38, RedNet50, RedNet101, RedNet152, rednet_tiny
@@ -15,9 +16,11 @@ __all__ = [
     "RedNet101",
     "RedNet152",
     "cnn",
+    "conv_counterpart",
     "count_multiply_adds",
     "inn",
     "load",
     "rednet_tiny",
-    "twin",
 ]
+
+__getattr__ = renamed.attributes(__name__, {"twin": "conv_counterpart"})

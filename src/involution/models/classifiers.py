@@ -1,8 +1,9 @@
-"""The pair of the keras.io example: a small convolutional network and its involutional twin.
+"""The two classifiers of the keras.io example: a small convolutional network and its involutional
+counterpart.
 
-Layers that the example leaves unnamed have the names that Keras gives them in a new process: both
-summaries read the same, and weights of equal models have the same paths. Each stage is the layer, a
-ReLU and, but for the last stage, a 2x2 max pooling.
+Layers without a name in the example have the names that Keras gives them in a new process, so that
+the summaries match, and equal models have equal weight paths. A stage is the layer, a ReLU and,
+except in the last stage, 2x2 max pooling.
 """
 
 import keras
@@ -14,20 +15,20 @@ from involution.layers.keras_io import Involution
 from involution.ops.validation import CHANNELS_LAST, standardize_tuple
 
 HEADS = ("dense", "convolutional")
-# The example's visualizer: no classes, what the involutions generate.
+# The example's visualization model: no classes, the kernels of the involutions.
 KERNELS = "kernels"
 
 
 def cnn(input_shape=(32, 32, 3), classes=10, head="dense", filters=(32, 64, 64), hidden=64):
-    """The convolutional network: three 3x3 convolutions, with pooling between them.
+    """The convolutional network: three 3x3 convolutions with pooling between them.
 
     Args:
         input_shape: (height, width, channels); sizes may be None with the convolutional head.
         classes: Number of classes.
-        head: ``"dense"``: flatten, a hidden layer, the classes, as in the example;
-            ``"convolutional"``: the same two layers at every position and a mean over positions,
-            which serves any image size.
-        filters: Of the three convolutions.
+        head: ``"dense"``: flatten, a hidden layer, the logits, as in the example;
+            ``"convolutional"``: the hidden layer as a 1x1 convolution, global average pooling, the
+            logits, for any image size.
+        filters: Filters of the three convolutions.
         hidden: Units of the hidden layer.
 
     Returns:
@@ -53,11 +54,11 @@ def cnn(input_shape=(32, 32, 3), classes=10, head="dense", filters=(32, 64, 64),
             (3, 3),
             padding="same",
             data_format=CHANNELS_LAST,
-            name=_numbered("conv2d", stage),
+            name=_automatic_name("conv2d", stage),
         )(x)
         x = layers.ReLU(name=f"relu{stage}")(x)
-        x = _pooled(x, stage)
-    outputs = _head(x, classes, head, hidden, _numbered("conv2d", 4))
+        x = _max_pool(x, stage)
+    outputs = _head(x, classes, head, hidden, _automatic_name("conv2d", 4))
     return keras.Model(inputs, outputs, name="conv_model")
 
 
@@ -70,18 +71,18 @@ def inn(
     kernel_generator=None,
     head="dense",
 ):
-    """The involutional network: three involutions, which keep the channels of the image.
+    """The involutional network: three involutions, with as many channels as the image.
 
     Args:
         input_shape: (height, width, channels); sizes may be None unless the head is dense.
         classes: Number of classes.
-        kernel_size: Side of the windows.
-        group_number: Groups of every involution; divides the channels.
-        reduction_ratio: Channels for each hidden channel of the kernel generators.
-        kernel_generator: None for the example's layer, ``Involution``; a name, or a Keras layer of
-            which each stage gets a copy, for ``Involution2D`` with that generator.
-        head: As for ``cnn``; or ``"kernels"``: no classifier, the model returns the kernels of its
-            three involutions, a list, as the example's visualizer does.
+        kernel_size: Kernel size.
+        group_number: Number of groups; divides the channels.
+        reduction_ratio: Input channels per hidden channel of the kernel generators.
+        kernel_generator: None for the example's layer, ``Involution``. For ``Involution2D``: the
+            name of a generator, or a Keras layer, which is copied for each stage.
+        head: As for ``cnn``; or ``"kernels"``: the outputs are the kernels of the three
+            involutions, as a list, like the example's visualization model.
 
     Returns:
         A functional ``keras.Model`` named ``inv_model``, from images to logits (B, classes), with
@@ -121,8 +122,8 @@ def inn(
     for stage in (1, 2, 3):
         x, kernel = involution(f"inv_{stage}")(x)
         kernels.append(kernel)
-        x = layers.ReLU(name=_numbered("re_lu", stage))(x)
-        x = _pooled(x, stage)
+        x = layers.ReLU(name=_automatic_name("re_lu", stage))(x)
+        x = _max_pool(x, stage)
     outputs = kernels if head == KERNELS else _head(x, classes, head)
     return keras.Model(inputs=inputs, outputs=outputs, name="inv_model")
 
@@ -130,28 +131,30 @@ def inn(
 def _check(input_shape, classes, head, heads):
     if head not in heads:
         raise ValueError(f"`head` must be one of {', '.join(heads)}. Received: head={head!r}")
-    sizes, free = tuple(input_shape), head != "dense"
+    sizes, any_size = tuple(input_shape), head != "dense"
     if len(sizes) != 3 or not all(
-        (n is None and free and i < 2) or (isinstance(n, int) and n >= (1 if i == 2 else 4))
+        (n is None and any_size and i < 2) or (isinstance(n, int) and n >= (1 if i == 2 else 4))
         for i, n in enumerate(sizes)
     ):
         raise ValueError(
-            "`input_shape` must be (height, width, channels) with sides of at least 4, or of None "
+            "`input_shape` must be (height, width, channels) with sizes of at least 4, or None "
             f"unless the head is dense. Received: input_shape={input_shape!r}, head={head!r}"
         )
     if not isinstance(classes, int) or classes < 2:
-        raise ValueError(f"`classes` must be at least 2. Received: classes={classes!r}")
+        raise ValueError(
+            f"`classes` must be an integer of at least 2. Received: classes={classes!r}"
+        )
 
 
-def _numbered(name, number) -> str:
+def _automatic_name(name, number) -> str:
     """The name that Keras gives to the first, second, ... layer of a class in a process."""
     return name if number == 1 else f"{name}_{number - 1}"
 
 
-def _pooled(x, stage):
+def _max_pool(x, stage):
     if stage == 3:
         return x
-    name = _numbered("max_pooling2d", stage)
+    name = _automatic_name("max_pooling2d", stage)
     return layers.MaxPooling2D((2, 2), data_format=CHANNELS_LAST, name=name)(x)
 
 

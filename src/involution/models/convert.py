@@ -1,16 +1,16 @@
-"""Public checkpoints, converted into this package's models.
+"""Conversion of public checkpoints to this package's models.
 
-Which names a checkpoint has was read in these files, of which nothing else is used:
+The names of tensors come from these files, of which nothing else is used:
 
 * d-li14/involution, classification: ``cls/mmcls/models/backbones/rednet.py`` and
   ``cls/mmcls/models/utils/involution_naive.py``; the classifier's ``head.fc``: mmclassification,
   ``mmcls/models/heads/linear_head.py``.
 * d-li14/involution, detection and segmentation: ``det/mmdet/models/backbones/rednet.py``,
-  ``seg/mmseg/models/backbones/rednet.py``, which differ from the above in the stem's window, 7.
+  ``seg/mmseg/models/backbones/rednet.py``, which differ in the stem's kernel size, 7.
 * PaddleClas: ``ppcls/arch/backbone/model_zoo/rednet.py``, and its base class in Paddle,
   ``python/paddle/vision/models/resnet.py``.
-* The hosted model keras-io/involution: Keras 2 lists the variables of a SavedModel as
-  ``variables/0`` and so on, layer by layer, those that are trained first.
+* The hosted model keras-io/involution: Keras 2 names the variables of a SavedModel
+  ``variables/0`` and so on, layer by layer, trainable ones first.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ from involution.models import checkpoint_readers, numpy_reference, weights
 from involution.models.checkpoint_readers import CheckpointError
 from involution.models.rednet import VARIANTS
 
-# Names of batch normalization's mean and variance.
+# Names of batch normalization's moving mean and variance.
 STATISTICS = {
     checkpoint_readers.PYTORCH: ("running_mean", "running_var"),
     checkpoint_readers.PADDLE: ("_mean", "_variance"),
 }
 COUNTER = ".num_batches_tracked"
-# What stands beside the backbone in detectors and segmenters.
-HEADS = (
+# The parts of detection and segmentation models besides the backbone.
+DETECTION_HEADS = (
     "neck.",
     "rpn_head.",
     "roi_head.",
@@ -46,9 +46,9 @@ HEADS = (
 GROUP_CHANNELS, STEM_CHANNELS, TOP_CHANNELS, KERNEL_SIZE = 16, 32, 2048, 7
 
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
-# The variables of a layer of the keras.io example, in Keras 2's order: how its object graph calls
-# them, and where they are here.
-EXAMPLE = (
+# The variables of a layer of the keras.io example in Keras 2's order: their names in its object
+# graph, and here.
+KERAS_IO_VARIABLES = (
     ("layer_with_weights-0/kernel", "conv2d/kernel"),
     ("layer_with_weights-0/bias", "conv2d/bias"),
     ("layer_with_weights-1/gamma", "batch_normalization/gamma"),
@@ -58,70 +58,76 @@ EXAMPLE = (
     ("layer_with_weights-1/moving_mean", "batch_normalization/moving_mean"),
     ("layer_with_weights-1/moving_variance", "batch_normalization/moving_variance"),
 )
-# Beside the variables of the model, in bundles that were saved in training.
+# Variables besides the model's, in bundles saved during training.
 IGNORED = ("save_counter", "optimizer/", "keras_api/")
 
 POLICIES = ("float32", "float64")
-# What the model may differ from NumPy in float64, relative to the largest number. A wrong layout
-# differs by about 1; rounding in float32 by less than 1e-5, and by 1e-3 where an accelerator
-# multiplies in TensorFloat-32. On JAX and PyTorch Keras normalizes in float32 in float64 too.
+# Maximum error of the model relative to the NumPy reference. A wrong layout gives about 1; rounding
+# gives less than 1e-5 in float32, and 1e-3 in TensorFloat-32. On JAX and PyTorch Keras computes
+# batch normalization in float32 even in float64.
 TOLERANCE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """How an array of a checkpoint becomes a Keras weight, and which shape it has before."""
+class WeightMap:
+    """A map from an array of a checkpoint to a Keras weight.
+
+    Attributes:
+        convert: From the checkpoint's array to the weight's.
+        source_shape: From the weight's shape to that of the checkpoint's array.
+    """
 
     convert: Callable
-    shape_before: Callable
+    source_shape: Callable
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a checkpoint is to become.
+class ConversionPlan:
+    """How a checkpoint is converted.
 
     Attributes:
         name, arguments: The function of ``involution.models.MODELS`` and its arguments.
-        tensors: The checkpoint's arrays by the names of ``layouts``.
-        layouts: From these names to pairs (name of the model's weight, layout).
-        left_out: Names of tensors that the model has no place for.
-        formula: From images (1, H, W, C) to what the model must give: arrays, channels last.
+        tensors: The checkpoint's arrays by normalized name.
+        weight_maps: Dictionary from these names to pairs (name of the model's weight, map).
+        unused: Names of tensors that the model does not have.
+        reference: From images (1, H, W, C) to the expected outputs: arrays, channels last.
     """
 
     name: str
     arguments: dict
     tensors: dict
-    layouts: dict
-    left_out: tuple[str, ...]
-    formula: Callable
+    weight_maps: dict
+    unused: tuple[str, ...]
+    reference: Callable
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What was converted, and how well.
+    """The result of a conversion.
 
     Attributes:
         name, arguments: The function of ``involution.models.MODELS`` and its arguments.
         parameters: Number of the model's parameters.
-        left_out: Names of tensors that the model has no place for.
-        difference: Largest difference of the model's outputs from those computed by NumPy in
-            float64 from the checkpoint's own tensors, relative to the largest output.
-        reloaded_difference: Largest difference of the model loaded from its new folder.
-        lines: All of it in words.
+        unused: Names of tensors that the model does not have.
+        max_relative_error: Largest difference between the model's outputs and those of the NumPy
+            reference in float64 on the checkpoint's tensors, relative to the largest output.
+        reload_error: Largest absolute difference between the outputs of the model and of the
+            model loaded from the new folder.
+        lines: A report.
     """
 
     name: str
     arguments: dict
     parameters: int
-    left_out: tuple[str, ...]
-    difference: float
-    reloaded_difference: float
+    unused: tuple[str, ...]
+    max_relative_error: float
+    reload_error: float
     lines: tuple[str, ...]
 
 
-KERNEL = Layout(lambda a: a.transpose(2, 3, 1, 0), lambda s: (s[3], s[2], s[0], s[1]))
-SAME = Layout(lambda a: a, lambda s: s)
-TRANSPOSED = Layout(lambda a: a.T, lambda s: s[::-1])
+KERNEL = WeightMap(lambda a: a.transpose(2, 3, 1, 0), lambda s: (s[3], s[2], s[0], s[1]))
+IDENTITY = WeightMap(lambda a: a, lambda s: s)
+TRANSPOSE = WeightMap(lambda a: a.T, lambda s: s[::-1])
 
 
 def _tap_major(taps) -> Callable:
@@ -130,32 +136,34 @@ def _tap_major(taps) -> Callable:
 
 
 def convert(source, destination) -> Conversion:
-    """Converts a public checkpoint into a folder that ``involution.models.weights.load`` reads.
+    """Converts a public checkpoint to a folder for ``involution.models.weights.load``.
 
-    Before the folder is written, the model's outputs for a seeded image are compared with those
-    that NumPy computes in float64 from the checkpoint's own tensors in their own layout.
+    Before the folder is written, the model's outputs for a seeded random image are compared with a
+    NumPy reference in float64 that uses the checkpoint's tensors in their own layout.
 
     Args:
-        source: A checkpoint of d-li14/involution (PyTorch, ``.pth``) or PaddleClas
-            (``.pdparams``), of which a RedNet becomes; or the folder of the SavedModel
-            keras-io/involution, which becomes ``inn`` with the head ``"kernels"``. Checkpoints
-            without a classifier, as of detectors, become models of the four stages' maps.
-        destination: The folder to write: new or empty.
+        source: A RedNet checkpoint of d-li14/involution (PyTorch, ``.pth``) or PaddleClas
+            (``.pdparams``); or the folder of the SavedModel keras-io/involution, which becomes
+            ``inn`` with the head ``"kernels"``. Checkpoints without a classifier, such as those of
+            detectors, become models with the feature maps of all four stages as outputs.
+        destination: The folder to write, new or empty.
 
     Returns:
         A ``Conversion``.
 
     Raises:
-        CheckpointError: The file is damaged or of no known kind; tensors are missing, unknown, of
-            other shapes or not finite; the folder is not empty; Keras's dtype policy is neither
-            float32 nor float64; or the comparison fails.
+        CheckpointError: The file is damaged or of an unknown format; tensors are missing, unknown,
+            of other shapes or not finite; the folder is not empty; Keras's dtype policy is neither
+            float32 nor float64; or the outputs differ.
     """
     destination = pathlib.Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise CheckpointError(f"The folder to write must be new or empty. Received: {destination}")
+        raise CheckpointError(
+            f"`destination` must be a new or empty folder. Received: {destination}"
+        )
     if keras.config.dtype_policy().name not in POLICIES:
         raise CheckpointError(
-            "Keras's dtype policy must be float32 or float64 to convert. "
+            "Keras's dtype policy must be float32 or float64 for a conversion. "
             f"Received: {keras.config.dtype_policy().name}"
         )
     checkpoint = checkpoint_readers.read(source)
@@ -163,74 +171,76 @@ def convert(source, destination) -> Conversion:
     model = _model(plan, source)
     images = np.random.default_rng(0).random((1, 64, 64, plan.arguments["input_shape"][-1]))
     outputs = _outputs(model, images)
-    with np.errstate(all="ignore"):  # negative variances, overflow: the difference tells
-        difference = _difference(outputs, plan.formula(images), source)
+    with np.errstate(all="ignore"):  # negative variances and overflow make the comparison fail
+        error = _max_relative_error(outputs, plan.reference(images), source)
     extra = {"source": {"kind": checkpoint.kind, "file": pathlib.Path(source).name}}
     try:
         weights.save(destination, plan.name, plan.arguments, model, extra)
-    except OSError as error:
+    except OSError as failure:
         raise CheckpointError(
-            f"The folder to write must be writable. Received: {destination}: {error.strerror}"
-        ) from error
-    again = _outputs(weights.load(destination), images)
-    reloaded = max(float(np.abs(a - b).max()) for a, b in zip(outputs, again, strict=True))
+            f"`destination` must be writable. Received: {destination}: {failure.strerror}"
+        ) from failure
+    reloaded = _outputs(weights.load(destination), images)
+    reload_error = max(float(np.abs(a - b).max()) for a, b in zip(outputs, reloaded, strict=True))
     last, count = outputs[-1], model.count_params()
     return Conversion(
         plan.name,
         plan.arguments,
         count,
-        plan.left_out,
-        difference,
-        reloaded,
+        plan.unused,
+        error,
+        reload_error,
         (
-            f"{plan.name} from a {checkpoint.kind} checkpoint: {len(plan.layouts)} tensors, "
-            f"{count:,} parameters, {_words(plan.arguments)}",
-            f"left out, {len(plan.left_out)} tensors: {weights.listed(plan.left_out) or 'none'}",
-            f"check: for a random image the outputs differ by at most {difference:.1e} of the "
-            "largest from NumPy's in float64 on the checkpoint's own tensors "
-            f"(mean {last.mean():.3g}, standard deviation {last.std():.3g})",
-            f"check: loaded again from {destination}, they differ by at most {reloaded:.1e}",
+            f"{plan.name} from a {checkpoint.kind} checkpoint: {len(plan.weight_maps)} tensors, "
+            f"{count:,} parameters, {_format_arguments(plan.arguments)}",
+            f"unused: {len(plan.unused)} tensors: {weights.format_names(plan.unused) or 'none'}",
+            "verified: for a random image the outputs match a NumPy reference in float64; maximum "
+            f"relative error {error:.1e} (mean {last.mean():.3g}, standard deviation "
+            f"{last.std():.3g})",
+            f"verified: reloaded from {destination}; maximum absolute error {reload_error:.1e}",
         ),
     )
 
 
-def rednet_layouts(kind, blocks, stem_kernel_size=3, top=True) -> dict[str, tuple[str, Layout]]:
-    """The tensors that a RedNet's checkpoint must have.
+def rednet_weight_maps(
+    kind, blocks, stem_kernel_size=3, top=True
+) -> dict[str, tuple[str, WeightMap]]:
+    """The tensors of a RedNet checkpoint.
 
     Args:
         kind: ``"PyTorch"`` or ``"PaddlePaddle"``.
-        blocks: Blocks of each stage.
-        stem_kernel_size: Window of the stem's involution.
-        top: Whether there is a classifier.
+        blocks: Number of blocks of each stage.
+        stem_kernel_size: Kernel size of the stem's involution.
+        top: Whether the checkpoint has a classifier.
 
     Returns:
-        From names, without the prefixes of whole systems, to pairs (name of the weight as
-        ``named_weights`` has it, layout).
+        A dictionary from names without prefixes (see ``strip_prefixes``) to pairs (name of the
+        weight in ``named_weights``, map).
     """
     mean, variance = STATISTICS[kind]
-    table: dict[str, tuple[str, Layout]] = {}
+    table: dict[str, tuple[str, WeightMap]] = {}
 
     def convolution(source, target):
         table[f"{source}.weight"] = (f"{target}/kernel", KERNEL)
 
     def normalization(source, target):
-        for before, after in (
+        for suffix, weight in (
             ("weight", "gamma"),
             ("bias", "beta"),
             (mean, "moving_mean"),
             (variance, "moving_variance"),
         ):
-            table[f"{source}.{before}"] = (f"{target}/{after}", SAME)
+            table[f"{source}.{suffix}"] = (f"{target}/{weight}", IDENTITY)
 
     def involution(source, target, taps):
-        order = _tap_major(taps)
-        span = Layout(lambda a: KERNEL.convert(order(a)), KERNEL.shape_before)
+        reorder = _tap_major(taps)
+        expand = WeightMap(lambda a: KERNEL.convert(reorder(a)), KERNEL.source_shape)
         convolution(f"{source}.conv1.conv", f"{target}/bottleneck/reduce")
         normalization(f"{source}.conv1.bn", f"{target}/bottleneck/normalization")
-        table[f"{source}.conv2.conv.weight"] = (f"{target}/bottleneck/expand/kernel", span)
+        table[f"{source}.conv2.conv.weight"] = (f"{target}/bottleneck/expand/kernel", expand)
         table[f"{source}.conv2.conv.bias"] = (
             f"{target}/bottleneck/expand/bias",
-            Layout(order, SAME.shape_before),
+            WeightMap(reorder, IDENTITY.source_shape),
         )
 
     convolution("stem.0.conv", "stem_1_conv")
@@ -252,75 +262,76 @@ def rednet_layouts(kind, blocks, stem_kernel_size=3, top=True) -> dict[str, tupl
                 convolution(f"{source}.downsample.0", f"{target}_shortcut_conv")
                 normalization(f"{source}.downsample.1", f"{target}_shortcut_bn")
     if top:
-        matrix = TRANSPOSED if kind == checkpoint_readers.PYTORCH else SAME
+        matrix = TRANSPOSE if kind == checkpoint_readers.PYTORCH else IDENTITY
         table["fc.weight"] = ("logits/kernel", matrix)
-        table["fc.bias"] = ("logits/bias", SAME)
+        table["fc.bias"] = ("logits/bias", IDENTITY)
     return table
 
 
-def plain_names(names) -> dict[str, str | None]:
-    """From a checkpoint's names to those of ``rednet_layouts``; None for what is left out.
+def strip_prefixes(names) -> dict[str, str | None]:
+    """A dictionary from a checkpoint's names to those of ``rednet_weight_maps``; None for unused
+    tensors.
 
-    ``module.`` is what data-parallel training puts before all names, ``backbone.`` and ``head.``
-    what mmclassification, mmdetection and mmsegmentation put before those of their parts.
+    Data-parallel training prepends ``module.`` to all names; mmclassification, mmdetection and
+    mmsegmentation prepend ``backbone.`` and ``head.`` to those of their parts.
     """
-    plain: dict[str, str | None] = {}
-    system = any(name.removeprefix("module.").startswith("backbone.") for name in names)
+    stripped: dict[str, str | None] = {}
+    has_parts = any(name.removeprefix("module.").startswith("backbone.") for name in names)
     for name in names:
         short = name.removeprefix("module.")
-        if short.endswith(COUNTER) or (system and short.startswith(HEADS)):
-            plain[name] = None
-        elif system and short.startswith("head.fc."):
-            plain[name] = short.removeprefix("head.")
+        if short.endswith(COUNTER) or (has_parts and short.startswith(DETECTION_HEADS)):
+            stripped[name] = None
+        elif has_parts and short.startswith("head.fc."):
+            stripped[name] = short.removeprefix("head.")
         else:
-            plain[name] = short.removeprefix("backbone.")
-    return plain
+            stripped[name] = short.removeprefix("backbone.")
+    return stripped
 
 
-def _plan(checkpoint, source) -> Plan:
+def _plan(checkpoint, source) -> ConversionPlan:
     if checkpoint.kind == checkpoint_readers.TENSORFLOW:
-        return _example_plan(checkpoint.tensors, source)
+        return _keras_io_plan(checkpoint.tensors, source)
     return _rednet_plan(checkpoint, source)
 
 
-def _rednet_plan(checkpoint, source) -> Plan:
-    names = plain_names(checkpoint.tensors)
+def _rednet_plan(checkpoint, source) -> ConversionPlan:
+    names = strip_prefixes(checkpoint.tensors)
     tensors: dict[str, np.ndarray] = {}
-    for name, plain in names.items():
-        if plain in tensors:
+    for name, stripped in names.items():
+        if stripped in tensors:
             raise CheckpointError(
-                "A tensor must have one name. "
-                f"Received: {source}, with {weights.listed([plain])} under two prefixes"
+                "Tensors must have unique names without their prefixes. "
+                f"Received: {source}, with {weights.format_names([stripped])} under two prefixes"
             )
-        if plain is not None:
-            tensors[plain] = checkpoint.tensors[name]
+        if stripped is not None:
+            tensors[stripped] = checkpoint.tensors[name]
     variant, blocks = _variant(tensors, source)
     top = any(name.startswith("fc.") for name in tensors)
     shapes = {name: array.shape for name, array in tensors.items()}
     weights.check_tensors(
-        dict.fromkeys(rednet_layouts(checkpoint.kind, blocks, top=top)), shapes, source
+        dict.fromkeys(rednet_weight_maps(checkpoint.kind, blocks, top=top)), shapes, source
     )
     size = _stem_kernel_size(shapes, source)
-    layouts = rednet_layouts(checkpoint.kind, blocks, size, top)
+    weight_maps = rednet_weight_maps(checkpoint.kind, blocks, size, top)
     transposed = checkpoint.kind == checkpoint_readers.PYTORCH
     network = numpy_reference.RedNet(tensors, blocks, STATISTICS[checkpoint.kind], transposed)
     arguments = {"input_shape": (None, None, 3), "stem_kernel_size": size}
     if top:
         arguments["classes"] = shapes["fc.bias"][0] if shapes["fc.bias"] else 0
         matrix = (TOP_CHANNELS, arguments["classes"])
-        # Before the model takes memory for as many classes.
-        expected = {"fc.weight": layouts["fc.weight"][1].shape_before(matrix)}
+        # Before memory is allocated for as many classes.
+        expected = {"fc.weight": weight_maps["fc.weight"][1].source_shape(matrix)}
         expected["fc.bias"] = matrix[1:]
         weights.check_tensors(expected, {name: shapes[name] for name in expected}, source)
     else:
         arguments.update(include_top=False, feature_maps=True)
 
-    def formula(images):
+    def reference(images):
         x = np.moveaxis(images, -1, 1)
         return [network.logits(x)] if top else [np.moveaxis(y, 1, -1) for y in network.maps(x)]
 
-    left_out = tuple(name for name, plain in names.items() if plain is None)
-    return Plan(variant, arguments, tensors, layouts, left_out, formula)
+    unused = tuple(name for name, stripped in names.items() if stripped is None)
+    return ConversionPlan(variant, arguments, tensors, weight_maps, unused, reference)
 
 
 def _variant(tensors, source) -> tuple[str, tuple[int, ...]]:
@@ -335,10 +346,10 @@ def _variant(tensors, source) -> tuple[str, tuple[int, ...]]:
     known = {v.blocks: name for name, v in VARIANTS.items() if len(v.blocks) == len(blocks)}
     if blocks not in known:
         raise CheckpointError(
-            "A checkpoint must be a RedNet's, with stages of "
-            f"{', '.join(str(b) for b in known)} blocks layer1.0 to layer4.n. "
+            "A checkpoint must have the blocks layer1.0 to layer4.n of a RedNet, in numbers "
+            f"{', '.join(str(b) for b in known)}. "
             f"Received: {source}, with {blocks}, and tensors such as "
-            f"{weights.listed(tensors, 3)}"
+            f"{weights.format_names(tensors, 3)}"
         )
     return known[blocks], blocks
 
@@ -349,61 +360,61 @@ def _stem_kernel_size(shapes, source) -> int:
     size = math.isqrt(rows * GROUP_CHANNELS // STEM_CHANNELS)
     if size % 2 == 0 or size**2 * STEM_CHANNELS != rows * GROUP_CHANNELS:
         raise CheckpointError(
-            "stem.1.conv2.conv.weight must have 2 * K * K rows for an odd window K. "
+            "stem.1.conv2.conv.weight must have 2 * K * K rows for an odd kernel size K. "
             f"Received: {source}, with shape {shape}"
         )
     return size
 
 
-def _example_plan(bundle, source) -> Plan:
+def _keras_io_plan(bundle, source) -> ConversionPlan:
     names = {}
     for layer in range(3):
-        for index, (path, target) in enumerate(EXAMPLE):
-            place = f"inv_{layer + 1}/sequential/{target}"
-            names[f"variables/{8 * layer + index}"] = place
-            names[f"layer_with_weights-{layer}/kernel_gen/{path}"] = place
-    left_out = tuple(name for name in bundle if name.startswith(IGNORED))
-    tensors, layouts = {}, {}
+        for index, (path, target) in enumerate(KERAS_IO_VARIABLES):
+            target_name = f"inv_{layer + 1}/sequential/{target}"
+            names[f"variables/{8 * layer + index}"] = target_name
+            names[f"layer_with_weights-{layer}/kernel_gen/{path}"] = target_name
+    unused = tuple(name for name in bundle if name.startswith(IGNORED))
+    tensors, weight_maps = {}, {}
     for name, array in bundle.items():
-        if name not in left_out:
-            # Either name of a variable; an unknown one stays, and is told.
-            place = names.get(name.removesuffix(SUFFIX), name)
-            tensors[place] = array
-            layouts[place] = (place, SAME)
-    places = list(dict.fromkeys(names.values()))
+        if name not in unused:
+            # check_tensors reports unknown names.
+            target_name = names.get(name.removesuffix(SUFFIX), name)
+            tensors[target_name] = array
+            weight_maps[target_name] = (target_name, IDENTITY)
+    target_names = list(dict.fromkeys(names.values()))
     shapes = {name: array.shape for name, array in tensors.items()}
-    weights.check_tensors(dict.fromkeys(places), shapes, source)
+    weights.check_tensors(dict.fromkeys(target_names), shapes, source)
 
-    def formula(images):
-        layers = [[tensors[place] for place in places[i : i + 8]] for i in (0, 8, 16)]
-        return numpy_reference.example_kernels(layers, images)
+    def reference(images):
+        layers = [[tensors[name] for name in target_names[i : i + 8]] for i in (0, 8, 16)]
+        return numpy_reference.keras_io_kernels(layers, images)
 
     arguments = {"input_shape": (None, None, 3), "head": "kernels"}
-    return Plan("inn", arguments, tensors, layouts, left_out, formula)
+    return ConversionPlan("inn", arguments, tensors, weight_maps, unused, reference)
 
 
 def _model(plan, source) -> keras.Model:
     """The model with the checkpoint's weights."""
-    broken = [
+    invalid = [
         name
         for name, array in plan.tensors.items()
         if array.dtype.kind != "f" or not np.isfinite(array).all()
     ]
-    if broken:
+    if invalid:
         raise CheckpointError(
-            "Weights must be finite floating-point numbers. "
-            f"Received: {source}, with others in {len(broken)}: {weights.listed(broken)}"
+            "Weights must be finite floating-point numbers. Received: "
+            f"{source}, with other values in {len(invalid)}: {weights.format_names(invalid)}"
         )
     model = models.MODELS[plan.name](**plan.arguments)
     variables = weights.named_weights(model)
     expected = {
-        name: layout.shape_before(tuple(variables[target].shape))
-        for name, (target, layout) in plan.layouts.items()
+        name: weight_map.source_shape(tuple(variables[target].shape))
+        for name, (target, weight_map) in plan.weight_maps.items()
     }
     shapes = {name: array.shape for name, array in plan.tensors.items()}
     weights.check_tensors(expected, shapes, source)
-    for name, (target, layout) in plan.layouts.items():
-        weights.assign(variables[target], layout.convert(plan.tensors[name]))
+    for name, (target, weight_map) in plan.weight_maps.items():
+        weights.assign(variables[target], weight_map.convert(plan.tensors[name]))
     return model
 
 
@@ -413,21 +424,20 @@ def _outputs(model, images) -> list[np.ndarray]:
     return [np.array(keras.ops.convert_to_numpy(y)) for y in outputs]
 
 
-def _difference(outputs, expected, source) -> float:
-    """The largest difference, relative to the largest number; CheckpointError if it is large."""
-    differences = [
+def _max_relative_error(outputs, expected, source) -> float:
+    """The largest difference relative to the largest output; CheckpointError above TOLERANCE."""
+    errors = [
         float(np.abs(y - want.reshape(y.shape)).max() / np.abs(want).max())
         for y, want in zip(outputs, expected, strict=True)
     ]
-    # NaN does not pass either.
-    largest = float(np.max(differences))
-    if not largest <= TOLERANCE:
+    error = float(np.max(errors))
+    if not error <= TOLERANCE:  # NaN included
         raise CheckpointError(
-            "A converted model must give the numbers of the checkpoint. "
-            f"Received: {source}, where they differ by {largest:.1e} of the largest"
+            "The outputs of a converted model must match those of the checkpoint. "
+            f"Received: {source}, with a maximum relative error of {error:.1e}"
         )
-    return largest
+    return error
 
 
-def _words(arguments) -> str:
+def _format_arguments(arguments) -> str:
     return ", ".join(f"{name}={value}" for name, value in arguments.items())

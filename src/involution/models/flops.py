@@ -1,4 +1,4 @@
-"""How much a network computes for one input."""
+"""Multiply-accumulate operations (MACs) of a network."""
 
 import math
 
@@ -8,8 +8,8 @@ from involution.layers.involution_nd import InvolutionND
 from involution.layers.keras_io import Involution
 from involution.ops.validation import CHANNELS_FIRST
 
-# Layers that use every entry of these weights once at every position of the output.
-WEIGHTED: dict[type[keras.layers.Layer], tuple[str, ...]] = {
+# Layers that use every entry of these weights once per output position.
+COUNTED: dict[type[keras.layers.Layer], tuple[str, ...]] = {
     keras.layers.Dense: ("kernel",),
     keras.layers.Conv1D: ("kernel",),
     keras.layers.Conv2D: ("kernel",),
@@ -19,38 +19,38 @@ WEIGHTED: dict[type[keras.layers.Layer], tuple[str, ...]] = {
     keras.layers.SeparableConv1D: ("depthwise_kernel", "pointwise_kernel"),
     keras.layers.SeparableConv2D: ("depthwise_kernel", "pointwise_kernel"),
 }
-# A few operations for each number that passes: not counted.
-LIGHT = (
+# A few elementwise operations each: not counted, as is usual.
+UNCOUNTED = (
     keras.layers.BatchNormalization,
     keras.layers.GroupNormalization,
     keras.layers.LayerNormalization,
     keras.layers.Normalization,
     keras.layers.PReLU,
 )
-# What decides which multiply-adds a generator makes: a class that overrides one of these, and not
-# ``count_multiply_adds``, is not the class that is counted.
-COMPUTING = ("call", "hidden", "_generate", "_build_generator")
+# The methods that determine a generator's multiply-adds: overriding one of them invalidates an
+# inherited ``count_multiply_adds``.
+MAC_METHODS = ("call", "hidden", "_generate", "_build_generator")
 
 
 def count_multiply_adds(model, input_shape=None, involutions=True) -> int:
-    """Multiply-adds of one forward pass over one input: what papers on image models call FLOPs.
+    """Multiply-adds (MACs) of one forward pass for one input, which papers on image models call
+    FLOPs. The number of arithmetic operations is twice as large.
 
-    Counted are those of convolutions, dense layers and involutions, and of the kernel generators'
-    own convolutions. Biases, normalization, activations, pooling and sums are not, as is usual.
-    An operation count is twice as large.
+    Convolutions, dense layers, involutions and the convolutions of kernel generators are counted.
+    As usual, biases, normalization, activations, pooling and additions are not.
 
     Args:
         model: A functional ``keras.Model`` or ``keras.Sequential`` with one input.
-        input_shape: (height, width, channels) of the input, needed where the model leaves a size
-            open.
-        involutions: Whether the products of generated kernels with their windows count. Counters
-            that go through modules do not see them in code that is built of unfold and sum.
+        input_shape: Shape of one input, as (height, width, channels); required if the model's has
+            None.
+        involutions: Whether to count the products of generated kernels and their windows. Counters
+            based on module hooks miss them in implementations with unfold and sum.
 
     Returns:
         An integer.
 
     Raises:
-        ValueError: A size is open, or a layer has weights of which the use is not known here.
+        ValueError: A size is unknown, or the multiply-adds of a layer with weights are.
 
     Example:
 
@@ -62,84 +62,89 @@ def count_multiply_adds(model, input_shape=None, involutions=True) -> int:
     shape = tuple(tensor.shape[1:] if input_shape is None else input_shape)
     if None in shape:
         raise ValueError(
-            "`input_shape` must be given where the model leaves a size open. "
+            "`input_shape` must be given without None for a model whose input shape has None. "
             f"Received: input_shape={input_shape}, and the model's {tuple(tensor.shape[1:])}"
         )
     calls: list[tuple] = []
 
-    def call(layer, *arguments, **more):
-        output = layer(*arguments, **more)
-        calls.append((layer, arguments[0], output))
+    def call(layer, *args, **kwargs):
+        output = layer(*args, **kwargs)
+        calls.append((layer, args[0], output))
         return output
 
-    # The same layers, with every size known. Of a Sequential model each is called once.
-    once = isinstance(model, keras.Sequential)
-    given = {} if once else {"call_function": call}
-    sized = keras.models.clone_model(model, input_tensors=keras.Input(shape), **given)
-    if once:
+    # The same layers, with all sizes known. clone_model takes no call_function for a Sequential,
+    # which calls each layer once.
+    sequential = isinstance(model, keras.Sequential)
+    options = {} if sequential else {"call_function": call}
+    sized = keras.models.clone_model(model, input_tensors=keras.Input(shape), **options)
+    if sequential:
         calls = [(layer, layer.input, layer.output) for layer in sized.layers]
     return sum(
-        _of_call(layer, inputs, output, involutions)
+        _layer_macs(layer, inputs, output, involutions)
         for layer, inputs, output in calls
         if getattr(layer, "weights", None)
     )
 
 
-def _of_call(layer, inputs, output, involutions) -> int:
-    if isinstance(layer, LIGHT):
+def _layer_macs(layer, inputs, output, involutions) -> int:
+    if isinstance(layer, UNCOUNTED):
         return 0
     if isinstance(layer, (Involution, InvolutionND)):
-        return _of_involution(layer, inputs, output, involutions)
-    kind = _inherited_call(layer, WEIGHTED)
+        return _involution_macs(layer, inputs, output, involutions)
+    kind = _inherited_call(layer, COUNTED)
     if kind is None:
         raise ValueError(
             "Every layer with weights must be a convolution, a dense layer, an involution or a "
-            "normalization, with the `call` that Keras or this package gives it. "
+            "normalization that does not override `call`. "
             f"Received: {layer.name}, a {type(layer).__name__}"
         )
-    weights = (getattr(layer, name) for name in WEIGHTED[kind])
-    return sum(math.prod(w.shape) for w in weights) * _positions(output.shape, layer)
+    return _weight_macs(layer, COUNTED[kind]) * _positions(output.shape, layer)
+
+
+def _weight_macs(layer, names) -> int:
+    """Multiply-adds per output position of these weights."""
+    return sum(math.prod(getattr(layer, name).shape) for name in names)
 
 
 def _inherited_call(layer, kinds):
-    """The one of these classes whose ``call`` a layer has; None if it has another."""
+    """The one of these classes whose ``call`` the layer inherits; None if it overrides it."""
     return next(
         (k for k in kinds if isinstance(layer, k) and type(layer).call is k.call),
         None,
     )
 
 
-def _of_involution(layer, inputs, output, involutions) -> int:
+def _involution_macs(layer, inputs, output, involutions) -> int:
     base = _inherited_call(layer, (Involution, InvolutionND))
     if base is None or type(layer).generate_kernel is not base.generate_kernel:
         raise ValueError(
-            "An involution must make its kernels and apply them as this package's layers do. "
-            f"Received: {layer.name}, a {type(layer).__name__} with its own"
+            "An involution must not override `call` or `generate_kernel`. "
+            f"Received: {layer.name}, a {type(layer).__name__} that does"
         )
     y = output[0] if isinstance(output, (tuple, list)) else output
     positions = _positions(y.shape, layer)
-    total = _of_generator(layer, inputs, positions, involutions)
+    total = _generator_macs(layer, inputs, positions, involutions)
     if involutions:
-        side = layer.kernel_size
-        taps = side**2 if isinstance(layer, Involution) else math.prod(side)
+        size = layer.kernel_size
+        taps = size**2 if isinstance(layer, Involution) else math.prod(size)
         total += taps * _channels(inputs.shape, layer) * positions
     if getattr(layer, "filters", None) is not None:
-        total += math.prod(layer.projection.kernel.shape) * positions
+        total += _weight_macs(layer.projection, ("kernel",)) * positions
     return total
 
 
-def _of_generator(layer, inputs, positions, involutions) -> int:
+def _generator_macs(layer, inputs, positions, involutions) -> int:
     generator = layer.kernel_gen if isinstance(layer, Involution) else layer.kernel_generator
     kind = type(generator)
     if hasattr(kind, "count_multiply_adds"):
         counted = _definer(kind, "count_multiply_adds")
         if all(
-            issubclass(counted, _definer(kind, name)) for name in COMPUTING if hasattr(kind, name)
+            issubclass(counted, _definer(kind, name)) for name in MAC_METHODS if hasattr(kind, name)
         ):
             return generator.count_multiply_adds() * positions
         raise ValueError(
-            "A generator that computes in its own way must have its own `count_multiply_adds()`, "
-            "the number at each position of the output. "
+            "A generator that overrides its computation must override `count_multiply_adds()`, "
+            "the multiply-adds per output position. "
             f"Received: {generator.name}, a {kind.__name__}"
         )
     shape = layer.generator_input_shape(inputs.shape)
@@ -148,7 +153,7 @@ def _of_generator(layer, inputs, positions, involutions) -> int:
     if not generator.weights:
         return 0
     spec = keras.KerasTensor(generator.compute_output_shape(shape))
-    return _of_call(generator, keras.KerasTensor(shape), spec, involutions)
+    return _layer_macs(generator, keras.KerasTensor(shape), spec, involutions)
 
 
 def _definer(kind, name) -> type:
@@ -160,5 +165,5 @@ def _channels(shape, layer) -> int:
 
 
 def _positions(shape, layer) -> int:
-    first = getattr(layer, "data_format", None) == CHANNELS_FIRST
-    return math.prod(shape[2:] if first else shape[1:-1])
+    channels_first = getattr(layer, "data_format", None) == CHANNELS_FIRST
+    return math.prod(shape[2:] if channels_first else shape[1:-1])

@@ -1,8 +1,8 @@
-"""The networks of public checkpoints by NumPy in float64, from the checkpoint's own tensors in its
-own layout: what a converted model is compared with.
+"""NumPy reference in float64 of the networks of public checkpoints, to verify conversions.
 
-They share no code with the layers: images are channels first, kernels (out, in, height, width),
-the channels of generated kernels group-major. Sizes must divide by the strides.
+It uses a checkpoint's tensors in their own layout and shares no code with the layers: images are
+channels first, kernels (out, in, height, width), the channels of generated kernels group-major.
+Image sizes must be divisible by the strides.
 """
 
 import numpy as np
@@ -10,13 +10,13 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 
 class RedNet:
-    """A RedNet of official or of PaddleClas tensors.
+    """RedNet on the tensors of an official or a PaddleClas checkpoint.
 
     Args:
-        tensors: Arrays by the names ``stem.0.conv.weight`` and so on.
-        blocks: Blocks of each stage.
-        statistics: The last parts of the names of batch normalization's mean and variance.
-        linear_transposed: Whether the classifier's matrix is (out, in), PyTorch's way.
+        tensors: Arrays by name, such as ``stem.0.conv.weight``.
+        blocks: Number of blocks of each stage.
+        statistics: Name suffixes of batch normalization's mean and variance.
+        linear_transposed: Whether the classifier's matrix is (out, in), as in PyTorch.
     """
 
     def __init__(self, tensors, blocks, statistics, linear_transposed):
@@ -26,7 +26,7 @@ class RedNet:
         self.linear_transposed = linear_transposed
 
     def maps(self, x) -> list[np.ndarray]:
-        """The stages' maps (N, C, H, W) for images (N, C, H, W) with sides divisible by 32."""
+        """Feature maps (N, C, H, W) of all stages, for images (N, 3, H, W); 32 divides H and W."""
         x = self._relu_bn(self._convolution(x, "stem.0.conv", 2), "stem.0.bn")
         x = self._relu_bn(self._involution(x, "stem.1", 1), "stem.2")
         x = self._relu_bn(self._convolution(x, "stem.4.conv", 1), "stem.4.bn")
@@ -40,7 +40,7 @@ class RedNet:
         return outputs
 
     def logits(self, x) -> np.ndarray:
-        """(N, classes)."""
+        """Logits (N, classes)."""
         matrix = self._get("fc.weight")
         matrix = matrix.T if self.linear_transposed else matrix
         return self.maps(x)[-1].mean(axis=(2, 3)) @ matrix + self._get("fc.bias")
@@ -67,13 +67,15 @@ class RedNet:
         groups = channels // 16
         kernel = kernel.reshape(n, groups, -1, *kernel.shape[2:])
         size = int(kernel.shape[2] ** 0.5)
-        seen = windows(x, size, stride).reshape(n, groups, 16, *kernel.shape[3:], size * size)
-        return np.einsum("ngkhw,ngchwk->ngchw", kernel, seen).reshape(n, channels, *seen.shape[3:5])
+        patches = windows(x, size, stride).reshape(n, groups, 16, *kernel.shape[3:], size * size)
+        return np.einsum("ngkhw,ngchwk->ngchw", kernel, patches).reshape(
+            n, channels, *patches.shape[3:5]
+        )
 
     def _convolution(self, x, name, stride):
         kernel = self._get(f"{name}.weight")
-        seen = windows(x, kernel.shape[-1], stride)
-        return np.moveaxis(np.tensordot(seen, kernel, ((1, 4, 5), (1, 2, 3))), -1, 1)
+        patches = windows(x, kernel.shape[-1], stride)
+        return np.moveaxis(np.tensordot(patches, kernel, ((1, 4, 5), (1, 2, 3))), -1, 1)
 
     def _bn(self, x, name):
         mean, variance = (self._get(f"{name}.{s}")[:, None, None] for s in self.statistics)
@@ -85,30 +87,30 @@ class RedNet:
 
 
 def windows(x, size, stride, value=0.0):
-    """The size x size windows of (N, C, H, W), padded symmetrically: (N, C, H', W', size, size)."""
-    around = ((0, 0), (0, 0), (size // 2,) * 2, (size // 2,) * 2)
-    padded = np.pad(x, around, constant_values=value)
+    """The windows of (N, C, H, W), symmetrically padded: (N, C, H', W', size, size)."""
+    padding = ((0, 0), (0, 0), (size // 2,) * 2, (size // 2,) * 2)
+    padded = np.pad(x, padding, constant_values=value)
     return sliding_window_view(padded, (size, size), (2, 3))[:, :, ::stride, ::stride]
 
 
-def example_kernels(layers, x) -> list[np.ndarray]:
+def keras_io_kernels(layers, x) -> list[np.ndarray]:
     """The kernels (N, H, W, 9) of the keras.io example's three involutions.
 
     Args:
-        layers: For each the arrays in Keras 2's order: kernel, bias, gamma, beta, second kernel,
+        layers: The arrays of each in Keras 2's order: kernel, bias, gamma, beta, second kernel,
             second bias, moving mean, moving variance.
-        x: Images (N, H, W, 3) with sides divisible by 4.
+        x: Images (N, H, W, 3) of sizes divisible by 4.
     """
     kernels = []
     for weights in layers:
-        reduce, bias, gamma, beta, expand, last, mean, variance = (
+        reduce, bias, gamma, beta, expand, expand_bias, mean, variance = (
             np.asarray(array, "float64") for array in weights
         )
         hidden = (x @ reduce[0, 0] + bias - mean) / np.sqrt(variance + 1e-3) * gamma + beta
-        kernel = np.maximum(hidden, 0) @ expand[0, 0] + last
+        kernel = np.maximum(hidden, 0) @ expand[0, 0] + expand_bias
         kernels.append(kernel)
-        seen = windows(np.moveaxis(x, -1, 1), 3, 1)
-        y = np.einsum("nhwk,nchwk->nhwc", kernel, seen.reshape(*seen.shape[:4], 9))
+        patches = windows(np.moveaxis(x, -1, 1), 3, 1)
+        y = np.einsum("nhwk,nchwk->nhwc", kernel, patches.reshape(*patches.shape[:4], 9))
         n, height, _, channels = y.shape
         y = np.maximum(y, 0).reshape(n, height // 2, 2, -1, 2, channels)
         x = y.max(axis=(2, 4)) if len(kernels) < len(layers) else x

@@ -1,33 +1,40 @@
-"""Trained models that come with the package: a folder each beside this file, as ``weights`` reads
-it, with a card that says what it was trained on, how, and what it reaches."""
+"""Pretrained models in the package: one folder for each, in the format of ``weights``, with a model
+card."""
 
 import pathlib
 
 import keras
 
-FOLDERS = pathlib.Path(__file__).with_name("trained")
+ROOT = pathlib.Path(__file__).with_name("trained")
 
 
-def names() -> list[str]:
-    """Names of the models that there are."""
-    return sorted(folder.name for folder in FOLDERS.iterdir() if folder.is_dir())
+def available() -> list[str]:
+    """Names of the pretrained models."""
+    return sorted(folder.name for folder in ROOT.iterdir() if folder.is_dir())
 
 
-def folder(name) -> pathlib.Path:
-    """Where the files of a model are, or ValueError."""
-    if name not in names():
-        raise ValueError(f"A shipped model must be one of {', '.join(names())}. Received: {name!r}")
-    return FOLDERS / name
+def path(name) -> pathlib.Path:
+    """The folder of a pretrained model.
+
+    Raises:
+        ValueError: There is no model of this name.
+    """
+    if name not in available():
+        raise ValueError(
+            f"A pretrained model must be one of {', '.join(available())}. Received: {name!r}"
+        )
+    return ROOT / name
 
 
 def load(name) -> keras.Model:
-    """A trained model that comes with the package.
+    """Loads a pretrained model of the package.
 
-    The folder ``involution/models/trained`` has a card for each: data, recipe, command, figures.
+    Its model card in the folder ``involution/models/trained`` has data, recipe, command and
+    metrics.
 
     Args:
-        name: ``"cnn-cifar10"`` or ``"inn-cifar10"``, the keras.io example's pair, or
-            ``"rednet_tiny-cifar10"``: models for images (B, 32, 32, 3) of pixels / 255, trained on
+        name: ``"cnn-cifar10"`` or ``"inn-cifar10"``, the pair of the keras.io example, or
+            ``"rednet_tiny-cifar10"``: models for images (B, 32, 32, 3), pixels / 255, trained on
             CIFAR-10 (as JPEG).
 
     Returns:
@@ -42,6 +49,6 @@ def load(name) -> keras.Model:
     >>> involution.models.load("inn-cifar10").count_params()
     13080
     """
-    from involution.models import weights  # whose readers not every import shall wait for
+    from involution.models import weights  # deferred: its readers would slow down every import
 
-    return weights.load(folder(name))
+    return weights.load(path(name))

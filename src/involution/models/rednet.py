@@ -1,9 +1,9 @@
-"""RedNet: ResNet with involutions where the bottlenecks have their 3x3 convolutions.
+"""RedNet: ResNet with involutions instead of the 3x3 convolutions of its bottlenecks.
 
-The paper's backbones as its code has them: symmetric padding, contiguous groups of 16 channels,
-stride 2 in the involution and the shortcut of a stage's first block, batch normalization with
-epsilon 1e-5 and momentum 0.9 (0.1 in PyTorch's sense). Sizes that the strides do not divide, which
-the paper's code cannot take, give ceil(n / 2) positions here.
+As in the paper's code: symmetric padding, contiguous groups of 16 channels, stride 2 in the
+involution and the shortcut of a stage's first block, batch normalization with epsilon 1e-5 and
+momentum 0.9 (0.1 in PyTorch's convention). Sizes not divisible by the stride, which the paper's
+code rejects, give ceil(n / 2) positions.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ from involution.ops.validation import (
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One network of the family: what a stage repeats, how wide it is, how it generates kernels."""
+    """Hyperparameters of one network of the family."""
 
     blocks: tuple[int, ...]
     widths: tuple[int, ...] = (64, 128, 256, 512)
     expansion: int = 4
     stem_width: int = 64
-    # The window of the stem's involution; None: the stem is one convolution, for small images.
+    # Kernel size of the stem's involution; None: the stem is one convolution, for small images.
     stem_kernel_size: int | None = 3
-    # Whether that one convolution is pooled.
+    # Whether max pooling follows that convolution.
     stem_pool: bool = True
     kernel_size: int = 7
     group_channels: int = 16
@@ -51,14 +51,14 @@ VARIANTS = {
 
 
 def _build(name, variant, input_shape, classes, include_top, feature_maps, data_format):
-    form = standardize_data_format("data_format", data_format)
+    data_format = standardize_data_format("data_format", data_format)
     if input_shape is None:
-        input_shape = (None, None, 3) if form == CHANNELS_LAST else (3, None, None)
-    _check(variant, input_shape, classes, include_top, feature_maps, form)
+        input_shape = (None, None, 3) if data_format == CHANNELS_LAST else (3, None, None)
+    _check(variant, input_shape, classes, include_top, feature_maps, data_format)
     inputs = keras.Input(shape=input_shape)
     x = inputs
-    # Inside, the channels are last: TensorFlow has no other convolution on CPUs.
-    if form == CHANNELS_FIRST:
+    # Channels last internally: TensorFlow has no other convolution on CPUs.
+    if data_format == CHANNELS_FIRST:
         x = layers.Permute((2, 3, 1), name="channels_last")(x)
     x = _stem(x, variant)
     maps = {}
@@ -72,7 +72,7 @@ def _build(name, variant, input_shape, classes, include_top, feature_maps, data_
         initializer = keras.initializers.RandomNormal(stddev=0.01)
         x = layers.Dense(classes, kernel_initializer=initializer, name="logits")(x)
         return keras.Model(inputs, x, name=name)
-    if form == CHANNELS_FIRST:
+    if data_format == CHANNELS_FIRST:
         maps = {
             stage: layers.Permute((3, 1, 2), name=f"{stage}_channels_first")(map_)
             for stage, map_ in maps.items()
@@ -83,21 +83,21 @@ def _build(name, variant, input_shape, classes, include_top, feature_maps, data_
 def _stem(x, variant):
     if variant.stem_kernel_size is None:
         x = _convolution(variant.stem_width, 3, 1, "stem_conv", padding="same")(x)
-        x = _normalized(x, "stem")
+        x = _bn_relu(x, "stem")
         if not variant.stem_pool:
             return x
         return layers.MaxPooling2D(2, padding="same", data_format=CHANNELS_LAST, name="stem_pool")(
             x
         )
-    # Keras's "same" would move the windows of stride 2 by one.
+    # Keras's "same" would shift the windows of stride 2 by one position.
     x = layers.ZeroPadding2D(1, data_format=CHANNELS_LAST, name="stem_1_pad")(x)
     x = _convolution(variant.stem_width // 2, 3, 2, "stem_1_conv")(x)
-    x = _normalized(x, "stem_1")
+    x = _bn_relu(x, "stem_1")
     x = _involution(variant, variant.stem_kernel_size, 1, "stem_2_involution")(x)
-    x = _normalized(x, "stem_2")
+    x = _bn_relu(x, "stem_2")
     x = _convolution(variant.stem_width, 3, 1, "stem_3_conv", padding="same")(x)
-    x = _normalized(x, "stem_3")
-    # After a ReLU a border of zeros never wins.
+    x = _bn_relu(x, "stem_3")
+    # After a ReLU, zero padding does not change the maximum.
     x = layers.ZeroPadding2D(1, data_format=CHANNELS_LAST, name="stem_pool_pad")(x)
     return layers.MaxPooling2D(3, 2, data_format=CHANNELS_LAST, name="stem_pool")(x)
 
@@ -106,14 +106,14 @@ def _block(x, variant, width, stride, first, name):
     shortcut = x
     if first:
         shortcut = _convolution(variant.expansion * width, 1, stride, f"{name}_shortcut_conv")(x)
-        shortcut = _normalization(f"{name}_shortcut_bn")(shortcut)
+        shortcut = _bn(f"{name}_shortcut_bn")(shortcut)
     x = _convolution(width, 1, 1, f"{name}_1_conv")(x)
-    x = _normalized(x, f"{name}_1")
+    x = _bn_relu(x, f"{name}_1")
     x = _involution(variant, variant.kernel_size, stride, f"{name}_2_involution")(x)
-    x = _normalized(x, f"{name}_2")
+    x = _bn_relu(x, f"{name}_2")
     x = _convolution(variant.expansion * width, 1, 1, f"{name}_3_conv")(x)
-    # Every block begins as its shortcut.
-    x = _normalization(f"{name}_3_bn", gamma_initializer="zeros")(x)
+    # Every block is initialized as its shortcut.
+    x = _bn(f"{name}_3_bn", gamma_initializer="zeros")(x)
     x = layers.Add(name=f"{name}_add")([x, shortcut])
     return layers.ReLU(name=f"{name}_relu")(x)
 
@@ -144,53 +144,55 @@ def _involution(variant, kernel_size, strides, name):
     )
 
 
-def _normalization(name, **arguments):
+def _bn(name, **arguments):
     return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=name, **arguments)
 
 
-def _normalized(x, name):
-    return layers.ReLU(name=f"{name}_relu")(_normalization(f"{name}_bn")(x))
+def _bn_relu(x, name):
+    return layers.ReLU(name=f"{name}_relu")(_bn(f"{name}_bn")(x))
 
 
-def _check(variant, input_shape, classes, include_top, feature_maps, form):
+def _check(variant, input_shape, classes, include_top, feature_maps, data_format):
     sizes = tuple(input_shape)
-    channels = 2 if form == CHANNELS_LAST else 0
+    channels = 2 if data_format == CHANNELS_LAST else 0
     if len(sizes) != 3 or not all(
         (n is None and i != channels) or (isinstance(n, int) and n >= 1)
         for i, n in enumerate(sizes)
     ):
         raise ValueError(
             "`input_shape` must be (height, width, channels), or (channels, height, width) for "
-            "channels_first, with None for a size that varies. "
+            "channels_first, with None for variable sizes. "
             f"Received: input_shape={input_shape!r}"
         )
     if not isinstance(classes, int) or classes < 1:
-        raise ValueError(f"`classes` must be at least 1. Received: classes={classes!r}")
+        raise ValueError(f"`classes` must be a positive integer. Received: classes={classes!r}")
     for name, value in (("include_top", include_top), ("feature_maps", feature_maps)):
         if not isinstance(value, bool):
             raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
 
 
-# The networks differ in their row of ``VARIANTS`` alone, so they share one signature and one text.
-ARGUMENTS = """
+# The networks differ only in their entry of ``VARIANTS``.
+_SHARED_DOC = """
 
     Args:
         input_shape: (height, width, channels) of the images, or (channels, height, width) for
-            ``"channels_first"``; None for sizes that vary. Any size works, odd ones too. Unless
-            given: three channels of any size.
+            ``"channels_first"``, with None for variable sizes. Any size works, including odd ones.
+            Default: three channels of any size.
         classes: Number of classes.
-        include_top: Whether the model ends with the classifier, or with the last stage's map.
-        feature_maps: Whether the model returns the maps of all stages, without the classifier.
-        stem_kernel_size: Window of the involution in the stem: 3 in the paper's classifiers, 7 in
+        include_top: Whether the model has the classifier, or ends with the last feature map.
+        feature_maps: Whether the outputs are the feature maps of all stages, without the
+            classifier.
+        stem_kernel_size: Kernel size of the stem's involution: 3 in the paper's classifiers, 7 in
             its backbones for detection and segmentation.
-        data_format: ``"channels_last"`` whatever Keras's setting, as this package reads images;
-            ``"channels_first"``; or None for the setting. The weights are the same for both.
+        data_format: ``"channels_last"``, regardless of Keras's setting, as this package reads
+            images; ``"channels_first"``; or None for Keras's setting. The weights do not depend on
+            it.
 
     Returns:
         A functional ``keras.Model`` from images (B, H, W, channels) to logits (B, classes); or to
-        the last stage's map; or to a dictionary of the maps of all stages, from ``"stage1"`` on,
-        which in the paper's networks have the sizes H / 4, / 8, / 16 and / 32, rounded up, and 256,
-        512, 1024 and 2048 channels. It has the types of Keras's dtype policy.
+        the last feature map; or to a dictionary of the feature maps of all stages, ``"stage1"`` and
+        so on, which in the paper's networks have sizes H / 4, H / 8, H / 16 and H / 32, rounded up,
+        and 256, 512, 1024 and 2048 channels. Dtypes follow Keras's dtype policy.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -213,14 +215,14 @@ def _network(name, function_name, text):
         return _build(name, variant, input_shape, classes, include_top, feature_maps, data_format)
 
     network.__name__ = network.__qualname__ = function_name
-    network.__doc__ = text + ARGUMENTS
+    network.__doc__ = text + _SHARED_DOC
     return network
 
 
 RedNet26 = _network(
     "rednet26",
     "RedNet26",
-    """RedNet-26, the smallest of the paper's networks: 9.2 million parameters.
+    """RedNet-26, the paper's smallest network: 9.2 million parameters.
 
     >>> import involution
     >>> involution.models.RedNet26().count_params() // 10**5 / 10
@@ -249,28 +251,28 @@ def rednet_tiny(
     reduction_ratio=8,
     kernel_generator=None,
 ):
-    """A RedNet for images of some 32x32 pixels: its stem is one 3x3 convolution.
+    """A RedNet for images of about 32x32 pixels: its stem is one 3x3 convolution.
 
-    Unless told otherwise it has 29,894 trainable parameters at ten classes, less than a tenth of
-    ``cnn``'s: the best of 40 trials of a search on CIFAR-10.
+    The defaults, the best of 40 trials of a hyperparameter search on CIFAR-10, give 29,894
+    trainable parameters at ten classes, less than a tenth of ``cnn``'s.
 
     Args:
         input_shape, classes, include_top, feature_maps, data_format: As for ``RedNet26``.
-        blocks: Bottlenecks in each stage; every stage but the first halves the map.
-        widths: Channels that a stage's involutions see.
-        expansion: Channels between bottlenecks for each of these.
+        blocks: Bottlenecks of each stage; every stage except the first halves the resolution.
+        widths: Channels of each stage's involutions.
+        expansion: Output channels of a bottleneck per channel of its involution.
         stem_width: Channels of the stem.
-        stem_pool: Whether 2x2 max pooling ends the stem, so that the first stage's map has half the
-            image's sizes, rounded up; otherwise it has the image's.
-        kernel_size: Window of the involutions.
-        group_channels: Channels that share a kernel.
-        reduction_ratio: Channels for each hidden channel of the kernel generators.
-        kernel_generator: None for ``Bottleneck``, or a name, which begins nearly as a depthwise
-            convolution (``kernel_generators.near_depthwise_init``); or a Keras layer of which each
-            involution gets a copy.
+        stem_pool: Whether the stem ends with 2x2 max pooling, which halves the resolution of the
+            first stage (rounded up).
+        kernel_size: Kernel size of the involutions.
+        group_channels: Channels per group.
+        reduction_ratio: Input channels per hidden channel of the kernel generators.
+        kernel_generator: None for ``Bottleneck``, or the name of a generator, initialized close to
+            a depthwise convolution (``kernel_generators.near_depthwise_init``); or a Keras layer,
+            which is copied for each involution.
 
     Returns:
-        As ``RedNet26``.
+        As for ``RedNet26``.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -286,7 +288,7 @@ def rednet_tiny(
         standardize_tuple(name, value, len(value))
     if len(blocks) != len(widths) or not blocks:
         raise ValueError(
-            "`blocks` and `widths` must have a number for each stage. "
+            "`blocks` and `widths` must have one integer for each stage. "
             f"Received: blocks={blocks!r}, widths={widths!r}"
         )
     (kernel_size,) = standardize_tuple("kernel_size", kernel_size, 1)

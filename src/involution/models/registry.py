@@ -1,4 +1,4 @@
-"""The models that commands and files know by name."""
+"""The models that commands and files refer to by name."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Models as commands name them: "cnn", "inn:kernel_size=5", "my_file.py:my_function"."""
+"""Model specs of the command line: "cnn", "inn:kernel_size=5", "my_file.py:my_function"."""
 
 import contextlib
 import functools
@@ -22,42 +22,45 @@ Builder = Callable[..., keras.Model]
 
 
 def parse(text) -> dict[str, Builder]:
-    """Models by label, from "cnn,inn,inn:kernel_size=5:group_number=3,my_file.py:my_function".
+    """Parses "cnn,inn,inn:kernel_size=5:group_number=3,my_file.py:my_function".
 
-    A name of ``involution.models``, or a Python file with the name of a function in it (``build``
-    unless given), called with (input_shape, classes) and the options that follow. The file may
-    import modules in its own folder.
+    A spec is the name of a model in ``involution.models``, or a Python file with a function in it
+    (default: ``build``), then options. The function is called with input_shape, classes and the
+    options. The file may import modules in its folder.
+
+    Returns:
+        A dictionary from specs to builders, functions of (input_shape, classes).
 
     Raises:
-        InputError: A name is of no model, is given twice or is not valid UTF-8, an option is
-            unknown, or a file does not run.
+        InputError: A model or option is unknown, a spec is repeated or not valid UTF-8, or a file
+            cannot be run.
     """
-    if text != (shown := text.encode("utf-8", "backslashreplace").decode()):
+    if text != (escaped := text.encode("utf-8", "backslashreplace").decode()):
         raise InputError(
-            f"The name of a model must be valid UTF-8, the encoding of reports. Received: {shown}"
+            f"A model spec must be valid UTF-8, the encoding of reports. Received: {escaped}"
         )
-    labels = [part.strip() for part in text.split(",")]
+    model_specs = [part.strip() for part in text.split(",")]
     builders = {}
-    for label in labels:
-        if label in builders:
-            raise InputError(f"Every model must be named once. Received: {text}")
-        builders[label] = _parse_model(label)
-    files = [file_name(label) for label in labels]
+    for spec in model_specs:
+        if spec in builders:
+            raise InputError(f"Model specs must be unique. Received: {text}")
+        builders[spec] = _parse_model(spec)
+    files = [file_name(spec) for spec in model_specs]
     if len(set(files)) < len(files):
-        raise InputError(f"Every model must have a name of its own. Received: {text}")
+        raise InputError(f"Model specs must give unique file names. Received: {text}")
     return builders
 
 
-def _parse_model(label) -> Builder:
-    name, arguments = function_and_options(label)
+def _parse_model(spec) -> Builder:
+    name, arguments = split_spec(spec)
     builder = MODELS[name] if name in MODELS else _function_from(*name.rsplit(":", 1))
     parameters = inspect.signature(builder).parameters
     known = list(parameters)[2:]
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    any_option = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in arguments:
-        if key not in known and not anything:
+        if key not in known and not any_option:
             raise InputError(
-                f"An option of {name} must be name=value with a name of {', '.join(known)}. "
+                f"An option of {name} must be one of {', '.join(known)}. "
                 f"Received: {key}={arguments[key]}"
             )
     return lambda input_shape, classes: builder(
@@ -65,12 +68,13 @@ def _parse_model(label) -> Builder:
     )
 
 
-def function_and_options(label) -> tuple[str, dict]:
-    """What a label names: a model of ``involution.models`` or FILE.py:FUNCTION, and the options."""
-    # A file's name may hold colons of its own, as paths do on Windows.
-    file = re.match(r".*?\.py(?=:|$)", label)
-    name = file[0] if file else label.split(":")[0]
-    options = label[len(name) + 1 :].split(":") if len(label) > len(name) else []
+def split_spec(spec) -> tuple[str, dict]:
+    """(name, options) of a spec; the name is a model of ``involution.models`` or
+    FILE.py:FUNCTION."""
+    # Paths contain colons on Windows.
+    file = re.match(r".*?\.py(?=:|$)", spec)
+    name = file[0] if file else spec.split(":")[0]
+    options = spec[len(name) + 1 :].split(":") if len(spec) > len(name) else []
     if file:
         name += ":" + (options.pop(0) if options and "=" not in options[0] else "build")
     elif name not in MODELS:
@@ -82,12 +86,11 @@ def function_and_options(label) -> tuple[str, dict]:
     for key, equals, value in pairs:
         if not equals or not key:
             raise InputError(f"An option of {name} must be name=value. Received: {key}{value}")
-    return name, {key: value_of(value) for key, _, value in pairs}
+    return name, {key: parse_value(value) for key, _, value in pairs}
 
 
-def value_of(text):
-    """The value of an option: a number, several whole ones as 16-32-64, True, False, None, or the
-    text itself."""
+def parse_value(text):
+    """The value of an option: a number, a tuple (16-32-64), True, False, None, or the string."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -100,45 +103,46 @@ def value_of(text):
 
 def _function_from(file, function) -> Builder:
     if not pathlib.Path(file).is_file():
-        raise InputError(f"A model's Python file must exist. Received: {file}")
-    spec = importlib.util.spec_from_file_location(
+        raise InputError(f"The Python file of a model must exist. Received: {file}")
+    module_spec = importlib.util.spec_from_file_location(
         f"involution_user_{pathlib.Path(file).stem}", file
     )
-    if spec is None or spec.loader is None:
-        raise InputError(f"A model's file must be a Python file. Received: {file}")
-    module = importlib.util.module_from_spec(spec)
-    # Where classes in it look for their own module.
-    sys.modules[spec.name] = module
+    if module_spec is None or module_spec.loader is None:
+        raise InputError(f"The file of a model must be a Python file. Received: {file}")
+    module = importlib.util.module_from_spec(module_spec)
+    # Classes in the file look up their module here.
+    sys.modules[module_spec.name] = module
     folder = str(pathlib.Path(file).absolute().parent)
     try:
         with _importing_from(folder):
-            spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a user's own file may raise anything
+            module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"A model's file must run. Received: {file}: {reason}") from error
+        raise InputError(
+            f"The Python file of a model must run. Received: {file}: {reason}"
+        ) from error
     builder = getattr(module, function, None)
     if not callable(builder):
         raise InputError(
-            f"A model's file must define the function {function}. Received: {file}, which does not"
+            f"The Python file of a model must define {function}. Received: {file}, without it"
         )
 
     @functools.wraps(builder)
-    def build(*arguments, **options):
+    def build(*args, **kwargs):
         with _importing_from(folder):
-            return builder(*arguments, **options)
+            return builder(*args, **kwargs)
 
     return build
 
 
-# Modules that models' files imported from their own folders, by folder and name.
+# Modules that model files imported from their own folders, by folder and name.
 _imported: dict[str, dict[str, types.ModuleType]] = {}
 
 
 @contextlib.contextmanager
 def _importing_from(folder):
-    """Within the block modules in this folder can be imported, as by a program there. Those that
-    were imported from the folder of another model's file are set aside: they may have the same
-    names."""
+    """Makes modules in a folder importable in the block, as for a script there. Modules imported
+    from the folders of other model files, which may have the same names, are set aside."""
     own = _imported.setdefault(folder, {})
     for others in _imported.values():
         for name, module in others.items():
@@ -147,12 +151,12 @@ def _importing_from(folder):
     sys.modules.update(own)
     before = set(sys.modules)
     sys.path.insert(0, folder)
-    # The folder may have been listed before a file in it was written.
+    # Importers cache the listing of the folder.
     importlib.invalidate_caches()
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):  # what was run may have removed it
+        with contextlib.suppress(ValueError):  # the file may have removed it
             sys.path.remove(folder)
         own |= {
             name: sys.modules[name]
@@ -162,28 +166,28 @@ def _importing_from(folder):
 
 
 def _is_in(folder, name, module) -> bool:
-    """Whether a module was found in this folder itself, not among packages installed below it."""
-    held = getattr(module, "__dict__", {})
-    for path in (held.get("__file__"), *held.get("__path__", ())):
+    """Whether a module is directly in a folder, not in a package installed below it."""
+    attributes = getattr(module, "__dict__", {})
+    for path in (attributes.get("__file__"), *attributes.get("__path__", ())):
         if path is not None and pathlib.Path(path).is_relative_to(folder):
             first = pathlib.Path(path).relative_to(folder).parts[0]
             return first.split(".")[0] == name.split(".")[0]
     return False
 
 
-def file_name(label) -> str:
-    """The label of a model as the name of its file."""
-    return "".join(c if c.isalnum() or c in "-_=." else "-" for c in label) + ".keras"
+def file_name(spec) -> str:
+    """The file name of a model in a run folder."""
+    return "".join(c if c.isalnum() or c in "-_=." else "-" for c in spec) + ".keras"
 
 
 def command_line(*words) -> str:
-    """A command, or the end of one, as it can be pasted into the system's shell.
+    """A command, or its end, quoted for the system's shell.
 
     Args:
-        words: Texts, and paths, which are never taken for options.
+        words: Strings, and ``pathlib.Path``, which get ``./`` if they look like options.
     """
-    texts = [
+    quotable = [
         f".{os.sep}{word}" if isinstance(word, pathlib.Path) and str(word)[0] == "-" else str(word)
         for word in words
     ]
-    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
+    return subprocess.list2cmdline(quotable) if os.name == "nt" else shlex.join(quotable)

@@ -1,6 +1,6 @@
-"""A model in a folder: ``config.json``, how to build it, and ``model.safetensors``, its weights.
+"""The folder format of models: ``config.json`` and the weights, ``model.safetensors``.
 
-No code is stored, so that loading runs none: the configuration names a function of
+The format has no code, and loading executes none: the configuration has the name of a function of
 ``involution.models.MODELS`` and its arguments. The folder loads on every backend.
 """
 
@@ -14,34 +14,34 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_arrays
 
-from involution.kernel_generators.generators import base_name
 from involution.models.checkpoint_readers.errors import CheckpointError
 from involution.models.registry import MODELS
 from involution.utils import atomic_files
-from involution.utils.abstract_build import outline
+from involution.utils.abstract_build import build_abstract
+from involution.utils.layer_names import base_name, has_automatic_name
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT, VERSION = "involution model", 1
 CONFIG_LIMIT = 2**20
-# What NumPy reads of safetensors' types and a weight can be.
-TYPES = ("F16", "F32", "F64")
-SHOWN = 20
+# The floating-point dtypes of safetensors that NumPy has.
+DTYPES = ("F16", "F32", "F64")
+MAX_SHOWN = 20
 
 
 def save(folder, name, arguments, model, extra=None):
-    """Writes a model into a folder, which is made where it is missing.
+    """Writes a model to a folder, which is created if missing.
 
     Args:
-        folder: The folder. Files of the same names in it are replaced.
+        folder: The folder. Existing files are replaced.
         name: Name of the function in ``involution.models.MODELS`` that built the model.
-        arguments: Dictionary of the arguments it was called with, of numbers, texts, booleans, None
-            and sequences of them.
+        arguments: Dictionary of its arguments: numbers, strings, booleans, None, or sequences of
+            them.
         model: The model.
-        extra: Dictionary of what else the configuration shall hold, as ``read_config`` gives it
-            back: where the weights come from, names of classes.
+        extra: Dictionary of additional entries of the configuration, which ``read_config`` returns,
+            such as class names or the source of the weights.
 
     Raises:
-        ValueError: ``name`` is no such function, or two weights would have one name.
+        ValueError: ``name`` is no such function, or two weights have one name.
 
     Example:
 
@@ -54,12 +54,12 @@ def save(folder, name, arguments, model, extra=None):
     """
     if name not in MODELS:
         raise ValueError(f"`name` must be one of {', '.join(MODELS)}. Received: name={name!r}")
-    tensors = {key: _array(variable) for key, variable in named_weights(model).items()}
+    tensors = {key: _to_numpy(variable) for key, variable in named_weights(model).items()}
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_files.replacing(folder / WEIGHTS) as temporary:
+    with atomic_files.atomic_write(folder / WEIGHTS) as temporary:
         temporary.write_bytes(save_arrays(tensors))
-    # Last, because a folder is a model from here on.
+    # Last: a folder with a configuration is a model.
     atomic_files.write_json(
         folder / CONFIG,
         {
@@ -73,9 +73,9 @@ def save(folder, name, arguments, model, extra=None):
 
 
 def load(folder) -> keras.Model:
-    """Builds the model of a folder that ``save`` wrote, and sets its weights.
+    """Loads a model from a folder written by ``save``.
 
-    The weights take the types of the current dtype policy.
+    The variables have the dtypes of the current dtype policy.
 
     Args:
         folder: The folder.
@@ -84,7 +84,7 @@ def load(folder) -> keras.Model:
         The model, not compiled.
 
     Raises:
-        CheckpointError: It is no such folder; tensors are missing, unknown or of other shapes.
+        CheckpointError: It is no such folder, or tensors are missing, unknown or of other shapes.
     """
     folder = pathlib.Path(folder)
     config = read_config(folder)
@@ -92,9 +92,9 @@ def load(folder) -> keras.Model:
         with safe_open(folder / WEIGHTS, framework="numpy") as file:
             shapes = {key: _shape(file, key) for key in file.keys()}  # noqa: SIM118 - no mapping
             build = _builder(folder, config, shapes)
-            # Before the model takes memory.
+            # Before memory is allocated for the model.
             stored = sum(map(math.prod, shapes.values()))
-            expected = named_weights(outline(build, stored))
+            expected = named_weights(build_abstract(build, stored))
             check_tensors(
                 {key: tuple(v.shape) for key, v in expected.items()}, shapes, folder / WEIGHTS
             )
@@ -103,20 +103,20 @@ def load(folder) -> keras.Model:
                 assign(variable, file.get_tensor(key))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            "A model's weights must be a whole safetensors file. "
+            "A model's weights must be a complete safetensors file. "
             f"Received: {folder / WEIGHTS}: {_one_line(error)}"
         ) from error
     return model
 
 
 def read_config(folder) -> dict:
-    """The configuration that ``save`` wrote: ``name``, ``arguments``, ``extra``.
+    """The configuration written by ``save``: a dictionary with ``name``, ``arguments``, ``extra``.
 
     Raises:
-        CheckpointError: There is none, or it is not of that form.
+        CheckpointError: The configuration is missing or invalid.
     """
     path = pathlib.Path(folder) / CONFIG
-    rule = f"A model's folder must hold {CONFIG} and {WEIGHTS} as involution writes them."
+    rule = f"A model folder must contain {CONFIG} and {WEIGHTS} as involution writes them."
     try:
         with open(path, "rb") as file:
             text = file.read(CONFIG_LIMIT + 1)
@@ -135,11 +135,11 @@ def read_config(folder) -> dict:
 
 
 def named_weights(model) -> dict:
-    """The variables of a model by names that do not depend on what was built before.
+    """The variables of a model by names that do not depend on models built before.
 
-    A name is that of the layer in ``model.layers``, then the path inside it. Numbers that Keras
-    puts behind names of its own making count how many layers of a class the process has built;
-    here they are counted anew in every model, and inside every layer.
+    A name is that of the layer in ``model.layers``, then the path inside the layer. In automatic
+    names Keras counts the layers of a class in the process; here they are counted per model, and
+    inside a layer per parent.
 
     Args:
         model: A built ``keras.Model``.
@@ -148,7 +148,7 @@ def named_weights(model) -> dict:
         A dictionary from names to ``keras.Variable``, in the order of the layers.
 
     Raises:
-        ValueError: Two weights would have one name.
+        ValueError: Two weights have one name.
 
     Example:
 
@@ -158,92 +158,95 @@ def named_weights(model) -> dict:
     ['conv2d/kernel', 'conv2d/bias', 'conv2d_1/kernel']
     """
     named: dict = {}
-    given: dict[str, str] = {}
+    seen: dict[str, str] = {}
     for layer in model.layers:
         if not layer.weights:
             continue
-        automatic = base_name(layer.name).replace("_", "") == type(layer).__name__.lower()
-        outer = _numbered(layer.name, given) if automatic else layer.name
-        for inner, variable in _inside(layer):
+        outer = _renumber(layer.name, seen) if has_automatic_name(layer) else layer.name
+        for inner, variable in _layer_weights(layer):
             name = f"{outer}/{inner}"
             if name in named:
-                raise ValueError(f"Weights must have names of their own. Received: {name} twice")
+                raise ValueError(f"Weights must have unique names. Received: {name} twice")
             named[name] = variable
     return named
 
 
 def check_tensors(expected, received, source):
-    """Compares names and shapes, before anything is changed.
+    """Compares the names and shapes of tensors.
 
     Args:
         expected: Dictionary from names to shapes; None for any shape.
         received: Dictionary from names to shapes.
-        source: What the received ones come from, for the message.
+        source: The file of the received tensors, for the message.
 
     Raises:
-        CheckpointError: They differ; the message names the tensors.
+        CheckpointError: They differ; the message lists the tensors.
     """
     missing = [name for name in expected if name not in received]
     unknown = [name for name in received if name not in expected]
-    wrong = [
+    mismatched = [
         f"{name} {received[name]} instead of {shape}"
         for name, shape in expected.items()
         if name in received and shape not in (None, received[name])
     ]
     parts = [
-        f"{len(names)} {what}: {listed(names)}"
-        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
+        f"{len(names)} {what}: {format_names(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("of another shape", mismatched),
+        )
         if names
     ]
     if parts:
         raise CheckpointError(
-            "The tensors must be the model's, with its shapes. "
+            "Tensors must match the names and shapes of the model's weights. "
             f"Received: {source}, with {'; '.join(parts)}"
         )
 
 
 def assign(variable, array):
-    """Sets a variable from a NumPy array of its shape and of any floating type."""
-    # A copy: PyTorch warns of memory that it must not write.
-    variable.assign(np.array(array, dtype=_numpy_type(variable), order="C"))
+    """Sets a variable from a NumPy array of its shape and any floating-point dtype."""
+    # A copy: PyTorch warns about read-only arrays.
+    variable.assign(np.array(array, dtype=_numpy_dtype(variable), order="C"))
 
 
-def listed(names, shown=SHOWN) -> str:
-    """Names in a line: the first ones, and how many more there are."""
+def format_names(names, shown=MAX_SHOWN) -> str:
+    """The first names and the number of the others, in one line."""
     names = [str(name)[:200].encode("unicode_escape").decode() for name in names]
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
 
 
 def _builder(folder, config, shapes) -> Callable[[], keras.Model]:
-    """The function that builds the model, its arguments being such that it ends."""
+    """A function that builds the model, after a check that its arguments bound the work."""
     arguments = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in config["arguments"].items()
     }
-    # A dictionary would be a layer, of whatever class it names.
+    # A dictionary could be the configuration of a layer of any class.
     for key, value in arguments.items():
         parts = value if isinstance(value, tuple) else (value,)
         if any(isinstance(part, (dict, list)) for part in parts):
             raise CheckpointError(
-                "A model's arguments must be numbers, texts, booleans, null, or lists of them. "
-                f"Received: {folder / CONFIG} with {listed([key])}={str(value)[:100]!a}"
+                "A model's arguments must be numbers, strings, booleans, null, or lists of them. "
+                f"Received: {folder / CONFIG} with {format_names([key])}={str(value)[:100]!a}"
             )
-    # Every block has weights; without an end the building would have none.
+    # Every block has weights, which bounds the number of blocks.
     blocks = arguments.get("blocks", ())
     counts = blocks if isinstance(blocks, tuple) else (blocks,)
     if sum(n for n in counts if isinstance(n, int) and n > 0) > len(shapes):
         raise CheckpointError(
-            "A model must have tensors for all its `blocks`. "
-            f"Received: {folder / CONFIG} with blocks={str(blocks)[:50]}, and {len(shapes)} tensors"
+            "`blocks` must not exceed the number of tensors. "
+            f"Received: {folder / CONFIG} with blocks={str(blocks)[:50]} and {len(shapes)} tensors"
         )
 
     def build():
         try:
             return MODELS[config["name"]](**arguments)
-        except Exception as error:  # a builder, and Keras, raise many kinds for wrong arguments
+        except Exception as error:  # Keras raises many kinds for invalid arguments
             raise CheckpointError(
-                f"A model's arguments must suit {config['name']}. "
+                f"A model's arguments must be valid for {config['name']}. "
                 f"Received: {folder / CONFIG}: {_one_line(error)}"
             ) from error
 
@@ -252,47 +255,47 @@ def _builder(folder, config, shapes) -> Callable[[], keras.Model]:
 
 def _shape(file, key) -> tuple[int, ...]:
     tensor = file.get_slice(key)
-    if tensor.get_dtype() not in TYPES:
+    if tensor.get_dtype() not in DTYPES:
         raise CheckpointError(
-            f"A model's tensors must be of the types {', '.join(TYPES)}. "
-            f"Received: {listed([key])} of type {tensor.get_dtype()}"
+            f"A model's tensors must have a dtype of {', '.join(DTYPES)}. "
+            f"Received: {format_names([key])} of dtype {tensor.get_dtype()}"
         )
     return tuple(tensor.get_shape())
 
 
-def _numpy_type(variable):
-    """The variable's own type where NumPy has it, and float32 for bfloat16."""
+def _numpy_dtype(variable):
+    """The dtype of a variable; float32 for bfloat16, which NumPy lacks."""
     name = keras.backend.standardize_dtype(variable.dtype)
     return name if name in ("float16", "float32", "float64") else "float32"
 
 
-def _array(variable):
+def _to_numpy(variable):
     return np.ascontiguousarray(
-        keras.ops.convert_to_numpy(variable.value), dtype=_numpy_type(variable)
+        keras.ops.convert_to_numpy(variable.value), dtype=_numpy_dtype(variable)
     )
 
 
-def _inside(layer):
-    """Pairs (path inside the layer, variable)."""
-    given: dict[str, dict[str, str]] = {}
+def _layer_weights(layer):
+    """Pairs (path inside the layer, variable) of a layer's weights."""
+    seen: dict[str, dict[str, str]] = {}
     for variable in layer.weights:
         *scopes, last = variable.path.split("/")
-        # A layer that was built before its outer one, as in loading, lacks the outer one's name.
+        # A layer built before its parent, as in loading, lacks the parent's name in its paths.
         if layer.name in scopes:
             scopes = scopes[scopes.index(layer.name) + 1 :]
         path = ""
         for scope in scopes:
-            path += _numbered(scope, given.setdefault(path, {})) + "/"
+            path += _renumber(scope, seen.setdefault(path, {})) + "/"
         yield path + last, variable
 
 
-def _numbered(name, given) -> str:
-    """A name with its number counted among those in ``given``, which takes it up."""
-    if name not in given:
+def _renumber(name, seen) -> str:
+    """A name numbered among those in ``seen``, to which it is added."""
+    if name not in seen:
         base = base_name(name)
-        before = sum(base_name(other) == base for other in given)
-        given[name] = f"{base}_{before}" if before else base
-    return given[name]
+        before = sum(base_name(other) == base for other in seen)
+        seen[name] = f"{base}_{before}" if before else base
+    return seen[name]
 
 
 def _one_line(error) -> str:

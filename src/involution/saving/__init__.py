@@ -1,1 +1,1 @@
-"""Trained classifiers as files."""
+"""Saving and loading of trained classifiers."""

@@ -1,7 +1,7 @@
-"""A trained classifier in one file: a ``.keras`` archive that also carries what its images need.
+"""A trained classifier in one file: a ``.keras`` archive with metadata for its preprocessing.
 
-The archive holds one more entry, ``involution.json``, with the names of the classes and the size of
-the images, so that ``predict`` and ``explain`` feed a model exactly what it was trained on.
+The archive's additional member ``involution.json`` has the class names and the image shape, so that
+inference preprocesses images as training did.
 """
 
 import contextlib
@@ -14,134 +14,145 @@ import zipfile
 import keras
 import numpy as np
 
-from involution.data import datasets
+from involution.data import decode, transforms
 from involution.models import pretrained, weights
 from involution.saving import keras_archive
-from involution.saving.keras_archive import ENTRY
-from involution.utils.abstract_build import outline
-from involution.utils.atomic_files import replacing
+from involution.saving.keras_archive import METADATA_ENTRY
+from involution.utils.abstract_build import build_abstract
+from involution.utils.atomic_files import atomic_write
 from involution.utils.errors import InputError
 
 SCALING = "pixels / 255"
-# An image that a model takes: some 50 MB as the model gets it.
-MOST_PIXELS = 2**22
-# What classifies where no model is named.
+# Of an input image: some 50 MB in float32.
+MAX_PIXELS = 2**22
+# The model of commands that are given none.
 DEFAULT = "rednet_tiny-cifar10"
 
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A model with the names of its classes and the (height, width, channels) of its images; and
-    the share of an image's middle that it sees, see ``data.read_image``."""
+    """A model with its preprocessing.
+
+    Attributes:
+        model: From images (B, height, width, channels) to logits (B, classes).
+        class_names: One name for each class.
+        image_shape: (height, width, channels).
+        crop_fraction: The center crop of its images, see ``decode.read_image``; None: none.
+    """
 
     model: keras.Model
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
-    crop: float | None = None
+    crop_fraction: float | None = None
 
     @property
-    def about(self) -> dict:
-        """What stands beside the weights."""
+    def metadata(self) -> dict:
+        """The JSON object saved with the weights."""
         return {
             "class_names": self.class_names,
             "image_shape": self.image_shape,
             "scaling": SCALING,
-            **({} if self.crop is None else {"crop": self.crop}),
+            **({} if self.crop_fraction is None else {"crop": self.crop_fraction}),
         }
 
     def read(self, file) -> np.ndarray:
-        """An image file as the model takes it: float32 (1, height, width, channels)."""
-        return datasets.scale(datasets.read_image(file, self.image_shape[:2], self.crop)[None])
+        """An image file as a batch for the model: float32 (1, height, width, channels)."""
+        image = decode.read_image(file, self.image_shape[:2], self.crop_fraction)
+        return transforms.to_unit_float(image[None])
 
-    def scores(self, images) -> np.ndarray:
-        """Probabilities (N, classes) for images as ``read`` gives them.
+    def predict_proba(self, images) -> np.ndarray:
+        """Class probabilities (N, classes), float64, of images as returned by ``read``.
 
         Raises:
-            InputError: Keras's floatx is not float32, see ``data.check_floatx``.
+            InputError: Keras's floatx is not float32, see ``transforms.check_floatx``.
         """
-        datasets.check_floatx()
+        transforms.check_floatx()
         logits = self.model.predict(images, verbose=0).astype("float64")
-        odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        return odds / odds.sum(axis=-1, keepdims=True)
+        exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return exp / exp.sum(axis=-1, keepdims=True)
 
     def save(self, path):
-        """Writes the file, without the optimizer's state: it loads on every backend."""
-        with replacing(path) as temporary:
+        """Writes the file without optimizer state, so that it loads on every backend."""
+        with atomic_write(path) as temporary:
             self.model.save(temporary)
             with zipfile.ZipFile(temporary, "a") as archive:
-                archive.writestr(ENTRY, json.dumps(self.about))
+                archive.writestr(METADATA_ENTRY, json.dumps(self.metadata))
 
 
 def load(path) -> Classifier:
-    """A classifier: from a file that ``Classifier.save`` wrote, from a folder that
-    ``models.weights.save`` wrote with the same entries, or one of ``models.shipped.names()``.
-    No code from a file runs.
+    """Loads a classifier. No code from the file is executed.
+
+    Args:
+        path: A file written by ``Classifier.save``; a folder written by ``models.weights.save``
+            with the same metadata; or one of ``models.pretrained.available()``.
 
     Raises:
         InputError: It is none of these.
     """
     path = pathlib.Path(path)
-    if not path.exists() and str(path) in pretrained.names():
-        path = pretrained.folder(str(path))
+    if not path.exists() and str(path) in pretrained.available():
+        path = pretrained.path(str(path))
     if not path.exists():
         raise InputError(
-            f"A model must be a .keras file, a folder, or one of {', '.join(pretrained.names())}. "
-            f"Received: {path}, which does not exist"
+            "A model must be a .keras file, a folder, or one of "
+            f"{', '.join(pretrained.available())}. Received: {path}, which does not exist"
         )
     try:
-        about = _about(path)
-        class_names = tuple(str(name) for name in about["class_names"])
-        height, width, channels = (int(n) for n in about["image_shape"])
-        if min(height, width) < 1 or height * width > MOST_PIXELS or channels != 3:
-            raise ValueError(about["image_shape"])
-        if about["scaling"] != SCALING:
-            raise ValueError(about["scaling"])
-        crop = None if about.get("crop") is None else float(about["crop"])
-        if crop is not None and not 0 < crop <= 1:
-            raise ValueError(crop)
-    except Exception as error:  # a damaged archive breaks its reader in many ways
+        metadata = _metadata(path)
+        class_names = tuple(str(name) for name in metadata["class_names"])
+        height, width, channels = (int(n) for n in metadata["image_shape"])
+        if min(height, width) < 1 or height * width > MAX_PIXELS or channels != 3:
+            raise ValueError(metadata["image_shape"])
+        if metadata["scaling"] != SCALING:
+            raise ValueError(metadata["scaling"])
+        crop_fraction = None if metadata.get("crop") is None else float(metadata["crop"])
+        if crop_fraction is not None and not 0 < crop_fraction <= 1:
+            raise ValueError(crop_fraction)
+    except Exception as error:  # a damaged archive raises many kinds
         raise InputError(
-            "A model must be a .keras file or a folder with its classes and image size, written "
-            "by `involution compare` or `train`, or one of "
-            f"{', '.join(pretrained.names())}. Received: {path}"
+            "A model must be a .keras file or a folder with class names and an image shape, as "
+            "`involution compare` and `train` write them, or one of "
+            f"{', '.join(pretrained.available())}. Received: {path}"
         ) from error
     model = load_model(path)
-    _check_suits(model, path, (height, width, channels), len(class_names))
-    return Classifier(model, class_names, (height, width, channels), crop)
+    _check_shapes(model, path, (height, width, channels), len(class_names))
+    return Classifier(model, class_names, (height, width, channels), crop_fraction)
 
 
-def _check_suits(model, path, image_shape, classes):
-    # A model of a user's own class may know no shapes.
-    takes = getattr(model, "input_shape", (None,) * 4)
-    gives = getattr(model, "output_shape", (None, classes))
-    suits = isinstance(takes, tuple) and len(takes) == 4
-    if not suits or any(n not in (None, m) for n, m in zip(takes[1:], image_shape, strict=True)):
+def _check_shapes(model, path, image_shape, classes):
+    # A user's own subclass of Model may not know its shapes.
+    input_shape = getattr(model, "input_shape", (None,) * 4)
+    output_shape = getattr(model, "output_shape", (None, classes))
+    is_image = isinstance(input_shape, tuple) and len(input_shape) == 4
+    if not is_image or any(
+        n not in (None, m) for n, m in zip(input_shape[1:], image_shape, strict=True)
+    ):
         raise InputError(
-            f"A model must take the images that are said to be its own, {image_shape}. "
-            f"Received: {path}, which takes {str(takes)[:200]}"
+            f"A model's input shape must match its metadata, {(None, *image_shape)}. "
+            f"Received: {path}, with input shape {str(input_shape)[:200]}"
         )
-    if gives != (None, classes):
+    if output_shape != (None, classes):
         raise InputError(
-            f"A model must give one number for each of its {classes} classes. "
-            f"Received: {path}, which gives {str(gives)[:200]}"
+            f"A model's output shape must match its {classes} classes, {(None, classes)}. "
+            f"Received: {path}, with output shape {str(output_shape)[:200]}"
         )
 
 
-def _about(path) -> dict:
+def _metadata(path) -> dict:
     if path.is_dir():
         return weights.read_config(path)["extra"]
     with zipfile.ZipFile(path) as archive:
-        return json.loads(keras_archive.member(archive, ENTRY))
+        return json.loads(keras_archive.member(archive, METADATA_ENTRY))
 
 
 def is_model(path) -> bool:
-    """Whether a name on a command line is a model's, and not an image's."""
+    """Whether a command-line argument names a model rather than an image."""
     path = pathlib.Path(path)
-    return path.suffix == ".keras" or path.is_dir() or str(path) in pretrained.names()
+    return path.suffix == ".keras" or path.is_dir() or str(path) in pretrained.available()
 
 
 def load_model(path) -> keras.Model:
-    """Reads any model: a ``.keras`` file, or a folder that ``models.weights.save`` wrote.
+    """Loads any model: a ``.keras`` file, or a folder written by ``models.weights.save``.
 
     Raises:
         InputError: It is neither.
@@ -158,41 +169,40 @@ def load_model(path) -> keras.Model:
 
 
 def load_weights(model, path):
-    """Sets a model's weights from a ``.keras`` file of the same model.
+    """Sets a model's weights from a ``.keras`` file of the same architecture.
 
     Raises:
-        InputError: It is none.
+        InputError: It is no such file.
     """
-    with _told(path):
+    with _as_input_error(path):
         keras_archive.check(path)
         model.load_weights(path)
 
 
 def _load_keras(path) -> keras.Model:
-    with _told(path):
+    with _as_input_error(path):
         registered, stored = keras_archive.check(path)
 
         def read():
             return keras.saving.load_model(path, custom_objects=registered, compile=False)
 
-        # Keras compares the shapes of all variables with the weights, before there is memory for
-        # them.
-        outline(read, stored)
+        # Keras compares all shapes with the weights here, before memory is allocated.
+        build_abstract(read, stored)
         return read()
 
 
 def _plain(error) -> str:
-    """Without the escape sequences by which Keras sets parts of its messages in bold."""
+    """An error's message without the ANSI escapes of Keras's bold text."""
     return re.sub("\x1b\\[\\d*m", "", str(error))
 
 
 @contextlib.contextmanager
-def _told(path):
+def _as_input_error(path):
     try:
         yield
-    except Exception as error:  # Keras raises many kinds for a file that it cannot load
+    except Exception as error:  # Keras raises many kinds for an invalid file
         raise InputError(
-            "A model must be a .keras file, and load without code of its own: one with a user's "
-            "own layers is for keras.saving.load_model(file, custom_objects=...). "
+            "A model must be a .keras file that loads without code of its own (load one with "
+            "custom layers by keras.saving.load_model(file, custom_objects=...)). "
             f"Received: {path}: {' '.join(_plain(error).split())[:1000]}"
         ) from error

@@ -1,12 +1,12 @@
-"""What may stand in a ``.keras`` file, looked at before Keras reads it.
+"""Validates a ``.keras`` file before Keras reads it.
 
-Keras's safe mode refuses code, but it looks up whatever a configuration names, and takes memory for
-whatever the weights declare. Here only that passes which Keras writes for layers of numbers:
+Keras's safe mode rejects code, but it imports whatever a configuration names, and allocates what
+the weights declare. Accepted here is only what Keras writes for models of numerical layers:
 
-* an archive of the four members that there can be, none of them compressed;
-* a configuration whose objects are in the tables below, or are registered in this process, by
-  ``keras.saving.register_keras_serializable``: these are the user's own code and not the file's;
-* weights that are plain arrays, each with its bytes in the file.
+* an archive of at most the four known members, uncompressed;
+* a configuration of objects in the tables below, or registered in this process with
+  ``keras.saving.register_keras_serializable``: those run the user's code, not the file's;
+* weights in contiguous arrays whose bytes are in the file.
 """
 
 import io
@@ -19,14 +19,14 @@ from collections.abc import Iterator
 import h5py
 import keras
 
-ENTRY = "involution.json"
+METADATA_ENTRY = "involution.json"
 CONFIG, WEIGHTS = "config.json", "model.weights.h5"
-# Bytes. RedNet152's configuration takes 0.6 MB; Python's objects take some twenty times as much.
-LIMITS = {"metadata.json": 2**16, CONFIG: 2**21, ENTRY: 2**20, WEIGHTS: math.inf}
-DEPTH = 64
-# Not among them: layers that hold code (Lambda, wrappers of other frameworks' models), that read
-# files (lookups, TextVectorization), or that make arrays of any size besides their weights
-# (Normalization, spectrograms).
+# Bytes. RedNet152's configuration has 0.6 MB, and its Python objects some twenty times as much.
+LIMITS = {"metadata.json": 2**16, CONFIG: 2**21, METADATA_ENTRY: 2**20, WEIGHTS: math.inf}
+MAX_DEPTH = 64
+# Excluded are layers that contain code (Lambda, wrappers of other frameworks' models), read files
+# (lookups, TextVectorization), or create arrays of any size besides their weights (Normalization,
+# spectrograms).
 LAYERS = """
     Activation ActivityRegularization Add AdditiveAttention AlphaDropout Attention Average
     AveragePooling1D AveragePooling2D AveragePooling3D BatchNormalization Bidirectional CenterCrop
@@ -48,7 +48,7 @@ INITIALIZERS = """
     Orthogonal OrthogonalInitializer RandomNormal RandomUniform TruncatedNormal VarianceScaling
     Zeros
 """
-# What operators and functions of keras.ops become in a functional model.
+# Operators and functions of keras.ops in a functional model.
 OPERATIONS = """
     Absolute Add Clip Concatenate Divide Exp ExpandDims GetItem Log Max Maximum Mean Min Minimum
     Multiply Negative Power Reshape Sqrt Square Squeeze Stack Subtract Sum Tanh Transpose TrueDivide
@@ -66,33 +66,33 @@ OBJECTS = {
     "keras.src.ops.nn": ACTIVATIONS,
 }
 ALLOWED = {(module, name) for module, names in OBJECTS.items() for name in names.split()}
-# Values that JSON has no form for, and that take no more memory than their texts.
+# Values without a JSON type, no larger in memory than in the file.
 VALUES = ("__keras_tensor__", "__ellipsis__", "__slice__", "__bytes__")
-MOST_AXES = 8
+MAX_RANK = 8
 
 
 def check(path) -> tuple[dict, int]:
-    """Reads a ``.keras`` file as far as to know that Keras can.
+    """Checks that a ``.keras`` file is safe to load.
 
     Args:
         path: The file.
 
     Returns:
-        From registered names to the classes and functions of this process that the file asks for;
-        and how many numbers its weights hold.
+        A dictionary from registered names in the file to their classes and functions in this
+        process, and the number of elements of all weights.
 
     Raises:
-        Exception: It holds something else, or is damaged: a ``ValueError`` that says what, or
-            whatever a damaged file does to its readers.
+        ValueError: The file contains something that is not accepted.
+        Exception: The file is damaged.
     """
     path = pathlib.Path(path)
-    # Keras takes the reader by the name's ending; of an HDF5 file it would ask less.
+    # Keras chooses the reader by suffix, and checks HDF5 files less.
     if path.suffix != ".keras":
         raise ValueError(f"a name that ends with {path.suffix!a}")
     with zipfile.ZipFile(path) as archive:
         _check_members(archive.infolist(), path.stat().st_size)
         config = json.loads(member(archive, CONFIG))
-        # Without compiling Keras drops this one, and no other.
+        # Unused with compile=False. Keras still uses those of nested models.
         del config["compile_config"]
         registered: dict = {}
         _check_value(config, registered, 0)
@@ -102,14 +102,14 @@ def check(path) -> tuple[dict, int]:
 
 
 def member(archive, name) -> bytes:
-    """A member of an open archive.
+    """The bytes of a member of an open archive.
 
     Raises:
-        ValueError: It is compressed, or too large.
+        ValueError: The member is compressed or too large.
     """
     found = archive.getinfo(name)
     if found.compress_type != zipfile.ZIP_STORED or found.file_size != found.compress_size:
-        raise ValueError(f"{name}, compressed, which Keras does not")
+        raise ValueError(f"{name}, compressed, which Keras never does")
     if found.file_size > LIMITS[name]:
         raise ValueError(f"{name} of {found.file_size:,} bytes")
     return archive.read(name)
@@ -118,22 +118,22 @@ def member(archive, name) -> bytes:
 def _check_members(members, size):
     names = [found.filename for found in members]
     if len(set(names)) != len(names) or not {CONFIG, WEIGHTS} <= set(names) <= set(LIMITS):
-        raise ValueError(f"an archive of {ascii(names[:8])[:300]}")
-    # Members that overlap would be read again and again.
+        raise ValueError(f"an archive with members {ascii(names[:8])[:300]}")
+    # Overlapping members would multiply the data read.
     declared = sum(found.file_size for found in members)
     if declared > size:
-        raise ValueError(f"{declared:,} bytes declared in {size:,}")
+        raise ValueError(f"{declared:,} bytes declared in a file of {size:,}")
 
 
 def _check_value(value, registered, depth):
-    if depth > DEPTH:
-        raise ValueError(f"a configuration of more than {DEPTH} levels")
+    if depth > MAX_DEPTH:
+        raise ValueError(f"a configuration nested more than {MAX_DEPTH} levels deep")
     if isinstance(value, dict):
         if "class_name" in value:
             _check_object(value, registered)
-        # Of a model within the model: losses and metrics, which are not needed.
+        # Losses and metrics of a nested model, which inference does not need.
         if value.get("compile_config"):
-            raise ValueError("a compiled model within the model")
+            raise ValueError("a compiled nested model")
         if "output_layers" in value:
             _check_graph(value)
         for part in value.values():
@@ -147,7 +147,7 @@ def _check_object(value, registered):
     kind, module = value["class_name"], value.get("module")
     if kind in VALUES:
         return
-    # Without a module Keras would read it as a form of old.
+    # Keras reads an object without a module as a legacy format.
     name = value.get("config" if kind == "function" else "registered_name")
     found = keras.saving.get_registered_object(name) if "module" in value else None
     if found is not None:
@@ -155,58 +155,58 @@ def _check_object(value, registered):
     elif (module, kind) not in ALLOWED:
         what = ".".join(str(part) for part in (module, kind, name) if part)
         raise ValueError(
-            f"{ascii(what[:200])[1:-1]}, which is neither a layer of numbers nor registered here"
+            f"{ascii(what[:200])[1:-1]}, which is neither a numerical layer nor registered here"
         )
 
 
 def _check_graph(model):
-    """Every layer of a functional model leads to its outputs, as those do that Keras writes.
+    """Checks that every layer of a functional model leads to an output, as Keras writes it.
 
-    Others would be built all the same, and calls of constants would be computed.
+    Keras would build unused layers too, and compute calls of constants.
     """
     names = [layer["name"] for layer in model["layers"]]
     if len(set(names)) != len(names):
-        raise ValueError(f"layers of one name, {ascii(names[:8])[:300]}")
+        raise ValueError(f"layers with equal names, {ascii(names[:8])[:300]}")
     used: set = set()
     for layer in model["layers"]:
         for node in layer["inbound_nodes"]:
-            found = set(_tensors([node["args"], node["kwargs"]]))
+            found = set(_input_layers([node["args"], node["kwargs"]]))
             if not found:
                 raise ValueError(f"a call without tensors, of {ascii(layer['name'])[:200]}")
             used |= found
-    used |= set(_texts([model["input_layers"], model["output_layers"]]))
+    used |= set(_strings([model["input_layers"], model["output_layers"]]))
     unused = [name for name in names if name not in used]
     if unused:
         raise ValueError(f"layers that lead to no output, {ascii(unused[:8])[:300]}")
 
 
-def _tensors(value) -> Iterator[str]:
-    """Names of the layers whose outputs stand in a call's arguments."""
+def _input_layers(value) -> Iterator[str]:
+    """Names of the layers whose outputs are in a call's arguments."""
     if isinstance(value, list):
         for part in value:
-            yield from _tensors(part)
+            yield from _input_layers(part)
     elif isinstance(value, dict):
         if value.get("class_name") == "__keras_tensor__":
             yield value["config"]["keras_history"][0]
         else:
-            yield from _tensors(list(value.values()))
+            yield from _input_layers(list(value.values()))
 
 
-def _texts(value) -> Iterator[str]:
+def _strings(value) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
+            yield from _strings(part)
 
 
 def _check_weights(file, size) -> int:
-    """How many numbers there are."""
-    declared, numbers, groups = 0, 0, [file]
+    """The number of elements of all arrays."""
+    declared, elements, groups = 0, 0, [file]
     while groups:
         group = groups.pop()
         for name in group:
-            # Other links lead to other files, or in circles.
+            # Other links lead to other files or form loops.
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
                 raise ValueError(f"a link in the weights, {name[:200]!a}")
             found = group[name]
@@ -215,32 +215,32 @@ def _check_weights(file, size) -> int:
             if isinstance(found, h5py.Group):
                 groups.append(found)
             else:
-                declared += _bytes(name, found, size)
-                numbers += math.prod(found.shape)
-    # Arrays that overlap would be read again and again.
+                declared += _check_array(name, found, size)
+                elements += math.prod(found.shape)
+    # Overlapping arrays would multiply the data read.
     if declared > size:
-        raise ValueError(f"weights of {declared:,} bytes in {size:,}")
-    return numbers
+        raise ValueError(f"weights of {declared:,} bytes in a file of {size:,}")
+    return elements
 
 
-def _bytes(name, found, size) -> int:
-    """What an array takes, all of which stands in the file."""
-    shown = ascii(name[:200])
+def _check_array(name, found, size) -> int:
+    """The size of an array in bytes, all of which are in the file."""
+    escaped = ascii(name[:200])
     if not isinstance(found, h5py.Dataset):
-        raise ValueError(f"weights that are no array, {shown}")
+        raise ValueError(f"weights that are not an array, {escaped}")
     properties = found.id.get_create_plist()
-    # Not in pieces, which may be compressed, missing, or parts of other files.
+    # Chunks may be compressed, missing, or in other files.
     if properties.get_layout() not in (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT):
-        raise ValueError(f"an array in pieces, {shown}")
+        raise ValueError(f"a chunked array, {escaped}")
     if properties.get_external_count():
-        raise ValueError(f"an array in another file, {shown}")
-    # bfloat16 is stored as two bytes without a meaning.
+        raise ValueError(f"an array in another file, {escaped}")
+    # bfloat16 is stored as two opaque bytes.
     if found.dtype.kind not in "biuf" and found.dtype.str != "|V2":
-        raise ValueError(f"an array of {ascii(str(found.dtype))[:50]}, {shown}")
-    if found.shape is None or len(found.shape) > MOST_AXES:
-        raise ValueError(f"an array with too many axes or none, {shown}")
-    taken = math.prod(found.shape) * found.dtype.itemsize
+        raise ValueError(f"an array of dtype {ascii(str(found.dtype))[:50]}, {escaped}")
+    if found.shape is None or len(found.shape) > MAX_RANK:
+        raise ValueError(f"an array of rank above {MAX_RANK} or without a shape, {escaped}")
+    declared = math.prod(found.shape) * found.dtype.itemsize
     stored = found.id.get_storage_size()
-    if taken > stored or (found.id.get_offset() or 0) + stored > size:
-        raise ValueError(f"an array of {taken:,} bytes with {stored:,} in the file, {shown}")
-    return taken
+    if declared > stored or (found.id.get_offset() or 0) + stored > size:
+        raise ValueError(f"an array of {declared:,} bytes with {stored:,} in the file, {escaped}")
+    return declared

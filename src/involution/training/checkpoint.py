@@ -54,7 +54,7 @@ def alone(folder) -> Iterator[None]:
         WriteError: The file that tells others cannot be written.
     """
     lock = filelock.FileLock(pathlib.Path(folder) / LOCK)
-    with atomic_files.writing(lock.lock_file):
+    with atomic_files.as_write_error(lock.lock_file):
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout as error:
@@ -86,7 +86,7 @@ class Store:
         """
         found = self._found()
         number = 1 + (found[0][0] if found else 0)
-        with atomic_files.writing(self.folder):
+        with atomic_files.as_write_error(self.folder):
             self.folder.mkdir(exist_ok=True)
         content = save_arrays(
             {name: np.asarray(array, order="C") for name, array in arrays.items()},
@@ -95,7 +95,7 @@ class Store:
         )
         digest = hashlib.sha256(content).hexdigest()
         path = self.folder / f"{number:012d}-{digest}.safetensors"
-        with atomic_files.replacing(path) as temporary:
+        with atomic_files.atomic_write(path) as temporary:
             temporary.write_bytes(content)
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             path.unlink()

@@ -23,9 +23,9 @@ from involution.saving.classifier import Classifier, load_weights
 from involution.training import checkpoint, distributed
 from involution.training import trainer as training
 from involution.utils.atomic_files import (
-    PART,
+    TMP_PREFIX,
     csv_text,
-    remove_parts,
+    remove_temporaries,
     sha256,
     write_json,
     write_text,
@@ -312,7 +312,7 @@ def compare(
             work.save(None)  # from here on the run can be gone on with
         try:
             if together.writes:
-                remove_parts(output)
+                remove_temporaries(output)
                 write_json(output / "config.json", run.description)
             with together.answering():
                 work.train_all(networks, step)
@@ -432,7 +432,9 @@ class _Work:
     def train(self, label, network, step):
         run, console = self.run, self.console
         config, dataset = run.config, run.dataset
-        classifier = Classifier(network, dataset.class_names, dataset.image_shape, dataset.crop)
+        classifier = Classifier(
+            network, dataset.class_names, dataset.image_shape, dataset.crop_fraction
+        )
         result = Result(label, classifier)
         begun = self._begun.get(label)
         if begun is not None:
@@ -578,7 +580,7 @@ def load(config, console) -> datasets.Dataset:
     Raises:
         InputError: They cannot be used, or Keras's floatx is not float32.
     """
-    datasets.check_floatx()
+    transforms.check_floatx()
 
     def progress(done, total):
         if done == 1:
@@ -587,11 +589,11 @@ def load(config, console) -> datasets.Dataset:
         if done == total:
             console.stop()
 
-    crop = transforms.MIDDLE if training.RECIPES[config.recipe].crop else None
+    crop = transforms.CENTER_FRACTION if training.RECIPES[config.recipe].crop else None
     dataset = datasets.load(config.dataset, config.image_size, config.download, progress, crop)
-    if dataset.note:
-        console.say(dataset.note)
-    return dataset if config.validation is None else dataset.validation(config.validation)
+    if dataset.description:
+        console.say(dataset.description)
+    return dataset if config.validation is None else dataset.validation_split(config.validation)
 
 
 def build(label, builder, dataset, config) -> keras.Model:
@@ -645,7 +647,7 @@ def check_folder(output, resume=False, writes=True):
 def _has_begun(output) -> bool:
     """Whether there is more than a process leaves that was killed before its first checkpoint."""
     return any(
-        file.is_file() and file.name != checkpoint.LOCK and not file.name.startswith(PART)
+        file.is_file() and file.name != checkpoint.LOCK and not file.name.startswith(TMP_PREFIX)
         for file in output.rglob("*")
     )
 

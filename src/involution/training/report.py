@@ -5,8 +5,8 @@ import pathlib
 import keras
 import numpy as np
 
-from involution.data import datasets
-from involution.utils.atomic_files import replacing
+from involution.data import transforms
+from involution.utils.atomic_files import atomic_write
 from involution.visualize import figures as visualize
 from involution.visualize import html
 
@@ -20,7 +20,7 @@ def write(run, output):
     figures = {}
     for name, figure in _figures(run).items():
         image = html.png(figure)
-        with replacing(output / f"{name}.png") as temporary:
+        with atomic_write(output / f"{name}.png") as temporary:
             temporary.write_bytes(image)
         figures[name] = html.data_url(image)
     html.write(
@@ -162,7 +162,7 @@ def _figures(run) -> dict:
     chosen = visualize.across_classes(dataset.y_test, EXPLAINED_IMAGES, seed)
     images = dataset.x_test[chosen]
     titles = [dataset.class_names[label] for label in dataset.y_test[chosen]]
-    inputs, filters = datasets.scale(images), _first_filters(run)
+    inputs, filters = transforms.to_unit_float(images), _first_filters(run)
     for result in run.results:
         model = result.classifier.model
         looks = {k: v for k, v in visualize.looks(model, inputs).items() if len(v.sizes) == 2}

@@ -22,8 +22,8 @@ import keras
 from involution.models import specs
 from involution.training import experiment
 from involution.training import trainer as training
-from involution.utils.atomic_files import PART, csv_text, write_text
-from involution.utils.errors import InputError, out_of_memory
+from involution.utils.atomic_files import TMP_PREFIX, csv_text, write_text
+from involution.utils.errors import InputError, out_of_memory_reason
 from involution.visualize import html
 
 try:
@@ -168,7 +168,7 @@ def _dimension(text) -> tuple[str, Choices | Range]:
     if not equals or not name.isidentifier() or not values:
         raise InputError(rule)
     if ".." in values:
-        low, high = (specs.value_of(end) for end in values.split("..", 1))
+        low, high = (specs.parse_value(end) for end in values.split("..", 1))
         whole = isinstance(low, int) and isinstance(high, int)
         numbers = all(
             isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n)
@@ -181,7 +181,7 @@ def _dimension(text) -> tuple[str, Choices | Range]:
 
 
 def _number(value):
-    return specs.value_of(value) if isinstance(value, str) else value
+    return specs.parse_value(value) if isinstance(value, str) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +222,7 @@ def run(plan, folder, study_url=None, console=None, command="") -> Outcome:
     folder = pathlib.Path(folder)
     dataset = experiment.load(plan.config, console)
     if plan.config.validation is None:
-        dataset = dataset.validation(max(len(dataset.x_train) // 10, 1))
+        dataset = dataset.validation_split(max(len(dataset.x_train) // 10, 1))
     _check_folder(folder, study_url)
     experiment.make_folder(folder)
     study = _open(plan, folder, study_url)
@@ -269,7 +269,9 @@ def _check_folder(folder, url):
     """What is there is this search's, not a run's."""
     mark = JOURNAL if url is None else TRIALS
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-    if not all(n.startswith(PART) for n in names) and not any(n.startswith(mark) for n in names):
+    if not all(n.startswith(TMP_PREFIX) for n in names) and not any(
+        n.startswith(mark) for n in names
+    ):
         raise InputError(
             "The output folder must be new, empty or a search's. "
             f"Received: {folder}, without {mark}"
@@ -418,7 +420,7 @@ def _settled_or_given_back(study, trial, console):
         yield
     except Exception as error:
         console.stop()
-        lack = out_of_memory(error)
+        lack = out_of_memory_reason(error)
         reason = lack or f"{type(error).__name__}: {error}"
         # It may be the storage that fails, and the trial may be over.
         with contextlib.suppress(Exception):

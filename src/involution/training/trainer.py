@@ -10,8 +10,8 @@ from collections.abc import Callable, Generator, Iterator
 import keras
 import numpy as np
 
-from involution.data import datasets
-from involution.data.prefetch import ahead
+from involution.data import datasets, transforms
+from involution.data.prefetch import prefetch
 from involution.training import distributed
 from involution.utils.errors import InputError
 
@@ -320,8 +320,8 @@ class Trainer:
 
             epoch = self.at.epoch
             count = len(self.dataset.x_train)
-            order = datasets.order(count, self._seed, epoch)[: self._images]
-            mirrored = datasets.mirrored(count, self._seed, epoch) if self.recipe.flip else None
+            order = datasets.epoch_permutation(count, self._seed, epoch)[: self._images]
+            mirrored = transforms.flip_mask(count, self._seed, epoch) if self.recipe.flip else None
             self._train(order, mirrored, done)
             self._test(done)
             at = self.at
@@ -374,7 +374,7 @@ class Trainer:
         # Without those that were left over.
         self.at.images = max(self.at.images, before)
         todo = self._pieces(np.arange(len(self.dataset.x_test)), self.at.images - before)
-        batches = ahead(self._tested, todo)
+        batches = prefetch(self._tested, todo)
         self._go_through("test", self._compiled.test_on_batch, batches, step)
         self._test_means(False)
 
@@ -401,7 +401,7 @@ class Trainer:
     def batches(self, order, mirrored=None, begin=0) -> Generator[Batch]:
         """What it trains on, from one of the images on, read ahead of the one who wants it."""
         make = functools.partial(self._seen, mirrored=mirrored)
-        return ahead(make, self._pieces(order, begin))
+        return prefetch(make, self._pieces(order, begin))
 
     def _pieces(self, order, begin) -> list[np.ndarray]:
         return [order[n : n + self.batch_size] for n in range(begin, len(order), self.batch_size)]
@@ -410,17 +410,17 @@ class Trainer:
         """A batch to train on."""
         share = self._together.share(index)
         x, own, epoch = self.dataset.x_train, share.index, self.at.epoch
-        images = x.crops(own, self._seed, epoch) if self.recipe.crop else x[own]
+        images = x.random_crops(own, self._seed, epoch) if self.recipe.crop else x[own]
         if mirrored is not None:
             images[mirrored[own]] = images[mirrored[own], :, ::-1]
         labels = self._labels(self.dataset.y_train[own], self.recipe.label_smoothing)
-        return Batch(datasets.scale(images), labels, share)
+        return Batch(transforms.to_unit_float(images), labels, share)
 
     def _tested(self, index) -> Batch:
         """A batch to test on."""
         share = self._together.share(index)
         labels = self._labels(self.dataset.y_test[share.index], 0.0)
-        return Batch(datasets.scale(self.dataset.x_test[share.index]), labels, share)
+        return Batch(transforms.to_unit_float(self.dataset.x_test[share.index]), labels, share)
 
     def _labels(self, y, smoothing) -> np.ndarray:
         """What the loss takes: where labels are smoothed in training, a share for each class."""

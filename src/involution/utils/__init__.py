@@ -1,1 +1,1 @@
-"""What every subsystem needs and that knows nothing of involution."""
+"""Utilities without knowledge of involution."""

@@ -1,4 +1,4 @@
-"""A model with shapes and without values: what a file asks for, known before memory is taken."""
+"""Abstract builds: models with shapes but no values, to check a file before memory is used."""
 
 import concurrent.futures
 import contextlib
@@ -12,139 +12,140 @@ import keras
 
 Built = TypeVar("Built")
 
-# RedNet152 has 728, those inside its involutions included. Each takes some 50 KB, and a row of
-# them the square of its length in time.
-MOST_LAYERS = 2000
-# RedNet152 makes 522. Each takes some 2 KB. A Sequential calls its layers again for every layer
-# that is added: 10,000 times for 140 layers.
-MOST_CALLS = 10_000
-# Variables that a file leaves out, as those of LoRA, are at most as large as those it holds, but
-# for these: 16 MiB of float32.
-SPARE = 2**22
-# By thread: what counts the objects that are made in it.
-_counts: dict[int, "_Count"] = {}
-_originals: list[Callable[[], None]] = []
+# RedNet152 has 728, including those inside its involutions. A layer takes some 50 KB, and a chain
+# of layers takes time quadratic in its length.
+MAX_LAYERS = 2000
+# RedNet152 makes 522. A call takes some 2 KB. A Sequential calls all its layers again for every
+# layer added: 10,000 times for 140 layers.
+MAX_CALLS = 10_000
+# Variables that are not stored, such as those of LoRA, are at most as large as the stored ones plus
+# this number of elements (16 MiB in float32).
+EXTRA_ELEMENTS = 2**22
+# By thread.
+_budgets: dict[int, "_Budget"] = {}
+_restorers: list[Callable[[], None]] = []
 _patching = threading.Lock()
 
 
-def outline(build: Callable[[], Built], stored: float = math.inf) -> Built:
-    """What a function builds, its variables without values.
+def build_abstract(build: Callable[[], Built], stored: float = math.inf) -> Built:
+    """Calls a function that builds a model, without values for its variables (compare
+    ``jax.eval_shape``).
 
-    The function runs in a thread of its own, traced by the backend instead of computed, so that
-    tensors take no memory either: Keras keeps by thread which variables still wait for values, so
-    that nothing of them is left when the thread ends.
+    The backend traces the function instead of computing it, so that tensors take no memory. The
+    function runs in its own thread, because Keras records per thread which variables await their
+    initialization: nothing of this record survives the thread.
 
     Args:
         build: A function without arguments.
-        stored: How many numbers there are for the variables. With twice as many variables, and
-            four million more, or with more than 2,000 layers or 10,000 calls of layers, those that
-            end up in no model included, the function is stopped; unless given, variables may have
-            any size.
+        stored: Number of elements stored for the variables. The build is stopped at more than
+            twice as many elements plus four million. The default sets no limit. Limits that always
+            hold are 2,000 layers and 10,000 layer calls, including layers that end up in no model.
 
     Returns:
-        What it returns. Of its variables only names, types and shapes can be asked.
+        The function's result. Only names, dtypes and shapes of its variables may be used.
 
     Raises:
-        ValueError: Too many variables, layers or calls of layers.
-        Exception: Whatever the function raises.
+        ValueError: Too many variables, layers or layer calls.
+        Exception: Any that the function raises.
 
     Example:
 
     >>> import involution
-    >>> from involution.utils.abstract_build import outline
-    >>> outline(lambda: involution.models.cnn(classes=10**12)).count_params()
+    >>> from involution.utils.abstract_build import build_abstract
+    >>> build_abstract(lambda: involution.models.cnn(classes=10**12)).count_params()
     65000000318528
     """
 
-    def within():
-        with _counted(_Count(stored)), keras.StatelessScope(initialize_variables=False):
+    def run():
+        with _limited(_Budget(stored)), keras.StatelessScope(initialize_variables=False):
             return _traced(build)
 
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(within).result()
+        return thread.submit(run).result()
 
 
-class _Count:
-    """Raises when a thread has more layers, calls of layers or variables than there may be."""
+class _Budget:
+    """Raises when a thread exceeds its layers, layer calls or elements of variables."""
 
     def __init__(self, stored):
         self.stored = stored
-        self.layers = self.calls = self.numbers = 0
+        self.layers = self.calls = self.elements = 0
 
     def layer(self, _):
         self.layers += 1
-        if self.layers > MOST_LAYERS:
-            raise ValueError(f"more than {MOST_LAYERS:,} layers")
+        if self.layers > MAX_LAYERS:
+            raise ValueError(f"more than {MAX_LAYERS:,} layers")
 
     def call(self, _):
         self.calls += 1
-        if self.calls > MOST_CALLS:
-            raise ValueError(f"more than {MOST_CALLS:,} calls of layers")
+        if self.calls > MAX_CALLS:
+            raise ValueError(f"more than {MAX_CALLS:,} layer calls")
 
-    def variable(self, made):
-        self.numbers += math.prod(made.shape)
-        if self.numbers > 2 * self.stored + SPARE:
+    def variable(self, variable):
+        self.elements += math.prod(variable.shape)
+        if self.elements > 2 * self.stored + EXTRA_ELEMENTS:
             raise ValueError(
-                f"variables of {self.numbers:,} numbers or more, where {self.stored:,} are stored"
+                f"variables of at least {self.elements:,} elements, of which {self.stored:,} are "
+                "stored"
             )
 
 
 @contextlib.contextmanager
-def _counted(count):
-    """Within the block the layers and variables that this thread makes are counted.
+def _limited(budget):
+    """Counts the layers and variables that this thread makes in the block.
 
-    Not those of the model that results: layers that it does not use take memory too.
+    Counting those of the resulting model would miss unused layers, which take memory too.
     """
     thread = threading.get_ident()
     with _patching:
-        if not _counts:
-            _originals[:] = [
-                _watch(keras.Operation, "__init__", "layer"),
-                _watch(keras.Operation, "__call__", "call"),
-                _watch(keras.Variable, "__init__", "variable"),
+        if not _budgets:
+            _restorers[:] = [
+                _hook(keras.Operation, "__init__", "layer"),
+                _hook(keras.Operation, "__call__", "call"),
+                _hook(keras.Variable, "__init__", "variable"),
             ]
-        _counts[thread] = count
+        _budgets[thread] = budget
     try:
         yield
     finally:
         with _patching:
-            del _counts[thread]
-            if not _counts:
-                while _originals:
-                    _originals.pop()()
+            del _budgets[thread]
+            if not _budgets:
+                while _restorers:
+                    _restorers.pop()()
 
 
-def _watch(kind, method, counted) -> Callable[[], None]:
-    """Has calls of a class's method counted; returns what ends that."""
-    own, original = vars(kind).get(method), getattr(kind, method)
+def _hook(cls, method, counter) -> Callable[[], None]:
+    """Counts calls of a method; returns a function that undoes this."""
+    own, original = vars(cls).get(method), getattr(cls, method)
 
-    def watched(self, *arguments, **named):
-        result = original(self, *arguments, **named)
-        if (count := _counts.get(threading.get_ident())) is not None:
-            getattr(count, counted)(self)
+    def counted(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        if (budget := _budgets.get(threading.get_ident())) is not None:
+            getattr(budget, counter)(self)
         return result
 
-    def end():
+    def restore():
         if own is None:
-            delattr(kind, method)
+            delattr(cls, method)
         else:
-            setattr(kind, method, own)
+            setattr(cls, method, own)
 
-    # Keras asks constructors for their arguments.
-    vars(watched)["__signature__"] = inspect.signature(original)
-    setattr(kind, method, watched)
-    return end
+    # Keras inspects the signature of constructors.
+    vars(counted)["__signature__"] = inspect.signature(original)
+    setattr(cls, method, counted)
+    return restore
 
 
 def _traced(build):
-    """What a function returns, its operations noted by the backend and not carried out."""
+    """The result of a function whose operations the backend traces and does not execute."""
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
 
-        found = []
-        jax.eval_shape(lambda: found.append(build()))
-        return found[0]
+        results = []
+        jax.eval_shape(lambda: results.append(build()))
+        return results[0]
     if backend == "tensorflow":
         import tensorflow
 

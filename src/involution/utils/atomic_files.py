@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, synced, renamed."""
+"""Atomic writes: a temporary file in the same folder is synced and then renamed."""
 
 import contextlib
 import csv
@@ -10,45 +10,45 @@ import os
 import pathlib
 import tempfile
 
-from involution.utils.errors import WriteError, shown
+from involution.utils.errors import WriteError, escape_controls
 
-# Of files that are being written; where a process was killed, such a file is left.
-PART = ".part-"
+# Temporary files; a killed process leaves its own.
+TMP_PREFIX = ".part-"
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Yields a temporary path in the same folder; what is written there replaces ``path`` when the
-    block ends well, and is removed when it does not.
+def atomic_write(path):
+    """Yields a temporary path in the same folder. It replaces ``path`` when the block succeeds, and
+    is removed when the block raises.
 
     Raises:
-        WriteError: The disk is full, or something else keeps the file from being written.
+        WriteError: The file cannot be written, for example because the disk is full.
     """
     path = pathlib.Path(path)
-    with writing(path), _part(path) as temporary:
+    with as_write_error(path), _temporary(path) as temporary:
         yield temporary
-        _place(temporary, path)
+        _commit(temporary, path)
 
 
 @contextlib.contextmanager
-def writing(path):
-    """Within the block what the system refuses is a WriteError of this path."""
+def as_write_error(path):
+    """Raises an ``OSError`` of the block as a ``WriteError`` of ``path``."""
     try:
         yield
     except OSError as error:
         raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def remove_parts(folder):
-    """Removes what killed processes left of files that they were writing, in this folder and in
-    those within. No other process may be at work there."""
-    for path in pathlib.Path(folder).rglob(f"{PART}*"):
+def remove_temporaries(folder):
+    """Removes the temporary files that killed processes left in a folder and its subfolders. No
+    other process may write there."""
+    for path in pathlib.Path(folder).rglob(f"{TMP_PREFIX}*"):
         path.unlink()
 
 
 @contextlib.contextmanager
-def _part(path):
-    prefix = f"{PART}{path.stem[:40]}-"
+def _temporary(path):
+    prefix = f"{TMP_PREFIX}{path.stem[:40]}-"
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
     os.close(handle)
     temporary = pathlib.Path(name)
@@ -58,10 +58,10 @@ def _part(path):
         temporary.unlink(missing_ok=True)
 
 
-def _place(temporary, path):
+def _commit(temporary, path):
     with open(temporary, "rb+") as f:
         os.fsync(f.fileno())
-    # mkstemp's files are readable by their owner alone; these are made to be shared.
+    # mkstemp makes files readable by their owner only.
     umask = os.umask(0)
     os.umask(umask)
     temporary.chmod(0o666 & ~umask)
@@ -70,31 +70,30 @@ def _place(temporary, path):
 
 
 def sha256(path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path, text):
-    """UTF-8. Bytes of a file's name that are not text become escapes, in JSON its own."""
-    with replacing(path) as temporary:
+    """Writes UTF-8. Bytes of file names that are not UTF-8 become escapes."""
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path, value):
-    """JSON as every parser reads it: what is not finite is null."""
+    """Writes strict JSON: NaN and infinities become null."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    # The same value: escapes as JSON has them.
-    write_text(path, shown(text, "\n") + "\n")
+    write_text(path, escape_controls(text, "\n") + "\n")
 
 
 def csv_text(columns, rows) -> str:
-    """CSV with a heading of these columns, from dictionaries that may hold more."""
+    """CSV with a header and these columns; rows are dictionaries, other keys are ignored."""
     text = io.StringIO()
     table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     for row in rows:
-        table.writerow({k: shown(v) if isinstance(v, str) else v for k, v in row.items()})
+        table.writerow({k: escape_controls(v) if isinstance(v, str) else v for k, v in row.items()})
     return text.getvalue()
 
 
@@ -107,7 +106,7 @@ def _finite(value):
 
 
 def _sync_folder(folder):
-    if os.name != "posix":  # elsewhere a folder cannot be opened
+    if os.name != "posix":  # folders cannot be opened elsewhere
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""The process's memory: how much it may take, and what the C library does with what is freed."""
+"""The memory limit of the process, and the GNU C library's allocator."""
 
 import ctypes
 import math
@@ -6,45 +6,44 @@ import os
 import pathlib
 import platform
 
-# Of <malloc.h>.
+# M_TRIM_THRESHOLD and M_MMAP_MAX of <malloc.h>.
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
 
-def keep_freed() -> bool:
-    """Keeps freed memory in this process, instead of giving it back to the system each time.
+def disable_malloc_trim() -> bool:
+    """Makes the allocator keep freed memory instead of returning it to the system.
 
-    Memory that is given back is new, and must be cleared page by page, at the next step: up to
-    half of a training step's time with JAX. What the process holds does not grow beyond what it
-    once needed. False where the C library is not GNU's.
+    Returned memory costs page faults and clearing at the next step: up to half of a training step's
+    time with JAX. The resident size stays at its peak. False if the C library is not GNU's.
     """
-    library = _library()
+    library = _glibc()
     return library is not None and bool(
         library.mallopt(MMAP_MAX, 0) and library.mallopt(TRIM_THRESHOLD, 2**31 - 1)
     )
 
 
-def give_back() -> bool:
-    """Gives freed memory back to the system now: whether there was any. For measuring."""
-    library = _library()
+def malloc_trim() -> bool:
+    """Returns freed memory to the system, for measurements: whether there was any."""
+    library = _glibc()
     return library is not None and bool(library.malloc_trim(0))
 
 
-def allowed() -> float:
-    """Bytes that this process may hold: the machine's, or less where a limit is set; infinity where
-    the system does not tell."""
+def memory_limit() -> float:
+    """Bytes that this process may use: the machine's memory, or the lowest limit of process and
+    container; infinity if unknown."""
     limits = [math.inf]
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     try:
         import resource
 
-        of_process = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
-        limits += [s for s, _ in map(resource.getrlimit, of_process) if s != resource.RLIM_INFINITY]
-        limits.append(int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))  # a container's
-    except (ImportError, OSError, ValueError):  # Windows; no container; "max", which is none
+        rlimits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+        limits += [s for s, _ in map(resource.getrlimit, rlimits) if s != resource.RLIM_INFINITY]
+        limits.append(int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (ImportError, OSError, ValueError):  # Windows; no container; "max" for no limit
         pass
     return min(limits)
 
 
-def _library():
+def _glibc():
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

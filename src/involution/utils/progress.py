@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from involution.utils.errors import shown
+from involution.utils.errors import escape_controls
 
 # Where there is no terminal, a line this often, in seconds.
 INTERVAL = 15.0
@@ -35,11 +35,16 @@ class Console:
         self._started = self._last = 0.0
 
     def say(self, text):
-        self._console.print(shown(text), markup=False)
+        self._console.print(escape_controls(text), markup=False)
 
     def start(self, label, total, done=0):
         self.stop()
-        self._label, self._total, self._done, self._before = shown(label), total, done, done
+        self._label, self._total, self._done, self._before = (
+            escape_controls(label),
+            total,
+            done,
+            done,
+        )
         self._started = self._last = time.monotonic()
         if self._console.is_terminal:
             self._progress = Progress(

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from involution.saving.classifier import Classifier
-from involution.utils.atomic_files import replacing
+from involution.utils.atomic_files import atomic_write
 from involution.utils.errors import InputError
 from involution.visualize.activations import looks
 
@@ -57,7 +57,7 @@ def write(
     names, tensors = zip(*images, strict=True)
     pixels = np.concatenate(tensors)
     drawing = _Drawing(classifier, pixels, place)
-    scores = classifier.scores(pixels)
+    scores = classifier.predict_proba(pixels)
     best = [f"{classifier.class_names[s.argmax()]} {s.max():.2f}" for s in scores]
     try:
         if output.suffix == ".html":
@@ -80,7 +80,7 @@ def write(
             )
         else:
             figure = getattr(drawing, show)(range(len(names)), best)
-            with replacing(output) as temporary:
+            with atomic_write(output) as temporary:
                 temporary.write_bytes(html.image(figure, output.suffix[1:]))
     except OSError as error:
         raise InputError(

@@ -5,7 +5,7 @@ import io
 import pathlib
 
 from involution.utils.atomic_files import write_text
-from involution.utils.errors import CONTROL, InputError, shown
+from involution.utils.errors import CONTROL, InputError, escape_controls
 
 try:
     import jinja2
@@ -26,7 +26,7 @@ def write(path, template: pathlib.Path, **values):
         loader=jinja2.FileSystemLoader([template.parent, pathlib.Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=lambda value: shown(value, "\t\n") if type(value) is str else value,
+        finalize=lambda value: escape_controls(value, "\t\n") if type(value) is str else value,
     )
     write_text(path, environment.get_template(template.name).render(values))
 
@@ -37,7 +37,7 @@ def image(figure: Figure, format) -> bytes:
     for text in figure.findobj(Text):
         # In an SVG file control characters are errors.
         if CONTROL.search(text.get_text()):
-            text.set_text(shown(text.get_text(), "\n"))
+            text.set_text(escape_controls(text.get_text(), "\n"))
     with matplotlib.rc_context({"svg.hashsalt": "involution"}):
         metadata = {"Date": None} if format == "svg" else None
         figure.savefig(buffer, format=format, dpi=110, metadata=metadata)

@@ -1,5 +1,5 @@
-"""Readers of checkpoints that others wrote. They run nothing that stands in a file, take memory
-only after the sizes are checked against the file's, and need no framework."""
+"""Readers of checkpoints from other projects. They need no framework, execute no code from a file,
+and allocate memory only after checking sizes against the file's."""
 
 import dataclasses
 import pathlib
@@ -20,11 +20,11 @@ PYTORCH, PADDLE, TENSORFLOW = "PyTorch", "PaddlePaddle", "TensorFlow"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds.
+    """The content of a checkpoint.
 
     Attributes:
         kind: ``"PyTorch"``, ``"PaddlePaddle"`` or ``"TensorFlow"``.
-        tensors: Arrays by the names that the file has for them.
+        tensors: Arrays by their names in the file.
     """
 
     kind: str
@@ -32,30 +32,31 @@ class Checkpoint:
 
 
 def read(path) -> Checkpoint:
-    """Reads a checkpoint, of which kind its contents tell.
+    """Reads a checkpoint; its format is detected by content.
 
     Args:
-        path: A PyTorch file (``torch.save``, either form), a PaddlePaddle file (``paddle.save``),
-            or the folder of a TensorFlow SavedModel.
+        path: A PyTorch file (``torch.save``, zip or legacy format), a PaddlePaddle file
+            (``paddle.save``), or the folder of a TensorFlow SavedModel.
 
     Returns:
-        A ``Checkpoint``. Tensors of PyTorch files are views of the file.
+        A ``Checkpoint``. Tensors of PyTorch files are views of the mapped file.
 
     Raises:
-        CheckpointError: It is none of these, damaged, or holds something else than arrays.
+        CheckpointError: The format is unknown, or the file is damaged or has objects other than
+            arrays.
     """
     path = pathlib.Path(path)
     try:
         kind, tensors = _read(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error} (in {path})") from error
-    except Exception as error:  # a damaged file breaks a reader in many ways
+    except Exception as error:  # a damaged file raises many kinds
         raise CheckpointError(
-            "A checkpoint must be whole and well-formed. "
+            "A checkpoint must be complete and well-formed. "
             f"Received: {path}: {type(error).__name__}: {ascii(str(error)[:200])[1:-1]}"
         ) from error
     if not tensors:
-        raise CheckpointError(f"A checkpoint must hold tensors. Received: {path}, without any")
+        raise CheckpointError(f"A checkpoint must contain tensors. Received: {path}, without any")
     return Checkpoint(kind, tensors)
 
 
@@ -75,5 +76,5 @@ def _read(path):
             return PYTORCH, pytorch.read_legacy(file)
         if start.startswith(b"\x80"):
             return PADDLE, paddle.read(file)
-    was = f"a file that begins with {start!r}" if start else "an empty file"
-    raise CheckpointError(f"A checkpoint must be {KINDS}. Received: {was}")
+    found = f"a file that begins with {start!r}" if start else "an empty file"
+    raise CheckpointError(f"A checkpoint must be {KINDS}. Received: {found}")

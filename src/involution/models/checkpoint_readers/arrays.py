@@ -1,4 +1,4 @@
-"""Arrays on bytes of a file, made after their sizes are checked."""
+"""Arrays on the bytes of a file, created after a check of their sizes."""
 
 import math
 
@@ -8,33 +8,33 @@ from involution.models.checkpoint_readers.errors import CheckpointError
 
 
 def array(data, dtype, shape, what, order="C") -> np.ndarray:
-    """The array of a shape whose values are all of ``data``: a view, no copy.
+    """An array on all bytes of ``data``, without a copy.
 
     Args:
         data: Bytes, or a view of them.
-        dtype: NumPy's name of the type.
-        shape: Any value; a tuple of sizes is right.
-        what: Whose array it is, for the message.
+        dtype: Name of a NumPy dtype.
+        shape: Value from the file; must be a tuple of integers.
+        what: The name of the array, for the message.
         order: ``"C"`` or ``"F"``.
 
     Raises:
-        CheckpointError: The shape is none, or needs other than all bytes.
+        CheckpointError: The shape is invalid, empty, or does not match the number of bytes.
     """
     dtype = np.dtype(dtype)
-    if not is_sizes(shape) or math.prod(shape) * dtype.itemsize != len(data):
+    if not is_shape(shape) or math.prod(shape) * dtype.itemsize != len(data):
         raise CheckpointError(
-            "A tensor must have as many bytes in the file as its shape takes. Received: "
-            f"{what} with shape {shown(shape)} of {dtype}, and {len(data)} bytes"
+            "A tensor must have as many bytes in the file as its shape needs. Received: "
+            f"{what} with shape {format_shape(shape)} of {dtype}, and {len(data)} bytes"
         )
     if len(data) == 0:
         raise CheckpointError(
-            f"A tensor must have values. Received: {what} with shape {shown(shape)}"
+            f"A tensor must have values. Received: {what} with shape {format_shape(shape)}"
         )
     return np.frombuffer(data, dtype).reshape(shape, order=order)
 
 
-def is_sizes(value) -> bool:
-    """Whether it is a tuple of at most 8 integers from 0 to 2**62."""
+def is_shape(value) -> bool:
+    """Whether a value is a tuple of at most 8 integers from 0 to 2**62."""
     return (
         isinstance(value, tuple)
         and len(value) <= 8
@@ -42,6 +42,6 @@ def is_sizes(value) -> bool:
     )
 
 
-def shown(value) -> str:
-    """A value from a file in a message: short, one line, and nothing for what is no shape."""
-    return str(value) if is_sizes(value) else f"{type(value).__name__}"
+def format_shape(value) -> str:
+    """A shape from a file for a message; the type's name if it is none, as its text may be long."""
+    return str(value) if is_shape(value) else f"{type(value).__name__}"

@@ -1,7 +1,7 @@
-"""The one error of all readers."""
+"""The error of all readers."""
 
 from involution.utils.errors import InputError
 
 
 class CheckpointError(InputError):
-    """A checkpoint cannot be read or is not of a kind that is known."""
+    """A checkpoint is damaged, of an unknown format or not accepted."""

@@ -1,8 +1,8 @@
-"""PyTorch's checkpoints: the zip archive of today and the older row of pickles.
+"""PyTorch checkpoints: the zip format, and the legacy format of concatenated pickles.
 
-Both are read without PyTorch. A tensor is a pickled record of a storage, an offset, sizes and
-strides; storages are members ``data/<key>`` of the archive, or follow the pickles one by one. What
-``torch.save`` writes was read in pytorch/pytorch, ``torch/serialization.py``.
+Both are read without PyTorch. A tensor is pickled as a reference to a storage, an offset, sizes and
+strides; storages are members ``data/<key>`` of the archive, or follow the pickles one by one. The
+formats are defined by pytorch/pytorch, ``torch/serialization.py``.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from collections.abc import Callable
 import numpy as np
 
 from involution.models.checkpoint_readers import restricted_unpickler
-from involution.models.checkpoint_readers.arrays import array, is_sizes, shown
+from involution.models.checkpoint_readers.arrays import array, format_shape, is_shape
 from involution.models.checkpoint_readers.errors import CheckpointError
 
 ZIP_START = b"PK\x03\x04"
-# The pickled number 0x1950a86a20f9469cfc6c, with which the older form begins.
+# The pickled magic number of the legacy format, 0x1950a86a20f9469cfc6c.
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 LEGACY_PROTOCOL = 1001
 TYPES = {
@@ -35,7 +35,7 @@ TYPES = {
     "ByteStorage": "u1",
     "BoolStorage": "?",
 }
-# Where the tensors stand in the dictionaries that training programs write around them.
+# Keys of the state dict in the dictionaries of training programs.
 WRAPPERS = ("state_dict", "model")
 
 
@@ -55,13 +55,13 @@ class Tensor:
 
 
 def read_zip(file) -> dict[str, np.ndarray]:
-    """The tensors by name: views of the file, which stays mapped while one of them lives.
+    """The tensors by name: views of the file, which is mapped while one of them exists.
 
     Args:
         file: The open file.
 
     Raises:
-        CheckpointError: It holds something else than tensors, or not all that it declares.
+        CheckpointError: The file has objects other than tensors, or is incomplete.
     """
     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with zipfile.ZipFile(file) as archive:
@@ -81,10 +81,10 @@ def read_zip(file) -> dict[str, np.ndarray]:
         key: members[f"{start}data/{key}"]
         for key in {tensor.storage.key for tensor in tensors.values()}
     }
-    # Members that overlap would be read again and again.
+    # Overlapping members would multiply the data read.
     if sum(member.file_size for member in used.values()) > len(mapped):
         raise CheckpointError(
-            "A checkpoint must hold all bytes that it declares. "
+            "A checkpoint must contain all bytes that it declares. "
             f"Received: {len(mapped)} bytes in all"
         )
     storages = {key: _member(mapped, member) for key, member in used.items()}
@@ -92,13 +92,13 @@ def read_zip(file) -> dict[str, np.ndarray]:
 
 
 def read_legacy(file) -> dict[str, np.ndarray]:
-    """As ``read_zip``, for files from before PyTorch 1.6."""
+    """Like ``read_zip``, for the legacy format of PyTorch before 1.6."""
     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     used: dict[str, Storage] = {}
     _, protocol, system, value, keys = (_unpickled(mapped, used) for _ in range(5))
     if protocol != LEGACY_PROTOCOL:
         raise CheckpointError(
-            f"The older PyTorch form must have protocol {LEGACY_PROTOCOL}. Received: another"
+            f"The legacy format must have protocol {LEGACY_PROTOCOL}. Received: another"
         )
     _check_order(system["little_endian"] is True)
     storages = {}
@@ -109,7 +109,7 @@ def read_legacy(file) -> dict[str, np.ndarray]:
         position += 8
         if not 0 <= size <= len(view) - position:
             raise CheckpointError(
-                "A checkpoint must hold all bytes that it declares. "
+                "A checkpoint must contain all bytes that it declares. "
                 f"Received: {len(view) - position} of {size}"
             )
         storages[key] = view[position : position + size]
@@ -123,67 +123,67 @@ def _check_order(is_little):
 
 
 def _member(mapped, member) -> memoryview:
-    """The bytes of a member of the archive, which PyTorch never compresses."""
+    """The bytes of a member of the archive. PyTorch does not compress members."""
     size = member.file_size
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != size:
         raise CheckpointError(
-            "A PyTorch archive must not be compressed. Received: "
+            "A PyTorch archive must be uncompressed. Received: "
             f"{member.filename[:200]!a}, compressed"
         )
     name_size, extra_size = struct.unpack_from("<HH", mapped, member.header_offset + 26)
     begin = member.header_offset + 30 + name_size + extra_size
     if size > len(mapped) - begin:
         raise CheckpointError(
-            "A checkpoint must hold all bytes that it declares. "
+            "A checkpoint must contain all bytes that it declares. "
             f"Received: {max(0, len(mapped) - begin)} of {size}"
         )
     data = memoryview(mapped)[begin : begin + size]
     if zlib.crc32(data) != member.CRC:
         raise CheckpointError(
-            "A checkpoint's parts must have their checksums: the file is damaged. "
+            "The members of an archive must match their checksums. "
             f"Received: {member.filename[:200]!a}"
         )
     return data
 
 
 def _unpickled(file, used=None):
-    """A pickle's value with ``Tensor`` records in it; ``used`` takes up the storages by key."""
+    """A pickle's value with ``Tensor`` objects; storages are added to ``used`` by key."""
 
     def storage(identifier):
         tag, kind, key, _, count, *view = identifier
         if (
             tag != "storage"
-            or not isinstance(kind, restricted_unpickler.Name)
+            or not isinstance(kind, restricted_unpickler.GlobalRef)
             or not isinstance(key, str)
         ):
             raise CheckpointError("A tensor must have a storage. Received: another reference")
-        if not is_sizes((count,)) or view not in ([], [None]):
-            raise CheckpointError("A storage must be whole. Received: part of another")
+        if not is_shape((count,)) or view not in ([], [None]):
+            raise CheckpointError("A storage must not be a view. Received: a part of another")
         found = Storage(key, kind.text.removeprefix("torch."), count)
-        # A storage that one tensor sees in another type is none of a state dict's.
+        # State dicts do not have storages that tensors view in several dtypes.
         if used is not None and used.setdefault(key, found) != found:
-            raise CheckpointError("A storage must have one type. Received: two types")
+            raise CheckpointError("A storage must have one dtype. Received: two")
         return found
 
     functions: dict[str, Callable | None] = {f"torch.{name}": None for name in TYPES}
     functions["torch._utils._rebuild_tensor_v2"] = _tensor
     functions["torch._utils._rebuild_parameter"] = lambda tensor, *_: tensor
-    functions["collections.OrderedDict"] = restricted_unpickler.empty_dictionary
+    functions["collections.OrderedDict"] = restricted_unpickler.empty_dict
     return restricted_unpickler.read(file, functions, storage)
 
 
 def _tensor(storage, offset, sizes, strides, *_):
-    """A tensor's record, all of which lies within its storage and takes no more than that."""
+    """A tensor inside the bounds of its storage, with at most as many elements."""
     if not isinstance(storage, Storage):
         raise TypeError("a tensor without a storage")
-    numbers = is_sizes(sizes) and is_sizes(strides) and is_sizes((offset,))
-    if numbers and len(sizes) == len(strides):
+    valid = is_shape(sizes) and is_shape(strides) and is_shape((offset,))
+    if valid and len(sizes) == len(strides):
         last = offset + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
         if 0 not in sizes and last < storage.count and math.prod(sizes) <= storage.count:
             return Tensor(storage, offset, sizes, strides)
     raise CheckpointError(
-        "A tensor must have values, all within its storage. Received: shape "
-        f"{shown(sizes)}, strides {shown(strides)}, for a storage of {storage.count}"
+        "A tensor must have values, all inside its storage. Received: shape "
+        f"{format_shape(sizes)}, strides {format_shape(strides)}, for a storage of {storage.count}"
     )
 
 
@@ -193,12 +193,12 @@ def _tensors(value) -> dict[str, Tensor]:
             value = value[wrapper]
     if not isinstance(value, dict):
         raise CheckpointError(
-            f"A PyTorch checkpoint must hold a dictionary. Received: {type(value).__name__}"
+            f"A PyTorch checkpoint must be a dictionary. Received: {type(value).__name__}"
         )
     for name, tensor in value.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(
-                "A state dict must hold tensors by name alone. "
+                "A state dict must contain tensors by name only. "
                 f"Received: {ascii(name)[:200]} of type {type(tensor).__name__}"
             )
     return value

@@ -1,12 +1,12 @@
-"""Pickles, read without running anything in them.
+"""An unpickler that executes no code from the file.
 
-A pickle is a program for a stack machine, and Python's own machine imports and calls what the
-program names. This one knows the instructions that data needs, never looks a name up, and calls
-nothing but the functions that its caller gives for a name.
+A pickle is a program for a stack machine. Python's machine imports and calls the globals that the
+program names. This one supports only the instructions that data needs, imports nothing, and calls
+only the functions that its caller maps to names.
 
-What it holds in memory is bounded by the file: every text and every array of bytes stands in the
-file as it is, and the number of instructions is limited. Keys of dictionaries are texts and
-integers, because the hash of a deeply nested or often repeated tuple would take for ever.
+Its memory is bounded by the file: strings and bytes are in the file literally, and the number of
+instructions is limited. Dictionary keys must be strings or integers, because hashing deeply nested
+or repeated tuples may take exponential time.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from involution.models.checkpoint_readers.errors import CheckpointError
 
 # RedNet-152 takes some 60,000, with the state of an optimizer three times as many.
-STEPS = 1_000_000
+MAX_INSTRUCTIONS = 1_000_000
 
 LITERALS = {
     "BININT",
@@ -39,46 +39,45 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 @dataclasses.dataclass(frozen=True)
-class Name:
-    """A name that the pickle wants imported: the text alone."""
+class GlobalRef:
+    """The qualified name of a global in a pickle, not imported."""
 
     text: str
 
 
 def read(file, functions: Mapping[str, Callable | None], persistent=None):
-    """The value of one pickle.
+    """Reads one pickle.
 
     Args:
-        file: An object with ``read``, ``readline`` and ``tell``; it stands behind the pickle then.
-        functions: What names mean: a function for one that may be called, None for one that may
-            stand for itself. All others are refused. Functions are given checked arguments by
-            nobody: they check.
-        persistent: A function for the identifiers of objects outside of the pickle.
+        file: An object with ``read``, ``readline`` and ``tell``, left at the end of the pickle.
+        functions: The accepted globals by name: a function to call, or None for a global that may
+            only be referenced. The functions must validate their arguments.
+        persistent: A function of the identifiers of objects outside the pickle (persistent IDs).
 
     Returns:
-        Dictionaries, lists, tuples, texts, bytes, numbers, ``Name`` and what the functions return.
-        An object with a method ``build`` gets the state that the pickle has for it.
+        Dictionaries, lists, tuples, strings, bytes, numbers, ``GlobalRef`` and results of the
+        functions. A result with a method ``build`` gets the state that the pickle has for it.
 
     Raises:
-        CheckpointError: The pickle wants something else.
-        ValueError, IndexError, KeyError, TypeError, AttributeError: It is not well-formed.
+        CheckpointError: The pickle has another global or instruction, or is too long.
+        ValueError, IndexError, KeyError, TypeError, AttributeError: The pickle is malformed.
     """
     stack: list = []
     outer: list[list] = []
     memo: dict = {}
 
-    def tail():
-        """What stands above the last mark, which it takes away."""
+    def pop_to_mark():
+        """Pops the values above the last mark, and the mark."""
         nonlocal stack
         values, stack = stack, outer.pop()
         return values
 
-    # It ends with STOP; where there is none it raises ValueError.
+    # genops raises ValueError if STOP is missing.
     for step, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         name = opcode.name
-        if step >= STEPS:
+        if step >= MAX_INSTRUCTIONS:
             raise CheckpointError(
-                f"A pickle must need at most {STEPS:,} instructions. Received: a longer one"
+                f"A pickle must have at most {MAX_INSTRUCTIONS:,} instructions. Received: more"
             )
         if name in LITERALS:
             stack.append(argument)
@@ -92,7 +91,7 @@ def read(file, functions: Mapping[str, Callable | None], persistent=None):
             outer.append(stack)
             stack = []
         elif name == "TUPLE":
-            values = tail()
+            values = pop_to_mark()
             stack.append(tuple(values))
         elif name in TUPLES:
             values = [stack.pop() for _ in range(TUPLES[name])]
@@ -101,35 +100,35 @@ def read(file, functions: Mapping[str, Callable | None], persistent=None):
             value = stack.pop()
             _of_type(stack[-1], list).append(value)
         elif name == "APPENDS":
-            values = tail()
+            values = pop_to_mark()
             _of_type(stack[-1], list).extend(values)
         elif name == "SETITEM":
             value, key = stack.pop(), stack.pop()
             _set_items(stack[-1], [key, value])
         elif name == "SETITEMS":
-            values = tail()
+            values = pop_to_mark()
             _set_items(stack[-1], values)
         elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
             memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
         elif name == "GLOBAL":
-            stack.append(_known(str(argument).replace(" ", "."), functions))
+            stack.append(_global_ref(str(argument).replace(" ", "."), functions))
         elif name == "STACK_GLOBAL":
             attribute, module = _of_type(stack.pop(), str), _of_type(stack.pop(), str)
-            stack.append(_known(f"{module}.{attribute}", functions))
+            stack.append(_global_ref(f"{module}.{attribute}", functions))
         elif name == "REDUCE":
-            arguments, function = _of_type(stack.pop(), tuple), _of_type(stack.pop(), Name)
+            arguments, function = _of_type(stack.pop(), tuple), _of_type(stack.pop(), GlobalRef)
             call = functions[function.text]
             if call is None:
                 raise CheckpointError(
-                    "A checkpoint must be made of arrays alone. "
-                    f"Received: a call of {_shown(function.text)}"
+                    "A checkpoint must contain arrays only. "
+                    f"Received: a call of {_escape(function.text)}"
                 )
             stack.append(call(*arguments))
         elif name == "BUILD":
             state, target = stack.pop(), stack[-1]
-            # Attributes of a dictionary, of which PyTorch has some, mean nothing here.
+            # Attributes of a dictionary, which PyTorch sets, are ignored.
             if not isinstance(target, dict):
                 target.build(state)
         elif name == "BINPERSID" and persistent is not None:
@@ -139,28 +138,27 @@ def read(file, functions: Mapping[str, Callable | None], persistent=None):
             return value
         elif name not in ("PROTO", "FRAME"):
             raise CheckpointError(
-                "A checkpoint must be made of arrays alone. "
-                f"Received: the pickle instruction {name}"
+                f"A checkpoint must contain arrays only. Received: the pickle instruction {name}"
             )
 
 
-def empty_dictionary():
-    """What ``collections.OrderedDict`` means: its items come after."""
+def empty_dict():
+    """Stands for ``collections.OrderedDict``, whose items follow in the pickle."""
     return {}
 
 
-def _known(name, functions):
+def _global_ref(name, functions):
     if name not in functions:
         raise CheckpointError(
-            "A checkpoint must be made of arrays alone; no code of a file is run. "
-            f"Received: a pickle that asks for {_shown(name)}"
+            "A checkpoint must contain arrays only, no code. "
+            f"Received: a pickle with the global {_escape(name)}"
         )
-    return Name(name)
+    return GlobalRef(name)
 
 
 def _of_type(value, kind):
     if not isinstance(value, kind):
-        raise TypeError(f"{type(value).__name__} in the place of {kind.__name__}")
+        raise TypeError(f"{type(value).__name__} instead of {kind.__name__}")
     return value
 
 
@@ -172,5 +170,5 @@ def _set_items(target, items):
         target[key] = value
 
 
-def _shown(name) -> str:
+def _escape(name) -> str:
     return ascii(name[:200])[1:-1]
