@@ -26,7 +26,7 @@ def train(arguments):
     from involution import models
     from involution.data import datasets
     from involution.training import trainer as training
-    from involution.training.experiment import versions
+    from involution.utils.environment import versions
 
     if arguments.float64:
         keras.config.set_floatx("float64")

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save as save_arrays
 
 from involution.training import checkpoint
-from involution.training.checkpoint import Store
+from involution.training.checkpoint import CheckpointManager
 from involution.utils import atomic_files
 from involution.utils.errors import InputError, WriteError
 
@@ -34,7 +34,7 @@ def no_word(line):
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(str(tmp_path))
+    return CheckpointManager(str(tmp_path))
 
 
 def content(store):
@@ -83,11 +83,11 @@ def test_a_text_that_is_not_ours(store, text, reason):
     (store.folder / name).write_bytes(made)
     lines = []
     assert store.latest(lines.append) is None
-    rule = "Checkpoint 7 is damaged, the one before it is taken: "
+    rule = "Checkpoint 7 is corrupt, using the one before it: "
     assert lines == [rule + reason]
     (store.folder / name).write_bytes(b"")
     assert store.latest(lines.append) is None
-    assert lines[1:] == [f"{rule}its content is not what its name says"]
+    assert lines[1:] == [f"{rule}its content does not match the hash in its name"]
 
 
 def test_names_that_are_no_checkpoints(store):
@@ -107,17 +107,18 @@ def test_names_that_are_no_checkpoints(store):
 
 
 def test_a_folder_where_another_process_works(tmp_path):
-    with checkpoint.alone(str(tmp_path)):
+    with checkpoint.exclusive_lock(str(tmp_path)):
         assert os.listdir(tmp_path) == [".lock"]
-        with pytest.raises(InputError) as caught, checkpoint.alone(tmp_path):
+        with pytest.raises(InputError) as caught, checkpoint.exclusive_lock(tmp_path):
             raise AssertionError
     assert str(caught.value) == (
-        f"The output folder must be free. Received: {tmp_path}, where another process is at work"
+        "The output folder must not be in use by another process. "
+        f"Received: {tmp_path}, which another process has locked"
     )
     # It is free again however the block ends.
-    with pytest.raises(KeyboardInterrupt), checkpoint.alone(tmp_path):
+    with pytest.raises(KeyboardInterrupt), checkpoint.exclusive_lock(tmp_path):
         raise KeyboardInterrupt
-    with checkpoint.alone(tmp_path):
+    with checkpoint.exclusive_lock(tmp_path):
         pass
 
 
@@ -146,7 +147,7 @@ def test_what_is_not_read_back_as_it_was_written_is_no_checkpoint(store, monkeyp
         store.save({}, {"n": 2})
     assert re.fullmatch(
         rf"A file must be written whole\. Received: {store.folder}/0{{11}}2-\w{{64}}\.safetensors: "
-        "it is not read back as it was written",
+        "the file differs from what was written",
         str(caught.value),
     )
     assert store.latest(no_word).state == {"n": 1}
@@ -202,7 +203,7 @@ def test_every_truncation_and_flips_of_bits_are_detected(store, flips):
         lines = []
         assert store.latest(lines.append).state == {"number": 1}
         assert len(lines) == 1
-        assert lines[0].startswith("Checkpoint 2 is damaged, the one before it is taken: ")
+        assert lines[0].startswith("Checkpoint 2 is corrupt, using the one before it: ")
     newest.write_bytes(whole)
     assert store.latest(no_word).state == {"number": 2}
 
@@ -228,7 +229,7 @@ def test_what_else_lies_there_is_left_out(store):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with checkpoint.alone(tmp_path):
+    with checkpoint.exclusive_lock(tmp_path):
         # Another process, and as quick as this: it does not import Keras.
         code = (
             "import filelock, sys\n"
@@ -238,11 +239,14 @@ def test_one_process_at_a_time(tmp_path):
         command = [sys.executable, "-c", code, str(tmp_path / checkpoint.LOCK)]
         second = subprocess.run(command, capture_output=True, text=True, check=True)
         assert second.stdout == "out\n"
-        with pytest.raises(InputError, match="must be free"), checkpoint.alone(tmp_path):
+        with (
+            pytest.raises(InputError, match="must not be in use"),
+            checkpoint.exclusive_lock(tmp_path),
+        ):
             raise AssertionError
     after = subprocess.run(command, capture_output=True, text=True, check=True)
     assert after.stdout == "in\n"
-    with checkpoint.alone(tmp_path):
+    with checkpoint.exclusive_lock(tmp_path):
         pass
 
 
@@ -250,7 +254,7 @@ def start(folders, barrier, wins):
     for folder in folders:
         barrier.wait()
         try:
-            with checkpoint.alone(folder):
+            with checkpoint.exclusive_lock(folder):
                 wins.put(str(folder))
                 barrier.wait()  # the other has been refused
         except InputError:

@@ -18,6 +18,7 @@ from involution.saving import classifier as saved_model
 from involution.training import checkpoint, experiment
 from involution.training.experiment import Config, compare
 from involution.utils.errors import InputError
+from involution.utils.progress import NullProgress
 from tests.support.backends import numpy
 from tests.support.images import write_folder, write_image
 
@@ -37,17 +38,17 @@ FILES = {
 }
 
 
-class Recorder(experiment.Silent):
+class Recorder(NullProgress):
     def __init__(self):
         self.lines, self.steps, self.totals = [], 0, []
 
-    def say(self, text):
+    def log(self, text):
         self.lines.append(text)
 
-    def start(self, label, total, done=0):
+    def begin(self, label, total, done=0):
         self.totals.append((label, total))
 
-    def step(self):
+    def advance(self):
         self.steps += 1
 
 
@@ -193,8 +194,8 @@ def test_a_saved_model_has_no_optimizer_and_loads_plainly(run):
 @pytest.mark.any_backend
 def test_an_interruption_leaves_what_there_is(folder, tmp_path):
     class Impatient(Recorder):
-        def step(self):
-            super().step()
+        def advance(self):
+            super().advance()
             if self.steps == 36 + 10 + 7:  # in the second epoch of the second model
                 raise KeyboardInterrupt
 
@@ -211,8 +212,8 @@ def test_an_interruption_leaves_what_there_is(folder, tmp_path):
 @pytest.mark.any_backend
 def test_ctrl_c_takes_effect_after_the_step_at_work(folder, tmp_path):
     class Signalled(Recorder):
-        def step(self):
-            super().step()
+        def advance(self):
+            super().advance()
             if self.steps == 40:
                 signal.raise_signal(signal.SIGINT)
                 self.after = self.steps
@@ -222,7 +223,7 @@ def test_ctrl_c_takes_effect_after_the_step_at_work(folder, tmp_path):
     result = compare(Config(str(folder), epochs=2, batch_size=10), tmp_path / "run", console)
     assert result.interrupted
     assert console.steps == console.after == 40
-    assert any("once more to stop at once" in line for line in console.lines)
+    assert any("repeat to stop immediately" in line for line in console.lines)
     assert (tmp_path / "run" / "report.html").is_file()
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -238,7 +239,7 @@ def test_a_run_that_diverges_stops_and_is_reported(folder, tmp_path):
     builders = {"cnn": models.cnn, "inn": broken, "never": models.cnn}
     result = compare(config, tmp_path / "run", builders=builders)
     assert "Received: nan at step 1, in epoch 1; weights: " in result.failure
-    assert result.failure.endswith("; checkpoint 3 is from before")
+    assert result.failure.endswith("; the last checkpoint is number 3")
     assert " not finite" in result.failure
     assert [len(one.rows) for one in result.results] == [1, 0]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -264,16 +265,16 @@ def test_windows_need_not_be_square(folder, tmp_path):
 @pytest.mark.any_backend
 def test_an_interruption_before_any_epoch(folder, tmp_path):
     class AtOnce(Recorder):
-        def step(self):
-            super().step()
+        def advance(self):
+            super().advance()
             if self.steps == 37:
                 raise KeyboardInterrupt
 
     result = compare(Config(str(folder), "inn", 2, 10), tmp_path / "run", AtOnce())
     assert result.interrupted
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "not reached" in page
-    assert "0 of 1 models finished an epoch" in page
+    assert "no epoch completed" in page
+    assert "0 of 1 models completed an epoch" in page
 
 
 def own_model(input_shape, classes, width=4):
@@ -309,7 +310,7 @@ def test_models_of_ones_own_from_python_and_from_a_file(folder, tmp_path):
     assert from_file.metrics["models"][label]["trainable_params"] == expected
     assert (tmp_path / "file" / from_file.results[1].file).is_file()
     assert (
-        "None of these models has an involution"
+        "None of these models has an involution layer"
         in (tmp_path / "object" / "report.html").read_text()
     )
 
@@ -451,7 +452,7 @@ def test_settings_of_keras_are_recorded_and_the_same_after_a_break(run, folder, 
         with pytest.raises(InputError, match=r"Received: Keras's epsilon was 1e-07 and is 1e-05$"):
             compare(config, tmp_path / "run", resume=True)
         # A checkpoint of an earlier release has none of them.
-        store = checkpoint.Store(tmp_path / "run")
+        store = checkpoint.CheckpointManager(tmp_path / "run")
         saved = store.latest(print)
         identity = saved.state["identity"]
         for name in expected:
@@ -494,7 +495,7 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
     [("epochs", 0), ("batch_size", -1), ("seed", -1), ("seed", 2**32), ("learning_rate", 0.0)],
 )
 def test_options_out_of_range(option, value):
-    with pytest.raises(InputError, match=f"{option} must be .*Received: {option}={value}"):
+    with pytest.raises(InputError, match=f"`{option}` must be .*Received: {value}"):
         Config(**{option: value})
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from involution.data import datasets
 from involution.saving.classifier import Classifier
-from involution.training import experiment, report, trainer
+from involution.training import experiment, report
+from involution.training.recipes import RECIPES
 
 pytestmark = pytest.mark.any_backend
 
@@ -30,7 +31,7 @@ def run():
     return experiment.Run(
         experiment.Config(),
         dataset,
-        trainer.RECIPES["example"],
+        RECIPES["example"],
         [result("one", 0.75, 3.0), result("two", 0.5, 2.0)],
         "involution compare",
         "2026-01-01",
@@ -39,12 +40,12 @@ def run():
 
 
 def test_the_verdict_is_one_sentence(run):
-    assert report.verdict(run) == (
+    assert report.summary_sentence(run) == (
         "On the test images of <b>pets</b>, one is 25.0 points more accurate than two (0.750 "
-        "against 0.500), with 1 times its trainable parameters and 1.5 times its time for an epoch."
+        "against 0.500), with 1 times its trainable parameters and 1.5 times its time per epoch."
     )
     run.results.reverse()
-    assert "two is 25.0 points less accurate than one" in report.verdict(run)
+    assert "two is 25.0 points less accurate than one" in report.summary_sentence(run)
 
 
 def test_the_page_opens_offline_and_runs_nothing(run, tmp_path):
@@ -72,7 +73,7 @@ def test_the_table_pastes_as_markdown(run):
 
 def test_one_model_has_nothing_to_compare_with(run):
     del run.results[1]
-    assert report.verdict(run) == (
+    assert report.summary_sentence(run) == (
         "On the test images of <b>pets</b>, one reaches an accuracy of 0.750 "
         "with 386 trainable parameters."
     )
@@ -84,4 +85,4 @@ def test_one_model_has_nothing_to_compare_with(run):
     [(0, "0.00 B"), (156924, "153.25 KB"), (3830148, "3.65 MB"), (2**31, "2.00 GB")],
 )
 def test_sizes_read_as_in_summaries(count, text):
-    assert report.size(count) == text
+    assert report.format_bytes(count) == text

@@ -14,10 +14,11 @@ import pytest
 from involution import models
 from involution.saving import classifier
 from involution.training import checkpoint, distributed, report
-from involution.training.checkpoint import Store
-from involution.training.experiment import Config, Silent, compare
+from involution.training.checkpoint import CheckpointManager
+from involution.training.experiment import Config, compare
 from involution.utils import atomic_files
 from involution.utils.errors import InputError, WriteError
+from involution.utils.progress import NullProgress
 from tests.support.images import write_folder
 
 
@@ -63,14 +64,14 @@ def outcome(output, builders=BUILDERS):
     return weights, kept, (output / "history.csv").read_bytes()
 
 
-class StopAfter(Silent):
+class StopAfter(NullProgress):
     def __init__(self, steps, number=None):
         self.left, self.number, self.lines = 36 + steps, number, []
 
-    def say(self, text):
+    def log(self, text):
         self.lines.append(text)
 
-    def step(self):
+    def advance(self):
         self.left -= 1
         if self.left == 0 and self.number is None:
             raise KeyboardInterrupt
@@ -107,7 +108,7 @@ def test_a_run_with_breaks_gives_what_it_gives_without(folder, tmp_path, uninter
     run = compare(config(folder), output, rest, BUILDERS, resume=True)
     assert run.exit_code == 0
     assert 36 + 10**6 - rest.left == 36 + STEPS - sum(stops)
-    assert any(line.startswith("Going on from checkpoint ") for line in rest.lines)
+    assert any(line.startswith("Resuming from checkpoint ") for line in rest.lines)
     assert outcome(output) == uninterrupted
     # What has ended has nothing left to do.
     (state,) = (output / checkpoint.FOLDER).iterdir()
@@ -126,7 +127,7 @@ def test_a_damaged_checkpoint_costs_what_came_after_the_one_before(folder, tmp_p
     newest.write_bytes(newest.read_bytes()[:-100])
     console = StopAfter(10**6)
     compare(config(folder), output, console, BUILDERS, resume=True)
-    assert sum(" is damaged, the one before it is taken" in line for line in console.lines) == 1
+    assert sum(" is corrupt, using the one before it" in line for line in console.lines) == 1
     assert outcome(output) == uninterrupted
 
 
@@ -139,10 +140,7 @@ def test_a_trained_model_that_was_changed_is_trained_again(folder, tmp_path, uni
     console = StopAfter(10**6)
     compare(config(folder), output, console, BUILDERS, resume=True)
     assert (
-        sum(
-            "one.keras is not as it was written: it is trained again." in line
-            for line in console.lines
-        )
+        sum("one.keras is missing or changed; training it again." in line for line in console.lines)
         == 1
     )
     assert outcome(output) == uninterrupted
@@ -165,10 +163,10 @@ def test_what_is_trained_is_not_changed(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, builders=ONE)
     before = sorted(p.read_bytes() for p in output.rglob("*") if p.is_file())
-    more = {"resume": True, "allow_change": True}
+    more = {"resume": True, "allow_config_change": True}
     message = (
-        "What is trained cannot be changed, a new folder can be given. "
-        "Received: one, trained before; epochs was 2 and is 3"
+        "The settings of a folder with trained models must not change; use a new folder. "
+        "Received: one, already trained; `epochs` was 2 and is 3"
     )
     with pytest.raises(InputError, match=f"^{message}"):
         compare(config(folder, epochs=3), output, builders=BUILDERS, **more)
@@ -183,15 +181,15 @@ def test_what_is_trained_is_not_changed(folder, tmp_path):
 
 
 def test_another_host_only_reads(folder, tmp_path, monkeypatch):
-    class Another(distributed.Cluster):
-        def share(self, index):
-            return distributed.ALONE.share(index)
+    class Another(distributed.Distribution):
+        def shard(self, indices):
+            return distributed.SINGLE_PROCESS.shard(indices)
 
-    together = Another()
-    object.__setattr__(together, "host", 1)
+    distribution = Another()
+    object.__setattr__(distribution, "process_id", 1)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     output = tmp_path / "run"
-    run = compare(config(folder), output, builders=ONE, together=together)
+    run = compare(config(folder), output, builders=ONE, distribution=distribution)
     assert [len(result.rows) for result in run.results] == [2]
     assert not output.exists()
     with pytest.raises(InputError, match="must be writable"):
@@ -201,10 +199,12 @@ def test_another_host_only_reads(folder, tmp_path, monkeypatch):
 def test_batches_that_the_images_do_not_fill_are_refused_before_anything_is_written(
     folder, tmp_path
 ):
-    with pytest.raises(
-        InputError, match=r"images for a batch in parts, at least 50\. Received: 24"
-    ):
-        compare(config(folder, batch_size=50, accumulate=2), tmp_path / "run", builders=ONE)
+    with pytest.raises(InputError, match=r"at least 50 images, for one batch\. Received: 24"):
+        compare(
+            config(folder, batch_size=50, gradient_accumulation_steps=2),
+            tmp_path / "run",
+            builders=ONE,
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -290,7 +290,7 @@ def test_a_full_disk_costs_what_came_after_the_last_checkpoint(folder, tmp_path,
         assert rule == "A file must be written whole"
         assert received.endswith(": No space left on device")
         if number > 2:  # 1 and 2 are of the first checkpoint
-            assert re.fullmatch(r"Stopped: checkpoint \d+ is from before\.", console.lines[-1])
+            assert re.fullmatch(r"Stopped: the last checkpoint is number \d+\.", console.lines[-1])
     assert 4 < number < 99
     assert outcome(output, ONE) == outcome(tmp_path / "whole", ONE)
 
@@ -308,7 +308,7 @@ def test_what_a_killed_process_was_writing_is_removed(folder, tmp_path):
     other.mkdir()
     for name in (f"{atomic_files.PART}x", "thesis.txt"):
         (other / name).write_bytes(b"mine")
-    with pytest.raises(InputError, match="must have a whole checkpoint"):
+    with pytest.raises(InputError, match="must contain an intact checkpoint"):
         compare(config(folder, epochs=1), other, builders=ONE, resume=True)
     assert (other / f"{atomic_files.PART}x").read_bytes() == b"mine"
 
@@ -319,12 +319,12 @@ def test_a_change_is_refused_by_name(folder, tmp_path):
     compare(config(folder), output, StopAfter(2), ONE)
     before = sorted(p.read_bytes() for p in output.rglob("*") if p.is_file())
     for changed, said in (
-        ({"seed": 1}, "seed was 42 and is 1"),
-        ({"learning_rate": 0.5}, "recipe: learning_rate was 0.018 and is 0.5"),
-        ({"batch_size": 5}, "batch_size was 10 and is 5"),
-        ({"epochs": 3}, "epochs was 2 and is 3"),
+        ({"seed": 1}, "`seed` was 42 and is 1"),
+        ({"learning_rate": 0.5}, "the recipe's `learning_rate` was 0.018 and is 0.5"),
+        ({"batch_size": 5}, "`batch_size` was 10 and is 5"),
+        ({"epochs": 3}, "`epochs` was 2 and is 3"),
     ):
-        with pytest.raises(InputError, match="all must be as before, or --allow-change") as refusal:
+        with pytest.raises(InputError, match="unless `allow_config_change` is set") as refusal:
             compare(config(folder, **changed), output, builders=ONE, resume=True)
         assert said in str(refusal.value)
         assert sorted(p.read_bytes() for p in output.rglob("*") if p.is_file()) == before
@@ -334,7 +334,7 @@ def test_a_change_is_refused_by_name(folder, tmp_path):
         output,
         builders=ONE,
         resume=True,
-        allow_change=True,
+        allow_config_change=True,
     )
     assert [len(result.rows) for result in run.results] == [3]
 
@@ -350,9 +350,13 @@ def test_other_images_are_a_change(folder, tmp_path):
 def test_another_model_is_refused_whatever_is_allowed(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
-    with pytest.raises(InputError, match="A checkpoint must be of this model and recipe"):
+    with pytest.raises(InputError, match="A checkpoint must match the model and the recipe"):
         compare(
-            config(folder), output, builders={"one": models.inn}, resume=True, allow_change=True
+            config(folder),
+            output,
+            builders={"one": models.inn},
+            resume=True,
+            allow_config_change=True,
         )
 
 
@@ -363,24 +367,24 @@ def test_a_folder_without_checkpoints(folder, tmp_path):
     assert len(run.results[0].rows) == 1
     for path in (output / checkpoint.FOLDER).iterdir():
         path.unlink()
-    with pytest.raises(InputError, match="must have a whole checkpoint"):
+    with pytest.raises(InputError, match="must contain an intact checkpoint"):
         compare(config(folder, epochs=1), output, builders=ONE, resume=True)
     with pytest.raises(InputError, match="must be new or empty"):
         compare(config(folder, epochs=1), output, builders=ONE)
-    with checkpoint.alone(tmp_path), pytest.raises(InputError, match="must be free"):
+    with checkpoint.exclusive_lock(tmp_path), pytest.raises(InputError, match="must not be in use"):
         compare(config(folder), tmp_path, builders=ONE, resume=True)
 
 
 @pytest.mark.any_backend
 def test_steps_between_checkpoints(folder, tmp_path, monkeypatch):
     saved = []
-    real = Store.save
+    real = CheckpointManager.save
 
     def save(self, arrays, state):
         saved.append(state["at"] and state["at"]["images"])
         return real(self, arrays, state)
 
-    monkeypatch.setattr(Store, "save", save)
+    monkeypatch.setattr(CheckpointManager, "save", save)
     compare(config(folder, epochs=1), tmp_path / "a", builders=ONE)
     assert saved == [None, 0, None]  # at the beginning, after the epoch, after the model
     saved.clear()

@@ -28,8 +28,8 @@ from involution.ops.api import FUSED, IMPLEMENTATIONS
 from involution.ops.cases import CASES, Case
 from involution.ops.problem import make_generating_problem, make_problem
 from involution.ops.tensor_utils import sizes
-from involution.training.experiment import versions
 from involution.utils.atomic_files import csv_text
+from involution.utils.environment import versions
 from involution.utils.errors import InputError
 
 PATCHES = "patches"
