@@ -17,13 +17,13 @@ import keras
 import numpy as np
 import pytest
 
-import involution_cli
 from involution import hub
 from involution.data import datasets
 from involution.models.convert import convert
 from involution.saving import classifier
 from involution.training import checkpoint
 from involution.utils.errors import InputError
+from involution_cli import commands
 from tests.models import test_checkpoint_readers
 from tests.support import hostile_files
 from tests.support.backends import numpy
@@ -57,13 +57,13 @@ def hub_load(place, path):
 
 def predict(place, path):
     write_image(place.written / "image.png")
-    return lambda: involution_cli._read(classifier, [str(path), place.written / "image.png"])
+    return lambda: commands.read_images([str(path), place.written / "image.png"])
 
 
 def resume(place, path):
     def go_on():
         said: list[str] = []
-        saved = checkpoint.Store(path).latest(said.append)
+        saved = checkpoint.CheckpointManager(path).latest(said.append)
         if saved is None:
             (reason,) = said
             raise InputError(f"Received: {reason}")  # as a run says it
@@ -135,7 +135,7 @@ def data_folder(place):
 
 
 def run_folder(place):
-    checkpoint.Store(place.given).save({"a": np.ones(3, "f4")}, {"x": 1})
+    checkpoint.CheckpointManager(place.given).save({"a": np.ones(3, "f4")}, {"x": 1})
     return place.given
 
 

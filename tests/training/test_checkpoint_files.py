@@ -41,7 +41,7 @@ def content(store):
     return sorted(path.name for path in store.folder.iterdir())
 
 
-def test_the_name_and_the_text_of_a_checkpoint(store, tmp_path):
+def test_name_and_metadata_of_a_checkpoint(store, tmp_path):
     arrays = {"turned": np.arange(6.0).reshape(2, 3).T, "list": [1, 2]}
     saved = store.save(arrays, {"at": float("inf")})
     assert (saved.number, saved.arrays, saved.state) == (1, arrays, {"at": float("inf")})
@@ -55,7 +55,7 @@ def test_the_name_and_the_text_of_a_checkpoint(store, tmp_path):
     np.testing.assert_array_equal(found["list"], [1, 2])
 
 
-def test_checkpoints_are_counted_from_the_newest(store):
+def test_numbers_continue_from_the_newest(store):
     store.folder.mkdir()
     whole = save_arrays({}, {"state": '{"format": 1, "n": 9}'})
     for number in (2, 10**9):
@@ -76,7 +76,7 @@ def test_checkpoints_are_counted_from_the_newest(store):
         (None, "'state'"),
     ],
 )
-def test_a_text_that_is_not_ours(store, text, reason):
+def test_foreign_metadata(store, text, reason):
     store.folder.mkdir()
     made = save_arrays({}, {"x": "y"} if text is None else {"state": text})
     name = f"000000000007-{hashlib.sha256(made).hexdigest()}.safetensors"
@@ -90,7 +90,7 @@ def test_a_text_that_is_not_ours(store, text, reason):
     assert lines[1:] == [f"{rule}its content does not match the hash in its name"]
 
 
-def test_names_that_are_no_checkpoints(store):
+def test_other_file_names(store):
     store.folder.mkdir()
     whole = save_arrays({}, {"state": '{"format": 1}'})
     digest = hashlib.sha256(whole).hexdigest()
@@ -106,7 +106,7 @@ def test_names_that_are_no_checkpoints(store):
     assert store.latest(no_word) is None
 
 
-def test_a_folder_where_another_process_works(tmp_path):
+def test_exclusive_lock(tmp_path):
     with checkpoint.exclusive_lock(str(tmp_path)):
         assert os.listdir(tmp_path) == [".lock"]
         with pytest.raises(InputError) as caught, checkpoint.exclusive_lock(tmp_path):
@@ -122,7 +122,7 @@ def test_a_folder_where_another_process_works(tmp_path):
         pass
 
 
-def test_the_newest_two_are_kept_and_then_one(store):
+def test_max_to_keep(store):
     for number in range(1, 5):
         store.save({}, {"n": number})
         assert [int(name[:12]) for name in content(store)] == [
@@ -134,7 +134,7 @@ def test_the_newest_two_are_kept_and_then_one(store):
     assert store.latest(no_word).state == {"n": 4}
 
 
-def test_what_is_not_read_back_as_it_was_written_is_no_checkpoint(store, monkeypatch):
+def test_failed_verification(store, monkeypatch):
     store.save({}, {"n": 1})
     real = pathlib.Path.replace
 
@@ -154,7 +154,7 @@ def test_what_is_not_read_back_as_it_was_written_is_no_checkpoint(store, monkeyp
     assert len(content(store)) == 1
 
 
-def test_what_is_saved_comes_back_to_the_bit(store):
+def test_round_trip_is_exact(store):
     assert store.latest(no_word) is None
     assert store.save(ARRAYS, STATE).number == 1
     found = store.latest(no_word)
@@ -166,7 +166,7 @@ def test_what_is_saved_comes_back_to_the_bit(store):
     assert all(np.array_equal(found.arrays[k], ARRAYS[k]) for k in ARRAYS)
 
 
-def test_the_older_stays_until_the_newer_is_read_back(store, monkeypatch):
+def test_older_checkpoint_survives_a_failed_save(store, monkeypatch):
     for number in (1, 2):
         store.save(ARRAYS, {"number": number})
     real = atomic_files.replacing
@@ -183,7 +183,7 @@ def test_the_older_stays_until_the_newer_is_read_back(store, monkeypatch):
 
 
 @pytest.mark.parametrize("flips", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_every_truncation_and_flips_of_bits_are_detected(store, flips):
+def test_truncation_and_bit_flips_are_detected(store, flips):
     store.save(ARRAYS, {"number": 1})
     store.save(ARRAYS, {"number": 2})
     newest = store.folder / content(store)[-1]
@@ -208,7 +208,7 @@ def test_every_truncation_and_flips_of_bits_are_detected(store, flips):
     assert store.latest(no_word).state == {"number": 2}
 
 
-def test_a_file_with_the_right_hash_and_the_wrong_content(store):
+def test_valid_hash_of_invalid_content(store):
     store.save(ARRAYS, {"number": 1})
     for number, made in enumerate((b"", b"hello", bytes(8) + b"{}", b"\2" + bytes(7) + b"{}"), 2):
         name = f"{number:012d}-{hashlib.sha256(made).hexdigest()}.safetensors"
@@ -218,7 +218,7 @@ def test_a_file_with_the_right_hash_and_the_wrong_content(store):
     assert len(lines) == 4
 
 
-def test_what_else_lies_there_is_left_out(store):
+def test_unrelated_files_are_ignored(store):
     store.save(ARRAYS, {"number": 1})
     for name in (f"{atomic_files.PART}1-2.safetensors", "notes.txt"):
         (store.folder / name).write_bytes(b"x")
@@ -228,7 +228,7 @@ def test_what_else_lies_there_is_left_out(store):
     assert len(content(store)) == 3
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_lock_excludes_other_processes(tmp_path):
     with checkpoint.exclusive_lock(tmp_path):
         # Another process, and as quick as this: it does not import Keras.
         code = (
@@ -262,7 +262,7 @@ def start(folders, barrier, wins):
 
 
 @pytest.mark.slow  # both import Keras
-def test_of_two_processes_that_start_at_once_one_wins(tmp_path):
+def test_only_one_of_two_concurrent_processes_gets_the_lock(tmp_path):
     folders = [tmp_path / str(number) for number in range(100)]
     for folder in folders:
         folder.mkdir()

@@ -45,7 +45,7 @@ def test_invalid_distributions_are_rejected(given, message):
         distributed.from_environment(**given, environment={})
 
 
-def test_keras_own_variables_tell_of_the_hosts():
+def test_keras_environment_variables():
     variables = {
         "KERAS_DISTRIBUTION_JOB_ADDRESSES": "one:12,two:12",
         "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
@@ -65,7 +65,7 @@ def test_keras_own_variables_tell_of_the_hosts():
         distributed.from_environment(environment={"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"})
 
 
-def test_other_backends_are_refused_in_one_line(monkeypatch):
+def test_other_backends_are_rejected(monkeypatch):
     distributed.initialize(distributed.SINGLE_PROCESS)
     backend = "torch" if BACKEND == "jax" else BACKEND
     monkeypatch.setattr(keras.config, "backend", lambda: backend)
@@ -75,7 +75,7 @@ def test_other_backends_are_refused_in_one_line(monkeypatch):
 
 
 @on_jax
-def test_devices_are_told_before_they_are_used():
+def test_devices_must_be_set_before_jax_starts():
     keras.ops.zeros(()) + 1
     message = r"`devices` must be set before JAX is initialized\. Received: 2:"
     with pytest.raises(InputError, match=message):
@@ -85,14 +85,14 @@ def test_devices_are_told_before_they_are_used():
 @pytest.mark.parametrize(
     ("backend", "variable"), [("torch", "WORLD_SIZE"), ("tensorflow", "TF_CONFIG")]
 )
-def test_other_launchers_are_refused(backend, variable, monkeypatch):
+def test_other_launchers_are_rejected(backend, variable, monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: backend)
     with pytest.raises(InputError, match=f"would train its own model.* Received: {variable}=2"):
         distributed.check_launchers(distributed.SINGLE_PROCESS, {variable: "2"})
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own strategies")
-def test_a_strategy_of_tensorflow_is_refused():
+def test_tensorflow_strategies_are_rejected():
     import tensorflow as tf
 
     with (
@@ -102,7 +102,7 @@ def test_a_strategy_of_tensorflow_is_refused():
         distributed.check_launchers(distributed.SINGLE_PROCESS, {})
 
 
-def test_every_host_takes_its_part(monkeypatch):
+def test_shards_of_hosts(monkeypatch):
     monkeypatch.setattr(distributed.Distribution, "num_devices", 6)
     whole, last = np.arange(20, 32), np.arange(40, 50)
     shards = [distributed.Distribution(2, "a:1", 3, n).shard(whole) for n in range(3)]
@@ -123,7 +123,7 @@ def test_every_host_takes_its_part(monkeypatch):
     assert all((s.count, s.padded_count) == (10, 12) for s in shards)
 
 
-def test_a_device_alone_takes_all():
+def test_shard_of_a_single_device():
     shard = distributed.SINGLE_PROCESS.shard(np.array([5, 3, 4]))
     assert list(shard.indices) == [5, 3, 4]
     assert (list(shard.weights), shard.count, shard.padded_count) == ([1, 1, 1], 3, 3)
@@ -140,7 +140,7 @@ def test_a_device_alone_takes_all():
         (48, 48, 1, "at least 48 images, one for each device. Received: 40 training images"),
     ],
 )
-def test_batches_that_cannot_be_shared_are_refused(total, size, accumulation, message, monkeypatch):
+def test_indivisible_batches_are_rejected(total, size, accumulation, message, monkeypatch):
     monkeypatch.setattr(distributed.Distribution, "num_devices", total)
     recipe = Recipe(0.1, batch_size=size, gradient_accumulation_steps=accumulation)
     if message is None:
@@ -150,7 +150,7 @@ def test_batches_that_cannot_be_shared_are_refused(total, size, accumulation, me
         Trainer(distributed_runs.network(), distributed_runs.dataset(), recipe, 1, 0)
 
 
-def test_a_host_that_is_silent_is_told_apart_from_other_errors():
+def test_lost_hosts_are_distinguished_from_other_errors():
     pair = distributed.Distribution(1, "a:1", 2, 0)
 
     def error(hosts, raised):
@@ -220,18 +220,18 @@ def check_shared(folder, shapes):
 
 
 @on_jax
-def test_devices_and_hosts_train_what_one_device_trains(tmp_path):
+def test_distributed_training_equals_one_device(tmp_path):
     check_shared(tmp_path, ((2, 1), (1, 2), (2, 2)))
 
 
 @on_jax
 @pytest.mark.slow
-def test_four_hosts_train_what_one_device_trains(tmp_path):
+def test_training_on_four_hosts_equals_one_device(tmp_path):
     check_shared(tmp_path, ((1, 4), (4, 1)))
 
 
 @on_jax
-def test_a_step_adds_up_and_exchanges_nothing_else(tmp_path):
+def test_only_all_reduce_communicates(tmp_path):
     """The native and the fused operator work on the part of the batch that is there."""
     trained(tmp_path, 2, 1, f"--xla_dump_to={tmp_path}/dump --xla_dump_hlo_as_text")
     texts = [f.read_text() for f in (tmp_path / "dump").glob("*after_optimizations.txt")]
@@ -286,7 +286,7 @@ def wait_for(folder, text, seconds=240):
 
 
 @on_jax
-def test_hosts_that_are_at_different_runs_are_refused(tmp_path):
+def test_hosts_with_different_runs_are_rejected(tmp_path):
     processes = list(hosts(tmp_path, 2, "--epochs", "1", "--seed", "{host}"))
     codes = [process.wait(240) for process in processes]
     assert codes == [2, 2]
@@ -298,7 +298,7 @@ def test_hosts_that_are_at_different_runs_are_refused(tmp_path):
 
 
 @on_jax
-def test_hosts_that_begin_at_different_checkpoints_are_refused(tmp_path):
+def test_hosts_with_different_checkpoints_are_rejected(tmp_path):
     (alone,) = hosts(tmp_path, 1, "--epochs", "1", run="run0")
     assert alone.wait(240) == 0
     processes = list(hosts(tmp_path, 2, "--epochs", "1", "--resume", run="run{host}"))
@@ -313,7 +313,7 @@ def test_hosts_that_begin_at_different_checkpoints_are_refused(tmp_path):
 
 @on_jax
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_lost_host_ends_the_run_and_another_number_goes_on(tmp_path, victim):
+def test_a_run_resumes_after_a_lost_host_on_fewer_hosts(tmp_path, victim):
     more = "--epochs", "40", "--checkpoint-every", "5"
     processes = list(hosts(tmp_path, 2, *more))
     try:

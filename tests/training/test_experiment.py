@@ -66,7 +66,7 @@ def run(folder, tmp_path_factory):
     return compare(config, output, console, command="involution compare"), output, console
 
 
-def test_a_run_is_one_folder(run):
+def test_files_of_a_run(run):
     _, output, _ = run
     assert {f.name for f in output.iterdir()} == FILES
 
@@ -119,7 +119,7 @@ def test_progress_moves_within_an_epoch(run):
     assert sum("epoch 2/2" in line for line in console.lines) == 2
 
 
-def test_measures_are_means_over_all_images(run, folder):
+def test_metrics_are_means_over_all_images(run, folder):
     """The last row's test figures, once more from the saved model, by NumPy."""
     result, output, _ = run
     loaded = saved_model.load(output / "cnn.keras")
@@ -133,7 +133,7 @@ def test_measures_are_means_over_all_images(run, folder):
     )
 
 
-def test_bfloat16_is_what_layers_compute_in_and_not_what_weights_are(folder, tmp_path):
+def test_bfloat16_computes_with_float32_weights(folder, tmp_path):
     config = Config(str(folder), epochs=1, batch_size=10, precision="bfloat16")
     result = compare(config, tmp_path / "run")
     assert keras.config.dtype_policy().name == "float32"
@@ -149,12 +149,12 @@ def test_bfloat16_is_what_layers_compute_in_and_not_what_weights_are(folder, tmp
     np.testing.assert_allclose(scores.sum(-1), 1, atol=1e-5)
 
 
-def test_an_unknown_precision_is_refused():
+def test_unknown_precision_is_rejected():
     with pytest.raises(InputError, match=r"one of float32, bfloat16\. Received: float16"):
         Config(precision="float16")
 
 
-def test_the_same_seed_gives_the_same_history_to_the_byte(run, folder, tmp_path):
+def test_equal_seeds_give_equal_history(run, folder, tmp_path):
     _, output, _ = run
     again = compare(Config(str(folder), epochs=2, batch_size=10), tmp_path / "again")
     assert (tmp_path / "again" / "history.csv").read_bytes() == (
@@ -171,7 +171,7 @@ def test_a_model_does_not_depend_on_those_before_it(run, folder, tmp_path):
     assert {k: v for k, v in alone.results[0].rows[-1].items() if k != "seconds"} == expected
 
 
-def test_an_image_reaches_the_model_as_in_training_to_the_bit(run, folder):
+def test_preprocessing_equals_that_of_training(run, folder):
     _, output, _ = run
     classifier = saved_model.load(output / "inn.keras")
     assert classifier.class_names == ("ant", "bee", "cat")
@@ -180,7 +180,7 @@ def test_an_image_reaches_the_model_as_in_training_to_the_bit(run, folder):
     np.testing.assert_array_equal(read, datasets.scale(dataset.x_test[6:7]))
 
 
-def test_a_saved_model_has_no_optimizer_and_loads_plainly(run):
+def test_a_saved_model_has_no_optimizer(run):
     _, output, _ = run
     model = keras.saving.load_model(output / "inn.keras")
     assert getattr(model, "optimizer", None) is None
@@ -192,7 +192,7 @@ def test_a_saved_model_has_no_optimizer_and_loads_plainly(run):
 
 
 @pytest.mark.any_backend
-def test_an_interruption_leaves_what_there_is(folder, tmp_path):
+def test_an_interruption_writes_the_report(folder, tmp_path):
     class Impatient(Recorder):
         def advance(self):
             super().advance()
@@ -210,7 +210,7 @@ def test_an_interruption_leaves_what_there_is(folder, tmp_path):
 
 
 @pytest.mark.any_backend
-def test_ctrl_c_takes_effect_after_the_step_at_work(folder, tmp_path):
+def test_ctrl_c_takes_effect_after_the_current_step(folder, tmp_path):
     class Signalled(Recorder):
         def advance(self):
             super().advance()
@@ -229,7 +229,7 @@ def test_ctrl_c_takes_effect_after_the_step_at_work(folder, tmp_path):
 
 
 @pytest.mark.any_backend
-def test_a_run_that_diverges_stops_and_is_reported(folder, tmp_path):
+def test_divergence_stops_and_is_reported(folder, tmp_path):
     def broken(input_shape, classes):
         model = models.inn(input_shape, classes)
         model.set_weights([np.full_like(w, np.nan) for w in model.get_weights()])
@@ -249,7 +249,7 @@ def test_a_run_that_diverges_stops_and_is_reported(folder, tmp_path):
 
 
 @pytest.mark.any_backend
-def test_windows_need_not_be_square(folder, tmp_path):
+def test_non_square_windows(folder, tmp_path):
     def oblong(input_shape, classes):
         inputs = keras.Input(input_shape)
         x = Involution2D((3, 5), reduction_ratio=1)(inputs)
@@ -293,7 +293,7 @@ class Subclassed(keras.Model):
 
 
 @pytest.mark.any_backend
-def test_models_of_ones_own_from_python_and_from_a_file(folder, tmp_path):
+def test_custom_models_from_python_and_from_a_file(folder, tmp_path):
     config = Config(str(folder), epochs=1, batch_size=12)
     result = compare(config, tmp_path / "object", builders={"mine": own_model})
     file = tmp_path / "own.py"
@@ -316,7 +316,7 @@ def test_models_of_ones_own_from_python_and_from_a_file(folder, tmp_path):
 
 
 @pytest.mark.any_backend
-def test_variants_take_the_options_of_their_function():
+def test_model_options():
     builders = specs.parse("cnn, inn:kernel_size=5:kernel_generator=linear")
     model = builders["inn:kernel_size=5:kernel_generator=linear"]((8, 8, 3), 10)
     assert model.get_layer("inv_1").kernel_size == (5, 5)
@@ -334,7 +334,7 @@ def test_variants_take_the_options_of_their_function():
         ("missing.py:f", "must exist. Received: missing.py"),
     ],
 )
-def test_models_that_cannot_be_named(text, match):
+def test_invalid_model_specs(text, match):
     with pytest.raises(InputError, match=match):
         specs.parse(text)
 
@@ -349,7 +349,7 @@ def test_a_file_without_the_function(tmp_path):
         specs.parse(f"{file}:f")
 
 
-def test_a_file_may_define_classes_and_have_colons_in_its_name(tmp_path):
+def test_a_file_with_classes_and_colons_in_its_name(tmp_path):
     file = tmp_path / "a:b.py"
     file.write_text(
         "from __future__ import annotations\nimport dataclasses\n"
@@ -360,7 +360,7 @@ def test_a_file_may_define_classes_and_have_colons_in_its_name(tmp_path):
     assert builder(None, 7) == (3, 7, 2)
 
 
-def test_files_import_what_is_beside_them(tmp_path, monkeypatch):
+def test_files_import_neighbors(tmp_path, monkeypatch):
     """Each its own module of one name, at once and in the midst of building."""
     for folder in ("a", "b"):
         (tmp_path / folder / "parts").mkdir(parents=True)
@@ -400,7 +400,7 @@ def test_files_import_what_is_beside_them(tmp_path, monkeypatch):
         ("import sys\nsys.path.clear()\nimport blocks_of_none", "No module named 'blocks_of_none'"),
     ],
 )
-def test_a_file_that_does_not_run(content, reason, tmp_path, monkeypatch):
+def test_a_file_that_fails(content, reason, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "own.py").write_text(content)
     with pytest.raises(InputError) as caught:
@@ -408,7 +408,7 @@ def test_a_file_that_does_not_run(content, reason, tmp_path, monkeypatch):
     assert str(caught.value) == (f"A model's file must run. Received: {tmp_path}/own.py: {reason}")
 
 
-def test_a_model_whose_name_is_no_text():
+def test_a_model_name_that_is_not_utf8():
     with pytest.raises(InputError) as caught:
         specs.parse("cnn,caf\udce9.py")
     assert str(caught.value) == (
@@ -426,7 +426,7 @@ def test_command_lines_can_be_pasted(monkeypatch):
     assert specs.command_line(*words) == ("""involution "a b/$x's.keras" .\\-x -y z""")
 
 
-def test_another_floatx_is_refused(run, folder, tmp_path):
+def test_other_floatx_is_rejected(run, folder, tmp_path):
     """It would be the type of what layers get, while config.json says float32."""
     classifier = run[0].results[0].classifier
     try:
@@ -441,7 +441,7 @@ def test_another_floatx_is_refused(run, folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_of_keras_are_recorded_and_the_same_after_a_break(run, folder, tmp_path):
+def test_keras_settings_are_recorded_and_checked_on_resume(run, folder, tmp_path):
     _, output, _ = run
     config = Config(str(folder), epochs=2, batch_size=10)
     expected = {"floatx": "float32", "epsilon": 1e-7, "image_data_format": "channels_last"}
@@ -464,7 +464,7 @@ def test_settings_of_keras_are_recorded_and_the_same_after_a_break(run, folder, 
     assert [len(result.rows) for result in again.results] == [2, 2]
 
 
-def test_images_that_are_not_used_are_told(folder, tmp_path):
+def test_skipped_images_are_reported(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "pets")
     (tmp_path / "pets" / "train" / "ant" / "x.bmp").write_bytes(b"")
     console = Recorder()
@@ -482,9 +482,7 @@ def test_images_that_are_not_used_are_told(folder, tmp_path):
         (lambda input_shape, classes: Subclassed(classes), "neither functional nor Sequential"),
     ],
 )
-def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
-    folder, tmp_path, builder, match
-):
+def test_an_unsuitable_model_is_rejected_before_writing(folder, tmp_path, builder, match):
     with pytest.raises(InputError, match=match):
         compare(Config(str(folder)), tmp_path / "run", builders={"mine": builder})
     assert not (tmp_path / "run").exists()
@@ -513,7 +511,7 @@ def test_an_output_that_cannot_be_written(folder, tmp_path):
     assert (tmp_path / "used" / "x").read_text() == "kept"
 
 
-def test_what_is_no_classifier_is_refused(tmp_path):
+def test_invalid_classifier_files(tmp_path):
     (tmp_path / "x.keras").write_bytes(b"no zip")
     plain = own_model((8, 8, 3), 2)
     plain.save(tmp_path / "plain.keras")

@@ -39,7 +39,7 @@ def run():
     )
 
 
-def test_the_verdict_is_one_sentence(run):
+def test_summary_sentence(run):
     assert report.summary_sentence(run) == (
         "On the test images of <b>pets</b>, one is 25.0 points more accurate than two (0.750 "
         "against 0.500), with 1 times its trainable parameters and 1.5 times its time per epoch."
@@ -48,7 +48,7 @@ def test_the_verdict_is_one_sentence(run):
     assert "two is 25.0 points less accurate than one" in report.summary_sentence(run)
 
 
-def test_the_page_opens_offline_and_runs_nothing(run, tmp_path):
+def test_report_is_self_contained(run, tmp_path):
     report.write(run, tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;pets&lt;/b&gt;" in page
@@ -61,7 +61,7 @@ def test_the_page_opens_offline_and_runs_nothing(run, tmp_path):
     assert {f.name for f in tmp_path.iterdir()} == {"report.html", "curves.png", "samples.png"}
 
 
-def test_the_table_pastes_as_markdown(run):
+def test_markdown_table(run):
     lines = report.markdown(run).splitlines()
     assert len(lines) == 4
     assert lines[0].startswith("| model | trainable | non-trainable | optimizer | total | size |")
@@ -71,7 +71,7 @@ def test_the_table_pastes_as_markdown(run):
     )
 
 
-def test_one_model_has_nothing_to_compare_with(run):
+def test_single_model(run):
     del run.results[1]
     assert report.summary_sentence(run) == (
         "On the test images of <b>pets</b>, one reaches an accuracy of 0.750 "
@@ -84,5 +84,5 @@ def test_one_model_has_nothing_to_compare_with(run):
     ("count", "text"),
     [(0, "0.00 B"), (156924, "153.25 KB"), (3830148, "3.65 MB"), (2**31, "2.00 GB")],
 )
-def test_sizes_read_as_in_summaries(count, text):
+def test_format_bytes(count, text):
     assert report.format_bytes(count) == text

@@ -96,7 +96,7 @@ def uninterrupted(folder, tmp_path_factory):
     ],
     ids=str,
 )
-def test_a_run_with_breaks_gives_what_it_gives_without(folder, tmp_path, uninterrupted, stops):
+def test_resumed_run_equals_uninterrupted(folder, tmp_path, uninterrupted, stops):
     output = tmp_path / "run"
     for steps in stops:
         console = StopAfter(steps)
@@ -120,7 +120,7 @@ def test_a_run_with_breaks_gives_what_it_gives_without(folder, tmp_path, uninter
 
 
 @pytest.mark.any_backend
-def test_a_damaged_checkpoint_costs_what_came_after_the_one_before(folder, tmp_path, uninterrupted):
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(4), BUILDERS, checkpoint_every=2)
     newest = max((output / checkpoint.FOLDER).iterdir())
@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_costs_what_came_after_the_one_before(folder, tmp_p
 
 
 @pytest.mark.any_backend
-def test_a_trained_model_that_was_changed_is_trained_again(folder, tmp_path, uninterrupted):
+def test_a_modified_model_file_is_trained_again(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(10), BUILDERS)
     compare(config(folder), output, StopAfter(1), BUILDERS, resume=True)
@@ -147,7 +147,7 @@ def test_a_trained_model_that_was_changed_is_trained_again(folder, tmp_path, uni
 
 
 @pytest.mark.any_backend
-def test_while_one_model_is_trained_again_the_others_stay(folder, tmp_path, uninterrupted):
+def test_only_a_missing_model_is_trained_again(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, builders=BUILDERS)
     (output / "one.keras").unlink()
@@ -159,7 +159,7 @@ def test_while_one_model_is_trained_again_the_others_stay(folder, tmp_path, unin
 
 
 @pytest.mark.any_backend
-def test_what_is_trained_is_not_changed(folder, tmp_path):
+def test_settings_of_trained_models_must_not_change(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, builders=ONE)
     before = sorted(p.read_bytes() for p in output.rglob("*") if p.is_file())
@@ -180,7 +180,7 @@ def test_what_is_trained_is_not_changed(folder, tmp_path):
     assert [len(result.rows) for result in run.results] == [2, 2]
 
 
-def test_another_host_only_reads(folder, tmp_path, monkeypatch):
+def test_secondary_hosts_only_read(folder, tmp_path, monkeypatch):
     class Another(distributed.Distribution):
         def shard(self, indices):
             return distributed.SINGLE_PROCESS.shard(indices)
@@ -196,9 +196,7 @@ def test_another_host_only_reads(folder, tmp_path, monkeypatch):
         compare(config(folder), output, builders=ONE)
 
 
-def test_batches_that_the_images_do_not_fill_are_refused_before_anything_is_written(
-    folder, tmp_path
-):
+def test_too_few_images_are_rejected_before_writing(folder, tmp_path):
     with pytest.raises(InputError, match=r"at least 50 images, for one batch\. Received: 24"):
         compare(
             config(folder, batch_size=50, gradient_accumulation_steps=2),
@@ -209,7 +207,7 @@ def test_batches_that_the_images_do_not_fill_are_refused_before_anything_is_writ
 
 
 @pytest.mark.parametrize("lacking", ["lock", "folder"])
-def test_a_disk_without_room_for_a_name(lacking, folder, tmp_path, monkeypatch):
+def test_a_full_disk_at_the_start(lacking, folder, tmp_path, monkeypatch):
     def refuse(*arguments, **more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -239,7 +237,7 @@ def test_a_signal_loses_no_step(folder, tmp_path, uninterrupted):
     assert outcome(output) == uninterrupted
 
 
-def test_a_signal_in_the_midst_of_writing(folder, tmp_path, monkeypatch, uninterrupted):
+def test_a_signal_while_writing(folder, tmp_path, monkeypatch, uninterrupted):
     output = tmp_path / "run"
     real, left = os.fsync, 9
 
@@ -262,7 +260,7 @@ def test_a_signal_in_the_midst_of_writing(folder, tmp_path, monkeypatch, uninter
 
 
 @pytest.mark.any_backend
-def test_a_full_disk_costs_what_came_after_the_last_checkpoint(folder, tmp_path, monkeypatch):
+def test_a_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path, monkeypatch):
     """Each file that a run writes is in its turn the one for which there is no room."""
     output, left = tmp_path / "run", 0
     one = config(folder, epochs=1)
@@ -295,7 +293,7 @@ def test_a_full_disk_costs_what_came_after_the_last_checkpoint(folder, tmp_path,
     assert outcome(output, ONE) == outcome(tmp_path / "whole", ONE)
 
 
-def test_what_a_killed_process_was_writing_is_removed(folder, tmp_path):
+def test_temporary_files_of_killed_processes_are_removed(folder, tmp_path):
     output = tmp_path / "run"
     (output / checkpoint.FOLDER).mkdir(parents=True)
     for place in (output, output / checkpoint.FOLDER):
@@ -314,7 +312,7 @@ def test_what_a_killed_process_was_writing_is_removed(folder, tmp_path):
 
 
 @pytest.mark.any_backend
-def test_a_change_is_refused_by_name(folder, tmp_path):
+def test_changed_settings_are_rejected_by_name(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
     before = sorted(p.read_bytes() for p in output.rglob("*") if p.is_file())
@@ -339,7 +337,7 @@ def test_a_change_is_refused_by_name(folder, tmp_path):
     assert [len(result.rows) for result in run.results] == [3]
 
 
-def test_other_images_are_a_change(folder, tmp_path):
+def test_changed_images_are_rejected(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
     other = write_folder(tmp_path / "other" / "pets", train=9)
@@ -347,7 +345,7 @@ def test_other_images_are_a_change(folder, tmp_path):
         compare(config(other), output, builders=ONE, resume=True)
 
 
-def test_another_model_is_refused_whatever_is_allowed(folder, tmp_path):
+def test_another_model_is_always_rejected(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
     with pytest.raises(InputError, match="A checkpoint must match the model and the recipe"):
@@ -376,7 +374,7 @@ def test_a_folder_without_checkpoints(folder, tmp_path):
 
 
 @pytest.mark.any_backend
-def test_steps_between_checkpoints(folder, tmp_path, monkeypatch):
+def test_checkpoint_every(folder, tmp_path, monkeypatch):
     saved = []
     real = CheckpointManager.save
 

@@ -65,7 +65,7 @@ def values(row):
     return {k: row[k] for k in ("width", "learning_rate") if k in row}
 
 
-def test_what_a_search_varies(planned):
+def test_search_space(planned):
     plan = planned(search=("width=3,5-6, 7", "learning_rate=1e-3..0.1", "batch_size=4..8"))
     assert plan.space == {
         "width": Categorical(("3", "5-6", "7")),
@@ -89,12 +89,12 @@ def test_what_a_search_varies(planned):
         "learning_rate=0.1..True",
     ],
 )
-def test_what_cannot_be_varied(text, planned):
+def test_invalid_search_spaces(text, planned):
     with pytest.raises(InputError, match=r"name=a,b,c or name=low\.\.high.* Received: "):
         planned(search=(text,))
 
 
-def test_plans_that_cannot_be(planned, network):
+def test_invalid_sweeps(planned, network):
     with pytest.raises(InputError, match="name each value once"):
         planned(search=("width=1,2", "width=3,4"))
     with pytest.raises(InputError, match="vary at least one value"):
@@ -119,7 +119,7 @@ def test_plans_that_cannot_be(planned, network):
         ("batch_size=0..8", "`batch_size` must be at least 1. Received: 0"),
     ],
 )
-def test_values_that_no_training_takes(text, received, planned):
+def test_invalid_training_values(text, received, planned):
     with pytest.raises(InputError, match=received):
         planned(search=(text,))
 
@@ -129,7 +129,7 @@ def test_the_largest_seed(planned, tmp_path):
     assert sweep.run(plan, tmp_path).trials == 1
 
 
-def test_a_folder_of_something_else_is_left_alone(planned, tmp_path):
+def test_other_folders_are_rejected(planned, tmp_path):
     (tmp_path / "report.html").write_text("of a run")
     for url in (None, f"sqlite:///{tmp_path / 'study.db'}"):
         with pytest.raises(
@@ -139,7 +139,7 @@ def test_a_folder_of_something_else_is_left_alone(planned, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_a_model_that_memory_does_not_hold_is_passed_over(planned, tmp_path, monkeypatch):
+def test_out_of_memory_fails_only_the_trial(planned, tmp_path, monkeypatch):
     errors = {4: MemoryError("Unable to allocate 5 GiB"), 5: RuntimeError("of another kind")}
     trainer = sweep.Trainer
 
@@ -165,7 +165,7 @@ def test_a_model_that_memory_does_not_hold_is_passed_over(planned, tmp_path, mon
     assert len(lacks) == 1
 
 
-def test_passwords_are_not_shown(planned, tmp_path):
+def test_passwords_are_redacted(planned, tmp_path):
     url = "nonsense://me:s3cret@host/name"
     with pytest.raises(InputError, match=r"Received: nonsense://me:\*\*\*@host/name") as refusal:
         sweep.run(planned(), tmp_path, url)
@@ -175,7 +175,7 @@ def test_passwords_are_not_shown(planned, tmp_path):
         assert hidden == (text or "").replace("s3cret", "***")
 
 
-def test_a_search_and_its_report(planned, images, network, tmp_path):
+def test_a_sweep_and_its_report(planned, images, network, tmp_path):
     console = Recorder()
     plan = planned(trials=4, recipe="one-cycle")
     done = sweep.run(
@@ -221,7 +221,7 @@ def test_a_search_and_its_report(planned, images, network, tmp_path):
         ((0.5, 0.6, 0.7), (3, 4, 5), 4),
     ],
 )
-def test_figures_show_what_there_is(accuracies, widths, drawn):
+def test_figures_of_a_study(accuracies, widths, drawn):
     study = optuna.create_study(direction="maximize")
     distributions = {
         "width": optuna.distributions.IntDistribution(2, 9),
@@ -240,7 +240,7 @@ def test_figures_show_what_there_is(accuracies, widths, drawn):
     assert all(f.startswith("data:image/png;base64,") for f in figures.values())
 
 
-def test_it_goes_on_where_it_ended(planned, tmp_path):
+def test_a_sweep_resumes(planned, tmp_path):
     sweep.run(planned(trials=2), tmp_path)
     first = rows(tmp_path)
     console = Recorder()
@@ -257,7 +257,7 @@ def test_it_goes_on_where_it_ended(planned, tmp_path):
     assert len(rows(tmp_path)) == 5
 
 
-def test_every_trial_is_another_and_a_search_ends_when_all_are_tried(planned, tmp_path):
+def test_trials_are_distinct_until_the_space_is_exhausted(planned, tmp_path):
     console = Recorder()
     plan = planned(search=("width=2,3", "kind=relu,tanh"), trials=30, epochs=1)
     assert sweep.run(plan, tmp_path, progress=console).trials == 4
@@ -267,7 +267,7 @@ def test_every_trial_is_another_and_a_search_ends_when_all_are_tried(planned, tm
     assert "exhausted" in console.lines[-1]
 
 
-def test_what_is_too_large_or_no_model_is_not_tried(planned, tmp_path, monkeypatch):
+def test_too_large_and_invalid_models_are_rejected(planned, tmp_path, monkeypatch):
     build = mock.Mock(wraps=experiment.build)
     monkeypatch.setattr(experiment, "build", build)
     # 7 w + 3 parameters, and no activation of that name.
@@ -282,7 +282,7 @@ def test_what_is_too_large_or_no_model_is_not_tried(planned, tmp_path, monkeypat
     assert "proposals were not tried" in (tmp_path / "report.html").read_text()
 
 
-def test_batches_that_cannot_be_accumulated_are_not_tried(planned, tmp_path):
+def test_indivisible_batch_sizes_are_rejected(planned, tmp_path):
     # Of 24 training images 2 are held out.
     plan = planned(
         search=("batch_size=4,6,8,24",),
@@ -295,7 +295,7 @@ def test_batches_that_cannot_be_accumulated_are_not_tried(planned, tmp_path):
     assert sorted(r["batch_size"] for r in rows(tmp_path)) == ["4", "8"]
 
 
-def test_an_interruption_gives_the_trial_back(planned, tmp_path):
+def test_an_interruption_requeues_the_trial(planned, tmp_path):
     class Impatient(Recorder):
         def advance(self):
             super().advance()

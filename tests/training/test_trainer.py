@@ -32,7 +32,7 @@ def network():
     )
 
 
-def test_one_cycle_rises_from_a_25th_and_falls_to_nothing():
+def test_one_cycle_learning_rate():
     optimizer = make_optimizer(RECIPES["one-cycle"], 100)
     rates = []
     for step in range(101):
@@ -46,7 +46,7 @@ def test_one_cycle_rises_from_a_25th_and_falls_to_nothing():
     assert (np.diff(rates[25:]) < 0).all()
 
 
-def test_imagenet_rises_for_five_of_130_epochs():
+def test_imagenet_learning_rate():
     recipe = RECIPES["imagenet"]
     # 626 steps are an epoch of 1,281,167 images.
     optimizer = make_optimizer(recipe, 130 * 626)
@@ -60,7 +60,7 @@ def test_imagenet_rises_for_five_of_130_epochs():
     assert float(numpy(optimizer.learning_rate)) == pytest.approx(0.4, abs=1e-6)
 
 
-def test_means_are_of_what_was_trained_on_before_a_break():
+def test_training_metrics_include_images_before_a_resume():
     """More devices may leave over images that were trained on."""
 
     class BreakError(Exception):
@@ -81,7 +81,7 @@ def test_means_are_of_what_was_trained_on_before_a_break():
     assert row["train_accuracy"] == one.state.train_accuracy / 10
 
 
-def test_sgd_is_that_of_the_paper():
+def test_nesterov_sgd_equals_pytorch():
     """PyTorch's formula, written out: decay in the gradient, of all weights; Nesterov."""
     random = np.random.default_rng(0)
     variable = keras.Variable(random.normal(size=(3, 2)), dtype="float64", name="bias")
@@ -96,7 +96,7 @@ def test_sgd_is_that_of_the_paper():
     np.testing.assert_allclose(numpy(variable.value), want, atol=1e-6)
 
 
-def test_smoothed_labels_are_for_training_alone():
+def test_only_training_smooths_labels():
     images = dataset()
     recipe = Recipe(1e-3, label_smoothing=0.1)
     trainer = Trainer(network(), images, recipe, 1, 0)
@@ -122,7 +122,7 @@ def without_normalization():
 
 
 @pytest.mark.parametrize("name", ["example", "one-cycle", "sgd"])
-def test_accumulated_parts_are_one_batch(name):
+def test_gradient_accumulation_equals_one_batch(name):
     recipe = RECIPES.get(
         name, Recipe(0.1, 0.01, warmup_fraction=0.5, optimizer="sgd", clip_norm=0.3)
     )
@@ -141,7 +141,7 @@ def test_accumulated_parts_are_one_batch(name):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_mean_of_the_weights_is_what_is_tested_and_left(accumulation):
+def test_averaged_weights_are_tested_and_kept(accumulation):
     images = dataset(12)
     recipe = Recipe(0.05, batch_size=4, ema_momentum=0.8, gradient_accumulation_steps=accumulation)
     trainer = Trainer(without_normalization(), images, recipe, 2, 0)
@@ -166,7 +166,7 @@ def test_the_mean_of_the_weights_is_what_is_tested_and_left(accumulation):
         np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_every_part_of_a_recipe_can_be_gone_on_with(tmp_path):
+def test_training_resumes_exactly_from_any_step(tmp_path):
     """From any step, in the midst of a batch's parts and of testing too."""
     pets = write_folder(tmp_path / "pets", size=(12, 9), train=4, test=3)
     images = datasets.load(str(pets), (6, 8), crop=0.875)
@@ -214,7 +214,7 @@ def test_every_part_of_a_recipe_can_be_gone_on_with(tmp_path):
             np.testing.assert_array_equal(own, other)
 
 
-def test_the_example_has_one_rate_and_no_decay():
+def test_example_has_constant_rate_and_no_decay():
     optimizer = make_optimizer(RECIPES["example"], 100)
     assert isinstance(optimizer, keras.optimizers.Adam)
     assert not isinstance(optimizer, keras.optimizers.AdamW)
@@ -235,7 +235,7 @@ def test_biases_and_normalizations_do_not_decay():
         np.testing.assert_allclose(value, 1 - 0.5 * 0.1 if name == "kernel" else 1, rtol=1e-6)
 
 
-def test_some_images_are_seen_in_a_mirror():
+def test_random_flips():
     images = dataset()
     before = images.x_train.copy()
     trainer = Trainer(network(), images, Recipe(1e-3, batch_size=4), 1, 0)
@@ -256,7 +256,7 @@ def test_some_images_are_seen_in_a_mirror():
     np.testing.assert_array_equal(images.x_train, before)
 
 
-def test_the_mirror_is_a_function_of_seed_and_epoch():
+def test_flips_depend_on_seed_and_epoch():
     first = datasets.mirrored(4000, 1, 1)
     np.testing.assert_array_equal(first, datasets.mirrored(4000, 1, 1))
     assert 0.45 < first.mean() < 0.55
@@ -264,7 +264,7 @@ def test_the_mirror_is_a_function_of_seed_and_epoch():
     assert (first != datasets.mirrored(4000, 2, 1)).any()
 
 
-def test_what_is_held_out():
+def test_validation_images():
     images = dataset()
     held = images.validation(3)
     assert len(held.x_train) == 7
@@ -292,12 +292,12 @@ def test_what_is_held_out():
         ({"ema_momentum": 1.0}, "above 0 and below 1. Received: 1.0"),
     ],
 )
-def test_bad_values_are_refused(arguments, received):
+def test_invalid_values_are_rejected(arguments, received):
     with pytest.raises(InputError, match=received):
         experiment.Config(**arguments)
 
 
-def test_a_recipe_and_what_else_is_asked_for():
+def test_a_recipe_with_changes():
     images = dataset()
     asked = experiment.Config(recipe="one-cycle", weight_decay=0.0, batch_size=5)
     assert asked.recipe_for(images) == dataclasses.replace(
@@ -307,7 +307,7 @@ def test_a_recipe_and_what_else_is_asked_for():
     assert experiment.Config().recipe_for(images) == Recipe(1e-3, batch_size=images.batch_size)
 
 
-def test_a_run_says_how_it_was_trained(tmp_path):
+def test_config_json_describes_the_training(tmp_path):
     pets = write_folder(tmp_path / "pets")
     config = experiment.Config(
         str(pets),
