@@ -182,7 +182,8 @@ def explain(
         from involution.visualize import explain
 
         classifier, images = read_images(files)
-        for line in explain.write(classifier, images, output, figure, parse_point(point)):
+        name = _LIBRARY_NAMES.get(figure, figure)
+        for line in explain.write(classifier, images, output, name, parse_point(point)):
             current.progress.log(line)
 
 
@@ -359,7 +360,7 @@ def bench(
             candidates=tuple(
                 runner.USUAL.get(device, runner.CANDIDATES)
                 if candidates is None
-                else candidates.split(",")
+                else [_LIBRARY_NAMES.get(name, name) for name in candidates.split(",")]
             ),
             dtypes=tuple(dtypes.split(",")),
             calls=calls,
@@ -386,6 +387,17 @@ def option_names(command) -> set[str]:
     """The options of a command."""
     arguments = app[command].assemble_argument_collection()
     return {name for argument in arguments for name in argument.names}
+
+
+# Transitional: what the library calls these values.
+_LIBRARY_NAMES = {
+    "heatmap": "maps",
+    "activations": "outputs",
+    "point": "place",
+    "im2col": "patches",
+    "paper-cuda": "per-number",
+    "unfused": "two-steps",
+}
 
 
 def _session(command, first_line, backend):
