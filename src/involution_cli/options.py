@@ -103,7 +103,7 @@ class DistributedOptions:
     """Index of this host, from 0."""
 
 
-# Deprecated options and values, by command: what they are now.
+# Deprecated options and values, by command, with their replacements.
 _TRAINING = {
     "--accumulate": "--gradient-accumulation-steps",
     "--ema": "--ema-momentum",

@@ -1,4 +1,4 @@
-"""The command as its console script calls it; the slow start once, in a process of its own."""
+"""The commands, called as by the console script; one in a process of its own."""
 
 import json
 import os
@@ -37,8 +37,8 @@ HOSTED = FILES / "hosted"
 
 @pytest.fixture
 def call(monkeypatch, capfd, tmp_path):
-    """Runs one command line in an empty folder: (exit code, lines on the screen). What frameworks
-    write to standard error is in the log; only an error of ours is there."""
+    """Runs a command line in an empty folder: (exit code, output lines). Standard error has only
+    the command's own error; the output of frameworks is in the log."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -62,7 +62,7 @@ def pets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(pets, tmp_path_factory):
-    """The folder of a short run made by the command."""
+    """The folder of a short run of `compare`, and its process."""
     output = tmp_path_factory.mktemp("cli") / "the $run"
     command = ["compare", "--dataset", pets, "--epochs", "1", "--output", output]
     result = subprocess.run(
@@ -146,7 +146,7 @@ def test_out_of_memory(error, received, tmp_path):
 
 
 def test_out_of_memory_importing_keras(tmp_path):
-    """The package is not there then, to tell what it is."""
+    """The package, which classifies errors, is not fully imported then."""
     code = (
         "import sys, involution_cli\n"
         "class Full:\n"
@@ -286,7 +286,7 @@ def test_doctor_fails_on_a_wrong_implementation(call, monkeypatch):
 
 
 def bad_inputs(root, trained):
-    """(name, command line, what the one line says)."""
+    """(command line, text in the error) of invalid inputs."""
     ok = ["--dataset", write_folder(root / "ok")]
     empty = root / "empty"
     empty.mkdir()
@@ -398,7 +398,7 @@ def test_names_that_the_terminal_cannot_encode(trained, pets):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
 def test_paths_that_are_not_utf8(call, pets, tmp_path):
-    """Into config.json, the report, the command to go on, and from there."""
+    """In config.json, the report, and the command to resume."""
     data, output = (tmp_path / os.fsdecode(name) for name in (b"p\xe9ts", b"r\xfcn"))
     data.symlink_to(pets)
     arguments = ("train", "--model", "cnn", "--dataset", data, "--epochs", "1", "--output", output)
@@ -413,7 +413,7 @@ def test_paths_that_are_not_utf8(call, pets, tmp_path):
     code, lines = call("predict", output / "cnn.keras", image)
     assert code == 0
     assert lines[-1].startswith(f"{tmp_path}/\\udce9.png: ")
-    # Of a class it would be in the model.
+    # A class name would be stored in the model.
     for part in ("train", "test"):
         write_image(tmp_path / "latin" / part / os.fsdecode(b"\xe9") / "0.png")
     code, lines = call("train", "--dataset", tmp_path / "latin", "--output", "new")
@@ -446,7 +446,7 @@ def test_an_interruption_is_one_line(call, monkeypatch):
 
 
 def test_help_does_not_import_the_package():
-    """What makes it fast: neither Keras nor this package is imported."""
+    """Help is fast because it imports neither Keras nor `involution`."""
     code = (
         "import sys, involution_cli\n"
         "try: involution_cli.main()\n"

@@ -1,4 +1,4 @@
-"""Names of strangers in what is written: control characters are shown, and obeyed nowhere."""
+"""Untrusted names in output: control characters are escaped everywhere."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def test_only_control_characters_are_escaped():
     assert shown("a\nb\tc", "\n") == "a\nb\\u0009c"
     assert shown("\udcff") == "\\udcff"
     assert shown(ValueError("\x07")) == "\\u0007"
-    # All of C0 and C1, DEL, separators of lines, and what turns the direction of writing.
+    # C0 and C1, DEL, line separators and directional marks.
     for code in (*range(32), *range(127, 160), 0x200E, 0x200F, *range(0x2028, 0x202F)):
         assert shown(chr(code)) == f"\\u{code:04x}"
 

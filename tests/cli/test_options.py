@@ -2,9 +2,11 @@
 
 import ast
 import dataclasses
+import re
 import shlex
 import sys
 
+import cyclopts
 import pytest
 
 import involution_cli
@@ -18,6 +20,19 @@ pytestmark = pytest.mark.any_backend
 
 def parse(words):
     return app.parse_args(words, exit_on_error=False, print_error=False)
+
+
+@pytest.fixture
+def help_of(monkeypatch, capsys):
+    """The help text of a command."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def print_help(command):
+        capsys.readouterr()
+        app.help_print([command])
+        return capsys.readouterr().out
+
+    return print_help
 
 
 def test_the_declaration_needs_only_the_standard_library():
@@ -43,12 +58,12 @@ def test_every_setting_is_an_option_with_its_help():
 @pytest.mark.parametrize(
     ("field", "value", "text"),
     [
-        ("recipe", "magic", "'example', 'one-cycle', 'imagenet'"),
-        ("precision", "float16", "'float32', 'bfloat16'"),
+        ("recipe", "magic", "example.*one-cycle.*imagenet"),
+        ("precision", "float16", "float32.*bfloat16"),
     ],
 )
 def test_choices_are_those_of_the_rule(field, value, text):
-    with pytest.raises(Exception, match=text):
+    with pytest.raises(cyclopts.CycloptsError, match=text):
         parse(["train", f"--{field}", value])
 
 
@@ -59,8 +74,8 @@ RENAMED_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("command", "old", "new"), RENAMED_OPTIONS, ids=" ".join)
-def test_every_deprecated_option_works_and_is_hidden(command, old, new, capsys):
+@pytest.mark.parametrize(("command", "old", "new"), RENAMED_OPTIONS, ids=str)
+def test_every_deprecated_option_works_and_is_hidden(command, old, new, capsys, help_of):
     flag = "allow" in old
     value = {"--show": "groups", "--coordinator": "host:1", "--place": "0,1"}.get(old, "1")
     rest = [] if flag else [value]
@@ -74,17 +89,16 @@ def test_every_deprecated_option_works_and_is_hidden(command, old, new, capsys):
     names = option_names(command)
     assert new in names
     assert old not in names
-    parse([command, "--help"])
-    words = capsys.readouterr().out.split()
+    words = help_of(command).split()
     assert old not in words
-    assert new[:25] in " ".join(words)
+    assert new in words
 
 
 @pytest.mark.parametrize(
     ("command", "option", "old", "new"),
     [(*key, old, new) for key, names in DEPRECATED_VALUES.items() for old, new in names.items()],
 )
-def test_every_deprecated_value_works_and_is_hidden(command, option, old, new, capsys):
+def test_every_deprecated_value_works_and_is_hidden(command, option, old, new, capsys, help_of):
     for words, want in (
         ([option, old], [option, new]),
         ([f"{option}={old}"], [f"{option}={new}"]),
@@ -93,10 +107,12 @@ def test_every_deprecated_value_works_and_is_hidden(command, option, old, new, c
         line = f"involution: warning: {old} is deprecated, use {new}\n"
         assert capsys.readouterr().err == line
         parse([command, *want])
-    parse([command, "--help"])
-    help = capsys.readouterr().out
-    assert new in help
-    assert f" {old}," not in help
+    text = help_of(command).split(f" {option} ")[1]
+    # Of an option with choices only their list counts: its help may contain the words.
+    text = text.split("choices:")[-1].split("]")[0] if command == "explain" else text
+    words = re.findall(r"[\w-]+", text)
+    assert new in words
+    assert old not in words
 
 
 def test_current_names_and_positional_words_stay():

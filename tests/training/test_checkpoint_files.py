@@ -1,4 +1,4 @@
-"""Checkpoints as files: their names, their texts, what is taken for one."""
+"""Checkpoint files: names, metadata, corruption, locks."""
 
 import hashlib
 import json
@@ -115,7 +115,7 @@ def test_exclusive_lock(tmp_path):
         "The output folder must not be in use by another process. "
         f"Received: {tmp_path}, which another process has locked"
     )
-    # It is free again however the block ends.
+    # Exceptions release it too.
     with pytest.raises(KeyboardInterrupt), checkpoint.exclusive_lock(tmp_path):
         raise KeyboardInterrupt
     with checkpoint.exclusive_lock(tmp_path):
@@ -230,7 +230,7 @@ def test_unrelated_files_are_ignored(store):
 
 def test_lock_excludes_other_processes(tmp_path):
     with checkpoint.exclusive_lock(tmp_path):
-        # Another process, and as quick as this: it does not import Keras.
+        # A process that starts quickly: it does not import Keras.
         code = (
             "import filelock, sys\n"
             "try:\n    filelock.FileLock(sys.argv[1]).acquire(blocking=False); print('in')\n"

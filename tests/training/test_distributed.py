@@ -1,4 +1,4 @@
-"""Devices and hosts that share every batch: what they train, and what is refused."""
+"""Distributed training: equality with one device, and invalid settings."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_keras_environment_variables():
     assert distributed.from_environment(environment=variables) == distributed.Distribution(
         None, "one:12", 2, 1
     )
-    # What is given goes before.
+    # Arguments take precedence.
     assert distributed.from_environment(4, "other:1", 3, 0, variables) == distributed.Distribution(
         4, "other:1", 3, 0
     )
@@ -112,7 +112,7 @@ def test_shards_of_hosts(monkeypatch):
         [28, 29, 30, 31],
     ]
     assert all(s.weights.min() == 1 and (s.count, s.padded_count) == (12, 12) for s in shards)
-    # Ten images for six devices: two of them once more, which do not count.
+    # Ten images for six devices: two pad the batch, with weight 0.
     shards = [distributed.Distribution(2, "a:1", 3, n).shard(last) for n in range(3)]
     assert [list(s.indices) for s in shards] == [
         [40, 41, 42, 43],
@@ -205,14 +205,14 @@ def trained(folder, devices, hosts, flags=""):
 
 
 def check_shared(folder, shapes):
-    """Trains on so many devices of so many hosts, and on one."""
+    """Compares training on (devices, hosts) with training on one device."""
     ((want, weights),) = trained(folder, 1, 1)
     assert len(want) == 3
     assert sum("moving" in name for name in weights) == 6
     for devices, hosts in shapes:
         for rows, found in trained(folder, devices, hosts):
             for row, expected in zip(rows, want, strict=True):
-                # Keras has losses in float32.
+                # Keras computes losses in float32.
                 assert row == pytest.approx(expected, rel=1e-6)
             assert found.keys() == weights.keys()
             for name, other in weights.items():
@@ -232,7 +232,7 @@ def test_training_on_four_hosts_equals_one_device(tmp_path):
 
 @on_jax
 def test_only_all_reduce_communicates(tmp_path):
-    """The native and the fused operator work on the part of the batch that is there."""
+    """The native and the fused operator compute on the local shard only."""
     trained(tmp_path, 2, 1, f"--xla_dump_to={tmp_path}/dump --xla_dump_hlo_as_text")
     texts = [f.read_text() for f in (tmp_path / "dump").glob("*after_optimizations.txt")]
     step = max(texts, key=lambda text: text.count(" all-reduce("))
@@ -256,7 +256,7 @@ COMMAND = (
 
 
 def hosts(folder, count, *more, run="run"):
-    """Processes of a run, whose output goes to files; {host} in what is told is the number."""
+    """Processes of a run, with their output in files; {host} in an argument becomes the index."""
     command = [sys.executable, "-m", "involution_cli", *COMMAND]
     more += ("--output", f"{folder}/{run}")
     if count > 1:

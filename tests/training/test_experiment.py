@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
-    """One short run of both networks: (run, its folder, what the console was told)."""
+    """One short run of both models: (run, folder, progress)."""
     output = tmp_path_factory.mktemp("run") / "new" / "folder"
     console = Recorder()
     config = Config(str(folder), epochs=2, batch_size=10)
@@ -94,7 +94,7 @@ def test_metrics(run):
     assert inn["non_trainable_params"] == 6
     assert inn["optimizer_params"] == 2 * inn["trainable_params"] + 2
     assert inn["total_params"] == 6 + 3 * inn["trainable_params"] + 2
-    # The optimizer counts its steps in an integer of 4 or 8 bytes.
+    # The optimizer's step counter is an integer of 4 or 8 bytes.
     assert inn["bytes"] - 4 * inn["total_params"] in (0, 4)
     assert inn["seconds"] >= inn["seconds_per_epoch"] > 0
 
@@ -113,14 +113,14 @@ def test_history_holds_every_epoch(run):
 
 def test_progress_moves_within_an_epoch(run):
     _, _, console = run
-    # 24 training and 12 test images in batches of 10, two epochs; 36 files read before.
+    # 24 training and 12 test images in batches of 10, two epochs; 36 files are read first.
     assert console.totals == [("reading images", 36), ("cnn", 10), ("inn", 10)]
     assert console.steps == 36 + 20
     assert sum("epoch 2/2" in line for line in console.lines) == 2
 
 
 def test_metrics_are_means_over_all_images(run, folder):
-    """The last row's test figures, once more from the saved model, by NumPy."""
+    """Recomputes the last row's test metrics from the saved model with NumPy."""
     result, output, _ = run
     loaded = saved_model.load(output / "cnn.keras")
     dataset = datasets.load(str(folder))
@@ -361,7 +361,7 @@ def test_a_file_with_classes_and_colons_in_its_name(tmp_path):
 
 
 def test_files_import_neighbors(tmp_path, monkeypatch):
-    """Each its own module of one name, at once and in the midst of building."""
+    """Each file imports its own module of the same name, at import and during building."""
     for folder in ("a", "b"):
         (tmp_path / folder / "parts").mkdir(parents=True)
         (tmp_path / folder / "blocks.py").write_text(f"WHERE = {folder!r}\n")
@@ -373,7 +373,7 @@ def test_files_import_neighbors(tmp_path, monkeypatch):
             "    import late, blocks as again\n"
             "    return blocks is again, blocks.WHERE, late.WHERE, parts.deep.W, width\n"
         )
-    # An environment below the folder of a file: its packages are imported once.
+    # Packages of an environment below the folder of a file are imported once.
     installed = tmp_path / "a" / ".venv" / "installed_once.py"
     installed.parent.mkdir()
     installed.write_text("")
@@ -427,7 +427,7 @@ def test_command_lines_can_be_pasted(monkeypatch):
 
 
 def test_other_floatx_is_rejected(run, folder, tmp_path):
-    """It would be the type of what layers get, while config.json says float32."""
+    """It would be the dtype of the inputs, while config.json says float32."""
     classifier = run[0].results[0].classifier
     try:
         for floatx in ("float16", "bfloat16", "float64"):
@@ -451,7 +451,7 @@ def test_keras_settings_are_recorded_and_checked_on_resume(run, folder, tmp_path
         keras.config.set_epsilon(1e-5)
         with pytest.raises(InputError, match=r"Received: Keras's epsilon was 1e-07 and is 1e-05$"):
             compare(config, tmp_path / "run", resume=True)
-        # A checkpoint of an earlier release has none of them.
+        # Checkpoints of early releases lack them.
         store = checkpoint.CheckpointManager(tmp_path / "run")
         saved = store.latest(print)
         identity = saved.state["identity"]

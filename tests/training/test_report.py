@@ -25,7 +25,7 @@ def result(label, test_accuracy, seconds):
 def run():
     images = np.zeros((4, 8, 8, 3), "uint8")
     labels = np.array([0, 1, 0, 1])
-    # Names as a folder of a stranger may have them.
+    # Names as in an untrusted folder.
     names = ("<script>alert(1)</script>", r"b & $\no$")
     dataset = datasets.Dataset("<b>pets</b>", "", images, labels, images, labels, names)
     return experiment.Run(

@@ -1,4 +1,4 @@
-"""Runs that go on from their checkpoints."""
+"""Runs that resume from their checkpoints."""
 
 import errno
 import functools
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 def builder(input_shape, classes, width=4):
-    """With all that has a state: batch normalization, and numbers drawn at random."""
+    """A model with all kinds of state: batch normalization, and a random generator."""
     inputs = keras.Input(input_shape)
     x = keras.layers.Conv2D(width, 3)(inputs)
     x = keras.layers.BatchNormalization()(x)
@@ -39,7 +39,7 @@ def builder(input_shape, classes, width=4):
 
 @pytest.fixture(autouse=True)
 def unreported(monkeypatch):
-    """Reports take longer than these runs, and are others' to test."""
+    """Reports take longer than these runs, and have tests of their own."""
     monkeypatch.setattr(report, "write", lambda run, output: None)
 
 
@@ -53,7 +53,7 @@ def config(folder, **more):
 
 
 def outcome(output, builders=BUILDERS):
-    """All that must not depend on breaks."""
+    """All results that must not depend on interruptions."""
     weights = {
         label: [w.tobytes() for w in classifier.load(output / f"{label}.keras").model.get_weights()]
         for label in builders
@@ -103,14 +103,14 @@ def test_resumed_run_equals_uninterrupted(folder, tmp_path, uninterrupted, stops
         run = compare(config(folder), output, console, BUILDERS, resume=True)
         assert run.exit_code == 130
         assert console.left == 0
-    # The console is told how far it was, and no step is done twice.
+    # Progress starts at the checkpoint, and no step is repeated.
     rest = StopAfter(10**6)
     run = compare(config(folder), output, rest, BUILDERS, resume=True)
     assert run.exit_code == 0
     assert 36 + 10**6 - rest.left == 36 + STEPS - sum(stops)
     assert any(line.startswith("Resuming from checkpoint ") for line in rest.lines)
     assert outcome(output) == uninterrupted
-    # What has ended has nothing left to do.
+    # A finished run has no steps left.
     (state,) = (output / checkpoint.FOLDER).iterdir()
     again = StopAfter(10**6)
     compare(config(folder), output, again, BUILDERS, resume=True)
@@ -171,7 +171,7 @@ def test_settings_of_trained_models_must_not_change(folder, tmp_path):
     with pytest.raises(InputError, match=f"^{message}"):
         compare(config(folder, epochs=3), output, builders=BUILDERS, **more)
     assert sorted(p.read_bytes() for p in output.rglob("*") if p.is_file()) == before
-    # Others can be trained beside it, on the same images in another place.
+    # Other models can be added, with the same images in another folder.
     moved = folder.rename(tmp_path / folder.name)
     try:
         run = compare(config(moved), output, builders=BUILDERS, **more)
@@ -261,7 +261,7 @@ def test_a_signal_while_writing(folder, tmp_path, monkeypatch, uninterrupted):
 
 @pytest.mark.any_backend
 def test_a_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path, monkeypatch):
-    """Each file that a run writes is in its turn the one for which there is no room."""
+    """The disk is full for each file of a run in turn."""
     output, left = tmp_path / "run", 0
     one = config(folder, epochs=1)
     compare(one, tmp_path / "whole", builders=ONE)
@@ -301,7 +301,7 @@ def test_temporary_files_of_killed_processes_are_removed(folder, tmp_path):
     run = compare(config(folder, epochs=1), output, builders=ONE, resume=True)
     assert run.exit_code == 0
     assert not list(output.rglob(f"{atomic_files.PART}*"))
-    # In a folder that is no run's nothing is touched.
+    # Other folders are not modified.
     other = tmp_path / "other"
     other.mkdir()
     for name in (f"{atomic_files.PART}x", "thesis.txt"):
@@ -326,7 +326,7 @@ def test_changed_settings_are_rejected_by_name(folder, tmp_path):
             compare(config(folder, **changed), output, builders=ONE, resume=True)
         assert said in str(refusal.value)
         assert sorted(p.read_bytes() for p in output.rglob("*") if p.is_file()) == before
-    # Another size of batches needs no other weights.
+    # The batch size does not affect the shapes of weights.
     run = compare(
         config(folder, **{"batch_size": 5, "epochs": 3}),
         output,

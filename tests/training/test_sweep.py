@@ -1,4 +1,4 @@
-"""Searches with networks so small that a trial takes a moment."""
+"""Sweeps with models so small that a trial takes a moment."""
 
 import csv
 import json
@@ -158,7 +158,7 @@ def test_out_of_memory_fails_only_the_trial(planned, tmp_path, monkeypatch):
 
     with pytest.raises(RuntimeError, match="of another kind"):
         search("3,4,5,6")
-    # It is not tried again.
+    # The trial is not repeated.
     assert search("3,4,5,6") == 2
     assert {row["width"] for row in rows(tmp_path / "run")} == {"3", "6"}
     lacks = [line for line in console.lines if "out of memory: Unable to all" in line]
@@ -250,7 +250,7 @@ def test_a_sweep_resumes(planned, tmp_path):
     later = {r["trial"]: r for r in rows(tmp_path)}
     assert len(later) == 5
     assert all(later[r["trial"]] == r for r in first)
-    # Whether images may be fetched is no matter of the search.
+    # Whether images may be downloaded is not a setting of the study.
     assert sweep.run(planned(trials=5, download=True), tmp_path).trials == 5
     with pytest.raises(InputError, match="Received: `epochs` was 2 and is 3"):
         sweep.run(planned(epochs=3), tmp_path)
@@ -270,12 +270,12 @@ def test_trials_are_distinct_until_the_space_is_exhausted(planned, tmp_path):
 def test_too_large_and_invalid_models_are_rejected(planned, tmp_path, monkeypatch):
     build = mock.Mock(wraps=experiment.build)
     monkeypatch.setattr(experiment, "build", build)
-    # 7 w + 3 parameters, and no activation of that name.
+    # 7 w + 3 parameters; the activation `nothing` does not exist.
     plan = planned(
         search=("width=4,5,6", "kind=relu,nothing"), trials=9, max_parameters=38, epochs=1
     )
     sweep.run(plan, tmp_path)
-    # However often a model is proposed, it is built once.
+    # Repeated proposals of a model do not build it again.
     labels = [call.args[0] for call in build.call_args_list]
     assert len(labels) == len(set(labels))
     assert sorted((r["width"], r["kind"]) for r in rows(tmp_path)) == [("4", "relu"), ("5", "relu")]
@@ -308,7 +308,7 @@ def test_an_interruption_requeues_the_trial(planned, tmp_path):
     again = Recorder()
     assert sweep.run(planned(), tmp_path, progress=again).trials == 3
     repeated = [line for line in again.lines if "width" in line]
-    # What was asked for in the trial that was cut short.
+    # The values of the interrupted trial.
     assert begun[-1].split(": ")[1] == repeated[0].split(": ")[1]
     assert len({tuple(values(r).items()) for r in rows(tmp_path)}) == 3
 

@@ -1,4 +1,4 @@
-"""Recipes: what the rate, the decay and the mirror do, and what is held out."""
+"""Recipes and the trainer: optimizers, augmentation, validation images, exact resumption."""
 
 import dataclasses
 import json
@@ -48,12 +48,12 @@ def test_one_cycle_learning_rate():
 
 def test_imagenet_learning_rate():
     recipe = RECIPES["imagenet"]
-    # 626 steps are an epoch of 1,281,167 images.
+    # An epoch of 1,281,167 images has 626 steps.
     optimizer = make_optimizer(recipe, 130 * 626)
     for epoch, rate in ((0, 0.2), (2.5, 0.5), (5, 0.8), (67.5, 0.4), (130, 0)):
         optimizer.iterations.assign(round(epoch * 626))
         assert float(numpy(optimizer.learning_rate)) == pytest.approx(rate, abs=1e-6)
-    # The same where a batch goes through in eight parts, which Keras counts.
+    # The same with gradient accumulation, whose steps Keras counts.
     recipe = dataclasses.replace(recipe, gradient_accumulation_steps=8)
     optimizer = make_optimizer(recipe, 130 * 626)
     optimizer._iterations.assign(round(67.5 * 626) * 8 + 7)
@@ -61,7 +61,7 @@ def test_imagenet_learning_rate():
 
 
 def test_training_metrics_include_images_before_a_resume():
-    """More devices may leave over images that were trained on."""
+    """With more devices the epoch may skip images that were trained on before."""
 
     class BreakError(Exception):
         pass
@@ -82,7 +82,7 @@ def test_training_metrics_include_images_before_a_resume():
 
 
 def test_nesterov_sgd_equals_pytorch():
-    """PyTorch's formula, written out: decay in the gradient, of all weights; Nesterov."""
+    """PyTorch's formula: decay of all weights, added to the gradient; Nesterov momentum."""
     random = np.random.default_rng(0)
     variable = keras.Variable(random.normal(size=(3, 2)), dtype="float64", name="bias")
     want, velocity = numpy(variable.value).copy(), 0.0
@@ -155,7 +155,7 @@ def test_averaged_weights_are_tested_and_kept(accumulation):
             for own, expected in zip(values, mean, strict=True):
                 np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-7)
             return
-        # The first whole batch of parts begins it.
+        # The first complete batch initializes the average.
         passes += 1
         keep = 0.8 ** (1 / accumulation) if passes > accumulation else 0.0
         mean = [keep * m + (1 - keep) * v for m, v in zip(mean or values, values, strict=True)]
@@ -167,7 +167,7 @@ def test_averaged_weights_are_tested_and_kept(accumulation):
 
 
 def test_training_resumes_exactly_from_any_step(tmp_path):
-    """From any step, in the midst of a batch's parts and of testing too."""
+    """Including accumulation steps within a batch, and test steps."""
     pets = write_folder(tmp_path / "pets", size=(12, 9), train=4, test=3)
     images = datasets.load(str(pets), (6, 8), crop=0.875)
     recipe = dataclasses.replace(
@@ -303,7 +303,7 @@ def test_a_recipe_with_changes():
     assert asked.recipe_for(images) == dataclasses.replace(
         RECIPES["one-cycle"], weight_decay=0.0, batch_size=5
     )
-    # The data set's batch where the recipe has none.
+    # The data set's batch size if the recipe has none.
     assert experiment.Config().recipe_for(images) == Recipe(1e-3, batch_size=images.batch_size)
 
 

@@ -142,8 +142,8 @@ class Recipe:
         stored="accumulate",
     )
     ema_momentum: float | None = setting(
-        "Momentum of the exponential moving average of the weights, which is tested and saved in "
-        "their place; None: no average",
+        "Momentum of the exponential moving average of the weights, which is tested and saved "
+        "instead of them; None: no average",
         MOMENTUM,
         None,
         stored="ema",
