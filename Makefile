@@ -1,43 +1,42 @@
-# Two commands: `make run` does the main job, `make test` passes the tests. Each makes the virtual
-# environment that it needs, once for each set of backends, and again when pyproject.toml or the C++
-# sources change.
+# `make run` runs the comparison, `make test` the tests. Each target creates its virtual environment,
+# one for each set of backends, and recreates it when pyproject.toml or the C++ sources change.
 
 PYTHON ?= python3
-# Backends that `make test` installs and tests: some of tensorflow jax torch.
+# Backends that `make test` installs and tests: any of tensorflow jax torch.
 BACKENDS ?= tensorflow jax torch
-# Processes that share a backend's tests, a file at a time; each needs up to 3 GB of memory.
+# Parallel test processes; each needs up to 3 GB of memory.
 JOBS ?= 2
-# What `make run` trains with.
+# Backend of `make run`.
 BACKEND ?= tensorflow
-# In how many random orders `make test-orders` runs the tests of each backend.
-ORDERS ?= 10
-# The images that `make notebooks` trains with.
+# Number of random orders in which `make test-orders` runs the tests of each backend.
+RANDOM_ORDERS ?= 10
+# Folder of images for `make notebooks`.
 DATA ?=
-# What `make mutants` changes: of the page and of the data the way of an upload.
-MUTANTS ?= "involution.training.checkpoint.*" "involution.data.transforms.*" "involution.utils.atomic_files.*" "involution.data.image_folder.*" "involution.saving.classifier.*" \
+# Functions that `make mutants` mutates; of the demo and the data those that handle uploads.
+MUTATION_TARGETS ?= "involution.training.checkpoint.*" "involution.data.transforms.*" "involution.utils.atomic_files.*" "involution.data.image_folder.*" "involution.saving.classifier.*" \
 	"involution.models.*" "involution.ops.geometry.*" "involution.demo.app.x_check__*" "involution.demo.app.x__guard__*" "involution.demo.app.x__told__*" \
 	"involution.data.datasets.x_read_image__*" "involution.data.datasets.x__resize__*" "involution.data.datasets.x_scale__*"
-# Of what must not be wrong unnoticed every line and branch is tested: checkpoints, files from
-# strangers, sizes. Of all modules, these shares.
-WHOLE := training/checkpoint data/transforms data/image_folder utils/atomic_files saving/* ops/geometry models/weights models/checkpoint_readers/*
-define FLOORS
+# Modules that require full line and branch coverage: checkpoints, untrusted files, shapes.
+FULL_COVERAGE := training/checkpoint data/transforms data/image_folder utils/atomic_files saving/* ops/geometry models/weights models/checkpoint_readers/*
+# Minimum coverage of all modules.
+define COVERAGE_MINIMUMS
 import json, sys
 totals = json.load(sys.stdin)["totals"]
-for what, floor in (("statements", 95), ("branches", 90)):
-    share = totals[f"percent_{what}_covered"]
-    print(f"{what}: {share:.1f} %")
-    if share < floor:
-        sys.exit(f"The {what} that are tested must be {floor} % or more.")
+for kind, minimum in (("statements", 95), ("branches", 90)):
+    percent = totals[f"percent_{kind}_covered"]
+    print(f"{kind}: {percent:.1f} %")
+    if percent < minimum:
+        sys.exit(f"Coverage of {kind} must be at least {minimum} %. Received: {percent:.1f} %")
 endef
-export FLOORS
-# The keras.io example's text, for `make test-example`.
+export COVERAGE_MINIMUMS
+# The source of the keras.io example, for `make test-example`.
 EXAMPLE ?=
 
 comma := ,
 empty :=
 space := $(empty) $(empty)
 
-# On Linux x86-64 TensorFlow has a build for the CPU alone, half the size.
+# On Linux x86-64 TensorFlow has a CPU-only build of half the size.
 ifeq ($(shell uname -sm),Linux x86_64)
 tensorflow := tensorflow-cpu
 else
@@ -52,25 +51,25 @@ WHEELS_VENV := .venv/wheels
 TEST_VENV := .venv/test-$(subst $(space),-,$(strip $(BACKENDS)))
 OLDEST_EXTRAS = $(call extras,$(BACKEND)) sweep demo hub $(if $(filter jax,$(BACKEND)),export-jax,export)
 PYTEST = $(TEST_VENV)/bin/python -m pytest
-# pip reads the groups of pyproject.toml from this release on.
-NEW_PIP := "pip>=25.1"
+# The first release of pip that reads dependency groups.
+PIP_WITH_GROUPS := "pip>=25.1"
 
-# What the compiled core is built from.
+# Sources of the native core.
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
-# Wheels: the platform in the wheel's name, and Zig's name for it. Linux from the glibc of Debian 10 and
-# RHEL 8 on, macOS from the first release for Apple silicon.
+# Wheels: the platform tag, and Zig's target. Minimum: the glibc of Debian 10 and RHEL 8 on Linux, the
+# first release for Apple silicon on macOS.
 PLATFORMS := manylinux_2_28_x86_64=x86_64-linux-gnu.2.28 manylinux_2_28_aarch64=aarch64-linux-gnu.2.28 \
 	macosx_11_0_arm64=aarch64-macos.11.0 macosx_11_0_x86_64=x86_64-macos.11.0 win_amd64=x86_64-windows-gnu
 ZIG = $(abspath $(WHEELS_VENV))/bin/zig
-# The Pythons that `make test-pythons` asks about.
+# Python versions that `make test-pythons` checks.
 PYTHONS ?= 3.11 3.12 3.13 3.14
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-tensorflow test-jax test-torch test-long test-orders test-oldest test-example test-browser audit mutants docs notebooks space publish sanitize test-arm wheels test-wheels test-pythons lint format coverage clean
 
 help:
-	@echo "make run     compare a convolutional and an involutional network; writes runs/.../report.html"
+	@echo "make run     compare a convolutional and an involutional network; write runs/.../report.html"
 	@echo "make test    lint, and test on every backend (make test BACKENDS=jax: on one)"
 	@echo "make test-long, test-orders, test-oldest, test-browser, test-example EXAMPLE=file, audit, mutants, docs, notebooks, space, publish, sanitize, test-arm, wheels, test-wheels, test-pythons, lint, format, clean"
 
@@ -79,21 +78,21 @@ run: $(RUN_VENV)/ready
 
 test: lint $(addprefix test-,$(BACKENDS)) coverage
 
-# Tests that no backend changes run on the last backend only.
+# Backend-independent tests run on the last backend only.
 test-tensorflow test-jax test-torch: test-%: $(TEST_VENV)/ready
 	KERAS_BACKEND=$* COVERAGE_FILE=.coverage.$* $(PYTEST) -n $(JOBS) --dist loadscope --cov --cov-report= \
 		$(if $(filter-out $(lastword $(BACKENDS)),$*),--backend-only)
 
-# What no backend ran counts as missing: the three are read together.
+# Combines the coverage of all backends.
 coverage: $(addprefix test-,$(BACKENDS))
 	$(TEST_VENV)/bin/python -m coverage combine --quiet $(addprefix .coverage.,$(BACKENDS))
 	$(TEST_VENV)/bin/python -m coverage report --skip-covered
 ifeq ($(words $(BACKENDS)),3)
-	$(TEST_VENV)/bin/python -m coverage report --fail-under=100 --include="$(subst $(space),$(comma),$(WHOLE:%=src/involution/%.py))"
-	$(TEST_VENV)/bin/python -m coverage json --quiet -o - | $(TEST_VENV)/bin/python -c "$$FLOORS"
+	$(TEST_VENV)/bin/python -m coverage report --fail-under=100 --include="$(subst $(space),$(comma),$(FULL_COVERAGE:%=src/involution/%.py))"
+	$(TEST_VENV)/bin/python -m coverage json --quiet -o - | $(TEST_VENV)/bin/python -c "$$COVERAGE_MINIMUMS"
 endif
 
-# All that is exhaustive, for hours: the slow tests, many more random sizes, runs that are killed.
+# Exhaustive tests, for hours: slow tests, many more random shapes, killed runs.
 test-long: $(TEST_VENV)/ready
 	set -e; for backend in $(BACKENDS); do export KERAS_BACKEND=$$backend; \
 	$(PYTEST) -m "any_backend and not slow and not browser" -n $(JOBS) --dist loadscope; \
@@ -101,45 +100,46 @@ test-long: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/python -m tests.support.kill_resume --kills 60; done
 	$(if $(filter jax,$(BACKENDS)),$(TEST_VENV)/bin/python -m tests.support.multihost --kills 10)
 
-# `--randomly-seed=N` gives an order again. The weights are the same in every order.
+# `--randomly-seed=N` reproduces an order. Random weights do not depend on it.
 test-orders: $(TEST_VENV)/ready
-	set -e; for seed in $$(seq $(ORDERS)); do for backend in $(BACKENDS); do \
+	set -e; for seed in $$(seq $(RANDOM_ORDERS)); do for backend in $(BACKENDS); do \
 	KERAS_BACKEND=$$backend $(PYTEST) -n $(JOBS) --dist loadscope -p randomly --randomly-dont-reset-seed --randomly-seed=$$seed; \
 	done; done
 
-# The tests with the oldest releases that pyproject.toml allows: make test-oldest BACKEND=jax
+# The tests with the oldest dependencies that pyproject.toml allows: make test-oldest BACKEND=jax
 test-oldest: $(OLDEST_VENV)/ready
 	KERAS_BACKEND=$(BACKEND) $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) --dist loadscope
 
 test-example: $(TEST_VENV)/ready
 	KERAS_BACKEND=tensorflow INVOLUTION_EXAMPLE="$(EXAMPLE)" $(PYTEST) -m example -rP
 
-# A browser, Debian's chromium, drives the page.
+# Tests of the demo in a browser, Debian's chromium.
 test-browser: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/pip install --quiet --group browser -c constraints.txt
 	KERAS_BACKEND=$(BACKEND) $(PYTEST) -m browser -rP
 
-# The tutorial as notebooks, with results: make notebooks DATA=folder, of CIFAR-10 as JPEG files.
+# The tutorial as executed notebooks: make notebooks DATA=folder, with CIFAR-10 as JPEG files.
 notebooks: $(TEST_VENV)/ready
 	KERAS_BACKEND=tensorflow INVOLUTION_DATASET="$(abspath $(DATA))" $(TEST_VENV)/bin/python docs/notebooks.py
 
-# What a Hugging Face Space takes: deploy/space with the wheel in it.
+# A Hugging Face Space: deploy/space with the wheel.
 space: $(RUN_VENV)/ready
 	rm -f deploy/space/*.whl
 	$(RUN_VENV)/bin/pip wheel --quiet --no-deps --wheel-dir deploy/space .
 
-# build/docs/en/index.html; a warning is an error.
+# build/docs/en/index.html; warnings are errors.
 docs: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/pip install --quiet --group docs -c constraints.txt
 	KERAS_BACKEND=$(BACKEND) $(TEST_VENV)/bin/python -m sphinx -q -E -W --keep-going -c docs -D language=en docs/en build/docs/en
 	KERAS_BACKEND=$(BACKEND) $(TEST_VENV)/bin/python -m sphinx -q -E -W --keep-going -c docs -D language=ko docs/ko build/docs/ko
 
-# For a person who is logged in at the hub: make publish RUN=runs/... MODEL=inn REPO=owner/name
+# Requires a login at the Hugging Face Hub: make publish RUN=runs/... MODEL=inn REPO=owner/name
 publish: $(RUN_VENV)/ready
 	$(RUN_VENV)/bin/pip install --quiet --editable ".[hub]" -c constraints.txt
 	$(RUN_VENV)/bin/python deploy/publish.py "$(RUN)" "$(MODEL)" "$(REPO)"
 
-# The C++ core alone; a report ends it. The thread sanitizer is some ten times slower.
+# Sanitizers, on the C++ core only; the first report aborts. The thread sanitizer is about ten times
+# slower.
 sanitize: sanitize-address sanitize-undefined sanitize-thread
 sanitize-address sanitize-undefined: CALLS = 60
 sanitize-thread: CALLS = 10
@@ -148,12 +148,12 @@ sanitize-%:
 	cmake --build build/sanitize-$* --parallel 2
 	build/sanitize-$*/calls $(CALLS)
 
-# The C++ core for Arm, by GCC and by Clang, under user-mode emulation; Debian's packages, and a network.
+# The C++ core for Arm with GCC and Clang under user-mode emulation; requires Debian and a network.
 test-arm:
 	PYTHON="$(PYTHON)" sh tests/native/arm.sh
 
-# dist/*.whl for all PLATFORMS, each built on this machine with the core and its bindings, and checked.
-# Without isolation, because the build's compiler is in this environment.
+# dist/*.whl for all PLATFORMS, cross-compiled with the core and its bindings, and checked. Without build
+# isolation, because the compiler is in this environment.
 wheels: $(WHEELS_VENV)/ready
 	rm -f dist/*.whl
 	set -e; for platform in $(PLATFORMS); do \
@@ -162,11 +162,11 @@ wheels: $(WHEELS_VENV)/ready
 		-C wheel.tags=py3-none-$${platform%=*} -C cmake.toolchain-file=packaging/zig.cmake .; done
 	$(WHEELS_VENV)/bin/python packaging/check_wheels.py dist/*.whl
 
-# What this machine can run of them: `make wheels` first.
+# Tests of the wheels that can run on this machine, after `make wheels`.
 test-wheels: $(WHEELS_VENV)/ready
 	PYTHON="$(PYTHON)" ZIG=$(ZIG) sh packaging/test_wheels.sh
 
-# Whether each Python finds releases of everything, as wheels, and reads the sources. Nothing is run.
+# Whether every Python version has wheels of all dependencies and can parse the sources; runs nothing.
 test-pythons: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/pip install --quiet --group oldest -c constraints.txt
 	set -e; for version in $(PYTHONS); do \
@@ -176,13 +176,13 @@ test-pythons: $(TEST_VENV)/ready
 		--extra $$backend --extra compare pyproject.toml > /dev/null; \
 	echo "Python $$version, $$backend: every dependency has a wheel"; done; done
 
-# Small changes of the code that no test notices: `mutmut show NAME` for each line that is left. Made
-# of what must not be wrong unnoticed, but not of decorated functions, which mutmut passes over.
+# Mutation testing of MUTATION_TARGETS; `mutmut show NAME` shows a survivor. mutmut skips decorated
+# functions.
 mutants: $(MUTANTS_VENV)/ready
-	KERAS_BACKEND=torch OMP_NUM_THREADS=1 $(MUTANTS_VENV)/bin/mutmut run --max-children $(JOBS) $(MUTANTS)
+	KERAS_BACKEND=torch OMP_NUM_THREADS=1 $(MUTANTS_VENV)/bin/mutmut run --max-children $(JOBS) $(MUTATION_TARGETS)
 	! $(MUTANTS_VENV)/bin/mutmut results | grep -v ": not checked"
 
-# Known holes in what is installed for `make test`; what could not be asked about is an error.
+# Known vulnerabilities in the installed dependencies; packages that cannot be checked are errors.
 audit: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/pip install --quiet --group audit -c constraints.txt
 	mkdir -p build
@@ -200,36 +200,36 @@ format: $(TEST_VENV)/ready
 
 $(RUN_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(RUN_VENV)
-	$(RUN_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
+	$(RUN_VENV)/bin/pip install --quiet --upgrade $(PIP_WITH_GROUPS)
 	$(RUN_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKEND)),compare]" -c constraints.txt
 	touch $@
 
 $(TEST_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(TEST_VENV)
-	$(TEST_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
+	$(TEST_VENV)/bin/pip install --quiet --upgrade $(PIP_WITH_GROUPS)
 	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),sweep,demo,hub,$(if $(filter jax,$(BACKENDS)),export-jax,export)]" --group test --group lint $(if $(filter torch,$(BACKENDS)),--group triton) -c constraints.txt
 	touch $@
 
-# Not editable: then Python finds the package there, and not what was changed of it.
+# Not editable, because Python would import the original instead of the mutated package.
 $(MUTANTS_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(MUTANTS_VENV)
-	$(MUTANTS_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
+	$(MUTANTS_VENV)/bin/pip install --quiet --upgrade $(PIP_WITH_GROUPS)
 	$(MUTANTS_VENV)/bin/pip install --quiet ".[torch,sweep,demo,hub]" --group test --group mutants -c constraints.txt
 	touch $@
 
-# ziglang has no program of that name.
+# The package ziglang installs no executable named zig.
 $(WHEELS_VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(WHEELS_VENV)
-	$(WHEELS_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
+	$(WHEELS_VENV)/bin/pip install --quiet --upgrade $(PIP_WITH_GROUPS)
 	$(WHEELS_VENV)/bin/pip install --quiet --group wheels -c constraints.txt
 	ln -sf "$$($(WHEELS_VENV)/bin/python -c 'import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).with_name("zig"))')" $(ZIG)
 	touch $@
 
-# pip knows the newest releases alone; what uv finds are constraints, so that PyTorch may come
-# without CUDA here too.
+# pip can only resolve to the newest releases. uv's resolution is used as constraints, so that pip can
+# still choose PyTorch without CUDA.
 $(OLDEST_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(OLDEST_VENV)
-	$(OLDEST_VENV)/bin/pip install --quiet --upgrade $(NEW_PIP)
+	$(OLDEST_VENV)/bin/pip install --quiet --upgrade $(PIP_WITH_GROUPS)
 	$(OLDEST_VENV)/bin/pip install --quiet --group oldest -c constraints.txt
 	$(OLDEST_VENV)/bin/uv pip compile --quiet --python $(OLDEST_VENV)/bin/python --resolution lowest-direct \
 		--only-binary :all: pyproject.toml $(foreach extra,$(OLDEST_EXTRAS),--extra $(extra)) --group test $(if $(filter torch,$(BACKEND)),--group triton) \

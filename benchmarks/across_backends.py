@@ -25,8 +25,9 @@ def train(arguments):
 
     from involution import models
     from involution.data import datasets
-    from involution.training import trainer as training
-    from involution.training.experiment import versions
+    from involution.training.recipes import RECIPES
+    from involution.training.trainer import Trainer
+    from involution.utils.environment import versions
 
     if arguments.float64:
         keras.config.set_floatx("float64")
@@ -40,8 +41,8 @@ def train(arguments):
             network.save_weights(weights)
         network.load_weights(weights)
         order = datasets.epoch_permutation(len(dataset.x_train), 42, 1)
-        recipe, size = training.RECIPES["example"], dataset.batch_size
-        trainer = training.Trainer(network, dataset, recipe, 1, 42)
+        recipe, size = RECIPES["example"], dataset.batch_size
+        trainer = Trainer(network, dataset, recipe, 1, 42)
         losses = []
         for step in range(arguments.steps):
             batch = order[step * size : (step + 1) * size]
@@ -54,7 +55,7 @@ def train(arguments):
         found[name] = {"losses": losses}
         if name == "inn" and arguments.epochs:
             network.load_weights(weights)
-            trainer = training.Trainer(network, dataset, recipe, arguments.epochs, 42)
+            trainer = Trainer(network, dataset, recipe, arguments.epochs, 42)
             *_, last = trainer.epochs()
             found[name]["test_accuracy"] = last["test_accuracy"]
     print(json.dumps(found))

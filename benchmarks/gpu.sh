@@ -49,8 +49,8 @@ else
 fi
 
 bench operator 90 --cases red1,red3 --dtypes float32,bfloat16 \
-  --candidates triton,per-number,patches,compiled-taps,conv3,depthwise
-bench fused 70 --cases red1,red3 --dtypes float32,bfloat16 --candidates fused,two-steps --memory
+  --candidates triton,paper-cuda,im2col,compiled-taps,conv3,depthwise
+bench fused 70 --cases red1,red3 --dtypes float32,bfloat16 --candidates fused,unfused --memory
 part rednet 90 "$PYTHON" benchmarks/rednet.py --device cuda --dtype-policy mixed_bfloat16 --batch 64 \
   --steps 10 --networks chosen,resnet50 --output "$OUT/rednet.csv"
 

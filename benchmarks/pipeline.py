@@ -21,7 +21,8 @@ from involution.data import datasets
 from involution.data.transforms import CENTER_FRACTION
 from involution.models import specs
 from involution.training import experiment
-from involution.training import trainer as training
+from involution.training.recipes import RECIPES
+from involution.training.trainer import Trainer
 from involution.utils import atomic_files, memory
 
 
@@ -36,7 +37,7 @@ def main():
     parser.add_argument("--output")
     given = parser.parse_args()
     memory.disable_malloc_trim()
-    recipe = dataclasses.replace(training.RECIPES["imagenet"], batch_size=given.batch_size)
+    recipe = dataclasses.replace(RECIPES["imagenet"], batch_size=given.batch_size)
     stored = datasets.load(given.folder, (given.side, given.side), crop_fraction=CENTER_FRACTION)
     order = datasets.epoch_permutation(len(stored.x_train), 0, 1)[
         : given.batches * given.batch_size
@@ -48,9 +49,12 @@ def main():
         ((label, builder),) = specs.parse(given.model).items()
         config = experiment.Config(given.folder, given.model)
         network = experiment.build(label, builder, dataset, config)
-        return training.Trainer(network, dataset, recipe, 1, 0)
+        return Trainer(network, dataset, recipe, 1, 0)
 
-    both, alone = trainer(stored, recipe), trainer(held, dataclasses.replace(recipe, crop=False))
+    both, alone = (
+        trainer(stored, recipe),
+        trainer(held, dataclasses.replace(recipe, random_crop=False)),
+    )
     parts = {
         "reading": lambda: collections.deque(both.batches(order), maxlen=0),
         "step": lambda: alone.train(np.arange(count)),

@@ -77,12 +77,13 @@ def child(host, hosts, port, model, side, batch, dump):
     from involution.data import datasets
     from involution.models import specs
     from involution.training import distributed, experiment
-    from involution.training import trainer as training
+    from involution.training.recipes import RECIPES
+    from involution.training.trainer import Trainer
     from involution.utils import memory
 
     memory.disable_malloc_trim()
-    together = distributed.of(1, f"127.0.0.1:{port}", hosts, host)
-    distributed.begin(together)
+    distribution = distributed.from_environment(1, f"127.0.0.1:{port}", hosts, host)
+    distributed.initialize(distribution)
     import numpy as np
 
     count = batch * hosts
@@ -92,27 +93,30 @@ def child(host, hosts, port, model, side, batch, dump):
     names = tuple("0123456789")
     dataset = datasets.Dataset("noise", "", x, y, x[:hosts], y[:hosts], names)
     recipe = dataclasses.replace(
-        training.RECIPES["imagenet"], crop=False, flip=False, learning_rate=1e-3
+        RECIPES["imagenet"], random_crop=False, random_flip=False, learning_rate=1e-3
     )
     ((label, builder),) = specs.parse(model).items()
     found = {}
-    for name, who, images in (("compute", distributed.ALONE, batch), ("step", together, count)):
+    for name, devices, images in (
+        ("compute", distributed.SINGLE_PROCESS, batch),
+        ("step", distribution, count),
+    ):
         network = experiment.build(label, builder, dataset, experiment.Config(models=model))
         asked = dataclasses.replace(recipe, batch_size=images)
-        trainer = training.Trainer(network, dataset, asked, 1000, 0, who)
+        trainer = Trainer(network, dataset, asked, 1000, 0, devices)
         order = np.arange(images)
         for _ in range(3):
             trainer.train(order)
-        together.wait_for_all(name)
+        distribution.barrier(name)
         found[name] = median_seconds(lambda trainer=trainer, order=order: trainer.train(order))
-        together.wait_for_all(f"{name} is measured")
+        distribution.barrier(f"{name} is measured")
     found["sizes"] = sizes = collectives(dump) if hosts > 1 else []
     if sizes:
         run = in_turn(sizes)
         for _ in range(3):
             run()
         found["sums"] = median_seconds(run)
-    together.end()
+    distribution.shutdown()
     print(json.dumps(found))
 
 

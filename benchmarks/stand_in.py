@@ -54,7 +54,7 @@ def main():
     counts = {("train", "train"): given.train, ("test", "val"): given.test}
     with tempfile.TemporaryDirectory(dir=given.folder.parent) as place:
         folder = pathlib.Path(place) / given.folder.name
-        todo = list(jobs(given.source, folder, counts, given.scale))
+        todo = list(jobs(given.source, folder, counts, given.to_unit_float))
         with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
             for _ in pool.map(enlarge, todo, chunksize=32):
                 pass

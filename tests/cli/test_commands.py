@@ -1,4 +1,4 @@
-"""The command as its console script calls it; the slow start once, in a process of its own."""
+"""The commands, called as by the console script; one in a process of its own."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import pytest
 import involution
 import involution_cli
 from involution.ops.cases import CASES
+from involution_cli import session
 from tests.support.backends import IMPLEMENTATIONS
 from tests.support.images import write_folder, write_image
 from tests.support.paths import FILES
@@ -36,8 +37,8 @@ HOSTED = FILES / "hosted"
 
 @pytest.fixture
 def call(monkeypatch, capfd, tmp_path):
-    """Runs one command line in an empty folder: (exit code, lines on the screen). What frameworks
-    write to standard error is in the log; only an error of ours is there."""
+    """Runs a command line in an empty folder: (exit code, output lines). Standard error has only
+    the command's own error; the output of frameworks is in the log."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -61,7 +62,7 @@ def pets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(pets, tmp_path_factory):
-    """The folder of a short run made by the command."""
+    """The folder of a short run of `compare`, and its process."""
     output = tmp_path_factory.mktemp("cli") / "the $run"
     command = ["compare", "--dataset", pets, "--epochs", "1", "--output", output]
     result = subprocess.run(
@@ -75,7 +76,7 @@ def trained(pets, tmp_path_factory):
     return output, result
 
 
-def test_compare_tells_where_to_look_next(trained):
+def test_output_of_compare(trained):
     output, result = trained
     lines = result.stdout.splitlines()
     assert lines[0].startswith("involution: Comparing cnn,inn on ")
@@ -95,7 +96,7 @@ def test_compare_tells_where_to_look_next(trained):
     assert command.startswith("involution compare --dataset")
 
 
-def test_train_is_a_run_of_one_model(call, pets, tmp_path):
+def test_train(call, pets, tmp_path):
     code, lines = call("train", "--model", "cnn", "--dataset", pets, "--epochs", "1")
     assert code == 0
     (folder,) = (tmp_path / "runs").iterdir()
@@ -136,16 +137,16 @@ def test_predict(call, trained, pets):
         (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"), "CUDA out of memory. Tried"),
     ],
 )
-def test_memory_that_does_not_suffice_is_told_in_one_line(error, received, tmp_path):
-    message, code = involution_cli._explain(error, tmp_path / "log.txt")
+def test_out_of_memory(error, received, tmp_path):
+    message, code = session.explain_error(error, tmp_path / "log.txt")
     assert code == 7
-    assert message.startswith("Memory must suffice; ")
+    assert message.startswith("Out of memory; ")
     assert f"Received: {received}" in message
     assert not (tmp_path / "log.txt").exists()
 
 
-def test_memory_that_does_not_suffice_for_keras(tmp_path):
-    """The package is not there then, to tell what it is."""
+def test_out_of_memory_importing_keras(tmp_path):
+    """The package, which classifies errors, is not fully imported then."""
     code = (
         "import sys, involution_cli\n"
         "class Full:\n"
@@ -162,18 +163,18 @@ def test_memory_that_does_not_suffice_for_keras(tmp_path):
     assert done.stderr.endswith("Received: Unable to allocate 5 GiB\n")
 
 
-def test_what_is_closed_to_a_user_is_no_error_of_ours(tmp_path):
+def test_missing_permissions(tmp_path):
     log = tmp_path / "log.txt"
-    told = "Files and folders must be open to this user. Received: "
+    rule = "Files and folders must be accessible to this user. Received: "
     for error, received in (
         (PermissionError(13, "Permission denied", "/x/y"), "/x/y: Permission denied"),
         (PermissionError("not here"), "not here"),
     ):
-        assert involution_cli._explain(error, log) == (told + received, 2)
+        assert session.explain_error(error, log) == (rule + received, 2)
     assert not log.exists()
 
 
-def test_no_room_for_temporary_files(call, monkeypatch):
+def test_no_temporary_folder(call, monkeypatch):
     def refuse(**more):
         raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
 
@@ -181,7 +182,7 @@ def test_no_room_for_temporary_files(call, monkeypatch):
     code, lines = call("doctor")
     assert code == 5
     assert lines[-1].startswith(
-        "involution: error: A folder for temporary files must be writable. Received: [Errno 2] No"
+        "involution: error: The temporary folder must be writable. Received: [Errno 2] No"
     )
 
 
@@ -195,10 +196,10 @@ def test_explain(call, trained, pets, tmp_path):
     assert (tmp_path / "explain.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("show", ["maps", "outputs", "place", "groups"])
-def test_explain_draws_what_is_asked_for(call, trained, pets, tmp_path, show):
+@pytest.mark.parametrize("figure", ["heatmap", "activations", "point", "groups"])
+def test_explain_figures(call, trained, pets, tmp_path, figure):
     image = pets / "test" / "ant" / "1.png"
-    arguments = ("explain", trained[0] / "inn.keras", image, "--show", show, "--place", "0,1")
+    arguments = ("explain", trained[0] / "inn.keras", image, "--figure", figure, "--point", "0,1")
     for file in ("a.svg", "b.svg"):
         code, lines = call(*arguments, "--output", file)
         assert code == 0
@@ -208,7 +209,7 @@ def test_explain_draws_what_is_asked_for(call, trained, pets, tmp_path, show):
     assert a == b
 
 
-def test_explain_writes_a_page_of_everything(call, trained, pets, tmp_path):
+def test_explain_page(call, trained, pets, tmp_path):
     images = [pets / "test" / "ant" / f"{i}.png" for i in range(2)]
     code, lines = call("explain", trained[0] / "inn.keras", *images, "--output", "page.html")
     assert code == 0
@@ -228,13 +229,13 @@ def test_convert_and_export(call, tmp_path):
     code, lines = call("export", "folder", "--image-size", "12x8")
     assert code == 0
     assert re.fullmatch(
-        r"folder\.onnx: [\d,]+ bytes, from input to output_0, output_1, output_2, any batch, "
+        r"folder\.onnx: [\d,]+ bytes, input to output_0, output_1, output_2, any batch size, "
         r"in \d+ s",
         lines[1],
     )
     assert re.fullmatch(
-        r"check: for batches of 1 and 5 onnxruntime \S+ gives the model's numbers to "
-        r"\d\.\de-\d\d of the largest",
+        r"verified: for batches of 1 and 5 the outputs of onnxruntime \S+ match; "
+        r"maximum relative error \d\.\de-\d\d",
         lines[2],
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "folder.onnx"]
@@ -288,7 +289,7 @@ def test_doctor_fails_on_a_wrong_implementation(call, monkeypatch):
 
 
 def bad_inputs(root, trained):
-    """(name, command line, what the one line says)."""
+    """(command line, text in the error) of invalid inputs."""
     ok = ["--dataset", write_folder(root / "ok")]
     empty = root / "empty"
     empty.mkdir()
@@ -313,10 +314,10 @@ def bad_inputs(root, trained):
         (["compare", "--dataset", single], "at least two classes"),
         (["compare", *ok, "--output", root / "used"], "new or empty"),
         (["compare", *ok, "--output", root / "text.png" / "x"], "writable"),
-        (["compare", *ok, "--epochs", "0"], "epochs must be at least 1. Received: epochs=0"),
+        (["compare", *ok, "--epochs", "0"], "--epochs must be at least 1. Received: 0"),
         (["compare", *ok, "--epochs", "many"], "many"),
-        (["compare", *ok, "--image-size", "0x5"], "--image-size must be"),
-        (["compare", *ok, "--image-size", "5x5x5"], "--image-size must be"),
+        (["compare", *ok, "--image-size", "0x5"], "--image-size must be a positive side"),
+        (["compare", *ok, "--image-size", "5x5x5"], "--image-size must be a positive side"),
         (["compare", *ok, "--image-size", "2"], "at least 4"),
         (["compare", "--unknown"], "unknown"),
         (["compare", *ok, "--backend", "theano"], "theano"),
@@ -326,15 +327,15 @@ def bad_inputs(root, trained):
         (["predict", root / "text.png", image], "text.png"),
         (["predict", cnn, root / "none.png"], "file: No such file or directory. Received: "),
         (["predict", cnn, root / "text.png"], "text.png"),
-        (["predict", cnn], "At least one image"),
+        (["predict", cnn], "At least one image is required"),
         (["predict", cnn, image, "--top", "0"], "--top must be at least 1"),
         (["explain", cnn, image], "must have an involution"),
         (["explain", inn, image, "--output", root / "none" / "x.png"], "writable"),
         (["explain", inn, image, "--output", root / "x.gif"], "must be a .png, .svg or .html"),
-        (["explain", inn, image, image, "--show", "groups"], "of one image"),
-        (["explain", inn, image, "--place", "0.5"], "Received: 0.5"),
-        (["explain", inn, image, "--place", "0.5,nan"], "Received: 0.5, nan"),
-        (["explain", inn, image, "--place", "a,b"], "--place must be ROW,COLUMN"),
+        (["explain", inn, image, image, "--figure", "groups"], "of one image"),
+        (["explain", inn, image, "--point", "0.5"], "Received: 0.5"),
+        (["explain", inn, image, "--point", "0.5,nan"], "Received: 0.5, nan"),
+        (["explain", inn, image, "--point", "a,b"], "--point must be ROW,COLUMN"),
         (["convert", root / "none.pth", root / "new"], "none.pth"),
         (["convert", root / "text.png", root / "new"], "must be a PyTorch .pth file"),
         (["convert", root / "ok", root / "new"], "a folder without variables"),
@@ -342,14 +343,14 @@ def bad_inputs(root, trained):
         (["convert", HOSTED, root / "text.png" / "x"], "writable"),
         (["export", root / "none.keras"], "which does not exist"),
         (["export", root / "text.png"], "must be a .keras file"),
-        (["export", root / "used"], "must contain config.json and model.safetensors"),
-        (["export", cnn, "--image-size", "9"], "Received: one for images of (16, 16, 3)"),
+        (["export", root / "used"], "must hold config.json and model.safetensors"),
+        (["export", cnn, "--image-size", "9"], "Received: a model for images of (16, 16, 3)"),
         (["export", cnn, "--output", root / "none" / "x.onnx"], "none/x.onnx"),
         (["export", cnn, "--format", "tflite"], "tflite"),
     ]
 
 
-def test_bad_input_is_one_line_and_writes_nothing(call, trained, tmp_path):
+def test_invalid_input_is_one_line_and_writes_nothing(call, trained, tmp_path):
     cases = bad_inputs(tmp_path, trained)
     before = sorted(tmp_path.rglob("*"))
     for arguments, expected in cases:
@@ -384,7 +385,7 @@ def test_unknown_backend_and_a_stale_configuration(tmp_path, trained):
     assert [f.name for f in tmp_path.iterdir()] == ["keras.json"]
 
 
-def test_names_that_the_terminal_cannot_show(trained, pets):
+def test_names_that_the_terminal_cannot_encode(trained, pets):
     image = pets / "猫.png"
     image.write_bytes((pets / "test" / "ant" / "0.png").read_bytes())
     result = subprocess.run(
@@ -399,8 +400,8 @@ def test_names_that_the_terminal_cannot_show(trained, pets):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
-def test_paths_that_are_no_text_are_carried_through(call, pets, tmp_path):
-    """Into config.json, the report, the command to go on, and from there."""
+def test_paths_that_are_not_utf8(call, pets, tmp_path):
+    """In config.json, the report, and the command to resume."""
     data, output = (tmp_path / os.fsdecode(name) for name in (b"p\xe9ts", b"r\xfcn"))
     data.symlink_to(pets)
     arguments = ("train", "--model", "cnn", "--dataset", data, "--epochs", "1", "--output", output)
@@ -415,7 +416,7 @@ def test_paths_that_are_no_text_are_carried_through(call, pets, tmp_path):
     code, lines = call("predict", output / "cnn.keras", image)
     assert code == 0
     assert lines[-1].startswith(f"{tmp_path}/\\udce9.png: ")
-    # Of a class it would be in the model.
+    # A class name would be stored in the model.
     for part in ("train", "test"):
         write_image(tmp_path / "latin" / part / os.fsdecode(b"\xe9") / "0.png")
     code, lines = call("train", "--dataset", tmp_path / "latin", "--output", "new")
@@ -424,14 +425,16 @@ def test_paths_that_are_no_text_are_carried_through(call, pets, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_an_error_of_our_own_is_one_line_and_keeps_its_log(call, trained, pets, monkeypatch):
+def test_internal_error_is_one_line_and_keeps_its_log(call, trained, pets, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("two\nlines")
 
     monkeypatch.setattr("involution.saving.classifier.load", fail)
     code, lines = call("predict", trained[0] / "cnn.keras", pets / "test" / "ant" / "0.png")
     assert code == 3
-    log = re.search(r"RuntimeError; all about it is in (\S+)$", lines[-1])[1]
+    log = re.search(
+        r"Internal error \(RuntimeError\); traceback in (\S+); please report it$", lines[-1]
+    )[1]
     assert "RuntimeError: two" in pathlib.Path(log).read_text()
 
 
@@ -439,14 +442,14 @@ def test_an_interruption_is_one_line(call, monkeypatch):
     def fail(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("involution.data.load", fail)
+    monkeypatch.setattr("involution.data.datasets.load", fail)
     code, lines = call("compare")
     assert code == 130
     assert lines[-1] == "involution: error: interrupted."
 
 
-def test_help_answers_without_the_package():
-    """What makes it fast: neither Keras nor this package is imported."""
+def test_help_does_not_import_the_package():
+    """Help is fast because it imports neither Keras nor `involution`."""
     code = (
         "import sys, involution_cli\n"
         "try: involution_cli.main()\n"

@@ -1,4 +1,4 @@
-"""Names of strangers in what is written: control characters are shown, and obeyed nowhere."""
+"""Untrusted names in output: control characters are escaped everywhere."""
 
 import io
 import json
@@ -7,13 +7,13 @@ import keras
 import pytest
 from matplotlib.figure import Figure
 
-import involution_cli
 from involution.demo import render
 from involution.saving import classifier
 from involution.utils import atomic_files, errors
 from involution.utils.errors import escape_controls
-from involution.utils.progress import Console
+from involution.utils.progress import RichProgress
 from involution.visualize import html
+from involution_cli import commands, session
 from tests.support.images import write_image
 
 pytestmark = pytest.mark.any_backend
@@ -27,68 +27,64 @@ def clean(text):
     return not errors.CONTROL.search(text.replace("\n", ""))
 
 
-def test_control_characters_are_shown_and_no_others():
+def test_only_control_characters_are_escaped():
     assert escape_controls(HARM) == SEEN
     assert escape_controls(READABLE) == READABLE
     assert escape_controls("a\nb\tc", "\n") == "a\nb\\u0009c"
     assert escape_controls("\udcff") == "\\udcff"
     assert escape_controls(ValueError("\x07")) == "\\u0007"
-    # All of C0 and C1, DEL, separators of lines, and what turns the direction of writing.
+    # C0 and C1, DEL, line separators and directional marks.
     for code in (*range(32), *range(127, 160), 0x200E, 0x200F, *range(0x2028, 0x202F)):
         assert escape_controls(chr(code)) == f"\\u{code:04x}"
 
 
-def test_the_command_has_the_same_rule():
-    assert involution_cli.CONTROL.pattern == errors.CONTROL.pattern
-    assert involution_cli._shown(HARM + READABLE) == SEEN + READABLE
+def test_command_line_escapes_equally():
+    assert session.CONTROL.pattern == errors.CONTROL.pattern
+    assert session.shown(HARM + READABLE) == SEEN + READABLE
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_lines_and_bars_show_them(terminal, monkeypatch):
+def test_log_lines_and_progress_bars(terminal, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     file = io.StringIO()
     file.isatty = lambda: terminal
-    console = Console(file)
-    console.say(f"{HARM} one\nimage.png: cat 1.000")
+    progress = RichProgress(file)
+    progress.log(f"{HARM} one\nimage.png: cat 1.000")
     assert file.getvalue() == f"{SEEN} one\\u000aimage.png: cat 1.000\n"
-    console.start(HARM, 3)
-    console._last = -100.0
-    console.step()
-    console.stop()
+    progress.begin(HARM, 3)
+    progress._logged = -100.0
+    progress.advance()
+    progress.end()
     assert SEEN in file.getvalue().replace("\n", "")
     assert HARM not in file.getvalue()
 
 
-def test_errors_and_first_lines_show_them(capsys):
-    assert involution_cli._fail(f"a\nb {HARM}") == 2
+def test_error_lines(capsys):
+    assert session.fail(f"a\nb {HARM}") == 2
     said = capsys.readouterr().err
     assert clean(said)
     assert said.startswith("involution: error: a b \\u001b[2J")
 
 
-def test_a_prediction_stays_on_its_line(tmp_path, capsys, monkeypatch):
+def test_predictions_stay_on_their_lines(tmp_path, capsys, monkeypatch):
     layers = [keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(2)]
     names = (HARM, "x\nimage.png: cat 1.000")
     path = tmp_path / "m.keras"
     classifier.Classifier(keras.Sequential(layers), names, (8, 8, 3)).save(path)
     write_image(tmp_path / "i.png")
-    involution_cli.predict(path, tmp_path / "i.png")
+    commands.predict(path, tmp_path / "i.png")
     first, line = capsys.readouterr().out.splitlines()
-    assert first == "involution: Reading the model."
+    assert first == "involution: Loading the model."
     assert SEEN in line
     assert r"x\u000aimage.png" in line
-    scores = render.scores({"m": classifier.load(path)}, tmp_path / "i.png")
+    scores = render.predict_proba({"m": classifier.load(path)}, tmp_path / "i.png")
     assert set(scores["m"]) == {SEEN, r"x\u000aimage.png: cat 1.000"}
 
 
-def test_files_show_them(tmp_path):
+def test_files(tmp_path):
     (tmp_path / "x.html.j2").write_text("{{ name }}|{{ pair[0] }}|{{ many }}|{{ 3 }}")
-    folder = html.__file__
-    try:
-        html.__file__ = str(tmp_path / "pages.py")
-        html.write(tmp_path / "x.html", "x.html.j2", name=HARM, pair=["<b>"], many="a\n\tb")
-    finally:
-        html.__file__ = folder
+    template = tmp_path / "x.html.j2"
+    html.write(tmp_path / "x.html", template, name=HARM, pair=["<b>"], many="a\n\tb")
     text = (tmp_path / "x.html").read_text(encoding="utf-8")
     assert text == f"{SEEN}|&lt;b&gt;|a\n\tb|3"
     atomic_files.write_json(tmp_path / "x.json", {HARM: [READABLE, HARM]})
@@ -98,7 +94,7 @@ def test_files_show_them(tmp_path):
     assert atomic_files.csv_text(["a", "b"], [{"a": HARM, "b": 1.5}]) == f"a,b\n{SEEN},1.5\n"
 
 
-def test_figures_show_them():
+def test_figures():
     figure = Figure()
     figure.subplots().set_title("a\x1b\nbé", parse_math=False)
     svg = html.image(figure, "svg")
@@ -106,5 +102,5 @@ def test_figures_show_them():
     assert figure.axes[0].get_title() == "a\\u001b\nbé"
 
 
-def test_a_layers_name_is_no_html():
+def test_layer_names_are_not_html():
     assert render._escaped(f"<img src=x>{HARM}") == f"&lt;img src=x&gt;{SEEN}"

@@ -11,7 +11,8 @@ import pytest
 from involution.data import datasets, decode, image_folder
 from involution.data.lazy_images import LazyImages
 from involution.models import cnn
-from involution.training import trainer as training
+from involution.training.recipes import RECIPES
+from involution.training.trainer import Trainer
 from involution.utils import memory
 from involution.utils.errors import InputError
 from tests.support.images import write_folder, write_image
@@ -60,10 +61,10 @@ def test_fingerprints_match_those_in_memory(pair, monkeypatch):
 
 def test_training_matches_images_in_memory(pair):
     def rows(dataset):
-        recipe = dataclasses.replace(training.RECIPES["one-cycle"], batch_size=10)
+        recipe = dataclasses.replace(RECIPES["one-cycle"], batch_size=10)
         keras.utils.set_random_seed(1)
         network = cnn(input_shape=dataset.image_shape, classes=len(dataset.class_names))
-        trainer = training.Trainer(network, dataset, recipe, 2, seed=1)
+        trainer = Trainer(network, dataset, recipe, 2, seed=1)
         return [{k: v for k, v in row.items() if k != "seconds"} for row in trainer.epochs()]
 
     assert rows(pair[1]) == rows(pair[0])

@@ -17,13 +17,13 @@ import keras
 import numpy as np
 import pytest
 
-import involution_cli
 from involution import hub
 from involution.data import datasets, decode
 from involution.models.convert import convert
 from involution.saving import classifier
 from involution.training import checkpoint
 from involution.utils.errors import InputError
+from involution_cli import commands
 from tests.support import hostile_files, paths
 from tests.support.backends import numpy
 from tests.support.hostile_files import FILES, Place
@@ -56,13 +56,13 @@ def hub_load(place, path):
 
 def predict(place, path):
     write_image(place.written / "image.png")
-    return lambda: involution_cli._read(classifier, [str(path), place.written / "image.png"])
+    return lambda: commands.read_images([str(path), place.written / "image.png"])
 
 
 def resume(place, path):
     def latest():
         lines: list[str] = []
-        saved = checkpoint.Store(path).latest(lines.append)
+        saved = checkpoint.CheckpointManager(path).latest(lines.append)
         if saved is None:
             (reason,) = lines
             raise InputError(f"Received: {reason}")  # as a run reports it
@@ -134,7 +134,7 @@ def data_folder(place):
 
 
 def run_folder(place):
-    checkpoint.Store(place.given).save({"a": np.ones(3, "f4")}, {"x": 1})
+    checkpoint.CheckpointManager(place.given).save({"a": np.ones(3, "f4")}, {"x": 1})
     return place.given
 
 

@@ -1,8 +1,8 @@
-"""One host of a training that devices and hosts share: for tests.
+"""One host of a distributed training run, for tests.
 
-    python -m tests.support.distributed_runs DEVICES HOSTS HOST PORT WEIGHTS.npz
+    python -m tests.support.distributed_runs DEVICES NUM_PROCESSES PROCESS_ID PORT WEIGHTS.npz
 
-trains in float64, prints what each epoch gave as JSON, and writes the weights.
+trains in float64, prints the metrics of each epoch as JSON, and writes the weights.
 """
 
 import dataclasses
@@ -14,7 +14,9 @@ import numpy as np
 
 import involution
 from involution.data import datasets
-from involution.training import distributed, trainer
+from involution.training import distributed
+from involution.training.recipes import RECIPES
+from involution.training.trainer import Trainer
 
 
 def dataset(train=40, test=11):
@@ -43,21 +45,27 @@ def network():
     )
 
 
-def train(hosts):
-    """(model, rows) of three epochs; the last batch of each is not whole."""
+def train(distribution):
+    """(model, rows) of three epochs, each with an incomplete last batch."""
     recipe = dataclasses.replace(
-        trainer.RECIPES["one-cycle"], batch_size=16, accumulate=2, ema=0.9, label_smoothing=0.1
+        RECIPES["one-cycle"],
+        batch_size=16,
+        gradient_accumulation_steps=2,
+        ema_momentum=0.9,
+        label_smoothing=0.1,
     )
     model = network()
-    return model, list(trainer.Trainer(model, dataset(), recipe, 3, 5, hosts).epochs())
+    return model, list(Trainer(model, dataset(), recipe, 3, 5, distribution).epochs())
 
 
-def main(devices, hosts, host, port, file):
-    hosts = distributed.of(int(devices), f"127.0.0.1:{port}", int(hosts), int(host))
-    distributed.begin(hosts)
+def main(devices, num_processes, process_id, port, file):
+    distribution = distributed.from_environment(
+        int(devices), f"127.0.0.1:{port}", int(num_processes), int(process_id)
+    )
+    distributed.initialize(distribution)
     keras.config.set_dtype_policy("float64")
-    model, rows = train(hosts)
-    hosts.end()
+    model, rows = train(distribution)
+    distribution.shutdown()
     np.savez(
         file, **{v.path.replace("/", " "): keras.ops.convert_to_numpy(v) for v in model.weights}
     )

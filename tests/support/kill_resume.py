@@ -1,10 +1,10 @@
-"""Kills runs, and shows that what is left of them is gone on with to the same bits.
+"""Kills runs, and checks that they resume to a bit-identical result.
 
     KERAS_BACKEND=jax python -m tests.support.kill_resume --kills 60
 
-kills so many processes at random moments, and then one before each kind of change that a run makes
-to a file. Each is gone on with; no step may be lost or done twice beyond the last checkpoint, and
-in the end weights, history and the list of files must be those of a run that was left alone.
+kills 60 processes at random moments, and then one before each kind of file operation of a run.
+Each run resumes; only steps after the last checkpoint may be lost or repeated, and the final
+weights, history and list of files must equal those of an uninterrupted run.
 """
 
 import argparse
@@ -20,11 +20,11 @@ import sys
 import tempfile
 import time
 
-EVERY = 10  # steps between checkpoints
+CHECKPOINT_EVERY = 10  # steps between checkpoints
 MODELS = "cnn:filters=4-4-4:hidden=8,cnn:filters=2-2-2:hidden=4"
-CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")
-MOST = 8  # kills of one run
-# Each is a new one, but what it imports has been imported.
+OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")
+MAX_KILLS = 8  # kills of one run
+# New processes that have the imports already.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     ["involution.training.experiment", "involution.training.report", "sklearn.datasets"]
@@ -32,67 +32,70 @@ PROCESSES.set_forkserver_preload(
 
 
 class Child:
-    """The process that is killed: a run that tells a file of its steps and of every change of a
-    file that it is about to make.
+    """The process to kill: a run that logs its steps and its file operations, before each.
 
     Args:
         output: The run's folder.
-        diary: The file that is told.
-        fatal: Before which change to be killed: its name, a blank, its how manieth; "": none.
+        journal: The log.
+        fatal: The operation before which to die: its name, a space, its count; "": none.
     """
 
-    def __init__(self, output, diary, fatal):
+    def __init__(self, output, journal, fatal):
         self.output = os.path.abspath(output)
-        self.diary = os.open(diary, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self.journal = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self.fatal, _, left = fatal.rpartition(" ")
         self.left = int(left or 0)
 
-    def tell(self, *words):
-        os.write(self.diary, (" ".join(map(str, words)) + "\n").encode())
+    def record(self, *words):
+        os.write(self.journal, (" ".join(map(str, words)) + "\n").encode())
 
-    def change(self, what, path):
+    def on_operation(self, what, path):
         if not os.path.abspath(path).startswith(self.output):
             return
         name = re.sub(r"\d{12}-[0-9a-f]+", "checkpoint", os.path.relpath(path, self.output))
         name = f"{what}:{re.sub(r'-[a-z0-9_]{8}(?=[.])', '', name)}"
-        self.tell("change", name)
+        self.record("change", name)
         if name == self.fatal:
             self.left -= 1
             if self.left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(self, event, arguments):
-        if event in CHANGES:
-            self.change(event, os.fspath(arguments[0]))
+        if event in OPERATIONS:
+            self.on_operation(event, os.fspath(arguments[0]))
         elif event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
-            self.change(event, os.fsdecode(arguments[0]))
+            self.on_operation(event, os.fsdecode(arguments[0]))
 
     def main(self):
         from involution.training import checkpoint, experiment
+        from involution.training.run_folder import history
+        from involution.utils.progress import NullProgress
 
-        console, real_sync, real_save = experiment.Silent(), os.fsync, checkpoint.Store.save
+        progress, real_sync, real_save = NullProgress(), os.fsync, checkpoint.CheckpointManager.save
 
         def sync(handle):
-            self.change("fsync", os.readlink(f"/proc/self/fd/{handle}"))
+            self.on_operation("fsync", os.readlink(f"/proc/self/fd/{handle}"))
             real_sync(handle)
 
         def save(store, arrays, state):
             saved = real_save(store, arrays, state)
-            self.tell("saved")
+            self.record("saved")
             return saved
 
-        os.fsync, checkpoint.Store.save = sync, save
-        console.start = lambda label, total, done=0: self.tell("start", done, label)
-        console.step = lambda: self.tell("step")
+        os.fsync, checkpoint.CheckpointManager.save = sync, save
+        progress.begin = lambda label, total, done=0: self.record("start", done, label)
+        progress.advance = lambda: self.record("step")
         sys.addaudithook(self.audit)
-        self.tell("begin")
+        self.record("begin")
         config = experiment.Config("digits", MODELS, epochs=2, recipe="one-cycle", batch_size=64)
-        run = experiment.compare(config, self.output, console, resume=True, checkpoint_every=EVERY)
-        digest = hashlib.sha256(experiment.history(run.results).encode())
+        run = experiment.compare(
+            config, self.output, progress, resume=True, checkpoint_every=CHECKPOINT_EVERY
+        )
+        digest = hashlib.sha256(history(run.results).encode())
         for result in run.results:
             for weight in result.classifier.model.get_weights():
                 digest.update(weight.tobytes())
-        self.tell("end", digest.hexdigest(), *sorted(os.listdir(self.output)))
+        self.record("end", digest.hexdigest(), *sorted(os.listdir(self.output)))
 
 
 def train(*arguments):
@@ -100,23 +103,23 @@ def train(*arguments):
 
 
 class Killed:
-    """A run that is begun, killed and gone on with until it ends.
+    """A run that is killed and resumed until it finishes.
 
     Attributes:
-        kills: How often it was killed.
-        seconds: From its last beginning, when all is imported, to its end.
-        lines: What its processes told.
-        lost: The most steps that a kill cost; ``EVERY`` at most.
+        kills: Number of kills.
+        seconds: Duration of its last process, without imports.
+        lines: The log of its processes.
+        lost: Maximum number of steps lost by a kill; ``CHECKPOINT_EVERY`` at most.
     """
 
     def __init__(self, folder):
-        self.output, self.diary = folder / "run", folder / "diary"
+        self.output, self.journal = folder / "run", folder / "journal"
         self.kills, self.seconds, self.lines, self.lost = 0, 0.0, [], 0
 
-    def go_on(self, fatal="", after=None) -> bool:
-        """Whether it came to its end; ``after``: it is killed so many seconds after it began."""
+    def resume(self, fatal="", after=None) -> bool:
+        """Whether the run finished; ``after``: seconds after which to kill it."""
         before = self._read()
-        process = PROCESSES.Process(target=train, args=(self.output, self.diary, fatal))
+        process = PROCESSES.Process(target=train, args=(self.output, self.journal, fatal))
         process.start()
         while process.is_alive() and len(self._read()) == len(before):
             time.sleep(0.01)
@@ -127,19 +130,19 @@ class Killed:
         self.seconds = time.perf_counter() - start
         code = process.exitcode
         if code not in (0, -signal.SIGKILL):
-            raise SystemExit(f"A run must go on; it ended with status {code}.")
+            raise SystemExit(f"A run must resume; it ended with status {code}.")
         self.lines = self._read()
         self._check(before, self.lines[len(before) :])
         self.kills += code != 0
         return code == 0
 
     def _read(self) -> list[str]:
-        text = self.diary.read_text() if self.diary.exists() else ""
-        # A line that a kill cut off has not been told.
+        text = self.journal.read_text() if self.journal.exists() else ""
+        # A kill may truncate the last line.
         return text[: text.rfind("\n") + 1].splitlines()
 
     def _check(self, before, now):
-        """No step is lost that a checkpoint held, and none is done again."""
+        """No step before a checkpoint is lost or repeated."""
         start = next((line for line in now if line.startswith("start ")), None)
         if start is None:
             return
@@ -156,11 +159,11 @@ class Killed:
             elif here and line == "saved":
                 saved = steps
         if not saved <= int(done) <= steps:
-            raise SystemExit(f"{steps} steps, {saved} of them saved, were gone on from at {done}")
+            raise SystemExit(f"Resumed at step {done} of {steps}, {saved} of them saved")
         self.lost = max(self.lost, steps - int(done))
 
 
-def say(text):
+def log(text):
     print(text, flush=True)
 
 
@@ -179,38 +182,38 @@ def main(kills, seed):
             lost, total = max(lost, run.lost), total + run.kills
 
         whole = new()
-        whole.go_on()
+        whole.resume()
         changes = collections.Counter(
             line.removeprefix("change ") for line in whole.lines if line.startswith("change ")
         )
-        say(
-            f"left alone: {whole.lines.count('step')} steps, {whole.seconds:.1f} s, "
-            f"{changes.total()} changes of files, of {len(changes)} kinds"
+        log(
+            f"uninterrupted: {whole.lines.count('step')} steps, {whole.seconds:.1f} s, "
+            f"{changes.total()} file operations, of {len(changes)} kinds"
         )
-        say(whole.lines[-1])
+        log(whole.lines[-1])
         while total < kills:
             run = new()
-            while run.kills < min(MOST, kills - total):
-                if run.go_on(after=rng.uniform(0, whole.seconds)):
+            while run.kills < min(MAX_KILLS, kills - total):
+                if run.resume(after=rng.uniform(0, whole.seconds)):
                     break
             else:
-                run.go_on()
+                run.resume()
             end(run)
-            say(f"{total} kills at random moments, {lost} steps lost at most")
+            log(f"{total} kills at random moments, {lost} steps lost at most")
         total = 0
         run = new()
         for kind, count in changes.items():
-            # There are two checkpoints before one is removed.
+            # The first checkpoint is deleted after the third is written.
             for time_ in range(1, min(count, 3) + 1):
-                if run.go_on(f"{kind} {time_}"):
+                if run.resume(f"{kind} {time_}"):
                     end(run)
                     run = new()
-                    if run.go_on(f"{kind} {time_}"):
-                        raise SystemExit(f"A run must come to a change: {kind} {time_}")
-            say(f"{total + run.kills} kills, one of them before {kind}")
-        run.go_on()
+                    if run.resume(f"{kind} {time_}"):
+                        raise SystemExit(f"A run must reach an operation: {kind} {time_}")
+            log(f"{total + run.kills} kills, one of them before {kind}")
+        run.resume()
         end(run)
-        say(f"{total} kills before changes of files, {lost} steps lost at most")
+        log(f"{total} kills before file operations, {lost} steps lost at most")
 
 
 if __name__ == "__main__":

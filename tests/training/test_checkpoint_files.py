@@ -1,4 +1,4 @@
-"""Checkpoints as files: their names, their texts, what is taken for one."""
+"""Checkpoint files: names, metadata, corruption, locks."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save as save_arrays
 
 from involution.training import checkpoint
-from involution.training.checkpoint import Store
+from involution.training.checkpoint import CheckpointManager
 from involution.utils import atomic_files
 from involution.utils.errors import InputError, WriteError
 
@@ -34,14 +34,14 @@ def no_word(line):
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(str(tmp_path))
+    return CheckpointManager(str(tmp_path))
 
 
 def content(store):
     return sorted(path.name for path in store.folder.iterdir())
 
 
-def test_the_name_and_the_text_of_a_checkpoint(store, tmp_path):
+def test_name_and_metadata_of_a_checkpoint(store, tmp_path):
     arrays = {"turned": np.arange(6.0).reshape(2, 3).T, "list": [1, 2]}
     saved = store.save(arrays, {"at": float("inf")})
     assert (saved.number, saved.arrays, saved.state) == (1, arrays, {"at": float("inf")})
@@ -55,7 +55,7 @@ def test_the_name_and_the_text_of_a_checkpoint(store, tmp_path):
     np.testing.assert_array_equal(found["list"], [1, 2])
 
 
-def test_checkpoints_are_counted_from_the_newest(store):
+def test_numbers_continue_from_the_newest(store):
     store.folder.mkdir()
     whole = save_arrays({}, {"state": '{"format": 1, "n": 9}'})
     for number in (2, 10**9):
@@ -76,21 +76,21 @@ def test_checkpoints_are_counted_from_the_newest(store):
         (None, "'state'"),
     ],
 )
-def test_a_text_that_is_not_ours(store, text, reason):
+def test_foreign_metadata(store, text, reason):
     store.folder.mkdir()
     made = save_arrays({}, {"x": "y"} if text is None else {"state": text})
     name = f"000000000007-{hashlib.sha256(made).hexdigest()}.safetensors"
     (store.folder / name).write_bytes(made)
     lines = []
     assert store.latest(lines.append) is None
-    rule = "Checkpoint 7 is damaged, the one before it is taken: "
+    rule = "Checkpoint 7 is corrupt, using the one before it: "
     assert lines == [rule + reason]
     (store.folder / name).write_bytes(b"")
     assert store.latest(lines.append) is None
-    assert lines[1:] == [f"{rule}its content is not what its name says"]
+    assert lines[1:] == [f"{rule}its content does not match the hash in its name"]
 
 
-def test_names_that_are_no_checkpoints(store):
+def test_other_file_names(store):
     store.folder.mkdir()
     whole = save_arrays({}, {"state": '{"format": 1}'})
     digest = hashlib.sha256(whole).hexdigest()
@@ -106,22 +106,23 @@ def test_names_that_are_no_checkpoints(store):
     assert store.latest(no_word) is None
 
 
-def test_a_folder_where_another_process_works(tmp_path):
-    with checkpoint.alone(str(tmp_path)):
+def test_exclusive_lock(tmp_path):
+    with checkpoint.exclusive_lock(str(tmp_path)):
         assert os.listdir(tmp_path) == [".lock"]
-        with pytest.raises(InputError) as caught, checkpoint.alone(tmp_path):
+        with pytest.raises(InputError) as caught, checkpoint.exclusive_lock(tmp_path):
             raise AssertionError
     assert str(caught.value) == (
-        f"The output folder must be free. Received: {tmp_path}, where another process is at work"
+        "The output folder must not be in use by another process. "
+        f"Received: {tmp_path}, which another process has locked"
     )
-    # It is free again however the block ends.
-    with pytest.raises(KeyboardInterrupt), checkpoint.alone(tmp_path):
+    # Exceptions release it too.
+    with pytest.raises(KeyboardInterrupt), checkpoint.exclusive_lock(tmp_path):
         raise KeyboardInterrupt
-    with checkpoint.alone(tmp_path):
+    with checkpoint.exclusive_lock(tmp_path):
         pass
 
 
-def test_the_newest_two_are_kept_and_then_one(store):
+def test_max_to_keep(store):
     for number in range(1, 5):
         store.save({}, {"n": number})
         assert [int(name[:12]) for name in content(store)] == [
@@ -133,7 +134,7 @@ def test_the_newest_two_are_kept_and_then_one(store):
     assert store.latest(no_word).state == {"n": 4}
 
 
-def test_what_is_not_read_back_as_it_was_written_is_no_checkpoint(store, monkeypatch):
+def test_failed_verification(store, monkeypatch):
     store.save({}, {"n": 1})
     real = pathlib.Path.replace
 
@@ -145,15 +146,15 @@ def test_what_is_not_read_back_as_it_was_written_is_no_checkpoint(store, monkeyp
     with pytest.raises(WriteError) as caught:
         store.save({}, {"n": 2})
     assert re.fullmatch(
-        rf"Could not write {store.folder}/0{{11}}2-\w{{64}}\.safetensors: "
-        "it is not read back as it was written",
+        rf"A file must be written whole\. Received: {store.folder}/0{{11}}2-\w{{64}}\.safetensors: "
+        "the file differs from what was written",
         str(caught.value),
     )
     assert store.latest(no_word).state == {"n": 1}
     assert len(content(store)) == 1
 
 
-def test_what_is_saved_comes_back_to_the_bit(store):
+def test_round_trip_is_exact(store):
     assert store.latest(no_word) is None
     assert store.save(ARRAYS, STATE).number == 1
     found = store.latest(no_word)
@@ -165,7 +166,7 @@ def test_what_is_saved_comes_back_to_the_bit(store):
     assert all(np.array_equal(found.arrays[k], ARRAYS[k]) for k in ARRAYS)
 
 
-def test_the_older_stays_until_the_newer_is_read_back(store, monkeypatch):
+def test_older_checkpoint_survives_a_failed_save(store, monkeypatch):
     for number in (1, 2):
         store.save(ARRAYS, {"number": number})
     real = atomic_files.atomic_write
@@ -182,7 +183,7 @@ def test_the_older_stays_until_the_newer_is_read_back(store, monkeypatch):
 
 
 @pytest.mark.parametrize("flips", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_every_truncation_and_flips_of_bits_are_detected(store, flips):
+def test_truncation_and_bit_flips_are_detected(store, flips):
     store.save(ARRAYS, {"number": 1})
     store.save(ARRAYS, {"number": 2})
     newest = store.folder / content(store)[-1]
@@ -202,12 +203,12 @@ def test_every_truncation_and_flips_of_bits_are_detected(store, flips):
         lines = []
         assert store.latest(lines.append).state == {"number": 1}
         assert len(lines) == 1
-        assert lines[0].startswith("Checkpoint 2 is damaged, the one before it is taken: ")
+        assert lines[0].startswith("Checkpoint 2 is corrupt, using the one before it: ")
     newest.write_bytes(whole)
     assert store.latest(no_word).state == {"number": 2}
 
 
-def test_a_file_with_the_right_hash_and_the_wrong_content(store):
+def test_valid_hash_of_invalid_content(store):
     store.save(ARRAYS, {"number": 1})
     for number, made in enumerate((b"", b"hello", bytes(8) + b"{}", b"\2" + bytes(7) + b"{}"), 2):
         name = f"{number:012d}-{hashlib.sha256(made).hexdigest()}.safetensors"
@@ -217,7 +218,7 @@ def test_a_file_with_the_right_hash_and_the_wrong_content(store):
     assert len(lines) == 4
 
 
-def test_what_else_lies_there_is_left_out(store):
+def test_unrelated_files_are_ignored(store):
     store.save(ARRAYS, {"number": 1})
     for name in (f"{atomic_files.TMP_PREFIX}1-2.safetensors", "notes.txt"):
         (store.folder / name).write_bytes(b"x")
@@ -227,9 +228,9 @@ def test_what_else_lies_there_is_left_out(store):
     assert len(content(store)) == 3
 
 
-def test_one_process_at_a_time(tmp_path):
-    with checkpoint.alone(tmp_path):
-        # Another process, and as quick as this: it does not import Keras.
+def test_lock_excludes_other_processes(tmp_path):
+    with checkpoint.exclusive_lock(tmp_path):
+        # A process that starts quickly: it does not import Keras.
         code = (
             "import filelock, sys\n"
             "try:\n    filelock.FileLock(sys.argv[1]).acquire(blocking=False); print('in')\n"
@@ -238,11 +239,14 @@ def test_one_process_at_a_time(tmp_path):
         command = [sys.executable, "-c", code, str(tmp_path / checkpoint.LOCK)]
         second = subprocess.run(command, capture_output=True, text=True, check=True)
         assert second.stdout == "out\n"
-        with pytest.raises(InputError, match="must be free"), checkpoint.alone(tmp_path):
+        with (
+            pytest.raises(InputError, match="must not be in use"),
+            checkpoint.exclusive_lock(tmp_path),
+        ):
             raise AssertionError
     after = subprocess.run(command, capture_output=True, text=True, check=True)
     assert after.stdout == "in\n"
-    with checkpoint.alone(tmp_path):
+    with checkpoint.exclusive_lock(tmp_path):
         pass
 
 
@@ -250,7 +254,7 @@ def start(folders, barrier, wins):
     for folder in folders:
         barrier.wait()
         try:
-            with checkpoint.alone(folder):
+            with checkpoint.exclusive_lock(folder):
                 wins.put(str(folder))
                 barrier.wait()  # the other has been refused
         except InputError:
@@ -258,7 +262,7 @@ def start(folders, barrier, wins):
 
 
 @pytest.mark.slow  # both import Keras
-def test_of_two_processes_that_start_at_once_one_wins(tmp_path):
+def test_only_one_of_two_concurrent_processes_gets_the_lock(tmp_path):
     folders = [tmp_path / str(number) for number in range(100)]
     for folder in folders:
         folder.mkdir()

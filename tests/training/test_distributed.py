@@ -1,4 +1,4 @@
-"""Devices and hosts that share every batch: what they train, and what is refused."""
+"""Distributed training: equality with one device, and invalid settings."""
 
 import json
 import os
@@ -13,140 +13,149 @@ import keras
 import numpy as np
 import pytest
 
-from involution.training import distributed, trainer
+from involution.training import distributed
+from involution.training.recipes import Recipe
+from involution.training.trainer import Trainer
 from involution.utils.errors import InputError
 from tests.support import distributed_runs
 from tests.support.backends import BACKEND
 from tests.support.multihost import free_port
 
-on_jax = pytest.mark.skipif(BACKEND != "jax", reason="only JAX shares batches")
+on_jax = pytest.mark.skipif(BACKEND != "jax", reason="only JAX shards batches")
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"devices": 0}, "--devices must be at least 1. Received: 0"),
-        ({"hosts": 0}, "--num-hosts must be at least 1. Received: 0"),
+        ({"devices": 0}, "`devices` must be at least 1. Received: 0"),
+        ({"num_processes": 0}, "`num_processes` must be at least 1. Received: 0"),
         (
-            {"hosts": 2, "host": 2, "coordinator": "a:1"},
-            "--host-id must be from 0 to 1. Received: 2",
+            {"num_processes": 2, "process_id": 2, "coordinator_address": "a:1"},
+            "`process_id` must be from 0 to 1. Received: 2",
         ),
-        ({"hosts": 2}, "--coordinator must be HOST:PORT .* Received: None"),
-        ({"hosts": 2, "coordinator": "a"}, "--coordinator must be HOST:PORT .* Received: a"),
+        ({"num_processes": 2}, "`coordinator_address` must be HOST:PORT .* Received: None"),
+        (
+            {"num_processes": 2, "coordinator_address": "a"},
+            "`coordinator_address` must be HOST:PORT .* Received: a",
+        ),
     ],
 )
-def test_what_is_no_cluster_is_refused(given, message):
+def test_invalid_distributions_are_rejected(given, message):
     with pytest.raises(InputError, match=message):
-        distributed.of(**given, environment={})
+        distributed.from_environment(**given, environment={})
 
 
-def test_keras_own_variables_tell_of_the_hosts():
-    told = {
+def test_keras_environment_variables():
+    variables = {
         "KERAS_DISTRIBUTION_JOB_ADDRESSES": "one:12,two:12",
         "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
         "KERAS_DISTRIBUTION_PROCESS_ID": "1",
     }
-    assert distributed.of(environment=told) == distributed.Cluster(None, "one:12", 2, 1)
-    # What is given goes before.
-    assert distributed.of(4, "other:1", 3, 0, told) == distributed.Cluster(4, "other:1", 3, 0)
-    assert distributed.of(environment={}) == distributed.ALONE
-    with pytest.raises(InputError, match="KERAS_DISTRIBUTION_NUM_PROCESSES must be a number"):
-        distributed.of(environment={"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"})
+    assert distributed.from_environment(environment=variables) == distributed.Distribution(
+        None, "one:12", 2, 1
+    )
+    # Arguments take precedence.
+    assert distributed.from_environment(4, "other:1", 3, 0, variables) == distributed.Distribution(
+        4, "other:1", 3, 0
+    )
+    assert distributed.from_environment(environment={}) == distributed.SINGLE_PROCESS
+    with pytest.raises(
+        InputError, match="KERAS_DISTRIBUTION_NUM_PROCESSES must be a nonnegative integer"
+    ):
+        distributed.from_environment(environment={"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"})
 
 
-def test_other_backends_are_refused_in_one_line(monkeypatch):
-    distributed.begin(distributed.ALONE)
+def test_other_backends_are_rejected(monkeypatch):
+    distributed.initialize(distributed.SINGLE_PROCESS)
     backend = "torch" if BACKEND == "jax" else BACKEND
     monkeypatch.setattr(keras.config, "backend", lambda: backend)
-    message = f"need the JAX backend: --backend jax .* Received: {backend}"
+    message = f"require the JAX backend: KERAS_BACKEND=jax .* Received: {backend}"
     with pytest.raises(InputError, match=message):
-        distributed.begin(distributed.Cluster(devices=2))
+        distributed.initialize(distributed.Distribution(devices=2))
 
 
 @on_jax
-def test_devices_are_told_before_they_are_used():
+def test_devices_must_be_set_before_jax_starts():
     keras.ops.zeros(()) + 1
-    message = r"--devices must be told before JAX is used\. Received: 2:"
+    message = r"`devices` must be set before JAX is initialized\. Received: 2:"
     with pytest.raises(InputError, match=message):
-        distributed.begin(distributed.Cluster(devices=2))
+        distributed.initialize(distributed.Distribution(devices=2))
 
 
 @pytest.mark.parametrize(
     ("backend", "variable"), [("torch", "WORLD_SIZE"), ("tensorflow", "TF_CONFIG")]
 )
-def test_other_launchers_are_refused(backend, variable, monkeypatch):
+def test_other_launchers_are_rejected(backend, variable, monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: backend)
-    with pytest.raises(
-        InputError, match=f"would train a model of its own.* Received: {variable}=2"
-    ):
-        distributed.refuse_others(distributed.ALONE, {variable: "2"})
+    with pytest.raises(InputError, match=f"would train its own model.* Received: {variable}=2"):
+        distributed.check_launchers(distributed.SINGLE_PROCESS, {variable: "2"})
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own strategies")
-def test_a_strategy_of_tensorflow_is_refused():
+def test_tensorflow_strategies_are_rejected():
     import tensorflow as tf
 
     with (
         tf.distribute.MirroredStrategy(["CPU:0"]).scope(),
-        pytest.raises(InputError, match=r"outside of a tf.distribute strategy.* MirroredStrategy"),
+        pytest.raises(InputError, match=r"outside a tf.distribute strategy.* MirroredStrategy"),
     ):
-        distributed.refuse_others(distributed.ALONE, {})
+        distributed.check_launchers(distributed.SINGLE_PROCESS, {})
 
 
-def test_every_host_takes_its_part(monkeypatch):
-    monkeypatch.setattr(distributed.Cluster, "total", 6)
+def test_shards_of_hosts(monkeypatch):
+    monkeypatch.setattr(distributed.Distribution, "num_devices", 6)
     whole, last = np.arange(20, 32), np.arange(40, 50)
-    shares = [distributed.Cluster(2, "a:1", 3, n).share(whole) for n in range(3)]
-    assert [list(s.index) for s in shares] == [
+    shards = [distributed.Distribution(2, "a:1", 3, n).shard(whole) for n in range(3)]
+    assert [list(s.indices) for s in shards] == [
         [20, 21, 22, 23],
         [24, 25, 26, 27],
         [28, 29, 30, 31],
     ]
-    assert all(s.weights.min() == 1 and (s.count, s.whole) == (12, 12) for s in shares)
-    # Ten images for six devices: two of them once more, which do not count.
-    shares = [distributed.Cluster(2, "a:1", 3, n).share(last) for n in range(3)]
-    assert [list(s.index) for s in shares] == [
+    assert all(s.weights.min() == 1 and (s.count, s.padded_count) == (12, 12) for s in shards)
+    # Ten images for six devices: two pad the batch, with weight 0.
+    shards = [distributed.Distribution(2, "a:1", 3, n).shard(last) for n in range(3)]
+    assert [list(s.indices) for s in shards] == [
         [40, 41, 42, 43],
         [44, 45, 46, 47],
         [48, 49, 40, 41],
     ]
-    assert [list(s.weights) for s in shares] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
-    assert all((s.count, s.whole) == (10, 12) for s in shares)
+    assert [list(s.weights) for s in shards] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
+    assert all((s.count, s.padded_count) == (10, 12) for s in shards)
 
 
-def test_a_device_alone_takes_all():
-    share = distributed.ALONE.share(np.array([5, 3, 4]))
-    assert list(share.index) == [5, 3, 4]
-    assert (list(share.weights), share.count, share.whole) == ([1, 1, 1], 3, 3)
+def test_shard_of_a_single_device():
+    shard = distributed.SINGLE_PROCESS.shard(np.array([5, 3, 4]))
+    assert list(shard.indices) == [5, 3, 4]
+    assert (list(shard.weights), shard.count, shard.padded_count) == ([1, 1, 1], 3, 3)
 
 
 @pytest.mark.parametrize(
-    ("total", "size", "accumulate", "message"),
+    ("total", "size", "accumulation", "message"),
     [
-        (3, 16, 1, "--batch-size must be a multiple of the devices of all hosts, 3. Received: 16"),
+        (3, 16, 1, r"`batch_size` must be a multiple of the number of devices \(3\). Received: 16"),
         (2, 16, 4, None),
-        (2, 12, 4, "of all hosts, 2 times --accumulate, 4. Received: 12"),
-        (1, 10, 4, "must be a multiple of --accumulate, 4. Received: 10"),
-        (2, 48, 4, "for a batch in parts, at least 48. Received: 40 training images"),
-        (48, 48, 1, "for each of 48 devices, at least 48. Received: 40 training images"),
+        (2, 12, 4, r"of devices \(2\) times `gradient_accumulation_steps` \(4\). Received: 12"),
+        (1, 10, 4, r"must be a multiple of `gradient_accumulation_steps` \(4\). Received: 10"),
+        (2, 48, 4, "at least 48 images, for one batch. Received: 40 training images"),
+        (48, 48, 1, "at least 48 images, one for each device. Received: 40 training images"),
     ],
 )
-def test_batches_that_cannot_be_shared_are_refused(total, size, accumulate, message, monkeypatch):
-    monkeypatch.setattr(distributed.Cluster, "total", total)
-    recipe = trainer.Recipe(0.1, batch_size=size, accumulate=accumulate)
+def test_indivisible_batches_are_rejected(total, size, accumulation, message, monkeypatch):
+    monkeypatch.setattr(distributed.Distribution, "num_devices", total)
+    recipe = Recipe(0.1, batch_size=size, gradient_accumulation_steps=accumulation)
     if message is None:
-        trainer.Trainer(distributed_runs.network(), distributed_runs.dataset(), recipe, 1, 0)
+        Trainer(distributed_runs.network(), distributed_runs.dataset(), recipe, 1, 0)
         return
     with pytest.raises(InputError, match=message):
-        trainer.Trainer(distributed_runs.network(), distributed_runs.dataset(), recipe, 1, 0)
+        Trainer(distributed_runs.network(), distributed_runs.dataset(), recipe, 1, 0)
 
 
-def test_a_host_that_is_silent_is_told_apart_from_other_errors():
-    pair = distributed.Cluster(1, "a:1", 2, 0)
+def test_lost_hosts_are_distinguished_from_other_errors():
+    pair = distributed.Distribution(1, "a:1", 2, 0)
 
     def error(hosts, raised):
         try:
-            with hosts.answering(), hosts.answering():
+            with hosts.detect_lost_hosts(), hosts.detect_lost_hosts():
                 raise raised
         except ValueError as caught:
             return caught
@@ -155,10 +164,10 @@ def test_a_host_that_is_silent_is_told_apart_from_other_errors():
     lost = error(pair, silent)
     assert isinstance(lost, distributed.LostHostError)
     assert str(lost) == (
-        "All hosts must go on to the end. Received: one that was lost: "
+        "All hosts must run until the end. Received: a host was lost: "
         "UNKNOWN: Gloo AllGather failed: Connection reset by peer"
     )
-    assert error(distributed.ALONE, silent) is silent
+    assert error(distributed.SINGLE_PROCESS, silent) is silent
     for other in (ValueError("Shapes must be equal"), InputError("The connection must be ...")):
         assert error(pair, other) is other
 
@@ -196,14 +205,14 @@ def trained(folder, devices, hosts, flags=""):
 
 
 def check_shared(folder, shapes):
-    """Trains on so many devices of so many hosts, and on one."""
+    """Compares training on (devices, hosts) with training on one device."""
     ((want, weights),) = trained(folder, 1, 1)
     assert len(want) == 3
     assert sum("moving" in name for name in weights) == 6
     for devices, hosts in shapes:
         for rows, found in trained(folder, devices, hosts):
             for row, expected in zip(rows, want, strict=True):
-                # Keras has losses in float32.
+                # Keras computes losses in float32.
                 assert row == pytest.approx(expected, rel=1e-6)
             assert found.keys() == weights.keys()
             for name, other in weights.items():
@@ -211,19 +220,19 @@ def check_shared(folder, shapes):
 
 
 @on_jax
-def test_devices_and_hosts_train_what_one_device_trains(tmp_path):
+def test_distributed_training_equals_one_device(tmp_path):
     check_shared(tmp_path, ((2, 1), (1, 2), (2, 2)))
 
 
 @on_jax
 @pytest.mark.slow
-def test_four_hosts_train_what_one_device_trains(tmp_path):
+def test_training_on_four_hosts_equals_one_device(tmp_path):
     check_shared(tmp_path, ((1, 4), (4, 1)))
 
 
 @on_jax
-def test_a_step_adds_up_and_exchanges_nothing_else(tmp_path):
-    """The native and the fused operator work on the part of the batch that is there."""
+def test_only_all_reduce_communicates(tmp_path):
+    """The native and the fused operator compute on the local shard only."""
     trained(tmp_path, 2, 1, f"--xla_dump_to={tmp_path}/dump --xla_dump_hlo_as_text")
     texts = [f.read_text() for f in (tmp_path / "dump").glob("*after_optimizations.txt")]
     step = max(texts, key=lambda text: text.count(" all-reduce("))
@@ -247,15 +256,20 @@ COMMAND = (
 
 
 def hosts(folder, count, *more, run="run"):
-    """Processes of a run, whose output goes to files; {host} in what is told is the number."""
+    """Processes of a run, with their output in files; {host} in an argument becomes the index."""
     command = [sys.executable, "-m", "involution_cli", *COMMAND]
     more += ("--output", f"{folder}/{run}")
     if count > 1:
-        command += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-hosts", str(count)]
+        command += [
+            "--coordinator-address",
+            f"127.0.0.1:{free_port()}",
+            "--num-processes",
+            str(count),
+        ]
     for host in range(count):
         with open(folder / f"host{host}.txt", "w", encoding="utf-8") as file:
             yield subprocess.Popen(
-                [*command, *(m.format(host=host) for m in more), "--host-id", str(host)],
+                [*command, *(m.format(host=host) for m in more), "--process-id", str(host)],
                 env={**environment(), "JAX_ENABLE_X64": "0"},
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -272,34 +286,34 @@ def wait_for(folder, text, seconds=240):
 
 
 @on_jax
-def test_hosts_that_are_at_different_runs_are_refused(tmp_path):
+def test_hosts_with_different_runs_are_rejected(tmp_path):
     processes = list(hosts(tmp_path, 2, "--epochs", "1", "--seed", "{host}"))
     codes = [process.wait(240) for process in processes]
     assert codes == [2, 2]
     for host in range(2):
         assert (tmp_path / f"host{host}.txt").read_text(encoding="utf-8").splitlines()[-1] == (
-            "involution: error: All hosts must have the same images, options and versions. "
-            "Received: others on host 1 than on host 0"
+            "involution: error: All hosts must have the same images, settings and versions. "
+            "Received: host 1 differs from host 0"
         )
 
 
 @on_jax
-def test_hosts_that_begin_at_different_checkpoints_are_refused(tmp_path):
+def test_hosts_with_different_checkpoints_are_rejected(tmp_path):
     (alone,) = hosts(tmp_path, 1, "--epochs", "1", run="run0")
     assert alone.wait(240) == 0
     processes = list(hosts(tmp_path, 2, "--epochs", "1", "--resume", run="run{host}"))
     assert [process.wait(240) for process in processes] == [2, 2]
     for host in range(2):
         assert (tmp_path / f"host{host}.txt").read_text(encoding="utf-8").splitlines()[-1] == (
-            "involution: error: All hosts must begin at the same checkpoint of one folder. "
-            "Received: others on host 1 than on host 0"
+            "involution: error: All hosts must start from the same checkpoint of one folder. "
+            "Received: host 1 differs from host 0"
         )
     assert not (tmp_path / "run1").exists()
 
 
 @on_jax
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_lost_host_ends_the_run_and_another_number_goes_on(tmp_path, victim):
+def test_a_run_resumes_after_a_lost_host_on_fewer_hosts(tmp_path, victim):
     more = "--epochs", "40", "--checkpoint-every", "5"
     processes = list(hosts(tmp_path, 2, *more))
     try:
@@ -315,11 +329,11 @@ def test_a_lost_host_ends_the_run_and_another_number_goes_on(tmp_path, victim):
             process.wait()
     time.sleep(1)  # what is said last
     said = (tmp_path / f"host{1 - victim}.txt").read_text(encoding="utf-8")
-    assert "a host was lost" in said or "one that was lost" in said, said
+    assert "a host was lost" in said, said
     assert "--resume" in said
     (alone,) = hosts(tmp_path, 1, "--epochs", "40", "--resume", "--checkpoint-every", "5")
     try:
-        wait_for(tmp_path, "Going on from checkpoint")
+        wait_for(tmp_path, "Resuming from checkpoint")
         alone.send_signal(signal.SIGTERM)
         assert alone.wait(240) == 143
     finally:

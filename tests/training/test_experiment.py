@@ -18,6 +18,7 @@ from involution.saving import classifier as saved_model
 from involution.training import checkpoint, experiment
 from involution.training.experiment import Config, compare
 from involution.utils.errors import InputError
+from involution.utils.progress import NullProgress
 from tests.support.backends import numpy
 from tests.support.images import write_folder, write_image
 
@@ -37,17 +38,17 @@ FILES = {
 }
 
 
-class Recorder(experiment.Silent):
+class Recorder(NullProgress):
     def __init__(self):
         self.lines, self.steps, self.totals = [], 0, []
 
-    def say(self, text):
+    def log(self, text):
         self.lines.append(text)
 
-    def start(self, label, total, done=0):
+    def begin(self, label, total, done=0):
         self.totals.append((label, total))
 
-    def step(self):
+    def advance(self):
         self.steps += 1
 
 
@@ -58,14 +59,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
-    """One short run of both networks: (run, its folder, what the console was told)."""
+    """One short run of both models: (run, folder, progress)."""
     output = tmp_path_factory.mktemp("run") / "new" / "folder"
     console = Recorder()
     config = Config(str(folder), epochs=2, batch_size=10)
     return compare(config, output, console, command="involution compare"), output, console
 
 
-def test_a_run_is_one_folder(run):
+def test_files_of_a_run(run):
     _, output, _ = run
     assert {f.name for f in output.iterdir()} == FILES
 
@@ -93,7 +94,7 @@ def test_metrics(run):
     assert inn["non_trainable_params"] == 6
     assert inn["optimizer_params"] == 2 * inn["trainable_params"] + 2
     assert inn["total_params"] == 6 + 3 * inn["trainable_params"] + 2
-    # The optimizer counts its steps in an integer of 4 or 8 bytes.
+    # The optimizer's step counter is an integer of 4 or 8 bytes.
     assert inn["bytes"] - 4 * inn["total_params"] in (0, 4)
     assert inn["seconds"] >= inn["seconds_per_epoch"] > 0
 
@@ -112,14 +113,14 @@ def test_history_holds_every_epoch(run):
 
 def test_progress_moves_within_an_epoch(run):
     _, _, console = run
-    # 24 training and 12 test images in batches of 10, two epochs; 36 files read before.
+    # 24 training and 12 test images in batches of 10, two epochs; 36 files are read first.
     assert console.totals == [("reading images", 36), ("cnn", 10), ("inn", 10)]
     assert console.steps == 36 + 20
     assert sum("epoch 2/2" in line for line in console.lines) == 2
 
 
-def test_measures_are_means_over_all_images(run, folder):
-    """The last row's test figures, once more from the saved model, by NumPy."""
+def test_metrics_are_means_over_all_images(run, folder):
+    """Recomputes the last row's test metrics from the saved model with NumPy."""
     result, output, _ = run
     loaded = saved_model.load(output / "cnn.keras")
     dataset = datasets.load(str(folder))
@@ -132,7 +133,7 @@ def test_measures_are_means_over_all_images(run, folder):
     )
 
 
-def test_bfloat16_is_what_layers_compute_in_and_not_what_weights_are(folder, tmp_path):
+def test_bfloat16_computes_with_float32_weights(folder, tmp_path):
     config = Config(str(folder), epochs=1, batch_size=10, precision="bfloat16")
     result = compare(config, tmp_path / "run")
     assert keras.config.dtype_policy().name == "float32"
@@ -148,12 +149,12 @@ def test_bfloat16_is_what_layers_compute_in_and_not_what_weights_are(folder, tmp
     np.testing.assert_allclose(scores.sum(-1), 1, atol=1e-5)
 
 
-def test_an_unknown_precision_is_refused():
+def test_unknown_precision_is_rejected():
     with pytest.raises(InputError, match=r"one of float32, bfloat16\. Received: float16"):
         Config(precision="float16")
 
 
-def test_the_same_seed_gives_the_same_history_to_the_byte(run, folder, tmp_path):
+def test_equal_seeds_give_equal_history(run, folder, tmp_path):
     _, output, _ = run
     again = compare(Config(str(folder), epochs=2, batch_size=10), tmp_path / "again")
     assert (tmp_path / "again" / "history.csv").read_bytes() == (
@@ -170,7 +171,7 @@ def test_a_model_does_not_depend_on_those_before_it(run, folder, tmp_path):
     assert {k: v for k, v in alone.results[0].rows[-1].items() if k != "seconds"} == expected
 
 
-def test_an_image_reaches_the_model_as_in_training_to_the_bit(run, folder):
+def test_preprocessing_equals_that_of_training(run, folder):
     _, output, _ = run
     classifier = saved_model.load(output / "inn.keras")
     assert classifier.class_names == ("ant", "bee", "cat")
@@ -179,7 +180,7 @@ def test_an_image_reaches_the_model_as_in_training_to_the_bit(run, folder):
     np.testing.assert_array_equal(read, transforms.to_unit_float(dataset.x_test[6:7]))
 
 
-def test_a_saved_model_has_no_optimizer_and_loads_plainly(run):
+def test_a_saved_model_has_no_optimizer(run):
     _, output, _ = run
     model = keras.saving.load_model(output / "inn.keras")
     assert getattr(model, "optimizer", None) is None
@@ -191,10 +192,10 @@ def test_a_saved_model_has_no_optimizer_and_loads_plainly(run):
 
 
 @pytest.mark.any_backend
-def test_an_interruption_leaves_what_there_is(folder, tmp_path):
+def test_an_interruption_writes_the_report(folder, tmp_path):
     class Impatient(Recorder):
-        def step(self):
-            super().step()
+        def advance(self):
+            super().advance()
             if self.steps == 36 + 10 + 7:  # in the second epoch of the second model
                 raise KeyboardInterrupt
 
@@ -209,10 +210,10 @@ def test_an_interruption_leaves_what_there_is(folder, tmp_path):
 
 
 @pytest.mark.any_backend
-def test_ctrl_c_takes_effect_after_the_step_at_work(folder, tmp_path):
+def test_ctrl_c_takes_effect_after_the_current_step(folder, tmp_path):
     class Signalled(Recorder):
-        def step(self):
-            super().step()
+        def advance(self):
+            super().advance()
             if self.steps == 40:
                 signal.raise_signal(signal.SIGINT)
                 self.after = self.steps
@@ -222,13 +223,13 @@ def test_ctrl_c_takes_effect_after_the_step_at_work(folder, tmp_path):
     result = compare(Config(str(folder), epochs=2, batch_size=10), tmp_path / "run", console)
     assert result.interrupted
     assert console.steps == console.after == 40
-    assert any("once more to stop at once" in line for line in console.lines)
+    assert any("repeat to stop immediately" in line for line in console.lines)
     assert (tmp_path / "run" / "report.html").is_file()
     assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.any_backend
-def test_a_run_that_diverges_stops_and_is_reported(folder, tmp_path):
+def test_divergence_stops_and_is_reported(folder, tmp_path):
     def broken(input_shape, classes):
         model = models.inn(input_shape, classes)
         model.set_weights([np.full_like(w, np.nan) for w in model.get_weights()])
@@ -238,7 +239,7 @@ def test_a_run_that_diverges_stops_and_is_reported(folder, tmp_path):
     builders = {"cnn": models.cnn, "inn": broken, "never": models.cnn}
     result = compare(config, tmp_path / "run", builders=builders)
     assert "Received: nan at step 1, in epoch 1; weights: " in result.failure
-    assert result.failure.endswith("; checkpoint 3 is from before")
+    assert result.failure.endswith("; the last checkpoint is number 3")
     assert " not finite" in result.failure
     assert [len(one.rows) for one in result.results] == [1, 0]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -248,7 +249,7 @@ def test_a_run_that_diverges_stops_and_is_reported(folder, tmp_path):
 
 
 @pytest.mark.any_backend
-def test_windows_need_not_be_square(folder, tmp_path):
+def test_non_square_windows(folder, tmp_path):
     def oblong(input_shape, classes):
         inputs = keras.Input(input_shape)
         x = Involution2D((3, 5), reduction_ratio=1)(inputs)
@@ -264,16 +265,16 @@ def test_windows_need_not_be_square(folder, tmp_path):
 @pytest.mark.any_backend
 def test_an_interruption_before_any_epoch(folder, tmp_path):
     class AtOnce(Recorder):
-        def step(self):
-            super().step()
+        def advance(self):
+            super().advance()
             if self.steps == 37:
                 raise KeyboardInterrupt
 
     result = compare(Config(str(folder), "inn", 2, 10), tmp_path / "run", AtOnce())
     assert result.interrupted
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "not reached" in page
-    assert "0 of 1 models finished an epoch" in page
+    assert "no epoch completed" in page
+    assert "0 of 1 models completed an epoch" in page
 
 
 def own_model(input_shape, classes, width=4):
@@ -292,7 +293,7 @@ class Subclassed(keras.Model):
 
 
 @pytest.mark.any_backend
-def test_models_of_ones_own_from_python_and_from_a_file(folder, tmp_path):
+def test_custom_models_from_python_and_from_a_file(folder, tmp_path):
     config = Config(str(folder), epochs=1, batch_size=12)
     result = compare(config, tmp_path / "object", builders={"mine": own_model})
     file = tmp_path / "own.py"
@@ -309,13 +310,13 @@ def test_models_of_ones_own_from_python_and_from_a_file(folder, tmp_path):
     assert from_file.metrics["models"][label]["trainable_params"] == expected
     assert (tmp_path / "file" / from_file.results[1].file).is_file()
     assert (
-        "None of these models has an involution"
+        "None of these models has an involution layer"
         in (tmp_path / "object" / "report.html").read_text()
     )
 
 
 @pytest.mark.any_backend
-def test_variants_take_the_options_of_their_function():
+def test_model_options():
     builders = specs.parse("cnn, inn:kernel_size=5:kernel_generator=linear")
     model = builders["inn:kernel_size=5:kernel_generator=linear"]((8, 8, 3), 10)
     assert model.get_layer("inv_1").kernel_size == (5, 5)
@@ -333,7 +334,7 @@ def test_variants_take_the_options_of_their_function():
         ("missing.py:f", "must exist. Received: missing.py"),
     ],
 )
-def test_models_that_cannot_be_named(text, match):
+def test_invalid_model_specs(text, match):
     with pytest.raises(InputError, match=match):
         specs.parse(text)
 
@@ -348,7 +349,7 @@ def test_a_file_without_the_function(tmp_path):
         specs.parse(f"{file}:f")
 
 
-def test_a_file_may_define_classes_and_have_colons_in_its_name(tmp_path):
+def test_a_file_with_classes_and_colons_in_its_name(tmp_path):
     file = tmp_path / "a:b.py"
     file.write_text(
         "from __future__ import annotations\nimport dataclasses\n"
@@ -359,8 +360,8 @@ def test_a_file_may_define_classes_and_have_colons_in_its_name(tmp_path):
     assert builder(None, 7) == (3, 7, 2)
 
 
-def test_files_import_what_is_beside_them(tmp_path, monkeypatch):
-    """Each its own module of one name, at once and in the midst of building."""
+def test_files_import_neighbors(tmp_path, monkeypatch):
+    """Each file imports its own module of the same name, at import and during building."""
     for folder in ("a", "b"):
         (tmp_path / folder / "parts").mkdir(parents=True)
         (tmp_path / folder / "blocks.py").write_text(f"WHERE = {folder!r}\n")
@@ -372,7 +373,7 @@ def test_files_import_what_is_beside_them(tmp_path, monkeypatch):
             "    import late, blocks as again\n"
             "    return blocks is again, blocks.WHERE, late.WHERE, parts.deep.W, width\n"
         )
-    # An environment below the folder of a file: its packages are imported once.
+    # Packages of an environment below the folder of a file are imported once.
     installed = tmp_path / "a" / ".venv" / "installed_once.py"
     installed.parent.mkdir()
     installed.write_text("")
@@ -399,7 +400,7 @@ def test_files_import_what_is_beside_them(tmp_path, monkeypatch):
         ("import sys\nsys.path.clear()\nimport blocks_of_none", "No module named 'blocks_of_none'"),
     ],
 )
-def test_a_file_that_does_not_run(content, reason, tmp_path, monkeypatch):
+def test_a_file_that_fails(content, reason, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "own.py").write_text(content)
     with pytest.raises(InputError) as caught:
@@ -409,7 +410,7 @@ def test_a_file_that_does_not_run(content, reason, tmp_path, monkeypatch):
     )
 
 
-def test_a_model_whose_name_is_no_text():
+def test_a_model_name_that_is_not_utf8():
     with pytest.raises(InputError) as caught:
         specs.parse("cnn,caf\udce9.py")
     assert str(caught.value) == (
@@ -426,8 +427,8 @@ def test_command_lines_can_be_pasted(monkeypatch):
     assert specs.command_line(*words) == ("""involution "a b/$x's.keras" .\\-x -y z""")
 
 
-def test_another_floatx_is_refused(run, folder, tmp_path):
-    """It would be the type of what layers get, while config.json says float32."""
+def test_other_floatx_is_rejected(run, folder, tmp_path):
+    """It would be the dtype of the inputs, while config.json says float32."""
     classifier = run[0].results[0].classifier
     try:
         for floatx in ("float16", "bfloat16", "float64"):
@@ -441,7 +442,7 @@ def test_another_floatx_is_refused(run, folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_of_keras_are_recorded_and_the_same_after_a_break(run, folder, tmp_path):
+def test_keras_settings_are_recorded_and_checked_on_resume(run, folder, tmp_path):
     _, output, _ = run
     config = Config(str(folder), epochs=2, batch_size=10)
     expected = {"floatx": "float32", "epsilon": 1e-7, "image_data_format": "channels_last"}
@@ -451,8 +452,8 @@ def test_settings_of_keras_are_recorded_and_the_same_after_a_break(run, folder, 
         keras.config.set_epsilon(1e-5)
         with pytest.raises(InputError, match=r"Received: Keras's epsilon was 1e-07 and is 1e-05$"):
             compare(config, tmp_path / "run", resume=True)
-        # A checkpoint of an earlier release has none of them.
-        store = checkpoint.Store(tmp_path / "run")
+        # Checkpoints of early releases lack them.
+        store = checkpoint.CheckpointManager(tmp_path / "run")
         saved = store.latest(print)
         identity = saved.state["identity"]
         for name in expected:
@@ -464,7 +465,7 @@ def test_settings_of_keras_are_recorded_and_the_same_after_a_break(run, folder, 
     assert [len(result.rows) for result in again.results] == [2, 2]
 
 
-def test_images_that_are_not_used_are_told(folder, tmp_path):
+def test_skipped_images_are_reported(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "pets")
     (tmp_path / "pets" / "train" / "ant" / "x.bmp").write_bytes(b"")
     console = Recorder()
@@ -482,9 +483,7 @@ def test_images_that_are_not_used_are_told(folder, tmp_path):
         (lambda input_shape, classes: Subclassed(classes), "neither functional nor Sequential"),
     ],
 )
-def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
-    folder, tmp_path, builder, match
-):
+def test_an_unsuitable_model_is_rejected_before_writing(folder, tmp_path, builder, match):
     with pytest.raises(InputError, match=match):
         compare(Config(str(folder)), tmp_path / "run", builders={"mine": builder})
     assert not (tmp_path / "run").exists()
@@ -495,7 +494,7 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
     [("epochs", 0), ("batch_size", -1), ("seed", -1), ("seed", 2**32), ("learning_rate", 0.0)],
 )
 def test_options_out_of_range(option, value):
-    with pytest.raises(InputError, match=f"{option} must be .*Received: {option}={value}"):
+    with pytest.raises(InputError, match=f"`{option}` must be .*Received: {value}"):
         Config(**{option: value})
 
 
@@ -513,7 +512,7 @@ def test_an_output_that_cannot_be_written(folder, tmp_path):
     assert (tmp_path / "used" / "x").read_text() == "kept"
 
 
-def test_what_is_no_classifier_is_refused(tmp_path):
+def test_invalid_classifier_files(tmp_path):
     (tmp_path / "x.keras").write_bytes(b"no zip")
     plain = own_model((8, 8, 3), 2)
     plain.save(tmp_path / "plain.keras")

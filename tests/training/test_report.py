@@ -6,7 +6,8 @@ import pytest
 
 from involution.data import datasets
 from involution.saving.classifier import Classifier
-from involution.training import experiment, report, trainer
+from involution.training import experiment, report
+from involution.training.recipes import RECIPES
 
 pytestmark = pytest.mark.any_backend
 
@@ -24,13 +25,13 @@ def result(label, test_accuracy, seconds):
 def run():
     images = np.zeros((4, 8, 8, 3), "uint8")
     labels = np.array([0, 1, 0, 1])
-    # Names as a folder of a stranger may have them.
+    # Names as in an untrusted folder.
     names = ("<script>alert(1)</script>", r"b & $\no$")
     dataset = datasets.Dataset("<b>pets</b>", "", images, labels, images, labels, names)
     return experiment.Run(
         experiment.Config(),
         dataset,
-        trainer.RECIPES["example"],
+        RECIPES["example"],
         [result("one", 0.75, 3.0), result("two", 0.5, 2.0)],
         "involution compare",
         "2026-01-01",
@@ -38,16 +39,16 @@ def run():
     )
 
 
-def test_the_verdict_is_one_sentence(run):
-    assert report.verdict(run) == (
+def test_summary_sentence(run):
+    assert report.summary_sentence(run) == (
         "On the test images of <b>pets</b>, one is 25.0 points more accurate than two (0.750 "
-        "against 0.500), with 1 times its trainable parameters and 1.5 times its time for an epoch."
+        "against 0.500), with 1 times its trainable parameters and 1.5 times its time per epoch."
     )
     run.results.reverse()
-    assert "two is 25.0 points less accurate than one" in report.verdict(run)
+    assert "two is 25.0 points less accurate than one" in report.summary_sentence(run)
 
 
-def test_the_page_opens_offline_and_runs_nothing(run, tmp_path):
+def test_report_is_self_contained(run, tmp_path):
     report.write(run, tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;pets&lt;/b&gt;" in page
@@ -60,7 +61,7 @@ def test_the_page_opens_offline_and_runs_nothing(run, tmp_path):
     assert {f.name for f in tmp_path.iterdir()} == {"report.html", "curves.png", "samples.png"}
 
 
-def test_the_table_pastes_as_markdown(run):
+def test_markdown_table(run):
     lines = report.markdown(run).splitlines()
     assert len(lines) == 4
     assert lines[0].startswith("| model | trainable | non-trainable | optimizer | total | size |")
@@ -70,9 +71,9 @@ def test_the_table_pastes_as_markdown(run):
     )
 
 
-def test_one_model_has_nothing_to_compare_with(run):
+def test_single_model(run):
     del run.results[1]
-    assert report.verdict(run) == (
+    assert report.summary_sentence(run) == (
         "On the test images of <b>pets</b>, one reaches an accuracy of 0.750 "
         "with 386 trainable parameters."
     )
@@ -83,5 +84,5 @@ def test_one_model_has_nothing_to_compare_with(run):
     ("count", "text"),
     [(0, "0.00 B"), (156924, "153.25 KB"), (3830148, "3.65 MB"), (2**31, "2.00 GB")],
 )
-def test_sizes_read_as_in_summaries(count, text):
-    assert report.size(count) == text
+def test_format_bytes(count, text):
+    assert report.format_bytes(count) == text

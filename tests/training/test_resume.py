@@ -1,4 +1,4 @@
-"""Runs that go on from their checkpoints."""
+"""Runs that resume from their checkpoints."""
 
 import errno
 import functools
@@ -14,10 +14,11 @@ import pytest
 from involution import models
 from involution.saving import classifier
 from involution.training import checkpoint, distributed, report
-from involution.training.checkpoint import Store
-from involution.training.experiment import Config, Silent, compare
+from involution.training.checkpoint import CheckpointManager
+from involution.training.experiment import Config, compare
 from involution.utils import atomic_files
 from involution.utils.errors import InputError, WriteError
+from involution.utils.progress import NullProgress
 from tests.support.images import write_folder
 
 
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 def builder(input_shape, classes, width=4):
-    """With all that has a state: batch normalization, and numbers drawn at random."""
+    """A model with all kinds of state: batch normalization, and a random generator."""
     inputs = keras.Input(input_shape)
     x = keras.layers.Conv2D(width, 3)(inputs)
     x = keras.layers.BatchNormalization()(x)
@@ -38,7 +39,7 @@ def builder(input_shape, classes, width=4):
 
 @pytest.fixture(autouse=True)
 def unreported(monkeypatch):
-    """Reports take longer than these runs, and are others' to test."""
+    """Reports take longer than these runs, and have tests of their own."""
     monkeypatch.setattr(report, "write", lambda run, output: None)
 
 
@@ -52,7 +53,7 @@ def config(folder, **more):
 
 
 def outcome(output, builders=BUILDERS):
-    """All that must not depend on breaks."""
+    """All results that must not depend on interruptions."""
     weights = {
         label: [w.tobytes() for w in classifier.load(output / f"{label}.keras").model.get_weights()]
         for label in builders
@@ -63,14 +64,14 @@ def outcome(output, builders=BUILDERS):
     return weights, kept, (output / "history.csv").read_bytes()
 
 
-class StopAfter(Silent):
+class StopAfter(NullProgress):
     def __init__(self, steps, number=None):
         self.left, self.number, self.lines = 36 + steps, number, []
 
-    def say(self, text):
+    def log(self, text):
         self.lines.append(text)
 
-    def step(self):
+    def advance(self):
         self.left -= 1
         if self.left == 0 and self.number is None:
             raise KeyboardInterrupt
@@ -95,21 +96,21 @@ def uninterrupted(folder, tmp_path_factory):
     ],
     ids=str,
 )
-def test_a_run_with_breaks_gives_what_it_gives_without(folder, tmp_path, uninterrupted, stops):
+def test_resumed_run_equals_uninterrupted(folder, tmp_path, uninterrupted, stops):
     output = tmp_path / "run"
     for steps in stops:
         console = StopAfter(steps)
         run = compare(config(folder), output, console, BUILDERS, resume=True)
         assert run.exit_code == 130
         assert console.left == 0
-    # The console is told how far it was, and no step is done twice.
+    # Progress starts at the checkpoint, and no step is repeated.
     rest = StopAfter(10**6)
     run = compare(config(folder), output, rest, BUILDERS, resume=True)
     assert run.exit_code == 0
     assert 36 + 10**6 - rest.left == 36 + STEPS - sum(stops)
-    assert any(line.startswith("Going on from checkpoint ") for line in rest.lines)
+    assert any(line.startswith("Resuming from checkpoint ") for line in rest.lines)
     assert outcome(output) == uninterrupted
-    # What has ended has nothing left to do.
+    # A finished run has no steps left.
     (state,) = (output / checkpoint.FOLDER).iterdir()
     again = StopAfter(10**6)
     compare(config(folder), output, again, BUILDERS, resume=True)
@@ -119,19 +120,19 @@ def test_a_run_with_breaks_gives_what_it_gives_without(folder, tmp_path, uninter
 
 
 @pytest.mark.any_backend
-def test_a_damaged_checkpoint_costs_what_came_after_the_one_before(folder, tmp_path, uninterrupted):
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(4), BUILDERS, checkpoint_every=2)
     newest = max((output / checkpoint.FOLDER).iterdir())
     newest.write_bytes(newest.read_bytes()[:-100])
     console = StopAfter(10**6)
     compare(config(folder), output, console, BUILDERS, resume=True)
-    assert sum(" is damaged, the one before it is taken" in line for line in console.lines) == 1
+    assert sum(" is corrupt, using the one before it" in line for line in console.lines) == 1
     assert outcome(output) == uninterrupted
 
 
 @pytest.mark.any_backend
-def test_a_trained_model_that_was_changed_is_trained_again(folder, tmp_path, uninterrupted):
+def test_a_modified_model_file_is_trained_again(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(10), BUILDERS)
     compare(config(folder), output, StopAfter(1), BUILDERS, resume=True)
@@ -139,17 +140,14 @@ def test_a_trained_model_that_was_changed_is_trained_again(folder, tmp_path, uni
     console = StopAfter(10**6)
     compare(config(folder), output, console, BUILDERS, resume=True)
     assert (
-        sum(
-            "one.keras is not as it was written: it is trained again." in line
-            for line in console.lines
-        )
+        sum("one.keras is missing or changed; training it again." in line for line in console.lines)
         == 1
     )
     assert outcome(output) == uninterrupted
 
 
 @pytest.mark.any_backend
-def test_while_one_model_is_trained_again_the_others_stay(folder, tmp_path, uninterrupted):
+def test_only_a_missing_model_is_trained_again(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, builders=BUILDERS)
     (output / "one.keras").unlink()
@@ -161,19 +159,19 @@ def test_while_one_model_is_trained_again_the_others_stay(folder, tmp_path, unin
 
 
 @pytest.mark.any_backend
-def test_what_is_trained_is_not_changed(folder, tmp_path):
+def test_settings_of_trained_models_must_not_change(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, builders=ONE)
     before = sorted(p.read_bytes() for p in output.rglob("*") if p.is_file())
-    more = {"resume": True, "allow_change": True}
+    more = {"resume": True, "allow_config_change": True}
     message = (
-        "What is trained cannot be changed, a new folder can be given. "
-        "Received: one, trained before; epochs was 2 and is 3"
+        "The settings of a folder with trained models must not change; use a new folder. "
+        "Received: one, already trained; `epochs` was 2 and is 3"
     )
     with pytest.raises(InputError, match=f"^{message}"):
         compare(config(folder, epochs=3), output, builders=BUILDERS, **more)
     assert sorted(p.read_bytes() for p in output.rglob("*") if p.is_file()) == before
-    # Others can be trained beside it, on the same images in another place.
+    # Other models can be added, with the same images in another folder.
     moved = folder.rename(tmp_path / folder.name)
     try:
         run = compare(config(moved), output, builders=BUILDERS, **more)
@@ -182,34 +180,34 @@ def test_what_is_trained_is_not_changed(folder, tmp_path):
     assert [len(result.rows) for result in run.results] == [2, 2]
 
 
-def test_another_host_only_reads(folder, tmp_path, monkeypatch):
-    class Another(distributed.Cluster):
-        def share(self, index):
-            return distributed.ALONE.share(index)
+def test_secondary_hosts_only_read(folder, tmp_path, monkeypatch):
+    class Another(distributed.Distribution):
+        def shard(self, indices):
+            return distributed.SINGLE_PROCESS.shard(indices)
 
-    together = Another()
-    object.__setattr__(together, "host", 1)
+    distribution = Another()
+    object.__setattr__(distribution, "process_id", 1)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     output = tmp_path / "run"
-    run = compare(config(folder), output, builders=ONE, together=together)
+    run = compare(config(folder), output, builders=ONE, distribution=distribution)
     assert [len(result.rows) for result in run.results] == [2]
     assert not output.exists()
     with pytest.raises(InputError, match="must be writable"):
         compare(config(folder), output, builders=ONE)
 
 
-def test_batches_that_the_images_do_not_fill_are_refused_before_anything_is_written(
-    folder, tmp_path
-):
-    with pytest.raises(
-        InputError, match=r"images for a batch in parts, at least 50\. Received: 24"
-    ):
-        compare(config(folder, batch_size=50, accumulate=2), tmp_path / "run", builders=ONE)
+def test_too_few_images_are_rejected_before_writing(folder, tmp_path):
+    with pytest.raises(InputError, match=r"at least 50 images, for one batch\. Received: 24"):
+        compare(
+            config(folder, batch_size=50, gradient_accumulation_steps=2),
+            tmp_path / "run",
+            builders=ONE,
+        )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("lacking", ["lock", "folder"])
-def test_a_disk_without_room_for_a_name(lacking, folder, tmp_path, monkeypatch):
+def test_a_full_disk_at_the_start(lacking, folder, tmp_path, monkeypatch):
     def refuse(*arguments, **more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -239,7 +237,7 @@ def test_a_signal_loses_no_step(folder, tmp_path, uninterrupted):
     assert outcome(output) == uninterrupted
 
 
-def test_a_signal_in_the_midst_of_writing(folder, tmp_path, monkeypatch, uninterrupted):
+def test_a_signal_while_writing(folder, tmp_path, monkeypatch, uninterrupted):
     output = tmp_path / "run"
     real, left = os.fsync, 9
 
@@ -262,8 +260,8 @@ def test_a_signal_in_the_midst_of_writing(folder, tmp_path, monkeypatch, uninter
 
 
 @pytest.mark.any_backend
-def test_a_full_disk_costs_what_came_after_the_last_checkpoint(folder, tmp_path, monkeypatch):
-    """Each file that a run writes is in its turn the one for which there is no room."""
+def test_a_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path, monkeypatch):
+    """The disk is full for each file of a run in turn."""
     output, left = tmp_path / "run", 0
     one = config(folder, epochs=1)
     compare(one, tmp_path / "whole", builders=ONE)
@@ -289,56 +287,56 @@ def test_a_full_disk_costs_what_came_after_the_last_checkpoint(folder, tmp_path,
         assert failure.startswith("Could not write ")
         assert failure.endswith(": No space left on device")
         if number > 2:  # 1 and 2 are of the first checkpoint
-            assert re.fullmatch(r"Stopped: checkpoint \d+ is from before\.", console.lines[-1])
+            assert re.fullmatch(r"Stopped: the last checkpoint is number \d+\.", console.lines[-1])
     assert 4 < number < 99
     assert outcome(output, ONE) == outcome(tmp_path / "whole", ONE)
 
 
-def test_what_a_killed_process_was_writing_is_removed(folder, tmp_path):
+def test_temporary_files_of_killed_processes_are_removed(folder, tmp_path):
     output = tmp_path / "run"
     (output / checkpoint.FOLDER).mkdir(parents=True)
     for place in (output, output / checkpoint.FOLDER):
         (place / f"{atomic_files.TMP_PREFIX}000000000001-1234.safetensors").write_bytes(b"half")
     run = compare(config(folder, epochs=1), output, builders=ONE, resume=True)
     assert run.exit_code == 0
-    assert not list(output.rglob(f"{atomic_files.TMP_PREFIX}*"))
-    # In a folder that is no run's nothing is touched.
+    assert not list(output.rglob(f"{atomic_files.PART}*"))
+    # Other folders are not modified.
     other = tmp_path / "other"
     other.mkdir()
     for name in (f"{atomic_files.TMP_PREFIX}x", "thesis.txt"):
         (other / name).write_bytes(b"mine")
-    with pytest.raises(InputError, match="must have a whole checkpoint"):
+    with pytest.raises(InputError, match="must contain an intact checkpoint"):
         compare(config(folder, epochs=1), other, builders=ONE, resume=True)
     assert (other / f"{atomic_files.TMP_PREFIX}x").read_bytes() == b"mine"
 
 
 @pytest.mark.any_backend
-def test_a_change_is_refused_by_name(folder, tmp_path):
+def test_changed_settings_are_rejected_by_name(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
     before = sorted(p.read_bytes() for p in output.rglob("*") if p.is_file())
     for changed, said in (
-        ({"seed": 1}, "seed was 42 and is 1"),
-        ({"learning_rate": 0.5}, "recipe: learning_rate was 0.018 and is 0.5"),
-        ({"batch_size": 5}, "batch_size was 10 and is 5"),
-        ({"epochs": 3}, "epochs was 2 and is 3"),
+        ({"seed": 1}, "`seed` was 42 and is 1"),
+        ({"learning_rate": 0.5}, "the recipe's `learning_rate` was 0.018 and is 0.5"),
+        ({"batch_size": 5}, "`batch_size` was 10 and is 5"),
+        ({"epochs": 3}, "`epochs` was 2 and is 3"),
     ):
-        with pytest.raises(InputError, match="all must be as before, or --allow-change") as refusal:
+        with pytest.raises(InputError, match="unless `allow_config_change` is set") as refusal:
             compare(config(folder, **changed), output, builders=ONE, resume=True)
         assert said in str(refusal.value)
         assert sorted(p.read_bytes() for p in output.rglob("*") if p.is_file()) == before
-    # Another size of batches needs no other weights.
+    # The batch size does not affect the shapes of weights.
     run = compare(
         config(folder, **{"batch_size": 5, "epochs": 3}),
         output,
         builders=ONE,
         resume=True,
-        allow_change=True,
+        allow_config_change=True,
     )
     assert [len(result.rows) for result in run.results] == [3]
 
 
-def test_other_images_are_a_change(folder, tmp_path):
+def test_changed_images_are_rejected(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
     other = write_folder(tmp_path / "other" / "pets", train=9)
@@ -346,12 +344,16 @@ def test_other_images_are_a_change(folder, tmp_path):
         compare(config(other), output, builders=ONE, resume=True)
 
 
-def test_another_model_is_refused_whatever_is_allowed(folder, tmp_path):
+def test_another_model_is_always_rejected(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
-    with pytest.raises(InputError, match="A checkpoint must be of this model and recipe"):
+    with pytest.raises(InputError, match="A checkpoint must match the model and the recipe"):
         compare(
-            config(folder), output, builders={"one": models.inn}, resume=True, allow_change=True
+            config(folder),
+            output,
+            builders={"one": models.inn},
+            resume=True,
+            allow_config_change=True,
         )
 
 
@@ -362,24 +364,24 @@ def test_a_folder_without_checkpoints(folder, tmp_path):
     assert len(run.results[0].rows) == 1
     for path in (output / checkpoint.FOLDER).iterdir():
         path.unlink()
-    with pytest.raises(InputError, match="must have a whole checkpoint"):
+    with pytest.raises(InputError, match="must contain an intact checkpoint"):
         compare(config(folder, epochs=1), output, builders=ONE, resume=True)
     with pytest.raises(InputError, match="must be new or empty"):
         compare(config(folder, epochs=1), output, builders=ONE)
-    with checkpoint.alone(tmp_path), pytest.raises(InputError, match="must be free"):
+    with checkpoint.exclusive_lock(tmp_path), pytest.raises(InputError, match="must not be in use"):
         compare(config(folder), tmp_path, builders=ONE, resume=True)
 
 
 @pytest.mark.any_backend
-def test_steps_between_checkpoints(folder, tmp_path, monkeypatch):
+def test_checkpoint_every(folder, tmp_path, monkeypatch):
     saved = []
-    real = Store.save
+    real = CheckpointManager.save
 
     def save(self, arrays, state):
         saved.append(state["at"] and state["at"]["images"])
         return real(self, arrays, state)
 
-    monkeypatch.setattr(Store, "save", save)
+    monkeypatch.setattr(CheckpointManager, "save", save)
     compare(config(folder, epochs=1), tmp_path / "a", builders=ONE)
     assert saved == [None, 0, None]  # at the beginning, after the epoch, after the model
     saved.clear()

@@ -1,4 +1,4 @@
-"""Searches with networks so small that a trial takes a moment."""
+"""Sweeps with models so small that a trial takes a moment."""
 
 import csv
 import json
@@ -15,10 +15,10 @@ import pytest
 
 import involution_cli
 from involution.training import experiment, sweep
-from involution.training import trainer as training
 from involution.training.experiment import Config
-from involution.training.sweep import Choices, Plan, Range
+from involution.training.sweep import Categorical, Interval, SweepConfig
 from involution.utils.errors import InputError
+from involution_cli import commands
 from tests.support.images import write_folder
 from tests.training.test_experiment import Recorder
 
@@ -52,7 +52,7 @@ def network(tmp_path_factory):
 def planned(images, network):
     def plan(search=SEARCH, trials=3, max_parameters=None, **config):
         given = {"dataset": str(images), "models": network, "epochs": 2, "batch_size": 10}
-        return Plan(Config(**given | config), search, trials, max_parameters)
+        return SweepConfig(Config(**given | config), search, trials, max_parameters)
 
     return plan
 
@@ -65,12 +65,12 @@ def values(row):
     return {k: row[k] for k in ("width", "learning_rate") if k in row}
 
 
-def test_what_a_search_varies(planned):
+def test_search_space(planned):
     plan = planned(search=("width=3,5-6, 7", "learning_rate=1e-3..0.1", "batch_size=4..8"))
     assert plan.space == {
-        "width": Choices(("3", "5-6", "7")),
-        "learning_rate": Range(0.001, 0.1),
-        "batch_size": Range(4, 8),
+        "width": Categorical(("3", "5-6", "7")),
+        "learning_rate": Interval(0.001, 0.1),
+        "batch_size": Interval(4, 8),
     }
 
 
@@ -89,37 +89,37 @@ def test_what_a_search_varies(planned):
         "learning_rate=0.1..True",
     ],
 )
-def test_what_cannot_be_varied(text, planned):
+def test_invalid_search_spaces(text, planned):
     with pytest.raises(InputError, match=r"name=a,b,c or name=low\.\.high.* Received: "):
         planned(search=(text,))
 
 
-def test_plans_that_cannot_be(planned, network):
-    with pytest.raises(InputError, match="searched once"):
+def test_invalid_sweeps(planned, network):
+    with pytest.raises(InputError, match="name each value once"):
         planned(search=("width=1,2", "width=3,4"))
-    with pytest.raises(InputError, match="at least one value to vary"):
+    with pytest.raises(InputError, match="vary at least one value"):
         planned(search=())
     with pytest.raises(InputError, match=r"An option of .* must be one of .* depth=0"):
         planned(search=("depth=1,2",))
-    with pytest.raises(InputError, match="One model is searched"):
+    with pytest.raises(InputError, match="A sweep must have one model"):
         planned(models=f"inn,{network}")
-    with pytest.raises(InputError, match=r"trials must be at least 1\. Received: trials=0"):
+    with pytest.raises(InputError, match=r"`trials` must be at least 1\. Received: 0"):
         planned(trials=0)
 
 
 @pytest.mark.parametrize(
     ("text", "received"),
     [
-        ("learning_rate=0.001,0.003x", "learning_rate must be numbers. Received: 0.003x"),
-        ("learning_rate=0.1,1-2", r"learning_rate must be numbers. Received: \(1, 2\)"),
-        ("weight_decay=0.1,True", "weight_decay must be numbers. Received: True"),
-        ("weight_decay=0.1,-1", "weight_decay must be at least 0. Received: weight_decay=-1"),
-        ("batch_size=32.0,64", "batch_size must be whole numbers. Received: 32.0"),
-        ("batch_size=8..32.5", "batch_size must be whole numbers. Received: 32.5"),
-        ("batch_size=0..8", "batch_size must be at least 1. Received: batch_size=0"),
+        ("learning_rate=0.001,0.003x", "`learning_rate` must be numbers. Received: 0.003x"),
+        ("learning_rate=0.1,1-2", r"`learning_rate` must be numbers. Received: \(1, 2\)"),
+        ("weight_decay=0.1,True", "`weight_decay` must be numbers. Received: True"),
+        ("weight_decay=0.1,-1", "`weight_decay` must be at least 0 and finite. Received: -1"),
+        ("batch_size=32.0,64", "`batch_size` must be integers. Received: 32.0"),
+        ("batch_size=8..32.5", "`batch_size` must be integers. Received: 32.5"),
+        ("batch_size=0..8", "`batch_size` must be at least 1. Received: 0"),
     ],
 )
-def test_values_that_no_training_takes(text, received, planned):
+def test_invalid_training_values(text, received, planned):
     with pytest.raises(InputError, match=received):
         planned(search=(text,))
 
@@ -129,19 +129,19 @@ def test_the_largest_seed(planned, tmp_path):
     assert sweep.run(plan, tmp_path).trials == 1
 
 
-def test_a_folder_of_something_else_is_left_alone(planned, tmp_path):
+def test_other_folders_are_rejected(planned, tmp_path):
     (tmp_path / "report.html").write_text("of a run")
     for url in (None, f"sqlite:///{tmp_path / 'study.db'}"):
         with pytest.raises(
-            InputError, match=r"must be new, empty or a search's\. Received: .*, wit"
+            InputError, match=r"must be new, empty or of a sweep\. Received: .*, wit"
         ):
             sweep.run(planned(), tmp_path, url)
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_a_model_that_memory_does_not_hold_is_passed_over(planned, tmp_path, monkeypatch):
+def test_out_of_memory_fails_only_the_trial(planned, tmp_path, monkeypatch):
     errors = {4: MemoryError("Unable to allocate 5 GiB"), 5: RuntimeError("of another kind")}
-    trainer = training.Trainer
+    trainer = sweep.Trainer
 
     def failing(model, *rest):
         error = errors.get(model.layers[-2].units)
@@ -149,36 +149,38 @@ def test_a_model_that_memory_does_not_hold_is_passed_over(planned, tmp_path, mon
             raise error
         return trainer(model, *rest)
 
-    monkeypatch.setattr(training, "Trainer", failing)
+    monkeypatch.setattr(sweep, "Trainer", failing)
     console = Recorder()
 
     def search(widths):
         plan = planned(search=(f"width={widths}",), trials=9, epochs=1)
-        return sweep.run(plan, tmp_path / "run", console=console).trials
+        return sweep.run(plan, tmp_path / "run", progress=console).trials
 
     with pytest.raises(RuntimeError, match="of another kind"):
         search("3,4,5,6")
-    # It is not tried again.
+    # The trial is not repeated.
     assert search("3,4,5,6") == 2
     assert {row["width"] for row in rows(tmp_path / "run")} == {"3", "6"}
-    lacks = [line for line in console.lines if "memory does not suffice: Unable to all" in line]
+    lacks = [line for line in console.lines if "out of memory: Unable to all" in line]
     assert len(lacks) == 1
 
 
-def test_passwords_are_not_shown(planned, tmp_path):
+def test_passwords_are_redacted(planned, tmp_path):
     url = "nonsense://me:s3cret@host/name"
     with pytest.raises(InputError, match=r"Received: nonsense://me:\*\*\*@host/name") as refusal:
         sweep.run(planned(), tmp_path, url)
     assert "s3cret" not in str(refusal.value)
     for text in (f"involution sweep --study {url}", "x://host/name", None):
-        hidden = sweep._hidden(text or "", url if text else None)
+        hidden = sweep._redact_password(text or "", url if text else None)
         assert hidden == (text or "").replace("s3cret", "***")
 
 
-def test_a_search_and_its_report(planned, images, network, tmp_path):
+def test_a_sweep_and_its_report(planned, images, network, tmp_path):
     console = Recorder()
     plan = planned(trials=4, recipe="one-cycle")
-    done = sweep.run(plan, tmp_path / "new" / "folder", console=console, command="involution sweep")
+    done = sweep.run(
+        plan, tmp_path / "new" / "folder", progress=console, command="involution sweep"
+    )
     folder = tmp_path / "new" / "folder"
     found = rows(folder)
     assert done.trials == len(found) == 4
@@ -201,13 +203,13 @@ def test_a_search_and_its_report(planned, images, network, tmp_path):
     function, bound, _ = involution_cli.app.parse_args(
         command.split()[1:], exit_on_error=False, print_error=False
     )
-    assert function is involution_cli.train
-    recipe = bound.arguments["recipe"]
+    assert function is commands.train
+    options = bound.arguments["training"]
     assert bound.arguments["model"] == f"{network}:width={done.best['width']}"
-    assert recipe.learning_rate == done.best["learning_rate"]
-    assert (recipe.dataset, recipe.recipe, recipe.batch_size) == (str(images), "one-cycle", 10)
-    assert recipe.validation is None
-    assert recipe.backend == keras.config.backend()
+    assert options.learning_rate == done.best["learning_rate"]
+    assert (options.dataset, options.recipe, options.batch_size) == (str(images), "one-cycle", 10)
+    assert options.validation_images is None
+    assert options.backend == keras.config.backend()
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ def test_a_search_and_its_report(planned, images, network, tmp_path):
         ((0.5, 0.6, 0.7), (3, 4, 5), 4),
     ],
 )
-def test_figures_show_what_there_is(accuracies, widths, drawn):
+def test_figures_of_a_study(accuracies, widths, drawn):
     study = optuna.create_study(direction="maximize")
     distributions = {
         "width": optuna.distributions.IntDistribution(2, 9),
@@ -238,90 +240,96 @@ def test_figures_show_what_there_is(accuracies, widths, drawn):
     assert all(f.startswith("data:image/png;base64,") for f in figures.values())
 
 
-def test_it_goes_on_where_it_ended(planned, tmp_path):
+def test_a_sweep_resumes(planned, tmp_path):
     sweep.run(planned(trials=2), tmp_path)
     first = rows(tmp_path)
     console = Recorder()
-    assert sweep.run(planned(trials=2), tmp_path, console=console).trials == 2
+    assert sweep.run(planned(trials=2), tmp_path, progress=console).trials == 2
     assert not any(label.startswith("trial") for label, _ in console.totals)
     sweep.run(planned(trials=5), tmp_path)
     later = {r["trial"]: r for r in rows(tmp_path)}
     assert len(later) == 5
     assert all(later[r["trial"]] == r for r in first)
-    # Whether images may be fetched is no matter of the search.
+    # Whether images may be downloaded is not a setting of the study.
     assert sweep.run(planned(trials=5, download=True), tmp_path).trials == 5
-    with pytest.raises(InputError, match=r"Received: another epochs \(3, not 2\)"):
+    with pytest.raises(InputError, match="Received: `epochs` was 2 and is 3"):
         sweep.run(planned(epochs=3), tmp_path)
     assert len(rows(tmp_path)) == 5
 
 
-def test_every_trial_is_another_and_a_search_ends_when_all_are_tried(planned, tmp_path):
+def test_trials_are_distinct_until_the_space_is_exhausted(planned, tmp_path):
     console = Recorder()
     plan = planned(search=("width=2,3", "kind=relu,tanh"), trials=30, epochs=1)
-    assert sweep.run(plan, tmp_path, console=console).trials == 4
+    assert sweep.run(plan, tmp_path, progress=console).trials == 4
     assert {(r["width"], r["kind"]) for r in rows(tmp_path)} == {
         (w, k) for w in "23" for k in ("relu", "tanh")
     }
     assert "exhausted" in console.lines[-1]
 
 
-def test_what_is_too_large_or_no_model_is_not_tried(planned, tmp_path, monkeypatch):
+def test_too_large_and_invalid_models_are_rejected(planned, tmp_path, monkeypatch):
     build = mock.Mock(wraps=experiment.build)
     monkeypatch.setattr(experiment, "build", build)
-    # 7 w + 3 parameters, and no activation of that name.
+    # 7 w + 3 parameters; the activation `nothing` does not exist.
     plan = planned(
         search=("width=4,5,6", "kind=relu,nothing"), trials=9, max_parameters=38, epochs=1
     )
     sweep.run(plan, tmp_path)
-    # However often a model is proposed, it is built once.
+    # Repeated proposals of a model do not build it again.
     labels = [call.args[0] for call in build.call_args_list]
     assert len(labels) == len(set(labels))
     assert sorted((r["width"], r["kind"]) for r in rows(tmp_path)) == [("4", "relu"), ("5", "relu")]
     assert "proposals were not tried" in (tmp_path / "report.html").read_text()
 
 
-def test_batches_that_cannot_be_accumulated_are_not_tried(planned, tmp_path):
+def test_indivisible_batch_sizes_are_rejected(planned, tmp_path):
     # Of 24 training images 2 are held out.
-    plan = planned(search=("batch_size=4,6,8,24",), models="cnn", trials=4, epochs=1, accumulate=4)
+    plan = planned(
+        search=("batch_size=4,6,8,24",),
+        models="cnn",
+        trials=4,
+        epochs=1,
+        gradient_accumulation_steps=4,
+    )
     sweep.run(plan, tmp_path)
     assert sorted(r["batch_size"] for r in rows(tmp_path)) == ["4", "8"]
 
 
-def test_an_interruption_gives_the_trial_back(planned, tmp_path):
+def test_an_interruption_requeues_the_trial(planned, tmp_path):
     class Impatient(Recorder):
-        def step(self):
-            super().step()
+        def advance(self):
+            super().advance()
             if self.steps == 36 + 7 + 3:
                 raise KeyboardInterrupt
 
     console = Impatient()
-    assert sweep.run(planned(), tmp_path, console=console).exit_code == 130
+    assert sweep.run(planned(), tmp_path, progress=console).exit_code == 130
     begun = [line for line in console.lines if "width" in line]
     again = Recorder()
-    assert sweep.run(planned(), tmp_path, console=again).trials == 3
+    assert sweep.run(planned(), tmp_path, progress=again).trials == 3
     repeated = [line for line in again.lines if "width" in line]
-    # What was asked for in the trial that was cut short.
+    # The values of the interrupted trial.
     assert begun[-1].split(": ")[1] == repeated[0].split(": ")[1]
     assert len({tuple(values(r).items()) for r in rows(tmp_path)}) == 3
 
 
 PROCESS = """
 import os, signal, sys
-from involution import sweep
-from involution.training.experiment import Config, Silent
-from involution.training.sweep import Plan
+from involution.training import sweep
+from involution.training.recipes import Config
+from involution.utils.progress import NullProgress
 
-class Console(Silent):
+class Console(NullProgress):
     steps = 0
-    def step(self):
+    def advance(self):
         self.steps += 1
         if self.steps == {killed_at}:
             os.kill(os.getpid(), signal.SIGKILL)
-    def say(self, text):
+    def log(self, text):
         print(text, flush=True)
 
 config = Config({images!r}, {network!r}, epochs=2, batch_size=10)
-sweep.run(Plan(config, {search!r}, 6), {folder!r}, {url!r}, Console())
+sweep.run(sweep.SweepConfig(config, {search!r}, 6), {folder!r}, {url!r}, Console())
 """
 
 
@@ -354,7 +362,7 @@ def test_two_processes_share_a_study_and_one_is_killed(storage, images, network,
     restarted = process(tmp_path, images, network, url=url)
     said = other.communicate()[0] + restarted.communicate()[0]
     assert (other.returncode, restarted.returncode) == (0, 0)
-    assert said.count("was cut short: it will be repeated") == 1
+    assert said.count("died: the trial will be repeated") == 1
     assert sum(lost in line for line in said.splitlines()) == 1
     found = rows(tmp_path)
     assert len(found) == 6
@@ -363,10 +371,10 @@ def test_two_processes_share_a_study_and_one_is_killed(storage, images, network,
 
 def test_a_study_that_cannot_be_opened(planned, tmp_path):
     for url in ("nonsense", f"sqlite:///{tmp_path}/no/folder/study.db", "postgres://host/name"):
-        with pytest.raises(InputError, match=r"A study must be a journal .* Received: "):
+        with pytest.raises(InputError, match=r"A study must be a readable journal .* Received: "):
             sweep.run(planned(), tmp_path / "run", url)
     (tmp_path / "run" / sweep.JOURNAL).write_text(json.dumps({"not": "a journal"}) + "\n")
-    with pytest.raises(InputError, match="A study must be a journal"):
+    with pytest.raises(InputError, match="A study must be a readable journal"):
         sweep.run(planned(), tmp_path / "run")
 
 

@@ -1,4 +1,4 @@
-"""Recipes: what the rate, the decay and the mirror do, and what is held out."""
+"""Recipes and the trainer: optimizers, augmentation, validation images, exact resumption."""
 
 import dataclasses
 import json
@@ -9,8 +9,9 @@ import pytest
 
 from involution.data import datasets, transforms
 from involution.training import experiment
-from involution.training import trainer as training
-from involution.training.trainer import RECIPES, Recipe, Trainer
+from involution.training.optimizers import make_optimizer
+from involution.training.recipes import RECIPES, Recipe, stored
+from involution.training.trainer import METRICS, Trainer
 from involution.utils.errors import InputError
 from tests.support.backends import numpy
 from tests.support.images import write_folder
@@ -31,8 +32,8 @@ def network():
     )
 
 
-def test_one_cycle_rises_from_a_25th_and_falls_to_nothing():
-    optimizer = RECIPES["one-cycle"].optimizer(100)
+def test_one_cycle_learning_rate():
+    optimizer = make_optimizer(RECIPES["one-cycle"], 100)
     rates = []
     for step in range(101):
         optimizer.iterations.assign(step)
@@ -45,46 +46,47 @@ def test_one_cycle_rises_from_a_25th_and_falls_to_nothing():
     assert (np.diff(rates[25:]) < 0).all()
 
 
-def test_imagenet_rises_for_five_of_130_epochs():
+def test_imagenet_learning_rate():
     recipe = RECIPES["imagenet"]
-    # 626 steps are an epoch of 1,281,167 images.
-    optimizer = recipe.optimizer(130 * 626)
+    # An epoch of 1,281,167 images has 626 steps.
+    optimizer = make_optimizer(recipe, 130 * 626)
     for epoch, rate in ((0, 0.2), (2.5, 0.5), (5, 0.8), (67.5, 0.4), (130, 0)):
         optimizer.iterations.assign(round(epoch * 626))
         assert float(numpy(optimizer.learning_rate)) == pytest.approx(rate, abs=1e-6)
-    # The same where a batch goes through in eight parts, which Keras counts.
-    optimizer = dataclasses.replace(recipe, accumulate=8).optimizer(130 * 626)
+    # The same with gradient accumulation, whose steps Keras counts.
+    recipe = dataclasses.replace(recipe, gradient_accumulation_steps=8)
+    optimizer = make_optimizer(recipe, 130 * 626)
     optimizer._iterations.assign(round(67.5 * 626) * 8 + 7)
     assert float(numpy(optimizer.learning_rate)) == pytest.approx(0.4, abs=1e-6)
 
 
-def test_means_are_of_what_was_trained_on_before_a_break():
-    """More devices may leave over images that were trained on."""
+def test_training_metrics_include_images_before_a_resume():
+    """With more devices the epoch may skip images that were trained on before."""
 
     class BreakError(Exception):
         pass
 
     def step():
-        if one.at.test_images:
+        if one.state.test_images:
             raise BreakError
 
     recipe = dataclasses.replace(RECIPES["example"], batch_size=5)
     one, other = (Trainer(network(), dataset(), recipe, 1, 0) for _ in range(2))
     with pytest.raises(BreakError):
         list(one.epochs(step))
-    other._images = 8
-    other.restore(one.arrays(), dataclasses.replace(one.at))
+    other._images_per_epoch = 8
+    other.restore(one.arrays(), dataclasses.replace(one.state))
     (row,) = other.epochs()
-    assert row["train_loss"] == one.at.train_loss / 10
-    assert row["train_accuracy"] == one.at.train_accuracy / 10
+    assert row["train_loss"] == one.state.train_loss / 10
+    assert row["train_accuracy"] == one.state.train_accuracy / 10
 
 
-def test_sgd_is_that_of_the_paper():
-    """PyTorch's formula, written out: decay in the gradient, of all weights; Nesterov."""
+def test_nesterov_sgd_equals_pytorch():
+    """PyTorch's formula: decay of all weights, added to the gradient; Nesterov momentum."""
     random = np.random.default_rng(0)
     variable = keras.Variable(random.normal(size=(3, 2)), dtype="float64", name="bias")
     want, velocity = numpy(variable.value).copy(), 0.0
-    optimizer = dataclasses.replace(RECIPES["imagenet"], warm_up=None).optimizer(10)
+    optimizer = make_optimizer(dataclasses.replace(RECIPES["imagenet"], warmup_fraction=None), 10)
     for _ in range(4):
         gradient = random.normal(size=(3, 2))
         optimizer.apply([keras.ops.convert_to_tensor(gradient, "float64")], [variable])
@@ -94,16 +96,16 @@ def test_sgd_is_that_of_the_paper():
     np.testing.assert_allclose(numpy(variable.value), want, atol=1e-6)
 
 
-def test_smoothed_labels_are_for_training_alone():
+def test_only_training_smooths_labels():
     images = dataset()
     recipe = Recipe(1e-3, label_smoothing=0.1)
     trainer = Trainer(network(), images, recipe, 1, 0)
     np.testing.assert_allclose(
-        trainer._seen(np.array([0, 1])).labels, [[0.95, 0.05], [0.05, 0.95]], rtol=1e-6
+        trainer._train_batch(np.array([0, 1])).labels, [[0.95, 0.05], [0.05, 0.95]], rtol=1e-6
     )
-    np.testing.assert_allclose(trainer._tested(np.array([1, 0])).labels, [[0, 1], [1, 0]])
+    np.testing.assert_allclose(trainer._eval_batch(np.array([1, 0])).labels, [[0, 1], [1, 0]])
     (row,) = trainer.epochs()
-    logits = trainer.network(transforms.to_unit_float(images.x_test), training=False)
+    logits = trainer.model(transforms.to_unit_float(images.x_test), training=False)
     odds = keras.ops.log_softmax(logits)
     loss = -np.mean(numpy(odds)[np.arange(3), images.y_test])
     assert row["test_loss"] == pytest.approx(loss, rel=1e-5)
@@ -120,15 +122,17 @@ def without_normalization():
 
 
 @pytest.mark.parametrize("name", ["example", "one-cycle", "sgd"])
-def test_accumulated_parts_are_one_batch(name):
-    recipe = RECIPES.get(name, Recipe(0.1, 0.01, warm_up=0.5, sgd=True, clip_norm=0.3))
+def test_gradient_accumulation_equals_one_batch(name):
+    recipe = RECIPES.get(
+        name, Recipe(0.1, 0.01, warmup_fraction=0.5, optimizer="sgd", clip_norm=0.3)
+    )
     found = []
-    for accumulate in (1, 4):
-        asked = dataclasses.replace(recipe, batch_size=8, accumulate=accumulate)
+    for accumulation in (1, 4):
+        asked = dataclasses.replace(recipe, batch_size=8, gradient_accumulation_steps=accumulation)
         trainer = Trainer(without_normalization(), dataset(16), asked, 3, 0)
-        assert trainer.batch_size == 8 // accumulate
+        assert trainer.batch_size == 8 // accumulation
         rows = list(trainer.epochs())
-        found.append((rows, weights(trainer.network)))
+        found.append((rows, weights(trainer.model)))
     (rows, one), (others, parts) = found
     for a, b in zip(one, parts, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -136,38 +140,43 @@ def test_accumulated_parts_are_one_batch(name):
         assert row["test_loss"] == pytest.approx(other["test_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_mean_of_the_weights_is_what_is_tested_and_left(accumulate):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_averaged_weights_are_tested_and_kept(accumulation):
     images = dataset(12)
-    recipe = Recipe(0.05, batch_size=4, ema=0.8, accumulate=accumulate)
+    recipe = Recipe(0.05, batch_size=4, ema_momentum=0.8, gradient_accumulation_steps=accumulation)
     trainer = Trainer(without_normalization(), images, recipe, 2, 0)
     passes, mean, tested = 0, None, []
 
     def follow():
         nonlocal passes, mean
         values = weights(trainer._trained)
-        if trainer.at.images > len(images.x_train):
+        if trainer.state.images > len(images.x_train):
             tested.append(values)
             for own, expected in zip(values, mean, strict=True):
                 np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-7)
             return
-        # The first whole batch of parts begins it.
+        # The first complete batch initializes the average.
         passes += 1
-        keep = 0.8 ** (1 / accumulate) if passes > accumulate else 0.0
+        keep = 0.8 ** (1 / accumulation) if passes > accumulation else 0.0
         mean = [keep * m + (1 - keep) * v for m, v in zip(mean or values, values, strict=True)]
 
     list(trainer.epochs(follow))
     assert len(tested) == 2 * -(-3 // trainer.batch_size)
-    for own, expected in zip(weights(trainer.network), mean, strict=True):
+    for own, expected in zip(weights(trainer.model), mean, strict=True):
         np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_every_part_of_a_recipe_can_be_gone_on_with(tmp_path):
-    """From any step, in the midst of a batch's parts and of testing too."""
+def test_training_resumes_exactly_from_any_step(tmp_path):
+    """Including accumulation steps within a batch, and test steps."""
     pets = write_folder(tmp_path / "pets", size=(12, 9), train=4, test=3)
     images = datasets.load(str(pets), (6, 8), crop_fraction=0.875)
     recipe = dataclasses.replace(
-        RECIPES["imagenet"], learning_rate=0.05, batch_size=4, accumulate=2, ema=0.7, clip_norm=1.0
+        RECIPES["imagenet"],
+        learning_rate=0.05,
+        batch_size=4,
+        gradient_accumulation_steps=2,
+        ema_momentum=0.7,
+        clip_norm=1.0,
     )
 
     def made():
@@ -189,24 +198,24 @@ def test_every_part_of_a_recipe_can_be_gone_on_with(tmp_path):
 
     def save():
         arrays = {name: array.copy() for name, array in whole.arrays().items()}
-        saved.append((dataclasses.replace(whole.at), arrays))
+        saved.append((dataclasses.replace(whole.state), arrays))
 
     def without_time(rows):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
     rows = without_time(whole.epochs(save))
-    expected = weights(whole.network)
+    expected = weights(whole.model)
     assert len(saved) == whole.steps == 2 * (6 + 5)
     for at, arrays in saved[::3]:
         again = made()
         again.restore(arrays, dataclasses.replace(at))
         assert without_time(again.epochs())[-1] == rows[-1]
-        for own, other in zip(weights(again.network), expected, strict=True):
+        for own, other in zip(weights(again.model), expected, strict=True):
             np.testing.assert_array_equal(own, other)
 
 
-def test_the_example_has_one_rate_and_no_decay():
-    optimizer = RECIPES["example"].optimizer(100)
+def test_example_has_constant_rate_and_no_decay():
+    optimizer = make_optimizer(RECIPES["example"], 100)
     assert isinstance(optimizer, keras.optimizers.Adam)
     assert not isinstance(optimizer, keras.optimizers.AdamW)
     assert float(numpy(optimizer.learning_rate)) == pytest.approx(1e-3)
@@ -217,7 +226,7 @@ def test_biases_and_normalizations_do_not_decay():
     model = network()
     for variable in model.trainable_variables:
         variable.assign(np.ones(variable.shape))
-    optimizer = Recipe(0.5, weight_decay=0.1).optimizer(10)
+    optimizer = make_optimizer(Recipe(0.5, weight_decay=0.1), 10)
     gradients = [keras.ops.zeros(v.shape) for v in model.trainable_variables]
     optimizer.apply(gradients, model.trainable_variables)
     values = {v.name: numpy(v.value) for v in model.trainable_variables}
@@ -226,7 +235,7 @@ def test_biases_and_normalizations_do_not_decay():
         np.testing.assert_allclose(value, 1 - 0.5 * 0.1 if name == "kernel" else 1, rtol=1e-6)
 
 
-def test_some_images_are_seen_in_a_mirror():
+def test_random_flips():
     images = dataset()
     before = images.x_train.copy()
     trainer = Trainer(network(), images, Recipe(1e-3, batch_size=4), 1, 0)
@@ -247,7 +256,7 @@ def test_some_images_are_seen_in_a_mirror():
     np.testing.assert_array_equal(images.x_train, before)
 
 
-def test_the_mirror_is_a_function_of_seed_and_epoch():
+def test_flips_depend_on_seed_and_epoch():
     first = transforms.flip_mask(4000, 1, 1)
     np.testing.assert_array_equal(first, transforms.flip_mask(4000, 1, 1))
     assert 0.45 < first.mean() < 0.55
@@ -255,7 +264,7 @@ def test_the_mirror_is_a_function_of_seed_and_epoch():
     assert (first != transforms.flip_mask(4000, 2, 1)).any()
 
 
-def test_what_is_held_out():
+def test_validation_images():
     images = dataset()
     held = images.validation_split(3)
     assert len(held.x_train) == 7
@@ -275,40 +284,45 @@ def test_what_is_held_out():
     ("arguments", "received"),
     [
         ({"recipe": "magic"}, "one of example, one-cycle, imagenet. Received: magic"),
-        ({"weight_decay": -0.1}, "at least 0. Received: weight_decay=-0.1"),
-        ({"weight_decay": float("nan")}, "at least 0. Received: weight_decay=nan"),
-        ({"learning_rate": 0.0}, "above 0. Received: learning_rate=0.0"),
-        ({"validation": 0}, "at least 1. Received: validation=0"),
-        ({"accumulate": 0}, "at least 1. Received: accumulate=0"),
-        ({"ema": 1.0}, "above 0 and below 1. Received: ema=1.0"),
+        ({"weight_decay": -0.1}, "`weight_decay` must be at least 0 and finite. Received: -0.1"),
+        ({"weight_decay": float("nan")}, "at least 0 and finite. Received: nan"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be above 0 and finite. Received: 0.0"),
+        ({"validation_images": 0}, "at least 1. Received: 0"),
+        ({"gradient_accumulation_steps": 0}, "at least 1. Received: 0"),
+        ({"ema_momentum": 1.0}, "above 0 and below 1. Received: 1.0"),
     ],
 )
-def test_bad_values_are_refused(arguments, received):
+def test_invalid_values_are_rejected(arguments, received):
     with pytest.raises(InputError, match=received):
         experiment.Config(**arguments)
 
 
-def test_a_recipe_and_what_else_is_asked_for():
+def test_a_recipe_with_changes():
     images = dataset()
     asked = experiment.Config(recipe="one-cycle", weight_decay=0.0, batch_size=5)
     assert asked.recipe_for(images) == dataclasses.replace(
         RECIPES["one-cycle"], weight_decay=0.0, batch_size=5
     )
-    # The data set's batch where the recipe has none.
+    # The data set's batch size if the recipe has none.
     assert experiment.Config().recipe_for(images) == Recipe(1e-3, batch_size=images.batch_size)
 
 
-def test_a_run_says_how_it_was_trained(tmp_path):
+def test_config_json_describes_the_training(tmp_path):
     pets = write_folder(tmp_path / "pets")
     config = experiment.Config(
-        str(pets), "inn:head=convolutional", 2, recipe="one-cycle", validation=4, batch_size=8
+        str(pets),
+        "inn:head=convolutional",
+        2,
+        recipe="one-cycle",
+        validation_images=4,
+        batch_size=8,
     )
     run = experiment.compare(config, tmp_path / "run")
-    told = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert told["training"] == dataclasses.asdict(run.recipe)
-    assert told["training"]["flip"] is True
-    assert told["images"] == {"train": len(run.dataset.x_train), "test": 4}
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["training"] == stored(run.recipe)
+    assert written["training"]["flip"] is True
+    assert written["images"] == {"train": len(run.dataset.x_train), "test": 4}
     assert "4 of its training images held out" in run.metrics["dataset"]
     (metrics,) = run.metrics["models"].values()
     assert metrics["multiply_adds"] > 0
-    assert training.MEASURES[0] in metrics
+    assert METRICS[0] in metrics

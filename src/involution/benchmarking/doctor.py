@@ -10,7 +10,7 @@ import numpy as np
 
 from involution import backend, ops
 from involution.ops.cases import CASES
-from involution.training.experiment import versions
+from involution.utils.environment import versions
 
 # In float32, relative to the largest value: sums of up to some hundred terms.
 TOLERANCE = 1e-5

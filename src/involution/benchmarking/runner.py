@@ -28,8 +28,8 @@ from involution.ops.cases import CASES, Case
 from involution.ops.dispatch import IMPLEMENTATIONS, PREFERENCE
 from involution.ops.problem import problem_of
 from involution.ops.tensor_utils import spatial_shape
-from involution.training.experiment import versions
 from involution.utils.atomic_files import csv_text
+from involution.utils.environment import versions
 from involution.utils.errors import InputError
 
 PATCHES = "patches"

@@ -1,14 +1,15 @@
-"""Training: recipes, the loop, checkpoints, runs, searches and reports."""
+"""Training: recipes, the training loop, checkpoints, runs, sweeps and reports."""
 
+from involution import renamed
 from involution.training.trainer import (
     RECIPES,
     Batch,
     DivergenceError,
     NesterovSGD,
-    Position,
     Recipe,
     Trainer,
-    images_of_an_epoch,
+    TrainerState,
+    images_per_epoch,
     random_state,
     set_random_state,
 )
@@ -18,10 +19,14 @@ __all__ = [
     "Batch",
     "DivergenceError",
     "NesterovSGD",
-    "Position",
     "Recipe",
     "Trainer",
-    "images_of_an_epoch",
+    "TrainerState",
+    "images_per_epoch",
     "random_state",
     "set_random_state",
 ]
+
+__getattr__ = renamed.attributes(
+    __name__, {"Position": "TrainerState", "images_of_an_epoch": "images_per_epoch"}
+)

@@ -1,7 +1,7 @@
-"""A run's state on disk: what a killed run goes on from, to the bit.
+"""Checkpoints of a run, from which an interrupted run resumes bit-exactly.
 
-One checkpoint is one file of safetensors, arrays and a text, and its name holds the SHA-256 of its
-bytes: one rename makes it, and no changed or shortened file passes for one.
+A checkpoint is one safetensors file with arrays and a JSON state. Its name contains the SHA-256 of
+its content: it is written atomically by a rename, and a modified or truncated file is detected.
 """
 
 import contextlib
@@ -23,21 +23,28 @@ from involution.utils import atomic_files
 from involution.utils.errors import InputError, WriteError
 
 FOLDER, LOCK = "checkpoints", ".lock"
-NAME = re.compile(r"(\d{12})-([0-9a-f]{64})\.safetensors")
-KEEP = 2
-# What reading another's JSON may raise, of any form and depth.
-DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+FILENAME = re.compile(r"(\d{12})-([0-9a-f]{64})\.safetensors")
+MAX_TO_KEEP = 2
+# Exceptions that reading malformed JSON of any structure and depth may raise.
+CORRUPTION_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 STATE, FORMAT = "state", 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What was saved.
+    """A saved checkpoint.
 
     Attributes:
-        number: It counts checkpoints of a run.
-        arrays: By name.
-        state: What JSON can hold.
+        number: Its position among the checkpoints of the run.
+        arrays: Arrays by name.
+        state: A JSON-serializable dictionary.
     """
 
     number: int
@@ -46,12 +53,12 @@ class Checkpoint:
 
 
 @contextlib.contextmanager
-def alone(folder) -> Iterator[None]:
-    """Within the block no other process works in this folder.
+def exclusive_lock(folder) -> Iterator[None]:
+    """Within the block no other process can lock the folder.
 
     Raises:
-        InputError: Another one does. A dead process holds nothing.
-        WriteError: The file that tells others cannot be written.
+        InputError: Another process holds the lock. The lock of a dead process is released.
+        WriteError: The lock file cannot be written.
     """
     lock = filelock.FileLock(pathlib.Path(folder) / LOCK)
     with atomic_files.as_write_error(lock.lock_file):
@@ -59,8 +66,8 @@ def alone(folder) -> Iterator[None]:
             lock.acquire(blocking=False)
         except filelock.Timeout as error:
             raise InputError(
-                "The output folder must be free. "
-                f"Received: {folder}, where another process is at work"
+                "The output folder must not be in use by another process. "
+                f"Received: {folder}, which another process has locked"
             ) from error
     try:
         yield
@@ -68,29 +75,29 @@ def alone(folder) -> Iterator[None]:
         lock.release()
 
 
-class Store:
-    """The checkpoints of a run's folder.
+class CheckpointManager:
+    """The checkpoints in a run folder.
 
     Args:
-        folder: The run's folder; they are in one of their own within it.
+        folder: The run folder; checkpoints are in its subfolder ``checkpoints``.
     """
 
     def __init__(self, folder):
         self.folder = pathlib.Path(folder) / FOLDER
 
     def save(self, arrays, state) -> Checkpoint:
-        """Writes a checkpoint, reads it back, and only then removes all older ones but one.
+        """Writes and verifies a checkpoint, and then deletes all but the newest two.
 
         Raises:
-            WriteError: It cannot be written, or read back; the older ones are there as before.
+            WriteError: Writing or verification failed; older checkpoints are unchanged.
         """
-        found = self._found()
+        found = self._find()
         number = 1 + (found[0][0] if found else 0)
         with atomic_files.as_write_error(self.folder):
             self.folder.mkdir(exist_ok=True)
         content = save_arrays(
             {name: np.asarray(array, order="C") for name, array in arrays.items()},
-            # NaN and infinities as Python writes them: only Python reads this.
+            # Python's NaN and Infinity are not standard JSON; only Python reads them here.
             metadata={STATE: json.dumps({"format": FORMAT, **state})},
         )
         digest = hashlib.sha256(content).hexdigest()
@@ -99,37 +106,37 @@ class Store:
             temporary.write_bytes(content)
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             path.unlink()
-            raise WriteError(errno.EIO, "it is not read back as it was written", str(path))
-        for _, _, old in self._found()[KEEP:]:
+            raise WriteError(errno.EIO, "the file differs from what was written", str(path))
+        for _, _, old in self._find()[MAX_TO_KEEP:]:
             old.unlink()
         return Checkpoint(number, arrays, state)
 
-    def latest(self, say: Callable[[str], None]) -> Checkpoint | None:
-        """The newest whole checkpoint; of damaged ones ``say`` is told in one line each."""
-        for number, digest, path in self._found():
+    def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
+        """The newest intact checkpoint; ``warn`` receives one line for each corrupt one."""
+        for number, digest, path in self._find():
             try:
                 content = path.read_bytes()
                 if hashlib.sha256(content).hexdigest() != digest:
-                    raise ValueError("its content is not what its name says")
-                return Checkpoint(number, load_arrays(content), _state(content))
-            except (*DAMAGED, SafetensorError) as error:
-                say(f"Checkpoint {number} is damaged, the one before it is taken: {error}")
+                    raise ValueError("its content does not match the hash in its name")
+                return Checkpoint(number, load_arrays(content), _read_state(content))
+            except (*CORRUPTION_ERRORS, SafetensorError) as error:
+                warn(f"Checkpoint {number} is corrupt, using the one before it: {error}")
         return None
 
     def remove_older(self):
-        """Removes all checkpoints but the newest."""
-        for _, _, path in self._found()[1:]:
+        """Deletes all checkpoints except the newest."""
+        for _, _, path in self._find()[1:]:
             path.unlink()
 
-    def _found(self) -> list[tuple[int, str, pathlib.Path]]:
-        """(number, digest, path), the newest first."""
+    def _find(self) -> list[tuple[int, str, pathlib.Path]]:
+        """(number, digest, path) of each checkpoint, newest first."""
         paths = self.folder.iterdir() if self.folder.is_dir() else ()
-        named = ((NAME.fullmatch(path.name), path) for path in paths)
+        named = ((FILENAME.fullmatch(path.name), path) for path in paths)
         return sorted(((int(m[1]), m[2], path) for m, path in named if m), reverse=True)
 
 
-def _state(content) -> dict:
-    """The text of a file of safetensors: its header is JSON after 8 bytes with its length."""
+def _read_state(content) -> dict:
+    """The state in a safetensors file, whose JSON header follows 8 bytes with its length."""
     end = 8 + int.from_bytes(content[:8], "little")
     state = json.loads(json.loads(content[8:end])["__metadata__"][STATE])
     if state.pop("format") != FORMAT:

@@ -1,7 +1,7 @@
-"""Who trains together: the devices of one machine, or of several hosts, by ``keras.distribution``.
+"""Data-parallel training on several devices and hosts with ``keras.distribution``.
 
-Every host runs the same program and takes its part of every batch; JAX adds up the gradients, and
-the statistics of batch normalizations, over all. Weights are the same everywhere.
+Every host runs the same program and processes its part of each batch; JAX sums the gradients and
+the batch-normalization statistics over all devices. Weights are replicated.
 """
 
 import contextlib
@@ -17,260 +17,286 @@ import numpy as np
 
 from involution.utils.errors import InputError
 
-# Seconds that a host is waited for at the beginning, and that one may be silent.
-WAIT, SILENCE = 60, 30
-# The variables by which Keras is told the same.
-ADDRESS, COUNT, NUMBER = (
+# Seconds: to wait for all hosts at the start, and without a heartbeat until a host counts as lost.
+CONNECT_TIMEOUT, HEARTBEAT_TIMEOUT = 60, 30
+# Keras's environment variables for the same settings.
+JOB_ADDRESSES, NUM_PROCESSES, PROCESS_ID = (
     f"KERAS_DISTRIBUTION_{name}" for name in ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")
 )
-# What JAX's errors name when another host is silent: what they speak through.
-SILENT = re.compile(
+# JAX's errors after the loss of a host name the communication layer.
+LOST_HOST_PATTERN = re.compile(
     "[Gg]loo|NCCL|nccl|UNAVAILABLE:|DEADLINE_EXCEEDED|oordination service|Connection (reset|closed)"
 )
-# What other launchers set, under which every process would train a model of its own in silence.
+# Environment variables of other launchers, by backend: each process would train its own model.
 LAUNCHERS = {"torch": ("WORLD_SIZE", "torchrun"), "tensorflow": ("TF_CONFIG", "TF_CONFIG")}
 
 
 class LostHostError(InputError):
-    """Another host does not answer any more."""
+    """Another host no longer responds."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """A host's part of a batch.
+class Shard:
+    """This host's part of a batch.
 
     Attributes:
-        index: Which images.
-        weights: 0 for those that only fill it up, 1 for all others.
-        count: Images of all hosts.
-        whole: The same, with those that fill up.
+        indices: Indices of its images.
+        weights: 0 for images that pad the batch, 1 for all others.
+        count: Images of the batch on all hosts.
+        padded_count: The same, including the padding.
     """
 
-    index: np.ndarray
+    indices: np.ndarray
     weights: np.ndarray
     count: int
-    whole: int
+    padded_count: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Cluster:
-    """Hosts and their devices.
+class Distribution:
+    """Processes, one for each host, and their devices.
 
     Attributes:
-        devices: Of each host; None: all that JAX has there.
-        coordinator: HOST:PORT of the first host, which all can reach; None where there is one host.
-        hosts: How many.
-        host: Which one this is, from 0.
+        devices: Devices of each host; None: all that JAX finds.
+        coordinator_address: HOST:PORT of the first host, reachable by all; None for one host.
+        num_processes: Number of hosts.
+        process_id: Index of this host, from 0.
     """
 
     devices: int | None = 1
-    coordinator: str | None = None
-    hosts: int = 1
-    host: int = 0
+    coordinator_address: str | None = None
+    num_processes: int = 1
+    process_id: int = 0
 
     def __post_init__(self):
         if self.devices is not None and self.devices < 1:
-            raise InputError(f"--devices must be at least 1. Received: {self.devices}")
-        if self.hosts < 1:
-            raise InputError(f"--num-hosts must be at least 1. Received: {self.hosts}")
-        if not 0 <= self.host < self.hosts:
-            raise InputError(f"--host-id must be from 0 to {self.hosts - 1}. Received: {self.host}")
-        if self.hosts > 1 and not re.fullmatch(r"\S+:\d{1,5}", self.coordinator or ""):
+            raise InputError(f"`devices` must be at least 1. Received: {self.devices}")
+        if self.num_processes < 1:
+            raise InputError(f"`num_processes` must be at least 1. Received: {self.num_processes}")
+        if not 0 <= self.process_id < self.num_processes:
             raise InputError(
-                "--coordinator must be HOST:PORT of the first host where there are several. "
-                f"Received: {self.coordinator}"
+                f"`process_id` must be from 0 to {self.num_processes - 1}. "
+                f"Received: {self.process_id}"
+            )
+        address = self.coordinator_address
+        if self.num_processes > 1 and not re.fullmatch(r"\S+:\d{1,5}", address or ""):
+            raise InputError(
+                "`coordinator_address` must be HOST:PORT of the first host if there are several. "
+                f"Received: {address}"
             )
 
     @property
-    def alone(self) -> bool:
-        return self.hosts == 1 and self.devices == 1
+    def is_single(self) -> bool:
+        """Whether there is only one device."""
+        return self.num_processes == 1 and self.devices == 1
 
     @property
-    def writes(self) -> bool:
-        """Whether this is the host that writes for all."""
-        return self.host == 0
+    def is_primary(self) -> bool:
+        """Whether this host writes the files of the run."""
+        return self.process_id == 0
 
     @property
-    def total(self) -> int:
-        """Devices of all hosts, once it has begun."""
-        return 1 if self.alone else len(keras.distribution.list_devices())
+    def num_devices(self) -> int:
+        """Devices of all hosts, after ``initialize``."""
+        return 1 if self.is_single else len(keras.distribution.list_devices())
 
-    def check_batch(self, size, accumulate=1):
-        """Raises InputError unless a batch can be shared evenly, in so many parts."""
-        if size % (self.total * accumulate):
-            factors = (("the devices of all hosts", self.total), ("--accumulate", accumulate))
-            told = " times ".join(f"{name}, {n}" for name, n in factors if n > 1)
-            raise InputError(f"--batch-size must be a multiple of {told}. Received: {size}")
+    def check_batch_size(self, batch_size, gradient_accumulation_steps=1):
+        """Raises InputError unless a batch divides evenly among the devices and the accumulation
+        steps."""
+        if batch_size % (self.num_devices * gradient_accumulation_steps):
+            factors = (
+                ("the number of devices", self.num_devices),
+                ("`gradient_accumulation_steps`", gradient_accumulation_steps),
+            )
+            product = " times ".join(f"{name} ({n})" for name, n in factors if n > 1)
+            raise InputError(
+                f"`batch_size` must be a multiple of {product}. Received: {batch_size}"
+            )
 
-    def share(self, index) -> Share:
-        """This host's part of a batch of these images: as many for each device."""
-        count = len(index)
-        whole = -(-count // self.total) * self.total
-        place = np.arange(whole)
-        # Once more the first ones, for devices that have fewer.
-        filled, weights = index[place % count], (place < count).astype("float32")
-        each = whole // self.hosts
-        own = slice(self.host * each, (self.host + 1) * each)
-        return Share(filled[own], weights[own], count, whole)
+    def shard(self, indices) -> Shard:
+        """This host's part of a batch, with the same number of images for each device."""
+        count = len(indices)
+        padded_count = -(-count // self.num_devices) * self.num_devices
+        positions = np.arange(padded_count)
+        # The first images pad the batch.
+        padded = indices[positions % count]
+        weights = (positions < count).astype("float32")
+        size = padded_count // self.num_processes
+        own = slice(self.process_id * size, (self.process_id + 1) * size)
+        return Shard(padded[own], weights[own], count, padded_count)
 
     @contextlib.contextmanager
-    def sharing(self) -> Iterator[None]:
-        """Within the block models are made for, and trained by, all devices."""
-        if self.alone:
+    def scope(self) -> Iterator[None]:
+        """Within the block models are created and trained on all devices."""
+        if self.is_single:
             yield
             return
         before = keras.distribution.distribution()
-        keras.distribution.set_distribution(_over_all())
+        keras.distribution.set_distribution(_data_parallel())
         try:
             yield
         finally:
             keras.distribution.set_distribution(before)
 
     @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        """Within the block, what JAX raises when a host does not answer is a LostHostError."""
+    def detect_lost_hosts(self) -> Iterator[None]:
+        """Within the block, JAX's errors after the loss of a host become LostHostError."""
         try:
             yield
         except InputError:
             raise
         except (ValueError, RuntimeError) as error:
-            if self.hosts == 1 or not SILENT.search(str(error)):
+            if self.num_processes == 1 or not LOST_HOST_PATTERN.search(str(error)):
                 raise
             raise LostHostError(
-                "All hosts must go on to the end. Received: one that was lost: "
+                "All hosts must run until the end. Received: a host was lost: "
                 f"{str(error).splitlines()[0]}"
             ) from error
 
-    def wait_for_all(self, what):
-        """Returns when every host has come here."""
-        if self.hosts > 1:
+    def barrier(self, name):
+        """Waits until every host has reached this point."""
+        if self.num_processes > 1:
             from jax.experimental import multihost_utils
 
-            with self.answering():
-                multihost_utils.sync_global_devices(what)
+            with self.detect_lost_hosts():
+                multihost_utils.sync_global_devices(name)
 
-    def check_same(self, text, what):
-        """Raises InputError, on every host, unless all have the same text; ``what`` they must."""
-        if self.hosts > 1:
+    def assert_equal_across_hosts(self, text, requirement):
+        """Raises InputError on every host unless all have the same text.
+
+        Args:
+            text: The text.
+            requirement: What all hosts must do, for the message.
+        """
+        if self.num_processes > 1:
             from jax.experimental import multihost_utils
 
-            own = np.frombuffer(hashlib.sha256(text.encode()).digest(), "uint8").astype("int32")
-            with self.answering():
-                found = multihost_utils.process_allgather(own)
-            others = [n for n, digest in enumerate(found) if (digest != found[0]).any()]
+            digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), "uint8").astype("int32")
+            with self.detect_lost_hosts():
+                found = multihost_utils.process_allgather(digest)
+            others = [n for n, other in enumerate(found) if (other != found[0]).any()]
             if others:
                 raise InputError(
-                    f"All hosts must {what}. Received: others on host {others[0]} than on host 0"
+                    f"All hosts must {requirement}. Received: host {others[0]} differs from host 0"
                 )
 
-    def end(self):
-        """All are at the end: from here on each goes its own way."""
-        if self.hosts > 1:
-            self.wait_for_all("the end")
+    def shutdown(self):
+        """Waits for all hosts, and disconnects from them."""
+        if self.num_processes > 1:
+            self.barrier("the end")
             import jax
 
             jax.distributed.shutdown()
 
 
 @functools.cache
-def _over_all():
-    """Made once: every batch asks."""
+def _data_parallel():
     return keras.distribution.DataParallel(
         devices=keras.distribution.list_devices(), auto_shard_dataset=False
     )
 
 
-ALONE = Cluster()
+SINGLE_PROCESS = Distribution()
 
 
-def of(devices=None, coordinator=None, hosts=None, host=None, environment=os.environ) -> Cluster:
-    """The cluster that is asked for; of hosts, what is None is taken from Keras's variables."""
+def from_environment(
+    devices=None,
+    coordinator_address=None,
+    num_processes=None,
+    process_id=None,
+    environment=os.environ,
+) -> Distribution:
+    """A distribution; arguments of hosts that are None come from Keras's environment variables."""
     numbers = {}
     for name, given, variable, default in (
-        ("hosts", hosts, COUNT, 1),
-        ("host", host, NUMBER, 0),
+        ("num_processes", num_processes, NUM_PROCESSES, 1),
+        ("process_id", process_id, PROCESS_ID, 0),
     ):
         value = environment.get(variable, default) if given is None else given
         if not str(value).isdecimal():
-            raise InputError(f"{variable} must be a number. Received: {value}")
+            raise InputError(f"{variable} must be a nonnegative integer. Received: {value}")
         numbers[name] = int(value)
-    if coordinator is None and ADDRESS in environment:
-        coordinator = environment[ADDRESS].split(",")[0]
-    if devices is None and numbers["hosts"] == 1:
+    if coordinator_address is None and JOB_ADDRESSES in environment:
+        coordinator_address = environment[JOB_ADDRESSES].split(",")[0]
+    if devices is None and numbers["num_processes"] == 1:
         devices = 1
-    return Cluster(devices, coordinator, **numbers)
+    return Distribution(devices, coordinator_address, **numbers)
 
 
-def refuse_others(cluster, environment=os.environ):
-    """Raises InputError where this, or another launcher's cluster, would go wrong in silence."""
+def check_launchers(distribution, environment=os.environ):
+    """Raises InputError where several processes would silently train a model each."""
     backend = keras.config.backend()
-    if not cluster.alone and backend != "jax":
+    if not distribution.is_single and backend != "jax":
         raise InputError(
-            "--devices and --num-hosts need the JAX backend: --backend jax "
+            "`devices` and `num_processes` require the JAX backend: KERAS_BACKEND=jax "
             f"(pip install 'involution[jax]'). Received: {backend}"
         )
     variable, launcher = LAUNCHERS.get(backend, (None, None))
     value = environment.get(variable, "") if variable else ""
     if value not in ("", "0", "1"):
         raise InputError(
-            f"Under {launcher} every process would train a model of its own; several train one "
-            f"with --backend jax --num-hosts. Received: {variable}={value}"
+            f"Under {launcher} each process would train its own model; distributed training "
+            f"requires the JAX backend and `num_processes`. Received: {variable}={value}"
         )
     if backend == "tensorflow":
         import tensorflow as tf
 
         if tf.distribute.has_strategy():
             raise InputError(
-                "Training must be outside of a tf.distribute strategy; several devices train with "
+                "Training must be outside a tf.distribute strategy; distributed training requires "
                 f"the JAX backend. Received: {tf.distribute.get_strategy().__class__.__name__}"
             )
 
 
-def begin(cluster):
-    """Makes the devices known to JAX, before anything else uses them; waits for the other hosts.
+def initialize(distribution):
+    """Configures JAX's devices, before anything else uses them, and connects to the other hosts.
 
     Raises:
-        InputError: It cannot be: another backend, hosts that do not come, too few devices.
+        InputError: Another backend is in use, a host does not connect, or there are too few
+            devices.
     """
-    refuse_others(cluster)
-    if cluster.alone:
+    check_launchers(distribution)
+    if distribution.is_single:
         return
     import jax
 
-    if cluster.devices is not None:
+    if distribution.devices is not None:
         try:
-            # On CPUs there are as many as one asks for.
-            jax.config.update("jax_num_cpu_devices", cluster.devices)
+            # On CPUs JAX creates as many devices as requested.
+            jax.config.update("jax_num_cpu_devices", distribution.devices)
         except RuntimeError as error:
             raise InputError(
-                "--devices must be told before JAX is used. "
-                f"Received: {cluster.devices}: {str(error).splitlines()[0]}"
+                "`devices` must be set before JAX is initialized. "
+                f"Received: {distribution.devices}: {str(error).splitlines()[0]}"
             ) from error
-    if cluster.hosts > 1:
+    num_processes, address = distribution.num_processes, distribution.coordinator_address
+    if num_processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         try:
             jax.distributed.initialize(
-                cluster.coordinator,
-                cluster.hosts,
-                cluster.host,
-                initialization_timeout=WAIT,
-                heartbeat_timeout_seconds=SILENCE,
-                shutdown_timeout_seconds=SILENCE,
+                address,
+                num_processes,
+                distribution.process_id,
+                initialization_timeout=CONNECT_TIMEOUT,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+                shutdown_timeout_seconds=HEARTBEAT_TIMEOUT,
             )
         except RuntimeError as error:
             raise InputError(
-                f"All {cluster.hosts} hosts must come to --coordinator within {WAIT} s. Received: "
-                f"{cluster.coordinator}, host {cluster.host}: {str(error).splitlines()[0]}"
+                f"All {num_processes} hosts must connect to `coordinator_address` within "
+                f"{CONNECT_TIMEOUT} s. Received: {address}, host {distribution.process_id}: "
+                f"{str(error).splitlines()[0]}"
             ) from error
-        # What JAX's processes speak through opens now: later it would wait for 30 s alone.
-        cluster.wait_for_all("all have come")
+        # Opens the connections now; later, each host would wait only 30 s for the others.
+        distribution.barrier("start")
     found = jax.local_device_count()
-    if cluster.devices is not None and found != cluster.devices:
+    if distribution.devices is not None and found != distribution.devices:
         raise InputError(
-            f"--devices must be as many as JAX has here, {found}. Received: {cluster.devices}"
+            f"`devices` must be the number of JAX's local devices, {found}. "
+            f"Received: {distribution.devices}"
         )
-    if found * cluster.hosts != jax.device_count():
+    if found * num_processes != jax.device_count():
         raise InputError(
-            "All hosts must have as many devices; --devices can tell how many. "
-            f"Received: {found} here, {jax.device_count()} on {cluster.hosts} hosts"
+            "All hosts must have the same number of devices; `devices` limits it. "
+            f"Received: {found} here, {jax.device_count()} on {num_processes} hosts"
         )

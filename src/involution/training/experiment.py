@@ -1,4 +1,4 @@
-"""One run = one folder: models trained on the same data, side by side, and what came of it."""
+"""Runs: models trained on the same data, and one folder with all results."""
 
 import contextlib
 import dataclasses
@@ -9,165 +9,66 @@ import math
 import os
 import pathlib
 import platform
-import signal
-import sys
-import threading
 import time
-from importlib import metadata
 
 import keras
 
+from involution import renamed
 from involution.data import datasets, transforms
 from involution.models import count_multiply_adds, specs
 from involution.saving.classifier import Classifier, load_weights
 from involution.training import checkpoint, distributed
-from involution.training import trainer as training
-from involution.utils.atomic_files import (
-    TMP_PREFIX,
-    csv_text,
-    remove_temporaries,
-    sha256,
-    write_json,
-    write_text,
+from involution.training.interrupts import exit_code, graceful_shutdown
+from involution.training.recipes import PRECISIONS, RECIPES, Config, Recipe, current_name, stored
+from involution.training.run_folder import check_folder, history, is_resumable, make_folder
+from involution.training.trainer import (
+    METRICS,
+    DivergenceError,
+    Trainer,
+    TrainerState,
+    images_per_epoch,
 )
+from involution.utils.atomic_files import remove_temporaries, sha256, write_json, write_text
+from involution.utils.environment import peak_memory, versions
 from involution.utils.errors import InputError, WriteError
+from involution.utils.progress import NullProgress
 
-# Keras's policies by the names of types.
-PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
-
-
-class Silent:
-    """Where a run tells how far it is: this one says nothing. ``console.Console`` speaks."""
-
-    def say(self, text):
-        """One line."""
-
-    def start(self, label, total, done=0):
-        """A piece of work of so many steps begins, some of which are done."""
-
-    def step(self):
-        """One step is done."""
-
-    def stop(self):
-        """The piece of work is over."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What is run.
-
-    Attributes:
-        dataset: See ``data.load``.
-        models: Names of models: see ``model_labels.parse``.
-        epochs: Passes over the training images.
-        recipe: How to train, one of ``training.RECIPES``.
-        batch_size: Images in a step; None: the recipe's, or what suits the data set (256, for the
-            digits 32).
-        seed: Of the initial weights, the order of the images and the choice of examples.
-        learning_rate: Of Adam or SGD; where it changes, the largest. None: the recipe's.
-        weight_decay: Of AdamW or SGD, see ``training.Recipe``. None: the recipe's.
-        validation: So many training images, always the same, are held out and measured on in place
-            of the test images; None: none.
-        image_size: (height, width) for a folder of images, None for their own.
-        download: Whether CIFAR-10 may be fetched.
-        precision: Of what layers compute, one of ``PRECISIONS``; weights are float32 in any case.
-        clip_norm: What the norm of all gradients together is cut to; None: the recipe's.
-        accumulate: In how many parts a batch goes through the model; None: the recipe's.
-        ema: What a mean of the weights, which is tested and written, keeps of itself at each step;
-            None: the recipe's.
-    """
-
-    dataset: str = "digits"
-    models: str = "cnn,inn"
-    epochs: int = 20
-    batch_size: int | None = None
-    seed: int = 42
-    learning_rate: float | None = None
-    weight_decay: float | None = None
-    image_size: tuple[int, int] | None = None
-    download: bool = False
-    precision: str = "float32"
-    recipe: str = "example"
-    validation: int | None = None
-    clip_norm: float | None = None
-    accumulate: int | None = None
-    ema: float | None = None
-
-    def __post_init__(self):
-        for name in ("epochs", "batch_size", "validation", "accumulate"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1. Received: {name}={value}")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must be from 0 to 2**32 - 1. Received: seed={self.seed}")
-        for name in ("learning_rate", "clip_norm"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} must be above 0. Received: {name}={value}")
-        if self.weight_decay is not None and not (0 <= self.weight_decay < math.inf):
-            raise InputError(
-                f"weight_decay must be at least 0. Received: weight_decay={self.weight_decay}"
-            )
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise InputError(f"ema must be above 0 and below 1. Received: ema={self.ema}")
-        if self.precision not in PRECISIONS:
-            raise InputError(
-                f"precision must be one of {', '.join(PRECISIONS)}. Received: {self.precision}"
-            )
-        if self.recipe not in training.RECIPES:
-            raise InputError(
-                f"recipe must be one of {', '.join(training.RECIPES)}. Received: {self.recipe}"
-            )
-
-    def recipe_for(self, dataset) -> training.Recipe:
-        """The recipe, with what else is asked for."""
-        recipe = training.RECIPES[self.recipe]
-        return dataclasses.replace(
-            recipe,
-            learning_rate=self.learning_rate or recipe.learning_rate,
-            weight_decay=recipe.weight_decay if self.weight_decay is None else self.weight_decay,
-            batch_size=self.batch_size or recipe.batch_size or dataset.batch_size,
-            clip_norm=self.clip_norm or recipe.clip_norm,
-            accumulate=self.accumulate or recipe.accumulate,
-            ema=self.ema or recipe.ema,
-            epochs=self.epochs,
-            image_size=self.image_size,
-        )
+__all__ = ["Config", "NullProgress", "Result", "Run", "build", "compare", "fingerprint", "load"]
 
 
 @dataclasses.dataclass
 class Result:
-    """One model of a run, as far as it came."""
+    """One model of a run, as far as it is trained."""
 
     label: str
     classifier: Classifier
-    optimizer: tuple[int, int] = (0, 0)  # numbers that the optimizer holds, and their bytes
+    optimizer: tuple[int, int] = (0, 0)  # parameters and bytes of the optimizer's state
     rows: list[dict] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
-    digest: str | None = None  # of the model's file, once it is trained
+    digest: str | None = None  # SHA-256 of the model's file; None until training is complete
 
     @property
     def file(self) -> str:
-        """Name of the model's file in the run's folder."""
+        """Name of the model's file in the run folder."""
         return specs.file_name(self.label)
 
     @functools.cached_property
     def parameters(self) -> dict[str, int]:
-        """Numbers of parameters, and their bytes with the optimizer's: training changes none."""
+        """Numbers of parameters, and the bytes of all variables with the optimizer's."""
         model = self.classifier.model
         kinds = (model.trainable_variables, model.non_trainable_variables)
-        counts = [*(count(variables) for variables in kinds), self.optimizer[0]]
+        counts = [*(num_parameters(variables) for variables in kinds), self.optimizer[0]]
         return {
             "trainable_params": counts[0],
             "non_trainable_params": counts[1],
             "optimizer_params": counts[2],
             "total_params": sum(counts),
-            "bytes": size(model.variables) + self.optimizer[1],
+            "bytes": num_bytes(model.variables) + self.optimizer[1],
         }
 
     @functools.cached_property
     def multiply_adds(self) -> int | None:
-        """Of one image; None where a layer is of a kind that cannot be counted."""
+        """Multiply-adds for one image; None where the model has a layer that cannot be counted."""
         try:
             return count_multiply_adds(self.classifier.model)
         except ValueError:
@@ -180,9 +81,9 @@ class Result:
         return {
             **self.parameters,
             "multiply_adds": self.multiply_adds,
-            **{measure: last.get(measure) for measure in training.MEASURES},
+            **{metric: last.get(metric) for metric in METRICS},
             "best_test_accuracy": max((r["test_accuracy"] for r in self.rows), default=None),
-            # The first epoch compiles; where there are others, they tell the speed.
+            # Without the first epoch, which compiles, if there are others.
             "seconds_per_epoch": _median([r["seconds"] for r in self.rows[1:] or self.rows]),
             "seconds": self.seconds,
             "epochs": len(self.rows),
@@ -191,16 +92,16 @@ class Result:
 
 @dataclasses.dataclass
 class Run:
-    """A run, as far as it came: everything its report shows."""
+    """A run, as far as it is complete: the content of its report."""
 
     config: Config
     dataset: datasets.Dataset
-    recipe: training.Recipe
+    recipe: Recipe
     results: list[Result]
     command: str
     started: str
-    exit_code: int = 0  # 128 and the number of the signal that ended it early
-    failure: str | None = None  # why it could not go on
+    exit_code: int = 0  # 128 plus the number of the signal that interrupted the run
+    failure: str | None = None  # why training stopped
     peak_memory_bytes: int | None = None
 
     @property
@@ -209,6 +110,7 @@ class Run:
 
     @property
     def metrics(self) -> dict:
+        """The content of metrics.json."""
         return {
             "dataset": self.dataset.name,
             "backend": keras.config.backend(),
@@ -220,15 +122,15 @@ class Run:
 
     @property
     def description(self) -> dict:
-        """What config.json holds: all it takes to repeat it, and where it ran."""
+        """The content of config.json: all that is needed to repeat the run, and the machine."""
         return {
-            **dataclasses.asdict(self.config),
-            "training": dataclasses.asdict(self.recipe),
+            **stored(self.config),
+            "training": stored(self.recipe),
             "command": self.command,
             "started": self.started,
             "images": {"train": len(self.dataset.x_train), "test": len(self.dataset.x_test)},
             "backend": keras.config.backend(),
-            "keras": settings(),
+            "keras": keras_settings(),
             "versions": versions(),
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
@@ -238,55 +140,50 @@ class Run:
 def compare(
     config: Config,
     output,
-    console=None,
+    progress: NullProgress | None = None,
     builders: dict[str, specs.Builder] | None = None,
     command: str = "",
     resume: bool = False,
     checkpoint_every: int | None = None,
-    allow_change: bool = False,
-    together: distributed.Cluster = distributed.ALONE,
+    allow_config_change: bool = False,
+    distribution: distributed.Distribution = distributed.SINGLE_PROCESS,
 ) -> Run:
-    """Trains models on the same data and writes one folder about it.
+    """Trains models on the same data and writes one folder with all results.
 
-    The folder gets config.json, history.csv, metrics.json, the models, figures and report.html;
-    and checkpoints: at the beginning, after each epoch, and when the run is interrupted. An
-    interruption (SIGINT, which is Ctrl-C, or SIGTERM) takes effect after the step at work and
-    leaves what there is, with a report of it; a second one ends the process at once.
-    Keras's session is cleared and its seed set.
+    The folder gets config.json, history.csv, metrics.json, the models, figures, report.html, and
+    checkpoints: at the start, after each epoch and on interruption. SIGINT (Ctrl-C) or SIGTERM
+    takes effect after the current step, and the report covers what is complete; a second signal
+    ends the process immediately. Keras's session is cleared and its seed set.
 
     Args:
-        config: What to run.
+        config: The run.
         output: The folder: new, or empty.
-        console: Where progress goes; see ``Silent``.
-        builders: Models of one's own, instead of ``config.models``: functions of (input_shape,
-            classes) that return a Keras model from images to logits, by label.
-        command: What was typed, for the report.
-        resume: Whether to go on from the last checkpoint in the folder, where there is one. On the
-            machine and backend of the first part what comes of it is the same, to the bit, as
-            without a break.
+        progress: Receives progress; None: none is reported.
+        builders: Models by label, instead of ``config.models``: functions of (input_shape, classes)
+            that return a Keras model from images to logits.
+        command: The command line, for the report.
+        resume: Whether to resume from the last checkpoint in the folder, if there is one. On the
+            same machine and backend the result is bit-identical to that of an uninterrupted run.
         checkpoint_every: Steps between checkpoints within an epoch; None: only after epochs.
-        allow_change: Whether to go on although the configuration, the images or a version is
-            another than before.
-        together: The devices and hosts that share every batch, for which ``cluster.begin`` was
-            called. All hosts are given the same folder, which all can read and the first writes.
-            What goes on may be other ones than what began.
+        allow_config_change: Whether to resume despite changed settings, images or versions.
+        distribution: Devices and hosts that split each batch, after ``distributed.initialize``.
+            All hosts get the same folder, which all can read and the first writes. Their number may
+            change when a run resumes.
 
     Raises:
-        InputError: Something given cannot be used, another process is at work in the folder, or
-            what is resumed was something else; nothing has been written then. A host was lost.
+        InputError: An argument is invalid, another process uses the folder, or the run to resume
+            differs; nothing has been written then. Or a host was lost.
     """
-    from involution.training import report  # draws, and so needs the extra packages
+    from involution.training import report  # requires the extra `compare`
 
     if checkpoint_every is not None and checkpoint_every < 1:
-        raise InputError(f"checkpoint_every must be at least 1. Received: {checkpoint_every}")
-    console = console or Silent()
+        raise InputError(f"`checkpoint_every` must be at least 1. Received: {checkpoint_every}")
+    progress = progress or NullProgress()
     output = pathlib.Path(output)
-    check_folder(output, resume, together.writes)
+    check_folder(output, resume, distribution.is_primary)
     builders = specs.parse(config.models) if builders is None else builders
-    dataset = load(config, console)
-    networks = {
-        label: build(label, builder, dataset, config) for label, builder in builders.items()
-    }
+    dataset = load(config, progress)
+    models = {label: build(label, builder, dataset, config) for label, builder in builders.items()}
     run = Run(
         config=config,
         dataset=dataset,
@@ -295,286 +192,271 @@ def compare(
         command=command,
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    training.images_of_an_epoch(dataset, run.recipe, together)
+    images_per_epoch(dataset, run.recipe, distribution)
     with contextlib.ExitStack() as stack:
-        if together.writes:
+        if distribution.is_primary:
             make_folder(output)
-            stack.enter_context(checkpoint.alone(output))
+            stack.enter_context(checkpoint.exclusive_lock(output))
             check_folder(output, resume)
-        step = stack.enter_context(interruptions(console))
-        work = _Work(run, output, console, checkpoint_every, together)
-        work.check_same()
-        begun = _has_begun(output)
-        if begun:
-            work.restore(allow_change)
-        together.check_same(work.begun_at, "begin at the same checkpoint of one folder")
-        if not begun:
-            work.save(None)  # from here on the run can be gone on with
+        on_step = stack.enter_context(graceful_shutdown(progress))
+        state = RunState(run, output, progress, checkpoint_every, distribution)
+        state.check_hosts()
+        resumes = is_resumable(output)
+        if resumes:
+            state.restore(allow_config_change)
+        distribution.assert_equal_across_hosts(
+            state.resumed_from, "start from the same checkpoint of one folder"
+        )
+        if not resumes:
+            state.save(None)  # makes the run resumable
         try:
-            if together.writes:
+            if distribution.is_primary:
                 remove_temporaries(output)
                 write_json(output / "config.json", run.description)
-            with together.answering():
-                work.train_all(networks, step)
+            with distribution.detect_lost_hosts():
+                state.train_all(models, on_step)
             run.peak_memory_bytes = peak_memory()
             if not run.interrupted and run.failure is None:
-                together.end()
-            if together.writes:
+                distribution.shutdown()
+            if distribution.is_primary:
                 write_json(output / "metrics.json", run.metrics)
                 report.write(run, output)
         except WriteError:
-            console.say(f"Stopped: {work.last}.")
+            progress.log(f"Stopped: {state.last}.")
             raise
         except distributed.LostHostError as lost:
-            # Only the first host's checkpoints are the run's.
-            last = work.last if together.writes else "its last checkpoint is in the folder"
-            raise distributed.LostHostError(f"{lost}; {last}: go on with --resume") from lost
-        if together.writes and not run.interrupted and run.failure is None:
-            work.store.remove_older()
+            # Only the first host writes checkpoints.
+            last = state.last if distribution.is_primary else "its last checkpoint is in the folder"
+            raise distributed.LostHostError(f"{lost}; {last}: resume with `resume`") from lost
+        if distribution.is_primary and not run.interrupted and run.failure is None:
+            state.checkpoints.remove_older()
     return run
 
 
-# What is no other way to train; an image may have been mended.
-MAY_DIFFER = ("dataset", "images", "models", "backend")
+# Changes that do not affect how a model is trained; images may have been repaired.
+RESUMABLE_CHANGES = ("dataset", "images", "models", "backend")
+# Prefixes of a fingerprint's keys, which checkpoints store.
 VERSION = "version of "
-SETTING = "Keras's "
-# What a checkpoint keeps of a result, besides the label.
-KEPT = ("digest", "optimizer", "rows", "seconds")
+KERAS_SETTING = "Keras's "
+RECIPE_SETTING = "recipe: "
+# What a checkpoint stores of a result, besides the label.
+PERSISTED_FIELDS = ("digest", "optimizer", "rows", "seconds")
 
 
-class _Work:
-    """A run at work, and what it takes to go on with it."""
+class RunState:
+    """A run in progress, and its checkpoints.
 
-    def __init__(self, run, output, console, every, together):
-        self.run, self.output, self.console, self.every = run, output, console, every
-        self.together = together
-        self.store = checkpoint.Store(output)
-        self.last = "there is no checkpoint from before"
-        self._identity = identity(run)
-        # What is gone on from: which checkpoint, and what it holds.
-        self.begun_at = ""
-        self._begun: dict[str, dict] = {}
+    Attributes:
+        last: The last checkpoint, for messages.
+        resumed_from: The checkpoint that the run resumes from, as text; empty for a new run.
+    """
+
+    def __init__(self, run, output, progress, checkpoint_every, distribution):
+        self.run, self.output, self.progress = run, output, progress
+        self.checkpoint_every, self.distribution = checkpoint_every, distribution
+        self.checkpoints = checkpoint.CheckpointManager(output)
+        self.last = "there is no earlier checkpoint"
+        self._fingerprint = fingerprint(run)
+        self.resumed_from = ""
+        self._saved: dict[str, dict] = {}
         self._arrays: dict = {}
-        self._at = training.Position()
+        self._trainer_state = TrainerState()
 
-    def check_same(self):
-        """Whether all hosts are at the same run; a folder may be another place on each."""
-        same = {k: v for k, v in self._identity.items() if k != "dataset"}
-        what = "have the same images, options and versions"
-        self.together.check_same(json.dumps(same, sort_keys=True), what)
+    def check_hosts(self):
+        """Raises InputError unless all hosts have the same run; the path of the data may differ."""
+        shared = {k: v for k, v in self._fingerprint.items() if k != "dataset"}
+        self.distribution.assert_equal_across_hosts(
+            json.dumps(shared, sort_keys=True), "have the same images, settings and versions"
+        )
 
-    def restore(self, allow_change):
-        """Takes up the newest checkpoint of the folder."""
-        saved = self.store.latest(self.console.say)
-        if saved is None:
+    def restore(self, allow_config_change):
+        """Loads the newest checkpoint of the folder."""
+        found = self.checkpoints.latest(self.progress.log)
+        if found is None:
             raise InputError(
-                "To go on, the output folder must have a whole checkpoint. "
+                "To resume, the output folder must contain an intact checkpoint. "
                 f"Received: {self.output}, which has none"
             )
-        # Checkpoints of earlier releases do not have Keras's settings.
-        was = {k: v for k, v in self._identity.items() if k.startswith(SETTING)}
-        was |= saved.state["identity"]
+        # Checkpoints of early releases lack Keras's settings.
+        before = {k: v for k, v in self._fingerprint.items() if k.startswith(KERAS_SETTING)}
+        before |= found.state["identity"]
         changed = {
-            name: f"{name} was {was.get(name)} and is {now}"
-            for name, now in self._identity.items()
-            if was.get(name) != now
+            name: f"{_displayed(name)} was {before.get(name)} and is {now}"
+            for name, now in self._fingerprint.items()
+            if before.get(name) != now
         }
-        if changed and not allow_change:
+        if changed and not allow_config_change:
             raise InputError(
-                "To go on, all must be as before, or --allow-change given. "
-                f"Received: {'; '.join(changed.values())}"
+                "A run must resume with the same settings, images and versions, unless "
+                f"`allow_config_change` is set. Received: {'; '.join(changed.values())}"
             )
-        for begun in saved.state["results"]:
-            if self._is_whole(begun):
-                self._begun[begun["label"]] = begun
-        self._refuse_other_trainings(changed)
-        self.begun_at = f"{saved.number} {json.dumps(saved.state, sort_keys=True)}"
-        self._arrays = saved.arrays
-        if saved.state["at"] is not None:
-            self._at = training.Position(**saved.state["at"])
-        self.last = f"checkpoint {saved.number} is from before"
-        self.console.say(f"Going on from checkpoint {saved.number}.")
+        for saved in found.state["results"]:
+            if self._is_intact(saved):
+                self._saved[saved["label"]] = saved
+        self._check_trained_models(changed)
+        self.resumed_from = f"{found.number} {json.dumps(found.state, sort_keys=True)}"
+        self._arrays = found.arrays
+        if found.state["at"] is not None:
+            self._trainer_state = TrainerState(**found.state["at"])
+        self.last = _last_checkpoint(found)
+        self.progress.log(f"Resuming from checkpoint {found.number}.")
 
-    def _refuse_other_trainings(self, changed):
-        """What is trained stays as it is, and beside it nothing is trained otherwise."""
-        ended = [label for label, begun in self._begun.items() if begun["digest"] is not None]
-        others = [
-            told
-            for name, told in changed.items()
-            if name not in MAY_DIFFER and not name.startswith(VERSION)
+    def _check_trained_models(self, changed):
+        """Raises InputError where a folder would mix models trained with different settings."""
+        trained = [label for label, saved in self._saved.items() if saved["digest"] is not None]
+        relevant = [
+            text
+            for name, text in changed.items()
+            if name not in RESUMABLE_CHANGES and not name.startswith(VERSION)
         ]
-        if ended and others:
+        if trained and relevant:
             raise InputError(
-                "What is trained cannot be changed, a new folder can be given. "
-                f"Received: {', '.join(ended)}, trained before; {'; '.join(others)}"
+                "The settings of a folder with trained models must not change; use a new folder. "
+                f"Received: {', '.join(trained)}, already trained; {'; '.join(relevant)}"
             )
 
-    def _is_whole(self, begun) -> bool:
-        """Whether the file of a trained model is as it was written."""
-        file = self.output / specs.file_name(begun["label"])
-        if begun["digest"] in (None, sha256(file) if file.is_file() else ""):
+    def _is_intact(self, saved) -> bool:
+        """Whether the file of a trained model is unchanged."""
+        file = self.output / specs.file_name(saved["label"])
+        if saved["digest"] in (None, sha256(file) if file.is_file() else ""):
             return True
-        self.console.say(f"{file.name} is not as it was written: it is trained again.")
+        self.progress.log(f"{file.name} is missing or changed; training it again.")
         return False
 
-    def train_all(self, networks, step):
-        """Trains them in turn, as far as that goes: the run tells how far."""
+    def train_all(self, models, on_step):
+        """Trains the models in turn until the end, an interruption or divergence."""
         try:
-            for label, network in networks.items():
-                self.train(label, network, step)
-        except KeyboardInterrupt as stop:
-            self.run.exit_code = exit_code(stop)
-            self.console.say("Interrupted: writing what there is.")
-        except training.DivergenceError as failure:
+            for label, model in models.items():
+                self.train(label, model, on_step)
+        except KeyboardInterrupt as interrupt:
+            self.run.exit_code = exit_code(interrupt)
+            self.progress.log("Interrupted: writing the report.")
+        except DivergenceError as failure:
             self.run.failure = f"{failure}; {self.last}"
-            self.console.say(f"Stopped: {self.run.failure}")
+            self.progress.log(f"Stopped: {self.run.failure}")
 
-    def train(self, label, network, step):
-        run, console = self.run, self.console
+    def train(self, label, model, on_step):
+        run, progress = self.run, self.progress
         config, dataset = run.config, run.dataset
         classifier = Classifier(
-            network, dataset.class_names, dataset.image_shape, dataset.crop_fraction
+            model, dataset.class_names, dataset.image_shape, dataset.crop_fraction
         )
         result = Result(label, classifier)
-        begun = self._begun.get(label)
-        if begun is not None:
-            for name in KEPT:
-                setattr(result, name, begun[name])
+        saved = self._saved.get(label)
+        if saved is not None:
+            for name in PERSISTED_FIELDS:
+                setattr(result, name, saved[name])
         run.results.append(result)
         if result.digest is not None:
-            load_weights(network, self.output / result.file)
+            load_weights(model, self.output / result.file)
             self._write_history()
             return
-        trainer = training.Trainer(
-            network, dataset, run.recipe, config.epochs, config.seed, self.together
-        )
+        trainer = Trainer(model, dataset, run.recipe, config.epochs, config.seed, self.distribution)
         variables = trainer.optimizer_variables
-        result.optimizer = (count(variables), size(variables))
-        if begun is not None:
-            trainer.restore(self._arrays, self._at)
+        result.optimizer = (num_parameters(variables), num_bytes(variables))
+        if saved is not None:
+            trainer.restore(self._arrays, self._trainer_state)
         start = time.perf_counter() - result.seconds
 
         def after_step():
             result.seconds = time.perf_counter() - start
             try:
-                step()
+                on_step()
             except KeyboardInterrupt:
                 self.save(trainer)
                 raise
-            if self.every is not None and trainer.steps_done % self.every == 0:
+            every = self.checkpoint_every
+            if every is not None and trainer.steps_done % every == 0:
                 self.save(trainer)
 
-        console.start(label, trainer.steps, trainer.steps_done)
+        progress.begin(label, trainer.steps, trainer.steps_done)
         try:
             for row in trainer.epochs(after_step):
                 result.rows.append(row)
                 result.seconds = time.perf_counter() - start
                 self._write_history()
                 self.save(trainer)
-                console.say(
+                progress.log(
                     f"{label}: epoch {row['epoch']}/{config.epochs}: "
                     f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.4f}; "
                     f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.4f} "
                     f"({row['seconds']:.1f} s)"
                 )
-        except (KeyboardInterrupt, training.DivergenceError):
+        except (KeyboardInterrupt, DivergenceError):
             self._write_model(result)
             raise
         finally:
-            console.stop()
+            progress.end()
             result.seconds = time.perf_counter() - start
         self._write_model(result)
-        if self.together.writes:
+        if self.distribution.is_primary:
             result.digest = sha256(self.output / result.file)
         self.save(None)
 
     def _write_history(self):
-        if self.together.writes:
+        if self.distribution.is_primary:
             write_text(self.output / "history.csv", history(self.run.results))
 
     def _write_model(self, result):
-        if self.together.writes:
+        if self.distribution.is_primary:
             result.classifier.save(self.output / result.file)
 
     def save(self, trainer):
-        """A checkpoint of all results, and of the training at work if there is one."""
-        if not self.together.writes:
+        """Saves a checkpoint of all results, and of the model in training unless it is None."""
+        if not self.distribution.is_primary:
             return
         results = [
             {
                 "label": r.label,
-                **{name: getattr(r, name) for name in KEPT},
+                **{name: getattr(r, name) for name in PERSISTED_FIELDS},
             }
             for r in self.run.results
         ]
-        # Of those trained before whose turn is yet to come, too.
-        at = {result["label"] for result in results}
+        # Models that were trained before the run resumed, and that come later in this run.
+        labels = {result["label"] for result in results}
         results += [
-            begun
-            for label, begun in self._begun.items()
-            if label not in at and begun["digest"] is not None
+            saved
+            for label, saved in self._saved.items()
+            if label not in labels and saved["digest"] is not None
         ]
         state = {
-            "identity": self._identity,
+            "identity": self._fingerprint,
             "results": results,
-            "at": None if trainer is None else dataclasses.asdict(trainer.at),
+            "at": None if trainer is None else dataclasses.asdict(trainer.state),
         }
-        saved = self.store.save({} if trainer is None else trainer.arrays(), state)
-        self.last = f"checkpoint {saved.number} is from before"
+        arrays = {} if trainer is None else trainer.arrays()
+        self.last = _last_checkpoint(self.checkpoints.save(arrays, state))
 
 
-def identity(run) -> dict:
-    """What must be the same for a run to go on as if there had been no break, as JSON has it."""
-    config = dataclasses.asdict(run.config)
+def _last_checkpoint(saved) -> str:
+    return f"the last checkpoint is number {saved.number}"
+
+
+def fingerprint(run) -> dict:
+    """All that determines the result of a run, as JSON has it, by the keys in checkpoints."""
+    config = stored(run.config)
     del config["download"]
-    told = {
+    values = {
         **config,
-        **{f"recipe: {k}": v for k, v in dataclasses.asdict(run.recipe).items()},
+        **{f"{RECIPE_SETTING}{k}": v for k, v in stored(run.recipe).items()},
         "backend": keras.config.backend(),
-        **{f"{SETTING}{k}": v for k, v in settings().items()},
+        **{f"{KERAS_SETTING}{k}": v for k, v in keras_settings().items()},
         **{f"{VERSION}{k}": v for k, v in versions().items()},
         "images": run.dataset.fingerprint(),
     }
-    return json.loads(json.dumps(told))
+    return json.loads(json.dumps(values))
 
 
-def exit_code(stop: KeyboardInterrupt) -> int:
-    """128 and the number of the signal, which is SIGINT's unless the exception tells another."""
-    return stop.args[0] if stop.args else 128 + signal.SIGINT
+def _displayed(name) -> str:
+    """A key of ``fingerprint`` in messages: settings by their current names."""
+    of_recipe = name.startswith(RECIPE_SETTING)
+    setting = current_name(name.removeprefix(RECIPE_SETTING))
+    if of_recipe:
+        return f"the recipe's `{setting}`"
+    return f"`{setting}`" if setting in Config.__dataclass_fields__ else name
 
 
-@contextlib.contextmanager
-def interruptions(console):
-    """Within the block the first SIGINT (Ctrl-C) or SIGTERM is a request: an exception in the midst
-    of a step could leave a model without its weights. The function yielded, called after each step,
-    tells the console and raises KeyboardInterrupt when asked to; ``exit_code`` takes it. The second
-    signal ends the process at once: files are whole or not there at any moment."""
-    asked: list[int] = []
-
-    def step():
-        console.step()
-        if asked:
-            raise KeyboardInterrupt(asked[0])
-
-    if threading.current_thread() is not threading.main_thread():
-        yield step  # signals are for the main thread alone
-        return
-
-    def ask(signal_number, frame):
-        if asked:
-            os._exit(128 + signal_number)
-        asked.append(128 + signal_number)
-        console.say("Stopping after this step; once more to stop at once.")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield step
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def load(config, console) -> datasets.Dataset:
+def load(config, progress) -> datasets.Dataset:
     """The images of a run.
 
     Raises:
@@ -582,122 +464,69 @@ def load(config, console) -> datasets.Dataset:
     """
     transforms.check_floatx()
 
-    def progress(done, total):
+    def on_image(done, total):
         if done == 1:
-            console.start("reading images", total)
-        console.step()
+            progress.begin("reading images", total)
+        progress.advance()
         if done == total:
-            console.stop()
+            progress.end()
 
-    crop = transforms.CENTER_FRACTION if training.RECIPES[config.recipe].crop else None
-    dataset = datasets.load(config.dataset, config.image_size, config.download, progress, crop)
+    crop = transforms.CENTER_FRACTION if RECIPES[config.recipe].random_crop else None
+    dataset = datasets.load(config.dataset, config.image_size, config.download, on_image, crop)
     if dataset.description:
-        console.say(dataset.description)
-    return dataset if config.validation is None else dataset.validation_split(config.validation)
+        progress.log(dataset.description)
+    held_out = config.validation_images
+    return dataset if held_out is None else dataset.validation_split(held_out)
 
 
 def build(label, builder, dataset, config) -> keras.Model:
-    """A model for these images, from the seed, or InputError."""
+    """The model of a builder for these images, with weights that depend only on the seed.
+
+    Raises:
+        InputError: The builder fails, or returns no suitable model.
+    """
     classes = len(dataset.class_names)
-    # Every model starts from the seed alone, whatever was made before it.
+    # Independent of the models built before.
     keras.utils.clear_session()
     keras.utils.set_random_seed(config.seed)
     policy = keras.config.dtype_policy()
     try:
         keras.config.set_dtype_policy(PRECISIONS[config.precision])
-        network = builder(input_shape=dataset.image_shape, classes=classes)
-        if not isinstance(network, keras.Model):
-            raise TypeError(f"a {type(network).__name__}, not a Keras model")
-        shape = network(keras.KerasTensor((None, *dataset.image_shape))).shape
+        model = builder(input_shape=dataset.image_shape, classes=classes)
+        if not isinstance(model, keras.Model):
+            raise TypeError(f"a {type(model).__name__}, not a Keras model")
+        shape = model(keras.KerasTensor((None, *dataset.image_shape))).shape
         if tuple(shape) != (None, classes):
             raise ValueError(f"outputs of shape {tuple(shape)}, not {(None, classes)}")
-        if not getattr(network, "inputs", None):
+        if not getattr(model, "inputs", None):
             raise TypeError("a subclassed model, neither functional nor Sequential")
-    except Exception as error:  # a user's own function may raise anything
+    except Exception as error:  # a user's function may raise anything
         reason = " ".join(str(error).split())
-        raise InputError(f"A model must build for {classes} classes: {label}: {reason}") from error
+        raise InputError(
+            f"A model must be buildable for {classes} classes. Received: {label}: {reason}"
+        ) from error
     finally:
         keras.config.set_dtype_policy(policy)
-    return network
+    return model
 
 
-def history(results) -> str:
-    """history.csv: nothing in it depends on the clock, so one seed gives one file."""
-    columns = ("model", "epoch", *training.MEASURES)
-    rows = [{"model": result.label, **row} for result in results for row in result.rows]
-    return csv_text(columns, rows)
-
-
-def check_folder(output, resume=False, writes=True):
-    """Raises InputError unless a run can be written there; ``resume``: or may have begun there;
-    ``writes``: otherwise another host writes it."""
-    try:
-        if output.exists():
-            empty = output.is_dir() and all(f.name == checkpoint.LOCK for f in output.iterdir())
-            if not (empty or (resume and output.is_dir())):
-                raise InputError(f"The output folder must be new or empty. Received: {output}")
-        parent = next(p for p in (output, *output.absolute().parents) if p.exists())
-        usable = parent.is_dir() and (not writes or os.access(parent, os.W_OK))
-    except OSError:
-        usable = False
-    if not usable:
-        raise InputError(f"The output folder must be writable. Received: {output}")
-
-
-def _has_begun(output) -> bool:
-    """Whether there is more than a process leaves that was killed before its first checkpoint."""
-    return any(
-        file.is_file() and file.name != checkpoint.LOCK and not file.name.startswith(TMP_PREFIX)
-        for file in output.rglob("*")
-    )
-
-
-def make_folder(output):
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"The output folder must be writable. Received: {output}: {error.strerror}"
-        ) from error
-
-
-def settings() -> dict[str, str | float]:
-    """What of keras.json the figures of a run depend on, besides the backend."""
+def keras_settings() -> dict[str, str | float]:
+    """Keras's settings that affect results, besides the backend."""
     names = ("floatx", "epsilon", "image_data_format")
     return {name: getattr(keras.config, name)() for name in names}
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the figures of a run depend on, as far as installed."""
-    found = {"python": platform.python_version()}
-    for name in ("involution", "keras", "numpy", "tensorflow", "tensorflow-cpu", "jax", "torch"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def peak_memory() -> int | None:
-    """The most memory this process held so far, in bytes; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def count(variables) -> int:
-    """Of numbers in variables."""
+def num_parameters(variables) -> int:
     return sum(math.prod(v.shape) for v in variables)
 
 
-def size(variables) -> int:
-    """Of variables, in bytes."""
+def num_bytes(variables) -> int:
     return sum(keras.ops.convert_to_numpy(v).nbytes for v in variables)
 
 
 def _median(values):
     values = sorted(values)
     return values[len(values) // 2] if values else None
+
+
+__getattr__ = renamed.attributes(__name__, {"Silent": "NullProgress"})

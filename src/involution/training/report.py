@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file that opens without a network, and the figures beside it."""
+"""The report of a run: a self-contained HTML file, and its figures as files."""
 
 import pathlib
 
@@ -12,11 +12,11 @@ from involution.visualize import html
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 
-EXPLAINED_IMAGES = 10
+HEAT_MAP_IMAGES = 10
 
 
 def write(run, output):
-    """Writes the figures (PNG) and report.html of a run into its folder."""
+    """Writes the figures (PNG) and report.html of a run to its folder."""
     figures = {}
     for name, figure in _figures(run).items():
         image = html.png(figure)
@@ -29,7 +29,7 @@ def write(run, output):
         run=run,
         metrics=run.metrics["models"],
         description=run.description,
-        verdict=verdict(run),
+        summary_sentence=summary_sentence(run),
         rows=table(run),
         columns=COLUMNS,
         ratio=ratio_row(run),
@@ -39,7 +39,7 @@ def write(run, output):
     )
 
 
-# Columns of the table of a run: title, and the entry of metrics.json.
+# Columns of the table: title, and key in metrics.json.
 COLUMNS = (
     ("model", None),
     ("trainable", "trainable_params"),
@@ -53,23 +53,23 @@ COLUMNS = (
     ("test loss", "test_loss"),
     ("test accuracy", "test_accuracy"),
     ("best test accuracy*", "best_test_accuracy"),
-    ("seconds an epoch", "seconds_per_epoch"),
+    ("seconds per epoch", "seconds_per_epoch"),
     ("seconds", "seconds"),
 )
 
 CAPTIONS = {
-    "curves": "Loss and accuracy by epoch on the training and on the test images, the models on "
-    "the same axes. Training figures are means over an epoch while the weights change, so early "
-    "ones lie below the test's.",
-    "costs": "Accuracy on the test images after the last epoch, against what a model costs.",
-    "samples": "Training images, drawn by the seed, the classes taking turns.",
-    "words": "The kernels that the first involution generated at four places of one test image, "
-    "and the first convolution's, as each channel sees them.",
+    "curves": "Loss and accuracy by epoch on the training and the test images. Training metrics "
+    "are means over an epoch, during which the weights change, so early training accuracies are "
+    "below those on the test images.",
+    "costs": "Accuracy on the test images after the last epoch, by parameters and multiply-adds.",
+    "samples": "A random sample of the training images, stratified by class.",
+    "words": "Kernels that the first involution generated at four positions of one test image, "
+    "and kernels of the first convolution, by channel.",
 }
 
 
 def table(run) -> list[list[str]]:
-    """The table of a run, a row for each model, as text."""
+    """The table of a run as text, one row for each model."""
     return [
         [label, *(_text(key, metrics[key]) for _, key in COLUMNS[1:])]
         for label, metrics in run.metrics["models"].items()
@@ -77,7 +77,7 @@ def table(run) -> list[list[str]]:
 
 
 def ratio_row(run) -> list[str] | None:
-    """The first model's figures over the second's, where there are two."""
+    """The ratios of the first model's values to the second's; None for a single model."""
     models = list(run.metrics["models"].values())
     if len(models) < 2:
         return None
@@ -90,24 +90,24 @@ def ratio_row(run) -> list[str] | None:
 
 
 def markdown(run) -> str:
-    """The table of a run for pasting."""
+    """The table of a run in Markdown."""
     lines = [[title for title, _ in COLUMNS], ["---"] * len(COLUMNS), *table(run)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def verdict(run) -> str:
-    """One sentence: how the first two models compare, or what the only one reached."""
+def summary_sentence(run) -> str:
+    """One sentence: a comparison of the first two models, or the accuracy of a single one."""
     models = list(run.metrics["models"].items())
-    done = [(label, m) for label, m in models if m["test_accuracy"] is not None]
-    if len(models) == len(done) == 1:
-        label, only = done[0]
+    trained = [(label, m) for label, m in models if m["test_accuracy"] is not None]
+    if len(models) == len(trained) == 1:
+        label, only = trained[0]
         return (
             f"On the test images of {run.dataset.name}, {label} reaches an accuracy of "
             f"{only['test_accuracy']:.3f} with {only['trainable_params']:,} trainable parameters."
         )
-    if len(done) < 2:
-        return f"{len(done)} of {len(models)} models finished an epoch: nothing to compare yet."
-    (a, first), (b, second) = done[:2]
+    if len(trained) < 2:
+        return f"{len(trained)} of {len(models)} models completed an epoch: no comparison yet."
+    (a, first), (b, second) = trained[:2]
     difference = 100 * (first["test_accuracy"] - second["test_accuracy"])
     parameters = first["trainable_params"] / second["trainable_params"]
     seconds = first["seconds_per_epoch"] / second["seconds_per_epoch"]
@@ -116,19 +116,19 @@ def verdict(run) -> str:
         f"{'more' if difference >= 0 else 'less'} accurate than {b} "
         f"({first['test_accuracy']:.3f} against {second['test_accuracy']:.3f}), "
         f"with {parameters:.3g} times its trainable parameters "
-        f"and {seconds:.3g} times its time for an epoch."
+        f"and {seconds:.3g} times its time per epoch."
     )
 
 
 def summary(model) -> str:
-    """Keras's summary as plain text."""
+    """Keras's model summary as text."""
     lines: list[str] = []
     model.summary(print_fn=lambda text, **_: lines.append(text), line_length=90)
     return "\n".join(lines)
 
 
-def size(count) -> str:
-    """Bytes for people, as Keras's summaries write them."""
+def format_bytes(count) -> str:
+    """A number of bytes with its unit, as in Keras's summaries."""
     for unit in ("B", "KB", "MB"):
         if count < 1024:
             return f"{count:.2f} {unit}"
@@ -138,11 +138,11 @@ def size(count) -> str:
 
 def _text(key, value) -> str:
     if value is None:
-        return "not counted" if key == "multiply_adds" else "not reached"
+        return "not counted" if key == "multiply_adds" else "no epoch completed"
     if key == "multiply_adds":
         return f"{value / 1e6:.2f} M"
     if key == "bytes":
-        return size(value)
+        return format_bytes(value)
     if key.endswith("_params"):
         return f"{value:,}"
     return f"{value:.1f}" if key.startswith("seconds") else f"{value:.4f}"
@@ -159,7 +159,7 @@ def _figures(run) -> dict:
     figures["samples"] = visualize.samples(
         dataset.x_train, dataset.y_train, dataset.class_names, seed
     )
-    chosen = visualize.across_classes(dataset.y_test, EXPLAINED_IMAGES, seed)
+    chosen = visualize.across_classes(dataset.y_test, HEAT_MAP_IMAGES, seed)
     images = dataset.x_test[chosen]
     titles = [dataset.class_names[label] for label in dataset.y_test[chosen]]
     inputs, filters = transforms.to_unit_float(images), _first_filters(run)
@@ -172,19 +172,23 @@ def _figures(run) -> dict:
             images, {name: look.maps for name, look in looks.items()}, titles
         )
         if filters is not None and "words" not in figures:
-            figures["words"] = _words(next(iter(looks.values())), filters)
+            figures["words"] = _kernel_figure(next(iter(looks.values())), filters)
     return figures
 
 
-def _words(look, filters):
+def _kernel_figure(look, filters):
     kernel = look.kernels[0, ..., 0]
     height, width, _ = kernel.shape
-    places = [(y, x) for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
-    return visualize.words(kernel.reshape(height, width, *look.window.kernel_size), filters, places)
+    positions = [
+        (y, x) for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)
+    ]
+    return visualize.words(
+        kernel.reshape(height, width, *look.geometry.kernel_size), filters, positions
+    )
 
 
 def _first_filters(run) -> np.ndarray | None:
-    """Three filters of the first convolution among the models: (K, K, 3)."""
+    """Three filters of the first convolution with a window among the models: (K, K, 3)."""
     for result in run.results:
         for layer in result.classifier.model.layers:
             if isinstance(layer, keras.layers.Conv2D) and layer.kernel.shape[0] > 1:

@@ -1,8 +1,7 @@
-"""Hyper-parameter search by Optuna: processes that share one study, in a folder that can be left
-and taken up again.
+"""Hyperparameter search with Optuna: processes that share one study, in a resumable folder.
 
-A process takes one trial after another until the study has as many as were asked for. One that is
-killed loses the trial it was at: the next one that looks finds its process gone, and repeats it.
+Each process runs one trial after another until the study has the requested number. A trial whose
+process was killed is detected by the next process that looks, and repeated.
 """
 
 import contextlib
@@ -21,9 +20,13 @@ import keras
 
 from involution.models import specs
 from involution.training import experiment
-from involution.training import trainer as training
+from involution.training.interrupts import exit_code, graceful_shutdown
+from involution.training.recipes import RECIPES, Config, current_name, stored
+from involution.training.run_folder import make_folder
+from involution.training.trainer import DivergenceError, Trainer, images_per_epoch
 from involution.utils.atomic_files import TMP_PREFIX, csv_text, write_text
 from involution.utils.errors import InputError, out_of_memory_reason
+from involution.utils.progress import NullProgress
 from involution.visualize import html
 
 try:
@@ -31,34 +34,35 @@ try:
     from matplotlib import pyplot
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
     from optuna.trial import TrialState
-    from optuna.visualization import matplotlib as drawings
+    from optuna.visualization import matplotlib as plots
 except ImportError as error:
     raise InputError(
-        f"A sweep needs Optuna: pip install 'involution[sweep]'. Received: no module {error.name}"
+        "A sweep requires Optuna: pip install 'involution[sweep]'. "
+        f"Received: no module {error.name}"
     ) from error
 
 TEMPLATE = pathlib.Path(__file__).with_name("sweep.html.j2")
 
 JOURNAL, TRIALS = "study.journal", "trials.csv"
-NAME = "involution"
-# Names in a search that are training's and not the model's.
+STUDY_NAME = "involution"
+# Names in a search space that are settings of the training, not options of the model.
 TRAINING = ("learning_rate", "weight_decay", "batch_size")
-# What counts towards the number of trials.
-SETTLED = (TrialState.COMPLETE, TrialState.PRUNED)
-# Proposals in a row that could not be tried, after which a search is over.
-PATIENCE = 50
-REFUSED, FAILED = "refused", "failed"
-WORKER = "worker"
+# Trials that count towards the requested number.
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+# Consecutive rejected proposals after which the search space counts as exhausted.
+MAX_REJECTIONS = 50
+# Keys of user attributes, which studies store.
+REJECTED, FAILED, WORKER, CONFIG = "refused", "failed", "worker", "plan"
 
 
 @dataclasses.dataclass(frozen=True)
-class Choices:
-    """One of several values, as texts: storages take no tuples."""
+class Categorical:
+    """One of several values, as text, because Optuna's storages accept no tuples."""
 
     values: tuple[str, ...]
 
     @property
-    def ends(self):
+    def bounds(self):
         return self.values
 
     def suggest(self, trial, name):
@@ -66,14 +70,14 @@ class Choices:
 
 
 @dataclasses.dataclass(frozen=True)
-class Range:
-    """Any value between two: whole numbers evenly, others evenly by their logarithm."""
+class Interval:
+    """A value between two bounds: uniform for integers, log-uniform otherwise."""
 
     low: float
     high: float
 
     @property
-    def ends(self):
+    def bounds(self):
         return self.low, self.high
 
     def suggest(self, trial, name):
@@ -83,19 +87,20 @@ class Range:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is searched.
+class SweepConfig:
+    """A search.
 
     Attributes:
-        config: The model, without what is searched, and how it is trained; ``config.validation``
-            training images judge, a tenth of all where it is None.
+        config: The model, without the options that vary, and its training. Trials are evaluated on
+            ``config.validation_images`` held-out training images, by default a tenth.
         search: Texts "name=a,b,c" or "name=low..high", where a name is an option of the model or
             one of ``TRAINING``.
-        trials: How many trials the study shall have.
-        max_parameters: Models with more trainable parameters are not tried; None: all are.
+        trials: Number of trials of the study.
+        max_parameters: Maximum number of trainable parameters; larger models are rejected. None: no
+            maximum.
     """
 
-    config: experiment.Config
+    config: Config
     search: tuple[str, ...]
     trials: int = 40
     max_parameters: int | None = None
@@ -104,54 +109,55 @@ class Plan:
         for name in ("trials", "max_parameters"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1. Received: {name}={value}")
+                raise InputError(f"`{name}` must be at least 1. Received: {value}")
         if not self.search:
-            raise InputError("A search must name at least one value to vary. Received: none")
+            raise InputError("A search must vary at least one value. Received: none")
         if len(specs.parse(self.config.models)) != 1:
-            raise InputError(f"One model is searched at a time. Received: {self.config.models}")
-        # Whether the model has the options, without a trial.
-        specs.parse(self.label(dict.fromkeys(self.space, "0")))
-        for name, way in self.space.items():
-            for value in way.ends if name in TRAINING else ():
+            raise InputError(f"A sweep must have one model. Received: {self.config.models}")
+        # Checks the options of the model without a trial.
+        specs.parse(self.spec(dict.fromkeys(self.space, "0")))
+        for name, domain in self.space.items():
+            for value in domain.bounds if name in TRAINING else ():
                 self._check(name, _number(value))
 
     def _check(self, name, value):
-        whole = name == "batch_size"
-        if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
-            kind = "whole numbers" if whole else "numbers"
-            raise InputError(f"Values of {name} must be {kind}. Received: {value}")
+        integral = name == "batch_size"
+        if not isinstance(value, int if integral else (int, float)) or isinstance(value, bool):
+            kind = "integers" if integral else "numbers"
+            raise InputError(f"Values of `{name}` must be {kind}. Received: {value}")
         self.configured({name: value})
 
     @property
-    def space(self) -> dict[str, Choices | Range]:
+    def space(self) -> dict[str, Categorical | Interval]:
+        """The search space: domains by name."""
         space = dict(map(_dimension, self.search))
         if len(space) < len(self.search):
             raise InputError(
-                f"Every name must be searched once. Received: {', '.join(self.search)}"
+                f"A search must name each value once. Received: {', '.join(self.search)}"
             )
         return space
 
-    def label(self, values) -> str:
-        """The model with these values, as commands name it."""
+    def spec(self, values) -> str:
+        """The model spec with these values."""
         options = (f"{k}={v}" for k, v in values.items() if k not in TRAINING)
         return ":".join((self.config.models, *options))
 
-    def configured(self, values) -> experiment.Config:
+    def configured(self, values) -> Config:
         """The configuration of one trial."""
-        own = {k: _number(v) for k, v in values.items() if k in TRAINING}
-        return dataclasses.replace(self.config, models=self.label(values), **own)
+        training = {k: _number(v) for k, v in values.items() if k in TRAINING}
+        return dataclasses.replace(self.config, models=self.spec(values), **training)
 
     def command(self, values) -> str:
-        """What trains this model on all training images."""
+        """The command that trains this model on all training images."""
         words = ["involution", "train"]
-        given = dataclasses.asdict(self.configured(values)) | {"model": self.label(values)}
-        del given["models"], given["validation"]
-        own = training.RECIPES[self.config.recipe]
-        defaults = dataclasses.asdict(experiment.Config()) | {
-            "epochs": own.epochs,
-            "image_size": own.image_size,
+        settings = dataclasses.asdict(self.configured(values)) | {"model": self.spec(values)}
+        del settings["models"], settings["validation_images"]
+        recipe = RECIPES[self.config.recipe]
+        defaults = dataclasses.asdict(Config()) | {
+            "epochs": recipe.epochs,
+            "image_size": recipe.image_size,
         }
-        for name, value in given.items():
+        for name, value in settings.items():
             if value != defaults.get(name):
                 option = "--" + name.replace("_", "-")
                 text = "x".join(map(str, value)) if name == "image_size" else str(value)
@@ -159,25 +165,25 @@ class Plan:
         return specs.command_line(*words, "--backend", keras.config.backend())
 
 
-def _dimension(text) -> tuple[str, Choices | Range]:
+def _dimension(text) -> tuple[str, Categorical | Interval]:
     name, equals, values = (part.strip() for part in text.partition("="))
     rule = (
-        "A search must be name=a,b,c or name=low..high, with 0 < low < high unless both are whole. "
+        "A search must be name=a,b,c or name=low..high, with integers or 0 < low, and low < high. "
         f"Received: {text}"
     )
     if not equals or not name.isidentifier() or not values:
         raise InputError(rule)
     if ".." in values:
-        low, high = (specs.parse_value(end) for end in values.split("..", 1))
-        whole = isinstance(low, int) and isinstance(high, int)
-        numbers = all(
+        low, high = (specs.parse_value(bound) for bound in values.split("..", 1))
+        integral = isinstance(low, int) and isinstance(high, int)
+        numeric = all(
             isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n)
             for n in (low, high)
         )
-        if not numbers or not low < high or (low <= 0 and not whole):
+        if not numeric or not low < high or (low <= 0 and not integral):
             raise InputError(rule)
-        return name, Range(low, high)
-    return name, Choices(tuple(part.strip() for part in values.split(",")))
+        return name, Interval(low, high)
+    return name, Categorical(tuple(part.strip() for part in values.split(",")))
 
 
 def _number(value):
@@ -185,259 +191,259 @@ def _number(value):
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What came of a search."""
+class SweepResult:
+    """The state of a study at the end of a process.
+
+    Attributes:
+        best: Values of the best complete trial; None: there is none.
+        accuracy: Its accuracy on the held-out images.
+        trials: Number of complete and pruned trials.
+        exit_code: 0, or 128 plus the number of the signal that interrupted the sweep.
+    """
 
     best: dict | None
-    """The values of the best complete trial."""
     accuracy: float | None
-    """Its accuracy on the images held out."""
     trials: int
-    """Complete ones and those given up early."""
-    exit_code: int  # 0, or 128 and the number of the signal that ended it
+    exit_code: int
 
 
-def run(plan, folder, study_url=None, console=None, command="") -> Outcome:
-    """Takes trials until the study has enough, and writes a report after each.
+def run(sweep, folder, study_url=None, progress=None, command="") -> SweepResult:
+    """Runs trials until the study has the requested number, with a report after each.
 
     The folder gets study.journal, unless the study is in a database, trials.csv and report.html.
-    Any number of processes may share a folder, or a database. An interruption (Ctrl-C) gives the
-    trial back.
+    Any number of processes may share a folder or a database. An interruption (Ctrl-C) requeues the
+    current trial.
 
     Args:
-        plan: What is searched. A study that exists goes on only with the plan it began with, but
-            for the number of trials.
+        sweep: The search. For an existing study all but the number of trials must be unchanged.
         folder: The folder, new or of the same search.
         study_url: Database URL, as Optuna and SQLAlchemy take it; None: a journal in the folder.
-        console: Where progress goes; see ``experiment.Silent``.
-        command: What was typed, for the report.
+        progress: Receives progress; None: none is reported.
+        command: The command line, for the report.
 
     Returns:
-        The best complete trial so far, and how the search ended.
+        The best complete trial so far, and how the sweep ended.
 
     Raises:
-        InputError: Something given cannot be used.
+        InputError: An argument is invalid.
     """
-    console = console or experiment.Silent()
+    progress = progress or NullProgress()
     folder = pathlib.Path(folder)
-    dataset = experiment.load(plan.config, console)
-    if plan.config.validation is None:
+    dataset = experiment.load(sweep.config, progress)
+    if sweep.config.validation_images is None:
         dataset = dataset.validation_split(max(len(dataset.x_train) // 10, 1))
     _check_folder(folder, study_url)
-    experiment.make_folder(folder)
-    study = _open(plan, folder, study_url)
-    command = _hidden(command, study_url)
-    unfit: dict[tuple, str] = {}
-    refusals, code = 0, 0
-    with experiment.interruptions(console) as step:
+    make_folder(folder)
+    study = _open(sweep, folder, study_url)
+    command = _redact_password(command, study_url)
+    rejected: dict[tuple, str] = {}
+    rejections, code = 0, 0
+    with graceful_shutdown(progress) as on_step:
         try:
-            while refusals < PATIENCE and _wanted(study, plan, console):
+            while rejections < MAX_REJECTIONS and _needs_trial(study, sweep, progress):
                 trial, model = study.ask(), None
-                refusals += 1
-                with _settled_or_given_back(study, trial, console):
-                    model = _proposed(study, plan, trial, dataset, unfit)
+                rejections += 1
+                with _finish_or_requeue(study, trial, progress):
+                    model = _build_trial(study, sweep, trial, dataset, rejected)
                     if model is not None:
-                        refusals = 0
-                        _try(study, plan, trial, model, dataset, console, step)
+                        rejections = 0
+                        _run_trial(study, sweep, trial, model, dataset, progress, on_step)
                 if model is not None:
-                    write_report(study, plan, dataset, folder, command)
-            if refusals == PATIENCE:
-                console.say(
-                    f"{PATIENCE} proposals in a row were known, or could not be tried: the search "
-                    "is exhausted."
+                    write_report(study, sweep, dataset, folder, command)
+            if rejections == MAX_REJECTIONS:
+                progress.log(
+                    f"{MAX_REJECTIONS} consecutive proposals were duplicates or invalid: the "
+                    "search space is exhausted."
                 )
-        except KeyboardInterrupt as stop:
-            code = experiment.exit_code(stop)
-            console.stop()
-            console.say("Interrupted: the trial at work will be repeated.")
-    write_report(study, plan, dataset, folder, command)
-    trials = _settled(study)
+        except KeyboardInterrupt as interrupt:
+            code = exit_code(interrupt)
+            progress.end()
+            progress.log("Interrupted: the current trial will be repeated.")
+    write_report(study, sweep, dataset, folder, command)
+    trials = _finished(study)
     best = trials[0] if trials and trials[0].state == TrialState.COMPLETE else None
-    return Outcome(best and best.params, best and best.value, len(trials), code)
+    return SweepResult(best and best.params, best and best.value, len(trials), code)
 
 
 # --- Trials --------------------------------------------------------------------------------------
 
 
-def _hidden(text, url) -> str:
-    """The text without the password of a database's URL, if there is one."""
+def _redact_password(text, url) -> str:
+    """The text without the password of a database URL, if there is one."""
     password = urllib.parse.urlsplit(url or "").password
     return text.replace(f":{password}@", ":***@") if password else text
 
 
 def _check_folder(folder, url):
-    """What is there is this search's, not a run's."""
-    mark = JOURNAL if url is None else TRIALS
+    """Raises InputError where the folder holds something else, as a run."""
+    marker = JOURNAL if url is None else TRIALS
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     if not all(n.startswith(TMP_PREFIX) for n in names) and not any(
-        n.startswith(mark) for n in names
+        n.startswith(marker) for n in names
     ):
         raise InputError(
-            "The output folder must be new, empty or a search's. "
-            f"Received: {folder}, without {mark}"
+            "The output folder must be new, empty or of a sweep. "
+            f"Received: {folder}, without {marker}"
         )
 
 
-def _open(plan, folder, url) -> optuna.Study:
-    """The study, made where it does not exist, if it is of this plan."""
+def _open(sweep, folder, url) -> optuna.Study:
+    """The study, created if it does not exist; InputError if it is of another search."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file = folder / JOURNAL
     try:
-        study = _created(file, url)
-        # Processes of one seed would propose the same.
-        seed = plan.config.seed + len(study.trials) + os.getpid()
-    except Exception as error:  # of the database's driver, too
+        study = _create_or_load(file, url)
+        # With equal seeds all processes would propose the same values.
+        seed = sweep.config.seed + len(study.trials) + os.getpid()
+    except Exception as error:  # database drivers raise their own
         received = f"{url or file}: {' '.join(str(error).split())}"
         raise InputError(
-            "A study must be a journal that can be read, or the URL of a database. "
-            f"Received: {_hidden(received, url)}"
+            "A study must be a readable journal or the URL of a database. "
+            f"Received: {_redact_password(received, url)}"
         ) from error
     study.sampler = optuna.samplers.TPESampler(seed=seed % 2**32, constant_liar=True)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
-    begun = _plan_text(plan)
-    known = study.user_attrs.get("plan")
-    if known is None:
-        study.set_user_attr("plan", begun)
-    elif known != begun:
-        changed = sorted(k for k in begun if begun[k] != known.get(k))
+    now = _fingerprint(sweep)
+    before = study.user_attrs.get(CONFIG)
+    if before is None:
+        study.set_user_attr(CONFIG, now)
+    elif before != now:
+        changed = sorted(k for k in now if now[k] != before.get(k))
         raise InputError(
-            "A study goes on with what it began with, or a new folder is given. Received: another "
-            + ", ".join(f"{k} ({begun[k]}, not {known.get(k)})" for k in changed)
+            "A study must resume with unchanged settings; for others use a new folder. Received: "
+            + "; ".join(f"`{current_name(k)}` was {before.get(k)} and is {now[k]}" for k in changed)
         )
     return study
 
 
-def _created(file, url, attempts=3) -> optuna.Study:
+def _create_or_load(file, url, attempts=3) -> optuna.Study:
     storage: str | optuna.storages.BaseStorage = url
     if url is None:
         lock = JournalFileOpenLock(str(file))
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(file), lock_obj=lock))
     try:
         return optuna.create_study(
-            storage=storage, study_name=NAME, direction="maximize", load_if_exists=True
+            storage=storage, study_name=STUDY_NAME, direction="maximize", load_if_exists=True
         )
-    except Exception:  # of any driver
-        # Of processes that make the tables of a new database at once, one succeeds.
+    except Exception:  # database drivers raise their own
+        # When several processes create the tables of a new database, only one succeeds.
         if url is None or attempts == 1:
             raise
         time.sleep(1)
-        return _created(file, url, attempts - 1)
+        return _create_or_load(file, url, attempts - 1)
 
 
-def _plan_text(plan) -> dict[str, str]:
-    """What must not change in a study, as a storage takes it."""
-    given = dataclasses.asdict(plan.config)
-    del given["download"]
-    given |= {"search": " ".join(sorted(plan.search)), "max_parameters": plan.max_parameters}
-    return {name: str(value) for name, value in given.items()}
+def _fingerprint(sweep) -> dict[str, str]:
+    """The settings that must not change in a study, by the keys in its storage."""
+    settings = stored(sweep.config)
+    del settings["download"]
+    settings |= {"search": " ".join(sorted(sweep.search)), "max_parameters": sweep.max_parameters}
+    return {name: str(value) for name, value in settings.items()}
 
 
-def _wanted(study, plan, console) -> bool:
-    """Whether another trial is needed, after those of dead processes are given back."""
+def _needs_trial(study, sweep, progress) -> bool:
+    """Whether the study needs another trial, after requeueing those of dead processes."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _is_dead(trial.user_attrs.get(WORKER), trial.datetime_start):
-            console.say(f"Trial {trial.number} was cut short: it will be repeated.")
-            _give_back(study, trial.number, trial.params)
-    settled = [t for t in study.get_trials(deepcopy=False) if _counts(t)]
-    return len(settled) < plan.trials
+        if _is_orphaned(trial.user_attrs.get(WORKER), trial.datetime_start):
+            progress.log(f"The process of trial {trial.number} died: the trial will be repeated.")
+            _requeue(study, trial.number, trial.params)
+    counted = [t for t in study.get_trials(deepcopy=False) if _counts(t)]
+    return len(counted) < sweep.trials
 
 
 def _counts(trial) -> bool:
-    if REFUSED in trial.user_attrs:
+    if REJECTED in trial.user_attrs:
         return False
-    return trial.state in (*SETTLED, TrialState.RUNNING)
+    return trial.state in (*FINISHED, TrialState.RUNNING)
 
 
-def _proposed(study, plan, trial, dataset, unfit):
-    """The model of a trial, or None for one that will not be tried; ``unfit`` gets the reason of
-    one that never can be."""
+def _build_trial(study, sweep, trial, dataset, rejected):
+    """The model of a trial, or None for a rejected one; ``rejected`` collects reasons by values."""
     trial.set_user_attr(WORKER, _worker())
-    values = {name: way.suggest(trial, name) for name, way in plan.space.items()}
-    # Of two processes at once the later trial gives way.
+    values = {name: domain.suggest(trial, name) for name, domain in sweep.space.items()}
+    # Of two concurrent trials the later one is rejected.
     trials = study.get_trials(deepcopy=False)
     before = [t for t in trials if t.number < trial.number and _counts(t)]
     reason = model = None
-    if len(before) >= plan.trials:
+    if len(before) >= sweep.trials:
         reason = "there are enough trials"
     elif any(t.params == values for t in before):
         reason = "known"
     elif any(FAILED in t.user_attrs and t.params == values for t in trials):
         reason = "failed before"
-    elif (chosen := tuple(values.items())) in unfit:
-        reason = unfit[chosen]
+    elif (chosen := tuple(values.items())) in rejected:
+        reason = rejected[chosen]
     else:
         try:
-            recipe = plan.configured(values).recipe_for(dataset)
-            training.images_of_an_epoch(dataset, recipe)
-            (builder,) = specs.parse(plan.label(values)).values()
-            model = experiment.build(plan.label(values), builder, dataset, plan.config)
-            count = experiment.count(model.trainable_variables)
+            recipe = sweep.configured(values).recipe_for(dataset)
+            images_per_epoch(dataset, recipe)
+            (builder,) = specs.parse(sweep.spec(values)).values()
+            model = experiment.build(sweep.spec(values), builder, dataset, sweep.config)
+            count = experiment.num_parameters(model.trainable_variables)
             trial.set_user_attr("parameters", count)
-            if plan.max_parameters is not None and count > plan.max_parameters:
-                reason = f"{count} parameters, more than {plan.max_parameters}"
+            if sweep.max_parameters is not None and count > sweep.max_parameters:
+                reason = f"{count} parameters, more than {sweep.max_parameters}"
         except InputError as error:
             reason = str(error)
         if reason is not None:
-            unfit[chosen] = reason
+            rejected[chosen] = reason
     if reason is None:
         return model
-    trial.set_user_attr(REFUSED, reason)
+    trial.set_user_attr(REJECTED, reason)
     study.tell(trial, state=TrialState.FAIL)
     return None
 
 
-def _try(study, plan, trial, model, dataset, console, step):
-    config = plan.configured(trial.params)
+def _run_trial(study, sweep, trial, model, dataset, progress, on_step):
+    config = sweep.configured(trial.params)
     label = f"trial {trial.number}"
-    console.say(f"{label}: {_described(trial.params)}")
-    recipe = config.recipe_for(dataset)
-    trainer = training.Trainer(model, dataset, recipe, config.epochs, config.seed)
-    console.start(label, trainer.steps)
-    given_up = ""
+    progress.log(f"{label}: {_described(trial.params)}")
+    trainer = Trainer(model, dataset, config.recipe_for(dataset), config.epochs, config.seed)
+    progress.begin(label, trainer.steps)
+    pruned = ""
     accuracy = math.nan
     try:
-        for row in trainer.epochs(step):
+        for row in trainer.epochs(on_step):
             accuracy, epoch = row["test_accuracy"], row["epoch"]
             trial.report(accuracy, epoch)
             if epoch < config.epochs and trial.should_prune():
-                given_up = f", given up after epoch {epoch}"
+                pruned = f", pruned after epoch {epoch}"
                 break
-    except training.DivergenceError as failure:
-        given_up = f": {failure}"
-    console.stop()
-    if given_up:
+    except DivergenceError as failure:
+        pruned = f": {failure}"
+    progress.end()
+    if pruned:
         study.tell(trial, state=TrialState.PRUNED)
     else:
         study.tell(trial, accuracy)
-    console.say(f"{label}: accuracy {accuracy:.4f} on the images held out{given_up}")
+    progress.log(f"{label}: accuracy {accuracy:.4f} on the held-out images{pruned}")
 
 
 @contextlib.contextmanager
-def _settled_or_given_back(study, trial, console):
-    """A trial for which memory does not suffice is over; an interrupted one is repeated; another
-    error ends the search, which goes on without that trial."""
+def _finish_or_requeue(study, trial, progress):
+    """On an exception in the block: out of memory fails the trial, an interruption requeues it, and
+    any other error fails it and ends the sweep, which can resume without that trial."""
     try:
         yield
     except Exception as error:
-        console.stop()
-        lack = out_of_memory_reason(error)
-        reason = lack or f"{type(error).__name__}: {error}"
-        # It may be the storage that fails, and the trial may be over.
+        progress.end()
+        shortage = out_of_memory_reason(error)
+        reason = shortage or f"{type(error).__name__}: {error}"
+        # The storage itself may fail, and the trial may be finished.
         with contextlib.suppress(Exception):
             trial.set_user_attr(FAILED, True)
-            trial.set_user_attr(REFUSED, " ".join(reason.split())[:200])
+            trial.set_user_attr(REJECTED, " ".join(reason.split())[:200])
             study.tell(trial, state=TrialState.FAIL)
-        if lack is None:
+        if shortage is None:
             raise
-        console.say(f"trial {trial.number}: memory does not suffice: {lack}")
+        progress.log(f"trial {trial.number}: out of memory: {shortage}")
     except BaseException:
-        _give_back(study, trial.number, trial.params)
+        _requeue(study, trial.number, trial.params)
         raise
 
 
-def _give_back(study, number, params):
-    """Has a trial repeated."""
-    with contextlib.suppress(ValueError):  # another process was quicker
+def _requeue(study, number, params):
+    with contextlib.suppress(ValueError):  # another process has requeued it
         study.tell(number, state=TrialState.FAIL)
         study.enqueue_trial(params)
 
@@ -446,12 +452,12 @@ def _give_back(study, number, params):
 
 
 def _worker() -> dict:
-    """This process, as a storage takes it."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+    """This process, as a study stores it."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _start_time(os.getpid())}
 
 
-def _born(pid) -> str | None:
-    """When a process was started, on Linux: numbers of processes are used again."""
+def _start_time(pid) -> str | None:
+    """Start time of a process on Linux, because process ids are reused."""
     try:
         status = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -459,10 +465,11 @@ def _born(pid) -> str | None:
     return status.rsplit(")", 1)[-1].split()[19]
 
 
-def _is_dead(worker, begun) -> bool:
-    """Whether a process of this machine is gone; of others nothing is known."""
-    if worker is None:  # killed before it said who it is, or about to say
-        return begun is not None and datetime.datetime.now() - begun > datetime.timedelta(minutes=1)
+def _is_orphaned(worker, started) -> bool:
+    """Whether the process of a trial is known to be dead; other machines' never are."""
+    if worker is None:  # killed before it stored its id, or about to store it
+        now = datetime.datetime.now()
+        return started is not None and now - started > datetime.timedelta(minutes=1)
     if worker["host"] != socket.gethostname() or os.name != "posix":
         return False
     try:
@@ -471,7 +478,7 @@ def _is_dead(worker, begun) -> bool:
         return True
     except PermissionError:
         pass
-    return worker["born"] != _born(worker["pid"])
+    return worker["born"] != _start_time(worker["pid"])
 
 
 # --- Report --------------------------------------------------------------------------------------
@@ -481,82 +488,84 @@ def _described(params) -> str:
     return ", ".join(f"{name} {value}" for name, value in params.items())
 
 
-def write_report(study, plan, dataset, folder, command):
-    """trials.csv and report.html, as far as the study came."""
-    trials = _settled(study)
+def write_report(study, sweep, dataset, folder, command):
+    """Writes trials.csv and report.html for the finished trials."""
+    trials = _finished(study)
     rows = [
         {
             "trial": t.number,
-            "state": "complete" if t.state == TrialState.COMPLETE else "given up",
-            "accuracy": f"{_last(t):.4f}",
+            "state": "complete" if t.state == TrialState.COMPLETE else "pruned",
+            "accuracy": f"{_last_accuracy(t):.4f}",
             "epochs": max(t.intermediate_values, default=0),
             "parameters": t.user_attrs.get("parameters"),
-            **{name: t.params.get(name) for name in plan.space},
+            **{name: t.params.get(name) for name in sweep.space},
         }
         for t in trials
     ]
-    columns = ["trial", "state", "accuracy", "epochs", "parameters", *plan.space]
+    columns = ["trial", "state", "accuracy", "epochs", "parameters", *sweep.space]
     write_text(folder / TRIALS, csv_text(columns, rows))
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     html.write(
         folder / "report.html",
         TEMPLATE,
-        plan=plan,
+        sweep=sweep,
         dataset=dataset,
         rows=rows,
         columns=columns,
         best=complete[0] if complete else None,
-        best_command=plan.command(complete[0].params) if complete else None,
-        refused=[t for t in study.get_trials(deepcopy=False) if REFUSED in t.user_attrs],
+        best_command=sweep.command(complete[0].params) if complete else None,
+        rejected=[t for t in study.get_trials(deepcopy=False) if REJECTED in t.user_attrs],
         figures=_figures(study, complete),
         command=command,
     )
 
 
-def _settled(study) -> list:
-    """Trials that count: the complete ones, best first, then those given up early."""
-    trials = [t for t in study.get_trials(deepcopy=False) if t.state in SETTLED]
-    return sorted(trials, key=lambda t: (t.state != TrialState.COMPLETE, -_last(t), t.number))
+def _finished(study) -> list:
+    """Complete trials, best first, and then the pruned ones."""
+    trials = [t for t in study.get_trials(deepcopy=False) if t.state in FINISHED]
+    return sorted(
+        trials, key=lambda t: (t.state != TrialState.COMPLETE, -_last_accuracy(t), t.number)
+    )
 
 
-def _last(trial) -> float:
-    """The accuracy after the last epoch that a trial came to."""
+def _last_accuracy(trial) -> float:
+    """The accuracy after the last epoch of a trial."""
     values = trial.intermediate_values
     return values[max(values)] if values else math.nan
 
 
 def _figures(study, complete) -> dict[str, str]:
-    """Optuna's own drawings, as data URLs."""
+    """Optuna's plots as data URLs, by title."""
     if len(complete) < 2:
         return {}
-    wanted = {
-        "How far accuracy came": drawings.plot_optimization_history,
-        "Accuracy by epoch": drawings.plot_intermediate_values,
+    figures = {
+        "Optimization history": plots.plot_optimization_history,
+        "Accuracy by epoch": plots.plot_intermediate_values,
     }
-    # What took one value only has no axis.
+    # Optuna cannot plot a parameter with a single value.
     varied = [
         name
         for name in complete[0].params
         if len({t.params[name] for t in complete if name in t.params}) > 1
     ]
     if varied and len({t.value for t in complete}) > 1:
-        for title, draw in (
-            ("What mattered", drawings.plot_param_importances),
-            ("Each trial, a line", drawings.plot_parallel_coordinate),
+        for title, plot in (
+            ("Hyperparameter importance", plots.plot_param_importances),
+            ("Parallel coordinates", plots.plot_parallel_coordinate),
         ):
-            wanted[title] = functools.partial(draw, params=varied)
-    return {title: _drawn(draw, study) for title, draw in wanted.items()}
+            figures[title] = functools.partial(plot, params=varied)
+    return {title: _data_url(plot, study) for title, plot in figures.items()}
 
 
-def _drawn(draw, study) -> str:
+def _data_url(plot, study) -> str:
     with warnings.catch_warnings():
-        # Optuna calls its drawings by Matplotlib experimental; those by Plotly need a network.
+        # Optuna's Matplotlib plots are experimental; its Plotly plots load scripts from a network.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        axes = draw(study)
+        axes = plot(study)
     figure = axes.figure
     legend = axes.get_legend()
     if legend is not None and len(legend.get_texts()) > 10:
-        legend.remove()  # it would not fit
+        legend.remove()  # does not fit
     try:
         figure.set_size_inches(9, 5)
         figure.tight_layout()

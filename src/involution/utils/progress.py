@@ -1,6 +1,6 @@
-"""What a person sees while a command works: lines, and on a terminal a moving bar.
+"""Progress reporting: log lines, and a progress bar on a terminal.
 
-Whatever is said is one line: control characters, of names in files too, are shown as escapes.
+Every message is one line: control characters, as in file names, are escaped.
 """
 
 import sys
@@ -16,38 +16,55 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from involution import renamed
 from involution.utils.errors import escape_controls
 
-# Where there is no terminal, a line this often, in seconds.
+# Seconds between log lines where standard output is not a terminal.
 INTERVAL = 15.0
 
 
-class Console:
-    """Progress on standard output; see ``experiment.Silent`` for what each method is told."""
+class NullProgress:
+    """The progress interface; this implementation reports nothing. See ``RichProgress``."""
+
+    def log(self, text):
+        """Reports one line."""
+
+    def begin(self, label, total, done=0):
+        """Begins a task of ``total`` steps, ``done`` of which are complete."""
+
+    def advance(self):
+        """Completes one step of the task."""
+
+    def end(self):
+        """Ends the task."""
+
+
+class RichProgress(NullProgress):
+    """Progress on a text stream, standard output by default."""
 
     def __init__(self, file=None):
         self._console = RichConsole(
             file=file or sys.stdout, highlight=False, emoji=False, soft_wrap=True
         )
-        self._progress: Progress | None = None
+        self._bar: Progress | None = None
         self._label = ""
-        self._total = self._done = self._before = 0
-        self._started = self._last = 0.0
+        self._total = self._done = self._done_before = 0
+        self._started = self._logged = 0.0
 
-    def say(self, text):
+    def log(self, text):
         self._console.print(escape_controls(text), markup=False)
 
-    def start(self, label, total, done=0):
-        self.stop()
-        self._label, self._total, self._done, self._before = (
+    def begin(self, label, total, done=0):
+        self.end()
+        self._label, self._total, self._done, self._done_before = (
             escape_controls(label),
             total,
             done,
             done,
         )
-        self._started = self._last = time.monotonic()
+        self._started = self._logged = time.monotonic()
         if self._console.is_terminal:
-            self._progress = Progress(
+            self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -57,22 +74,25 @@ class Console:
                 console=self._console,
                 transient=True,
             )
-            self._progress.add_task(self._label, total=total, completed=done)
-            self._progress.start()
+            self._bar.add_task(self._label, total=total, completed=done)
+            self._bar.start()
 
-    def step(self):
+    def advance(self):
         self._done += 1
-        if self._progress is not None:
-            self._progress.advance(self._progress.task_ids[0])
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[0])
             return
         now = time.monotonic()
-        if now - self._last >= INTERVAL:
-            self._last = now
-            speed = (self._done - self._before) / (now - self._started)
+        if now - self._logged >= INTERVAL:
+            self._logged = now
+            speed = (self._done - self._done_before) / (now - self._started)
             left = (self._total - self._done) / speed
-            self.say(f"{self._label}: step {self._done} of {self._total}, {left:.0f} s left")
+            self.log(f"{self._label}: step {self._done} of {self._total}, {left:.0f} s left")
 
-    def stop(self):
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+    def end(self):
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+__getattr__ = renamed.attributes(__name__, {"Console": "RichProgress"})

@@ -1,0 +1,69 @@
+"""Optimizers of recipes."""
+
+import keras
+
+
+def make_optimizer(recipe, steps) -> keras.optimizers.Optimizer:
+    """The optimizer of a recipe.
+
+    Args:
+        recipe: The recipe.
+        steps: Optimizer steps of the whole training.
+    """
+    accumulation = recipe.gradient_accumulation_steps
+    rate = recipe.learning_rate
+    if recipe.warmup_fraction is not None:
+        warmup_steps = int(steps * recipe.warmup_fraction)
+        rate = keras.optimizers.schedules.CosineDecay(
+            rate * recipe.warmup_start_factor,
+            max(steps - warmup_steps, 1),
+            warmup_target=rate,
+            warmup_steps=warmup_steps,
+        )
+        if accumulation > 1:
+            rate = _PerBatchSchedule(rate, accumulation)
+    arguments = {"global_clipnorm": recipe.clip_norm}
+    if accumulation > 1:
+        arguments["gradient_accumulation_steps"] = accumulation
+    if recipe.ema_momentum is not None:
+        # Keras updates the average after each accumulation step.
+        momentum = recipe.ema_momentum ** (1 / accumulation)
+        arguments |= {"use_ema": True, "ema_momentum": momentum}
+    if recipe.optimizer == "sgd":
+        return NesterovSGD(rate, recipe.weight_decay, **arguments)
+    if recipe.weight_decay == 0:
+        return keras.optimizers.Adam(rate, **arguments)
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=recipe.weight_decay, **arguments)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    return optimizer
+
+
+class _PerBatchSchedule(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule over batches, where Keras counts accumulation steps."""
+
+    def __init__(self, schedule, accumulation):
+        self.schedule, self.accumulation = schedule, accumulation
+
+    def __call__(self, step):
+        return self.schedule(keras.ops.floor_divide(step, self.accumulation))
+
+
+class NesterovSGD(keras.optimizers.SGD):
+    """SGD with a Nesterov momentum of 0.9 and the weight decay of PyTorch's SGD.
+
+    The decay is added to the gradient, so that the momentum includes it. Keras subtracts its own
+    from the weights, with a tenth of the effect at a momentum of 0.9.
+
+    Args:
+        learning_rate: A number or a schedule.
+        decay: Fraction of each weight that is added to its gradient.
+        kwargs: Arguments of ``keras.optimizers.SGD``.
+    """
+
+    def __init__(self, learning_rate, decay=0.0, **kwargs):
+        super().__init__(learning_rate, momentum=0.9, nesterov=True, **kwargs)
+        self.decay = decay
+
+    def update_step(self, gradient, variable, learning_rate):
+        decayed = keras.ops.cast(gradient, variable.dtype) + self.decay * variable
+        super().update_step(decayed, variable, learning_rate)

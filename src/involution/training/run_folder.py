@@ -1,0 +1,55 @@
+"""The folder of a run: whether it can be written, resumed, and what its history holds."""
+
+import os
+
+from involution.training import checkpoint
+from involution.training.trainer import METRICS
+from involution.utils.atomic_files import TMP_PREFIX, csv_text
+from involution.utils.errors import InputError
+
+
+def check_folder(folder, resume=False, is_primary=True):
+    """Raises InputError unless a run can be written to the folder.
+
+    Args:
+        folder: The folder.
+        resume: Whether it may contain a run.
+        is_primary: Whether this host writes to it; all others only read.
+    """
+    try:
+        if folder.exists():
+            empty = folder.is_dir() and all(f.name == checkpoint.LOCK for f in folder.iterdir())
+            if not (empty or (resume and folder.is_dir())):
+                raise InputError(f"The output folder must be new or empty. Received: {folder}")
+        parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        usable = parent.is_dir() and (not is_primary or os.access(parent, os.W_OK))
+    except OSError:
+        usable = False
+    if not usable:
+        raise InputError(f"The output folder must be writable. Received: {folder}")
+
+
+def is_resumable(folder) -> bool:
+    """Whether the folder holds a run; a process killed before its first checkpoint leaves only a
+    lock and temporary files."""
+    return any(
+        file.is_file() and file.name != checkpoint.LOCK and not file.name.startswith(TMP_PREFIX)
+        for file in folder.rglob("*")
+    )
+
+
+def make_folder(folder):
+    """Creates the folder and its parents."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"The output folder must be writable. Received: {folder}: {error.strerror}"
+        ) from error
+
+
+def history(results) -> str:
+    """history.csv. It contains no times, so that equal seeds give equal files."""
+    columns = ("model", "epoch", *METRICS)
+    rows = [{"model": result.label, **row} for result in results for row in result.rows]
+    return csv_text(columns, rows)

@@ -1,0 +1,3 @@
+from involution_cli import main
+
+main()

@@ -1,0 +1,556 @@
+"""The commands, each a few lines that call the library."""
+
+import dataclasses
+import io
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+from importlib import metadata
+from typing import Literal
+
+import cyclopts
+
+from involution_cli.options import (
+    Backend,
+    DistributedOptions,
+    ResumeOptions,
+    TrainingOptions,
+    parse_point,
+    parse_size,
+    replace_deprecated,
+)
+from involution_cli.session import DIVERGED, fail, session, watchdog
+
+app = cyclopts.App(
+    name="involution",
+    help="Involution for Keras: compare with convolution, train, predict, explain, export.",
+    help_format="plaintext",
+    version=lambda: metadata.version("involution"),
+    version_flags=["--version"],
+)
+
+
+@app.command
+def compare(
+    *,
+    models: str = "cnn,inn",
+    training: TrainingOptions = TrainingOptions(),
+    resume: ResumeOptions = ResumeOptions(),
+    distributed: DistributedOptions = DistributedOptions(),
+):
+    """Train models on the same data and write one folder: figures, metrics, models, report.html.
+
+    Parameters
+    ----------
+    models
+        Model specs, comma-separated: names with options, as cnn,inn,inn:kernel_size=5, or
+        my_file.py:my_function. The file may import modules from its folder.
+    """
+    _run("compare", f"Comparing {models} on", models, training, resume, distributed)
+
+
+@app.command
+def train(
+    *,
+    model: str = "inn",
+    training: TrainingOptions = TrainingOptions(),
+    resume: ResumeOptions = ResumeOptions(),
+    distributed: DistributedOptions = DistributedOptions(),
+):
+    """Train one model and write its folder.
+
+    Parameters
+    ----------
+    model
+        Model spec, as for compare: inn, inn:kernel_size=5, my_file.py:my_function.
+    """
+    _run("train", f"Training {model} on", model, training, resume, distributed)
+
+
+@app.command
+def sweep(
+    *search: str,
+    model: str = "rednet_tiny",
+    trials: int = 40,
+    max_parameters: int | None = None,
+    study: str | None = None,
+    training: TrainingOptions = TrainingOptions(),
+):
+    """Search hyperparameters of a model and its training with Optuna.
+
+    The same command with the same --output resumes the study; several processes may run it
+    concurrently. By default a trial has 5 epochs and is evaluated on held-out training images, and
+    unpromising trials are pruned. The folder gets trials.csv and report.html.
+
+    Parameters
+    ----------
+    search
+        The search space: NAME=A,B,C or NAME=LOW..HIGH, for options of the model or learning_rate,
+        weight_decay, batch_size; as kernel_size=3,5,7 learning_rate=0.001..0.03
+    model
+        Model spec with the fixed options, as for train.
+    trials
+        Number of trials of the study, including those of other processes and earlier runs.
+    max_parameters
+        Maximum number of trainable parameters; larger models are skipped.
+    study
+        URL of a database that several machines share, as postgresql://host/name (default: a journal
+        in the output folder).
+    """
+    with _session(
+        "sweep", f"Searching {model} on {training.dataset}.", training.backend
+    ) as current:
+        from involution.models.specs import command_line
+        from involution.training.sweep import SweepConfig, run
+        from involution.utils import memory
+
+        memory.disable_malloc_trim()
+        config = SweepConfig(_config(model, training, epochs=5), search, trials, max_parameters)
+        output = training.output or _new_folder(f"sweep-{training.dataset}")
+        command = command_line("involution", *sys.argv[1:])
+        result = run(config, output, study, current.progress, command)
+        current.folder = output
+        current.progress.log(f"Report: {output / 'report.html'}")
+        current.progress.log(f"Trials: {result.trials}")
+        if result.best is not None:
+            current.progress.log(f"Best: {result.accuracy:.4f}, {config.command(result.best)}")
+        if result.exit_code:
+            raise SystemExit(result.exit_code)
+
+
+@app.command
+def predict(
+    *files: pathlib.Path,
+    top: int = 3,
+    backend: Backend = None,
+):
+    """Classify images: the most likely classes with their probabilities.
+
+    Parameters
+    ----------
+    files
+        A model (default: rednet_tiny-cifar10): a .keras file written by compare or train, a folder,
+        or the name of a pretrained model, as cnn-cifar10. Then images: PNG, JPEG or WebP.
+    top
+        Number of classes per image.
+    """
+    with _session("predict", "Loading the model.", backend) as current:
+        from involution.utils.errors import InputError
+
+        if top < 1:
+            raise InputError(f"`top` must be at least 1. Received: {top}")
+        classifier, images = read_images(files)
+        for image, tensor in images:
+            scores = classifier.predict_proba(tensor)[0]
+            best = scores.argsort()[::-1][:top]
+            current.progress.log(
+                f"{image}: "
+                + ", ".join(f"{classifier.class_names[i]} {scores[i]:.3f}" for i in best)
+            )
+
+
+@app.command
+def explain(
+    *files: pathlib.Path,
+    output: pathlib.Path = pathlib.Path("explain.png"),
+    figure: Literal["heatmap", "activations", "point", "groups"] = "heatmap",
+    point: str = "0.5,0.5",
+    backend: Backend = None,
+):
+    """Plot the kernels that involutions generate for images.
+
+    Parameters
+    ----------
+    files
+        A model with involutions (default: rednet_tiny-cifar10): a .keras file written by compare or
+        train, a folder, or the name of a pretrained model. Then images: PNG, JPEG or WebP.
+    output
+        The file to write: .png or .svg for one figure, .html for a page with all of them. An
+        existing file is replaced.
+    figure
+        heatmap: kernel heat maps beside and over each image; activations: heat maps beside the
+        outputs of the involutions; point: the kernels at one point before and after training;
+        groups: one heat map per group of channels.
+    point
+        ROW,COLUMN of the point as fractions of the image: 0,0 is the top left corner, 1,1 the
+        bottom right.
+    """
+    with _session("explain", "Explaining images.", backend) as current:
+        from involution.visualize import explain
+
+        classifier, images = read_images(files)
+        name = _LIBRARY_NAMES.get(figure, figure)
+        for line in explain.write(classifier, images, output, name, parse_point(point)):
+            current.progress.log(line)
+
+
+@app.command
+def convert(source: pathlib.Path, destination: pathlib.Path, *, backend: Backend = None):
+    """Convert a published checkpoint to a model folder: config.json, model.safetensors.
+
+    No code in the checkpoint is executed. The outputs of the new model are verified against a NumPy
+    computation from the checkpoint.
+
+    Parameters
+    ----------
+    source
+        A RedNet checkpoint of the paper's authors (PyTorch, .pth) or of PaddleClas (.pdparams), or
+        the folder of the SavedModel keras-io/involution.
+    destination
+        Output folder, new or empty.
+    """
+    with _session("convert", f"Converting {source}.", backend) as current:
+        from involution.models.convert import convert
+
+        for line in convert(source, destination).lines:
+            current.progress.log(line)
+        current.progress.log(f"Model: {destination}")
+
+
+@app.command
+def export(
+    model: pathlib.Path,
+    *,
+    format: Literal["onnx", "saved_model", "pt2"] = "onnx",
+    output: pathlib.Path | None = None,
+    image_size: str | None = None,
+    backend: Backend = None,
+):
+    """Export a model for another runtime, and verify its outputs in that runtime.
+
+    Parameters
+    ----------
+    model
+        A .keras file, or a folder written by convert.
+    format
+        onnx (every backend), saved_model (TensorFlow), or pt2 (PyTorch).
+    output
+        The file to write, replaced if it exists; saved_model: a new folder (default: named after
+        the model).
+    image_size
+        Side, or HEIGHTxWIDTH, for a model whose image size is not fixed; the exported one is.
+    """
+    with _session("export", f"Exporting {model} to {format}.", backend) as current:
+        from involution.export.api import export
+        from involution.saving import classifier
+
+        size = parse_size(image_size)
+        loaded = classifier.load_model(model)
+        path = output or pathlib.Path(
+            f"{model.stem}_saved_model" if format == "saved_model" else f"{model.stem}.{format}"
+        )
+        result = export(loaded, path, format, _fixed_shape(loaded, size))
+        current.progress.log(
+            f"{result.path}: {result.bytes:,} bytes, {', '.join(result.inputs)} to "
+            f"{', '.join(result.outputs)}, any batch size, in {result.seconds:.0f} s"
+        )
+        current.progress.log(
+            f"verified: for batches of {' and '.join(map(str, result.batches))} the outputs of "
+            f"{result.runtime} match; maximum relative error {result.error:.1e}"
+        )
+
+
+@app.command
+def demo(
+    *models: str,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    backend: Backend = None,
+):
+    """Serve a web demo: upload an image; get classes, heat maps and the kernels at any point.
+
+    By default it listens on this machine only. It stores no images and downloads nothing.
+
+    Parameters
+    ----------
+    models
+        Models to show side by side, as for predict (default: the pretrained ones).
+    host
+        The address to listen on; 0.0.0.0 accepts connections from other machines.
+    port
+        The port; 0 selects a free one.
+    """
+    with _session("demo", "Starting the demo.", backend) as current:
+        from involution.demo import app
+
+        page = app.build(app.load(models), app.cards(models))
+        with app.served(page, host, port) as address:
+            current.progress.log(f"Demo: {address} (Ctrl-C to stop)")
+            _wait_for_signal()
+        current.progress.log("Stopped.")
+
+
+def _wait_for_signal():
+    """Waits for SIGINT (Ctrl-C) or SIGTERM."""
+    received = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: received.set())
+    received.wait()
+
+
+@app.command
+def doctor(*, backend: Backend = None):
+    """Check this installation: available implementations with measured errors, and reasons for
+    unavailable ones.
+    """
+    with _session("doctor", "Checking this installation.", backend) as current:
+        from involution.benchmarking import doctor
+
+        healthy = True
+        for line, ok in doctor.lines():
+            current.progress.log(line)
+            healthy = healthy and ok
+        if not healthy:
+            raise SystemExit(1)
+
+
+@app.command
+def bench(
+    *,
+    cases: str = "tut,red1,red2,red3,red4,odd,line,cube",
+    candidates: str | None = None,
+    dtypes: str = "float32",
+    calls: int = 10,
+    seconds: float = 2.0,
+    memory: bool = False,
+    device: str = "cpu",
+    batch: int | None = None,
+    output: pathlib.Path | None = None,
+    backend: Backend = None,
+):
+    """Measure speed and memory by case and implementation, beside the replaced convolutions.
+
+    Each candidate is verified first; those with wrong values are not measured. The roofline is the
+    minimum time on this machine, from bandwidth and peak FLOP/s measured in the same run.
+
+    Parameters
+    ----------
+    cases
+        Named sizes, comma-separated.
+    candidates
+        Comma-separated: native, taps, reference, rows, triton (implementations); im2col (the
+        formula of the keras.io example); conv3 (Keras's 3x3 convolution); depthwise (Keras's
+        depthwise convolution with the window of the involution); fused, unfused (generated
+        kernels); on PyTorch compiled-taps, and on CUDA devices paper-cuda (the formula of the
+        paper's code) (default: by device, without generated kernels).
+    dtypes
+        Comma-separated: float32, bfloat16, float16, float64.
+    calls
+        Consecutive calls in one compiled program.
+    seconds
+        Minimum measuring time per candidate.
+    memory
+        Measure peak memory too, each in its own process: a few more seconds per row.
+    device
+        cpu, or on PyTorch cuda, which measures device time of a recorded CUDA graph.
+    batch
+        Batch size (default: the case's).
+    output
+        The CSV file to write; an existing file is replaced.
+    """
+    with _session("bench", "Measuring.", backend) as current:
+        from involution.benchmarking import runner
+        from involution.utils import atomic_files
+
+        plan = runner.Plan(
+            cases=tuple(cases.split(",")),
+            candidates=tuple(
+                runner.USUAL.get(device, runner.CANDIDATES)
+                if candidates is None
+                else [_LIBRARY_NAMES.get(name, name) for name in candidates.split(",")]
+            ),
+            dtypes=tuple(dtypes.split(",")),
+            calls=calls,
+            seconds=seconds,
+            memory=memory,
+            device=device,
+            batch=batch,
+        )
+        runner.check(plan, output)
+        rows = []
+        for line in runner.heading(plan):
+            current.progress.log(line)
+        for row in runner.run(plan, current.progress.log):
+            rows.append(row)
+            current.progress.log(runner.line(row))
+            if output is not None:
+                # After each row, so that an interrupted run loses none.
+                atomic_files.write_text(output, runner.to_csv(rows, device))
+        if output is not None:
+            current.progress.log(f"Results: {output}")
+
+
+def option_names(command) -> set[str]:
+    """The options of a command."""
+    arguments = app[command].assemble_argument_collection()
+    return {name for argument in arguments for name in argument.names}
+
+
+# Transitional: what the library calls these values.
+_LIBRARY_NAMES = {
+    "heatmap": "maps",
+    "activations": "outputs",
+    "point": "place",
+    "im2col": "patches",
+    "paper-cuda": "per-number",
+    "unfused": "two-steps",
+}
+
+
+def _session(command, first_line, backend):
+    return session(first_line, backend, option_names(command))
+
+
+def _run(command, action, models, training, resume, distributed):
+    arguments = (command, action, models, training, resume, distributed)
+    # JAX ends a process immediately when it loses the coordinator. The watchdog starts before the
+    # package is imported and standard error redirected.
+    several = (
+        distributed.num_processes not in (None, 1)
+        or "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ
+    )
+    if not several:
+        return _train(*arguments)
+    code = 0
+    with watchdog(
+        "involution: error: The run ended: a host was lost, or did not connect within a minute. "
+        "Resume with --resume when all hosts are available."
+    ):
+        try:
+            _train(*arguments)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+    if code:
+        # Without waiting for the other hosts.
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _train(command, action, models, training, resume, distributed):
+    with _session(command, f"{action} {training.dataset}.", training.backend) as current:
+        from involution.models.specs import command_line
+        from involution.training import distributed as distribution_strategy
+        from involution.training import experiment
+        from involution.utils import memory
+        from involution.utils.errors import InputError
+
+        memory.disable_malloc_trim()
+        config = _config(models, training)
+        output = training.output or _new_folder(config.dataset)
+        line = command_line("involution", *sys.argv[1:])
+        if resume.resume and training.output is None:
+            raise InputError("`resume` requires `output`, the folder of the run. Received: none")
+        distribution = distribution_strategy.from_environment(**dataclasses.asdict(distributed))
+        if distribution.num_processes > 1 and training.output is None:
+            raise InputError("`num_processes` requires `output`, the shared folder. Received: none")
+        distribution_strategy.initialize(distribution)
+        run = experiment.compare(
+            config,
+            output,
+            current.progress,
+            command=line,
+            distribution=distribution,
+            **dataclasses.asdict(resume),
+        )
+        if distribution.is_primary:
+            current.folder = output
+            _print_summary(run, output, current.progress)
+        else:
+            current.progress.log("Done: the first host writes the report.")
+        if run.interrupted or run.failure is not None:
+            again = command_line("--output", output, "--resume")
+            current.progress.log(f"Resume: the same command with {again}")
+        if run.interrupted:
+            raise SystemExit(run.exit_code)
+        if run.failure is not None:
+            raise SystemExit(DIVERGED)
+
+
+def _config(models, training, epochs=None):
+    """The configuration of a run; ``epochs`` and the recipe are the defaults, in this order."""
+    from involution.training.recipes import RECIPES, Config
+
+    recipe = RECIPES[training.recipe]
+    chosen = (training.epochs, epochs, recipe.epochs)
+    settings = dataclasses.asdict(training) | {
+        "models": models,
+        "epochs": next(number for number in chosen if number is not None),
+        "image_size": parse_size(training.image_size) or recipe.image_size,
+    }
+    del settings["output"], settings["backend"]
+    return Config(**settings)
+
+
+def _fixed_shape(model, size) -> tuple | None:
+    """The model's input shape with (height, width) in place of its two unknown sizes."""
+    if size is None:
+        return None
+    shape = model.inputs[0].shape[1:]
+    if shape.count(None) != len(size):
+        from involution.utils.errors import InputError
+
+        raise InputError(
+            "`image_size` requires a model whose height and width are not fixed. "
+            f"Received: a model for images of {shape}"
+        )
+    sizes = iter(size)
+    return tuple(next(sizes) if n is None else n for n in shape)
+
+
+def _print_summary(run, output, progress):
+    from involution.models.specs import command_line
+    from involution.training import report
+    from involution.visualize import activations
+
+    progress.log("")
+    progress.log(report.summary_sentence(run))
+    progress.log("")
+    for line in report.markdown(run).splitlines():
+        progress.log(line)
+    progress.log("")
+    progress.log(f"Report: {output / 'report.html'}")
+    if not run.results:
+        return
+    file = output / run.results[-1].file
+    progress.log(f"Next: {command_line('involution', 'predict', file)} IMAGE...")
+    if activations.has_involutions(run.results[-1].classifier.model):
+        progress.log(f"      {command_line('involution', 'explain', file)} IMAGE...")
+
+
+def _new_folder(dataset) -> pathlib.Path:
+    """A path in runs/ that does not exist."""
+    name = f"{pathlib.Path(dataset).resolve().stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, number = pathlib.Path("runs") / name, 1
+    while folder.exists():
+        number += 1
+        folder = folder.with_name(f"{name}-{number}")
+    return folder
+
+
+def read_images(files):
+    """(classifier, [(file, image), ...]) from the files of a command, of which the first may be a
+    model."""
+    from involution.saving import classifier as saved
+    from involution.utils.errors import InputError
+
+    has_model = bool(files) and saved.is_model(files[0])
+    images = files[1:] if has_model else files
+    if not images:
+        raise InputError("At least one image is required. Received: none")
+    classifier = saved.load(files[0] if has_model else saved.DEFAULT)
+    return classifier, [(image, classifier.read(image)) for image in images]
+
+
+def main():
+    """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        # File names may contain characters that the terminal cannot encode.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app(replace_deprecated(sys.argv[1:]), exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        raise SystemExit(fail(str(error))) from None

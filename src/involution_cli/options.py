@@ -1,0 +1,188 @@
+"""The options that commands share, deprecated names, and values that need parsing."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+Backend = Annotated[
+    Literal["tensorflow", "jax", "torch"] | None,
+    Parameter(
+        help="Keras backend (default: KERAS_BACKEND, then Keras's configuration, then the first "
+        "installed)."
+    ),
+]
+
+
+def _load_recipes() -> Any:
+    """``involution.training.recipes``, without the package, whose import loads Keras."""
+    package = importlib.util.find_spec("involution")
+    assert package is not None
+    assert package.origin is not None
+    file = pathlib.Path(package.origin).with_name("training") / "recipes.py"
+    spec = importlib.util.spec_from_file_location("involution_cli._recipes", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _declared(config) -> Any:
+    """A dataclass with the settings of a configuration as options, except the models."""
+    # Settings whose command-line type or default is not the field's.
+    changed = {
+        "epochs": (int | None, "Training epochs (default: the recipe's)"),
+        "image_size": (
+            str | None,
+            "Side, or HEIGHTxWIDTH, to which the images of a folder are resized (default: the "
+            "recipe's)",
+        ),
+    }
+    fields = []
+    for field in dataclasses.fields(config):
+        rule = field.metadata["rule"]
+        type_, help, default = field.type, field.metadata["help"], field.default
+        if field.name == "models":
+            continue
+        if field.name in changed:
+            (type_, help), default = changed[field.name], None
+        elif rule is not None and rule.choices:
+            type_ = Literal[rule.choices]
+        fields.append(
+            (
+                field.name,
+                Annotated[type_, Parameter(help=f"{help}.")],
+                dataclasses.field(default=default),
+            )
+        )
+    return dataclasses.make_dataclass("Declared", fields, frozen=True, kw_only=True)
+
+
+_Declared: Any = _declared(_load_recipes().Config)
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions(_Declared):
+    """Options of ``compare``, ``train`` and ``sweep``; see ``involution.training.recipes``."""
+
+    output: pathlib.Path | None = None
+    """Output folder, new or empty (default: runs/<dataset>-<time>)."""
+    backend: Backend = None
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResumeOptions:
+    """Checkpoints of ``compare`` and ``train``."""
+
+    resume: bool = False
+    """Resume from the last checkpoint in --output, if there is one."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints within an epoch, besides the checkpoint after each epoch."""
+    allow_config_change: bool = False
+    """Resume despite changed options, data or versions."""
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedOptions:
+    """Devices and hosts of ``compare`` and ``train``, with the JAX backend."""
+
+    devices: int | None = None
+    """Devices per host that split each batch (default: 1; with several hosts all)."""
+    coordinator_address: str | None = None
+    """HOST:PORT of the first of several hosts, reachable by all."""
+    num_processes: int | None = None
+    """Number of hosts; each runs this command with its own --process-id and the same --output."""
+    process_id: int | None = None
+    """Index of this host, from 0."""
+
+
+# Deprecated options and values, by command, with their replacements.
+_TRAINING = {
+    "--accumulate": "--gradient-accumulation-steps",
+    "--ema": "--ema-momentum",
+    "--validation": "--validation-images",
+}
+_RUN = {
+    **_TRAINING,
+    "--allow-change": "--allow-config-change",
+    "--no-allow-change": "--no-allow-config-change",
+    "--coordinator": "--coordinator-address",
+    "--num-hosts": "--num-processes",
+    "--host-id": "--process-id",
+}
+DEPRECATED_OPTIONS = {
+    "compare": _RUN,
+    "train": _RUN,
+    "sweep": _TRAINING,
+    "explain": {"--show": "--figure", "--place": "--point"},
+}
+DEPRECATED_VALUES = {
+    ("explain", "--figure"): {"maps": "heatmap", "outputs": "activations", "place": "point"},
+    ("bench", "--candidates"): {
+        "patches": "im2col",
+        "per-number": "paper-cuda",
+        "two-steps": "unfused",
+    },
+}
+
+
+def replace_deprecated(words) -> list[str]:
+    """A command line with current names; each deprecated one prints one line on standard error."""
+    if not words:
+        return []
+    command, *words = words
+    replaced: list[str] = [command]
+    option = ""
+    for position, word in enumerate(words):
+        if word == "--":
+            return replaced + words[position:]
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            # Underscores are valid too: --learning_rate.
+            option = _current(name.replace("_", "-"), DEPRECATED_OPTIONS.get(command, {}))
+            replaced.append(option + equals + _current_values(command, option, value))
+        else:
+            replaced.append(_current_values(command, option, word))
+            option = ""
+    return replaced
+
+
+def _current_values(command, option, text) -> str:
+    values = DEPRECATED_VALUES.get((command, option), {})
+    return ",".join(_current(value, values) for value in text.split(",")) if values else text
+
+
+def _current(name, renamed) -> str:
+    if name in renamed:
+        line = f"involution: warning: {name} is deprecated, use {renamed[name]}"
+        print(line, file=sys.stderr, flush=True)
+    return renamed.get(name, name)
+
+
+def parse_size(text) -> tuple[int, int] | None:
+    """(height, width) from a side or HEIGHTxWIDTH."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        from involution.utils.errors import InputError
+
+        raise InputError(f"`image_size` must be a positive side or HEIGHTxWIDTH. Received: {text}")
+    return (int(parts[0]), int(parts[-1]))
+
+
+def parse_point(text) -> tuple[float, ...]:
+    """Numbers from ROW,COLUMN; their count and range are the library's to check."""
+    try:
+        return tuple(float(coordinate) for coordinate in text.split(","))
+    except ValueError:
+        from involution.utils.errors import InputError
+
+        raise InputError(f"`point` must be ROW,COLUMN. Received: {text}") from None

@@ -1,0 +1,168 @@
+"""The frame of every command: backend, log file, and errors as one line with an exit code."""
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+
+# As in involution.utils.errors; a test compares them.
+CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]"
+)
+
+# Exit codes; 2 is for invalid input.
+INTERNAL_ERROR = 3
+DIVERGED = 4
+WRITE_FAILED = 5
+HOST_LOST = 6
+OUT_OF_MEMORY = 7
+
+
+class Session:
+    """A running command.
+
+    Attributes:
+        progress: Receives progress.
+        folder: Where the log is saved; None: nowhere.
+    """
+
+    def __init__(self):
+        from involution import backend
+        from involution.utils.progress import RichProgress
+
+        self.progress = RichProgress()
+        self.folder: pathlib.Path | None = None
+        if backend.warning is not None:
+            self.progress.log(f"involution: {backend.warning}")
+
+
+@contextlib.contextmanager
+def session(first_line, backend, options=()):
+    """Runs the block of a command, with the output of frameworks on standard error in a log.
+
+    Args:
+        first_line: Printed before the package is imported, which takes seconds.
+        backend: The Keras backend; None: the configured one.
+        options: Names of the command's options, for error messages.
+    """
+    print(f"involution: {escape_controls(first_line)}", flush=True)
+    if backend is not None:
+        os.environ["KERAS_BACKEND"] = backend
+    try:
+        log = pathlib.Path(tempfile.mkdtemp(prefix="involution-")) / "log.txt"
+    except OSError as error:
+        reason = f"The temporary folder must be writable. Received: {error}"
+        raise SystemExit(fail(reason, WRITE_FAILED)) from error
+    current = failure = None
+    try:
+        with _redirect_stderr(log):
+            try:
+                current = Session()
+                yield current
+            except KeyboardInterrupt:
+                failure = ("interrupted.", 130)
+            except Exception as error:  # noqa: BLE001 - users get no traceback
+                message, code = explain_error(error, log)
+                failure = (with_options(message, options), code)
+            finally:
+                if current is not None:
+                    current.progress.end()
+    finally:
+        if current is not None and current.folder is not None:
+            _save_log(log, current.folder)
+        # The message of an internal error refers to the log.
+        if failure is None or failure[1] != INTERNAL_ERROR:
+            shutil.rmtree(log.parent, ignore_errors=True)
+    if failure is not None:
+        raise SystemExit(fail(*failure))
+
+
+def with_options(message, options) -> str:
+    """The message with `parameter` of the library as --parameter, where that is an option."""
+
+    def replace(match):
+        option = f"--{match[1].replace('_', '-')}"
+        return option if option in options else match[0]
+
+    return re.sub(r"`(\w+)`", replace, message)
+
+
+def _save_log(log, folder):
+    from involution.utils import atomic_files
+
+    # A full disk has been reported already.
+    with contextlib.suppress(OSError):
+        text = log.read_text(encoding="utf-8", errors="backslashreplace")
+        atomic_files.write_text(folder / "log.txt", "\n".join(map(escape_controls, text.split("\n"))))
+
+
+def explain_error(error, log) -> tuple[str, int]:
+    """The message for an error, and the exit code."""
+    # Absent where importing them failed.
+    errors = sys.modules.get("involution.utils.errors")
+    distributed = sys.modules.get("involution.training.distributed")
+    if distributed and isinstance(error, distributed.LostHostError):
+        return str(error), HOST_LOST
+    if isinstance(error, ImportError) or (errors and isinstance(error, errors.InputError)):
+        return str(error), 2
+    if errors and isinstance(error, errors.WriteError):
+        return str(error), WRITE_FAILED
+    if isinstance(error, PermissionError):
+        received = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return f"Files and folders must be accessible to this user. Received: {received}", 2
+    reason = errors.out_of_memory_reason(error) if errors else None
+    if reason is not None:
+        return (
+            "Out of memory; for training reduce `batch_size` or `image_size`, or increase "
+            f"`gradient_accumulation_steps`. Received: {reason}",
+            OUT_OF_MEMORY,
+        )
+    with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
+        for line in "".join(traceback.format_exception(error)).split("\n"):
+            print(escape_controls(line), file=file)
+    message = f"Internal error ({type(error).__name__}); traceback in {log}; please report it"
+    return message, INTERNAL_ERROR
+
+
+@contextlib.contextmanager
+def _redirect_stderr(log):
+    """Redirects standard error to a file, including the output of C++ code."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def fail(message, code=2) -> int:
+    """Prints an error as one line on standard error; returns the exit code."""
+    line = escape_controls(" ".join(message.split()))
+    print(f"involution: error: {line}", file=sys.stderr, flush=True)
+    return code
+
+
+def escape_controls(text) -> str:
+    """Escapes control characters as ``involution.utils.errors.escape_controls``, whose import is slow."""
+    return CONTROL.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
+
+
+@contextlib.contextmanager
+def watchdog(text):
+    """Prints ``text`` on standard error if this process dies within the block."""
+    program = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr, flush=True)"
+    command = [sys.executable, "-S", "-E", "-c", program, text]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # noqa: S603 - fixed program
+    try:
+        yield
+    finally:
+        process.communicate(b"alive")

@@ -1,0 +1,203 @@
+"""Options: their declaration in the library, deprecated names, and commands of version 0.1."""
+
+import ast
+import dataclasses
+import re
+import shlex
+import sys
+
+import cyclopts
+import pytest
+
+import involution_cli
+from involution.training import recipes
+from involution_cli import options, session
+from involution_cli.commands import app, option_names
+from involution_cli.options import DEPRECATED_OPTIONS, DEPRECATED_VALUES, replace_deprecated
+
+pytestmark = pytest.mark.any_backend
+
+
+def parse(words):
+    return app.parse_args(words, exit_on_error=False, print_error=False)
+
+
+@pytest.fixture
+def help_of(monkeypatch, capsys):
+    """The help text of a command."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def print_help(command):
+        capsys.readouterr()
+        app.help_print([command])
+        return capsys.readouterr().out
+
+    return print_help
+
+
+def test_the_declaration_needs_only_the_standard_library():
+    with open(recipes.__file__, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            assert all(alias.name in sys.stdlib_module_names for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module.split(".")[0] in sys.stdlib_module_names
+
+
+def test_every_setting_is_an_option_with_its_help():
+    fields = {field.name: field for field in dataclasses.fields(recipes.Config)}
+    declared = {field.name: field for field in dataclasses.fields(options.TrainingOptions)}
+    assert declared.keys() == fields.keys() - {"models"} | {"output", "backend"}
+    for name in declared.keys() & fields.keys() - {"epochs", "image_size"}:
+        (parameter,) = declared[name].type.__metadata__
+        assert parameter.help == f"{fields[name].metadata['help']}."
+        assert declared[name].default == fields[name].default
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("recipe", "magic", "example.*one-cycle.*imagenet"),
+        ("precision", "float16", "float32.*bfloat16"),
+    ],
+)
+def test_choices_are_those_of_the_rule(field, value, text):
+    with pytest.raises(cyclopts.CycloptsError, match=text):
+        parse(["train", f"--{field}", value])
+
+
+RENAMED_OPTIONS = [
+    (command, old, new)
+    for command, names in DEPRECATED_OPTIONS.items()
+    for old, new in names.items()
+]
+
+
+@pytest.mark.parametrize(("command", "old", "new"), RENAMED_OPTIONS, ids=str)
+def test_every_deprecated_option_works_and_is_hidden(command, old, new, capsys, help_of):
+    flag = "allow" in old
+    value = {"--show": "groups", "--coordinator": "host:1", "--place": "0,1"}.get(old, "1")
+    rest = [] if flag else [value]
+    for words in ([old, *rest], [old.replace("-", "_").replace("__", "--", 1), *rest]):
+        found = replace_deprecated([command, *words])
+        assert capsys.readouterr() == ("", f"involution: warning: {old} is deprecated, use {new}\n")
+        assert found == [command, new, *rest]
+        assert parse(found) == parse([command, new, *rest])
+    if not flag:
+        assert replace_deprecated([command, f"{old}={value}"]) == [command, f"{new}={value}"]
+    names = option_names(command)
+    assert new in names
+    assert old not in names
+    words = help_of(command).split()
+    assert old not in words
+    assert new in words
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "old", "new"),
+    [(*key, old, new) for key, names in DEPRECATED_VALUES.items() for old, new in names.items()],
+)
+def test_every_deprecated_value_works_and_is_hidden(command, option, old, new, capsys, help_of):
+    for words, want in (
+        ([option, old], [option, new]),
+        ([f"{option}={old}"], [f"{option}={new}"]),
+    ):
+        assert replace_deprecated([command, *words]) == [command, *want]
+        line = f"involution: warning: {old} is deprecated, use {new}\n"
+        assert capsys.readouterr().err == line
+        parse([command, *want])
+    text = help_of(command).split(f" {option} ")[1]
+    # Of an option with choices only their list counts: its help may contain the words.
+    text = text.split("choices:")[-1].split("]")[0] if command == "explain" else text
+    words = re.findall(r"[\w-]+", text)
+    assert new in words
+    assert old not in words
+
+
+def test_current_names_and_positional_words_stay():
+    words = ["train", "--model", "inn", "--ema-momentum", "0.9", "--resume"]
+    assert replace_deprecated(words) == words
+    # Values of other options, files, and all after `--`.
+    words = ["explain", "maps", "--output", "maps", "--", "--show", "maps"]
+    assert replace_deprecated(words) == words
+    assert replace_deprecated([]) == []
+    assert replace_deprecated(["bench", "--candidates", "native,patches,two-steps"]) == [
+        "bench",
+        "--candidates",
+        "native,im2col,unfused",
+    ]
+
+
+def test_an_error_names_the_option(monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["involution", "train", "--accumulate", "0"])
+    with pytest.raises(SystemExit) as end:
+        involution_cli.main()
+    assert end.value.code == 2
+    assert capfd.readouterr().err.splitlines() == [
+        "involution: warning: --accumulate is deprecated, use --gradient-accumulation-steps",
+        "involution: error: --gradient-accumulation-steps must be at least 1. Received: 0",
+    ]
+
+
+def test_only_options_of_the_command_are_named():
+    message = "`batch_size` must suit `filters` and `resume`"
+    assert session.with_options(message, option_names("train")) == (
+        "--batch-size must suit `filters` and --resume"
+    )
+    assert session.with_options(message, option_names("predict")) == message
+
+
+# The command lines in the documentation of version 0.1.
+DOCUMENTED = r"""
+compare --dataset digits
+compare --dataset digits --backend torch
+compare --dataset cifar10 --download
+compare --models inn:kernel_size=5,my_models.py:my_function
+compare --dataset my_images --image-size 64
+compare --models rednet_tiny,cnn --dataset cifar10 --recipe one-cycle
+compare --models rednet_tiny:kernel_generator=linear --dataset cifar10-jpeg --recipe \
+    one-cycle --epochs 8
+compare --dataset cifar10 --precision bfloat16 --seed 42
+compare --dataset cifar10 --output runs/pair --resume --checkpoint-every 100
+compare --dataset cifar10 --output runs/pair --resume --allow-change
+train --model rednet50 --dataset imagenet --recipe imagenet --accumulate 8 --precision \
+    bfloat16 --ema 0.9999
+train --model rednet_tiny --dataset cifar10 --backend jax --devices 4
+train --model rednet_tiny --dataset cifar10 --backend jax --output /shared/run \
+    --coordinator first-host:12345 --num-hosts 2 --host-id 0
+train --model rednet_tiny --dataset my_images --image-size 64x48 --recipe one-cycle \
+    --weight-decay 0.1 --learning-rate 0.01 --clip-norm 1 --batch-size 8
+sweep kernel_size=3,5,7 learning_rate=0.001..0.03 --dataset cifar10 --trials 40
+sweep widths=24-40,32-48 kernel_size=3,5 --model rednet_tiny --dataset half --recipe \
+    one-cycle --epochs 3 --validation 5000 --trials 40 --max-parameters 31917
+sweep kernel_size=3,5 --study postgresql://host/name
+predict runs/digits/inn.keras image.png --top 2
+predict cnn-cifar10 image.png
+explain runs/my_images/rednet_tiny.keras photo.jpg --output photo.html
+explain photo.jpg --show maps
+explain photo.jpg --show outputs
+explain photo.jpg --show place --place 0.2,0.8
+explain photo.jpg --show groups
+convert rednet50.pth rednet50
+export rednet50 --image-size 224
+export model.keras --format pt2 --output model.pt2
+export model.keras --format saved_model
+demo
+demo runs/my_images/rednet_tiny.keras --host 0.0.0.0 --port 0
+doctor --backend jax
+bench
+bench --candidates fused,two-steps --memory
+bench --cases tut,red1 --candidates native,taps,patches,conv3,depthwise --calls 2 \
+    --backend tensorflow --output operator.csv
+bench --device cuda --batch 64 --seconds 0.2 --dtypes float32,bfloat16 --candidates \
+    triton,per-number,patches,compiled-taps
+"""
+
+
+@pytest.mark.parametrize("line", DOCUMENTED.replace("\\\n", "").strip().split("\n"))
+def test_documented_commands_still_parse(line):
+    words = shlex.split(line)
+    function, _, _ = parse(replace_deprecated(words))
+    assert function.__name__ == words[0]
