@@ -81,7 +81,7 @@ def main():
         )
         means[f"{model}, {recipe}"] = first | {"test_accuracy": mean(runs)}
     with atomic_files.replacing(options.output.with_suffix(".png")) as temporary:
-        figures.costs(means).savefig(temporary, format="png", dpi=110)
+        figures.accuracy_vs_cost(means).savefig(temporary, format="png", dpi=110)
 
 
 def mean(runs):

@@ -190,7 +190,7 @@ def test_explain(call, trained, pets, tmp_path):
     code, lines = call("explain", trained[0] / "inn.keras", image)
     assert code == 0
     assert re.search(r"inv_1 16x16 from .* inv_2 8x8 from .* inv_3 4x4 from ", lines[1])
-    assert re.search(r"^Predictions run \d x \w+(, \d x \w+)*; here ", lines[2])
+    assert re.search(r"^Implementations in inference: \d x \w+(, \d x \w+)*; ", lines[2])
     assert lines[3] == "Figure: explain.png"
     assert (tmp_path / "explain.png").read_bytes().startswith(b"\x89PNG")
 
