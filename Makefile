@@ -15,7 +15,7 @@ ORDERS ?= 10
 DATA ?=
 # What `make mutants` changes: of the page and of the data the way of an upload.
 MUTANTS ?= "involution.training.checkpoint.*" "involution.data.transforms.*" "involution.utils.atomic_files.*" "involution.data.image_folder.*" "involution.saving.classifier.*" \
-	"involution.models.*" "involution.ops.geometry.*" "involution.demo.app.x_check__*" "involution.demo.app.x__guard__*" "involution.demo.app.x__told__*" \
+	"involution.models.*" "involution.ops.geometry.*" "involution.demo.app.x_check__*" "involution.demo.app.x__validate_upload__*" "involution.demo.app.x__as_gradio_error__*" \
 	"involution.data.datasets.x_read_image__*" "involution.data.datasets.x__resize__*" "involution.data.datasets.x_scale__*"
 # Of what must not be wrong unnoticed every line and branch is tested: checkpoints, files from
 # strangers, sizes. Of all modules, these shares.

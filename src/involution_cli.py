@@ -377,7 +377,9 @@ def demo(
     with _session("Preparing the page.", backend) as session:
         from involution.demo import app as page
 
-        with page.served(page.build(page.load(models), page.cards(models)), host, port) as address:
+        with page.serve(
+            page.build(page.load(models), page.model_cards(models)), host, port
+        ) as address:
             session.console.say(f"Page: {address} (Ctrl-C ends it)")
             _wait_for_the_end()
         session.console.say("Ended.")

@@ -60,9 +60,7 @@ class Classifier:
             InputError: Keras's floatx is not float32, see ``data.check_floatx``.
         """
         datasets.check_floatx()
-        logits = self.model.predict(images, verbose=0).astype("float64")
-        odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        return odds / odds.sum(axis=-1, keepdims=True)
+        return probabilities(self.model.predict(images, verbose=0))
 
     def save(self, path):
         """Writes the file, without the optimizer's state: it loads on every backend."""
@@ -70,6 +68,13 @@ class Classifier:
             self.model.save(temporary)
             with zipfile.ZipFile(temporary, "a") as archive:
                 archive.writestr(ENTRY, json.dumps(self.about))
+
+
+def probabilities(logits) -> np.ndarray:
+    """Softmax of logits (N, classes), in float64."""
+    logits = logits.astype("float64")
+    exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exp / exp.sum(axis=-1, keepdims=True)
 
 
 def load(path) -> Classifier:
