@@ -403,12 +403,12 @@ def doctor(*, backend: Backend | None = None):
         Keras backend; otherwise KERAS_BACKEND, Keras's configuration, or the first installed.
     """
     with _session("Examining this installation.", backend) as session:
-        from involution.benchmarking import doctor as diagnosis
+        from involution.benchmarking import doctor as checks
 
         healthy = True
-        for line, fine in diagnosis.lines():
+        for line, ok in checks.lines():
             session.console.say(line)
-            healthy = healthy and fine
+            healthy = healthy and ok
         if not healthy:
             raise SystemExit(1)
 
@@ -466,7 +466,7 @@ def bench(
         plan = runner.Plan(
             cases=tuple(cases.split(",")),
             candidates=tuple(
-                runner.USUAL.get(device, runner.CANDIDATES)
+                runner.DEFAULT_CANDIDATES.get(device, runner.CANDIDATES)
                 if candidates is None
                 else candidates.split(",")
             ),
@@ -479,11 +479,11 @@ def bench(
         )
         runner.check(plan, output)
         rows = []
-        for line in runner.heading(plan):
+        for line in runner.header(plan):
             session.console.say(line)
         for row in runner.run(plan, session.console.say):
             rows.append(row)
-            session.console.say(runner.line(row))
+            session.console.say(runner.format_row(row))
             if output is not None:
                 # After each: a run that is cut short has lost nothing.
                 atomic_files.write_text(output, runner.to_csv(rows, device))

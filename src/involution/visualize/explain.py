@@ -130,7 +130,7 @@ class _Figures:
         self.records = _capture_2d(self.model, pixels)
         if not self.records:
             raise InputError(
-                "The explained model must have a two-dimensional involution. "
+                "The explained model must have an involution over images. "
                 f"Received: {self.model.name}, which has none"
             )
 
