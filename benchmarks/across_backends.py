@@ -1,13 +1,13 @@
-"""Trains the same weights on the same batches on every installed backend, and compares.
+"""Trains the same weights on the same batches on every installed backend, and compares losses.
 
     python benchmarks/across_backends.py DATASET OUTPUT.json [--epochs 20] [--steps 50] [--follow]
 
-For the cnn and the inn: the loss of each of the first steps. For the inn also the accuracy on the
-test images after all epochs, if there are any. Takes some 30 minutes on two cores for CIFAR-10 on
-three backends.
+Records the loss of each of the first steps for the cnn and the inn, and the inn's test accuracy
+after all epochs (--epochs 0: none). Takes some 30 minutes on two cores for CIFAR-10 on three
+backends.
 
-A training amplifies rounding from step to step. --follow tells that apart: before each step every
-backend takes the weights that the first one had there. --float64 shows how fast it grows.
+Training amplifies rounding errors from step to step. --follow excludes that: before each step every
+backend loads the weights that the first backend had there. --float64 shows the growth rate.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import tempfile
 
 
 def train(arguments):
-    """One backend, in a process of its own: what it found, as JSON on the last line."""
+    """One backend in a subprocess; prints its results as JSON on the last line."""
     import keras
 
     from involution import models
@@ -32,7 +32,7 @@ def train(arguments):
     if arguments.float64:
         keras.config.set_floatx("float64")
     dataset = datasets.load(arguments.dataset)
-    found = {"versions": versions()}
+    results = {"versions": versions()}
     for name in ("cnn", "inn"):
         keras.utils.set_random_seed(42)
         network = models.MODELS[name](dataset.image_shape, len(dataset.class_names))
@@ -47,24 +47,24 @@ def train(arguments):
         for step in range(arguments.steps):
             batch = order[step * size : (step + 1) * size]
             if arguments.follow:
-                here = pathlib.Path(arguments.weights) / f"{name}-{step}.weights.h5"
-                if not here.exists():
-                    network.save_weights(here)
-                network.load_weights(here)
+                step_weights = pathlib.Path(arguments.weights) / f"{name}-{step}.weights.h5"
+                if not step_weights.exists():
+                    network.save_weights(step_weights)
+                network.load_weights(step_weights)
             losses.append(trainer.train(batch)[0])
-        found[name] = {"losses": losses}
+        results[name] = {"losses": losses}
         if name == "inn" and arguments.epochs:
             network.load_weights(weights)
             trainer = Trainer(network, dataset, recipe, arguments.epochs, 42)
             *_, last = trainer.epochs()
-            found[name]["test_accuracy"] = last["test_accuracy"]
-    print(json.dumps(found))
+            results[name]["test_accuracy"] = last["test_accuracy"]
+    print(json.dumps(results))
 
 
 def compare(arguments):
     from involution.backend import installed
 
-    found = {}
+    results = {}
     with tempfile.TemporaryDirectory() as weights:
         for backend in installed():
             print(f"{backend}...", flush=True)
@@ -76,16 +76,16 @@ def compare(arguments):
                 text=True,
                 check=True,
             )
-            found[backend] = json.loads(result.stdout.splitlines()[-1])
-    first = next(iter(found.values()))
-    for backend, other in found.items():
+            results[backend] = json.loads(result.stdout.splitlines()[-1])
+    first = next(iter(results.values()))
+    for backend, other in results.items():
         for name in ("cnn", "inn"):
             pairs = zip(first[name]["losses"], other[name]["losses"], strict=True)
             worst = max(abs(a - b) for a, b in pairs)
-            print(f"{backend} {name}: largest difference of {arguments.steps} losses {worst:.1e}")
+            print(f"{backend} {name}: maximum difference of {arguments.steps} losses {worst:.1e}")
         if arguments.epochs:
-            print(f"{backend} inn: accuracy on the test images {other['inn']['test_accuracy']:.4f}")
-    pathlib.Path(arguments.output).write_text(json.dumps(found, indent=1) + "\n")
+            print(f"{backend} inn: test accuracy {other['inn']['test_accuracy']:.4f}")
+    pathlib.Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

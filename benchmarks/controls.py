@@ -1,6 +1,6 @@
-"""What rednet_tiny is compared with: the same network without involution, other networks of its
-size, and generators of its own. Each function is a model for
-``involution compare --models benchmarks/controls.py:NAME``.
+"""Control models for rednet_tiny: without involution, and with a custom kernel generator.
+
+Each function is a model for ``involution compare --models benchmarks/controls.py:NAME``.
 """
 
 import keras
@@ -10,22 +10,22 @@ from involution.models import conv_counterpart, rednet_tiny
 
 
 def depthwise(input_shape, classes, kernel_size=3, **options):
-    """rednet_tiny with a depthwise convolution in each involution's place."""
+    """rednet_tiny with depthwise convolutions instead of involutions."""
     return conv_counterpart(
         rednet_tiny(input_shape, classes, kernel_size=kernel_size, **options), "depthwise"
     )
 
 
 def convolution(input_shape, classes, kernel_size=3, **options):
-    """rednet_tiny with a convolution in each involution's place: a ResNet of bottlenecks."""
+    """rednet_tiny with convolutions instead of involutions: a bottleneck ResNet."""
     return conv_counterpart(rednet_tiny(input_shape, classes, kernel_size=kernel_size, **options))
 
 
 @keras.saving.register_keras_serializable(package="controls")
 class Swish(keras.layers.Layer):
-    """A generator of one's own in ten lines: two dense layers on means over the strides."""
+    """A custom kernel generator: average pooling with the strides, then two dense layers."""
 
-    kernel_size = groups = strides = None  # which the involution fills in
+    kernel_size = groups = strides = None  # set by the involution layer
 
     def build(self, shape):
         self.pool = layers.AveragePooling2D(self.strides, padding="same")

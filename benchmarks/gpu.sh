@@ -1,11 +1,11 @@
 #!/bin/sh
-# All that needs a CUDA device: tests on it, and figures. Under nine minutes; a part that takes longer
-# than its share is ended, and the others go on.
+# Tests and benchmarks on a CUDA device, in less than nine minutes. A part that exceeds its timeout is
+# terminated; the other parts still run.
 #
 #     PYTHON=python3 sh benchmarks/gpu.sh [FOLDER]
 #
-# needs PyTorch with CUDA and Triton, Keras, pytest, pytest-xdist, hypothesis and, for `per-number`,
-# CuPy. What it prints, and the figures as CSV, are written into FOLDER (build/gpu).
+# Requires PyTorch with CUDA and Triton, Keras, pytest, pytest-xdist, hypothesis and, for `paper-cuda`,
+# CuPy. Writes logs and CSV files to FOLDER (default: build/gpu).
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -44,7 +44,7 @@ if command -v compute-sanitizer > /dev/null; then
   part sanitizer 80 compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -p no:cacheprovider \
     tests/ops/test_triton.py -o addopts=-q -k "more_than or samples_at_a_time"
 else
-  echo "--- sanitizer: there is no compute-sanitizer"
+  echo "--- sanitizer: compute-sanitizer is not installed"
   failed="$failed sanitizer"
 fi
 
@@ -52,6 +52,6 @@ bench operator 90 --cases red1,red3 --dtypes float32,bfloat16 \
   --candidates triton,paper-cuda,im2col,compiled-taps,conv3,depthwise
 bench fused 70 --cases red1,red3 --dtypes float32,bfloat16 --candidates fused,unfused --memory
 part rednet 90 "$PYTHON" benchmarks/rednet.py --device cuda --dtype-policy mixed_bfloat16 --batch 64 \
-  --steps 10 --networks chosen,resnet50 --output "$OUT/rednet.csv"
+  --steps 10 --networks selected,resnet50 --output "$OUT/rednet.csv"
 
-[ -z "$failed" ] || { echo "Not as it should be:$failed"; exit 1; }
+[ -z "$failed" ] || { echo "Failed:$failed"; exit 1; }

@@ -1,7 +1,7 @@
-"""On JAX: the operator beside the plain way to write it there, which XLA compiles badly.
+"""The operator on JAX compared with a plain JAX implementation, which XLA compiles poorly.
 
-The plain way shifts and multiplies in both directions, and sums the kernel's gradient over the
-channels of a group by ``.sum(-1)``. All candidates take turns.
+The plain implementation is shift-and-multiply in both directions; its kernel gradient is summed
+over the channels of a group by ``.sum(-1)``. The candidates run alternately.
 
     KERAS_BACKEND=jax python benchmarks/jax_baseline.py [SECONDS] [FILE.csv]
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 import involution
 from involution.benchmarking import runner
-from involution.benchmarking.timed_program import program, tensors
+from involution.benchmarking.timed_program import repeat, tensors
 from involution.ops.cases import CASES
 from involution.utils import atomic_files
 
@@ -25,7 +25,7 @@ NAMES = ("tut", "red1", "red2", "red3", "red4")
 
 
 def windows(x, size, sign=1):
-    """``x`` (B, H, W, ...) as each tap of a window sees it, with zeros around."""
+    """Shifted, zero-padded copies of ``x`` (B, H, W, ...), one for each tap of the window."""
     half = size // 2
     padded = jnp.pad(x, [(0, 0), (half, half), (half, half)] + [(0, 0)] * (x.ndim - 3))
     height, width = x.shape[1:3]
@@ -41,8 +41,8 @@ def grouped(x, groups):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def plain(x, kernel, size, groups):
-    terms = enumerate(windows(grouped(x, groups), size))
-    return sum(kernel[:, :, :, t, :, None] * seen for t, seen in terms).reshape(x.shape)
+    shifted = enumerate(windows(grouped(x, groups), size))
+    return sum(kernel[:, :, :, t, :, None] * source for t, source in shifted).reshape(x.shape)
 
 
 def plain_forward(x, kernel, size, groups):
@@ -54,7 +54,7 @@ def plain_backward(size, groups, stored, dy):
     both = zip(windows(kernel, size, -1), windows(grouped(dy, groups), size, -1), strict=True)
     dx = sum(k[:, :, :, t, :, None] * d for t, (k, d) in enumerate(both)).reshape(x.shape)
     dys = grouped(dy, groups)
-    dkernel = [(seen * dys).sum(-1) for seen in windows(grouped(x, groups), size)]
+    dkernel = [(source * dys).sum(-1) for source in windows(grouped(x, groups), size)]
     return dx, jnp.stack(dkernel, 3)
 
 
@@ -62,7 +62,7 @@ plain.defvjp(plain_forward, plain_backward)
 
 
 def measured(case, backward, seconds):
-    """Median milliseconds of a call, by candidate."""
+    """Median milliseconds per call, by candidate."""
     random = np.random.default_rng(0)
     arrays = [random.standard_normal(s) for s in (case.x_shape, case.kernel_shape, case.x_shape)]
     *arguments, cotangent = tensors(arrays, "float32")
@@ -74,20 +74,20 @@ def measured(case, backward, seconds):
         "native": functools.partial(
             involution.ops.involution, implementation="native", **case.arguments
         ),
-        "chosen": functools.partial(involution.ops.involution, **case.arguments),
+        "selected": functools.partial(involution.ops.involution, **case.arguments),
     }
-    made = {
-        n: program(f, arguments, cotangent if backward else None, 10) for n, f in candidates.items()
+    programs = {
+        n: repeat(f, arguments, cotangent if backward else None, 10) for n, f in candidates.items()
     }
-    results = {name: run() for name, run in made.items()}
+    results = {name: run() for name, run in programs.items()}
     for name, values in results.items():
         for value, want in zip(values, results["plain"], strict=True):
             scale = float(abs(want).max())
             np.testing.assert_allclose(value, want, rtol=0, atol=1e-5 * scale, err_msg=name)
-    times: dict = {name: [] for name in made}
+    times: dict = {name: [] for name in programs}
     started = time.perf_counter()
     while time.perf_counter() - started < seconds or len(times["plain"]) < 5:
-        for name, run in made.items():
+        for name, run in programs.items():
             at = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - at) * 1e3 / 10)
@@ -110,7 +110,7 @@ def main(seconds=5.0, file=None):
                 rows.append(row)
                 print(*row.values(), sep="\t", flush=True)
     if file is not None:
-        atomic_files.write_text(file, runner.with_setting(rows, list(rows[0])))
+        atomic_files.write_text(file, runner.with_environment(rows, list(rows[0])))
 
 
 if __name__ == "__main__":

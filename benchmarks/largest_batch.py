@@ -1,9 +1,8 @@
-"""RedNet-50's training step at 224 x 224: the largest batch whose process stays within a limit of
-memory, and images a second at it.
+"""The largest batch of a RedNet-50 training step at 224 x 224 within a memory limit, and its
+throughput.
 
-`chosen` generates kernels where they are used; `native` stores them; `unfold` copies every window.
-Each try is a process of its own, which tells its peak; what the framework and the weights take
-counts.
+`selected` is the default, which fuses kernel generation; `native` stores kernels; `unfold` is
+im2col. Each batch size runs in its own process; peak memory includes the framework and the weights.
 
     KERAS_BACKEND=torch python benchmarks/largest_batch.py [GIB] [FILE.csv]
 """
@@ -17,7 +16,7 @@ import time
 
 import keras
 import numpy as np
-from rednet import CHOSEN, SIDE, running, unfold
+from rednet import SELECTED, SIDE, running, unfold
 from training import implementation
 
 import involution
@@ -25,12 +24,12 @@ from involution.benchmarking import runner
 from involution.ops import dispatch
 from involution.utils import atomic_files, memory
 
-NETWORKS = (CHOSEN, "native", "unfold")
+NETWORKS = (SELECTED, "native", "unfold")
 STEPS = 4
 
 
-def tried(name, batch):
-    """Peak bytes of the process, and the median seconds of a step."""
+def train(name, batch):
+    """Peak bytes of this process, and the median seconds of a step."""
     memory.disable_malloc_trim()  # as the commands do
     dispatch.IMPLEMENTATIONS["unfold"] = implementation(unfold)
     random = np.random.default_rng(0)
@@ -49,7 +48,7 @@ def tried(name, batch):
             started = time.perf_counter()
             model.train_on_batch(x, y)
             seconds.append(time.perf_counter() - started)
-    # The first one compiles.
+    # The first step compiles.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return peak, statistics.median(seconds[1:])
 
@@ -57,7 +56,7 @@ def tried(name, batch):
 @functools.cache
 def attempt(name, batch):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        peak, seconds = pool.apply(tried, (name, batch))
+        peak, seconds = pool.apply(train, (name, batch))
     print(
         f"{name:8} batch {batch:4}: {peak / 2**30:6.2f} GiB, {batch / seconds:6.2f} images/s",
         flush=True,
@@ -66,7 +65,7 @@ def attempt(name, batch):
 
 
 def largest(name, limit):
-    """The batch that just fits: memory grows evenly with it, so that a few tries find it."""
+    """The largest batch that fits, extrapolated: memory is linear in the batch."""
 
     def fits(batch):
         return attempt(name, batch)[0] <= limit
@@ -96,7 +95,7 @@ def main(gib=8.0, file=None):
         )
         print(*rows[-1].values())
         if file is not None:
-            atomic_files.write_text(file, runner.with_setting(rows, list(rows[0])))
+            atomic_files.write_text(file, runner.with_environment(rows, list(rows[0])))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Images a second of a training: of reading them alone, of the step alone, and of both, where the
-next batches are read while the step is at work.
+"""Training throughput in images per second: of reading images, of the training step on images in
+memory, and of both together with prefetching.
 
     KERAS_BACKEND=jax python benchmarks/pipeline.py FOLDER --model rednet26 --batch-size 32
 
-Steps are those of `involution train --recipe imagenet`; the first round, which compiles, does not
-count. `step` trains on images that are in memory. The three take turns.
+Steps are those of `involution train --recipe imagenet`. The three run alternately; the first run,
+which compiles, is not counted.
 """
 
 import argparse
@@ -33,7 +33,9 @@ def main():
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--batches", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each, and three times")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="minimum total of each, with at least three runs"
+    )
     parser.add_argument("--output")
     given = parser.parse_args()
     memory.disable_malloc_trim()
@@ -43,7 +45,9 @@ def main():
         : given.batches * given.batch_size
     ]
     count = len(order)
-    held = dataclasses.replace(stored, x_train=stored.x_train[order], y_train=stored.y_train[order])
+    in_memory = dataclasses.replace(
+        stored, x_train=stored.x_train[order], y_train=stored.y_train[order]
+    )
 
     def trainer(dataset, recipe):
         ((label, builder),) = specs.parse(given.model).items()
@@ -51,17 +55,17 @@ def main():
         network = experiment.build(label, builder, dataset, config)
         return Trainer(network, dataset, recipe, 1, 0)
 
-    both, alone = (
+    both, step = (
         trainer(stored, recipe),
-        trainer(held, dataclasses.replace(recipe, random_crop=False)),
+        trainer(in_memory, dataclasses.replace(recipe, random_crop=False)),
     )
     parts = {
         "reading": lambda: collections.deque(both.batches(order), maxlen=0),
-        "step": lambda: alone.train(np.arange(count)),
+        "step": lambda: step.train(np.arange(count)),
         "both": lambda: both.train(order),
     }
-    watches = {name: DEVICES["cpu"].stopwatch(run) for name, run in parts.items()}
-    times = runner.measure(watches, given.seconds)
+    timers = {name: DEVICES["cpu"].timer(run) for name, run in parts.items()}
+    times = runner.measure(timers, given.seconds)
     rows = [
         {
             "part": name,

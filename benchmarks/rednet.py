@@ -1,8 +1,8 @@
-"""RedNet-50 beside Keras's ResNet-50, and beside RedNet-50 with involution by unfold: images a
-second at 224 x 224 in batches of 8, and what the layers of both networks take alone.
+"""Throughput of RedNet-50, of Keras's ResNet-50, and of RedNet-50 with involution by unfold: images
+per second at 224 x 224 in batches of 8; and the time of each kind of layer (--layers).
 
-`chosen` is RedNet-50 as it runs unasked, its kernels generated where they are used; `native` stores
-them. `free` has an operator that costs nothing. The networks take turns, a step each.
+`selected` is the default, which fuses kernel generation; `native` stores kernels; `unfold` is
+im2col; `free` has a no-op operator, an upper bound. The networks run alternately, one step each.
 
     KERAS_BACKEND=tensorflow python benchmarks/rednet.py --steps 15 --output FILE.csv
 """
@@ -26,36 +26,36 @@ from involution.utils import atomic_files, memory
 
 SIDE = 224
 SLOW = ("unfold",)
-CHOSEN, RESNET = "chosen", "resnet50"
-NETWORKS = (CHOSEN, "native", "free", *SLOW, RESNET)
+SELECTED, RESNET = "selected", "resnet50"
+NETWORKS = (SELECTED, "native", "free", *SLOW, RESNET)
 
 
 def unfold(x, kernel, problem):
     g = problem.window
     (kernel_size,), (strides,) = set(g.kernel_size), set(g.strides)
     pads = g.pads(x.shape[1:3])
-    return baselines.patches(x, kernel, kernel_size, strides, 1, g.groups, g.group_layout, pads)
+    return baselines.im2col(x, kernel, kernel_size, strides, 1, g.groups, g.group_layout, pads)
 
 
 def networks(names):
-    made = {}
+    models = {}
     for name in names:
         keras.utils.set_random_seed(0)
         if name == RESNET:
-            made[name] = keras.applications.ResNet50(weights=None, classifier_activation=None)
+            models[name] = keras.applications.ResNet50(weights=None, classifier_activation=None)
         else:
-            made[name] = involution.models.RedNet50((SIDE, SIDE, 3))
-    for model in made.values():
+            models[name] = involution.models.RedNet50((SIDE, SIDE, 3))
+    for model in models.values():
         model.compile(
             keras.optimizers.SGD(1e-4, momentum=0.9),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            # TensorFlow's own operations: its compiler's convolutions are slower on CPUs.
+            # XLA's convolutions are slower than TensorFlow's on CPUs.
             jit_compile=keras.config.backend() == "jax",
         )
-    return made
+    return models
 
 
-def steps(made, x, y, count):
+def steps(models, x, y, count):
     """Seconds of each step, by (pass, network)."""
     times = collections.defaultdict(list)
     passes = {
@@ -64,7 +64,7 @@ def steps(made, x, y, count):
     }
     for label, run in passes.items():
         for step in range(count + 2):
-            for name, model in made.items():
+            for name, model in models.items():
                 if name in SLOW and step > 3:
                     continue
                 with running(name):
@@ -76,19 +76,19 @@ def steps(made, x, y, count):
 
 
 def running(name):
-    """Where a network runs as its name says."""
-    if name in (CHOSEN, RESNET):
+    """Context manager that forces the implementation with this name."""
+    if name in (SELECTED, RESNET):
         return contextlib.nullcontext()
     return involution.ops.use(name)
 
 
-def check(made, x):
-    """Whatever RedNet-50 runs with, it computes the same."""
+def check(models, x):
+    """Compares the outputs of all implementations."""
     results = []
-    for name in made:
+    for name in models:
         if name not in ("free", RESNET):
             with running(name):
-                results.append(keras.ops.convert_to_numpy(made[name](x[:1], training=False)))
+                results.append(keras.ops.convert_to_numpy(models[name](x[:1], training=False)))
     for result in results[1:]:
         assert np.abs(results[0] - result).max() <= 1e-4 * np.abs(results[0]).max()
 
@@ -99,8 +99,8 @@ def kind(layer):
     return type(layer).__name__
 
 
-def alone(model, batch, seconds=0.2):
-    """Milliseconds of inference for each kind of layer, every layer run alone."""
+def layer_times(model, batch, seconds=0.2):
+    """Milliseconds of inference for each kind of layer, layers being timed separately."""
     totals, counts = collections.Counter(), collections.Counter()
     known: dict[tuple, float] = {}
     for layer in model.layers:
@@ -160,14 +160,14 @@ def main(options):
     random = np.random.default_rng(0)
     x = random.random((options.batch, SIDE, SIDE, 3), "float32")
     y = random.integers(0, 1000, options.batch)
-    made = networks(options.networks.split(","))
+    models = networks(options.networks.split(","))
     if options.dtype_policy == "float32":
-        check(made, x)
-    times = steps(made, x, y, options.steps)
+        check(models, x)
+    times = steps(models, x, y, options.steps)
     rows = []
     for (label, name), seconds in times.items():
         rate = options.batch / statistics.median(seconds)
-        own = options.batch / statistics.median(times[label, CHOSEN])
+        own = options.batch / statistics.median(times[label, SELECTED])
         rows.append(
             {
                 "what": label,
@@ -181,15 +181,17 @@ def main(options):
         print(
             f"{label:10} {rows[-1]['network']:18} {rate:8.2f} images/s; rednet50 {own / rate:.2f}x"
         )
-    for name in (CHOSEN, RESNET) if options.layers else ():
-        for layers, (number, ms) in alone(made[name], options.batch).items():
+    for name in (SELECTED, RESNET) if options.layers else ():
+        for layers, (number, ms) in layer_times(models[name], options.batch).items():
             rows.append({"what": "layers alone", "network": name, "layers": layers})
             rows[-1] |= {"number": number, "ms": f"{ms:.1f}"}
             print(f"{name:10} {number:4} {layers:24} {ms:8.1f} ms")
     if options.output is not None:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         rows = [dict.fromkeys(columns, "") | row for row in rows]
-        atomic_files.write_text(options.output, runner.with_setting(rows, columns, options.device))
+        atomic_files.write_text(
+            options.output, runner.with_environment(rows, columns, options.device)
+        )
 
 
 def arguments():
@@ -199,7 +201,7 @@ def arguments():
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--dtype-policy", default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--layers", action="store_true", help="every kind of layer alone, too")
+    parser.add_argument("--layers", action="store_true", help="also time each kind of layer")
     parser.add_argument("--output", type=pathlib.Path)
     return parser.parse_args()
 

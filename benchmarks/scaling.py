@@ -1,14 +1,14 @@
-"""What a training step costs on several processes: computing, adding up gradients and statistics
-over all of them, and the step; and the step as a model of these two predicts it.
+"""Time of a data-parallel training step on several processes, and its prediction from the times of
+computation and of the all-reduce operations.
 
     python benchmarks/scaling.py --processes 1,2,4 --output FILE.csv
 
-JAX on this machine's processors; each process computes in one thread (more of them than processors
-share these), and trains on the same number of images:
+JAX on this machine's CPUs; each process computes in one thread and trains on the same number of
+images:
 
-    compute     a step that nothing is added up in, all processes at work at once
-    sums        the sums over all processes of the step as compiled, one after the other, alone
-    step        the step of all together
+    compute     a step without all-reduce, in all processes at the same time
+    sums        the all-reduce operations of the compiled step in sequence
+    step        the data-parallel step
     predicted   compute + sums
 """
 
@@ -38,8 +38,8 @@ def median_seconds(run, repeats=REPEATS):
     return statistics.median(times)
 
 
-def in_turn(sizes):
-    """A program that adds up so many numbers at a time over all processes, in turn."""
+def all_reduces(sizes):
+    """A program with an all-reduce of each size, in sequence."""
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -50,9 +50,9 @@ def in_turn(sizes):
     def add_up(*own):
         results = []
         for x in own:
-            # Each waits for the one before.
-            before = results[-1][0, 0] * 1e-9 if results else 0.0
-            results.append(jax.lax.psum(x + before, "batch"))
+            # A dependency on the previous one.
+            dependency = results[-1][0, 0] * 1e-9 if results else 0.0
+            results.append(jax.lax.psum(x + dependency, "batch"))
         return results
 
     arrays = [
@@ -70,8 +70,8 @@ def in_turn(sizes):
 
 
 def child(host, hosts, port, model, side, batch, dump):
-    # A thread that computes; where it is held to a processor, those that speak to the others wait
-    # for their turn, 4 ms each time.
+    # One compute thread, without CPU affinity: pinned to its CPU, communication threads would wait
+    # for 4 ms each time.
     os.environ["NPROC"] = os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
     from involution.data import datasets
@@ -112,7 +112,7 @@ def child(host, hosts, port, model, side, batch, dump):
         distribution.barrier(f"{name} is measured")
     found["sizes"] = sizes = collectives(dump) if hosts > 1 else []
     if sizes:
-        run = in_turn(sizes)
+        run = all_reduces(sizes)
         for _ in range(3):
             run()
         found["sums"] = median_seconds(run)
@@ -121,12 +121,12 @@ def child(host, hosts, port, model, side, batch, dump):
 
 
 def collectives(dump) -> list[int]:
-    """How many numbers each sum of the step has, as compiled."""
+    """Number of elements of each all-reduce in the compiled step."""
     texts = [f.read_text() for f in pathlib.Path(dump).glob("*after_optimizations.txt")]
     step = max(texts, key=lambda text: text.count(" all-reduce("))
     others = re.findall(r" (all-gather|all-to-all|collective-permute|reduce-scatter)\(", step)
     if others:
-        raise SystemExit(f"A step must add up alone; it has {others}")
+        raise SystemExit(f"The step may only have all-reduce collectives. Received: {others}")
     return [
         math.prod(int(n) for n in sides.split(",") if n)
         for shapes in re.findall(r"= (.*?) all-reduce\(", step)
@@ -138,12 +138,12 @@ def measured(hosts, given) -> dict:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         processes = [
             subprocess.Popen(  # noqa: S603 - our own
                 [
                     *(sys.executable, __file__, "child", str(host), str(hosts), str(port)),
-                    *(given.model, str(given.side), str(given.batch), f"{place}/{host}"),
+                    *(given.model, str(given.side), str(given.batch), f"{folder}/{host}"),
                 ],
                 env={**os.environ, "KERAS_BACKEND": "jax"},
                 stdout=subprocess.PIPE,
@@ -151,11 +151,11 @@ def measured(hosts, given) -> dict:
             )
             for host in range(hosts)
         ]
-        told = [json.loads(p.communicate()[0].splitlines()[-1]) for p in processes]
+        outputs = [json.loads(p.communicate()[0].splitlines()[-1]) for p in processes]
     compute, step, sums = (
-        max(one.get(n, 0.0) for one in told) for n in ("compute", "step", "sums")
+        max(one.get(n, 0.0) for one in outputs) for n in ("compute", "step", "sums")
     )
-    sizes = told[0]["sizes"]
+    sizes = outputs[0]["sizes"]
     return {
         "processes": hosts,
         "model": given.model,
@@ -176,7 +176,7 @@ def main():
     parser.add_argument("--processes", default="1,2,4")
     parser.add_argument("--model", default="rednet26")
     parser.add_argument("--side", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=8, help="images of a process")
+    parser.add_argument("--batch", type=int, default=8, help="images per process")
     parser.add_argument("--output")
     given = parser.parse_args()
     rows = []

@@ -1,10 +1,10 @@
-"""Runs that differ in their seed, as one table and one figure.
+"""Aggregates runs over seeds into a table and a figure.
 
     python benchmarks/seeds.py RUN/FOLDER... [FORMER.csv...] --output STEM
 
-Reads config.json and metrics.json of folders that ``involution compare`` or ``train`` wrote, and
-tables that this program wrote; writes STEM.csv, a row for each model, recipe, number of epochs and
-seed, and STEM.png, mean accuracy against parameters and multiply-adds; prints the means as
+Reads config.json and metrics.json of folders written by ``involution compare`` or ``train``, and
+tables written by this script. Writes STEM.csv, one row for each model, recipe, number of epochs and
+seed, and STEM.png, mean test accuracy against parameters and multiply-adds; prints the means as
 Markdown.
 """
 
@@ -29,15 +29,15 @@ COLUMNS = (
 )
 
 
-def rows(places):
-    for place in map(pathlib.Path, places):
-        if place.suffix == ".csv":
-            with open(place, encoding="utf-8") as table:
+def rows(paths):
+    for path in map(pathlib.Path, paths):
+        if path.suffix == ".csv":
+            with open(path, encoding="utf-8") as table:
                 for row in csv.DictReader(table):
                     numbers = {c: int(row[c]) for c in COLUMNS[:-1] if row[c].isdigit()}
                     yield {**row, **numbers, "test_accuracy": float(row["test_accuracy"])}
         else:
-            yield from _run(place)
+            yield from _run(path)
 
 
 def _run(folder):
@@ -57,19 +57,17 @@ def _run(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("places", nargs="+")
+    parser.add_argument("paths", nargs="+")
     parser.add_argument("--output", type=pathlib.Path, required=True)
     options = parser.parse_args()
-    found = sorted(rows(options.places), key=lambda r: [r[c] for c in COLUMNS[:4]])
+    found = sorted(rows(options.paths), key=lambda r: [r[c] for c in COLUMNS[:4]])
     atomic_files.write_text(
         options.output.with_suffix(".csv"), atomic_files.csv_text(COLUMNS, found)
     )
     groups = collections.defaultdict(list)
     for row in found:
         groups[row["recipe"], row["epochs"], row["model"]].append(row)
-    print(
-        "| recipe | epochs | model | parameters | multiply-adds | accuracy, mean | of each seed |"
-    )
+    print("| recipe | epochs | model | parameters | multiply-adds | mean accuracy | by seed |")
     print("|---|---|---|---|---|---|---|")
     means = {}
     for (recipe, epochs, model), runs in sorted(groups.items(), key=lambda g: -mean(g[1])):
@@ -81,7 +79,7 @@ def main():
         )
         means[f"{model}, {recipe}"] = first | {"test_accuracy": mean(runs)}
     with atomic_files.atomic_write(options.output.with_suffix(".png")) as temporary:
-        figures.costs(means).savefig(temporary, format="png", dpi=110)
+        figures.accuracy_vs_cost(means).savefig(temporary, format="png", dpi=110)
 
 
 def mean(runs):

@@ -1,10 +1,9 @@
-"""Puts a trained model into the package, with a card of the run's own figures; and measures all
-that are there.
+"""Adds a trained model with its model card to the package, or measures all pretrained models.
 
     python benchmarks/ship.py RUN/FOLDER LABEL NAME
     python benchmarks/ship.py --check DATASET
 
-RUN/FOLDER is what ``involution compare`` wrote, LABEL the model in it, NAME its name from now on.
+RUN/FOLDER was written by ``involution compare``; LABEL is a model in it, NAME its pretrained name.
 """
 
 import pathlib
@@ -28,7 +27,7 @@ def ship(run, label, name):
 
 
 def ramp(classifier):
-    """An image that is easily made again."""
+    """A deterministic image."""
     count = int(np.prod(classifier.image_shape))
     return np.linspace(0, 1, count, dtype="float32").reshape(1, *classifier.image_shape)
 
@@ -40,7 +39,7 @@ def check(dataset):
         scores = classifier.predict_proba(transforms.to_unit_float(images.x_test))
         accuracy = float((scores.argmax(-1) == images.y_test).mean())
         card = weights.read_config(pretrained.path(name))["extra"]["test_accuracy"]
-        print(f"{keras.config.backend()}, {name}: accuracy {accuracy:.4f}, by its card {card:.4f}")
+        print(f"{keras.config.backend()}, {name}: accuracy {accuracy:.4f}, model card {card:.4f}")
 
 
 if __name__ == "__main__":

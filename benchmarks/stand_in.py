@@ -1,5 +1,5 @@
-"""A folder as ImageNet's is, of real photographs: CIFAR-10's, enlarged to the sizes and the bytes
-that photographs have, with the grain of a sensor.
+"""A stand-in for ImageNet: CIFAR-10 images upscaled to ImageNet's sizes, with sensor noise for
+realistic file sizes.
 
     python benchmarks/stand_in.py CIFAR10_FOLDER FOLDER --train 2000 --test 200
 
@@ -17,7 +17,7 @@ import tempfile
 import numpy as np
 from PIL import Image
 
-# Pixels of the longer side by the shorter: most of ImageNet's, and both ways up.
+# (width, height): the most frequent sizes of ImageNet, landscape and portrait.
 SIZES = ((500, 375), (375, 500), (500, 333), (400, 400))
 
 
@@ -32,8 +32,8 @@ def enlarge(job):
 
 
 def jobs(source, destination, counts, scale):
-    for (part, name), count in counts.items():
-        classes = sorted(f for f in (source / part).iterdir() if f.is_dir())
+    for (split, name), count in counts.items():
+        classes = sorted(f for f in (source / split).iterdir() if f.is_dir())
         for number, folder in enumerate(classes):
             (destination / name / folder.name).mkdir(parents=True)
             files = sorted(folder.iterdir())
@@ -48,13 +48,13 @@ def main():
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--train", type=int, default=2000)
     parser.add_argument("--test", type=int, default=200)
-    parser.add_argument("--scale", type=float, default=1.0, help="times ImageNet's sides")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on ImageNet's sizes")
     parser.add_argument("--tar", action="store_true")
     given = parser.parse_args()
     counts = {("train", "train"): given.train, ("test", "val"): given.test}
-    with tempfile.TemporaryDirectory(dir=given.folder.parent) as place:
-        folder = pathlib.Path(place) / given.folder.name
-        todo = list(jobs(given.source, folder, counts, given.to_unit_float))
+    with tempfile.TemporaryDirectory(dir=given.folder.parent) as temporary:
+        folder = pathlib.Path(temporary) / given.folder.name
+        todo = list(jobs(given.source, folder, counts, given.scale))
         with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
             for _ in pool.map(enlarge, todo, chunksize=32):
                 pass
@@ -62,7 +62,7 @@ def main():
             for name in ("train", "val"):
                 with tarfile.open(folder / f"{name}.tar", "w") as archive:
                     archive.add(folder / name, name)
-                (folder / name).rename(pathlib.Path(place) / name)
+                (folder / name).rename(pathlib.Path(temporary) / name)
         folder.rename(given.folder)
     print(f"{given.folder}: {len(todo)} photographs")
 

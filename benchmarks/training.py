@@ -1,7 +1,7 @@
-"""Training steps of the keras.io example's involutional network, by the operator's implementation.
+"""Training steps of the keras.io example's involutional network by implementation.
 
-Beside the package's own stands `patches`, the example's formula, and `free`, an operator that costs
-nothing: what a faster one could gain at most. The models take turns, a step each.
+Baselines are `im2col`, the example's algorithm, and `free`, a no-op operator: the upper bound of a
+faster one. The models run alternately, one step each.
 
     KERAS_BACKEND=tensorflow python benchmarks/training.py [STEPS] [FILE.csv]
 """
@@ -22,14 +22,14 @@ from involution.utils import atomic_files, memory
 BATCH = 256
 
 
-def patches(x, kernel, problem):
+def im2col(x, kernel, problem):
     g = problem.window
     (kernel_size,), (strides,) = set(g.kernel_size), set(g.strides)
-    return baselines.patches(x, kernel, kernel_size, strides, 1, g.groups, g.group_layout)
+    return baselines.im2col(x, kernel, kernel_size, strides, 1, g.groups, g.group_layout)
 
 
 def free(x, kernel, problem):
-    # Every gradient is there, and as small as it can be.
+    # All gradients exist, at the lowest possible cost.
     stride = problem.window.strides[0]
     return x[:, ::stride, ::stride] * keras.ops.mean(kernel)
 
@@ -40,14 +40,14 @@ def implementation(apply):
 
 def main(steps=30, file=None):
     memory.disable_malloc_trim()  # as the commands do
-    added = {"patches": implementation(patches), "free": implementation(free)}
+    added = {"im2col": implementation(im2col), "free": implementation(free)}
     dispatch.IMPLEMENTATIONS.update(added)
     random = np.random.default_rng(0)
     x = random.random((BATCH, 32, 32, 3), "float32")
     y = random.integers(0, 10, BATCH)
     x, y = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)
     models, times = {}, {}
-    for name in ("native", "taps", "patches", "free", "cnn"):
+    for name in ("native", "taps", "im2col", "free", "cnn"):
         keras.utils.set_random_seed(0)
         model = involution.models.cnn() if name == "cnn" else involution.models.inn()
         model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -64,16 +64,14 @@ def main(steps=30, file=None):
         {
             "model": "cnn" if name == "cnn" else f"inn, {name}",
             "ms_per_step": f"{ms:.2f}",
-            "times_patches": "" if name == "cnn" else f"{medians['patches'] / ms:.2f}",
+            "x_im2col": "" if name == "cnn" else f"{medians['im2col'] / ms:.2f}",
         }
         for name, ms in medians.items()
     ]
     for row in rows:
-        print(
-            f"{row['model']:14}{row['ms_per_step']:>9} ms a step of {BATCH}", row["times_patches"]
-        )
+        print(f"{row['model']:14}{row['ms_per_step']:>9} ms per step of {BATCH}", row["x_im2col"])
     if file is not None:
-        atomic_files.write_text(file, runner.with_setting(rows, list(rows[0])))
+        atomic_files.write_text(file, runner.with_environment(rows, list(rows[0])))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Puts a model of a run on the Hugging Face hub, for a person who is logged in there.
+"""Uploads a trained model to the Hugging Face Hub; requires `hf auth login`.
 
 python deploy/publish.py RUN/FOLDER LABEL OWNER/NAME
 """

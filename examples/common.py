@@ -1,4 +1,4 @@
-"""What the examples share: twins of equal size, one recipe, one table."""
+"""Shared by the examples: models of equal size, a training recipe, and a table."""
 
 import argparse
 import bisect
@@ -10,23 +10,23 @@ import numpy as np
 
 
 def arguments(text, output):
-    """The command line of an example."""
+    """Parses the command line of an example."""
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(output))
-    parser.add_argument("--quick", action="store_true", help="a moment's training, to see it run")
+    parser.add_argument("--quick", action="store_true", help="train briefly, as a smoke test")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def size(model):
-    """Trainable parameters."""
+    """Number of trainable parameters."""
     return sum(int(np.prod(v.shape)) for v in model.trainable_variables)
 
 
 def nearest(target, make, widths):
-    """The network ``make(width)`` that comes nearest to ``target`` in parameters."""
+    """The network ``make(width)`` with the parameter count closest to ``target``'s."""
     make = functools.cache(make)
     above = bisect.bisect_left(widths, size(target), key=lambda width: size(make(width)))
     candidates = [make(width) for width in widths[max(above - 1, 0) : above + 1]]
@@ -34,7 +34,7 @@ def nearest(target, make, widths):
 
 
 def train(model, x, y, loss, epochs, seed, batch_size=32, learning_rate=5e-3):
-    """AdamW, with a rate that rises and falls: the same for every network."""
+    """Trains by AdamW with linear warmup and cosine decay."""
     keras.utils.set_random_seed(seed)
     steps = epochs * -(-len(x) // batch_size)
     rate = keras.optimizers.schedules.CosineDecay(
@@ -46,8 +46,8 @@ def train(model, x, y, loss, epochs, seed, batch_size=32, learning_rate=5e-3):
         print(f"{model.name}: epoch {epoch + 1}/{epochs}, loss {history.history['loss'][0]:.5f}")
 
 
-def table(measure, rows):
-    """Prints (name, parameters, figure) as Markdown."""
-    print(f"\n| network | parameters | {measure} |\n|---|---|---|")
-    for name, parameters, figure in rows:
-        print(f"| {name} | {parameters:,} | {figure} |")
+def table(metric, rows):
+    """Prints (name, parameters, value) as Markdown."""
+    print(f"\n| network | parameters | {metric} |\n|---|---|---|")
+    for name, parameters, value in rows:
+        print(f"| {name} | {parameters:,} | {value} |")

@@ -1,8 +1,8 @@
-"""Noise taken out of a photograph, by involutions and by convolutions of equal size.
+"""Image denoising by involutions and by convolutions with equal parameter counts.
 
-Residual bottlenecks at full resolution, once with 7x7 involutions and once with 3x3 convolutions,
-learn on pieces of one of scikit-learn's two photographs to tell Gaussian noise (standard deviation
-25 of 255). Measured on the other photograph: peak signal-to-noise ratio, in dB.
+Networks of residual bottlenecks at full resolution, one with 7x7 involutions and one with 3x3
+convolutions, predict Gaussian noise (standard deviation 25 of 255). They are trained on crops of
+one of scikit-learn's two photographs and tested on the other; metric: PSNR in dB.
 """
 
 import common
@@ -18,7 +18,7 @@ SIDE = 40
 
 
 def network(width, spatial="involution"):
-    """From a noisy image to a clean one, of any size."""
+    """Maps a noisy image of any size to a clean one."""
     features = models.rednet_tiny(
         include_top=False,
         blocks=4,
@@ -40,17 +40,17 @@ def noisy(images, random):
     return (images + random.normal(0, NOISE, images.shape)).astype("float32")
 
 
-def pieces(image, count, random):
-    """Squares from random places, half of them mirrored."""
+def crops(image, count, random):
+    """Random square crops, half of them flipped horizontally."""
     tops = random.integers(0, image.shape[0] - SIDE, count)
     lefts = random.integers(0, image.shape[1] - SIDE, count)
     corners = zip(tops, lefts, strict=True)
-    found = np.stack([image[top : top + SIDE, left : left + SIDE] for top, left in corners])
-    found[::2] = found[::2, :, ::-1]
-    return found
+    cropped = np.stack([image[top : top + SIDE, left : left + SIDE] for top, left in corners])
+    cropped[::2] = cropped[::2, :, ::-1]
+    return cropped
 
 
-def ratio(image, truth):
+def psnr(image, truth):
     """Peak signal-to-noise ratio in dB."""
     return -10 * np.log10(np.mean((np.clip(image, 0, 1) - truth) ** 2))
 
@@ -59,20 +59,24 @@ def main():
     options = common.arguments(__doc__, "denoising.png")
     count, epochs, width = (64, 1, 8) if options.quick else (4096, 20, 16)
     random = np.random.default_rng(options.seed)
-    seen, unseen = (image.astype("float32") / 255 for image in load_sample_images().images)
-    clean = pieces(seen, count, random)
-    x, test = noisy(clean, random), noisy(unseen, random)
+    train_image, test_image = (
+        image.astype("float32") / 255 for image in load_sample_images().images
+    )
+    clean = crops(train_image, count, random)
+    x, test = noisy(clean, random), noisy(test_image, random)
     keras.utils.set_random_seed(options.seed)
     first = network(width)
     second = common.nearest(first, lambda w: network(w, "convolution"), range(4, 2 * width))
     results = {"noisy": test}
-    rows = [("none", 0, f"{ratio(test, unseen):.2f}")]
+    rows = [("none", 0, f"{psnr(test, test_image):.2f}")]
     for model in (first, second):
         common.train(model, x, clean, "mean_squared_error", epochs, options.seed)
         results[model.name] = model.predict(test[None], verbose=0)[0]
-        rows.append((model.name, common.size(model), f"{ratio(results[model.name], unseen):.2f}"))
-    common.table("PSNR in dB on the unseen photograph", rows)
-    draw(results | {"clean": unseen}, options.output)
+        rows.append(
+            (model.name, common.size(model), f"{psnr(results[model.name], test_image):.2f}")
+        )
+    common.table("PSNR in dB on the test photograph", rows)
+    draw(results | {"clean": test_image}, options.output)
 
 
 def draw(results, file):

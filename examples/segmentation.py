@@ -1,8 +1,8 @@
-"""Digits found among noise, by RedNet's features and by a convolutional twin of equal size.
+"""Semantic segmentation of digits by RedNet and by its convolutional counterpart of equal size.
 
-Scenes of 64x64 pixels hold handwritten digits of scikit-learn, of any size and colour, over noise.
-A head of 1x1 convolutions on the maps of all stages says for each pixel which digit it belongs to,
-if any. Measured on scenes of other digits: mean intersection over union of the ten classes.
+Scenes of 64x64 pixels contain handwritten digits of scikit-learn in random sizes and colors over
+noise. A head of 1x1 convolutions on the feature maps of all stages classifies each pixel as a digit
+or background. Metric on scenes of held-out digits: mean intersection over union of the ten digits.
 """
 
 import common
@@ -18,7 +18,7 @@ SIDE, BACKGROUND = 64, 10
 
 
 def network(width, spatial="involution"):
-    """From scenes (B, 64, 64, 3) to logits of 10 digits and the background for each pixel."""
+    """Maps scenes (B, 64, 64, 3) to per-pixel logits of 10 digits and the background."""
     layers = keras.layers
     features = models.rednet_tiny(
         (SIDE, SIDE, 3),
@@ -41,7 +41,7 @@ def network(width, spatial="involution"):
 
 
 def scenes(images, labels, count, random):
-    """(scenes, class of each pixel)."""
+    """(scenes, per-pixel classes)."""
     x = random.uniform(0, 0.5, (count, SIDE, SIDE, 3)).astype("float32")
     y = np.full((count, SIDE, SIDE), BACKGROUND, "int32")
     for scene, truth in zip(x, y, strict=True):
@@ -51,18 +51,18 @@ def scenes(images, labels, count, random):
             digit = Image.fromarray((images[chosen] * 15.9).astype("uint8"))
             ink = np.asarray(digit.resize((side, side), Image.Resampling.BILINEAR)) / 255
             top, left = random.integers(0, SIDE - side, 2)
-            here = np.s_[top : top + side, left : left + side]
-            colour = random.uniform(0.6, 1, 3)
-            scene[here] = scene[here] * (1 - ink[..., None]) + colour * ink[..., None]
-            truth[here][ink > 0.4] = labels[chosen]
+            region = np.s_[top : top + side, left : left + side]
+            color = random.uniform(0.6, 1, 3)
+            scene[region] = scene[region] * (1 - ink[..., None]) + color * ink[..., None]
+            truth[region][ink > 0.4] = labels[chosen]
     return x, y
 
 
-def overlap(guess, truth):
+def mean_iou(prediction, truth):
     """Mean intersection over union of the digits."""
-    both = [np.sum((guess == c) & (truth == c)) for c in range(BACKGROUND)]
-    either = [np.sum((guess == c) | (truth == c)) for c in range(BACKGROUND)]
-    return float(np.mean(np.divide(both, np.maximum(either, 1))))
+    intersection = [np.sum((prediction == c) & (truth == c)) for c in range(BACKGROUND)]
+    union = [np.sum((prediction == c) | (truth == c)) for c in range(BACKGROUND)]
+    return float(np.mean(np.divide(intersection, np.maximum(union, 1))))
 
 
 def main():
@@ -76,13 +76,15 @@ def main():
     first = network(width)
     second = common.nearest(first, lambda w: network(w, "convolution"), range(4, 2 * width))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    guesses, rows = {}, []
+    predictions, rows = {}, []
     for model in (first, second):
         common.train(model, x, y, loss, epochs, options.seed)
-        guesses[model.name] = model.predict(x_test, verbose=0).argmax(-1)
-        rows.append((model.name, common.size(model), f"{overlap(guesses[model.name], y_test):.4f}"))
+        predictions[model.name] = model.predict(x_test, verbose=0).argmax(-1)
+        rows.append(
+            (model.name, common.size(model), f"{mean_iou(predictions[model.name], y_test):.4f}")
+        )
     common.table("mean intersection over union", rows)
-    draw(x_test, {"truth": y_test, **guesses}, options.output)
+    draw(x_test, {"truth": y_test, **predictions}, options.output)
 
 
 def draw(x, maps, file, count=4):

@@ -1,9 +1,9 @@
-"""A chaotic series foretold, by involutions and by convolutions of equal size.
+"""Time series forecasting by causal involutions and convolutions with equal parameter counts.
 
-The Mackey-Glass equation, a standard test of forecasting: x' = 0.2 x(t - 17) / (1 + x(t - 17)^10) -
-0.1 x. From 128 values, one for each unit of time, a network foretells the value 20 units after each
-of them, seeing no later ones. Measured on a later stretch of the series: root mean square error,
-relative to the standard deviation.
+The Mackey-Glass equation, a standard benchmark: x' = 0.2 x(t - 17) / (1 + x(t - 17)^10) - 0.1 x.
+From 128 values, one per unit of time, a causal network predicts the value 20 units after each of
+them. Metric on a later part of the series: root mean square error relative to the standard
+deviation.
 """
 
 import common
@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 
 from involution import Involution1D
 
-LENGTH, AHEAD = 128, 20
+LENGTH, HORIZON = 128, 20
 
 
 def mackey_glass(count, substeps=10, delay=17):
-    """One value for each unit of time, by the method of Runge and Kutta with steps of a tenth."""
+    """One value per unit of time, by the Runge-Kutta method with ten steps per unit."""
     step, lag = 1 / substeps, delay * substeps
     x = np.full(lag + (count + 500) * substeps, 1.2)
 
@@ -35,7 +35,7 @@ def mackey_glass(count, substeps=10, delay=17):
 
 
 def network(width, spatial="involution", blocks=4):
-    """From a series (B, length, 1) to what follows each value, seeing nothing after it."""
+    """Maps a series (B, length, 1) causally to predictions of the same shape."""
     layers = keras.layers
     x = inputs = keras.Input((None, 1))
     x = layers.Conv1D(width, 5, padding="causal")(x)
@@ -44,7 +44,7 @@ def network(width, spatial="involution", blocks=4):
         y = layers.Conv1D(width, 1, activation="relu")(y)
         rate = 2**block
         if spatial == "involution":
-            # Only values before; kernels are generated from the middle one of each window.
+            # Causal padding; kernels are generated from the center of each window.
             y = layers.ZeroPadding1D((4 * rate, 0))(y)
             y = Involution1D(
                 5, padding="valid", dilation_rate=rate, group_channels=max(width // 4, 1)
@@ -57,9 +57,9 @@ def network(width, spatial="involution", blocks=4):
 
 
 def windows(series, random, count):
-    starts = random.integers(0, len(series) - LENGTH - AHEAD, count)
+    starts = random.integers(0, len(series) - LENGTH - HORIZON, count)
     x = np.stack([series[s : s + LENGTH] for s in starts])
-    y = np.stack([series[s + AHEAD : s + AHEAD + LENGTH] for s in starts])
+    y = np.stack([series[s + HORIZON : s + HORIZON + LENGTH] for s in starts])
     return x[..., None], y[..., None]
 
 
@@ -74,26 +74,26 @@ def main():
     keras.utils.set_random_seed(options.seed)
     first = network(width)
     second = common.nearest(first, lambda w: network(w, "convolution"), range(4, 2 * width))
-    drawn, rows = {}, []
+    predictions, rows = {}, []
     for model in (first, second):
         common.train(model, x, y, "mean_squared_error", epochs, options.seed)
-        # The first values have too little before them.
-        guess = model.predict(x_test, verbose=0)[:, LENGTH // 2 :]
-        error = np.sqrt(np.mean((guess - y_test[:, LENGTH // 2 :]) ** 2))
+        # The first half of the outputs has too little context.
+        prediction = model.predict(x_test, verbose=0)[:, LENGTH // 2 :]
+        error = np.sqrt(np.mean((prediction - y_test[:, LENGTH // 2 :]) ** 2))
         rows.append((model.name, common.size(model), f"{error:.4f}"))
-        drawn[model.name] = guess[0, :, 0]
+        predictions[model.name] = prediction[0, :, 0]
     error = np.sqrt(np.mean((x_test - y_test) ** 2))
-    common.table("relative error 20 units ahead", [("the last value", 0, f"{error:.4f}"), *rows])
-    draw(drawn, y_test[0, LENGTH // 2 :, 0], options.output)
+    common.table("relative RMSE 20 units ahead", [("last value", 0, f"{error:.4f}"), *rows])
+    draw(predictions, y_test[0, LENGTH // 2 :, 0], options.output)
 
 
-def draw(guesses, truth, file):
+def draw(predictions, truth, file):
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     ax = figure.subplots()
-    ax.plot(truth, color="black", label="the series")
-    for (name, guess), color in zip(guesses.items(), ("#0072b2", "#d55e00"), strict=True):
-        ax.plot(guess, color=color, linestyle="--", label=f"{name}, {AHEAD} units before")
-    ax.set_xlabel("units of time")
+    ax.plot(truth, color="black", label="series")
+    for (name, prediction), color in zip(predictions.items(), ("#0072b2", "#d55e00"), strict=True):
+        ax.plot(prediction, color=color, linestyle="--", label=f"{name}, {HORIZON} units ahead")
+    ax.set_xlabel("time")
     ax.legend()
     figure.savefig(file, dpi=110)
 

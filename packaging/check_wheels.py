@@ -1,9 +1,9 @@
-"""Checks the wheels that ``make wheels`` built: what is in them, and what their libraries ask for.
+"""Checks the wheels built by ``make wheels``: contents, and imports and exports of the libraries.
 
     python packaging/check_wheels.py dist/*.whl
 
-Of every wheel: its size, that it has the core and its bindings and no sources, what the libraries
-import and export. ``auditwheel`` holds the symbols of Linux's against the wheel's platform.
+Each wheel must be below the size limit and contain the core and its bindings, without sources.
+``auditwheel`` checks the symbol versions of Linux wheels against the platform tag.
 """
 
 import pathlib
@@ -14,16 +14,14 @@ import zipfile
 
 import lief
 
-LARGEST = 10 * 1000**2  # bytes
-# What each system has without installing anything, or the frameworks bring with their own process.
+MAX_BYTES = 10 * 1000**2
+# Libraries of a minimal installation, or loaded by the frameworks.
 SYSTEM = {
     "manylinux": r"lib(c|m|dl|pthread|rt)\.so\.\d|ld-linux-[\w-]+\.so\.\d",
     "macosx": r"/usr/lib/libSystem\.B\.dylib",
     "win": r"(kernel32|ntdll|msvcrt|ucrtbase|api-ms-win-crt-[\w-]+)\.dll",
 }
-OWN = (
-    r"(@rpath/)?libinvolution(_jax|_tensorflow)?\.(so|dll)"  # on macOS a library names itself, too
-)
+OWN = r"(@rpath/)?libinvolution(_jax|_tensorflow)?\.(so|dll)"  # a Mach-O library lists itself
 BINDINGS = {"manylinux": ("jax", "tensorflow"), "macosx": ("jax", "tensorflow"), "win": ("jax",)}
 MACHINES = {"x86_64": "X86_64", "amd64": "AMD64", "aarch64": "AARCH64", "arm64": "ARM64"}
 
@@ -34,13 +32,13 @@ def check(wheel):
     ).groups()
     suffix = ".dll" if system == "win" else ".so"
     size = wheel.stat().st_size
-    assert size < LARGEST, f"it is larger than {LARGEST} bytes. Received: {size}"
+    assert size < MAX_BYTES, f"a wheel must have less than {MAX_BYTES} bytes. Received: {size}"
     with zipfile.ZipFile(wheel) as archive:
         folder = "involution/native/"
         files = {n.removeprefix(folder) for n in archive.namelist() if n.startswith(folder)}
         wanted = {f"libinvolution{suffix}"}
         wanted |= {f"libinvolution_{name}{suffix}" for name in BINDINGS[system]}
-        # The reason why there is none.
+        # Contains the reason why a binding is missing.
         expected = wanted | ({"missing_tensorflow.txt"} if system == "win" else set())
         assert files == expected, (
             f"{folder} must hold {sorted(expected)}. Received: {sorted(files)}"
@@ -54,44 +52,44 @@ def check(wheel):
 
 def check_glibc(wheel):
     command = [sys.executable, "-m", "auditwheel", "show", str(wheel)]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    shown = " ".join(shown.split())
-    found = re.search(r'following platform tag: "manylinux_2_(\d+)_', shown)
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = " ".join(output.split())
+    found = re.search(r'following platform tag: "manylinux_2_(\d+)_', output)
     named = re.search(r"manylinux_2_(\d+)_", wheel.name)
-    # An older one will do.
-    assert found is not None, f"{wheel.name}: auditwheel says: {shown}"
-    assert int(found[1]) <= int(named[1]), f"{wheel.name}: auditwheel says: {shown}"
+    # An older glibc is compatible.
+    assert found is not None, f"{wheel.name}: auditwheel reports: {output}"
+    assert int(found[1]) <= int(named[1]), f"{wheel.name}: auditwheel reports: {output}"
 
 
 def check_library(name, library, system, machine):
-    # Mach-O's are commands, of which the first may name the library itself.
+    # Mach-O imports are load commands; the first may be the library's own name.
     imports = {getattr(found, "name", found) for found in library.libraries}
     allowed = f"({SYSTEM[system]}|{OWN})"
     foreign = sorted(i for i in imports if not re.fullmatch(allowed, i, re.IGNORECASE))
-    assert not foreign, f"{name} may import only the system's libraries. Received: {foreign}"
-    # Any other, of the C++ library say, could meet a framework's own of that name.
+    assert not foreign, f"{name} may only import system libraries. Received: {foreign}"
+    # Others, as of the C++ library, could clash with a framework's symbols.
     exports = {str(f.name).removeprefix("_") for f in library.exported_functions}
-    # Zig's linker for macOS hides no symbol of its C++ library. There it exports `operator new` and
-    # `delete`, which like the system's are `malloc` and `free`: either may serve both.
+    # Zig's macOS linker does not hide C++ library symbols: it exports `operator new` and `delete`,
+    # which call `malloc` and `free` as the system's do, and are interchangeable with them.
     harmless = r"_Z(n[aw]|d[al])\w*|_mh_dylib_header|__dso_handle"
     harmless = harmless if system == "macosx" else r"(?!)"
     others = sorted(
         e for e in exports if not e.startswith("involution_") and not re.fullmatch(harmless, e)
     )
-    assert not others, f"{name} must export its entries alone. Received: {others[:5]}"
+    assert not others, f"{name} may only export involution_* symbols. Received: {others[:5]}"
     header = library.header
     kind = header.machine_type if system == "manylinux" else getattr(header, "machine", None)
     if system == "macosx":
         kind = header.cpu_type
         oldest = library.build_version.minos
         assert oldest == [11, 0, 0], f"{name} must run on macOS 11.0. Received: {oldest}"
-        # Apple silicon runs no code that is not signed.
+        # Apple silicon requires signed code.
         assert machine != "arm64" or library.has_code_signature, f"{name} must be signed"
-    told = str(kind).rpartition(".")[2]
-    assert told == MACHINES[machine], f"{name} must be for {machine}. Received: {told}"
+    found = str(kind).rpartition(".")[2]
+    assert found == MACHINES[machine], f"{name} must be for {machine}. Received: {found}"
 
 
 if __name__ == "__main__":
-    assert len(sys.argv) > 1, "no wheel was given"
+    assert len(sys.argv) > 1, "at least one wheel is required"
     for argument in sys.argv[1:]:
         check(pathlib.Path(argument))

@@ -1,4 +1,4 @@
-"""The installed package's native kernels: there, chosen, and equal to the oracle, gradients too.
+"""Tests the installed package's native kernels and their gradients against the oracle.
 
 Run by ``packaging/test_wheels.sh`` with ``tests`` on the path.
 """
@@ -35,17 +35,17 @@ def main():
                 return ops.involution(x, kernel, implementation="native", **call.arguments)
 
             y, back = jax.vjp(jax.jit(apply), jnp.asarray(x), jnp.asarray(kernel))
-            given = x, kernel, dy
-            truths, sizes = members(call, *given), members(call, *map(np.abs, given))
+            arrays = x, kernel, dy
+            truths, sizes = passes(call, *arrays), passes(call, *map(np.abs, arrays))
             terms = (call.taps, call.taps, call.channels // call.groups)
             for value, truth, size, n in zip(
                 (y, *back(jnp.asarray(dy))), truths, sizes, terms, strict=True
             ):
                 assert (np.abs(value - truth) <= error_bound(truth, size, n, "float32")).all()
-    print(f"{', '.join(levels)}: {len(CALLS)} calls with their gradients equal the oracle")
+    print(f"{', '.join(levels)}: {len(CALLS)} calls and their gradients match the oracle")
 
 
-def members(call, x, kernel, dy):
+def passes(call, x, kernel, dy):
     return call.involution(x, kernel)[0], *call.gradients(x, kernel, dy)
 
 

@@ -16,7 +16,7 @@ from involution import data, models, visualize
 
 def main(folder):
     images = data.load(folder)
-    chosen = visualize.across_classes(images.y_test, 10, seed=42)
+    chosen = visualize.stratified_sample(images.y_test, 10, seed=42)
     pixels = images.x_test[chosen]
     maps = {}
     for name in ("inn", "rednet_tiny"):

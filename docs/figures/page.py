@@ -1,9 +1,9 @@
-"""Pictures of the page, by Debian's chromium and Playwright.
+"""Screenshots of the web demo, by Debian's chromium and Playwright.
 
     python docs/figures/page.py IMAGE
 
-serves the page, gives it the image, clicks in a heat map, and writes
-docs/figures/page-{light,dark}.png: wide, and as narrow as a telephone.
+serves the demo, uploads the image, clicks in a heat map, and writes
+docs/figures/page-{light,dark}.png: a desktop and a phone viewport.
 """
 
 import pathlib
@@ -14,14 +14,14 @@ import sys
 from PIL import Image
 from playwright import sync_api
 
-from involution import app
+from involution.demo import app
 
 FOLDER = pathlib.Path(__file__).parent
 SHOTS = {
     "light": {"viewport": {"width": 1000, "height": 800}, "color_scheme": "light"},
     "dark": {"viewport": {"width": 375, "height": 800}, "color_scheme": "dark"},
 }
-# Where the pictures begin; each shows what tells most.
+# Vertical offset of each screenshot.
 TOPS = {"light": 0, "dark": 1240}
 
 
@@ -30,12 +30,12 @@ def shoot(browser, address, image, name):
     page.goto(address)
     page.wait_for_selector("input[type=file]", state="attached")
     page.set_input_files("input[type=file]", image)
-    page.wait_for_selector("text=/Scores in \\d+ ms/")
+    page.wait_for_selector("text=/Scores and kernels in \\d+ ms/")
     if name == "dark":
         page.get_by_role("img", name="heat map of inv_1", exact=True).click()
         page.get_by_role("slider", name=re.compile("Row")).wait_for(state="visible")
     page.mouse.move(0, 0)
-    page.wait_for_timeout(1000)  # what moves has come to rest
+    page.wait_for_timeout(1000)  # animations have ended
     file = FOLDER / f"page-{name}.png"
     width, top = SHOTS[name]["viewport"]["width"], TOPS[name]
     page.screenshot(
@@ -47,8 +47,8 @@ def shoot(browser, address, image, name):
 
 
 def main(image):
-    page = app.build(app.load(()), app.cards(()))
-    with app.served(page, port=0) as address, sync_api.sync_playwright() as driver:
+    page = app.build(app.load(()), app.model_cards(()))
+    with app.serve(page, port=0) as address, sync_api.sync_playwright() as driver:
         browser = driver.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )

@@ -1,5 +1,6 @@
 """Deprecated names: module paths and attributes of earlier versions."""
 
+import functools
 import importlib
 import importlib.abc
 import importlib.util
@@ -77,6 +78,32 @@ def attributes(module: str, names: dict[str, str]):
         return getattr(sys.modules[module], names[name])
 
     return __getattr__
+
+
+def members(names: dict[str, str]):
+    """A ``__getattr__`` for a class that resolves renamed attributes: ``{old: new}``."""
+
+    def __getattr__(self, name):  # noqa: N807 - the class's own
+        kind = type(self).__name__
+        if name not in names:
+            raise AttributeError(f"{kind!r} object has no attribute {name!r}")
+        _warn(f"{kind}.{name}", f"{kind}.{names[name]}", 2)
+        return getattr(self, names[name])
+
+    return __getattr__
+
+
+def arguments(**names: str):
+    """A decorator for a function with renamed keyword arguments, ``old="new"``: accepts both."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            return function(*args, **{names.get(name, name): v for name, v in kwargs.items()})
+
+        return call
+
+    return decorate
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

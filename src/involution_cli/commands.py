@@ -182,8 +182,7 @@ def explain(
         from involution.visualize import explain
 
         classifier, images = read_images(files)
-        name = _LIBRARY_NAMES.get(figure, figure)
-        for line in explain.write(classifier, images, output, name, parse_point(point)):
+        for line in explain.write(classifier, images, output, figure, parse_point(point)):
             current.progress.log(line)
 
 
@@ -276,8 +275,8 @@ def demo(
     with _session("demo", "Starting the demo.", backend) as current:
         from involution.demo import app
 
-        page = app.build(app.load(models), app.cards(models))
-        with app.served(page, host, port) as address:
+        page = app.build(app.load(models), app.model_cards(models))
+        with app.serve(page, host, port) as address:
             current.progress.log(f"Demo: {address} (Ctrl-C to stop)")
             _wait_for_signal()
         current.progress.log("Stopped.")
@@ -358,9 +357,9 @@ def bench(
         plan = runner.Plan(
             cases=tuple(cases.split(",")),
             candidates=tuple(
-                runner.USUAL.get(device, runner.CANDIDATES)
+                runner.DEFAULT_CANDIDATES.get(device, runner.CANDIDATES)
                 if candidates is None
-                else [_LIBRARY_NAMES.get(name, name) for name in candidates.split(",")]
+                else candidates.split(",")
             ),
             dtypes=tuple(dtypes.split(",")),
             calls=calls,
@@ -371,11 +370,11 @@ def bench(
         )
         runner.check(plan, output)
         rows = []
-        for line in runner.heading(plan):
+        for line in runner.header(plan):
             current.progress.log(line)
         for row in runner.run(plan, current.progress.log):
             rows.append(row)
-            current.progress.log(runner.line(row))
+            current.progress.log(runner.format_row(row))
             if output is not None:
                 # After each row, so that an interrupted run loses none.
                 atomic_files.write_text(output, runner.to_csv(rows, device))
@@ -387,17 +386,6 @@ def option_names(command) -> set[str]:
     """The options of a command."""
     arguments = app[command].assemble_argument_collection()
     return {name for argument in arguments for name in argument.names}
-
-
-# Transitional: what the library calls these values.
-_LIBRARY_NAMES = {
-    "heatmap": "maps",
-    "activations": "outputs",
-    "point": "place",
-    "im2col": "patches",
-    "paper-cuda": "per-number",
-    "unfused": "two-steps",
-}
 
 
 def _session(command, first_line, backend):

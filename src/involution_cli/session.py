@@ -98,7 +98,9 @@ def _save_log(log, folder):
     # A full disk has been reported already.
     with contextlib.suppress(OSError):
         text = log.read_text(encoding="utf-8", errors="backslashreplace")
-        atomic_files.write_text(folder / "log.txt", "\n".join(map(escape_controls, text.split("\n"))))
+        atomic_files.write_text(
+            folder / "log.txt", "\n".join(map(escape_controls, text.split("\n")))
+        )
 
 
 def explain_error(error, log) -> tuple[str, int]:
@@ -152,7 +154,7 @@ def fail(message, code=2) -> int:
 
 
 def escape_controls(text) -> str:
-    """Escapes control characters as ``involution.utils.errors.escape_controls``, whose import is slow."""
+    """As ``involution.utils.errors.escape_controls``, whose import is slow."""
     return CONTROL.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
 
 

@@ -1,4 +1,4 @@
-// The yardstick's text for CUDA devices as C++, its threads one after another: for tests.
+// Compiles the CUDA source as C++ and runs its threads sequentially, for tests without a device.
 struct Index {
   int x;
 };
@@ -6,7 +6,7 @@ static Index blockIdx, blockDim, threadIdx, gridDim;
 #define __global__
 #define __device__
 
-#include PER_NUMBER
+#include PAPER_CUDA
 
 extern "C" void launch(void (*function)(const T*, const T*, T*), int blocks, int threads,
                        const T* a, const T* b, T* result) {

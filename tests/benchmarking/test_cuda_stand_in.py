@@ -1,5 +1,7 @@
-"""The benchmark on CUDA devices, where there is none: its parts are stood in for, by what makes the
-same calls at once. ``test_cuda.py`` asks a device itself."""
+"""The benchmark on CUDA without a device, by fakes of ``torch.cuda`` and CuPy.
+
+``ops/test_cuda.py`` runs on a device.
+"""
 
 import contextlib
 import ctypes
@@ -18,11 +20,11 @@ from involution.ops.cases import Case
 CUDA = devices.DEVICES["cuda"]
 
 
-class Stand:
-    """Of ``torch.cuda``: graphs run at once what they record, and count what they replay."""
+class FakeCuda:
+    """Of ``torch.cuda``: captures run eagerly, replays are counted."""
 
     clock, replays = 0.0, 0
-    refuses = False
+    fails_capture = False
 
     class Stream:
         cuda_stream = 0
@@ -32,15 +34,15 @@ class Stand:
 
     class CUDAGraph:
         def replay(self):
-            Stand.clock += 250.0  # milliseconds
-            Stand.replays += 1
+            FakeCuda.clock += 250.0  # milliseconds
+            FakeCuda.replays += 1
 
     class Event:
         def __init__(self, enable_timing):
             assert enable_timing
 
         def record(self):
-            self.at = Stand.clock
+            self.at = FakeCuda.clock
 
         def synchronize(self):
             pass
@@ -52,46 +54,48 @@ class Stand:
     @contextlib.contextmanager
     def graph(graph):
         yield
-        if Stand.refuses:
+        if FakeCuda.fails_capture:
             raise RuntimeError("CUDA error: operation not permitted\nmore")
 
 
 @pytest.fixture
-def stand(monkeypatch):
+def fake_cuda(monkeypatch):
     for name in ("Stream", "CUDAGraph", "Event", "graph"):
-        monkeypatch.setattr(torch.cuda, name, getattr(Stand, name))
-    monkeypatch.setattr(torch.cuda, "current_stream", Stand.Stream)
+        monkeypatch.setattr(torch.cuda, name, getattr(FakeCuda, name))
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeCuda.Stream)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(Stand, "replays", 0)
-    return Stand
+    monkeypatch.setattr(FakeCuda, "replays", 0)
+    return FakeCuda
 
 
-def test_a_device_is_timed_by_its_events_around_a_replay(stand):
+def test_cuda_events_time_a_graph_replay(fake_cuda):
     ran = []
-    watch = CUDA.stopwatch(lambda: ran.append(1))
-    assert len(ran) == 2  # once to make ready, once to be recorded
-    assert [watch(), watch()] == [0.25, 0.25]
-    assert (len(ran), stand.replays) == (2, 2)
+    timer = CUDA.timer(lambda: ran.append(1))
+    assert len(ran) == 2  # warmup and capture
+    assert [timer(), timer()] == [0.25, 0.25]
+    assert (len(ran), fake_cuda.replays) == (2, 2)
 
 
-def test_what_no_graph_holds_is_left_out(stand, monkeypatch):
-    monkeypatch.setattr(stand, "refuses", True)
-    with pytest.raises(devices.NotRecordedError, match="hold it: CUDA error: operation not permit"):
-        CUDA.stopwatch(lambda: None)
+def test_a_failed_capture_raises(fake_cuda, monkeypatch):
+    monkeypatch.setattr(fake_cuda, "fails_capture", True)
+    with pytest.raises(
+        devices.CaptureError, match="capture failed: CUDA error: operation not permit"
+    ):
+        CUDA.timer(lambda: None)
 
 
-def test_peak_memory_of_a_device_is_beyond_what_was_held(monkeypatch):
-    held = [100]
+def test_peak_memory_of_a_device_excludes_earlier_allocations(monkeypatch):
+    allocated = [100]
     peak = []
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held[0])
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.append(held[0]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.append(allocated[0]))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[-1])
 
     def prepare():
-        held[0] += 30
+        allocated[0] += 30
 
         def run():
-            peak[-1] = held[0] + 12
+            peak[-1] = allocated[0] + 12
 
         return run
 
@@ -99,16 +103,16 @@ def test_peak_memory_of_a_device_is_beyond_what_was_held(monkeypatch):
 
 
 class Cupy(types.ModuleType):
-    """Compiles for this machine, by C++."""
+    """Compiles with the C++ compiler of this machine."""
 
     def __init__(self, folder):
         super().__init__("cupy")
         self.cuda = types.SimpleNamespace(ExternalStream=contextlib.nullcontext)
-        self.folder, self.made = folder, 0
+        self.folder, self.compiled = folder, 0
 
     def RawModule(self, code, options):  # noqa: N802 - CuPy's name
-        self.made += 1
-        text, library = self.folder / f"{self.made}.cu", self.folder / f"{self.made}.so"
+        self.compiled += 1
+        text, library = self.folder / f"{self.compiled}.cu", self.folder / f"{self.compiled}.so"
         text.write_text(code)
         here = pathlib.Path(__file__).with_name("paper_cuda.cpp")
         subprocess.run(
@@ -117,7 +121,7 @@ class Cupy(types.ModuleType):
                 "-shared",
                 "-fPIC",
                 *options,
-                f'-DPER_NUMBER="{text}"',
+                f'-DPAPER_CUDA="{text}"',
                 here,
                 "-o",
                 library,
@@ -139,13 +143,13 @@ class Cupy(types.ModuleType):
 
 @pytest.fixture
 def cupy(tmp_path, monkeypatch):
-    made = Cupy(tmp_path)
-    monkeypatch.setitem(sys.modules, "cupy", made)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: made)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stand.Stream)
+    fake = Cupy(tmp_path)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeCuda.Stream)
     monkeypatch.setattr(paper_cuda, "_device", lambda: "cuda")
     paper_cuda._compiled.cache_clear()
-    yield made
+    yield fake
     paper_cuda._compiled.cache_clear()
 
 
@@ -159,43 +163,43 @@ def cupy(tmp_path, monkeypatch):
     ids=lambda case: case.name,
 )
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_formula_for_cuda_is_involution(case, dtype, cupy):
-    tried = runner.candidate("per-number", case, dtype)
-    assert runner.difference(tried, dtype) < {"float32": 1e-5, "float64": 1e-13}[dtype]
-    assert cupy.made == 1  # once for a case
+def test_the_paper_cuda_code_matches_the_reference(case, dtype, cupy):
+    candidate = runner.make_candidate("paper-cuda", case, dtype)
+    assert runner.max_relative_error(candidate, dtype) < {"float32": 1e-5, "float64": 1e-13}[dtype]
+    assert cupy.compiled == 1  # once per case
 
 
-def test_the_formula_for_cuda_says_what_it_cannot(cupy, monkeypatch):
+def test_unsupported_cases_of_the_paper_cuda_code(cupy, monkeypatch):
     small = Case("small", 1, (5, 4), 6, 2, 3)
     line = Case("line", 1, (9,), 4, 1, 3)
     alternating = Case("alternating", 1, (9, 9), 4, 2, 3, group_layout="interleaved")
     large = Case("large", 2**12, (512, 512), 2, 1, 3)
     for case, dtype, reason in (
         (small, "float32", None),
-        (small, "bfloat16", "it knows float32 and float64 alone"),
-        (line, "float32", "it is for images"),
-        (alternating, "float32", "its groups are contiguous"),
-        (large, "float32", "its tensors have fewer than 2**31 numbers"),
+        (small, "bfloat16", "requires float32 or float64"),
+        (line, "float32", "requires two spatial dimensions"),
+        (alternating, "float32", "requires contiguous groups"),
+        (large, "float32", "requires tensors of fewer than 2**31 elements"),
     ):
         assert paper_cuda.unsupported_reason(case, dtype) == reason
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert paper_cuda.unsupported_reason(small, "float32").startswith("there is no module cupy")
+    assert paper_cuda.unsupported_reason(small, "float32").startswith("requires cupy (pip")
     monkeypatch.setattr(paper_cuda, "_device", lambda: "cpu")
-    assert paper_cuda.unsupported_reason(small, "float32") == "it runs on CUDA devices"
+    assert paper_cuda.unsupported_reason(small, "float32") == "requires a CUDA device"
 
 
-def test_what_is_not_recorded_is_told_of_each_pass(stand, monkeypatch):
-    def refuse(run):
-        raise devices.NotRecordedError("it waits")
+def test_a_failed_capture_is_logged_for_each_pass(fake_cuda, monkeypatch):
+    def fail(run):
+        raise devices.CaptureError("it waits")
 
-    monkeypatch.setattr(devices.DEVICES["cpu"], "stopwatch", refuse)
+    monkeypatch.setattr(devices.DEVICES["cpu"], "timer", fail)
     monkeypatch.setattr(runner, "CASES", (Case("small", 1, (5, 4), 6, 2, 3),))
-    told = []
+    lines = []
     plan = runner.Plan(cases=("small",), candidates=("taps",))
-    assert list(runner.run(plan, told.append)) == []
-    assert told == [f"small taps float32 {passes}: left out: it waits" for passes in runner.PASSES]
+    assert list(runner.run(plan, lines.append)) == []
+    assert lines == [f"small taps float32 {passes}: skipped: it waits" for passes in runner.PASSES]
 
 
-def test_taps_compiled_by_pytorch_are_involution():
-    tried = runner.candidate("compiled-taps", Case("small", 2, (5, 4), 6, 2, 3), "float32")
-    assert runner.difference(tried, "float32") < 1e-5
+def test_compiled_taps_match_the_reference():
+    candidate = runner.make_candidate("compiled-taps", Case("small", 2, (5, 4), 6, 2, 3), "float32")
+    assert runner.max_relative_error(candidate, "float32") < 1e-5

@@ -1,4 +1,4 @@
-"""What the benchmark reads off the machine, and where it refuses."""
+"""Rates measured on the machine, and unavailable devices."""
 
 import keras
 import pytest
@@ -9,28 +9,28 @@ from involution.utils.errors import InputError
 from tests.support.backends import BACKEND
 
 
-def test_a_processor_says_what_it_can_do():
-    processor = devices.DEVICES["cpu"]
-    assert processor.refusal() is None
-    assert "processors" in processor.said()
-    assert 1e8 < processor.copy_bandwidth(2**20) < 1e13
-    assert processor.peak("float32") == processor.peak("bfloat16") == 2 * processor.peak("float64")
+def test_rates_of_the_cpu():
+    cpu = devices.DEVICES["cpu"]
+    assert cpu.unavailable_reason() is None
+    assert cpu.description().endswith(" CPUs")
+    assert 1e8 < cpu.copy_bandwidth(2**20) < 1e13
+    assert cpu.peak("float32") == cpu.peak("bfloat16") == 2 * cpu.peak("float64")
 
 
-def test_cuda_is_refused_where_it_is_not(monkeypatch):
-    reason = "PyTorch alone has kernels for CUDA, and events to time them by"
+def test_an_unavailable_device_raises(monkeypatch):
+    reason = "cuda requires the PyTorch backend"
     if BACKEND == "torch":
         import torch
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        reason = "there is no CUDA device"
-    with pytest.raises(InputError, match=f"--device must be one to measure on: {reason}."):
+        reason = "no CUDA device is available"
+    with pytest.raises(InputError, match=f"--device must be available: {reason}. Received: cuda"):
         runner.check(runner.Plan(device="cuda"))
 
 
-@pytest.mark.parametrize("name", ["per-number", "compiled-taps"])
-def test_what_is_of_pytorch_is_left_out_elsewhere(name, monkeypatch):
+@pytest.mark.parametrize("name", ["paper-cuda", "compiled-taps"])
+def test_candidates_that_require_pytorch(name, monkeypatch):
     case = Case("small", 1, (4, 5), 4, 2, 3)
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
-    with pytest.raises(NotImplementedError, match=r"PyTorch on CUDA|compiled by XLA"):
-        runner.candidate(name, case, "float32")
+    with pytest.raises(NotImplementedError, match="requires the PyTorch backend"):
+        runner.make_candidate(name, case, "float32")

@@ -1,4 +1,4 @@
-"""What `involution bench` measures, and that it refuses to measure what is wrong."""
+"""Measurements of `involution bench`, and its verification of candidates."""
 
 import csv
 import dataclasses
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from involution.benchmarking import devices, runner
-from involution.benchmarking.timed_program import program
-from involution.ops import dispatch, taps
+from involution.benchmarking.timed_program import repeat
+from involution.ops import api, taps
 from involution.ops.cases import CASES, Case
 from involution.utils.errors import InputError
 from tests.support.backends import BACKEND, IMPLEMENTATIONS, numpy
 
 FUSED = ["fused"] if "native" in IMPLEMENTATIONS else []
-ELSEWHERE = {"per-number"} if BACKEND == "torch" else {"per-number", "compiled-taps"}
+UNAVAILABLE = {"paper-cuda"} if BACKEND == "torch" else {"paper-cuda", "compiled-taps"}
 SMALL = Case("small", 2, (5, 4), 6, 2, 3)
 STRIDED = Case("strided", 1, (5, 4), 6, 2, 3, strides=2, group_layout="interleaved")
 
@@ -30,7 +30,7 @@ def small(monkeypatch):
 
 
 def test_every_candidate_is_measured_forward_and_backward(small):
-    # PyTorch's compiler takes half a minute a case, so compiled-taps is measured on one case.
+    # torch.compile takes 30 s per case, so compiled-taps is measured on one case.
     others = tuple(n for n in runner.CANDIDATES if n != runner.COMPILED_TAPS)
     for case, candidates in (("small", runner.CANDIDATES), ("strided", others)):
         messages = []
@@ -39,115 +39,124 @@ def test_every_candidate_is_measured_forward_and_backward(small):
         names = [
             n
             for n in candidates
-            if n in (*IMPLEMENTATIONS, *FUSED) or n not in (*dispatch.IMPLEMENTATIONS, *ELSEWHERE)
+            if n in (*IMPLEMENTATIONS, *FUSED)
+            or n not in (*dict((*api.IMPLEMENTATIONS, api.FUSED)), *UNAVAILABLE)
         ]
         expected = [(case, n, passes) for passes in ("forward", "forward+backward") for n in names]
         assert [(r.case, r.candidate, r.passes) for r in rows] == expected
         assert all(r.median_ms > 0 and r.runs >= 3 for r in rows)
-        ours = [r for r in rows if r.candidate not in ("conv3", "depthwise")]
-        assert all(r.times_limit == pytest.approx(r.median_ms / r.limit_ms) for r in ours)
+        involutions = [r for r in rows if r.candidate not in ("conv3", "depthwise")]
+        assert all(r.x_roofline == pytest.approx(r.median_ms / r.roofline_ms) for r in involutions)
         # One message for each unavailable candidate.
         assert len(messages) == len(candidates) - len(names)
 
 
-def test_figures_are_written_with_what_made_them(small):
+def test_csv_contains_the_environment(small):
     rows = list(runner.run(dataclasses.replace(small, candidates=("taps", "conv3"))))
     table = list(csv.DictReader(io.StringIO(runner.to_csv(rows))))
     assert [row["candidate"] for row in table] == [row.candidate for row in rows]
     for row in table:
         assert row["backend"] == BACKEND
         assert f"keras={keras.__version__}" in row["versions"]
-        assert "processors" in row["device"]
+        assert row["device"].endswith(" CPUs")
         assert row["date"]
 
 
-def test_what_is_wrong_gets_no_figure(small, monkeypatch):
-    right = taps.apply
-    monkeypatch.setattr(taps, "apply", lambda *arguments: right(*arguments) * 1.01)
-    with pytest.raises(RuntimeError, match="small taps float32 is wrong, so it has no speed"):
+def test_wrong_candidates_are_not_measured(small, monkeypatch):
+    apply = taps.apply
+    monkeypatch.setattr(taps, "apply", lambda *arguments: apply(*arguments) * 1.01)
+    with pytest.raises(RuntimeError, match=r"must match `reference` to 1e-04\. Received: small"):
         list(runner.run(small))
 
 
 @pytest.mark.parametrize("case", [SMALL, STRIDED], ids=lambda case: case.name)
-def test_the_formula_of_the_example_is_involution(case):
-    tried = runner.candidate("patches", case, "float32")
-    have, want = tried.function(*tried.arguments), tried.reference(*tried.arguments)
+def test_im2col_matches_the_reference(case):
+    candidate = runner.make_candidate("im2col", case, "float32")
+    have, want = candidate.function(*candidate.arguments), candidate.reference(*candidate.arguments)
     np.testing.assert_allclose(numpy(have), numpy(want), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cases": ("red1", "red9")}, "--cases must be some of tut,red1"),
-        ({"candidates": ()}, "--candidates must be some of triton,native,taps"),
-        ({"dtypes": ("int8",)}, "--dtypes must be some of float32"),
+        ({"cases": ("red1", "red9")}, "--cases must be from tut,red1"),
+        ({"candidates": ()}, "--candidates must be from triton,native,taps"),
+        ({"dtypes": ("int8",)}, "--dtypes must be from float32"),
         ({"device": "gpu"}, "--device must be one of cpu, cuda. Received: gpu"),
         ({"batch": 0}, "--batch must be at least 1. Received: 0"),
         ({"calls": 0}, "--calls must be at least 1"),
         ({"seconds": float("nan")}, "--seconds above 0"),
     ],
 )
-def test_unknown_names_are_refused(changes, message):
+def test_invalid_plans_raise(changes, message):
     with pytest.raises(InputError, match=message):
         runner.check(runner.Plan(**changes))
 
 
-def test_what_is_usual_is_known_and_a_folder_is_no_file(tmp_path):
-    for device, names in runner.USUAL.items():
+def test_default_candidates_exist_and_output_must_be_a_file(tmp_path):
+    for device, names in runner.DEFAULT_CANDIDATES.items():
         assert device in devices.DEVICES
         assert set(names) <= set(runner.CANDIDATES)
-    with pytest.raises(InputError, match=rf"must be a file in a folder .* Received: {tmp_path}"):
+    with pytest.raises(
+        InputError, match=rf"must be a file in a writable folder. Received: {tmp_path}"
+    ):
         runner.check(runner.Plan(), tmp_path)
 
 
-def test_the_limit_counts_what_meets_the_input():
-    # Windows of 3 x 3 on 5 x 4 positions: (3 * 5 - 2) * (3 * 4 - 2) taps lie inside.
+def test_renamed_candidates_are_accepted():
+    plan = runner.Plan(candidates=("patches", "per-number", "two-steps", "taps"))
+    assert plan.candidates == ("im2col", "paper-cuda", "unfused", "taps")
+    runner.check(plan)
+
+
+def test_the_roofline_counts_taps_inside_the_input():
+    # Windows of 3 x 3 at 5 x 4 positions: (3 * 5 - 2) * (3 * 4 - 2) taps are inside.
     assert runner._taps_inside(SMALL) == 13 * 10
-    # x and y 2 * 5 * 4 * 6 numbers each, the kernel 2 * 5 * 4 * 9 * 2.
+    # 2 * 5 * 4 * 6 elements of x and of y each, 2 * 5 * 4 * 9 * 2 of the kernel.
     assert runner.tensor_bytes(SMALL, "float32", False, "native") == 4 * (2 * 240 + 720)
     assert runner.tensor_bytes(SMALL, "bfloat16", True, "native") == 2 * 2 * (2 * 240 + 720)
-    # One hidden channel: 2 * 5 * 4 of its numbers, 18 of the weight and as many of the bias.
+    # One hidden channel: 2 * 5 * 4 features, 18 weights and 18 biases.
     fused = 2 * 240 + 40 + 36
     assert runner.tensor_bytes(SMALL, "float32", False, "fused") == 4 * fused
-    assert runner.tensor_bytes(SMALL, "float32", True, "two-steps") == 2 * 4 * (fused + 720)
+    assert runner.tensor_bytes(SMALL, "float32", True, "unfused") == 2 * 4 * (fused + 720)
 
-    class Slow(devices.Processor):
+    class Slow(devices.Cpu):
         def peak(self, dtype):
             return {"float32": 1e3, "bfloat16": 2e3, "float64": 5e2}[dtype]
 
-    forward, generating = 1e3 * 2 * 2 * 6 * 130 / 1e3, 1e3 * 2 * 720 / 1e3
-    for dtype, backward, made, want in (
+    forward, generation = 1e3 * 2 * 2 * 6 * 130 / 1e3, 1e3 * 2 * 720 / 1e3
+    for dtype, backward, generated, want in (
         ("float32", False, False, forward),
-        ("float32", True, True, 3 * (forward + generating)),
-        # Products of matrices alone are faster of half types.
-        ("bfloat16", False, True, forward + generating / 2),
-        ("float64", False, True, 2 * (forward + generating)),
+        ("float32", True, True, 3 * (forward + generation)),
+        # Half types speed up matrix products only.
+        ("bfloat16", False, True, forward + generation / 2),
+        ("float64", False, True, 2 * (forward + generation)),
     ):
-        slow = runner.least_ms(SMALL, dtype, backward, Slow(), generating=made)
+        slow = runner.roofline_ms(SMALL, dtype, backward, Slow(), generated=generated)
         assert slow == pytest.approx(want)
 
 
-def test_memory_is_measured_in_a_process_of_its_own(small):
+def test_memory_is_measured_in_a_subprocess(small):
     (case,) = (case for case in CASES if case.name == "red4")
     name = IMPLEMENTATIONS[0]
-    peak = runner._peak_mb(case, name, "float32", True, devices.Processor())
+    peak = runner._peak_mb(case, name, "float32", True, devices.Cpu())
     tensors = runner.tensor_bytes(case, "float32", True, name) / 1e6
     assert peak is None or tensors / 2 < peak < 40 * tensors
 
 
-def test_peak_memory_leaves_out_what_was_there_before(small):
-    """Measured here, where others have left memory that is used again: no lower bound."""
+def test_peak_memory_excludes_earlier_allocations(small):
+    """In this process, where freed memory may be reused: without a lower bound."""
     if not os.path.exists("/proc/self/clear_refs"):
         return
     (case,) = (case for case in CASES if case.name == "red2")
     for backward in (False, True):
         tensors = runner.tensor_bytes(case, "float32", backward, IMPLEMENTATIONS[0])
-        assert tensors < devices.resident("VmRSS")
+        assert tensors < devices.rss("VmRSS")
         peak = runner._peak_bytes(case, IMPLEMENTATIONS[0], "float32", backward, "cpu")
         assert 0 <= peak < 6 * tensors
 
 
-def test_another_batch_may_be_asked_for(small):
+def test_batch_replaces_the_cases_batch(small):
     plan = dataclasses.replace(small, cases=("small",), candidates=("reference",), batch=3)
     rows = list(runner.run(plan))
     assert [row.batch for row in rows] == [3, 3]
@@ -156,7 +165,7 @@ def test_another_batch_may_be_asked_for(small):
 
 
 def pure(function, x):
-    """``function`` of NumPy arrays as an operation without effects, which compilers may merge."""
+    """``function`` of NumPy arrays as a pure operation, which compilers may deduplicate."""
     if BACKEND == "jax":
         import jax
 
@@ -172,12 +181,12 @@ def pure(function, x):
     ("use", "number", "want"),
     [
         (lambda count, x: pure(count, x), 1, 2.0),
-        # What is made of one argument alone is not taken out of the repetition.
+        # Operations that depend on one argument only are not hoisted out of the loop.
         (lambda count, x, other: x + pure(count, other), 2, 3.0),
     ],
     ids=["whole", "part"],
 )
-def test_a_program_makes_as_many_calls_as_it_says(use, number, want):
+def test_repeat_makes_all_calls(use, number, want):
     calls = []
 
     def count(x):
@@ -185,7 +194,7 @@ def test_a_program_makes_as_many_calls_as_it_says(use, number, want):
         return np.asarray(x) * 2
 
     x = keras.ops.ones((3,), "float32")
-    run = program(functools.partial(use, count), [x] * number, calls=5)
+    run = repeat(functools.partial(use, count), [x] * number, calls=5)
     (y,) = run()
     np.testing.assert_allclose(numpy(y), want)
     calls.clear()
@@ -193,7 +202,7 @@ def test_a_program_makes_as_many_calls_as_it_says(use, number, want):
     assert len(calls) == 5
 
 
-def test_a_program_gives_the_output_and_all_gradients():
+def test_repeat_returns_the_output_and_all_gradients():
     a, b, c = (keras.ops.convert_to_tensor([n], "float32") for n in (2.0, 3.0, 10.0))
-    results = program(lambda a, b: a * b, [a, b], cotangent=c, calls=3)()
+    results = repeat(lambda a, b: a * b, [a, b], cotangent=c, calls=3)()
     assert [float(numpy(r)[0]) for r in results] == pytest.approx([6.0, 30.0, 20.0])

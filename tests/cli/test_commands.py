@@ -191,7 +191,7 @@ def test_explain(call, trained, pets, tmp_path):
     code, lines = call("explain", trained[0] / "inn.keras", image)
     assert code == 0
     assert re.search(r"inv_1 16x16 from .* inv_2 8x8 from .* inv_3 4x4 from ", lines[1])
-    assert re.search(r"^Predictions run \d x \w+(, \d x \w+)*; here ", lines[2])
+    assert re.search(r"^Implementations in inference: \d x \w+(, \d x \w+)*; ", lines[2])
     assert lines[3] == "Figure: explain.png"
     assert (tmp_path / "explain.png").read_bytes().startswith(b"\x89PNG")
 
@@ -255,15 +255,17 @@ def test_doctor(call):
     assert code == 0
     assert f"backend in use: {BACKEND}" in lines
     taken = [
-        m[1] for line in lines if (m := re.search(r"(\w+) +error \d\.\de[+-]\d\d \(taken\)", line))
+        m[1]
+        for line in lines
+        if (m := re.search(r"(\w+) +error \d\.\de[+-]\d\d \(selected\)", line))
     ]
     few_channels = "taps" if BACKEND == "jax" else IMPLEMENTATIONS[0]
     assert taken == [few_channels] + (len(CASES) - 1) * [IMPLEMENTATIONS[0]]
     fused = [line for line in lines if " fused " in line]
     assert len(fused) == len(CASES)
     there = "native" in IMPLEMENTATIONS
-    assert all(("error" if there else "cannot run") in line for line in fused)
-    assert any("(taken where kernels are generated)" in line for line in fused) == there
+    assert all(("error" if there else "unavailable") in line for line in fused)
+    assert any("(selected for generated kernels)" in line for line in fused) == there
 
 
 def test_doctor_fails_on_a_wrong_implementation(call, monkeypatch):
@@ -284,8 +286,8 @@ def test_doctor_fails_on_a_wrong_implementation(call, monkeypatch):
     monkeypatch.setattr("involution.benchmarking.doctor.CASES", CASES[:1])
     code, lines = call("doctor")
     assert code == 1
-    assert any("taps" in line and "WRONG: above 1e-05 (taken)" in line for line in lines)
-    assert any("absent     cannot run: no such machine" in line for line in lines)
+    assert any("taps" in line and "WRONG: exceeds 1e-05 (selected)" in line for line in lines)
+    assert any("absent     unavailable: no such machine" in line for line in lines)
 
 
 def bad_inputs(root, trained):
@@ -332,10 +334,10 @@ def bad_inputs(root, trained):
         (["explain", cnn, image], "must have an involution"),
         (["explain", inn, image, "--output", root / "none" / "x.png"], "writable"),
         (["explain", inn, image, "--output", root / "x.gif"], "must be a .png, .svg or .html"),
-        (["explain", inn, image, image, "--figure", "groups"], "of one image"),
-        (["explain", inn, image, "--point", "0.5"], "Received: 0.5"),
-        (["explain", inn, image, "--point", "0.5,nan"], "Received: 0.5, nan"),
-        (["explain", inn, image, "--point", "a,b"], "--point must be ROW,COLUMN"),
+        (["explain", inn, image, image, "--show", "groups"], "requires a single image"),
+        (["explain", inn, image, "--place", "0.5"], "Received: 0.5"),
+        (["explain", inn, image, "--place", "0.5,nan"], "Received: 0.5, nan"),
+        (["explain", inn, image, "--place", "a,b"], "--place must be ROW,COLUMN"),
         (["convert", root / "none.pth", root / "new"], "none.pth"),
         (["convert", root / "text.png", root / "new"], "must be a PyTorch .pth file"),
         (["convert", root / "ok", root / "new"], "a folder without variables"),

@@ -1,5 +1,7 @@
-"""The page as programs and strangers meet it; browsers are in test_browser.py."""
+"""The web demo over HTTP, and its functions in this process; test_browser.py drives a browser."""
 
+import collections
+import dataclasses
 import gc
 import json
 import pathlib
@@ -14,14 +16,16 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import gradio
+import keras
 import numpy as np
 import pytest
 
 from involution.demo import app, render
 from involution.models import pretrained
+from involution.saving import classifier as saved_model
 from involution.utils.errors import InputError
 from tests.support import hostile_images
-from tests.support.demo_client import served
+from tests.support.demo_client import demo
 
 pytestmark = pytest.mark.any_backend
 
@@ -31,7 +35,7 @@ MEGABYTE = 2**20
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     log = tmp_path_factory.mktemp("page") / "log.txt"
-    with served(log) as page:
+    with demo(log) as page:
         yield page
     assert page.process.returncode == 0
     assert page.first_lines[-1] == "Ended."
@@ -44,21 +48,21 @@ def classifiers():
 
 
 def folder_of(page):
-    """Where the page keeps uploads."""
+    """The folder of uploads."""
     return pathlib.Path(page.upload("a.png", hostile_images.good()).json()[0]).parents[1]
 
 
-def test_it_listens_to_this_machine_alone(page):
+def test_it_binds_the_loopback_address(page):
     assert page.first_lines[0] == "involution: Preparing the page."
     assert page.address.startswith("http://127.0.0.1:")
     port = int(page.address.rsplit(":", 1)[1])
-    # All of 127/8 is this machine; the page is at one of its addresses.
+    # 127.0.0.0/8 is the loopback network; the demo binds one of its addresses.
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), 1)
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning", "ignore:Truncated File:UserWarning")
-def test_its_answers_are_those_of_the_command(page, classifiers, tmp_path):
+def test_scores_equal_those_of_predict(page, classifiers, tmp_path):
     for name, content in {"a.png": hostile_images.good(), **hostile_images.unusual()}.items():
         kind, scores = page.classify(name, content)
         assert kind == "complete", (name, scores)
@@ -67,18 +71,18 @@ def test_its_answers_are_those_of_the_command(page, classifiers, tmp_path):
         for title, classifier in classifiers.items():
             expected = classifier.predict_proba(classifier.read(file))[0]
             assert list(scores[title]) == list(classifier.class_names)
-            # Another process: the same machine and code, and on TensorFlow other last bits.
+            # TensorFlow's rounding differs between processes.
             np.testing.assert_allclose(list(scores[title].values()), expected, rtol=1e-5)
 
 
-def test_an_equal_image_gets_an_answer_equal_to_the_bit(page):
+def test_scores_are_deterministic(page):
     image = hostile_images.good("JPEG", (200, 100))
-    answers_ = [page.classify("a.jpg", image) for _ in range(3)]
-    assert answers_[0] == answers_[1] == answers_[2]
+    results = [page.classify("a.jpg", image) for _ in range(3)]
+    assert results[0] == results[1] == results[2]
 
 
-def test_what_is_no_image_is_refused_in_one_line(page):
-    page.forget_peak()
+def test_other_files_get_an_error_of_one_line(page):
+    page.reset_peak()
     before = page.memory
     for name, content in hostile_images.invalid().items():
         kind, said = page.classify(name, content)
@@ -94,8 +98,8 @@ def test_what_is_no_image_is_refused_in_one_line(page):
     assert page.classify("a.png", hostile_images.good())[0] == "complete"
 
 
-def test_damaged_images_are_images_or_refused(page):
-    page.forget_peak()
+def test_damaged_images_are_decoded_or_get_an_error(page):
+    page.reset_peak()
     before = page.memory
     found = [page.classify(*item) for item in hostile_images.damaged(200).items()]
     for kind, said in found:
@@ -104,9 +108,9 @@ def test_damaged_images_are_images_or_refused(page):
     assert page.peak_memory - before < 300 * MEGABYTE
 
 
-def test_the_largest_images_are_bounded_in_memory(page):
+def test_memory_of_the_largest_images_is_bounded(page):
     wide = hostile_images.png(4000, 4000, b"\0" + bytes(3 * 4000) * 4000 + bytes(4000))
-    page.forget_peak()
+    page.reset_peak()
     before = page.memory
     assert page.classify("a.png", wide)[0] == "complete"
     assert page.peak_memory - before < 300 * MEGABYTE
@@ -117,13 +121,13 @@ def test_the_largest_images_are_bounded_in_memory(page):
     assert said["error"] == expected
 
 
-def test_nothing_is_fetched_and_no_other_file_is_read(page, tmp_path):
-    asked = []
+def test_no_url_is_fetched_and_no_other_file_is_read(page, tmp_path):
+    connections = []
 
     def listen(server):
         while True:
             try:
-                asked.append(server.accept()[1])
+                connections.append(server.accept()[1])
             except OSError:
                 return
 
@@ -143,47 +147,47 @@ def test_nothing_is_fetched_and_no_other_file_is_read(page, tmp_path):
             {"path": "file:///etc/passwd"},
         ]
         for request in requests:
-            kind, said = page.answer(page.ask(**request))
-            # A URL beside an upload counts for nothing.
+            kind, said = page.result(page.request(**request))
+            # A URL next to an upload's path is ignored.
             assert kind == ("complete" if request["path"] == real else "error"), (request, said)
             assert "Traceback" not in str(said)
-    assert asked == []
+    assert connections == []
     for path in ("/etc/passwd", str(own), __file__):
         assert page.client.get(f"/file={path}").status_code in (403, 404)
 
 
-def test_too_many_at_once_are_told_to_come_later(page):
+def test_a_full_queue_returns_503(page):
     path = page.upload("a.png", hostile_images.good()).json()[0]
     with ThreadPoolExecutor(64) as pool:
-        codes = [r.status_code for r in pool.map(lambda _: page.ask(path), range(200))]
+        codes = [r.status_code for r in pool.map(lambda _: page.request(path), range(200))]
     assert set(codes) <= {200, 429, 503}
     assert codes.count(200) >= 32
-    while (response := page.ask(path)).status_code != 200:
+    while (response := page.request(path)).status_code != 200:
         time.sleep(0.2)
-    assert page.answer(response)[0] == "complete"
+    assert page.result(response)[0] == "complete"
 
 
-def test_requests_that_are_no_requests(page):
+def test_malformed_requests(page):
     for content in (b"", b"{", b"[]", b'{"data": 3}', b'{"data": []}', b'{"data": [1, 2, 3]}'):
         response = page.client.post(
             "/call/classify", content=content, headers={"content-type": "application/json"}
         )
         assert "Traceback" not in response.text
         if response.status_code == 200:
-            assert page.answer(response)[0] == "error"
+            assert page.result(response)[0] == "error"
         else:
             assert 400 <= response.status_code < 500 or response.status_code == 503
     assert page.classify("a.png", hostile_images.good())[0] == "complete"
 
 
-# --- Within this process -------------------------------------------------------------------------
+# --- In this process -----------------------------------------------------------------------------
 
 
 def test_an_explanation_shows_every_involution(classifiers, tmp_path):
     file = tmp_path / "a.png"
     file.write_bytes(hostile_images.good())
     explanation = render.Explanation(classifiers, file)
-    maps, kernels = explanation.maps(), explanation.kernels((0.2, 0.9))
+    maps, kernels = explanation.heat_maps(), explanation.kernels((0.2, 0.9))
     assert "cnn has no involutions" in maps
     for name in ("inv_1, 32&times;32", "inv_2, 16&times;16", "inv_3, 8&times;8"):
         assert name in maps
@@ -193,31 +197,65 @@ def test_an_explanation_shows_every_involution(classifiers, tmp_path):
     assert "http" not in maps + kernels
 
 
-def test_names_of_strangers_are_escaped(classifiers, tmp_path):
+def test_one_decode_per_preprocessing_and_one_forward_pass_per_model(
+    classifiers, tmp_path, monkeypatch
+):
+    decodes, calls = [], collections.Counter()
+    names = {id(c.model): name for name, c in classifiers.items()}
+    read, call = saved_model.Classifier.read, keras.layers.Layer.__call__
+
+    def counted_read(self, file):
+        decodes.append((self.image_shape, self.crop_fraction))
+        return read(self, file)
+
+    def counted_call(self, *args, **kwargs):
+        if id(self) in names:
+            calls[names[id(self)]] += 1
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(saved_model.Classifier, "read", counted_read)
+    monkeypatch.setattr(keras.layers.Layer, "__call__", counted_call)
+    file = tmp_path / "a.png"
+    file.write_bytes(hostile_images.good())
+    *_, state = app.explain(classifiers, str(file))
+    assert len(classifiers) >= 3
+    assert decodes == [((32, 32, 3), None)]
+    assert calls == dict.fromkeys(classifiers, 1)
+    app.kernels(state, 0.2, 0.9)
+    assert (len(decodes), calls.total()) == (1, len(classifiers))
+    # Another center crop is another input.
+    cropped = dataclasses.replace(classifiers["inn"], crop_fraction=0.5)
+    decodes.clear()
+    images = render._read({**classifiers, "cropped": cropped}, file)
+    assert decodes == [((32, 32, 3), None), ((32, 32, 3), 0.5)]
+    assert images["inn"] is images["cnn"] is not images["cropped"]
+
+
+def test_model_names_are_escaped(classifiers, tmp_path):
     file = tmp_path / "a.png"
     file.write_bytes(hostile_images.good())
     bad = "<script>alert(1)</script>"
-    text = render.Explanation({bad: classifiers["inn"]}, file).maps()
-    text += render.Explanation({bad: classifiers["cnn"]}, file).maps()
+    text = render.Explanation({bad: classifiers["inn"]}, file).heat_maps()
+    text += render.Explanation({bad: classifiers["cnn"]}, file).heat_maps()
     assert "<script" not in text
     assert text.count("&lt;script&gt;") >= 2
 
 
-def test_the_cards_say_what_the_models_were_trained_on():
-    text = app.cards(())
-    for name in pretrained.available():
+def test_model_cards_contain_the_training_data():
+    text = app.model_cards(())
+    for name in pretrained.names():
         assert f"### {name}\n" in text
     assert "50000 images" in text
     assert "license:" not in text
-    assert app.cards(("inn-cifar10",)).count("###") == 1
+    assert app.model_cards(("inn-cifar10",)).count("###") == 1
 
 
-def test_two_models_of_one_name_are_refused():
+def test_duplicate_model_names_raise():
     with pytest.raises(InputError, match="Received: inn twice"):
         app.load(("inn-cifar10", "inn-cifar10"))
 
 
-def test_a_port_that_is_taken_is_refused_in_one_line(page):
+def test_a_port_in_use_gives_an_error_of_one_line(page):
     port = page.address.rsplit(":", 1)[1]
     result = subprocess.run(
         [sys.executable, "-m", "involution_cli", "demo", "--port", port],
@@ -231,7 +269,7 @@ def test_a_port_that_is_taken_is_refused_in_one_line(page):
     assert "Traceback" not in result.stderr
 
 
-def test_what_a_browser_asks_for(page):
+def test_private_events(page):
     path = page.upload("a.png", hostile_images.good()).json()[0]
     image = {"path": path, "meta": {"_type": "gradio.FileData"}}
 
@@ -244,17 +282,17 @@ def test_what_a_browser_asks_for(page):
         return done["success"], done["output"]
 
     change, click, _, slide, _, classify = range(6)
-    place = {"event_data": {"row": 0.25, "column": 0.75}}
-    # Before there is an image.
-    ok, said = ask(click, None, **place)
+    point = {"event_data": {"row": 0.25, "column": 0.75}}
+    # Before an upload.
+    ok, said = ask(click, None, **point)
     assert not ok
-    assert said["error"] == "An image must be given, and a place in it."
+    assert said["error"] == "A point of an uploaded image is required."
     assert ask(slide, None, 0.1, 0.2)[1]["data"] == [""]
     assert ask(classify, None)[1]["data"] == [None]
     ok, output = ask(change, image)
     assert ok
     before = output["data"][-3]
-    ok, output = ask(click, None, **place)
+    ok, output = ask(click, None, **point)
     assert ok
     assert output["data"][:2] == [0.25, 0.75]
     assert ask(slide, None, 0.25, 0.75)[1]["data"] == [output["data"][2]] != [before]
@@ -263,25 +301,29 @@ def test_what_a_browser_asks_for(page):
     assert ask(slide, None, 0.1, 0.2)[1]["data"] == [""]
 
 
-def test_what_the_page_shows_of_an_upload(classifiers, tmp_path):
+def test_outputs_of_the_page_for_an_upload(classifiers, tmp_path):
     file = tmp_path / "a.png"
     file.write_bytes(hostile_images.good())
-    *found, maps, kernels, timing, seen = app.explain(classifiers, str(file))
-    assert found == list(app.scores(classifiers, file).values())
-    assert all(sum(shares.values()) == pytest.approx(1) for shares in found)
+    *found, maps, kernels, timing, state = app.explain(classifiers, str(file))
+    # The API's scores are computed without recording.
+    for of_page, of_api in zip(found, app.scores(classifiers, file).values(), strict=True):
+        assert of_page == pytest.approx(of_api, rel=1e-5)
+        assert sum(of_page.values()) == pytest.approx(1)
     assert "inv_3" in maps
-    assert kernels == app.kernels(seen, 0.5, 0.5)
-    assert re.match(r"Scores in \d+ ms, kernels in \d+ ms \(Keras on ", timing)
-    row, column, there, tabs = app.clicked(seen, types.SimpleNamespace(row=0.25, column=0.7501))
+    assert kernels == app.kernels(state, 0.5, 0.5)
+    assert re.match(r"Scores and kernels in \d+ ms \(Keras on ", timing)
+    row, column, at_point, tabs = app.on_click(
+        state, types.SimpleNamespace(row=0.25, column=0.7501)
+    )
     assert (row, column) == (0.25, 0.75)
-    assert there == app.kernels(seen, 0.25, 0.7501)
+    assert at_point == app.kernels(state, 0.25, 0.7501)
     assert tabs.selected == 1
     assert app.explain(classifiers, None) == [None] * len(classifiers) + ["", "", "", None]
     assert app.scores(classifiers, None) is None
     assert app.kernels(None, 0.5, 0.5) == ""
-    for seen_, row in ((None, 0.5), (seen, 1.1), (seen, float("nan")), (seen, "0.5")):
-        with pytest.raises(gradio.Error, match="An image must be given"):
-            app.clicked(seen_, types.SimpleNamespace(row=row, column=0.5))
+    for state_, row in ((None, 0.5), (state, 1.1), (state, float("nan")), (state, "0.5")):
+        with pytest.raises(gradio.Error, match="A point of an uploaded image"):
+            app.on_click(state_, types.SimpleNamespace(row=row, column=0.5))
     file.write_bytes(hostile_images.good()[:200])
     with pytest.raises(gradio.Error, match="An image must be a valid PNG"):
         app.explain(classifiers, str(file))
@@ -289,7 +331,7 @@ def test_what_the_page_shows_of_an_upload(classifiers, tmp_path):
 
 @pytest.fixture
 def built(classifiers):
-    """The page, not served. Gradio leaves an event loop open."""
+    """The page without a server. Gradio leaves an event loop open."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         page = app.build(classifiers, "a card")
@@ -299,7 +341,7 @@ def built(classifiers):
         gc.collect()
 
 
-def test_an_upload_is_checked_before_it_is_opened(built, tmp_path):
+def test_an_upload_is_checked_before_it_is_decoded(built, tmp_path):
     (image,) = (block for block in built.blocks.values() if isinstance(block, gradio.Image))
     file = tmp_path / "a.png"
     file.write_bytes(hostile_images.good())

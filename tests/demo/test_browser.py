@@ -1,4 +1,4 @@
-"""The page as a person meets it: in Debian's Chromium, by `make test-browser`."""
+"""The web demo in Debian's Chromium, by `make test-browser`."""
 
 import pathlib
 import re
@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.support import hostile_images
-from tests.support.demo_client import served
+from tests.support.demo_client import demo
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium")
@@ -18,7 +18,7 @@ CHROMIUM = shutil.which("chromium")
 def page(tmp_path_factory):
     log = tmp_path_factory.mktemp("page") / "log.txt"
     start = time.perf_counter()
-    with served(log) as page:
+    with demo(log) as page:
         print(f"from the command to its address: {time.perf_counter() - start:.1f} s")
         yield page
     assert "Traceback" not in log.read_text()
@@ -37,8 +37,8 @@ def browser():
 
 @pytest.fixture
 def tab(browser, page):
-    """Opens the page as asked for; when the test ends, nothing was asked of elsewhere, and no
-    error was in the console but those it expected."""
+    """Opens the page; after the test, no external URL was requested, and the console has only
+    expected errors."""
     outside, errors, contexts = [], [], []
 
     def opened(**options):
@@ -68,27 +68,27 @@ def image(tmp_path):
     return file
 
 
-def give(tab, file):
+def upload(tab, file):
     start = time.perf_counter()
     tab.set_input_files("input[type=file]", str(file))
-    tab.wait_for_selector(".answers figure img")
-    tab.wait_for_selector("text=/Scores in \\d+ ms/")
+    tab.wait_for_selector(".explanation figure img")
+    tab.wait_for_selector("text=/Scores and kernels in \\d+ ms/")
     print(f"answered in {time.perf_counter() - start:.1f} s")
 
 
 def test_scores_maps_and_a_click(tab, image):
     shown = tab()
-    give(shown, image)
+    upload(shown, image)
     for name in ("cnn", "inn"):
         assert shown.get_by_text(name, exact=True).count() >= 1
-    assert shown.locator(".answers figcaption", has_text="inv_1, 32").count() == 1
+    assert shown.locator(".explanation figcaption", has_text="inv_1, 32").count() == 1
     row, column = (shown.get_by_role("slider", name=re.compile(n)) for n in ("Row", "Column"))
-    picture = shown.get_by_role("img", name="heat map of inv_2", exact=True)
-    picture.click(position={"x": 64, "y": 32})
+    heat_map = shown.get_by_role("img", name="heat map of inv_2", exact=True)
+    heat_map.click(position={"x": 64, "y": 32})
     row.wait_for(state="visible")
     assert float(row.input_value()) == pytest.approx(0.25, abs=0.02)
     assert float(column.input_value()) == pytest.approx(0.5, abs=0.02)
-    # And again, in the windows that this shows.
+    # Click in a window of that tab.
     shown.get_by_role("img", name="window of inv_3").click(position={"x": 115, "y": 115})
     shown.wait_for_function(
         "row => Math.abs(row.value - 0.9) < 0.02", arg=row.element_handle(), timeout=10_000
@@ -97,26 +97,26 @@ def test_scores_maps_and_a_click(tab, image):
 
 def test_the_keyboard_reaches_everything(tab, image):
     shown = tab()
-    give(shown, image)
+    upload(shown, image)
     shown.get_by_role("tab", name="Heat maps").focus()
     shown.keyboard.press("Tab")
     shown.keyboard.press("Enter")
     row = shown.get_by_role("slider", name=re.compile("Row"))
     row.wait_for(state="visible")
-    before = shown.locator(".answers").last.inner_html()
+    before = shown.locator(".explanation").last.inner_html()
     row.focus()
     for _ in range(40):
         shown.keyboard.press("ArrowRight")
     shown.wait_for_function(
-        "before => [...document.querySelectorAll('.answers')].at(-1).innerHTML !== before",
+        "before => [...document.querySelectorAll('.explanation')].at(-1).innerHTML !== before",
         arg=before,
     )
     assert float(row.input_value()) == pytest.approx(0.7)
 
 
-def test_every_picture_and_control_has_a_name(tab, image):
+def test_every_image_and_control_has_a_name(tab, image):
     shown = tab()
-    give(shown, image)
+    upload(shown, image)
     assert shown.locator("img:not([alt])").count() == 0
     unnamed = shown.evaluate(
         """() => [...document.querySelectorAll('button, input:not([type=file]), [role=tab]')]
@@ -128,7 +128,7 @@ def test_every_picture_and_control_has_a_name(tab, image):
     assert shown.title() == "Involution"
 
 
-def test_wrong_and_too_large_files_are_told_off(tab, tmp_path):
+def test_invalid_and_too_large_files_show_an_error(tab, tmp_path):
     shown = tab()
     file = tmp_path / "text.png"
     file.write_bytes(b"hello")
@@ -139,7 +139,7 @@ def test_wrong_and_too_large_files_are_told_off(tab, tmp_path):
     file.write_bytes(hostile_images.good() + bytes(9 * 2**20))
     shown.set_input_files("input[type=file]", str(file))
     shown.wait_for_selector("text=/exceed the maximum allowed size of 8.0 Mb/")
-    # What Gradio's own page writes of a refused upload.
+    # Gradio's client logs a rejected upload.
     assert len(tab.errors) <= 2
     tab.errors.clear()
 
@@ -148,10 +148,10 @@ def test_wrong_and_too_large_files_are_told_off(tab, tmp_path):
 @pytest.mark.parametrize("width", [375, 1200])
 def test_light_and_dark_narrow_and_wide(tab, image, tmp_path, scheme, width):
     shown = tab(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    give(shown, image)
+    upload(shown, image)
     assert shown.evaluate("document.documentElement.scrollWidth") <= width
-    colour = shown.evaluate("getComputedStyle(document.body).backgroundColor")
-    light = sum(map(int, re.findall(r"\d+", colour)[:3])) > 380
+    color = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+    light = sum(map(int, re.findall(r"\d+", color)[:3])) > 380
     assert light == (scheme == "light")
     folder = pathlib.Path(tmp_path)
     shown.screenshot(path=folder / "page.png", full_page=True)

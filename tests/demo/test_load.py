@@ -1,4 +1,4 @@
-"""The page under load, by `make test-long`: what it prints is for the record."""
+"""The web demo under load, by `make test-long`; prints its measurements."""
 
 import collections
 import itertools
@@ -10,7 +10,7 @@ import pytest
 
 from involution.demo import app
 from tests.support import hostile_images
-from tests.support.demo_client import served
+from tests.support.demo_client import demo
 
 pytestmark = pytest.mark.slow
 CLIENTS, SECONDS, REQUESTS = 16, 60, 2000
@@ -26,24 +26,24 @@ def test_sixteen_clients_and_two_thousand_requests(tmp_path):
     }
     codes: collections.Counter = collections.Counter()
 
-    def ask(page, file):
-        """One image from upload to answer."""
+    def classify(page, file):
+        """Uploads and classifies one image."""
         uploaded = page.upload(file.name, file.read_bytes())
         codes[uploaded.status_code] += 1
         if uploaded.status_code != 200:
             return
-        asked = page.ask(uploaded.json()[0])
+        asked = page.request(uploaded.json()[0])
         codes[asked.status_code] += 1
         if asked.status_code != 200:
             return
-        kind, scores = page.answer(asked)
+        kind, scores = page.result(asked)
         assert kind == "complete", scores
         for name, values in expected[file].items():
             np.testing.assert_allclose(list(scores[name].values()), values, rtol=1e-5)
         codes["answers"] += 1
 
-    with served(tmp_path / "log.txt") as page:
-        ask(page, files[0])
+    with demo(tmp_path / "log.txt") as page:
+        classify(page, files[0])
         end = time.monotonic() + SECONDS
         failures = []
 
@@ -52,7 +52,7 @@ def test_sixteen_clients_and_two_thousand_requests(tmp_path):
                 for file in itertools.cycle(files[number % 8 :] + files[: number % 8]):
                     if time.monotonic() > end:
                         return
-                    ask(page, file)
+                    classify(page, file)
             except Exception as error:  # noqa: BLE001 - of a thread
                 failures.append(error)
 
@@ -66,10 +66,10 @@ def test_sixteen_clients_and_two_thousand_requests(tmp_path):
         numbers = {code: count for code, count in codes.items() if isinstance(code, int)}
         assert set(numbers) <= {200, 429, 503}
         assert codes[200] >= sum(numbers.values()) / 2
-        ask(page, files[0])
+        classify(page, files[0])
         before = page.memory
         for number in range(REQUESTS):
-            ask(page, files[number % 8])
+            classify(page, files[number % 8])
         growth = page.memory / before - 1
         print(f"{REQUESTS} requests: memory {before / 2**20:.0f} MB, {growth:+.1%}")
         assert growth <= 0.05

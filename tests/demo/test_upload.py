@@ -1,4 +1,4 @@
-"""An upload, before a model sees it: the page's look at the file, and its way to pixels."""
+"""Validation and decoding of an upload."""
 
 import io
 import pathlib
@@ -21,7 +21,7 @@ INVALID = "An image must be a valid PNG, JPEG or WebP file: "
 
 @pytest.fixture
 def file(tmp_path):
-    """Writes a file, and gives its path."""
+    """Writes a file and returns its path."""
 
     def write(content):
         (tmp_path / "image").write_bytes(content)
@@ -43,74 +43,74 @@ def saved(image, format="PNG", **options):
     return buffer.getvalue()
 
 
-# --- The page's look -----------------------------------------------------------------------------
+# --- Validation ----------------------------------------------------------------------------------
 
 
-def test_sizes_up_to_the_limits_are_taken(file, monkeypatch):
+def test_sizes_up_to_the_limits_are_accepted(file, monkeypatch):
     path = file(hostile_images.good(size=(40, 30)))
     bytes_ = path.stat().st_size
-    monkeypatch.setattr(app, "MOST_BYTES", bytes_)
-    monkeypatch.setattr(app, "MOST_PIXELS", 1200)
+    monkeypatch.setattr(app, "MAX_BYTES", bytes_)
+    monkeypatch.setattr(app, "MAX_PIXELS", 1200)
     app.check(path)
-    monkeypatch.setattr(app, "MOST_PIXELS", 1199)
+    monkeypatch.setattr(app, "MAX_PIXELS", 1199)
     assert message(app.check, path) == ("An image must have at most 1,199 pixels. Received: 40x30")
-    monkeypatch.setattr(app, "MOST_BYTES", bytes_ - 1)
+    monkeypatch.setattr(app, "MAX_BYTES", bytes_ - 1)
     assert message(app.check, path) == (
         f"An image must have at most {bytes_ - 1:,} bytes. Received: {bytes_:,}"
     )
 
 
 def test_the_limits():
-    assert (app.MOST_BYTES, app.MOST_PIXELS) == (8_388_608, 16_000_000)
+    assert (app.MAX_BYTES, app.MAX_PIXELS) == (8_388_608, 16_000_000)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_its_formats_are_taken_and_no_others(format, file):
+def test_only_three_formats_are_accepted(format, file):
     app.check(file(hostile_images.good(format)))
     for content in (b"", b"hello", *(hostile_images.good(other) for other in ("GIF", "BMP"))):
-        expected = "An image must be a PNG, JPEG or WebP file. Received: another"
+        expected = "An image must be a PNG, JPEG or WebP file. Received: another format"
         assert message(app.check, file(content)) == expected
 
 
-def test_what_gradio_is_given_of_an_upload(file):
-    def told(function, argument):
+def test_gradio_gets_the_path_of_a_valid_upload(file):
+    def gradio_error(function, argument):
         with pytest.raises(gradio.Error) as caught:
             function(argument)
-        # Nothing about a visitor's file goes to the log.
+        # Nothing about an upload is logged.
         assert caught.value.print_exception is False
         return caught.value.message
 
-    kept = []
+    cached = []
 
-    async def keep(path):
-        kept.append(path)
+    async def cache(path):
+        cached.append(path)
         return "cached"
 
-    image = types.SimpleNamespace(preprocess=None, async_move_resource_to_block_cache=keep)
-    app._guard(image)
+    image = types.SimpleNamespace(preprocess=None, async_move_resource_to_block_cache=cache)
+    app._validate_upload(image)
     path = str(file(hostile_images.good()))
     assert image.preprocess(None) is None
     assert image.preprocess(types.SimpleNamespace(path=path)) == path
     payload = types.SimpleNamespace(path=str(file(b"GIF89a")))
-    assert told(image.preprocess, payload).startswith("An image must be a PNG, JPEG")
+    assert gradio_error(image.preprocess, payload).startswith("An image must be a PNG, JPEG")
     fetch = image.async_move_resource_to_block_cache
     for url in ("http://127.0.0.1:9/a.png", "file:///etc/passwd"):
-        assert told(lambda url: fetch(url).send(None), url) == "An image must be uploaded."
-    assert kept == []
+        assert gradio_error(lambda url: fetch(url).send(None), url) == "An image must be uploaded."
+    assert cached == []
     with pytest.raises(StopIteration) as returned:
         fetch(pathlib.Path(path)).send(None)
-    assert (returned.value.value, kept) == ("cached", [pathlib.Path(path)])
+    assert (returned.value.value, cached) == ("cached", [pathlib.Path(path)])
 
 
-def test_only_what_is_meant_for_visitors_is_told_them():
+def test_only_input_errors_are_shown_to_visitors():
     def fail(error):
         raise error
 
     with pytest.raises(gradio.Error, match=r"^'one line'$"):
-        app._told(fail, InputError("one line"))
+        app._as_gradio_error(fail, InputError("one line"))
     with pytest.raises(KeyError):
-        app._told(fail, KeyError("a secret"))
-    assert app._told(divmod, 7, 2) == (3, 1)
+        app._as_gradio_error(fail, KeyError("a secret"))
+    assert app._as_gradio_error(divmod, 7, 2) == (3, 1)
 
 
 # --- To pixels -----------------------------------------------------------------------------------
@@ -188,15 +188,19 @@ def test_what_no_image_comes_of(file, tmp_path):
     )
 
 
-def test_a_visitor_is_not_told_where_an_upload_is(file, tmp_path):
-    reader = types.SimpleNamespace(read=decode.read_image)
-    assert message(render._read, reader, file(b"hello")) == (
-        f"{INVALID}its format is not recognized"
+def test_errors_do_not_contain_the_path_of_an_upload(file, tmp_path):
+    reader = types.SimpleNamespace(
+        read=decode.read_image, image_shape=(30, 40, 3), crop_fraction=None
     )
-    assert message(render._read, reader, tmp_path / "gone.png") == (
-        "An image must be there, or be uploaded again. Received: No such file or directory"
+    classifiers = {"reader": reader}
+    assert (
+        message(render._read, classifiers, file(b"hello"))
+        == f"{INVALID}its format is not recognized"
     )
-    pixels = render._read(reader, file(hostile_images.good(size=(40, 30))))
+    assert message(render._read, classifiers, tmp_path / "gone.png") == (
+        "An image must be uploaded again after its deletion. Received: No such file or directory"
+    )
+    pixels = render._read(classifiers, file(hostile_images.good(size=(40, 30))))["reader"]
     assert pixels.shape == (30, 40, 3)
 
 

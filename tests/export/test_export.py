@@ -1,4 +1,4 @@
-"""Files for other runtimes, run here by those runtimes and not by the exporter's own check."""
+"""Exported files, run by their runtimes independently of ``involution.export.verify``."""
 
 import functools
 import pathlib
@@ -9,31 +9,38 @@ import numpy as np
 import pytest
 
 import involution
-from involution.export import api as exporting
-from involution.export.api import BATCHES, FORMATS, LIMIT, ExportError, export
+from involution.export import (
+    BATCHES,
+    FORMATS,
+    TOLERANCE,
+    ExportError,
+    api,
+    export,
+    verify,
+)
 from involution.utils.errors import InputError
 from tests.support.backends import BACKEND, fresh_process, missing, numpy
 from tests.support.keras_io_formula import randomize, relative_error
 
-WRITTEN = {
+SUPPORTED = {
     "tensorflow": ("onnx", "saved_model"),
     "jax": ("onnx",),
     "torch": ("onnx", "pt2"),
 }[BACKEND]
-OWN = [format for format in WRITTEN if format != "onnx"]
+OWN = [format for format in SUPPORTED if format != "onnx"]
 
 
 def model_of(layer, *shape, name=None):
     inputs = keras.Input(shape, name=name)
-    return random_weights(keras.Model(inputs, layer(inputs)))
+    return randomized(keras.Model(inputs, layer(inputs)))
 
 
-def random_weights(model):
+def randomized(model):
     randomize(model)
     return model
 
 
-def some(*shape, seed=7):
+def random_array(*shape, seed=7):
     return np.random.default_rng(seed).standard_normal(shape).astype("float32")
 
 
@@ -58,7 +65,7 @@ loaded = torch.export.load({path!r}).module()
 run = lambda x: loaded(torch.from_numpy(x))["output"].detach().numpy()
 """,
 }
-FRESH = """
+RUN_AND_STORE = """
 import sys, numpy as np
 with np.load({stored!r}) as arrays:
     np.savez({computed!r}, *map(run, arrays.values()))
@@ -66,40 +73,40 @@ assert not [m for m in sys.modules if m.startswith("involution")]
 """
 
 
-def run_fresh(path, format, xs, tmp_path):
-    """The outputs that a process computes which has not imported the package."""
+def run_in_subprocess(path, format, xs, tmp_path):
+    """Outputs computed by a process that has not imported the package."""
     files = {name: str(tmp_path / f"{name}.npz") for name in ("stored", "computed")}
     np.savez(files["stored"], *xs)
-    fresh_process((LOADED[format] + FRESH).format(path=str(path), **files))
+    fresh_process((LOADED[format] + RUN_AND_STORE).format(path=str(path), **files))
     with np.load(files["computed"]) as results:
         return [*results.values()]
 
 
 @functools.cache
 def sequence():
-    """A model that every exporter takes in a second or two."""
+    """A model that every exporter converts within two seconds."""
     return model_of(involution.Involution1D(3, 2, group_channels=2), 9, 4)
 
 
 # --- ONNX ----------------------------------------------------------------------------------------
 
 
-def test_onnx_of_the_inn_gives_its_numbers(tmp_path):
-    model = random_weights(involution.models.inn())
+def test_onnx_of_the_inn_matches(tmp_path):
+    model = randomized(involution.models.inn())
     done = export(model, tmp_path / "inn.onnx")
     assert (done.inputs, done.outputs, done.batches) == (("input",), ("output",), (1, 5))
-    assert done.error <= LIMIT
+    assert done.error <= TOLERANCE
     assert done.runtime.startswith("onnxruntime ")
     assert done.bytes == done.path.stat().st_size
     assert [file.name for file in tmp_path.iterdir()] == ["inn.onnx"]
     for batch in *BATCHES, 3:
-        x = some(batch, 32, 32, 3)
+        x = random_array(batch, 32, 32, 3)
         got = run_onnx(done.path, x)["output"]
         assert relative_error(got, numpy(model(x, training=False))) < 1e-5
 
 
-def generator_of_ones_own():
-    class Mine(keras.layers.Layer):
+def custom_generator():
+    class Custom(keras.layers.Layer):
         kernel_size = groups = strides = None
 
         def build(self, shape):
@@ -109,7 +116,7 @@ def generator_of_ones_own():
         def call(self, features):
             return self.convolution(features)
 
-    return Mine()
+    return Custom()
 
 
 LAYERS = {
@@ -121,9 +128,9 @@ LAYERS = {
     ),
     "dilated and valid": ((13, 11, 8), lambda: involution.Involution2D(3, 1, "valid", 2)),
     "sequences": ((31, 16), lambda: involution.Involution1D(5, strides=2)),
-    "a generator of one's own": (
+    "custom generator": (
         (9, 8, 16),
-        lambda: involution.Involution2D(3, 2, kernel_generator=generator_of_ones_own()),
+        lambda: involution.Involution2D(3, 2, kernel_generator=custom_generator()),
     ),
     "local attention": (
         (7, 6, 8),
@@ -154,7 +161,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_onnx_of_a_layer_gives_its_numbers(tmp_path, name):
+def test_onnx_of_a_layer_matches(tmp_path, name):
     import onnx
 
     shape, make = LAYERS[name]
@@ -168,7 +175,7 @@ def test_onnx_of_a_layer_gives_its_numbers(tmp_path, name):
     sizes = proto.graph.input[0].type.tensor_type.shape.dim
     assert [size.dim_param or size.dim_value for size in sizes] == ["batch", *shape]
     for batch in BATCHES:
-        x = some(batch, *shape)
+        x = random_array(batch, *shape)
         want = model(x, training=False)
         want = want if isinstance(want, (list, tuple)) else [want]
         for got, true in zip(run_onnx(done.path, x).values(), want, strict=True):
@@ -185,41 +192,41 @@ def test_onnx_of_volumes(tmp_path, generator):
         assert not list(tmp_path.iterdir())
         return
     done = export(model, tmp_path / "model.onnx")
-    x = some(2, 5, 4, 5, 16)
+    x = random_array(2, 5, 4, 5, 16)
     assert relative_error(run_onnx(done.path, x)["output"], numpy(model(x))) < 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", WRITTEN)
-def test_rednet26_gives_its_numbers(tmp_path, format):
+@pytest.mark.parametrize("format", SUPPORTED)
+def test_rednet26_matches(tmp_path, format):
     sizes = (65, 47, 3) if BACKEND == "jax" else (None, None, 3)
     model = involution.models.RedNet26(sizes, classes=7)
     rng = np.random.default_rng(0)
-    for weight in model.weights:  # normalizations that start as 0 would hide their blocks
+    for weight in model.weights:  # zero-initialized gammas would mask their blocks
         if weight.path.endswith("gamma"):
             weight.assign(rng.uniform(0.3, 0.7, tuple(weight.shape)))
     done = export(model, tmp_path / "rednet26", format)
     print(f"{BACKEND}, {format}: {done.error:.1e} by {done.runtime}, {done.bytes:,} bytes")
-    xs = [some(batch, 65, 47, 3) for batch in BATCHES]
+    xs = [random_array(batch, 65, 47, 3) for batch in BATCHES]
     if format == "onnx":
         outputs = [run_onnx(done.path, x)["output"] for x in xs]
     else:
-        outputs = run_fresh(done.path, format, xs, tmp_path)
+        outputs = run_in_subprocess(done.path, format, xs, tmp_path)
     for x, got in zip(xs, outputs, strict=True):
-        assert relative_error(got, numpy(model(x, training=False))) < LIMIT
+        assert relative_error(got, numpy(model(x, training=False))) < TOLERANCE
 
 
-def test_names_of_inputs_and_outputs_are_kept(tmp_path):
+def test_input_and_output_names_are_kept(tmp_path):
     left, right = keras.Input((6, 5, 4), name="left"), keras.Input((6, 5, 4), name="right")
     both = keras.layers.Add()([left, right])
     y, kernel = involution.Involution2D(3, return_kernel=True)(both)
     half = involution.Involution2D(3, 2)(y)
     outputs = {"stage4": half, "stage1": y, "kernels": [kernel]}
-    model = random_weights(keras.Model({"left": left, "right": right}, outputs))
-    x = {"left": some(3, 6, 5, 4), "right": some(3, 6, 5, 4, seed=8)}
+    model = randomized(keras.Model({"left": left, "right": right}, outputs))
+    x = {"left": random_array(3, 6, 5, 4), "right": random_array(3, 6, 5, 4, seed=8)}
     want = model(x)
     want = {"stage1": want["stage1"], "stage4": want["stage4"], "kernels_0": want["kernels"][0]}
-    for format in WRITTEN:
+    for format in SUPPORTED:
         done = export(model, tmp_path / format, format)
         assert done.inputs == ("left", "right")
         assert sorted(done.outputs) == sorted(want)
@@ -229,44 +236,44 @@ def test_names_of_inputs_and_outputs_are_kept(tmp_path):
         assert relative_error(got[name], numpy(true)) < 1e-5
 
 
-def test_outputs_without_keys_are_counted(tmp_path):
+def test_outputs_without_keys_are_numbered(tmp_path):
     model = model_of(involution.Involution1D(3, return_kernel=True), 6, 4, name="left")
     done = export(model, tmp_path / "model.onnx")
     assert (done.inputs, done.outputs) == (("left",), ("output_0", "output_1"))
-    got = run_onnx(done.path, some(2, 6, 4))
+    got = run_onnx(done.path, random_array(2, 6, 4))
     assert {k: v.shape for k, v in got.items()} == {"output_0": (2, 6, 4), "output_1": (2, 6, 3, 1)}
 
 
-# --- Open sizes ----------------------------------------------------------------------------------
+# --- Unknown sizes -------------------------------------------------------------------------------
 
 
-def test_sizes_that_the_model_leaves_open_stay_open(tmp_path):
-    model = random_weights(involution.models.inn((None, None, 3), head="convolutional"))
+def test_unknown_sizes_stay_dynamic(tmp_path):
+    model = randomized(involution.models.inn((None, None, 3), head="convolutional"))
     if BACKEND == "jax":
         with pytest.raises(InputError, match=r"`input_shape`.*Received: .*\(None, None, None, 3\)"):
             export(model, tmp_path / "inn.onnx")
         return
     done = export(model, tmp_path / "inn.onnx")
     for size in (32, 32), (21, 46):
-        x = some(2, *size, 3)
+        x = random_array(2, *size, 3)
         got = run_onnx(done.path, x)["output"]
         assert relative_error(got, numpy(model(x, training=False))) < 1e-5
 
 
-@pytest.mark.parametrize("format", WRITTEN)
-def test_strides_over_open_sizes(tmp_path, format):
+@pytest.mark.parametrize("format", SUPPORTED)
+def test_strides_with_unknown_sizes(tmp_path, format):
     model = model_of(involution.Involution2D(3, 2, kernel_generator="linear"), None, None, 4)
     given = (19, 16, 4) if BACKEND == "jax" else None
     done = export(model, tmp_path / "model", format, given)
-    x = some(2, 19, 16, 4)
+    x = random_array(2, 19, 16, 4)
     if format == "onnx":
         got = run_onnx(done.path, x)["output"]
     else:
-        (got,) = run_fresh(done.path, format, [x], tmp_path)
+        (got,) = run_in_subprocess(done.path, format, [x], tmp_path)
     assert relative_error(got, numpy(model(x))) < 1e-5
 
 
-def test_input_shape_closes_open_sizes(tmp_path):
+def test_input_shape_sets_unknown_sizes(tmp_path):
     import onnx
 
     model = model_of(involution.Involution2D(3, kernel_generator="linear"), None, None, 4)
@@ -278,13 +285,13 @@ def test_input_shape_closes_open_sizes(tmp_path):
 @pytest.mark.parametrize(
     "given", [(12, 7), (12, 7, 5), (12, 0, 4), (12, 7.5, 4), (-1, 7, 4), ("12", 7, 4)]
 )
-def test_an_input_shape_that_does_not_fit_is_refused(tmp_path, given):
+def test_an_incompatible_input_shape_raises(tmp_path, given):
     model = model_of(involution.Involution2D(3), None, None, 4)
     with pytest.raises(InputError, match=r"None, None, 4\)\. Received: input_shape=\("):
         export(model, tmp_path / "model.onnx", input_shape=given)
 
 
-def test_a_model_without_inputs_of_its_own_needs_them(tmp_path):
+def test_a_subclass_requires_input_shape(tmp_path):
     class Subclass(keras.Model):
         def __init__(self):
             super().__init__(name="mine")
@@ -296,39 +303,41 @@ def test_a_model_without_inputs_of_its_own_needs_them(tmp_path):
     model = Subclass()
     with pytest.raises(InputError, match="must be built"):
         export(model, tmp_path / "model.onnx", input_shape=(8, 4))
-    model(some(1, 8, 4))
+    model(random_array(1, 8, 4))
     with pytest.raises(InputError, match=r"Received: mine, input_shape=None"):
         export(model, tmp_path / "model.onnx")
     done = export(model, tmp_path / "model.onnx", input_shape=(8, 4))
-    x = some(2, 8, 4)
+    x = random_array(2, 8, 4)
     assert relative_error(run_onnx(done.path, x)["output"], numpy(model(x))) < 1e-5
 
 
-# --- Formats of one backend ----------------------------------------------------------------------
+# --- Backend-specific formats --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("format", OWN)
-def test_it_runs_where_only_its_framework_is(tmp_path, format):
-    model = random_weights(involution.models.inn((16, 12, 3)))
-    model.predict(some(2, 16, 12, 3), verbose=0)  # traces a function that runs ``native``
+def test_it_runs_without_the_package(tmp_path, format):
+    model = randomized(involution.models.inn((16, 12, 3)))
+    model.predict(random_array(2, 16, 12, 3), verbose=0)  # traces a function with ``native``
     done = export(model, tmp_path / "inn", format)
     assert done.runtime.startswith("torch " if format == "pt2" else "tensorflow ")
     assert [file.name for file in tmp_path.iterdir()] == ["inn"]
-    xs = [some(batch, 16, 12, 3) for batch in BATCHES]
-    for x, got in zip(xs, run_fresh(done.path, format, xs, tmp_path), strict=True):
+    xs = [random_array(batch, 16, 12, 3) for batch in BATCHES]
+    for x, got in zip(xs, run_in_subprocess(done.path, format, xs, tmp_path), strict=True):
         assert relative_error(got, numpy(model(x, training=False))) < 1e-5
 
 
-@pytest.mark.parametrize("format", [f for f in FORMATS if f not in WRITTEN])
-def test_a_format_of_another_backend_is_refused(tmp_path, format):
+@pytest.mark.parametrize("format", [f for f in FORMATS if f not in SUPPORTED])
+def test_a_format_of_another_backend_raises(tmp_path, format):
     other = "torch" if format == "pt2" else "tensorflow"
-    message = rf"{format} is written on {other} .*--backend {other}.* Received: .*backend={BACKEND}"
+    message = (
+        rf"{format} requires the {other} backend: --backend {other}.* Received: .*backend={BACKEND}"
+    )
     with pytest.raises(InputError, match=message) as caught:
         export(sequence(), tmp_path / "model", format)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_format_is_refused(tmp_path):
+def test_an_unknown_format_raises(tmp_path):
     with pytest.raises(InputError, match=r"onnx, saved_model, pt2\. Received: format='tflite'"):
         export(sequence(), tmp_path / "model", "tflite")
 
@@ -341,11 +350,11 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         export(sequence(), tmp_path / "model.onnx")
 
 
-# --- No operation of the package's own -----------------------------------------------------------
+# --- No custom operations ------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(missing() is not None, reason="installed without native")
-def test_what_was_traced_with_native_before_is_no_part_of_a_file(tmp_path):
+def test_functions_traced_with_native_are_not_exported(tmp_path):
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -355,7 +364,7 @@ def test_what_was_traced_with_native_before_is_no_part_of_a_file(tmp_path):
 
         compiled = jax.jit
     else:
-        compiled = lambda function: function  # noqa: E731 - PyTorch keeps nothing
+        compiled = lambda function: function  # noqa: E731 - PyTorch caches nothing
 
     class Cached(keras.layers.Layer):
         def __init__(self):
@@ -371,8 +380,8 @@ def test_what_was_traced_with_native_before_is_no_part_of_a_file(tmp_path):
     with involution.ops.use("reference"):
         model = keras.Model(inputs, Cached()(inputs))
     for batch in BATCHES:
-        model.layers[-1](some(batch, 8, 4))
-    for format in WRITTEN:
+        model.layers[-1](random_array(batch, 8, 4))
+    for format in SUPPORTED:
         try:
             done = export(model, tmp_path / format, format)
         except ExportError:
@@ -380,17 +389,17 @@ def test_what_was_traced_with_native_before_is_no_part_of_a_file(tmp_path):
         else:
             assert done.error < 1e-5
             if format == "onnx":
-                x = some(2, 8, 4)
+                x = random_array(2, 8, 4)
                 assert relative_error(run_onnx(done.path, x)["output"], numpy(model(x))) < 1e-5
 
 
-# --- A check that fails --------------------------------------------------------------------------
+# --- Failed verification -------------------------------------------------------------------------
 
 
-def spoilt(how):
-    def run(made, format, entry, samples):
+def corrupted(how):
+    def run(path, format, spec, samples):
         results = [
-            {k: numpy(v).copy() for k, v in entry.call(*sample).items()} for sample in samples
+            {k: numpy(v).copy() for k, v in spec.call(*sample).items()} for sample in samples
         ]
         last = results[-1]
         if how == "missing":
@@ -398,7 +407,7 @@ def spoilt(how):
         elif how == "shape":
             last["output"] = last["output"][:1]
         elif how == "wrong":
-            last["output"] += np.abs(last["output"]).max() * 2 * LIMIT
+            last["output"] += np.abs(last["output"]).max() * 2 * TOLERANCE
         else:
             last["output"].flat[3] = how
         return "a runtime", results
@@ -407,50 +416,52 @@ def spoilt(how):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """An exporter that takes no time."""
+def fast_exporter(monkeypatch):
+    """An exporter that writes a placeholder."""
 
-    def convert(entry, made, format, backend):
+    def convert(spec, path, format, backend):
         if format == "saved_model":
-            made.mkdir()
-            made /= "saved_model.pb"
-        made.write_bytes(b"model")
+            path.mkdir()
+            path /= "saved_model.pb"
+        path.write_bytes(b"model")
 
-    monkeypatch.setattr(exporting, "_convert", convert)
+    monkeypatch.setattr(api, "_convert", convert)
 
 
 @pytest.mark.parametrize("how", [np.nan, np.inf, "wrong", "shape", "missing"])
-@pytest.mark.parametrize("format", WRITTEN)
-def test_a_file_that_fails_its_check_is_not_there(tmp_path, monkeypatch, quick, format, how):
-    monkeypatch.setattr(exporting, "_run", spoilt(how))
+@pytest.mark.parametrize("format", SUPPORTED)
+def test_a_file_that_fails_verification_is_deleted(
+    tmp_path, monkeypatch, fast_exporter, format, how
+):
+    monkeypatch.setattr(verify, "run", corrupted(how))
     with pytest.raises(ExportError, match=r"Received: .* in output, for a batch of 5$"):
         export(sequence(), tmp_path / "model", format)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_gives_no_numbers_is_not_exported(tmp_path, quick, monkeypatch):
+def test_a_model_with_nan_outputs_is_not_exported(tmp_path, fast_exporter, monkeypatch):
     model = model_of(involution.Involution1D(3), 9, 4)
     model.weights[0].assign(np.full(model.weights[0].shape, np.nan))
 
-    def run(made, format, entry, samples):
-        return "a runtime", [{"output": numpy(entry.call(*s)["output"])} for s in samples]
+    def run(path, format, spec, samples):
+        return "a runtime", [{"output": numpy(spec.call(*s)["output"])} for s in samples]
 
-    monkeypatch.setattr(exporting, "_run", run)
+    monkeypatch.setattr(verify, "run", run)
     with pytest.raises(ExportError, match="in output, for a batch of 1"):
         export(model, tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_an_interrupted_export_leaves_the_old_file(tmp_path, monkeypatch, error):
-    def run(made, format, entry, samples):
-        assert made.exists()
+def test_an_interrupted_export_keeps_the_old_file(tmp_path, monkeypatch, error):
+    def run(path, format, spec, samples):
+        assert path.exists()
         raise error
 
-    def convert(entry, made, format, backend):
-        made.write_bytes(b"half")
+    def convert(spec, path, format, backend):
+        path.write_bytes(b"half")
 
-    monkeypatch.setattr(exporting, "_convert", convert)
-    monkeypatch.setattr(exporting, "_run", run)
+    monkeypatch.setattr(api, "_convert", convert)
+    monkeypatch.setattr(verify, "run", run)
     (tmp_path / "model.onnx").write_bytes(b"old")
     with pytest.raises(error):
         export(sequence(), tmp_path / "model.onnx")
@@ -458,18 +469,18 @@ def test_an_interrupted_export_leaves_the_old_file(tmp_path, monkeypatch, error)
     assert (tmp_path / "model.onnx").read_bytes() == b"old"
 
 
-def test_what_a_runtime_cannot_read_is_not_there(tmp_path, quick):
-    for format in WRITTEN:
+def test_an_unreadable_file_is_deleted(tmp_path, fast_exporter):
+    for format in SUPPORTED:
         with pytest.raises(ExportError, match=rf"runtime of the format {format} .* Received: \w"):
             export(sequence(), tmp_path / format, format)
     assert not list(tmp_path.iterdir())
 
 
-# --- Where it goes -------------------------------------------------------------------------------
+# --- Targets -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", WRITTEN)
-def test_hostile_targets_are_refused(tmp_path, format):
+@pytest.mark.parametrize("format", SUPPORTED)
+def test_invalid_targets_raise(tmp_path, format):
     with pytest.raises(InputError, match=r"folder .* must exist\. Received: .*nowhere"):
         export(sequence(), tmp_path / "nowhere" / "model", format)
     folder = tmp_path / "folder"
@@ -495,7 +506,7 @@ def test_a_file_is_replaced_and_readable_by_others(tmp_path):
 # --- The model -----------------------------------------------------------------------------------
 
 
-def test_the_model_stays_as_it_is(tmp_path):
+def test_the_model_is_not_modified(tmp_path):
     model = sequence()
     if BACKEND == "torch":
         model.train()
@@ -509,13 +520,13 @@ def test_the_model_stays_as_it_is(tmp_path):
     if BACKEND == "torch":
         assert [m.training for m in model.modules()] == flags
         model.train()
-    x = some(3, 9, 4)
+    x = random_array(3, 9, 4)
     one, two = (run_onnx(done.path, x)["output"] for done in (first, second))
     np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64"])
-def test_other_precisions_are_refused(tmp_path, policy):
+def test_other_precisions_raise(tmp_path, policy):
     inputs = keras.Input((8, 4))
     model = keras.Model(inputs, involution.Involution1D(3, dtype=policy, name="inv")(inputs))
     computes = policy.removeprefix("mixed_")

@@ -120,7 +120,7 @@ def test_the_benchmark_measures_here(monkeypatch):
     monkeypatch.setattr(runner, "CASES", (case,))
     plan = runner.Plan(
         cases=("small",),
-        candidates=("triton", "fused", "two-steps", "compiled-taps", "conv3"),
+        candidates=("triton", "fused", "unfused", "compiled-taps", "conv3"),
         dtypes=("float32", "bfloat16"),
         seconds=0.01,
         device="cuda",

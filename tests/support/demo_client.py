@@ -1,4 +1,4 @@
-"""What a program sees of the page: it is served by the command, in a process of its own."""
+"""An HTTP client of the web demo, which runs in a subprocess by ``involution demo``."""
 
 import contextlib
 import json
@@ -11,8 +11,8 @@ import sys
 import httpx
 
 
-class Page:
-    """A page that is served, and what is known of its process."""
+class DemoClient:
+    """A running demo and its process."""
 
     def __init__(self, process, first_lines, address):
         self.process, self.first_lines, self.address = process, first_lines, address
@@ -21,12 +21,12 @@ class Page:
     def upload(self, name, content) -> httpx.Response:
         return self.client.post("/upload", files={"files": (name, content)})
 
-    def ask(self, path, **more) -> httpx.Response:
+    def request(self, path, **more) -> httpx.Response:
         file = {"path": path, "meta": {"_type": "gradio.FileData"}, **more}
         return self.client.post("/call/classify", json={"data": [file]})
 
-    def answer(self, response) -> tuple[str, object]:
-        """("complete", the scores) or ("error", what is said)."""
+    def result(self, response) -> tuple[str, object]:
+        """("complete", the scores) or ("error", its payload)."""
         event = response.json()["event_id"]
         text = self.client.get(f"/call/classify/{event}").text
         kind, data = re.findall(r"event: (\w+)\ndata: (.*)", text)[-1]
@@ -37,18 +37,18 @@ class Page:
         response = self.upload(name, content)
         if response.status_code != 200:
             return str(response.status_code), response.text
-        return self.answer(self.ask(response.json()[0]))
+        return self.result(self.request(response.json()[0]))
 
     @property
     def peak_memory(self) -> int:
-        """In bytes, since its process began or ``forget_peak``."""
+        """Peak RSS in bytes since the process started or ``reset_peak``."""
         return self._status("VmHWM")
 
     @property
     def memory(self) -> int:
         return self._status("VmRSS")
 
-    def forget_peak(self):
+    def reset_peak(self):
         with open(f"/proc/{self.process.pid}/clear_refs", "w") as file:
             file.write("5")
 
@@ -58,8 +58,8 @@ class Page:
 
 
 @contextlib.contextmanager
-def served(log, *arguments):
-    """The page of ``involution demo``; ``log`` is a file for what its process writes."""
+def demo(log, *arguments):
+    """Context manager of a running ``involution demo``; ``log`` is a file for its stderr."""
     command = [sys.executable, "-m", "involution_cli", "demo", "--port", "0", *arguments]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment.pop("PYTHONWARNINGS", None)
@@ -74,7 +74,7 @@ def served(log, *arguments):
             for line in process.stdout:
                 lines.append(line.strip())
                 if found := re.search(r"Page: (http://\S+?)/? ", line):
-                    page = Page(process, lines, found[1])
+                    page = DemoClient(process, lines, found[1])
                     with page.client:
                         yield page
                     break

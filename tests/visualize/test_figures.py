@@ -3,7 +3,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from involution import models
-from involution.visualize import figures
+from involution.visualize import capture, figures, kernel_maps
 
 pytestmark = pytest.mark.any_backend
 
@@ -21,30 +21,30 @@ def titles(figure):
 
 
 def panel(figure, title):
-    """The array that is drawn under a title, and its limits."""
+    """The array drawn under a title, and its color limits."""
     (ax,) = (ax for ax in figure.axes if ax.get_title() == title)
     return np.asarray(ax.images[-1].get_array()), ax.images[-1].get_clim()
 
 
-def bars(figure):
+def colorbars(figure):
     return [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
 
 
-def test_a_constant_map_is_drawn_flat_and_says_so():
+def test_a_constant_map_is_drawn_in_one_color():
     maps = {"flat": np.full((1, 4, 5), 0.3, "float32"), "other": np.eye(4)[None]}
     maps["flat"][0, 1, 1] += 1e-8
     figure = figures.heat_maps(images[:1], maps, overlay=True)
     assert isinstance(figure, Figure)
-    assert {"flat (5x4, constant)", "flat over the image (5x4, constant)", "other (4x4)"} < set(
+    assert {"flat (5x4, constant)", "flat, overlay (5x4, constant)", "other (4x4)"} < set(
         titles(figure)
     )
     drawn, limits = panel(figure, "flat (5x4, constant)")
     assert np.ptp(drawn) == 0
     assert limits[0] < 0.3 < limits[1]
-    assert len(bars(figure)) == 4
+    assert len(colorbars(figure)) == 4
 
 
-def test_a_map_that_is_not_finite_says_so():
+def test_nonfinite_maps_are_titled():
     values = np.linspace(0, 1, 16).reshape(1, 4, 4)
     values[0, 0, 0] = np.nan
     figure = figures.heat_maps(images[:1], {"m": values, "none": values * np.nan})
@@ -52,12 +52,12 @@ def test_a_map_that_is_not_finite_says_so():
     assert "none (4x4, not finite)" in titles(figure)
 
 
-def test_the_grid_of_the_example_has_one_scale_in_a_column(inn):
-    maps = figures.kernel_maps(inn, images)
+def test_columns_share_a_scale(inn):
+    maps = kernel_maps(inn, images)
     figure = figures.heat_maps(images, maps, ["a", "b", "c"])
-    grid = [ax for ax in figure.axes if ax not in bars(figure)]
+    grid = [ax for ax in figure.axes if ax not in colorbars(figure)]
     assert len(grid) == 3 * 4
-    assert len(bars(figure)) == 3
+    assert len(colorbars(figure)) == 3
     for column, values in enumerate(maps.values(), start=1):
         for row in range(3):
             (drawn,) = grid[4 * row + column].images
@@ -65,35 +65,35 @@ def test_the_grid_of_the_example_has_one_scale_in_a_column(inn):
             assert drawn.get_clim() == pytest.approx(
                 (values.sum(-1).min(), values.sum(-1).max()), rel=1e-6
             )
-    own = figures.heat_maps(images, maps, shared=False)
-    grid = [ax for ax in own.axes if ax not in bars(own)]
+    own = figures.heat_maps(images, maps, share_scale=False)
+    grid = [ax for ax in own.axes if ax not in colorbars(own)]
     for row in range(3):
         (drawn,) = grid[4 * row + 1].images
         assert drawn.get_clim() == (drawn.get_array().min(), drawn.get_array().max())
-    assert len(bars(own)) == 9
+    assert len(colorbars(own)) == 9
 
 
-def test_outputs_stand_beside_the_maps():
+def test_activations_are_drawn_beside_the_maps():
     values = np.linspace(-3, 7, 16).reshape(1, 4, 4)
     figure = figures.heat_maps(images[:1], {"m": values}, ["a title"], activations={"m": values**2})
     assert panel(figure, "m (4x4)")[1] == (-3, 7)
-    np.testing.assert_array_equal(panel(figure, "m: output (4x4)")[0], values[0] ** 2)
+    np.testing.assert_array_equal(panel(figure, "m: output RMS (4x4)")[0], values[0] ** 2)
     assert titles(figure)[0] == "a title"
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 2), (1, 3, 4, 5, 2)])
-def test_maps_of_series_and_volumes_are_refused(shape):
+def test_maps_of_sequences_and_volumes_raise(shape):
     maps = {"m": np.ones(shape)}
-    if len(shape) == 3:  # what a series has with its groups, an image has without
+    if len(shape) == 3:  # (N, length, groups) is a valid shape without groups
         maps = {"m": np.ones((1, 9))}
-    with pytest.raises(ValueError, match=r"`maps` must be of images: .* Received: m of shape"):
+    with pytest.raises(ValueError, match=r"`maps` must have shape .* Received: m of shape"):
         figures.heat_maps(images[:1], maps)
 
 
-def test_every_group_has_its_map_on_one_scale():
+def test_group_maps_share_a_scale():
     maps = {"a": np.arange(60.0).reshape(4, 5, 3), "b": np.eye(3)[..., None].repeat(11, -1)}
     figure = figures.group_maps(maps, columns=4)
-    shown = [ax for ax in figure.axes if ax.images and ax not in bars(figure)]
+    shown = [ax for ax in figure.axes if ax.images and ax not in colorbars(figure)]
     assert [ax.get_title() for ax in shown] == [
         *(f"group {i}" for i in range(3)),
         *(f"group {i}" for i in range(11)),
@@ -105,17 +105,17 @@ def test_every_group_has_its_map_on_one_scale():
     assert all(len(ax.images) == 2 for ax in over.axes if ax.get_title().startswith("group"))
 
 
-def test_the_kernel_at_a_place_before_and_after_training(inn):
-    looks = figures.looks(inn, images)
-    place = (0.25, 0.75)
+def test_kernels_at_a_point(inn):
+    records = capture(inn, images)
+    point = (0.25, 0.75)
     random = np.random.default_rng(0)
     after = {
-        name: look.kernel_at(0, place) + random.normal(size=(5, 5, 3))
-        for name, look in looks.items()
+        name: record.kernel_at(0, point) + random.normal(size=(5, 5, 3))
+        for name, record in records.items()
     }
     before = {name: np.zeros_like(kernel) for name, kernel in after.items()}
-    windows = {name: look.window_at(place) for name, look in looks.items()}
-    figure = figures.place_kernels(images[0], place, {"before": before, "after": after}, windows)
+    windows = {name: record.window_at(point) for name, record in records.items()}
+    figure = figures.kernels_at(images[0], point, {"before": before, "after": after}, windows)
     rows = [[ax for ax in figure.axes if ax.get_title() == t] for t in ("before", "after")]
     assert [len(row) for row in rows] == [3, 3]
     for ax_before, ax_after, kernel in zip(*rows, after.values(), strict=True):
@@ -125,12 +125,12 @@ def test_the_kernel_at_a_place_before_and_after_training(inn):
         assert ax_before.images[0].get_clim() == (low, high)
     first = figure.axes[0]
     box = first.patches[0]
-    # The nearest place to (8, 24) of 32: the window of 5 around pixel 8, and pixel 24.
+    # The window of size 5 centered at pixel (8, 24) of 32 x 32.
     assert (box.get_y(), box.get_height()) == pytest.approx((6, 5))
     assert (box.get_x(), box.get_width()) == pytest.approx((22, 5))
 
 
-def test_curves_have_the_same_axes_titles_and_units():
+def test_curves_share_axes():
     rows = [
         {
             "epoch": e,
@@ -150,34 +150,33 @@ def test_curves_have_the_same_axes_titles_and_units():
     np.testing.assert_allclose(loss.lines[1].get_ydata(), [3, 1.5, 1])
 
 
-def test_samples_are_drawn_by_seed_across_classes():
+def test_image_grids_are_stratified_and_seeded():
     labels = np.repeat(np.arange(10), 50)
-    chosen = figures.across_classes(labels, 25, 42)
-    np.testing.assert_array_equal(chosen, figures.across_classes(labels, 25, 42))
-    assert (chosen != figures.across_classes(labels, 25, 43)).any()
+    chosen = figures.stratified_sample(labels, 25, 42)
+    np.testing.assert_array_equal(chosen, figures.stratified_sample(labels, 25, 42))
+    assert (chosen != figures.stratified_sample(labels, 25, 43)).any()
     assert set(np.bincount(labels[chosen])) == {2, 3}
     assert len(set(chosen)) == 25
     pictures = np.zeros((500, 4, 4, 3), "uint8")
-    figure = figures.samples(pictures, labels, [f"class {i}" for i in range(10)], 42)
+    figure = figures.image_grid(pictures, labels, [f"class {i}" for i in range(10)], 42)
     assert titles(figure) == [f"class {labels[i]}" for i in chosen]
 
 
-def test_fewer_images_than_places_leave_places_empty():
-    figure = figures.samples(np.zeros((2, 4, 4, 3), "uint8"), np.array([0, 1]), ["a", "b"], 0)
+def test_a_grid_with_fewer_images_than_cells():
+    figure = figures.image_grid(np.zeros((2, 4, 4, 3), "uint8"), np.array([0, 1]), ["a", "b"], 0)
     assert sorted(t for t in titles(figure) if t) == ["a", "b"]
 
 
-def test_words_shows_that_kernels_differ_between_places_and_filters_between_channels():
-    """What the figure draws, panel by panel."""
+def test_compare_kernels_varies_by_position_and_by_channel():
     random = np.random.default_rng(0)
     kernel, filters = random.random((8, 8, 3, 3)), random.random((3, 3, 2))
-    places = [(1, 1), (5, 2), (6, 6)]
-    figure = figures.words(kernel, filters, places)
+    positions = [(1, 1), (5, 2), (6, 6)]
+    figure = figures.compare_kernels(kernel, filters, positions)
     panels = np.array([ax.images[0].get_array() for ax in figure.axes if ax.images]).reshape(
         2, 2, 3, 3, 3
     )
     involution, convolution = panels
     for c in range(2):
-        for i, place in enumerate(places):
-            np.testing.assert_array_equal(involution[c, i], kernel[place])
+        for i, position in enumerate(positions):
+            np.testing.assert_array_equal(involution[c, i], kernel[position])
             np.testing.assert_array_equal(convolution[c, i], filters[..., c])

@@ -1,1 +1,1 @@
-"""Time and memory of implementations, and the check of an installation."""
+"""Benchmarks of the operator, and the diagnosis of an installation."""

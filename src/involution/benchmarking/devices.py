@@ -1,7 +1,7 @@
-"""What ``involution bench`` measures on: how time and memory are read there, and what is the least.
+"""Devices of ``involution bench``: timers, memory, and the rates of their rooflines.
 
-``Processor`` is the machine itself; ``Cuda`` a device with PyTorch, whose time is that between two
-of its own events around a replayed graph, so that nothing of Python or of the launches is counted.
+``Cpu`` is timed by the wall clock. ``Cuda`` is PyTorch's current device, timed by CUDA events
+around a replayed CUDA graph, which excludes Python and kernel-launch overhead.
 """
 
 import functools
@@ -22,145 +22,148 @@ from involution.utils import memory
 Run = Callable[[], object]
 
 
-class NotRecordedError(Exception):
-    """What a device shall run cannot be recorded."""
+class CaptureError(Exception):
+    """A program cannot be captured in a CUDA graph."""
 
 
-class Processor:
-    """The machine's processors, by the wall's clock."""
+class Cpu:
+    """The machine's CPUs, timed by the wall clock."""
 
     name = "cpu"
-    # What others have left in a process would be used again, and not be counted.
-    memory_needs_a_process = True
+    # Memory that earlier candidates freed would be reused without being counted.
+    measures_memory_in_subprocess = True
 
-    def refusal(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         return None
 
-    def said(self) -> str:
-        """The processor's name and how many of it are used."""
+    def description(self) -> str:
+        """The model name and the number of CPUs in use."""
         name = platform.processor() or platform.machine()
         try:
             with open("/proc/cpuinfo", encoding="utf-8") as file:
                 name = next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
         except (OSError, StopIteration):
             pass
-        return f"{name}, {processors()} processors"
+        return f"{name}, {processors()} CPUs"
 
-    def stopwatch(self, run: Run) -> Callable[[], float]:
-        """Runs it, and returns its seconds."""
+    def timer(self, run: Run) -> Callable[[], float]:
+        """A function that calls ``run`` and returns the seconds it took."""
 
-        def once():
+        def timed():
             started = time.perf_counter()
             run()
             return time.perf_counter() - started
 
-        return once
+        return timed
 
     def copy_bandwidth(self, total: int) -> float:
-        """Bytes a second, read and written, when all processors copy: for tensors of ``total``
-        bytes, so that what fits into a cache is held to the cache's speed."""
-        return _processors_copy(total)
+        """Bytes per second, read plus written, of copies by all CPUs.
+
+        Measured with tensors of ``total`` bytes: those that fit into a cache get its bandwidth.
+        """
+        return _cpu_copy_bandwidth(total)
 
     def peak(self, dtype: str) -> float:
-        """Operations a second of all processors, a multiplication and an addition being two."""
-        return _processors_multiply() / (2 if dtype == "float64" else 1)
+        """FLOP/s of all CPUs; a multiply-add is two operations."""
+        return _cpu_peak() / (2 if dtype == "float64" else 1)
 
     def peak_bytes(self, load: Run, prepare: Callable[[], Run]) -> int | None:
-        """What the prepared run and its arguments take at most; ``load`` runs once before."""
+        """Peak memory of the prepared run with its arguments; ``load`` runs first, uncounted."""
         if not os.path.exists("/proc/self/clear_refs"):
             return None
         load()
         memory.malloc_trim()
-        before = resident("VmRSS")
+        before = rss("VmRSS")
         run = prepare()
-        # The peak starts anew: making the arguments took more than they do.
+        # Resets the peak, which includes temporaries of the preparation.
         memory.malloc_trim()
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
         run()
-        return resident("VmHWM") - before
+        return rss("VmHWM") - before
 
 
-def resident(field: str) -> int:
+def rss(field: str) -> int:
+    """Bytes of a field of /proc/self/status: VmRSS, the current value, or VmHWM, the peak."""
     with open("/proc/self/status", encoding="ascii") as file:
         line = next(line for line in file if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 
 
 @functools.cache
-def _processors_copy(total):
+def _cpu_copy_bandwidth(total):
     workers = processors()
-    part = max(total // 8 // workers, 1)
-    pairs = [(np.ones(part, "float32"), np.empty(part, "float32")) for _ in range(workers)]
-    return total / _best(lambda pair: np.copyto(pair[1], pair[0]), pairs)
+    size = max(total // 8 // workers, 1)
+    pairs = [(np.ones(size, "float32"), np.empty(size, "float32")) for _ in range(workers)]
+    return total / _best_seconds(lambda pair: np.copyto(pair[1], pair[0]), pairs)
 
 
 @functools.cache
-def _processors_multiply():
-    """Of float32: multiply-adds in registers by the compiled core; without it, the product of two
-    matrices by NumPy, which reaches less."""
+def _cpu_peak():
+    """float32: multiply-adds in registers by the native core; without it, NumPy's matrix product,
+    which is slower."""
     if library.levels():
         times = 20_000
         operations = library.multiply_add(times) * processors()
-        return operations / _best(library.multiply_add, [times] * processors())
+        return operations / _best_seconds(library.multiply_add, [times] * processors())
     n = 1536
     a = np.ones((n, n), "float32")
-    return 2 * n**3 / _best(lambda _: a @ a, [None])
+    return 2 * n**3 / _best_seconds(lambda _: a @ a, [None])
 
 
-def _best(function, parts, repeats=30) -> float:
-    """Seconds that all parts take in threads of their own, the best of several runs."""
+def _best_seconds(function, arguments, repeats=30) -> float:
+    """Seconds of one call per argument in parallel threads, the minimum of several runs."""
     best = math.inf
-    with ThreadPoolExecutor(len(parts)) as pool:
+    with ThreadPoolExecutor(len(arguments)) as pool:
         for _ in range(repeats):
-            # Several times each, so that starting the threads does not count.
+            # Ten calls per task amortize the start of the threads.
             started = time.perf_counter()
-            list(pool.map(lambda part: [function(part) for _ in range(10)], parts))
+            list(pool.map(lambda a: [function(a) for _ in range(10)], arguments))
             best = min(best, (time.perf_counter() - started) / 10)
     return best
 
 
 class Cuda:
-    """PyTorch's current CUDA device, by its own events."""
+    """PyTorch's current CUDA device, timed by CUDA events."""
 
     name = "cuda"
-    memory_needs_a_process = False
+    measures_memory_in_subprocess = False
 
-    def refusal(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         if keras.config.backend() != "torch":
-            return "PyTorch alone has kernels for CUDA, and events to time them by"
+            return "cuda requires the PyTorch backend"
         import torch
 
-        return None if torch.cuda.is_available() else "there is no CUDA device"
+        return None if torch.cuda.is_available() else "no CUDA device is available"
 
-    def said(self) -> str:
+    def description(self) -> str:
         import torch
 
         return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 
-    def stopwatch(self, run: Run) -> Callable[[], float]:
-        """Records the run as a graph; replays it, and returns the device's seconds.
+    def timer(self, run: Run) -> Callable[[], float]:
+        """Captures ``run`` in a CUDA graph: a function that replays it and returns the seconds.
 
         Raises:
-            NotRecordedError: The run does what a graph cannot hold.
+            CaptureError: ``run`` has operations that CUDA graphs do not support.
         """
         import torch
 
-        # What is compiled, tuned or allocated once is not of the graph.
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        # Compiles, autotunes and allocates before the capture.
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
             run()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 run()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise NotRecordedError(f"no CUDA graph can hold it: {reason}") from error
+            raise CaptureError(f"CUDA graph capture failed: {reason}") from error
 
-        def once():
+        def timed():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             graph.replay()
@@ -168,15 +171,15 @@ class Cuda:
             end.synchronize()
             return begin.elapsed_time(end) / 1e3
 
-        return once
+        return timed
 
     def copy_bandwidth(self, total: int) -> float:
-        """Bytes a second, read and written, by copies inside the device of ``total`` bytes."""
-        return _cuda_copies(total)
+        """Bytes per second, read plus written, of copies of ``total`` bytes in device memory."""
+        return _cuda_copy_bandwidth(total)
 
     def peak(self, dtype: str) -> float:
-        """Operations a second: the product of two matrices of this type by the device's library."""
-        return _cuda_multiplies(dtype)
+        """FLOP/s of cuBLAS's matrix product of this type."""
+        return _cuda_peak(dtype)
 
     def peak_bytes(self, load: Run, prepare: Callable[[], Run]) -> int | None:
         import torch
@@ -185,7 +188,7 @@ class Cuda:
         before = torch.cuda.memory_allocated()
         run = prepare()
         torch.cuda.reset_peak_memory_stats()
-        # Its results live until the peak is read.
+        # Keeps the results alive until the peak is read.
         results = run()
         peak = torch.cuda.max_memory_allocated() - before
         del results
@@ -193,26 +196,26 @@ class Cuda:
 
 
 @functools.cache
-def _cuda_copies(total):
+def _cuda_copy_bandwidth(total):
     import torch
 
     source = torch.ones(max(total // 8, 1), device="cuda")
     target = torch.empty_like(source)
-    return total / _cuda_best(lambda: target.copy_(source))
+    return total / _cuda_best_seconds(lambda: target.copy_(source))
 
 
 @functools.cache
-def _cuda_multiplies(dtype):
+def _cuda_peak(dtype):
     import torch
 
     n = 4096
     a = torch.randn(n, n, device="cuda").to(getattr(torch, dtype))
-    return 2 * n**3 / _cuda_best(lambda: a @ a)
+    return 2 * n**3 / _cuda_best_seconds(lambda: a @ a)
 
 
-def _cuda_best(function, repeats=10, times=20):
-    watch = Cuda().stopwatch(lambda: [function() for _ in range(times)])
-    return min(watch() for _ in range(repeats)) / times
+def _cuda_best_seconds(function, repeats=10, calls=20):
+    timer = Cuda().timer(lambda: [function() for _ in range(calls)])
+    return min(timer() for _ in range(repeats)) / calls
 
 
-DEVICES: dict[str, Processor | Cuda] = {device.name: device for device in (Processor(), Cuda())}
+DEVICES: dict[str, Cpu | Cuda] = {device.name: device for device in (Cpu(), Cuda())}

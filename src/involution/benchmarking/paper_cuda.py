@@ -1,7 +1,7 @@
-"""The formula of the paper's code for CUDA, compiled through CuPy: a yardstick of the benchmark.
+"""The algorithm of the paper's CUDA code, compiled by CuPy: a baseline of the benchmark.
 
-It differs from that code in what has no part in the speed: its windows end where the input does,
-and its kernels have their taps before their groups, as this package's do.
+One thread per output element. Two differences, without effect on speed: windows are clipped to the
+input, and the kernel tensor has its taps before its groups, as in this package.
 """
 
 import functools
@@ -19,28 +19,28 @@ THREADS = 1024
 
 def unsupported_reason(case, dtype) -> str | None:
     if len(case.sizes) != 2:
-        return "it is for images"
+        return "requires two spatial dimensions"
     if case.group_layout != "contiguous":
-        return "its groups are contiguous"
+        return "requires contiguous groups"
     if dtype not in ("float32", "float64"):
-        return "it knows float32 and float64 alone"
-    # It counts in 32 bits.
+        return "requires float32 or float64"
+    # Indices have 32 bits.
     if max(math.prod(case.kernel_shape), math.prod(case.x_shape)) >= 2**31:
-        return "its tensors have fewer than 2**31 numbers"
+        return "requires tensors of fewer than 2**31 elements"
     if _device() != "cuda":
-        return "it runs on CUDA devices"
+        return "requires a CUDA device"
     if importlib.util.find_spec("cupy") is None:
-        return "there is no module cupy (pip install cupy-cuda12x or -cuda13x, as the driver is)"
+        return "requires cupy (pip install cupy-cuda12x or cupy-cuda13x, by the driver's version)"
     return None
 
 
 def _device() -> str:
-    """Where Keras makes tensors now."""
+    """The device of new Keras tensors."""
     return keras.ops.zeros(()).device.type
 
 
 def definitions(case, dtype) -> dict[str, object]:
-    """What the text leaves open."""
+    """Preprocessor definitions of the CUDA source."""
     (top, _), (left, _) = case.window.clamp_steps(case.sizes).pads(case.sizes)
     return {
         "T": TYPES[dtype],
@@ -63,8 +63,8 @@ def definitions(case, dtype) -> dict[str, object]:
 def _compiled(case, dtype):
     import cupy
 
-    told = (f"-D{name}={value}" for name, value in definitions(case, dtype).items())
-    return cupy.RawModule(code=SOURCE.read_text("utf-8"), options=("-std=c++17", *told))
+    options = (f"-D{name}={value}" for name, value in definitions(case, dtype).items())
+    return cupy.RawModule(code=SOURCE.read_text("utf-8"), options=("-std=c++17", *options))
 
 
 def _launch(case, name, result, *tensors):
@@ -95,6 +95,6 @@ class _Involution(torch.autograd.Function):
 
 
 def involution(x, kernel, case):
-    """``case`` with channels first: x (batch, channels, height, width) and the kernel (batch, taps,
-    groups, height, width)."""
+    """Computes ``case`` for channels-first tensors: ``x`` (batch, channels, height, width),
+    ``kernel`` (batch, taps, groups, height, width)."""
     return _Involution.apply(x, kernel, case)

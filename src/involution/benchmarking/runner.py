@@ -1,9 +1,8 @@
-"""Speed and memory of the operator by case and implementation: ``involution bench``.
+"""Time and memory of the operator by case and candidate: ``involution bench``.
 
-All candidates of a case take turns, so that what else the machine does hits them alike; figures are
-medians. Beside them stand the convolutions that involution replaces, and the least time that the
-machine allows: what it takes to move the bytes, or to do the multiplications and additions, as
-measured in the same run.
+The candidates of a case run alternately, so that other load on the machine affects all of them;
+times are medians. Baselines are the convolutions that involution replaces, and the roofline: the
+larger of the times for memory traffic and for arithmetic, at rates measured in the same run.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ import numpy as np
 from involution import ops
 from involution.benchmarking import baselines, devices
 from involution.benchmarking.devices import DEVICES
-from involution.benchmarking.timed_program import program, tensors
+from involution.benchmarking.timed_program import repeat, tensors
 from involution.ops import autodiff, taps
 from involution.ops.cases import CASES, Case
 from involution.ops.dispatch import IMPLEMENTATIONS, PREFERENCE
@@ -32,41 +31,43 @@ from involution.utils.atomic_files import csv_text
 from involution.utils.environment import versions
 from involution.utils.errors import InputError
 
-PATCHES = "patches"
-# PyTorch's: the paper's formula for CUDA devices, and what its compiler makes of `taps`.
-PER_NUMBER, COMPILED_TAPS = "per-number", "compiled-taps"
-# Kernels from hidden features, and their use: stored between, or not.
-TWO_STEPS = "two-steps"
-GENERATING = {TWO_STEPS: PREFERENCE, "fused": "fused"}
+IM2COL = "im2col"
+# On PyTorch: the paper's CUDA algorithm, and `taps` with torch.compile.
+PAPER_CUDA, COMPILED_TAPS = "paper-cuda", "compiled-taps"
+# Kernel generation and involution as separate operations, with stored kernels.
+UNFUSED = "unfused"
+# Candidates that include kernel generation, with their implementations.
+GENERATED = {UNFUSED: PREFERENCE, "fused": "fused"}
 CANDIDATES = (
-    *dict(IMPLEMENTATIONS),
-    *GENERATING,
-    PATCHES,
-    PER_NUMBER,
+    *PREFERENCE,
+    *GENERATED,
+    IM2COL,
+    PAPER_CUDA,
     COMPILED_TAPS,
     *baselines.CONVOLUTIONS,
 )
-# What is measured by device, unless told.
-USUAL = {
-    "cpu": ("native", "taps", "reference", PATCHES, *baselines.CONVOLUTIONS),
+RENAMED_CANDIDATES = {"patches": IM2COL, "per-number": PAPER_CUDA, "two-steps": UNFUSED}
+# By device.
+DEFAULT_CANDIDATES = {
+    "cpu": ("native", "taps", "reference", IM2COL, *baselines.CONVOLUTIONS),
     "cuda": (
-        *("triton", "taps", "reference", PATCHES, PER_NUMBER, COMPILED_TAPS),
+        *("triton", "taps", "reference", IM2COL, PAPER_CUDA, COMPILED_TAPS),
         *baselines.CONVOLUTIONS,
     ),
 }
 PASSES = {"forward": False, "forward+backward": True}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Bytes that few caches hold.
-LARGE = 2**28
-# A gigabyte in float32, and as much again for each gradient.
-MOST_PATCHES = 2**28
-# Largest difference from `reference` in float32, relative to the largest value.
+# Bytes that exceed the last-level cache.
+DRAM_BYTES = 2**28
+# 1 GiB in float32, and as much for each gradient.
+MAX_IM2COL_ELEMENTS = 2**28
+# Maximum relative error against `reference` in float32.
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to measure, and how long."""
+    """What to measure, and for how long. Renamed candidates are accepted."""
 
     cases: tuple[str, ...] = tuple(case.name for case in CASES)
     candidates: tuple[str, ...] = CANDIDATES
@@ -75,12 +76,16 @@ class Plan:
     seconds: float = 2.0
     memory: bool = False
     device: str = "cpu"
-    batch: int | None = None  # instead of the cases' own
+    batch: int | None = None  # replaces the cases' batch sizes
+
+    def __post_init__(self):
+        candidates = tuple(RENAMED_CANDIDATES.get(name, name) for name in self.candidates)
+        object.__setattr__(self, "candidates", candidates)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One figure. Times are in milliseconds for one call, memory in megabytes (10^6 bytes)."""
+    """One measurement: milliseconds per call, megabytes (10^6 bytes)."""
 
     case: str
     candidate: str
@@ -88,17 +93,22 @@ class Row:
     passes: str
     batch: int
     median_ms: float
-    spread_ms: float  # half of the distance between the quartiles
+    half_iqr_ms: float  # half the interquartile range
     runs: int
     calls: int
-    limit_ms: float | None  # the least that this machine allows
-    times_limit: float | None
-    peak_mb: float | None  # with arguments, results and gradients
-    tensors_mb: float | None  # arguments, results and gradients alone
+    roofline_ms: float | None  # lower bound on this machine
+    x_roofline: float | None  # median_ms / roofline_ms
+    peak_mb: float | None  # including arguments, results and gradients
+    tensors_mb: float | None  # arguments, results and gradients
 
 
 def check(plan: Plan, output: pathlib.Path | None = None) -> None:
-    """Raises InputError unless all names are known and the file can be written."""
+    """Validates a plan and the output file.
+
+    Raises:
+        InputError: A name is unknown, a number is out of range, the device is unavailable, or the
+            file is not writable.
+    """
     for option, names, known in (
         ("cases", plan.cases, [case.name for case in CASES]),
         ("candidates", plan.candidates, CANDIDATES),
@@ -107,13 +117,13 @@ def check(plan: Plan, output: pathlib.Path | None = None) -> None:
         unknown = [name for name in names if name not in known]
         if unknown or not names:
             raise InputError(
-                f"--{option} must be some of {','.join(known)}. Received: {','.join(names)}"
+                f"--{option} must be from {','.join(known)}. Received: {','.join(names)}"
             )
     if plan.device not in DEVICES:
         raise InputError(f"--device must be one of {', '.join(DEVICES)}. Received: {plan.device}")
-    reason = DEVICES[plan.device].refusal()
+    reason = DEVICES[plan.device].unavailable_reason()
     if reason is not None:
-        raise InputError(f"--device must be one to measure on: {reason}. Received: {plan.device}")
+        raise InputError(f"--device must be available: {reason}. Received: {plan.device}")
     if plan.batch is not None and plan.batch < 1:
         raise InputError(f"--batch must be at least 1. Received: {plan.batch}")
     if plan.calls < 1 or not plan.seconds > 0:
@@ -122,66 +132,64 @@ def check(plan: Plan, output: pathlib.Path | None = None) -> None:
             f"Received: {plan.calls}, {plan.seconds}"
         )
     if output is not None and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK)):
-        raise InputError(
-            f"--output must be a file in a folder that can be written. Received: {output}"
-        )
+        raise InputError(f"--output must be a file in a writable folder. Received: {output}")
 
 
-def run(plan: Plan, say=lambda line: None) -> Iterator[Row]:
-    """Measures, and yields each figure. ``say`` is told what was left out, and why."""
+def run(plan: Plan, log=lambda line: None) -> Iterator[Row]:
+    """Yields the measurements. ``log`` gets a line for each skipped candidate, with the reason."""
     for name in plan.cases:
         case = next(case for case in CASES if case.name == name)
         if plan.batch is not None:
             case = dataclasses.replace(case, batch=plan.batch)
         for dtype in plan.dtypes:
-            # keras.device ends before each yield: the caller's code must not run inside it.
+            # No yield inside keras.device: it would also apply to the caller's code.
             with keras.device(plan.device):
-                candidates = dict(_candidates(case, dtype, plan, say))
+                candidates = dict(_candidates(case, dtype, plan, log))
             for passes in PASSES:
                 with keras.device(plan.device):
-                    rows = list(_rows(case, dtype, passes, candidates, plan, say))
+                    rows = list(_rows(case, dtype, passes, candidates, plan, log))
                 yield from rows
 
 
-def _candidates(case, dtype, plan, say):
-    """Those that can run, each equal to ``reference``."""
+def _candidates(case, dtype, plan, log):
+    """The available candidates, verified against ``reference``."""
     for name in plan.candidates:
         try:
-            tried = candidate(name, case, dtype)
+            candidate = make_candidate(name, case, dtype)
         except NotImplementedError as reason:
-            say(f"{case.name} {name} {dtype}: left out: {reason}")
+            log(f"{case.name} {name} {dtype}: skipped: {reason}")
             continue
-        wrong = 0.0 if tried.reference is None else difference(tried, dtype)
-        if wrong > TOLERANCE[dtype]:
+        error = 0.0 if candidate.reference is None else max_relative_error(candidate, dtype)
+        if error > TOLERANCE[dtype]:
             raise RuntimeError(
-                f"{case.name} {name} {dtype} is wrong, so it has no speed: its largest "
-                f"difference from `reference` is {wrong:.1e}"
+                f"Measured candidates must match `reference` to {TOLERANCE[dtype]:.0e}. "
+                f"Received: {case.name} {name} {dtype} with a maximum relative error of {error:.1e}"
             )
-        yield name, tried
+        yield name, candidate
 
 
-def _rows(case, dtype, passes, candidates, plan, say):
+def _rows(case, dtype, passes, candidates, plan, log):
     backward = PASSES[passes]
     device = DEVICES[plan.device]
     ready = {}
-    for name, tried in candidates.items():
+    for name, candidate in candidates.items():
         try:
-            single = device.stopwatch(tried.program(backward))
+            single = device.timer(candidate.program(backward))
             single()  # compiles
-            # Very slow ones once a run: their way to the framework does not matter.
+            # Slow calls are not repeated: their dispatch overhead is negligible.
             calls = plan.calls if single() < 0.5 else 1
-            repeated = device.stopwatch(tried.program(backward, calls)) if calls > 1 else single
-        except devices.NotRecordedError as reason:
-            say(f"{case.name} {name} {dtype} {passes}: left out: {reason}")
+            repeated = device.timer(candidate.program(backward, calls)) if calls > 1 else single
+        except devices.CaptureError as reason:
+            log(f"{case.name} {name} {dtype} {passes}: skipped: {reason}")
             continue
         ready[name] = repeated, calls
-    times = measure({name: watch for name, (watch, _) in ready.items()}, plan.seconds)
+    times = measure({name: timer for name, (timer, _) in ready.items()}, plan.seconds)
     for name, (_, calls) in ready.items():
         each = [t / calls * 1e3 for t in times[name]]
         median = statistics.median(each)
         quartiles = statistics.quantiles(each, n=4) if len(each) > 2 else [median] * 3
-        ours = name not in baselines.CONVOLUTIONS
-        limit = least_ms(case, dtype, backward, device, generating=name in GENERATING)
+        is_involution = name not in baselines.CONVOLUTIONS
+        bound = roofline_ms(case, dtype, backward, device, generated=name in GENERATED)
         yield Row(
             case=case.name,
             candidate=name,
@@ -189,72 +197,72 @@ def _rows(case, dtype, passes, candidates, plan, say):
             passes=passes,
             batch=case.batch,
             median_ms=median,
-            spread_ms=(quartiles[2] - quartiles[0]) / 2,
+            half_iqr_ms=(quartiles[2] - quartiles[0]) / 2,
             runs=len(each),
             calls=calls,
-            limit_ms=limit if ours else None,
-            times_limit=median / limit if ours else None,
+            roofline_ms=bound if is_involution else None,
+            x_roofline=median / bound if is_involution else None,
             peak_mb=_peak_mb(case, name, dtype, backward, device) if plan.memory else None,
-            tensors_mb=tensor_bytes(case, dtype, backward, name) / 1e6 if ours else None,
+            tensors_mb=tensor_bytes(case, dtype, backward, name) / 1e6 if is_involution else None,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What is measured: a function of tensors, with its arguments and its output's gradient."""
+    """A measured function of tensors, with its arguments and its output's gradient."""
 
     function: Callable
     arguments: list
     cotangent: object
-    reference: Callable | None  # the same by `reference`; None for what is no involution
+    reference: Callable | None  # the implementation `reference`; None for convolutions
 
     def program(self, backward: bool, calls: int = 1):
-        return program(self.function, self.arguments, self.cotangent if backward else None, calls)
+        cotangent = self.cotangent if backward else None
+        return repeat(self.function, self.arguments, cotangent, calls)
 
 
-def candidate(name: str, case: Case, dtype: str) -> Candidate:
-    """Raises NotImplementedError, with the reason, for what cannot run."""
-    random = np.random.default_rng(0)
-    named = case.arguments
+def make_candidate(name: str, case: Case, dtype: str) -> Candidate:
+    """Raises NotImplementedError, with the reason, for an unavailable candidate."""
+    rng = np.random.default_rng(0)
+    options = case.arguments
     y_shape = (case.batch, *case.kernel_shape[1:-2], case.channels)
     shapes = [case.x_shape, case.kernel_shape]
     operation: Callable = ops.involution
     if name in baselines.CONVOLUTIONS:
-        function, arguments = baselines.CONVOLUTIONS[name](case, random, dtype)
-    elif name in GENERATING:
+        function, arguments = baselines.CONVOLUTIONS[name](case, rng, dtype)
+    elif name in GENERATED:
         operation = ops.fused_involution
         shapes = [case.x_shape, *case.generator_shapes]
-        arguments = tensors([random.standard_normal(s) for s in shapes], dtype)
+        arguments = tensors([rng.standard_normal(s) for s in shapes], dtype)
         if name == "fused":
             problem = problem_of(case.window, arguments[0], case.generator_shapes[1][0])
-            _refuse(IMPLEMENTATIONS[name].unsupported_reason(problem))
-        function = functools.partial(operation, implementation=GENERATING[name], **named)
+            _check_supported(IMPLEMENTATIONS[name].unsupported_reason(problem))
+        function = functools.partial(operation, implementation=GENERATED[name], **options)
     else:
-        if name == PER_NUMBER:
-            function = _per_number(case, dtype)
-            # It has channels first.
-            named = named | {"data_format": "channels_first"}
+        if name == PAPER_CUDA:
+            function = _paper_cuda(case, dtype)
+            options = options | {"data_format": "channels_first"}
             shapes = [_channels_first(shape, case) for shape in shapes]
             y_shape = _channels_first(y_shape, case)
-        arguments = tensors([random.standard_normal(s) for s in shapes], dtype)
-        if name == PATCHES:
-            function = _patches(case)
+        arguments = tensors([rng.standard_normal(s) for s in shapes], dtype)
+        if name == IM2COL:
+            function = _im2col(case)
         elif name == COMPILED_TAPS:
             function = _compiled_taps(case)
-        elif name != PER_NUMBER:
+        elif name != PAPER_CUDA:
             problem = problem_of(case.window, arguments[0])
-            _refuse(IMPLEMENTATIONS[name].unsupported_reason(problem))
-            function = functools.partial(operation, implementation=name, **named)
+            _check_supported(IMPLEMENTATIONS[name].unsupported_reason(problem))
+            function = functools.partial(operation, implementation=name, **options)
     if keras.backend.standardize_dtype(arguments[0].dtype) != dtype:
-        raise NotImplementedError(f"{keras.config.backend()} makes no {dtype} here")
+        raise NotImplementedError(f"{keras.config.backend()} does not support {dtype} here")
     reference = None
     if name not in baselines.CONVOLUTIONS:
-        reference = functools.partial(operation, implementation="reference", **named)
-    (cotangent,) = tensors([random.standard_normal(y_shape)], dtype)
+        reference = functools.partial(operation, implementation="reference", **options)
+    (cotangent,) = tensors([rng.standard_normal(y_shape)], dtype)
     return Candidate(function, arguments, cotangent, reference)
 
 
-def _refuse(reason):
+def _check_supported(reason):
     if reason is not None:
         raise NotImplementedError(reason)
 
@@ -264,21 +272,21 @@ def _channels_first(shape, case):
     return (shape[0], *shape[last:], *shape[1:last])
 
 
-def _per_number(case, dtype):
+def _paper_cuda(case, dtype):
     if keras.config.backend() != "torch":
-        raise NotImplementedError("it is for PyTorch on CUDA devices")
+        raise NotImplementedError("requires the PyTorch backend and a CUDA device")
     from involution.benchmarking import paper_cuda
 
-    _refuse(paper_cuda.unsupported_reason(case, dtype))
+    _check_supported(paper_cuda.unsupported_reason(case, dtype))
     return functools.partial(paper_cuda.involution, case=case)
 
 
 def _compiled_taps(case):
     if keras.config.backend() != "torch":
-        raise NotImplementedError("`taps` is compiled by XLA as it is")
+        raise NotImplementedError("requires the PyTorch backend")
     import torch
 
-    # Each case anew: PyTorch compiles but a few sizes of what it takes for one function.
+    # torch.compile limits the number of specializations of a function.
     torch.compiler.reset()
     call = autodiff.differentiable(torch.compile(taps.compute, fullgraph=True))
 
@@ -289,24 +297,24 @@ def _compiled_taps(case):
     return apply
 
 
-def _patches(case):
+def _im2col(case):
     if len(case.sizes) != 2:
-        raise NotImplementedError("patches are for images")
-    if math.prod(case.kernel_shape[:-1]) * case.channels > MOST_PATCHES:
-        raise NotImplementedError(f"patches of more than {MOST_PATCHES} numbers fill the memory")
+        raise NotImplementedError("requires two spatial dimensions")
+    if math.prod(case.kernel_shape[:-1]) * case.channels > MAX_IM2COL_ELEMENTS:
+        raise NotImplementedError(f"requires patches of at most {MAX_IM2COL_ELEMENTS} elements")
     if case.padding != "same" and (case.padding != "symmetric" or case.strides > 1):
-        raise NotImplementedError("patches are padded as Keras does")
+        raise NotImplementedError('requires Keras\'s "same" padding')
     names = "kernel_size", "strides", "dilation_rate", "groups", "group_layout"
-    return functools.partial(baselines.patches, **{name: case.arguments[name] for name in names})
+    return functools.partial(baselines.im2col, **{name: case.arguments[name] for name in names})
 
 
-def difference(tried: Candidate, dtype) -> float:
-    """The largest difference of output and gradients from those of ``reference`` in float32 or
-    wider, relative to the largest value of each."""
+def max_relative_error(candidate: Candidate, dtype) -> float:
+    """Error of the output and the gradients against ``reference`` in at least float32, relative to
+    the largest absolute value of each; infinite for nonfinite values."""
     wide = "float64" if dtype == "float64" else "float32"
-    arguments = [keras.ops.cast(a, wide) for a in tried.arguments]
-    want = program(tried.reference, arguments, keras.ops.cast(tried.cotangent, wide))()
-    have = tried.program(backward=True)()
+    arguments = [keras.ops.cast(a, wide) for a in candidate.arguments]
+    want = repeat(candidate.reference, arguments, keras.ops.cast(candidate.cotangent, wide))()
+    have = candidate.program(backward=True)()
     worst = 0.0
     for w, h in zip(want, have, strict=True):
         w, h = (np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(t, wide))) for t in (w, h))
@@ -314,66 +322,68 @@ def difference(tried: Candidate, dtype) -> float:
     return worst if math.isfinite(worst) else math.inf
 
 
-def measure(watches: dict[str, Callable[[], float]], seconds) -> dict[str, list[float]]:
-    """Seconds of each run. They take turns until each had its time, or three runs."""
-    times: dict[str, list[float]] = {name: [] for name in watches}
-    for watch in watches.values():
-        watch()
+def measure(timers: dict[str, Callable[[], float]], seconds) -> dict[str, list[float]]:
+    """Seconds of each run. Timers alternate until each has ``seconds`` in total and three runs."""
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for timer in timers.values():
+        timer()
     while True:
-        waiting = [n for n, t in times.items() if len(t) < 3 or sum(t) < seconds]
-        if not waiting:
+        unfinished = [n for n, t in times.items() if len(t) < 3 or sum(t) < seconds]
+        if not unfinished:
             return times
-        for name in waiting:
-            times[name].append(watches[name]())
+        for name in unfinished:
+            times[name].append(timers[name]())
 
 
-# --- The least time that the machine allows
+# --- Roofline
 
 
-def _sizes(case, dtype, generating):
-    """Bytes of the arguments and of y."""
+def _tensor_sizes(case, dtype, generated):
+    """Bytes of each argument and of the output."""
     item = {"float64": 8, "float32": 4}.get(dtype, 2)
     y = (case.batch, *case.kernel_shape[1:-2], case.channels)
-    kernel = case.generator_shapes if generating else [case.kernel_shape]
+    kernel = case.generator_shapes if generated else [case.kernel_shape]
     return [item * math.prod(shape) for shape in (case.x_shape, *kernel, y)]
 
 
 def tensor_bytes(case, dtype, backward, name) -> int:
-    """Of arguments and results, and of kernels that are stored between; with gradients, of those of
-    all of these too."""
-    total = sum(_sizes(case, dtype, name in GENERATING))
-    if name == TWO_STEPS:
-        total += _sizes(case, dtype, False)[1]
+    """Bytes of arguments, results and stored kernels, and with ``backward`` of their gradients."""
+    total = sum(_tensor_sizes(case, dtype, name in GENERATED))
+    if name == UNFUSED:
+        total += _tensor_sizes(case, dtype, False)[1]
     return total * (2 if backward else 1)
 
 
-def least_ms(case, dtype, backward, device, generating=False) -> float:
-    """Moving every tensor that a pass reads or writes once, or the multiplications and additions:
-    whichever takes longer. An output, an input gradient and a kernel gradient, or that of what
-    generates the kernels, each touch one tensor of every kind and do as many operations."""
-    total = sum(_sizes(case, dtype, generating))
-    # Of half types too sums are in float32: only bytes are fewer. Products of matrices may be fast.
-    sums = "float64" if dtype == "float64" else "float32"
-    computing = 2 * case.batch * case.channels * _taps_inside(case) / device.peak(sums)
-    if generating:
+def roofline_ms(case, dtype, backward, device, generated=False) -> float:
+    """Lower bound of a pass: the larger of the times for memory traffic, with every tensor moved
+    once, and for arithmetic.
+
+    The output, the input gradient, and the gradient of the kernel or of its generator cost the
+    same: each moves one tensor of every kind and has the same number of operations.
+    """
+    total = sum(_tensor_sizes(case, dtype, generated))
+    # Half types accumulate in float32; their matrix products may run at a higher rate.
+    accumulation = "float64" if dtype == "float64" else "float32"
+    arithmetic = 2 * case.batch * case.channels * _taps_inside(case) / device.peak(accumulation)
+    if generated:
         operations = 2 * math.prod(case.kernel_shape) * case.generator_shapes[1][0]
-        computing += operations / device.peak(dtype)
-    seconds = max(total / device.copy_bandwidth(total), computing)
+        arithmetic += operations / device.peak(dtype)
+    seconds = max(total / device.copy_bandwidth(total), arithmetic)
     return 1e3 * seconds * (3 if backward else 1)
 
 
 def _taps_inside(case) -> int:
-    """Of one sample's windows: those that meet the input."""
+    """Number of taps inside the input, over all windows of a sample."""
     pads = case.window.clamp_steps(case.sizes).pads(case.sizes)
     total = 1
     for n, (before, _) in zip(case.sizes, pads, strict=True):
         positions = range(-(-n // case.strides))
-        reached = (
+        sources = (
             p * case.strides - before + k * case.dilation_rate
             for p in positions
             for k in range(case.kernel_size)
         )
-        total *= sum(0 <= q < n for q in reached)
+        total *= sum(0 <= q < n for q in sources)
     return total
 
 
@@ -381,71 +391,72 @@ def _taps_inside(case) -> int:
 
 
 def _peak_mb(case, name, dtype, backward, device) -> float | None:
-    """Megabytes of one call: of its arguments, its results, and all between."""
-    told = case, name, dtype, backward, device.name
-    if not device.memory_needs_a_process:
-        peak = _peak_bytes(*told)
+    """Peak megabytes of one call, including arguments, results and temporaries."""
+    args = case, name, dtype, backward, device.name
+    if not device.measures_memory_in_subprocess:
+        peak = _peak_bytes(*args)
     else:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peak = pool.apply(_peak_bytes, told)
+            peak = pool.apply(_peak_bytes, args)
     return None if peak is None else peak / 1e6
 
 
 def _peak_bytes(case, name, dtype, backward, device) -> int | None:
-    def prepare(of):
-        return candidate(name, of, dtype).program(backward)
+    def prepare(case):
+        return make_candidate(name, case, dtype).program(backward)
 
     with keras.device(device):
-        # A small call first loads what it needs.
-        small, given = (functools.partial(prepare, of) for of in (case.small(), case))
-        return DEVICES[device].peak_bytes(lambda: small()(), given)
+        # A small call loads libraries and workspaces first.
+        return DEVICES[device].peak_bytes(
+            lambda: prepare(case.small())(), functools.partial(prepare, case)
+        )
 
 
-# --- What is told
+# --- Output
 
 
-def heading(plan: Plan) -> Iterator[str]:
-    """What the lines of figures need to be understood."""
+def header(plan: Plan) -> Iterator[str]:
+    """Lines with the device, its measured rates, and the columns of ``format_row``."""
     device = DEVICES[plan.device]
-    yield f"{keras.config.backend()} on {device.said()}"
+    yield f"{keras.config.backend()} on {device.description()}"
     with keras.device(plan.device):
-        copies, products = device.copy_bandwidth(LARGE) / 1e9, device.peak("float32") / 1e9
-    yield f"copies {copies:.1f} GB/s, read and written; float32 {products:.0f} GFLOP/s"
-    yield "ms: median of one call; +-: half the distance between the quartiles;"
-    yield "limit: the least that this machine allows; x limit: how far from it; MB: peak memory"
+        bandwidth, peak = device.copy_bandwidth(DRAM_BYTES) / 1e9, device.peak("float32") / 1e9
+    yield f"copy bandwidth {bandwidth:.1f} GB/s, read plus written; float32 {peak:.0f} GFLOP/s"
+    yield "ms: median per call; +-: half the interquartile range; roofline: lower bound in ms;"
+    yield "x roofline: ms / roofline; MB: peak memory"
     yield (
-        f"{'case':6}{'candidate':12}{'type':10}{'passes':18}{'ms':>10}{'+-':>8}{'limit':>9}"
-        f"{'x limit':>9}{'MB':>9}"
+        f"{'case':6}{'candidate':14}{'dtype':10}{'passes':18}{'ms':>10}{'+-':>8}{'roofline':>9}"
+        f"{'x roofline':>11}{'MB':>9}"
     )
 
 
-def line(row: Row) -> str:
+def format_row(row: Row) -> str:
     def number(value, width, digits):
         return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
 
     return (
-        f"{row.case:6}{row.candidate:12}{row.dtype:10}{row.passes:18}"
-        f"{number(row.median_ms, 10, 3)}{number(row.spread_ms, 8, 3)}{number(row.limit_ms, 9, 3)}"
-        f"{number(row.times_limit, 9, 2)}{number(row.peak_mb, 9, 1)}"
+        f"{row.case:6}{row.candidate:14}{row.dtype:10}{row.passes:18}{number(row.median_ms, 10, 3)}"
+        f"{number(row.half_iqr_ms, 8, 3)}{number(row.roofline_ms, 9, 3)}"
+        f"{number(row.x_roofline, 11, 2)}{number(row.peak_mb, 9, 1)}"
     )
 
 
 def to_csv(rows: Sequence[Row], device: str = "cpu") -> str:
-    """All figures, as ``with_setting`` writes them."""
+    """CSV of all measurements, see ``with_environment``."""
     names = [field.name for field in dataclasses.fields(Row)]
-    figures = [{n: _rounded(v) for n, v in dataclasses.asdict(row).items()} for row in rows]
-    return with_setting(figures, names, device)
+    values = [{n: _rounded(v) for n, v in dataclasses.asdict(row).items()} for row in rows]
+    return with_environment(values, names, device)
 
 
-def with_setting(rows: Sequence[dict], names: Sequence[str], device: str = "cpu") -> str:
-    """CSV of rows with these columns, each with the backend, the device, versions and the day."""
-    setting = {
+def with_environment(rows: Sequence[dict], names: Sequence[str], device: str = "cpu") -> str:
+    """CSV of rows with these columns, plus backend, device, versions and date."""
+    environment = {
         "backend": keras.config.backend(),
-        "device": DEVICES[device].said(),
+        "device": DEVICES[device].description(),
         "versions": " ".join(f"{n}={v}" for n, v in versions().items()),
         "date": datetime.date.today().isoformat(),
     }
-    return csv_text([*names, *setting], [{**row, **setting} for row in rows])
+    return csv_text([*names, *environment], [{**row, **environment} for row in rows])
 
 
 def _rounded(value):

@@ -1,7 +1,7 @@
-"""The same call a number of times in one program, on the backend in use.
+"""Repeated calls in one compiled program, for timing.
 
-Timing one call times the framework's way to it; here the calls follow each other inside one
-compiled program (on PyTorch, which needs none, in a loop), each waiting for the one before.
+A single call would be timed with the framework's dispatch overhead. Here calls run in sequence
+inside one compiled program (on PyTorch in a loop), each dependent on the previous one.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,19 @@ def tensors(arrays, dtype) -> list:
     return [keras.ops.convert_to_tensor(a, dtype) for a in arrays]
 
 
-def program(function, arguments, cotangent=None, calls: int = 1) -> Callable[[], list]:
-    """``function(*arguments)``, ``calls`` times, ready to run: returns the last call's results.
+def repeat(function, arguments, cotangent=None, calls: int = 1) -> Callable[[], list]:
+    """A program of ``calls`` calls ``function(*arguments)``.
 
     Args:
         function: From tensors to a tensor.
         arguments: Its tensors.
-        cotangent: Gradient of the output; with one, the results are the output and the gradients
-            of all arguments, without, the output alone.
-        calls: How many calls one run makes.
+        cotangent: The output's gradient; if given, the results are the output and the gradients of
+            all arguments, otherwise the output.
+        calls: Number of calls per run.
 
     Returns:
-        A function without arguments that runs the program, waits for it, and returns a list.
+        A function without arguments that runs the program synchronously and returns the results of
+        its last call as a list.
     """
     make = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[keras.config.backend()]
     return make(function, list(arguments), cotangent, calls)
@@ -44,15 +45,15 @@ def _tensorflow(function, arguments, cotangent, calls):
     @tf.function(autograph=False)
     def repeated(*arguments):
         results: list = []
-        touched = []
+        dependencies = []
         for _ in range(calls):
-            # Calls that are alike would be made once, and those that nobody reads not at all.
+            # Prevents common-subexpression and dead-code elimination of the calls.
             with tf.control_dependencies(results):
                 results = once(*arguments)
-            touched += [tf.reshape(r, [-1])[0] for r in results]
-        return results, touched
+            dependencies += [tf.reshape(r, [-1])[0] for r in results]
+        return results, dependencies
 
-    # On CPUs a call returns when it is done.
+    # Calls on CPUs are synchronous.
     return lambda: repeated(*arguments)[0]
 
 
@@ -65,20 +66,20 @@ def _jax(function, arguments, cotangent, calls):
         y, pullback = jax.vjp(function, *arguments)
         return [y, *pullback(cotangent)]
 
-    def again(_, carried):
-        arguments, results = carried
-        # Something of the results, too small to count, goes into every argument: calls that are
-        # alike would be made once, and what is made of some arguments alone would be too.
-        touch = sum(r.reshape(-1)[0] for r in results) * 1e-30
-        arguments = [a.at[(0,) * a.ndim].add(touch.astype(a.dtype)) for a in arguments]
+    def body(_, carry):
+        arguments, results = carry
+        # A negligible part of the results enters every argument: XLA would hoist loop-invariant
+        # operations, also those that depend on some of the arguments only.
+        dependency = sum(r.reshape(-1)[0] for r in results) * 1e-30
+        arguments = [a.at[(0,) * a.ndim].add(dependency.astype(a.dtype)) for a in arguments]
         return arguments, once(*arguments)
 
     @jax.jit
     def repeated(*arguments):
         if calls == 1:
             return once(*arguments)
-        carried = list(arguments), once(*arguments)
-        return jax.lax.fori_loop(0, calls - 1, again, carried)[1]
+        carry = list(arguments), once(*arguments)
+        return jax.lax.fori_loop(0, calls - 1, body, carry)[1]
 
     return lambda: jax.block_until_ready(repeated(*arguments))
 

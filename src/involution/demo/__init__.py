@@ -1,1 +1,1 @@
-"""The web page."""
+"""The web demo."""

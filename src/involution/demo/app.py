@@ -1,7 +1,7 @@
-"""The page: an image in; classes, heat maps and the kernels of any place out.
+"""The web demo: classes, heat maps and kernels of an uploaded image.
 
-Made to be open to strangers: an upload's size is checked before it is decoded, one image is worked
-on at a time, few wait, nothing is fetched from elsewhere, and an error says one line.
+Safe for untrusted visitors: uploads are limited in size before they are decoded, images are
+processed one at a time, the queue is bounded, no URL is fetched, and errors are one line.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import os
 import pathlib
 import re
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +20,9 @@ from PIL import Image
 from involution.models import pretrained
 from involution.saving import classifier as saved_model
 from involution.utils.errors import InputError, escape_controls
+from involution.visualize.activations import capture_with_outputs
 
-# Before Gradio is imported: it asks then, and would send what it counts.
+# Gradio reads these when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 try:
@@ -31,24 +31,26 @@ try:
     from involution.demo import render
 except ImportError as error:
     raise InputError(
-        f"The page needs Gradio: pip install 'involution[demo]'. Received: no module {error.name}"
+        "The web demo requires Gradio: pip install 'involution[demo]'. "
+        f"Received: no module {error.name}"
     ) from error
 
-MOST_BYTES = 8 * 2**20
-MOST_PIXELS = 16 * 10**6
-# Requests that wait; the others are told to come later, by status 503.
+MAX_BYTES = 8 * 2**20
+MAX_PIXELS = 16 * 10**6
+# Maximum number of queued requests; further ones get status 503.
 QUEUE = 32
-# Seconds between looks at uploads, and that one is kept at least: until the browser has shown it.
-SWEEP, KEPT = 60, 60
-# Visitors whose last image, as small as the models see it, is remembered for clicks on it.
-VISITORS = 64
+# Seconds between deletions of uploads, and the minimum age of deleted ones, which browsers may
+# still display.
+CLEANUP_INTERVAL, UPLOAD_TTL = 60, 60
+# Sessions whose last explanation is kept in memory, to answer clicks.
+MAX_SESSIONS = 64
 
 STYLE = pathlib.Path(__file__).with_name("app.css")
-# A click in any picture of the answers tells where, as shares of the picture's sizes.
+# A click in an image sends its relative coordinates.
 ON_LOAD = """element.addEventListener('click', (event) => {
-    const picture = event.target.closest('.picture');
-    if (picture === null) return;
-    const box = picture.getBoundingClientRect();
+    const image = event.target.closest('.clickable');
+    if (image === null) return;
+    const box = image.getBoundingClientRect();
     trigger('click', {
         row: (event.clientY - box.top) / box.height,
         column: (event.clientX - box.left) / box.width,
@@ -56,126 +58,129 @@ ON_LOAD = """element.addEventListener('click', (event) => {
 })"""
 INTRODUCTION = """# Involution
 
-A convolution has one kernel for all places of an image; an involution makes one for every place,
-from what is there. Give an image: these networks name it, and show the kernels that they made."""
+A convolution applies the same kernel at every position of an image; an involution generates a
+kernel for each position, from the features there. Upload an image: these networks classify it and
+show the kernels that they generate."""
 
 
-def _guard(image):
-    """Has Gradio's image hand over the path of an upload, if it is a small enough image.
+def _validate_upload(image):
+    """Makes a Gradio image component pass on the path of a valid upload.
 
-    By itself it decodes a file before anyone could look at its size, takes other formats too, and
-    fetches a URL that a request names. (A subclass would have Gradio write a file beside this one.)
+    By default it decodes a file before its size can be checked, accepts other formats, and fetches
+    URLs. (Gradio would write a file next to this module for a subclass.)
     """
-    keep = image.async_move_resource_to_block_cache
+    move_to_cache = image.async_move_resource_to_block_cache
 
-    def path(payload):
+    def preprocess(payload):
         if payload is None:
             return None
-        _told(check, pathlib.Path(payload.path))
+        _as_gradio_error(check, pathlib.Path(payload.path))
         return payload.path
 
-    async def cached(url_or_path):
+    async def move_file_to_cache(url_or_path):
         if "://" in str(url_or_path):
             raise gradio.Error("An image must be uploaded.", print_exception=False)
-        return await keep(url_or_path)
+        return await move_to_cache(url_or_path)
 
-    image.preprocess, image.async_move_resource_to_block_cache = path, cached
+    image.preprocess, image.async_move_resource_to_block_cache = preprocess, move_file_to_cache
 
 
 def check(path):
-    """InputError unless a file is one that the page takes, by its size and its header."""
+    """Checks the size and the header of an uploaded file.
+
+    Raises:
+        InputError: It is too large, or not a PNG, JPEG or WebP file.
+    """
     size = path.stat().st_size
-    if size > MOST_BYTES:
-        raise InputError(f"An image must have at most {MOST_BYTES:,} bytes. Received: {size:,}")
+    if size > MAX_BYTES:
+        raise InputError(f"An image must have at most {MAX_BYTES:,} bytes. Received: {size:,}")
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as opened:
             width, height = opened.size
-    except Exception as error:  # Pillow raises many kinds for what is not an image
-        raise InputError("An image must be a PNG, JPEG or WebP file. Received: another") from error
-    if width * height > MOST_PIXELS:
+    except Exception as error:  # Pillow raises many exception types for damaged files
         raise InputError(
-            f"An image must have at most {MOST_PIXELS:,} pixels. Received: {width}x{height}"
+            "An image must be a PNG, JPEG or WebP file. Received: another format"
+        ) from error
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"An image must have at most {MAX_PIXELS:,} pixels. Received: {width}x{height}"
         )
 
 
 def load(names) -> dict[str, saved_model.Classifier]:
-    """Classifiers by the names that the page shows, and an answer of each, so that the first
-    visitor waits no longer than the others."""
+    """Loads classifiers by display name, and runs each once: first calls are slow."""
     classifiers = {}
     for name in names or pretrained.available():
         title = pathlib.Path(name).stem.removesuffix("-cifar10")
         if title in classifiers:
-            raise InputError(f"Every model must have a name of its own. Received: {title} twice")
+            raise InputError(f"Model names must be unique. Received: {title} twice")
         classifiers[title] = saved_model.load(name)
     for classifier in classifiers.values():
         height, width, channels = classifier.image_shape
-        classifier.predict_proba(
-            keras.ops.convert_to_numpy(keras.ops.zeros((1, height, width, channels)))
-        )
+        image = keras.ops.convert_to_numpy(keras.ops.zeros((1, height, width, channels)))
+        classifier.predict_proba(image)
+        capture_with_outputs(classifier.model, image)
     return classifiers
 
 
 def explain(classifiers, file) -> list:
-    """What the page shows of an upload: scores by model, heat maps, the middle's kernels, timing,
-    and what a click on it will be answered from."""
+    """Outputs of the page for an upload: scores of each model, heat maps, the kernels at the
+    center, the time taken, and the state from which clicks are answered."""
     if file is None:
         return [*(None for _ in classifiers), "", "", "", None]
-    start = time.perf_counter()
-    found = _told(render.scores, classifiers, file)
-    scored = time.perf_counter() - start
-    explanation = _told(render.Explanation, classifiers, file)
+    explanation = _as_gradio_error(render.Explanation, classifiers, file)
     timing = (
-        f"Scores in {1000 * scored:.0f} ms, kernels in {1000 * explanation.seconds:.0f} ms "
+        f"Scores and kernels in {1000 * explanation.seconds:.0f} ms "
         f"(Keras on {keras.config.backend()})."
     )
-    shown = [found[name] for name in classifiers]
-    return [*shown, explanation.maps(), explanation.kernels((0.5, 0.5)), timing, explanation]
+    scores = [explanation.scores[name] for name in classifiers]
+    return [*scores, explanation.heat_maps(), explanation.kernels((0.5, 0.5)), timing, explanation]
 
 
 def scores(classifiers, file) -> dict | None:
     """Probabilities by model and class."""
-    return None if file is None else _told(render.scores, classifiers, file)
+    return None if file is None else _as_gradio_error(render.classify, classifiers, file)
 
 
-def kernels(seen, row, column) -> str:
-    """What a place of the last image looks at."""
-    return "" if seen is None else seen.kernels((row, column))
+def kernels(state, row, column) -> str:
+    """Windows and kernels at a point of the session's last image."""
+    return "" if state is None else state.kernels((row, column))
 
 
-def clicked(seen, event: gradio.EventData):
-    """The place of a click for the sliders, what it looks at, and the tab that shows this."""
-    place = (event.row, event.column)
-    if seen is None or not all(isinstance(n, (int, float)) and 0 <= n <= 1 for n in place):
-        raise gradio.Error("An image must be given, and a place in it.", print_exception=False)
-    return *(round(share, 3) for share in place), seen.kernels(place), gradio.Tabs(selected=1)
+def on_click(state, event: gradio.EventData):
+    """The point's coordinates for the sliders, its kernels, and the tab that shows them."""
+    point = (event.row, event.column)
+    if state is None or not all(isinstance(n, (int, float)) and 0 <= n <= 1 for n in point):
+        raise gradio.Error("A point of an uploaded image is required.", print_exception=False)
+    return *(round(n, 3) for n in point), state.kernels(point), gradio.Tabs(selected=1)
 
 
 def build(classifiers, cards="") -> gradio.Blocks:
-    """The page of some classifiers.
+    """Builds the page.
 
     Args:
-        classifiers: By the names that the page shows.
-        cards: Markdown about what they were trained on.
+        classifiers: By display name.
+        cards: Markdown about their training data.
     """
 
-    # The queue's: one image at a time, whatever is asked about it.
-    alone: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
-    private: dict[str, Any] = {**alone, "api_visibility": "private", "show_progress": "minimal"}
+    # All events share one queue with one worker.
+    queued: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
+    private: dict[str, Any] = {**queued, "api_visibility": "private", "show_progress": "minimal"}
     with gradio.Blocks(
-        title="Involution", analytics_enabled=False, delete_cache=(SWEEP, KEPT)
+        title="Involution", analytics_enabled=False, delete_cache=(CLEANUP_INTERVAL, UPLOAD_TTL)
     ) as page:
         gradio.Markdown(INTRODUCTION)
-        seen = gradio.State(None, time_to_live=1800)
+        state = gradio.State(None, time_to_live=1800)
         with gradio.Row():
             with gradio.Column(min_width=280):
                 image = gradio.Image(
-                    label="An image: drop, paste or choose one",
+                    label="Image: drop, paste or upload",
                     type="filepath",
                     sources=["upload", "clipboard"],
                     buttons=[],
                     height=300,
-                    elem_id="given",
-                    alt_text="Your image.",
+                    elem_id="input-image",
+                    alt_text="Uploaded image",
                 )
                 timing = gradio.Markdown()
             with gradio.Column(min_width=280), gradio.Row():
@@ -183,72 +188,78 @@ def build(classifiers, cards="") -> gradio.Blocks:
                     gradio.Label(label=escape_controls(name), num_top_classes=3, min_width=160)
                     for name in classifiers
                 ]
-            _guard(image)
+            _validate_upload(image)
         with gradio.Tabs() as tabs:
             with gradio.Tab("Heat maps", id=0):
-                gradio.Markdown("Click on a place in any of these to see the kernels made there.")
-                maps = gradio.HTML(elem_classes="answers", js_on_load=ON_LOAD)
-            with gradio.Tab("Kernels at a place", id=1):
+                gradio.Markdown("Click a point in any image to see the kernels generated there.")
+                heat_maps = gradio.HTML(elem_classes="explanation", js_on_load=ON_LOAD)
+            with gradio.Tab("Kernels at a point", id=1):
                 gradio.Markdown(
-                    "Click on a place in any image, or set it here: every involution's window "
-                    "around it, and the kernel that was made for it."
+                    "Click a point in any image, or set its coordinates: every involution's window "
+                    "and generated kernel there."
                 )
                 with gradio.Row():
-                    row = gradio.Slider(0, 1, 0.5, step=0.005, label="Row, from the top")
-                    column = gradio.Slider(0, 1, 0.5, step=0.005, label="Column, from the left")
-                at_place = gradio.HTML(elem_classes="answers", js_on_load=ON_LOAD)
-        with gradio.Accordion("What these models were trained on", open=False):
+                    row = gradio.Slider(0, 1, 0.5, step=0.005, label="Row (0: top, 1: bottom)")
+                    column = gradio.Slider(
+                        0, 1, 0.5, step=0.005, label="Column (0: left, 1: right)"
+                    )
+                kernels_at_point = gradio.HTML(elem_classes="explanation", js_on_load=ON_LOAD)
+        with gradio.Accordion("Training data of these models", open=False):
             gradio.Markdown(cards)
         image.change(
             functools.partial(explain, classifiers),
             image,
-            [*labels, maps, at_place, timing, seen],
+            [*labels, heat_maps, kernels_at_point, timing, state],
             **private,
         )
-        for answer in (maps, at_place):
-            answer.click(clicked, seen, [row, column, at_place, tabs], **private)
+        for explanation in (heat_maps, kernels_at_point):
+            explanation.click(on_click, state, [row, column, kernels_at_point, tabs], **private)
         for slider in (row, column):
             slider.input(
-                kernels, [seen, row, column], at_place, trigger_mode="always_last", **private
+                kernels,
+                [state, row, column],
+                kernels_at_point,
+                trigger_mode="always_last",
+                **private,
             )
-        # For programs: the same numbers, as JSON.
+        # The JSON API.
         gradio.Button(visible=False).click(
             functools.partial(scores, classifiers),
             image,
             gradio.JSON(visible=False),
             api_name="classify",
             api_description="Probabilities by model and class for an uploaded image.",
-            **alone,
+            **queued,
         )
     return page.queue(max_size=QUEUE)
 
 
-def cards(names) -> str:
-    """The cards of shipped models as one text."""
+def model_cards(names) -> str:
+    """Model cards of the pretrained models as Markdown."""
     texts = [
         (pretrained.path(name) / "README.md").read_text(encoding="utf-8")
         for name in names or pretrained.available()
         if name in pretrained.available()
     ]
-    # Without what a hub reads, between two lines of dashes.
+    # Without the YAML front matter.
     bodies = (re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL) for text in texts)
     return "\n\n".join(body.strip().replace("# ", "### ", 1) for body in bodies)
 
 
 @contextlib.contextmanager
-def served(page, host="127.0.0.1", port=7860) -> Iterator[str]:
-    """Within the block the page is there; yields its address.
+def serve(page, host="127.0.0.1", port=7860) -> Iterator[str]:
+    """Context manager that serves the page and yields its URL.
 
     Args:
-        page: As ``build`` makes it.
-        host: The address to listen at; 0.0.0.0 is all of this machine's.
-        port: 0 takes a free one.
+        page: From ``build``.
+        host: The address to bind; 0.0.0.0 binds all interfaces.
+        port: The port; 0 selects a free one.
 
     Raises:
-        InputError: The port is taken, or the host is not this machine's.
+        InputError: The address cannot be bound.
     """
     with tempfile.TemporaryDirectory(prefix="involution-") as folder:
-        # Of uploads nothing is left when the page is gone.
+        # Uploads are deleted with the server.
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
             _, address, _ = page.launch(
@@ -263,9 +274,9 @@ def served(page, host="127.0.0.1", port=7860) -> Iterator[str]:
                 mcp_server=False,
                 enable_monitoring=False,
                 run_history=False,
-                max_file_size=MOST_BYTES,
+                max_file_size=MAX_BYTES,
                 max_threads=4,
-                state_session_capacity=VISITORS,
+                state_session_capacity=MAX_SESSIONS,
                 footer_links=["api"],
                 theme=gradio.themes.Default(
                     font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -274,7 +285,7 @@ def served(page, host="127.0.0.1", port=7860) -> Iterator[str]:
             )
         except OSError as error:
             raise InputError(
-                "--host and --port must be an address of this machine, and a free port. "
+                "--host and --port must be a local address and a free port. "
                 f"Received: {host}, {port}"
             ) from error
         try:
@@ -291,8 +302,8 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _told(function, *arguments):
-    """What a function gives; what it says of bad input is for the visitor."""
+def _as_gradio_error(function, *arguments):
+    """Calls a function; an ``InputError`` is shown to the visitor, other exceptions are not."""
     try:
         return function(*arguments)
     except InputError as error:

@@ -67,9 +67,7 @@ class Classifier:
             InputError: Keras's floatx is not float32, see ``transforms.check_floatx``.
         """
         transforms.check_floatx()
-        logits = self.model.predict(images, verbose=0).astype("float64")
-        exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        return exp / exp.sum(axis=-1, keepdims=True)
+        return probabilities(self.model.predict(images, verbose=0))
 
     def save(self, path):
         """Writes the file without optimizer state, so that it loads on every backend."""
@@ -77,6 +75,13 @@ class Classifier:
             self.model.save(temporary)
             with zipfile.ZipFile(temporary, "a") as archive:
                 archive.writestr(METADATA_ENTRY, json.dumps(self.metadata))
+
+
+def probabilities(logits) -> np.ndarray:
+    """Softmax of logits (N, classes), in float64."""
+    logits = logits.astype("float64")
+    exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exp / exp.sum(axis=-1, keepdims=True)
 
 
 def load(path) -> Classifier:

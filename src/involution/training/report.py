@@ -7,8 +7,8 @@ import numpy as np
 
 from involution.data import transforms
 from involution.utils.atomic_files import atomic_write
+from involution.visualize import activations, html
 from involution.visualize import figures as visualize
-from involution.visualize import html
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 
@@ -155,35 +155,34 @@ def _figures(run) -> dict:
     if rows:
         figures["curves"] = visualize.curves(rows)
     if len(rows) > 2:
-        figures["costs"] = visualize.costs(run.metrics["models"])
-    figures["samples"] = visualize.samples(
+        figures["costs"] = visualize.accuracy_vs_cost(run.metrics["models"])
+    figures["samples"] = visualize.image_grid(
         dataset.x_train, dataset.y_train, dataset.class_names, seed
     )
-    chosen = visualize.across_classes(dataset.y_test, HEAT_MAP_IMAGES, seed)
+    chosen = visualize.stratified_sample(dataset.y_test, HEAT_MAP_IMAGES, seed)
     images = dataset.x_test[chosen]
     titles = [dataset.class_names[label] for label in dataset.y_test[chosen]]
     inputs, filters = transforms.to_unit_float(images), _first_filters(run)
     for result in run.results:
         model = result.classifier.model
-        looks = {k: v for k, v in visualize.looks(model, inputs).items() if len(v.sizes) == 2}
-        if not looks:
+        records = activations.capture(model, inputs)
+        records = {k: v for k, v in records.items() if len(v.sizes) == 2}
+        if not records:
             continue
         figures[f"heatmaps-{result.file.removesuffix('.keras')}"] = visualize.heat_maps(
-            images, {name: look.maps for name, look in looks.items()}, titles
+            images, {name: record.heat_map for name, record in records.items()}, titles
         )
         if filters is not None and "words" not in figures:
-            figures["words"] = _kernel_figure(next(iter(looks.values())), filters)
+            figures["words"] = _kernel_figure(next(iter(records.values())), filters)
     return figures
 
 
-def _kernel_figure(look, filters):
-    kernel = look.kernels[0, ..., 0]
+def _kernel_figure(record, filters):
+    kernel = record.kernels[0, ..., 0]
     height, width, _ = kernel.shape
-    positions = [
-        (y, x) for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)
-    ]
-    return visualize.words(
-        kernel.reshape(height, width, *look.geometry.kernel_size), filters, positions
+    places = [(y, x) for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
+    return visualize.compare_kernels(
+        kernel.reshape(height, width, *record.window.kernel_size), filters, places
     )
 
 

@@ -1,34 +1,53 @@
-"""Figures: curves, samples, and the kernels of involutions as heat maps.
+"""Figures: learning curves, sample images, and heat maps of involution kernels.
 
-Every function returns a ``matplotlib.figure.Figure`` of its own; nothing is shown and no global
-state of Matplotlib is touched. The colours (cividis, Okabe and Ito's) keep their order in print and
-for the colour-blind.
+Every function returns a new ``matplotlib.figure.Figure``; nothing is shown, and Matplotlib's global
+state is not modified. The colors (cividis; Okabe and Ito's palette) keep their order in grayscale
+and for color-blind readers.
 """
 
 from typing import Any
 
-from involution.visualize.activations import Look, has_involutions, kernel_maps, looks
+from involution import renamed
+from involution.visualize.activations import (
+    InvolutionRecord,
+    capture,
+    has_involutions,
+    kernel_maps,
+)
 
 __all__ = [
-    "Look",
-    "across_classes",
-    "costs",
+    "InvolutionRecord",
+    "accuracy_vs_cost",
+    "capture",
+    "compare_kernels",
     "curves",
     "group_maps",
     "has_involutions",
     "heat_maps",
+    "image_grid",
     "kernel_maps",
-    "looks",
-    "place_kernels",
-    "samples",
-    "words",
+    "kernels_at",
+    "stratified_sample",
 ]
 
+_renamed = renamed.attributes(
+    __name__,
+    {
+        "Look": "InvolutionRecord",
+        "across_classes": "stratified_sample",
+        "costs": "accuracy_vs_cost",
+        "looks": "capture",
+        "place_kernels": "kernels_at",
+        "samples": "image_grid",
+        "words": "compare_kernels",
+    },
+)
 
-# Figures need Matplotlib, and activations do not: it is imported when a figure is asked for.
+
+# Figures require Matplotlib, records do not: it is imported on first use.
 def __getattr__(name) -> Any:
     if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _renamed(name)
     from involution.visualize import figures
 
     return getattr(figures, name)

@@ -1,4 +1,4 @@
-"""What the involutions of a model make of images, as arrays: their kernels and their outputs."""
+"""Kernels and outputs of a model's involutions, recorded in a forward pass."""
 
 import dataclasses
 import functools
@@ -6,28 +6,30 @@ import functools
 import keras
 import numpy as np
 
+from involution import renamed
 from involution.layers import involutions, record_involutions
-from involution.ops.validation import CHANNELS_LAST
-from involution.ops.window import Window
+from involution.ops.window import CHANNELS_LAST, Window
 
-# Images at a time: kernels are many times the size of what they are generated from.
+# Images per forward pass: kernels take many times the memory of their input.
 BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
-    """One involution at work on N images (or series, or volumes). The channels are last whatever
-    the layer's data format, and all numbers are float32.
+class InvolutionRecord:
+    """One involution layer's kernels and outputs for N inputs (images, sequences or volumes).
+
+    All arrays are float32 and channels last, independent of the layer's data format.
 
     Attributes:
-        name: The layer's; with #2, #3... where several calls would share it.
+        name: The layer's name; further calls of a layer have the suffix #2, #3 and so on.
         window: The layer's window.
-        sizes: Spatial sizes of its input.
+        sizes: Spatial sizes of the layer's input.
         kernels: (N, *out_spatial, taps, groups).
         outputs: (N, *out_spatial, channels).
-        shares: Whether the weights of every window are positive and sum to 1, as by a softmax.
-        implementation: What runs in the layer where nobody looks, as ``fused``, which stores no
-            kernels: they were stored to be seen here.
+        is_attention: Whether the weights of every window are nonnegative and sum to 1, as after a
+            softmax.
+        implementation: The implementation selected in inference; ``fused`` does not store kernels,
+            which are materialized for this record.
     """
 
     name: str
@@ -35,74 +37,88 @@ class Look:
     sizes: tuple[int, ...]
     kernels: np.ndarray
     outputs: np.ndarray
-    shares: bool
+    is_attention: bool
     implementation: str
 
-    @functools.cached_property
-    def maps(self) -> np.ndarray:
-        """What a heat map shows, for each group: (N, *spatial, groups).
+    __getattr__ = renamed.members(
+        {
+            "shares": "is_attention",
+            "maps": "heat_map",
+            "received": "attention_received",
+            "position": "nearest_position",
+        }
+    )
 
-        The sum of every kernel over its window, at the kernel's place. Where kernels are shares of
-        one, so that this is 1 everywhere, the attention map instead: how much of the attention of
-        all windows each position of the input receives.
+    @functools.cached_property
+    def heat_map(self) -> np.ndarray:
+        """A scalar per position and group, (N, *spatial, groups).
+
+        The sum of the kernel's weights at each output position. For attention, where that is
+        constant 1, ``attention_received`` at each input position instead.
         """
-        return self.received if self.shares else self.kernels.sum(axis=-2)
+        return self.attention_received if self.is_attention else self.kernels.sum(axis=-2)
 
     @property
     def activations(self) -> np.ndarray:
-        """How strong the output is: its root mean square over channels, (N, *out_spatial)."""
+        """Root mean square of the output over its channels, (N, *out_spatial)."""
         return np.sqrt(np.square(self.outputs).mean(axis=-1))
 
     @property
-    def received(self) -> np.ndarray:
-        """The sum of the weights that all windows give to a position: (N, *sizes, groups)."""
+    def attention_received(self) -> np.ndarray:
+        """Sum of the weights of all windows on each input position, (N, *sizes, groups)."""
         g = self.window
         count, *out, _, groups = self.kernels.shape
         before = [pair[0] for pair in self._pads]
-        reach = [
+        extent = [
             (n - 1) * s + last + 1 for n, s, last in zip(out, g.strides, g.last_offset, strict=True)
         ]
         ends = [b + n for b, n in zip(before, self.sizes, strict=True)]
-        sums = np.zeros((count, *map(max, reach, ends), groups), "float32")
+        padded = np.zeros((count, *map(max, extent, ends), groups), "float32")
         for tap, offsets in enumerate(g.tap_offsets):
-            read = tuple(
+            source = tuple(
                 slice(o, o + (n - 1) * s + 1, s)
                 for o, n, s in zip(offsets, out, g.strides, strict=True)
             )
-            sums[(slice(None), *read)] += self.kernels[..., tap, :]
-        inside = tuple(slice(b, end) for b, end in zip(before, ends, strict=True))
-        return sums[(slice(None), *inside)]
+            padded[(slice(None), *source)] += self.kernels[..., tap, :]
+        unpadded = tuple(slice(b, end) for b, end in zip(before, ends, strict=True))
+        return padded[(slice(None), *unpadded)]
 
-    def position(self, place) -> tuple[int, ...]:
-        """The output position whose window's centre is nearest to a place of the image.
+    @renamed.arguments(place="point")
+    def nearest_position(self, point) -> tuple[int, ...]:
+        """Output position whose window center is nearest to a point of the input.
 
         Args:
-            place: In shares of the image's sizes: (0, 0) is its top left corner, (1, 1) the other.
+            point: Relative coordinates: (0, 0) is the top left corner of an image, (1, 1) the
+                bottom right one.
         """
         g = self.window
-        centres = (
-            round((share * n - 0.5 - (last / 2 - pair[0])) / s)
-            for share, n, s, last, pair in zip(
-                place, self.sizes, g.strides, g.last_offset, self._pads, strict=True
+        centers = (
+            round((coordinate * n - 0.5 - (last / 2 - pair[0])) / s)
+            for coordinate, n, s, last, pair in zip(
+                point, self.sizes, g.strides, g.last_offset, self._pads, strict=True
             )
         )
         return tuple(
-            min(max(p, 0), n - 1) for p, n in zip(centres, self.kernels.shape[1:-2], strict=True)
+            min(max(p, 0), n - 1) for p, n in zip(centers, self.kernels.shape[1:-2], strict=True)
         )
 
-    def kernel_at(self, image, place) -> np.ndarray:
-        """The kernel at a place, as for ``position``, of one of the images: (*kernel_size,
+    @renamed.arguments(place="point")
+    def kernel_at(self, image, point) -> np.ndarray:
+        """Kernel of the image with this index at a point, see ``nearest_position``: (*kernel_size,
         groups)."""
-        kernel = self.kernels[(image, *self.position(place))]
+        kernel = self.kernels[(image, *self.nearest_position(point))]
         return kernel.reshape(*self.window.kernel_size, -1)
 
-    def window_at(self, place) -> tuple[tuple[float, float], ...]:
-        """Where in the image the window at a place begins and ends, in shares, by dimension. It is
-        what the kernel there is applied to; what its features saw of the image may be more."""
+    @renamed.arguments(place="point")
+    def window_at(self, point) -> tuple[tuple[float, float], ...]:
+        """(begin, end) of the window at a point by dimension, in relative coordinates.
+
+        The kernel applies to this window; its generator's receptive field may be larger.
+        """
         g = self.window
         begins = (
             p * s - pair[0]
-            for p, s, pair in zip(self.position(place), g.strides, self._pads, strict=True)
+            for p, s, pair in zip(self.nearest_position(point), g.strides, self._pads, strict=True)
         )
         return tuple(
             (begin / n, (begin + last + 1) / n)
@@ -114,49 +130,88 @@ class Look:
         return self.window.pads(self.sizes)
 
 
-def looks(model, images) -> dict[str, Look]:
-    """What every involution of a model makes of images.
+def capture(model, images) -> dict[str, InvolutionRecord]:
+    """Records the kernels and outputs of a model's involutions.
 
     Args:
-        model: Any Keras model or layer; its involutions may be within other models and layers.
-        images: What the model takes, float, (N, ...).
+        model: Any Keras model or layer; involutions in nested models and layers are included.
+        images: Float inputs of the model, (N, ...).
 
     Returns:
-        By name of the layer, in the order in which they ran; empty where there are none.
+        Records by layer name, in order of execution; empty for a model without involutions.
 
     Raises:
-        ValueError: An involution runs in a compiled part of the model, where there are no values.
+        ValueError: An involution runs inside a compiled function, whose values are not accessible.
 
     Example:
 
     >>> import numpy as np, involution
-    >>> from involution.visualize import looks
-    >>> found = looks(involution.models.inn(), np.ones((2, 32, 32, 3), "float32"))
-    >>> {name: look.kernels.shape for name, look in found.items()}["inv_2"]
+    >>> from involution.visualize import capture
+    >>> records = capture(involution.models.inn(), np.ones((2, 32, 32, 3), "float32"))
+    >>> {name: record.kernels.shape for name, record in records.items()}["inv_2"]
     (2, 16, 16, 9, 1)
     """
-    parts = [_look(model, images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+    batches = [
+        capture_with_outputs(model, images[i : i + BATCH])[1] for i in range(0, len(images), BATCH)
+    ]
     return {
         name: dataclasses.replace(
-            look,
-            kernels=np.concatenate([part[name].kernels for part in parts]),
-            outputs=np.concatenate([part[name].outputs for part in parts]),
+            record,
+            kernels=np.concatenate([batch[name].kernels for batch in batches]),
+            outputs=np.concatenate([batch[name].outputs for batch in batches]),
         )
-        for name, look in (parts[0] if parts else {}).items()
+        for name, record in (batches[0] if batches else {}).items()
     }
 
 
+def capture_with_outputs(model, images):
+    """``(outputs, records)`` of a single forward pass; ``outputs`` are the model's own tensors.
+
+    Raises:
+        ValueError: As for ``capture``.
+    """
+    if not model.built:
+        model(images[:1], training=False)  # traces the model
+    with record_involutions() as calls:
+        outputs = model(images, training=False)
+    records: dict[str, InvolutionRecord] = {}
+    for call in calls:
+        name, number = call.layer.name, 1
+        while name in records:
+            number += 1
+            name = f"{call.layer.name}#{number}"
+        g = call.window
+        try:
+            kernels = _channels_last(call.kernel, g, 2)
+            layer_outputs = _channels_last(call.outputs, g, 1)
+        except Exception as error:  # frameworks raise exceptions of their own
+            raise ValueError(
+                "Involutions must run eagerly to be recorded: values inside compiled functions are "
+                f"not accessible. Received: {call.layer.name} in a compiled function"
+            ) from error
+        records[name] = InvolutionRecord(
+            name,
+            dataclasses.replace(g, data_format=CHANNELS_LAST),
+            g.spatial(call.inputs.shape),
+            kernels,
+            layer_outputs,
+            _is_attention(kernels),
+            call.layer.chosen_implementation(call.inputs),
+        )
+    return outputs, records
+
+
 def kernel_maps(model, images) -> dict[str, np.ndarray]:
-    """Heat maps of the kernels that a model generates for images, by layer and group.
+    """Heat maps of the kernels that a model generates, by layer and group.
 
     Args:
-        model: Any Keras model or layer; its involutions may be within other models and layers.
-        images: What the model takes, float, (N, ...).
+        model: Any Keras model or layer; involutions in nested models and layers are included.
+        images: Float inputs of the model, (N, ...).
 
     Returns:
-        By name of the layer, in the order in which they ran: (N, *spatial, groups), float32. A
-        value is the sum of the kernel at that place over its window; for ``PairwiseAttention`` and
-        kernels with a softmax, where this is 1, the attention that the place receives.
+        By layer name, in order of execution: (N, *spatial, groups), float32. A value is the sum of
+        the kernel's weights at that position; for ``PairwiseAttention`` and kernels with a softmax,
+        where that is 1, the attention that the position receives.
 
     Example:
 
@@ -166,63 +221,36 @@ def kernel_maps(model, images) -> dict[str, np.ndarray]:
     >>> {name: m.shape for name, m in maps.items()}
     {'inv_1': (2, 32, 32, 1), 'inv_2': (2, 16, 16, 1), 'inv_3': (2, 8, 8, 1)}
     """
-    parts: dict[str, list[np.ndarray]] = {}
-    shares: dict[str, bool] = {}
+    batches: dict[str, list[np.ndarray]] = {}
+    is_attention: dict[str, bool] = {}
     for i in range(0, len(images), BATCH):
-        for name, look in _look(model, images[i : i + BATCH]).items():
-            # All images of a layer get the same kind of map.
-            look = dataclasses.replace(look, shares=shares.setdefault(name, look.shares))
-            parts.setdefault(name, []).append(look.maps)
-    return {name: np.concatenate(maps) for name, maps in parts.items()}
+        _, records = capture_with_outputs(model, images[i : i + BATCH])
+        for name, record in records.items():
+            # The first batch decides, so that all images of a layer have the same kind of map.
+            decided = is_attention.setdefault(name, record.is_attention)
+            record = dataclasses.replace(record, is_attention=decided)
+            batches.setdefault(name, []).append(record.heat_map)
+    return {name: np.concatenate(maps) for name, maps in batches.items()}
 
 
 def has_involutions(model) -> bool:
-    """Whether a model or layer is an involution or holds one, at any depth: in a layer or model
-    that it holds as an attribute, or within a list, tuple, set or dictionary that it holds."""
+    """Whether a model or layer is an involution or contains one at any depth: in a layer or model
+    held as an attribute, or in a list, tuple, set or dictionary held as one."""
     return bool(involutions(model))
 
 
-def _look(model, images) -> dict[str, Look]:
-    if not model.built:
-        model(images[:1], training=False)  # it is traced in the course of that
-    with record_involutions() as calls:
-        model(images, training=False)
-    found: dict[str, Look] = {}
-    for call in calls:
-        name, number = call.layer.name, 1
-        while name in found:
-            number += 1
-            name = f"{call.layer.name}#{number}"
-        g = call.window
-        try:
-            kernels, outputs = _channels_last(call.kernel, g, 2), _channels_last(call.outputs, g, 1)
-        except Exception as error:  # of a framework's own kind
-            raise ValueError(
-                "A model must run its involutions where it is called: in a function that is "
-                f"compiled there are no values to look at. Received: {call.layer.name} in such"
-            ) from error
-        found[name] = Look(
-            name,
-            dataclasses.replace(g, data_format=CHANNELS_LAST),
-            g.spatial(call.inputs.shape),
-            kernels,
-            outputs,
-            _are_shares(kernels),
-            call.layer.chosen_implementation(call.inputs),
-        )
-    return found
-
-
-def _are_shares(kernels) -> bool:
-    """Whether the weights of every window are positive and sum to 1, to what bfloat16 rounds: seen
-    from the numbers, since a subclass may change what a layer's settings say."""
+def _is_attention(kernels) -> bool:
+    """Judged by the values, to bfloat16's precision: a subclass may ignore a layer's settings."""
     sums = kernels.sum(axis=-2)
     return bool(kernels.size and kernels.min() >= 0 and np.abs(sums - 1).max() < 0.02)
 
 
 def _channels_last(tensor, g, axes) -> np.ndarray:
-    """A tensor with so many axes of channels as float32."""
+    """A tensor with ``axes`` channel axes as float32."""
     array = keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32"))
     if g.data_format == CHANNELS_LAST:
         return array
     return np.moveaxis(array, range(1, 1 + axes), range(-axes, 0))
+
+
+__getattr__ = renamed.attributes(__name__, {"looks": "capture", "Look": "InvolutionRecord"})

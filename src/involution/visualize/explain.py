@@ -1,4 +1,4 @@
-"""Heat maps of one's own images: what ``involution explain`` draws and says."""
+"""Heat maps and kernels for given images: ``involution explain``."""
 
 import collections
 import pathlib
@@ -9,54 +9,59 @@ import numpy as np
 from involution.saving.classifier import Classifier
 from involution.utils.atomic_files import atomic_write
 from involution.utils.errors import InputError
-from involution.visualize.activations import looks
+from involution.visualize.activations import capture
 
 TEMPLATE = pathlib.Path(__file__).with_name("explain.html.j2")
 
-# By the names that the command knows: what is drawn, in the order of a page.
+# Captions by figure, in the order of a page.
 FIGURES = {
-    "maps": "At each place the sum of the kernel generated there, over its window and the groups, "
-    "beside the image and over it.",
-    "outputs": "The same beside what the involution gives: the root mean square of its output over "
-    "the channels.",
-    "place": "What one place looks at: the window on the image, and the kernel there, the mean "
-    "over its groups, before training (the same network with fresh weights) and after it.",
-    "groups": "The kernels' sums for each group of channels.",
+    "heatmap": "Sum of the generated kernel's weights at each position, over all groups; beside "
+    "the image and as an overlay.",
+    "activations": "The same, beside the root mean square of the involution's output over its "
+    "channels.",
+    "point": "The window at one point of the image, and the kernel there as the mean over its "
+    "groups: before training (the same network with newly initialized weights) and after training.",
+    "groups": "Sum of the generated kernel's weights at each position, by group of channels.",
 }
+
+RENAMED_FIGURES = {"maps": "heatmap", "outputs": "activations", "place": "point"}
 
 
 def write(
-    classifier: Classifier, images, output, show="maps", place=(0.5, 0.5), top=3
+    classifier: Classifier, images, output, figure="heatmap", point=(0.5, 0.5), top=3
 ) -> list[str]:
-    """Draws images with the kernels of a model's involutions.
+    """Draws the kernels that a model's involutions generate for images.
 
     Args:
         classifier: The model.
-        images: Pairs: the name of a file, and the image as the classifier reads it.
-        output: The file: .png and .svg get the figure ``show``, .html a page with all of them that
-            opens without a network.
-        show: One of ``FIGURES``. ``"place"`` and ``"groups"`` take one image.
-        place: (row, column) that ``"place"`` is about, as shares of the image's sizes.
-        top: How many classes a page shows.
+        images: Pairs of a file name and the image as returned by ``Classifier.read``.
+        output: The file: .png and .svg contain the figure ``figure``, .html is a self-contained
+            page with all figures.
+        figure: A key of ``FIGURES`` or ``RENAMED_FIGURES``. ``"point"`` and ``"groups"`` require a
+            single image.
+        point: (row, column) of the figure ``"point"`` in relative coordinates, from 0 to 1.
+        top: Number of classes on a page.
 
     Returns:
-        Lines that say what was drawn: each image's class, and the range of every map.
+        Lines to print: each image's class and the range of its heat maps, the implementations that
+        run in inference, and the output file.
 
     Raises:
-        InputError: The model has no involution, or what is asked for cannot be drawn or written.
+        InputError: The model has no involution, or an argument is invalid.
     """
     try:
         from involution.visualize import html
     except ImportError as error:
         raise InputError(
-            "Figures are drawn with Matplotlib: pip install 'involution[compare]'. "
+            "Figures require Matplotlib: pip install 'involution[compare]'. "
             f"Received: no module {error.name}"
         ) from error
     output = pathlib.Path(output)
-    _check(output, show, place, images)
+    figure = RENAMED_FIGURES.get(figure, figure)
+    _check(output, figure, point, images)
     names, tensors = zip(*images, strict=True)
     pixels = np.concatenate(tensors)
-    drawing = _Drawing(classifier, pixels, place)
+    figures = _Figures(classifier, pixels, point)
     scores = classifier.predict_proba(pixels)
     best = [f"{classifier.class_names[s.argmax()]} {s.max():.2f}" for s in scores]
     try:
@@ -70,7 +75,7 @@ def write(
                         "name": str(names[i]),
                         "scores": [(classifier.class_names[k], scores[i, k]) for k in ranked],
                         "figures": {
-                            name: html.data_url(html.png(getattr(drawing, name)([i])))
+                            name: html.data_url(html.png(figures.draw(name, [i])))
                             for name in FIGURES
                         },
                     }
@@ -79,88 +84,102 @@ def write(
                 captions=FIGURES,
             )
         else:
-            figure = getattr(drawing, show)(range(len(names)), best)
+            drawn = figures.draw(figure, range(len(names)), best)
             with atomic_write(output) as temporary:
-                temporary.write_bytes(html.image(figure, output.suffix[1:]))
+                temporary.write_bytes(html.image(drawn, output.suffix[1:]))
     except OSError as error:
         raise InputError(
             f"The output file must be writable. Received: {output}: {error.strerror}"
         ) from error
     lines = []
     for i, name in enumerate(names):
+        maps = {layer: r.heat_map[i].sum(axis=-1) for layer, r in figures.records.items()}
         ranges = (
             f"{layer} {m.shape[1]}x{m.shape[0]} from {m.min():.3g} to {m.max():.3g}"
-            for layer, m in ((k, look.maps[i].sum(axis=-1)) for k, look in drawing.looks.items())
+            for layer, m in maps.items()
         )
         lines.append(f"{name}: {best[i]}; {', '.join(ranges)}")
-    ran = collections.Counter(look.implementation for look in drawing.looks.values())
-    counts = ", ".join(f"{count} x {name}" for name, count in ran.items())
-    lines.append(f"Predictions run {counts}; here kernels were stored to be drawn")
+    used = collections.Counter(record.implementation for record in figures.records.values())
+    counts = ", ".join(f"{count} x {name}" for name, count in used.items())
+    lines.append(f"Implementations in inference: {counts}; kernels were stored for the figures")
     return [*lines, f"{'Page' if output.suffix == '.html' else 'Figure'}: {output}"]
 
 
-def _check(output, show, place, images):
+def _check(output, figure, point, images):
     if output.suffix not in (".png", ".svg", ".html"):
         raise InputError(f"The output must be a .png, .svg or .html file. Received: {output}")
-    if len(place) != 2 or not all(0 <= share <= 1 for share in place):
+    if figure not in FIGURES:
+        raise InputError(f"`figure` must be one of {', '.join(FIGURES)}. Received: {figure!r}")
+    if len(point) != 2 or not all(0 <= coordinate <= 1 for coordinate in point):
         raise InputError(
-            "A place must be its row and column as shares of the image's sizes, from 0 to 1. "
-            f"Received: {', '.join(map(str, place))}"
+            "A point must be ROW,COLUMN in relative coordinates from 0 to 1. "
+            f"Received: {', '.join(map(str, point))}"
         )
-    if show in ("place", "groups") and output.suffix != ".html" and len(images) > 1:
+    if figure in ("point", "groups") and output.suffix != ".html" and len(images) > 1:
         raise InputError(
-            f"The figure {show} is of one image; a page (.html) takes several. "
+            f"The figure {figure} requires a single image, or an .html page. "
             f"Received: {len(images)} images"
         )
 
 
-class _Drawing:
-    """The figures of some images; each method is one of ``FIGURES``, for some of the images."""
+class _Figures:
+    """Draws the figures of some of the images from one forward pass."""
 
-    def __init__(self, classifier, pixels, place):
-        self.model, self.pixels, self.place_ = classifier.model, pixels, place
-        self.looks = _looks_2d(self.model, pixels)
-        if not self.looks:
+    def __init__(self, classifier, pixels, point):
+        self.model, self.pixels, self.point = classifier.model, pixels, point
+        self.records = _capture_2d(self.model, pixels)
+        if not self.records:
             raise InputError(
-                "A model must have an involution of images to be explained. "
+                "The explained model must have an involution over images. "
                 f"Received: {self.model.name}, which has none"
             )
 
-    def maps(self, chosen, titles=None, **options):
+    def draw(self, figure, indices, titles=None):
+        indices = list(indices)
+        if figure == "point":
+            return self._point(*indices)
+        if figure == "groups":
+            return self._groups(*indices)
+        return self._heat_maps(indices, titles, with_activations=figure == "activations")
+
+    def _heat_maps(self, indices, titles, with_activations):
         from involution.visualize import figures
 
-        chosen = list(chosen)
-        maps = {name: look.maps[chosen] for name, look in self.looks.items()}
-        options = options or {"overlay": True}
-        return figures.heat_maps(self.pixels[chosen], maps, titles, **options)
+        maps = {name: record.heat_map[indices] for name, record in self.records.items()}
+        activations = (
+            {name: record.activations[indices] for name, record in self.records.items()}
+            if with_activations
+            else None
+        )
+        return figures.heat_maps(
+            self.pixels[indices],
+            maps,
+            titles,
+            overlay=not with_activations,
+            activations=activations,
+        )
 
-    def outputs(self, chosen, titles=None):
-        chosen = list(chosen)
-        activations = {name: look.activations[chosen] for name, look in self.looks.items()}
-        return self.maps(chosen, titles, activations=activations)
-
-    def groups(self, chosen, titles=None):
+    def _groups(self, index):
         from involution.visualize import figures
 
-        (i,) = chosen
-        return figures.group_maps({name: look.maps[i] for name, look in self.looks.items()})
+        return figures.group_maps({name: r.heat_map[index] for name, r in self.records.items()})
 
-    def place(self, chosen, titles=None):
+    def _point(self, index):
         from involution.visualize import figures
 
-        (i,) = chosen
         keras.utils.set_random_seed(0)
-        fresh = keras.models.clone_model(self.model)
+        untrained = keras.models.clone_model(self.model)
         kernels = {
-            title: {name: look.kernel_at(i, self.place_) for name, look in found.items()}
-            for title, found in (
-                ("before training", _looks_2d(fresh, self.pixels)),
-                ("after training", self.looks),
+            title: {name: r.kernel_at(index, self.point) for name, r in records.items()}
+            for title, records in (
+                ("before training", _capture_2d(untrained, self.pixels)),
+                ("after training", self.records),
             )
         }
-        windows = {name: look.window_at(self.place_) for name, look in self.looks.items()}
-        return figures.place_kernels(self.pixels[i], self.place_, kernels, windows)
+        windows = {name: record.window_at(self.point) for name, record in self.records.items()}
+        return figures.kernels_at(self.pixels[index], self.point, kernels, windows)
 
 
-def _looks_2d(model, pixels):
-    return {k: look for k, look in looks(model, pixels).items() if len(look.sizes) == 2}
+def _capture_2d(model, pixels):
+    records = capture(model, pixels)
+    return {name: record for name, record in records.items() if len(record.sizes) == 2}

@@ -1,4 +1,4 @@
-"""Pages that open without a network: templates, and figures within them."""
+"""Self-contained HTML pages: templates, and figures as data URLs."""
 
 import base64
 import io
@@ -14,14 +14,14 @@ try:
     from matplotlib.text import Text
 except ImportError as error:
     raise InputError(
-        "A report is drawn with Matplotlib and Jinja: pip install 'involution[compare]'. "
+        "Reports require Matplotlib and Jinja: pip install 'involution[compare]'. "
         f"Received: no module {error.name}"
     ) from error
 
 
 def write(path, template: pathlib.Path, **values):
-    """Writes the page that a template makes of these values, all escaped, their control characters
-    shown. The template can include what lies beside this file."""
+    """Renders a template to a file. Values are HTML-escaped, control characters in them shown as
+    escape sequences. The template may include files of its own folder and of this one."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, pathlib.Path(__file__).parent]),
         autoescape=True,
@@ -32,10 +32,10 @@ def write(path, template: pathlib.Path, **values):
 
 
 def image(figure: Figure, format) -> bytes:
-    """A figure as a file, "png" or "svg": of one figure always the same bytes."""
+    """Encodes a figure as "png" or "svg", deterministically."""
     buffer = io.BytesIO()
     for text in figure.findobj(Text):
-        # In an SVG file control characters are errors.
+        # SVG files may not contain control characters.
         if CONTROL.search(text.get_text()):
             text.set_text(escape_controls(text.get_text(), "\n"))
     with matplotlib.rc_context({"svg.hashsalt": "involution"}):
@@ -49,5 +49,5 @@ def png(figure: Figure) -> bytes:
 
 
 def data_url(image: bytes) -> str:
-    """A PNG file inside a page."""
+    """A PNG file as a data URL."""
     return "data:image/png;base64," + base64.b64encode(image).decode()

@@ -1,0 +1,36 @@
+"""Errors of an export, and the guard around third-party exporters and runtimes."""
+
+import contextlib
+import warnings
+
+from involution.utils.errors import InputError
+
+
+class ExportError(InputError):
+    """No file was written: the exporter failed, or the file's outputs differ from the model's."""
+
+
+@contextlib.contextmanager
+def ignore_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def as_export_error(message):
+    """Runs third-party code without its warnings; its exceptions become an ``ExportError``."""
+    try:
+        with ignore_warnings():
+            yield
+    except ExportError:
+        raise
+    except Exception as error:  # exporters and runtimes document no exception types
+        raise ExportError(
+            f"{message}. Received: {type(error).__name__}: {_one_line(error)}"
+        ) from error
+
+
+def _one_line(error) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:300] + "..."

@@ -1,0 +1,164 @@
+"""Verification of an exported file: its runtime's outputs against the model's."""
+
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+
+from involution.export.errors import ExportError, as_export_error, ignore_warnings
+from involution.export.onnx import all_nodes
+
+# Verified batch sizes.
+BATCHES = (1, 5)
+
+# Maximum error relative to the largest absolute output; a reordered summation stays below.
+TOLERANCE = 1e-4
+
+# Executed in a process that has not imported this package.
+_VERIFY_SCRIPT = """
+import json, sys
+import numpy as np
+
+format, model, inputs, outputs = sys.argv[1:]
+if format == "pt2":
+    import torch as framework
+    run = framework.export.load(model).module()
+    tensor, array = framework.from_numpy, lambda t: t.detach().cpu().numpy()
+else:
+    import tensorflow as framework
+    loaded = framework.saved_model.load(model)  # keeps the variables alive
+    run = loaded.serve
+    tensor, array = framework.constant, lambda t: t.numpy()
+with np.load(inputs) as stored:
+    batches = {}
+    for key in stored.files:
+        batches.setdefault(key.split()[0], []).append(tensor(stored[key]))
+results = {}
+for batch, tensors in batches.items():
+    for name, value in run(*tensors).items():
+        results[batch + " " + name] = array(value)
+np.savez(outputs, **results)
+if "involution" in sys.modules:
+    sys.exit("the file imports involution")
+print(json.dumps(framework.__version__))
+"""
+
+
+def expected_outputs(spec, samples) -> list[dict[str, np.ndarray]]:
+    """The model's own outputs."""
+    return [{k: _to_numpy(v) for k, v in spec.call(*sample).items()} for sample in samples]
+
+
+def run(path, format, spec, samples) -> tuple[str, list[dict]]:
+    """The name and version of the format's runtime, and its outputs for each sample."""
+    message = (
+        f"The runtime of the format {format} cannot run the exported file; another backend's "
+        "exporter may work"
+    )
+    with as_export_error(message):
+        if format == "onnx":
+            return _run_onnx(path, spec, samples)
+        return _verify_in_subprocess(path, format, samples)
+
+
+def max_relative_error(spec, outputs, expected) -> float:
+    """The maximum over all batches and outputs.
+
+    Raises:
+        ExportError: It exceeds ``TOLERANCE``.
+    """
+    maximum = 0.0
+    for batch, actual, model_outputs in zip(BATCHES, outputs, expected, strict=True):
+        for name, want in model_outputs.items():
+            error = _relative_error(actual.get(name), want)
+            if error > TOLERANCE:
+                remedy = (
+                    "give `input_shape`"
+                    if spec.has_unknown_sizes
+                    else "another backend's exporter may work"
+                )
+                found = (
+                    f"a relative error of {error:.3g}"
+                    if error < np.inf
+                    else "a missing, misshapen or non-finite output"
+                )
+                raise ExportError(
+                    f"Exported outputs must match the model's to a relative error of {TOLERANCE:g};"
+                    f" {remedy}. Received: {found} in {name}, for a batch of {batch}"
+                )
+            maximum = max(maximum, error)
+    return maximum
+
+
+def _run_onnx(path, spec, samples):
+    import onnx
+    import onnxruntime
+
+    proto = onnx.load(path)
+    custom = {node.domain for node in all_nodes(proto.graph)} - {"", "ai.onnx"}
+    if custom or proto.functions:
+        raise ExportError(
+            "An exported model must consist of standard ONNX operators. "
+            f"Received: {', '.join(custom) or 'local functions'}"
+        )
+    onnx.checker.check_model(proto, full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # failures raise exceptions
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    outputs = [
+        dict(
+            zip(
+                (value.name for value in session.get_outputs()),
+                session.run(None, dict(zip(spec.inputs, sample, strict=True))),
+                strict=True,
+            )
+        )
+        for sample in samples
+    ]
+    return f"onnxruntime {onnxruntime.__version__}", outputs
+
+
+def _verify_in_subprocess(path, format, samples):
+    inputs_file, outputs_file = (path.with_name(f"{name}.npz") for name in ("inputs", "outputs"))
+    batches = {f"{i} {j}": x for i, xs in enumerate(samples) for j, x in enumerate(xs)}
+    np.savez(inputs_file, **batches)
+    process = subprocess.run(  # noqa: S603 - our own script
+        [sys.executable, "-P", "-c", _VERIFY_SCRIPT, format, path, inputs_file, outputs_file],
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode:
+        lines = process.stderr.strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"exit code {process.returncode}")
+    outputs: list[dict] = [{} for _ in samples]
+    with np.load(outputs_file) as stored:
+        for key in stored.files:
+            batch, name = key.split(" ", 1)
+            outputs[int(batch)][name] = stored[key]
+    version = json.loads(process.stdout.splitlines()[-1])
+    return f"{'torch' if format == 'pt2' else 'tensorflow'} {version}", outputs
+
+
+def _relative_error(actual, expected) -> float:
+    """Infinite for a missing output, another shape, or values that are not finite."""
+    if actual is None or actual.shape != expected.shape:
+        return np.inf
+    if not expected.size:
+        return 0.0
+    actual, expected = np.asarray(actual, "float64"), np.asarray(expected, "float64")
+    if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
+        return np.inf
+    difference, magnitude = np.abs(actual - expected).max(), np.abs(expected).max()
+    return float(difference / magnitude) if magnitude else np.inf if difference else 0.0
+
+
+def _to_numpy(tensor) -> np.ndarray:
+    with ignore_warnings():  # NumPy 2.4 deprecates Keras's conversion of PyTorch tensors
+        return np.asarray(keras.ops.convert_to_numpy(tensor))
