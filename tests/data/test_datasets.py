@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
+from involution import data
 from involution.data import datasets, decode, transforms
 from involution.utils.errors import InputError
 from tests.support import hostile_images
@@ -357,3 +358,12 @@ def test_batch_pickled_by_python_2():
     images, labels = datasets._pickled_batch(batch)
     assert images[0, 0, :3, 0].tolist() == [0, 1, 2]
     assert labels.tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("order", "epoch_permutation"), ("mirrored", "flip_mask"), ("scale", "to_unit_float")],
+)
+def test_deprecated_names(old, new):
+    with pytest.warns(DeprecationWarning, match=rf"involution\.data\.{old} is now .*{new}"):
+        assert getattr(data, old) is getattr(data, new)

@@ -1,4 +1,4 @@
-"""The pair of the keras.io example, and what is saved on one backend and loaded on another."""
+"""The classifiers of the keras.io example; models saved on one backend and loaded on another."""
 
 import collections
 import importlib.util
@@ -23,7 +23,7 @@ def images(*shape, seed=0):
     return np.random.default_rng(seed).random(shape, "float32")
 
 
-# --- The figures of the example ------------------------------------------------------------------
+# --- Summaries of the example --------------------------------------------------------------------
 
 
 def with_optimizer(model):
@@ -33,7 +33,7 @@ def with_optimizer(model):
 
 
 def renumbered(rows):
-    """The example's rows, its automatic names numbered as in a new process."""
+    """The example's rows with automatic names numbered as in a new process."""
     seen: collections.Counter = collections.Counter()
     result = []
     for name, kind, *others in rows:
@@ -45,29 +45,29 @@ def renumbered(rows):
     return result
 
 
-def test_cnn_has_the_examples_figures():
+def test_cnn_matches_the_summary_of_the_example():
     model = with_optimizer(cnn())
-    # The example's is a Sequential, which does not show its input.
+    # The example's model is a Sequential, whose summary has no input.
     first, *rows = formula.rows(model)
     assert renumbered([first]) == [("input_layer", "InputLayer", (None, 32, 32, 3), 0)]
     assert rows == renumbered(formula.CNN)
     assert formula.totals(model) == formula.CNN_TOTALS
 
 
-def test_inn_has_the_examples_figures():
+def test_inn_matches_the_summary_of_the_example():
     model = with_optimizer(inn())
     assert model.name == "inv_model"
     first, *rows = formula.rows(model)
     assert [*renumbered([first]), *rows] == renumbered(formula.INN)
     totals = list(formula.INN_TOTALS)
     if model.optimizer.iterations.dtype == "int32":
-        # TensorFlow, which the example ran on, counts steps in 8 bytes, and torch in 4.
+        # The step counter has 8 bytes on TensorFlow, on which the example ran, and 4 on PyTorch.
         totals[0] = totals[0].replace("153.25", "153.24")
     assert formula.totals(model) == totals
 
 
 @pytest.mark.parametrize("file", ["keras", "weights.h5"])
-def test_the_examples_own_files_load(file):
+def test_files_of_the_example_load(file):
     path = FILES / f"example_inv_model.{file}"
     if file == "keras":
         custom = {"Involution": involution.Involution}
@@ -77,7 +77,7 @@ def test_the_examples_own_files_load(file):
         model = inn()
         model.load_weights(path)
     with np.load(FILES / "example_inv_model.npz") as stored:
-        # The example made its model with a list of one input.
+        # The example's model has a list of one input.
         inputs = [stored["inputs"]] if isinstance(model.input, list) else stored["inputs"]
         assert relative_error(model.predict(inputs, verbose=0), stored["logits"]) < 1e-5
 
@@ -86,15 +86,15 @@ def test_the_examples_own_files_load(file):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "of_one_layer"),
+    ("arguments", "layer_parameters"),
     [
-        # Hidden width 1: 3 + 1 and 4 for the normalization, then 2 for each kernel channel.
+        # Hidden width 1: 3 + 1, 4 for the normalization, 2 for each kernel channel.
         ({"kernel_size": 5}, 8 + 2 * 25),
         ({"group_number": 3}, 8 + 2 * 27),
-        # Hidden width 3: 12 + 12, then 4 for each kernel channel.
+        # Hidden width 3: 12 + 12, 4 for each kernel channel.
         ({"reduction_ratio": 1}, 24 + 4 * 9),
         ({"kernel_generator": "linear"}, 4 * 9),
-        # No first bias: 3 + 4, then 2 for each kernel channel.
+        # No first bias: 3 + 4, 2 for each kernel channel.
         ({"kernel_generator": "bottleneck"}, 7 + 2 * 9),
         (
             {"kernel_generator": involution.kernel_generators.Bottleneck(3), "group_number": 3},
@@ -103,17 +103,17 @@ def test_the_examples_own_files_load(file):
         ({"kernel_generator": keras.layers.Conv2D(9, 3, padding="same")}, 28 * 9),
     ],
 )
-def test_inn_variants(arguments, of_one_layer):
+def test_inn_variants(arguments, layer_parameters):
     model = inn((8, 12, 3), classes=4, **arguments)
     parameters = [model.get_layer(f"inv_{i}").count_params() for i in (1, 2, 3)]
-    assert parameters == [of_one_layer] * 3
+    assert parameters == [layer_parameters] * 3
     randomize(model)
     logits = numpy(model(images(2, 8, 12, 3)))
     assert logits.shape == (2, 4)
     assert not np.allclose(logits[0], logits[1])
 
 
-def test_inn_gives_every_stage_a_generator_of_its_own():
+def test_every_stage_has_its_own_generator():
     generator = involution.kernel_generators.Linear()
     model = inn((8, 8, 3), kernel_generator=generator)
     stages = [model.get_layer(f"inv_{i}").kernel_generator for i in (1, 2, 3)]
@@ -122,7 +122,7 @@ def test_inn_gives_every_stage_a_generator_of_its_own():
 
 
 @pytest.mark.parametrize("make", [cnn, inn])
-def test_the_convolutional_head_takes_every_size_with_one_set_of_weights(make):
+def test_convolutional_head_accepts_any_size(make):
     model = make((None, None, 3), classes=5, head="convolutional")
     randomize(model)
     weights = model.get_weights()
@@ -135,7 +135,7 @@ def test_the_convolutional_head_takes_every_size_with_one_set_of_weights(make):
         assert relative_error(logits, fixed.predict(x, verbose=0)) < 1e-5
 
 
-def test_a_narrower_cnn():
+def test_cnn_filters_and_hidden():
     model = cnn((8, 8, 3), classes=5, filters=(3, 5, 7), hidden=11)
     shapes = [tuple(w.shape) for w in model.weights if len(w.shape) > 1]
     assert shapes == [(3, 3, 3, 3), (3, 3, 3, 5), (3, 3, 5, 7), (28, 11), (11, 5)]
@@ -146,7 +146,7 @@ def test_a_narrower_cnn():
         cnn(hidden=0)
 
 
-def test_the_convolutional_head_averages_positions():
+def test_convolutional_head_averages_positions():
     model = cnn((8, 8, 3), classes=5, head="convolutional")
     randomize(model)
     *_, mean, classes = model.layers
@@ -170,7 +170,7 @@ def test_the_convolutional_head_averages_positions():
         ({"classes": 2.5}, "classes=2.5"),
     ],
 )
-def test_bad_arguments_are_refused(make, arguments, received):
+def test_invalid_arguments(make, arguments, received):
     with pytest.raises(ValueError, match="Received: " + received):
         make(**arguments)
 
@@ -185,7 +185,7 @@ def test_bad_arguments_are_refused(make, arguments, received):
         ({"kernel_generator": "quadratic"}, "kernel_generator='quadratic'"),
     ],
 )
-def test_bad_arguments_of_inn_are_refused(arguments, received):
+def test_invalid_arguments_of_inn(arguments, received):
     with pytest.raises(ValueError, match="Received: " + received):
         inn(**arguments)
 
@@ -194,7 +194,7 @@ def test_bad_arguments_of_inn_are_refused(arguments, received):
 
 
 def layers_of_every_rank():
-    """One model with every layer of the package that ``inn`` does not have."""
+    """A model with the layers of the package that ``inn`` does not have."""
     shapes = [(11, 6), (7, 8, 6), (4, 5, 6, 6)]
     inputs = [keras.Input(shape) for shape in shapes]
     outputs = [
@@ -209,7 +209,7 @@ def layers_of_every_rank():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder of models with their inputs and what this backend predicts from them."""
+    """A folder of models with their inputs and the predictions of this backend."""
     folder = tmp_path_factory.mktemp("saved")
     for name, make in {"cnn": cnn, "inn": inn, "layers": layers_of_every_rank}.items():
         model = make()
@@ -222,7 +222,7 @@ def saved(tmp_path_factory):
 
 
 @each_other_backend
-def test_saved_here_predicts_the_same_where_only_another_backend_is(saved, other):
+def test_saved_models_predict_the_same_on_other_backends(saved, other):
     if importlib.util.find_spec(other) is None:
         pytest.skip(f"{other} is not installed")
     run = subprocess.run(
@@ -239,7 +239,7 @@ def test_saved_here_predicts_the_same_where_only_another_backend_is(saved, other
 
 
 @pytest.mark.parametrize("make", [cnn, inn])
-def test_the_pair_is_channels_last_whatever_keras_is_set_to(make):
+def test_image_data_format_of_keras_is_ignored(make):
     setting = keras.config.image_data_format()
     keras.config.set_image_data_format("channels_first")
     try:

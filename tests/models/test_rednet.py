@@ -1,4 +1,4 @@
-"""RedNet: the paper's figures, and that every network of the family runs everywhere."""
+"""RedNet: the numbers of the paper, and every network of the family on every backend."""
 
 import functools
 
@@ -14,7 +14,7 @@ from tests.support.keras_io_formula import relative_error
 
 NAMES = ("rednet_tiny", *VARIANTS)
 BUILDERS = {name: models.MODELS[name] for name in NAMES}
-# Millions of parameters and GFLOPs by the paper.
+# Millions of parameters, and GFLOPs, from the paper.
 PAPER = {
     "rednet26": (9.23, 1.73),
     "rednet38": (12.39, 2.22),
@@ -22,9 +22,9 @@ PAPER = {
     "rednet101": (25.65, 4.74),
     "rednet152": (33.99, 6.79),
 }
-# Of the maps of their stages.
+# Of the feature maps of the stages.
 CHANNELS = dict.fromkeys(PAPER, (256, 512, 1024, 2048)) | {"rednet_tiny": (64, 64)}
-# The default run takes the smallest; `make test-long` takes all, for which XLA compiles long.
+# `make test-long` runs all, for which XLA's compilation takes long; the default is the smallest.
 every = pytest.mark.parametrize(
     "name",
     [n if n == "rednet_tiny" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES],
@@ -36,7 +36,7 @@ def images(*shape, seed=0):
 
 
 def vary(model, seed=1):
-    """Weights of which none is 0 or 1 everywhere, and outputs of an ordinary size."""
+    """Sets weights without constant tensors that keep the outputs in an ordinary range."""
     rng = np.random.default_rng(seed)
     for weight in model.weights:
         shape = tuple(weight.shape)
@@ -44,19 +44,18 @@ def vary(model, seed=1):
             weight.assign(rng.uniform(0.5, 2, shape))
         elif weight.path.endswith(("gamma", "moving_mean", "beta", "bias")):
             values = rng.normal(1 if weight.path.endswith("gamma") else 0, 0.2, shape)
-            # Involutions square what they get: in many blocks, where no batch normalizes, that
-            # overflows.
+            # Involutions are quadratic: without normalization by batches, many blocks overflow.
             small = weight.path.endswith(("_1_bn/gamma", "_3_bn/gamma"))
             weight.assign(values * (0.2 if small else 1))
     return model
 
 
-# --- The paper's figures -------------------------------------------------------------------------
+# --- Numbers of the paper ------------------------------------------------------------------------
 
 
 @functools.cache
 def network(name):
-    """The network as the paper has it, made once: not for tests that change it."""
+    """The paper's network, cached: tests must not change it."""
     return BUILDERS[name]()
 
 
@@ -65,15 +64,15 @@ def trainable(model):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_parameters_are_the_papers(name):
-    # To its last digit with the larger stem: RedNet-152 has 33.985 million with it, 33.984 without.
+def test_parameter_counts_match_the_paper(name):
+    # With the larger stem, equal to the last digit: RedNet-152 has 33.985 million, else 33.984.
     assert round((trainable(network(name)) + 720) / 1e6, 2) == PAPER[name][0]
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_multiply_adds_are_the_papers_but_for_what_is_not_counted(name):
-    # The paper does not say what it counts. Ours leave out biases, normalization, activations and
-    # pooling, which are some 2 % of these networks.
+def test_multiply_adds_match_the_paper_except_uncounted_layers(name):
+    # The paper does not define its count. Ours omits biases, normalization, activations and
+    # pooling, some 2 % of these networks.
     ours = models.count_multiply_adds(network(name), (224, 224, 3)) / 1e9
     assert 0.97 * PAPER[name][1] < ours < PAPER[name][1]
 
@@ -117,8 +116,8 @@ def test_multiply_adds_of_generators(generator, each, data_format):
     assert models.count_multiply_adds(model) == 30 * (each + 9 * 4)
 
 
-def test_multiply_adds_refuse_what_they_cannot_count():
-    with pytest.raises(ValueError, match=r"where the model leaves a size open.*input_shape=None"):
+def test_multiply_adds_that_are_unknown_are_an_error():
+    with pytest.raises(ValueError, match=r"whose input shape has None.*input_shape=None"):
         models.count_multiply_adds(models.rednet_tiny())
     model = keras.Sequential([keras.Input((8, 4)), keras.layers.LSTM(3, name="memory")])
     with pytest.raises(ValueError, match="Received: memory, a LSTM"):
@@ -147,20 +146,20 @@ class OwnKernels(involution.Involution2D):
     ("layer", "received"),
     [
         (OwnCall(6, 3, padding="same", name="conv"), "conv, a OwnCall"),
-        (OwnKernels(3, name="inv"), "inv, a OwnKernels with its own"),
+        (OwnKernels(3, name="inv"), "inv, a OwnKernels that does"),
         (
             involution.Involution2D(3, groups=2, kernel_generator=OwnHidden(name="gen")),
             "gen, a OwnHidden",
         ),
     ],
 )
-def test_multiply_adds_refuse_a_subclass_that_computes_in_its_own_way(layer, received):
+def test_multiply_adds_of_overridden_computation_are_an_error(layer, received):
     with pytest.raises(ValueError, match="Received: " + received):
         models.count_multiply_adds(keras.Sequential([keras.Input((5, 4, 6)), layer]))
 
 
-def test_multiply_adds_of_a_generator_that_is_a_model():
-    """Its layers are counted at their own positions: the first at all, the second at a quarter."""
+def test_multiply_adds_of_a_model_as_generator():
+    """Layers are counted at their own positions: the first at all, the second at a quarter."""
     generator = keras.Sequential(
         [keras.layers.Conv2D(4, 3, padding="same"), keras.layers.Conv2D(18, 1, strides=2)]
     )
@@ -170,18 +169,18 @@ def test_multiply_adds_of_a_generator_that_is_a_model():
     assert models.count_multiply_adds(model) == expected
 
 
-def test_multiply_adds_of_a_merged_low_rank_update_are_those_of_the_kernel():
+def test_multiply_adds_with_lora_are_those_of_the_kernel():
     layer = keras.layers.Dense(5)
     model = keras.Sequential([keras.Input((7,)), layer])
     layer.enable_lora(2)
     assert models.count_multiply_adds(model) == 35
 
 
-# --- Where the strides are -----------------------------------------------------------------------
+# --- Strides -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_what_has_stride_2(name):
+def test_layers_with_stride_2(name):
     model = network(name)
     strided = {
         layer.name for layer in model.layers if getattr(layer, "strides", (1, 1)) in ((2, 2), 2)
@@ -199,7 +198,7 @@ def test_what_has_stride_2(name):
     assert paddings == {"symmetric"}
 
 
-def test_both_stems():
+def test_stem_kernel_sizes():
     both = {3: network("rednet26"), 7: models.RedNet26(stem_kernel_size=7)}
     for size, model in both.items():
         layer = model.get_layer("stem_2_involution")
@@ -207,7 +206,7 @@ def test_both_stems():
     assert trainable(both[7]) == trainable(both[3]) + 720
 
 
-def test_every_block_begins_as_its_shortcut():
+def test_blocks_are_initialized_as_their_shortcut():
     model = models.rednet_tiny((16, 16, 3))
     block = keras.Model(
         model.input,
@@ -227,7 +226,7 @@ def halved(n, times):
 
 
 @every
-def test_feature_maps_of_every_stage_at_any_size(name):
+def test_feature_maps_at_any_size(name):
     model = BUILDERS[name](feature_maps=True)
     first = 1 if name == "rednet_tiny" else 2
     last = BUILDERS[name](include_top=False)
@@ -243,7 +242,7 @@ def test_feature_maps_of_every_stage_at_any_size(name):
 
 
 @every
-def test_channels_first_is_channels_last_transposed(name):
+def test_channels_first_matches_channels_last(name):
     last = vary(BUILDERS[name](classes=7))
     first = BUILDERS[name](classes=7, data_format="channels_first")
     assert first.input.shape == (None, 3, None, None)
@@ -266,7 +265,7 @@ def test_channels_first_is_channels_last_transposed(name):
 
 
 @every
-def test_a_step_changes_every_parameter(name):
+def test_a_training_step_changes_every_parameter(name):
     keras.utils.set_random_seed(0)
     model = vary(BUILDERS[name](classes=5))
     before = [numpy(w).copy() for w in model.trainable_weights]
@@ -283,7 +282,7 @@ def test_a_step_changes_every_parameter(name):
 
 
 @every
-def test_saved_and_loaded_it_predicts_the_same_at_two_sizes(name, tmp_path):
+def test_round_trip_predicts_the_same_at_two_sizes(name, tmp_path):
     model = vary(BUILDERS[name](classes=5))
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -298,7 +297,7 @@ def test_saved_and_loaded_it_predicts_the_same_at_two_sizes(name, tmp_path):
             np.testing.assert_array_equal(other.predict(x, verbose=0), want)
 
 
-def test_it_takes_the_types_of_the_policy():
+def test_dtype_policy():
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
@@ -323,12 +322,12 @@ def test_it_takes_the_types_of_the_policy():
         ({"data_format": "NHWC"}, "data_format='NHWC'"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, received):
+def test_invalid_arguments(arguments, received):
     with pytest.raises(ValueError, match="Received: " + received):
         models.RedNet26(**arguments)
 
 
-def test_a_tiny_network_of_other_sizes_and_generators():
+def test_rednet_tiny_options():
     generator = involution.kernel_generators.Linear()
     model = models.rednet_tiny(
         (20, 17, 3),
@@ -377,12 +376,12 @@ def test_a_tiny_network_of_other_sizes_and_generators():
         ({"kernel_generator": "magic"}, "kernel_generator='magic'"),
     ],
 )
-def test_bad_arguments_of_the_tiny_network_are_refused(arguments, received):
+def test_invalid_arguments_of_rednet_tiny(arguments, received):
     with pytest.raises(ValueError, match="Received: " + received):
         models.rednet_tiny((16, 16, 3), **arguments)
 
 
-def test_a_layer_counts_as_often_as_it_is_called():
+def test_multiply_adds_count_every_call_of_a_layer():
     layers = keras.layers
     inputs = keras.Input((8, 8, 4))
     shared = layers.Conv2D(4, 3, padding="same")

@@ -1,9 +1,9 @@
-"""Predicts with saved models in a process where one framework alone can be imported.
+"""Predicts with saved models in a process where only one framework can be imported.
 
     python -m tests.support.backend_pairs FRAMEWORK FOLDER
 
-FOLDER holds models NAME.keras, each with NAME.npz: its inputs in order and then its outputs. One
-line for each model gives its name and the largest relative error.
+FOLDER has models NAME.keras, each with NAME.npz: the inputs in order, then the outputs. Prints the
+name and the maximum relative error of each model.
 """
 
 import importlib.machinery
@@ -17,15 +17,15 @@ FRAMEWORKS = ("tensorflow", "jax", "torch")
 
 
 def hide(names):
-    """Makes modules look as if they were not installed."""
-    found = importlib.machinery.PathFinder
+    """Makes modules appear not to be installed."""
+    finder = importlib.machinery.PathFinder
 
-    class Hiding(found):
+    class Hiding(finder):
         @classmethod
         def find_spec(cls, name, path=None, target=None):
-            return None if name in names else found.find_spec(name, path, target)
+            return None if name in names else finder.find_spec(name, path, target)
 
-    sys.meta_path[sys.meta_path.index(found)] = Hiding
+    sys.meta_path[sys.meta_path.index(finder)] = Hiding
 
 
 def main(framework, folder):

@@ -67,8 +67,9 @@ OWN = {
     "static": {"kernel_size": 3, "kernel_generator": lambda: G.Static()},
 }
 TWO_INPUTS = ("AdditiveAttention", "Attention", "Dot", "GroupQueryAttention", "MultiHeadAttention")
-MERGING = (
-    "Add Average Concatenate Maximum Minimum Multiply Subtract Dot Attention AdditiveAttention"
+MERGING_LAYERS = (
+    *("Add", "Average", "Concatenate", "Maximum", "Minimum", "Multiply", "Subtract", "Dot"),
+    *("Attention", "AdditiveAttention"),
 )
 
 
@@ -101,9 +102,6 @@ def honest(name) -> keras.Model:
     if name in ("GroupQueryAttention", "MultiHeadAttention"):
         return keras.Model(inputs, layer(*inputs))
     return keras.Model(inputs, layer(inputs if len(inputs) > 1 else inputs[0]))
-
-
-MERGING_LAYERS = tuple(MERGING.split())
 
 
 def _shape(name):

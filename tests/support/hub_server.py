@@ -1,5 +1,5 @@
-"""A stand-in for the hub, on this machine: repositories in memory, and its protocol as far as the
-client speaks it."""
+"""A local server with the part of the Hugging Face Hub's protocol that the client uses;
+repositories are in memory."""
 
 import base64
 import contextlib
@@ -15,13 +15,13 @@ def git_hash(content):
 
 
 class Hub:
-    """What the server holds: by repository, files by commit, the last one being main."""
+    """The state of the server: for each repository the files of its commits, the last one main."""
 
     def __init__(self):
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
         self.requests: list[str] = []
         self.tokens: set[str | None] = set()
-        # Bytes that are served in the place of a file's.
+        # Content served instead of a file's.
         self.changed: dict[str, bytes] = {}
 
     def commit(self, repo, files) -> str:
@@ -133,7 +133,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def served():
-    """Yields (the hub, its URL)."""
+    """Yields (the Hub, its URL)."""
     hub = Hub()
     handler = type("Bound", (Handler,), {"hub": hub})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -1,21 +1,21 @@
-"""The two layers that others wrote first, in float64 NumPy and channels last, and the figures that
-the keras.io example prints. It shares no code with the package.
+"""NumPy references in float64, channels last, of the layers of the keras.io example and the paper's
+code, and the numbers that the example prints. They share no code with the package.
 
-``example`` is the layer of the keras.io example, ``paper`` the one of the paper's code. At sizes
-that the stride does not divide both originals fail; there the formulas go on as the package says:
-ceil(n / stride) positions, and pooled windows that average real values only.
+``example`` is the layer of the keras.io example, ``paper`` that of the paper's code. Both originals
+reject sizes that the stride does not divide; there the references follow the package: ceil(n /
+stride) positions, and partial pooling windows average real values only.
 """
 
 import numpy as np
 
 
 def relative_error(got, want):
-    """The largest difference, relative to the largest value."""
+    """The largest difference relative to the largest value."""
     return np.abs(np.asarray(got, "float64") - want).max() / np.abs(want).max()
 
 
 def randomize(layer, seed=0):
-    """Gives every weight random values, and moving variances positive ones."""
+    """Sets random weights; those of moving variances are positive."""
     rng = np.random.default_rng(seed)
     for weight in layer.weights:
         values = rng.normal(size=tuple(weight.shape))
@@ -23,7 +23,7 @@ def randomize(layer, seed=0):
 
 
 def pooled(x, stride, before):
-    """Means of stride x stride windows, the first one starting at -before, over real values."""
+    """Means of the real values of stride x stride windows, the first of which starts at -before."""
     _, height, width, channels = x.shape
     rows, columns = -(-height // stride), -(-width // stride)
     y = np.empty((len(x), rows, columns, channels))
@@ -42,20 +42,20 @@ def generated(x, reduce, reduce_bias, gamma, beta, mean, variance, expand, expan
 
 
 def summed(x, kernel, size, stride, before, group_of):
-    """kernel (B, H', W', taps, G), applied to windows of which the first starts at -before."""
+    """kernel (B, H', W', taps, G), applied to windows, the first of which starts at -before."""
     _, rows, columns, taps, _ = kernel.shape
     far = size + stride
     padded = np.pad(x, ((0, 0), (before[0], far), (before[1], far), (0, 0)))
     y = np.zeros((*kernel.shape[:3], x.shape[-1]))
     for tap in range(taps):
         i, j = divmod(tap, size)
-        seen = padded[:, i : i + rows * stride : stride, j : j + columns * stride : stride]
-        y += kernel[:, :, :, tap, group_of] * seen
+        patch = padded[:, i : i + rows * stride : stride, j : j + columns * stride : stride]
+        y += kernel[:, :, :, tap, group_of] * patch
     return y
 
 
 def example(x, weights, size, stride, groups):
-    """(output, kernel) of the example's layer, from its weights in its own order."""
+    """(output, kernel) of the example's layer, from its weights in their order."""
     x, weights = np.float64(x), [np.float64(w) for w in weights]
     around = [max((-(-n // stride) - 1) * stride + size - n, 0) // 2 for n in x.shape[1:3]]
     beyond = [(-n % stride) // 2 for n in x.shape[1:3]]
@@ -103,7 +103,7 @@ INN = [
     ("dense_2", "Dense", (None, 64), 12_352),
     ("dense_3", "Dense", (None, 10), 650),
 ]
-# What stands below them: total, trainable, non-trainable, optimizer.
+# Parameter counts below them: total, trainable, non-trainable, optimizer.
 CNN_TOTALS = ["957,536 (3.65 MB)", "319,178 (1.22 MB)", "0 (0.00 B)", "638,358 (2.44 MB)"]
 INN_TOTALS = ["39,230 (153.25 KB)", "13,074 (51.07 KB)", "6 (24.00 B)", "26,150 (102.15 KB)"]
 
@@ -124,7 +124,7 @@ def rows(model):
 
 
 def totals(model):
-    """The figures below a model's summary, as above."""
+    """The parameter counts below a model's summary, as above."""
     printed = []
     model.summary(print_fn=printed.append)
     return [line.split(":")[1].strip() for line in printed[0].splitlines() if " params:" in line]

@@ -1,7 +1,7 @@
-"""RedNet in PyTorch, written from the paper, with the official checkpoints' names of tensors.
+"""RedNet in PyTorch, written from the paper, with the tensor names of the official checkpoints.
 
-It shares no code with the package: involution is an unfold, channels come first, groups are
-contiguous. Windows of the pooling that sizes leave over average real values only.
+It shares no code with the package: involution by unfold, channels first, contiguous groups. Partial
+pooling windows average real values only.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ BLOCKS[152] = (3, 8, 36, 3)
 
 
 def named(**modules):
-    """Modules one after the other, by name."""
+    """A Sequential of named modules."""
     sequence = nn.Sequential()
     for name, module in modules.items():
         sequence.add_module(name, module)
@@ -38,9 +38,9 @@ class Involution(nn.Module):
         kernel = self.conv2(self.conv1(pooled))
         n, _, height, width = kernel.shape
         kernel = kernel.reshape(n, self.groups, 1, self.size**2, height, width)
-        seen = F.unfold(x, self.size, padding=self.size // 2, stride=self.stride)
-        seen = seen.reshape(n, self.groups, 16, self.size**2, height, width)
-        return (kernel * seen).sum(3).reshape(n, -1, height, width)
+        patches = F.unfold(x, self.size, padding=self.size // 2, stride=self.stride)
+        patches = patches.reshape(n, self.groups, 16, self.size**2, height, width)
+        return (kernel * patches).sum(3).reshape(n, -1, height, width)
 
 
 class Block(nn.Module):
@@ -90,7 +90,7 @@ class Backbone(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Names as mmclassification's: ``backbone.`` and ``head.fc.``."""
+    """With mmclassification's names: ``backbone.`` and ``head.fc.``."""
 
     def __init__(self, depth, classes, stem_size=3):
         super().__init__()
@@ -102,12 +102,12 @@ class Classifier(nn.Module):
 
 
 def network(depth, classes=5, stem_size=3, seed=0):
-    """A classifier in float64 with random weights, biases and statistics, whose logits are far
-    from equal; in inference."""
+    """A classifier in float64 in inference mode, with random weights, biases and statistics that
+    give clearly different logits."""
     generator = np.random.default_rng(seed)
     with torch.device("meta"):
         model = Classifier(depth, classes, stem_size)
-    # Straight into float64: PyTorch's own initial values would be drawn for nothing.
+    # Allocated in float64 at once, without PyTorch's initialization.
     model = model.to_empty(device="cpu").double().eval()
     for name, tensor in model.state_dict().items():
         values = generator.normal(size=tuple(tensor.shape))
@@ -118,8 +118,8 @@ def network(depth, classes=5, stem_size=3, seed=0):
         elif tensor.ndim > 1:
             values *= (1.4 / tensor[0].numel()) ** 0.5
         elif "weight" in name:
-            # Involutions square what they get: without the smaller factor at the end of a block,
-            # 20 blocks overflow even float64.
+            # Involutions are quadratic: without the smaller factor at the end of a block, 20 blocks
+            # overflow even float64.
             values = (0.7 + 0.2 * values) * (0.3 if "bn3" in name else 1)
         else:
             values *= 0.2
@@ -128,13 +128,13 @@ def network(depth, classes=5, stem_size=3, seed=0):
 
 
 def logits(model, images):
-    """For images (N, H, W, 3) as NumPy has them."""
+    """Logits of images (N, H, W, 3), NumPy arrays."""
     with torch.no_grad():
         return model(torch.tensor(np.moveaxis(images, -1, 1))).numpy()
 
 
 def paddle_names(state):
-    """A classifier's state as PaddleClas has it: NumPy arrays, other names, the matrix turned."""
+    """A classifier's state in PaddleClas's form: NumPy arrays, other names, matrix transposed."""
     arrays = {}
     for name, tensor in state.items():
         if name.endswith("num_batches_tracked"):

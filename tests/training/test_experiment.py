@@ -518,8 +518,8 @@ def test_invalid_classifier_files(tmp_path):
     plain.save(tmp_path / "plain.keras")
     for name, match in (
         ("missing.keras", "missing.keras, which does not exist"),
-        ("x.keras", "written by `involution compare`"),
-        ("plain.keras", "written by `involution compare`"),
+        ("x.keras", "as `involution compare` and `train` write them"),
+        ("plain.keras", "as `involution compare` and `train` write them"),
     ):
         with pytest.raises(InputError, match=match):
             saved_model.load(tmp_path / name)
