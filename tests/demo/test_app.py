@@ -34,7 +34,7 @@ def page(tmp_path_factory):
     with served(log) as page:
         yield page
     assert page.process.returncode == 0
-    assert page.first_lines[-1] == "Ended."
+    assert page.first_lines[-1] == "Stopped."
     assert "Traceback" not in log.read_text()
 
 
@@ -49,7 +49,7 @@ def folder_of(page):
 
 
 def test_it_listens_to_this_machine_alone(page):
-    assert page.first_lines[0] == "involution: Preparing the page."
+    assert page.first_lines[0] == "involution: Starting the demo."
     assert page.address.startswith("http://127.0.0.1:")
     port = int(page.address.rsplit(":", 1)[1])
     # All of 127/8 is this machine; the page is at one of its addresses.

@@ -73,7 +73,7 @@ def served(log, *arguments):
         try:
             for line in process.stdout:
                 lines.append(line.strip())
-                if found := re.search(r"Page: (http://\S+?)/? ", line):
+                if found := re.search(r"Demo: (http://\S+?)/? ", line):
                     page = Page(process, lines, found[1])
                     with page.client:
                         yield page
