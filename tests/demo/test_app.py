@@ -38,7 +38,7 @@ def page(tmp_path_factory):
     with demo(log) as page:
         yield page
     assert page.process.returncode == 0
-    assert page.first_lines[-1] == "Ended."
+    assert page.first_lines[-1] == "Stopped."
     assert "Traceback" not in log.read_text()
 
 
@@ -53,7 +53,7 @@ def folder_of(page):
 
 
 def test_it_binds_the_loopback_address(page):
-    assert page.first_lines[0] == "involution: Preparing the page."
+    assert page.first_lines[0] == "involution: Starting the demo."
     assert page.address.startswith("http://127.0.0.1:")
     port = int(page.address.rsplit(":", 1)[1])
     # 127.0.0.0/8 is the loopback network; the demo binds one of its addresses.

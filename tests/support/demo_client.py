@@ -73,7 +73,7 @@ def demo(log, *arguments):
         try:
             for line in process.stdout:
                 lines.append(line.strip())
-                if found := re.search(r"Page: (http://\S+?)/? ", line):
+                if found := re.search(r"Demo: (http://\S+?)/? ", line):
                     page = DemoClient(process, lines, found[1])
                     with page.client:
                         yield page

@@ -388,5 +388,5 @@ def test_checkpoint_every(folder, tmp_path, monkeypatch):
     compare(config(folder, epochs=1), tmp_path / "b", builders=ONE, checkpoint_every=2)
     # 24 training and 12 test images in batches of 10.
     assert saved == [None, 20, 34, 0, None]
-    with pytest.raises(InputError, match="checkpoint_every must be at least 1"):
+    with pytest.raises(InputError, match="`checkpoint_every` must be at least 1"):
         compare(config(folder), tmp_path / "c", checkpoint_every=0)
