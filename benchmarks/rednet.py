@@ -183,7 +183,7 @@ def main(options):
         )
     for name in (SELECTED, RESNET) if options.layers else ():
         for layers, (number, ms) in layer_times(models[name], options.batch).items():
-            rows.append({"what": "layers alone", "network": name, "layers": layers})
+            rows.append({"what": "layers", "network": name, "layers": layers})
             rows[-1] |= {"number": number, "ms": f"{ms:.1f}"}
             print(f"{name:10} {number:4} {layers:24} {ms:8.1f} ms")
     if options.output is not None:

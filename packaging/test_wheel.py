@@ -1,15 +1,15 @@
 """Tests the installed package's native kernels and their gradients against the oracle.
 
-Run by ``packaging/test_wheels.sh`` with ``tests`` on the path.
+Run by ``packaging/test_wheels.sh`` with the repository root on the path.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from oracle import Call, error_bound
 
 from involution import ops
 from involution.ops.native import library
+from tests.support.oracle import Call, error_bound
 
 CALLS = [
     Call(2, (7, 5), 12, (3, 2), (2, 1), "same", (1, 2), 3),

@@ -10,7 +10,7 @@ mkdir -p "$build"
 # Without a compiler on the path, the wheel's libraries are tested.
 "$python" -m venv "$build/venv"
 "$build/venv/bin/pip" install --quiet dist/involution-*-manylinux_2_28_x86_64.whl "jax>=0.7" -c constraints.txt
-(cd "$build" && PATH=$build/venv/bin KERAS_BACKEND=jax PYTHONPATH=$OLDPWD/tests \
+(cd "$build" && PATH=$build/venv/bin KERAS_BACKEND=jax PYTHONPATH=$OLDPWD \
 	python "$OLDPWD/packaging/test_wheel.py")
 PATH=$build/venv/bin KERAS_BACKEND=jax "$build/venv/bin/involution" doctor
 

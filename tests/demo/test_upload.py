@@ -133,14 +133,14 @@ def test_every_kind_of_pixels_becomes_three_bytes(file):
         decode.read_image(file(saved(Image.fromarray(ramp + 255)))),
         np.repeat(np.arange(256, dtype="uint8").reshape(16, 16, 1), 3, -1),
     )
-    for mode, colour, expected in (
+    for mode, color, expected in (
         ("L", 7, [7, 7, 7]),
         ("1", 1, [255, 255, 255]),
         ("LA", (9, 0), [9, 9, 9]),
         ("RGBA", (1, 2, 3, 0), [1, 2, 3]),
         ("P", 0, [0, 0, 0]),
     ):
-        read = decode.read_image(file(saved(Image.new(mode, (2, 1), colour))))
+        read = decode.read_image(file(saved(Image.new(mode, (2, 1), color))))
         assert read.tolist() == [[expected] * 2]
 
 
