@@ -42,6 +42,7 @@ def check_printed(text, output):
         assert expected in lines, (expected, lines)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "page",
     # The tutorial is executed as a notebook; translations have the same code.
@@ -57,6 +58,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     check_printed(text, capsys.readouterr().out)
 
 
+@pytest.mark.any_backend
 def test_the_tutorial_says_what_involution_is_in_twenty_lines():
     block = re.search(
         r"class SmallInvolution.*?```", (DOCS / "en" / "tutorial.md").read_text(), re.S
@@ -65,6 +67,7 @@ def test_the_tutorial_says_what_involution_is_in_twenty_lines():
     assert len(definition) <= 20
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.ko.md"], ids=name_of)
 def test_what_a_page_points_to_is_there(page):
     text = page.read_text(encoding="utf-8")
@@ -80,6 +83,7 @@ TRANSLATIONS = [
 ]
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("page", TRANSLATIONS, ids=name_of)
 def test_a_translation_is_of_the_page_as_it_is(page):
     """The first line of a translation names the English text that it says the same as."""
@@ -90,6 +94,7 @@ def test_a_translation_is_of_the_page_as_it_is(page):
     )
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("page", TRANSLATIONS, ids=name_of)
 def test_a_translation_has_the_same_code_and_parts(page):
     assert code(page).split() == code(english(page)).split()
@@ -100,6 +105,7 @@ def test_a_translation_has_the_same_code_and_parts(page):
     assert headings[0] == headings[1]
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("page", TRANSLATIONS, ids=name_of)
 def test_a_translation_has_the_same_figures(page):
     figures = [

@@ -144,10 +144,12 @@ def imports(file):
                 yield full if full in modules else node.module.removeprefix("involution.")
 
 
+@pytest.mark.any_backend
 def test_every_module_has_its_place():
     assert sorted(ORDER) == sorted(name for name in modules if name)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("name", ORDER)
 def test_imports_point_towards_the_operator(name):
     for other in imports(modules[name]):
@@ -199,11 +201,13 @@ def private_uses(code):
                 yield name
 
 
+@pytest.mark.any_backend
 def test_f15_dependencies_are_used_as_they_are_published():
     for file in (*modules.values(), *COMMAND_LINE):
         assert list(private_uses(file.read_text(encoding="utf-8"))) == [], file
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "code",
     [
@@ -222,6 +226,7 @@ def test_f15_what_is_private_is_found(code):
     assert len(list(private_uses(code))) == 1
 
 
+@pytest.mark.any_backend
 def test_f15_what_code_can_do_without_and_what_is_its_own_may_be_private():
     spared = "try:\n  from jax import _src\nexcept (ImportError, AttributeError):\n  pass"
     own = "class Own:\n  def _f(self):\n    self._x = 1\n    return self._x, self._f"
@@ -275,6 +280,7 @@ def unsafe(code):
 REVIEWED = {"data.datasets": ["pickle.Unpickler"]}
 
 
+@pytest.mark.any_backend
 def test_no_code_is_made_of_data():
     for name, file in modules.items():
         assert list(unsafe(file.read_text(encoding="utf-8"))) == REVIEWED.get(name, []), file
@@ -282,6 +288,7 @@ def test_no_code_is_made_of_data():
         assert list(unsafe(file.read_text(encoding="utf-8"))) == [], file
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "code",
     [
@@ -309,10 +316,12 @@ def test_what_makes_code_of_data_is_found(code):
     assert len(list(unsafe(code))) == 1
 
 
+@pytest.mark.any_backend
 def test_what_makes_no_code_of_data_is_not_found():
     assert list(unsafe("np.load(p, allow_pickle=False)\nyaml.safe_load(t)\nre.compile('x')")) == []
 
 
+@pytest.mark.any_backend
 def test_every_binding_is_a_module():
     bindings = {name for name in modules if re.fullmatch(r"ops\.native\.\w+", name)}
     assert bindings == {"ops.native.library", "ops.native.params", *map(binding, native.BINDINGS)}
@@ -330,12 +339,25 @@ if BACKEND != "torch" or importlib.util.find_spec("triton") is None:
     OTHERS += ["ops.triton.kernels", "ops.triton.launch"]
 
 
-@pytest.mark.parametrize("name", ["", *(name for name in ORDER if name not in OTHERS)])
+# Examples of bindings, of the operator and of the layers run on every backend.
+EXAMPLES = [
+    pytest.param(
+        name,
+        marks=()
+        if name.startswith(("ops", "layers", "kernel_generators"))
+        else pytest.mark.any_backend,
+    )
+    for name in ["", *(name for name in ORDER if name not in OTHERS)]
+]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_in_docstrings_run(name):
     module = importlib.import_module(f"involution.{name}".rstrip("."))
     assert doctest.testmod(module).failed == 0
 
 
+@pytest.mark.any_backend
 def test_public_docstrings_have_examples():
     public = [getattr(involution, name) for name in involution.__all__]
     public += [getattr(involution.ops, name) for name in involution.ops.__all__]
@@ -372,6 +394,7 @@ def plain(value):
     return str(tuple(value)) if hasattr(value, "__len__") else str(value)
 
 
+@pytest.mark.any_backend
 def test_every_command_is_documented():
     commands = [name for name in involution_cli.app if not name.startswith("-")]
     assert set(commands) >= {"compare", "train", "predict", "explain", "doctor"}
@@ -379,6 +402,7 @@ def test_every_command_is_documented():
         assert f"| `involution {name}" in readme(), name
 
 
+@pytest.mark.any_backend
 def test_readme_commands_parse():
     lines = re.findall(r"^involution (.*?)(?:  +#.*)?$", readme(), flags=re.MULTILINE)
     assert len(lines) >= 5
@@ -386,11 +410,13 @@ def test_readme_commands_parse():
         involution_cli.app.parse_args(line.split(), exit_on_error=False, print_error=False)
 
 
+@pytest.mark.any_backend
 def test_citation_names_the_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert "Inverting the Inherence" in citation["references"][0]["title"]
 
 
+@pytest.mark.any_backend
 def test_version_is_one(pytestconfig):
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'version = "{involution.__version__}"' in text

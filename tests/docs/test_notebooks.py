@@ -53,6 +53,7 @@ def test_all_notebooks_have_the_same_code():
 
 
 # It is the same code: of a whole test run, each is executed.
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES[keras.backend.backend() == "jax" :][:1])
 def test_a_notebook_runs_top_to_bottom_outside_the_checkout(page, tmp_path, monkeypatch):
     monkeypatch.setenv("INVOLUTION_EPOCHS", "1")

@@ -160,7 +160,15 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+# PyTorch's exporter takes some 20 s for each.
+KEPT = ("channels first", "custom generator", "local attention", "the example's layer")
+EACH = [
+    pytest.param(name, marks=pytest.mark.slow if BACKEND == "torch" and name not in KEPT else ())
+    for name in LAYERS
+]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_onnx_of_a_layer_matches(tmp_path, name):
     import onnx
 
@@ -182,7 +190,9 @@ def test_onnx_of_a_layer_matches(tmp_path, name):
             assert relative_error(got, numpy(true)) < 1e-5
 
 
-@pytest.mark.parametrize("generator", ["bottleneck", "contextual"])
+@pytest.mark.parametrize(
+    "generator", ["bottleneck", pytest.param("contextual", marks=pytest.mark.slow)]
+)
 def test_onnx_of_volumes(tmp_path, generator):
     layer = involution.Involution3D(3, strides=2, kernel_generator=generator)
     model = model_of(layer, 5, 4, 5, 16)

@@ -7,13 +7,27 @@ import pytest
 
 import involution
 from tests.ops.test_gradients import relative
-from tests.support.backends import assert_equals_oracle, gradients, numpy, operation, tensors
+from tests.support.backends import (
+    BACKEND,
+    assert_equals_oracle,
+    gradients,
+    numpy,
+    operation,
+    tensors,
+)
 from tests.support.oracle import Call, random_calls
 
 CALLS = [call for call in random_calls(48, seed=5) if len(call.sizes) < 3]
 
 
-@pytest.mark.parametrize("call", CALLS, ids=range(len(CALLS)))
+# XLA compiles each call for some seconds: `make test` has every third.
+EACH = [
+    pytest.param(call, marks=pytest.mark.slow if BACKEND == "jax" and i % 3 else ())
+    for i, call in enumerate(CALLS)
+]
+
+
+@pytest.mark.parametrize("call", EACH, ids=range(len(CALLS)))
 def test_rows_are_the_formula(call):
     x, kernel, dy = call.arrays(seed=5)
     apply = operation(call, "rows")

@@ -30,7 +30,10 @@ from tests.support.hostile_files import FILES, Place
 from tests.support.images import write_folder, write_image
 from tests.support.syscall_watch import FileOpenMonitor, observe
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses inotify and /proc")
+pytestmark = [
+    pytest.mark.any_backend,
+    pytest.mark.skipif(sys.platform != "linux", reason="uses inotify and /proc"),
+]
 
 MAX_GROWTH = 64 * 2**20
 # An image within Pillow's limit of pixels takes four bytes per pixel.

@@ -180,6 +180,7 @@ def test_settings_of_trained_models_must_not_change(folder, tmp_path):
     assert [len(result.rows) for result in run.results] == [2, 2]
 
 
+@pytest.mark.any_backend
 def test_secondary_hosts_only_read(folder, tmp_path, monkeypatch):
     class Another(distributed.Distribution):
         def shard(self, indices):
@@ -196,6 +197,7 @@ def test_secondary_hosts_only_read(folder, tmp_path, monkeypatch):
         compare(config(folder), output, builders=ONE)
 
 
+@pytest.mark.any_backend
 def test_too_few_images_are_rejected_before_writing(folder, tmp_path):
     with pytest.raises(InputError, match=r"at least 50 images, for one batch\. Received: 24"):
         compare(
@@ -206,6 +208,7 @@ def test_too_few_images_are_rejected_before_writing(folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("lacking", ["lock", "folder"])
 def test_a_full_disk_at_the_start(lacking, folder, tmp_path, monkeypatch):
     def refuse(*arguments, **more):
@@ -225,6 +228,7 @@ def test_a_full_disk_at_the_start(lacking, folder, tmp_path, monkeypatch):
         compare(config(folder), tmp_path / "run", builders=ONE)
 
 
+@pytest.mark.any_backend
 def test_a_signal_loses_no_step(folder, tmp_path, uninterrupted):
     output, number = tmp_path / "run", signal.SIGTERM
     before = signal.getsignal(number)
@@ -237,6 +241,7 @@ def test_a_signal_loses_no_step(folder, tmp_path, uninterrupted):
     assert outcome(output) == uninterrupted
 
 
+@pytest.mark.any_backend
 def test_a_signal_while_writing(folder, tmp_path, monkeypatch, uninterrupted):
     output = tmp_path / "run"
     real, left = os.fsync, 9
@@ -292,6 +297,7 @@ def test_a_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path
     assert outcome(output, ONE) == outcome(tmp_path / "whole", ONE)
 
 
+@pytest.mark.any_backend
 def test_temporary_files_of_killed_processes_are_removed(folder, tmp_path):
     output = tmp_path / "run"
     (output / checkpoint.FOLDER).mkdir(parents=True)
@@ -336,6 +342,7 @@ def test_changed_settings_are_rejected_by_name(folder, tmp_path):
     assert [len(result.rows) for result in run.results] == [3]
 
 
+@pytest.mark.any_backend
 def test_changed_images_are_rejected(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
@@ -344,6 +351,7 @@ def test_changed_images_are_rejected(folder, tmp_path):
         compare(config(other), output, builders=ONE, resume=True)
 
 
+@pytest.mark.any_backend
 def test_another_model_is_always_rejected(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)

@@ -256,6 +256,7 @@ def test_random_flips():
     np.testing.assert_array_equal(images.x_train, before)
 
 
+@pytest.mark.any_backend
 def test_flips_depend_on_seed_and_epoch():
     first = transforms.flip_mask(4000, 1, 1)
     np.testing.assert_array_equal(first, transforms.flip_mask(4000, 1, 1))
@@ -264,6 +265,7 @@ def test_flips_depend_on_seed_and_epoch():
     assert (first != transforms.flip_mask(4000, 2, 1)).any()
 
 
+@pytest.mark.any_backend
 def test_validation_images():
     images = dataset()
     held = images.validation_split(3)
@@ -280,6 +282,7 @@ def test_validation_images():
             images.validation_split(count)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("arguments", "received"),
     [
@@ -297,6 +300,7 @@ def test_invalid_values_are_rejected(arguments, received):
         experiment.Config(**arguments)
 
 
+@pytest.mark.any_backend
 def test_a_recipe_with_changes():
     images = dataset()
     asked = experiment.Config(recipe="one-cycle", weight_decay=0.0, batch_size=5)
@@ -307,6 +311,7 @@ def test_a_recipe_with_changes():
     assert experiment.Config().recipe_for(images) == Recipe(1e-3, batch_size=images.batch_size)
 
 
+@pytest.mark.any_backend
 def test_config_json_describes_the_training(tmp_path):
     pets = write_folder(tmp_path / "pets")
     config = experiment.Config(
