@@ -56,7 +56,7 @@ PYTEST = $(TEST_VENV)/bin/python -m pytest
 NEW_PIP := "pip>=25.1"
 
 # What the compiled core is built from.
-NATIVE := CMakeLists.txt $(wildcard csrc/*)
+NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 
 # Wheels: the platform in the wheel's name, and Zig's name for it. Linux from the glibc of Debian 10 and
 # RHEL 8 on, macOS from the first release for Apple silicon.

@@ -1,4 +1,4 @@
-#include "pool.h"
+#include "thread_pool.h"
 
 #ifndef _WIN32
 #include <pthread.h>
@@ -13,9 +13,9 @@
 namespace involution {
 namespace {
 
-// How often a waiting thread looks again before it sleeps: some 20 microseconds, more than the gaps
-// between two pieces of a training step's work, less than anyone notices.
-constexpr int LOOKS = 2000;
+// Spins before a waiting thread sleeps: about 20 microseconds, more than the gap between two
+// operations of a training step.
+constexpr int kSpinIterations = 2000;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -27,67 +27,70 @@ inline void pause() {
 
 class Pool {
  public:
-  void run(std::int64_t pieces, int threads, void (*work)(void*, std::int64_t), void* context) {
-    grow(threads - 1);
+  void run(std::int64_t tasks, int threads, void (*fn)(void*, std::int64_t), void* context) {
+    ensure_workers(threads - 1);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      work_ = work;
+      fn_ = fn;
       context_ = context;
-      pieces_ = pieces;
+      tasks_ = tasks;
       next_.store(0, std::memory_order_relaxed);
-      places_ = threads - 1;
+      open_slots_ = threads - 1;
       generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
-    take_pieces();
+    run_tasks();
     {
-      // Who has not come by now is not waited for.
+      // Workers that have not joined yet are not waited for.
       std::lock_guard<std::mutex> lock(mutex_);
-      places_ = 0;
+      open_slots_ = 0;
     }
-    for (int look = 0; look < LOOKS && helping_.load(std::memory_order_acquire) > 0; ++look) pause();
+    for (int spin = 0; spin < kSpinIterations && active_.load(std::memory_order_acquire) > 0;
+         ++spin)
+      pause();
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [&] { return helping_.load(std::memory_order_acquire) == 0; });
+    done_.wait(lock, [&] { return active_.load(std::memory_order_acquire) == 0; });
   }
 
  private:
-  void grow(int helpers) {
+  void ensure_workers(int workers) {
     try {
-      while (helpers_ < helpers) {
-        std::thread([this, seen = generation_.load()] { help(seen); }).detach();
-        ++helpers_;
+      while (workers_ < workers) {
+        std::thread([this, seen = generation_.load()] { worker_loop(seen); }).detach();
+        ++workers_;
       }
     } catch (const std::system_error&) {
-      // The system gives no more threads: those that there are do the work.
+      // The system allows no more threads: the existing ones run all tasks.
     }
   }
 
-  // Never ends: when the process does, it sleeps, and nothing waits for it.
-  void help(std::uint64_t seen) {
+  // Detached, and never returns: it sleeps when the process exits.
+  void worker_loop(std::uint64_t seen) {
     for (;;) {
-      for (int look = 0; look < LOOKS && generation_.load(std::memory_order_acquire) == seen; ++look)
+      for (int spin = 0;
+           spin < kSpinIterations && generation_.load(std::memory_order_acquire) == seen; ++spin)
         pause();
       {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
         seen = generation_.load(std::memory_order_relaxed);
-        if (places_ == 0) continue;
-        --places_;
-        helping_.fetch_add(1, std::memory_order_relaxed);
+        if (open_slots_ == 0) continue;
+        --open_slots_;
+        active_.fetch_add(1, std::memory_order_relaxed);
       }
-      take_pieces();
+      run_tasks();
       {
         std::lock_guard<std::mutex> lock(mutex_);
-        if (helping_.fetch_sub(1, std::memory_order_release) == 1) done_.notify_one();
+        if (active_.fetch_sub(1, std::memory_order_release) == 1) done_.notify_one();
       }
     }
   }
 
-  void take_pieces() {
+  void run_tasks() {
     for (;;) {
-      const std::int64_t piece = next_.fetch_add(1, std::memory_order_relaxed);
-      if (piece >= pieces_) return;
-      work_(context_, piece);
+      const std::int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
+      if (task >= tasks_) return;
+      fn_(context_, task);
     }
   }
 
@@ -95,66 +98,66 @@ class Pool {
   std::condition_variable wake_, done_;
   std::atomic<std::uint64_t> generation_{0};
   std::atomic<std::int64_t> next_{0};
-  std::atomic<int> helping_{0};
-  int helpers_ = 0;
-  int places_ = 0;  // for helpers in the present job
-  std::int64_t pieces_ = 0;
-  void (*work_)(void*, std::int64_t) = nullptr;
+  std::atomic<int> active_{0};
+  int workers_ = 0;
+  int open_slots_ = 0;  // for workers in the current loop
+  std::int64_t tasks_ = 0;
+  void (*fn_)(void*, std::int64_t) = nullptr;
   void* context_ = nullptr;
 };
 
-std::mutex in_use;
+std::mutex pool_mutex;
 Pool* pool = nullptr;
-std::atomic<Team> team{nullptr};
+std::atomic<ParallelRegion> parallel_region{nullptr};
 
-// A job as each thread of a team is given it.
-struct Shared {
+// The context of a loop in a parallel region.
+struct ParallelJob {
   std::atomic<std::int64_t> next{0};
-  std::int64_t pieces;
-  void (*work)(void*, std::int64_t);
+  std::int64_t tasks;
+  void (*fn)(void*, std::int64_t);
   void* context;
 
-  static void take_pieces(void* self) {
-    Shared& job = *static_cast<Shared*>(self);
+  static void run_tasks(void* self) {
+    ParallelJob& job = *static_cast<ParallelJob*>(self);
     for (;;) {
-      const std::int64_t piece = job.next.fetch_add(1, std::memory_order_relaxed);
-      if (piece >= job.pieces) return;
-      job.work(job.context, piece);
+      const std::int64_t task = job.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= job.tasks) return;
+      job.fn(job.context, task);
     }
   }
 };
 
-#ifndef _WIN32  // where processes are not forked
-// A child process has the memory but not the threads of its parent: it makes a pool of its own. The
-// lock is held across the fork, so that the child does not find it in another thread's hands.
-void before_fork() { in_use.lock(); }
-void in_parent() { in_use.unlock(); }
-void in_child() {
+#ifndef _WIN32  // no fork
+// A child process inherits the memory but not the threads of its parent, and makes its own pool.
+// The lock is held across the fork, so that no other thread owns it in the child.
+void fork_prepare() { pool_mutex.lock(); }
+void fork_parent() { pool_mutex.unlock(); }
+void fork_child() {
   pool = nullptr;
-  team.store(nullptr);
-  in_use.unlock();
+  parallel_region.store(nullptr);
+  pool_mutex.unlock();
 }
-[[maybe_unused]] const int watching = pthread_atfork(before_fork, in_parent, in_child);
+[[maybe_unused]] const int fork_handlers = pthread_atfork(fork_prepare, fork_parent, fork_child);
 #endif
 
 }  // namespace
 
-void share(std::int64_t pieces, int threads, void (*work)(void*, std::int64_t), void* context) {
-  if (pieces < threads) threads = static_cast<int>(pieces);
+void parallel_for(std::int64_t tasks, int threads, void (*fn)(void*, std::int64_t), void* context) {
+  if (tasks < threads) threads = static_cast<int>(tasks);
   if (threads <= 1) {
-    for (std::int64_t piece = 0; piece < pieces; ++piece) work(context, piece);
+    for (std::int64_t task = 0; task < tasks; ++task) fn(context, task);
     return;
   }
-  if (const Team run = team.load()) {
-    Shared job{{0}, pieces, work, context};
-    return run(Shared::take_pieces, &job, static_cast<unsigned>(threads), 0);
+  if (const ParallelRegion run = parallel_region.load()) {
+    ParallelJob job{{0}, tasks, fn, context};
+    return run(ParallelJob::run_tasks, &job, static_cast<unsigned>(threads), 0);
   }
-  std::lock_guard<std::mutex> mine(in_use);
-  // It lasts as long as the process.
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  // Never deleted: its threads are detached.
   if (pool == nullptr) pool = new Pool;
-  pool->run(pieces, threads, work, context);
+  pool->run(tasks, threads, fn, context);
 }
 
-void use_team(Team run) { team.store(run); }
+void set_parallel_region(ParallelRegion run) { parallel_region.store(run); }
 
 }  // namespace involution

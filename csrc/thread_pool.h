@@ -1,21 +1,21 @@
-// Threads that share the pieces of one job.
+// Parallel loops over tasks.
 #pragma once
 
 #include <cstdint>
 
 namespace involution {
 
-// Calls work(context, piece) for every piece from 0 to pieces - 1, in at most `threads` threads, the
-// caller's among them, and returns when all are done. Callers who come meanwhile wait: two jobs one
-// after the other, with all threads each, are done sooner than both at once.
-void share(std::int64_t pieces, int threads, void (*work)(void*, std::int64_t), void* context);
+// Calls fn(context, task) for every task in [0, tasks) on at most `threads` threads, including the
+// caller's, and returns when all are done. Concurrent callers wait: two loops in sequence, each on
+// all threads, finish sooner than both at once.
+void parallel_for(std::int64_t tasks, int threads, void (*fn)(void*, std::int64_t), void* context);
 
-// Runs work(context) in each of `threads` threads, the caller's among them: OpenMP's own entry for
-// it, GOMP_parallel.
-using Team = void (*)(void (*work)(void*), void* context, unsigned threads, unsigned flags);
+// Runs fn(context) on each of `threads` threads, including the caller's: the signature of OpenMP's
+// GOMP_parallel.
+using ParallelRegion = void (*)(void (*fn)(void*), void* context, unsigned threads, unsigned flags);
 
-// From now on these threads are used, null meaning the pool's. Threads of a framework that go on
-// looking for work after they have done theirs would stand in the way of any others.
-void use_team(Team team);
+// Runs all subsequent loops in this parallel region; null: on the pool. The threads of a framework
+// spin for a while after their work, and would compete with a second set of threads.
+void set_parallel_region(ParallelRegion parallel_region);
 
 }  // namespace involution

@@ -1,6 +1,6 @@
-// Half types to float and back, without branches so that loops over them become vectors, and
-// without numbers below the smallest normal float, which some threads flush to zero. Included by
-// kernels.cpp alone, inside its unnamed namespace.
+// Conversions between half-precision types and float. Branch-free, so that loops over them
+// vectorize, and free of subnormal floats, which threads may flush to zero. Included only by
+// kernels.cpp, inside its unnamed namespace.
 
 struct BFloat16 {
   std::uint16_t bits;
@@ -9,44 +9,47 @@ struct Float16 {
   std::uint16_t bits;
 };
 
-inline std::uint32_t bits_of(float x) {
+inline std::uint32_t bit_cast_to_int(float x) {
   std::uint32_t u;
   std::memcpy(&u, &x, sizeof u);
   return u;
 }
-inline float float_of(std::uint32_t u) {
+inline float bit_cast_to_float(std::uint32_t u) {
   float x;
   std::memcpy(&x, &u, sizeof x);
   return x;
 }
 
-inline double widen(double x) { return x; }
-inline float widen(float x) { return x; }
-inline float widen(BFloat16 x) { return float_of(std::uint32_t(x.bits) << 16); }
-inline float widen(Float16 x) {
+inline double to_float(double x) { return x; }
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return bit_cast_to_float(std::uint32_t(x.bits) << 16); }
+inline float to_float(Float16 x) {
   const std::uint32_t sign = std::uint32_t(x.bits & 0x8000) << 16;
-  const std::uint32_t rest = std::uint32_t(x.bits & 0x7fff) << 13;
-  const std::uint32_t exponent = rest & 0x0f800000;
-  // The exponent's bias goes from 15 to 127; once more for infinities and NaN.
-  const std::uint32_t normal = rest + (exponent == 0x0f800000 ? 0x70000000u : 0x38000000u);
-  const std::uint32_t subnormal = bits_of(float_of(rest + 0x38800000) - float_of(0x38800000));
-  return float_of(sign | (exponent == 0 ? subnormal : normal));
+  const std::uint32_t magnitude = std::uint32_t(x.bits & 0x7fff) << 13;
+  const std::uint32_t exponent = magnitude & 0x0f800000;
+  // Rebiases the exponent from 15 to 127; twice for infinities and NaN.
+  const std::uint32_t normal = magnitude + (exponent == 0x0f800000 ? 0x70000000u : 0x38000000u);
+  const std::uint32_t subnormal =
+      bit_cast_to_int(bit_cast_to_float(magnitude + 0x38800000) - bit_cast_to_float(0x38800000));
+  return bit_cast_to_float(sign | (exponent == 0 ? subnormal : normal));
 }
 
-inline void narrow(double x, double& to) { to = x; }
-inline void narrow(float x, float& to) { to = x; }
-inline void narrow(float x, BFloat16& to) {
-  const std::uint32_t u = bits_of(x);
-  const std::uint32_t nearest = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+inline void from_float(double x, double& to) { to = x; }
+inline void from_float(float x, float& to) { to = x; }
+inline void from_float(float x, BFloat16& to) {
+  const std::uint32_t u = bit_cast_to_int(x);
+  const std::uint32_t rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
   const std::uint32_t nan = u >> 16 | 0x40;
-  to.bits = std::uint16_t((u & 0x7fffffff) > 0x7f800000 ? nan : nearest);
+  to.bits = std::uint16_t((u & 0x7fffffff) > 0x7f800000 ? nan : rounded);
 }
-inline void narrow(float x, Float16& to) {
-  const std::uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
-  // To the nearest, ties to even; below 2^-14 by adding a number whose last digit is the last here.
-  const std::uint32_t normal = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
-  const std::uint32_t subnormal = bits_of(float_of(rest < 0x38800000 ? rest : 0) + 0.5f) - 0x3f000000;
-  const std::uint32_t large = rest > 0x7f800000 ? 0x7e00 : 0x7c00;
-  const std::uint32_t small = rest < 0x38800000 ? subnormal : normal;
-  to.bits = std::uint16_t(sign | (rest >= 0x477ff000 ? large : small));
+inline void from_float(float x, Float16& to) {
+  const std::uint32_t u = bit_cast_to_int(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
+  // Round to nearest, ties to even; below 2^-14 by adding 0.5, whose ulp is the smallest half.
+  const std::uint32_t normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const std::uint32_t subnormal =
+      bit_cast_to_int(bit_cast_to_float(magnitude < 0x38800000 ? magnitude : 0) + 0.5f) -
+      0x3f000000;
+  const std::uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  const std::uint32_t small = magnitude < 0x38800000 ? subnormal : normal;
+  to.bits = std::uint16_t(sign | (magnitude >= 0x477ff000 ? large : small));
 }

@@ -1,1036 +1,1113 @@
-// The loops. Compiled once for each level of instructions, with INVOLUTION_LEVEL as its name and
-// INVOLUTION_BYTES as the size of its vectors.
+// The CPU kernels. Compiled once for each target (instruction set), with INVOLUTION_TARGET as its
+// name and INVOLUTION_VECTOR_BYTES as the width of its vectors.
 //
-// Nothing here may call code that other files are compiled with too, templates of the standard
-// library among it: the linker might keep the copy that this machine cannot run.
+// No `std::` templates here, nor any other function with external linkage: the linker keeps one
+// copy of each, possibly the AVX-512 one.
 #include <cstdint>
 #include <cstring>
-#if INVOLUTION_BYTES == 64
+#if INVOLUTION_VECTOR_BYTES == 64
 #include <immintrin.h>
 #endif
 
-#include "job.h"
+#include "kernels.h"
 
 namespace involution {
 namespace {
 
-// Where sums must stay in registers.
+// For functions whose accumulators must stay in registers.
 #define INLINE inline __attribute__((always_inline))
 
-#include "numbers.h"
-#include "vectors.h"
+#include "half-inl.h"
+#include "simd-inl.h"
 
-// Compilers load a vector from memory again for each of its uses, if an instruction can do that
-// beside its own work; what is said to change here must be in a register.
+// Compilers fold a load into each instruction that uses it, and so repeat the load. The empty asm
+// claims to modify the vector, which forces it into a register.
 template <class Vector>
 INLINE void keep_in_register([[maybe_unused]] Vector& x) {
 #if defined(__x86_64__)
-  // Clang has no registers for shorter vectors, which no level takes here.
+  // Clang has no registers for shorter vectors; no target passes them here.
   if constexpr (sizeof x >= 16) asm("" : "+v"(x));
 #elif defined(__aarch64__)
   asm("" : "+w"(x));
 #endif
 }
 
-// --- Copies between storage and views -----------------------------------------------------------
-
-// A rectangle of numbers, channels by positions, and how far apart they lie.
+// --- Packing: copies between tensors and views --------------------------------------------------
 template <class T>
-struct Rectangle {
+struct StridedMatrix {
   T* data;
-  Size channel, position;  // strides
+  index_t channel_stride, position_stride;
 };
 
-// Brings nearer what will be read soon: `bytes` of it, some pages' worth of copying ahead. Reading in
-// short rows, processors do not see by themselves where it goes on.
-inline void fetch_ahead(const void* from, Size bytes) {
-  constexpr Size AHEAD = 4096, LINE = 64;
-  for (Size at = 0; at < bytes; at += LINE)
-    __builtin_prefetch(static_cast<const char*>(from) + AHEAD + at);
+// Prefetches `bytes` at 4 KiB ahead; hardware prefetchers miss short strided rows.
+inline void prefetch(const void* from, index_t bytes) {
+  constexpr index_t kPrefetchDistance = 4096, kCacheLineBytes = 64;
+  for (index_t at = 0; at < bytes; at += kCacheLineBytes)
+    __builtin_prefetch(static_cast<const char*>(from) + kPrefetchDistance + at);
 }
 
-// A few channels that alternate, to planes and back.
-template <class T, int C>
-void take_apart(const T* from, T* to, Size to_step, Size count) {
-  constexpr int L = INVOLUTION_BYTES / sizeof(T);
-  using V = Vectors<T, L>;
-  Size p = 0;
-  for (; p + L <= count; p += L) {
-    fetch_ahead(from + p * C, C * L * sizeof(T));
-    typename V::Vector in[C], out[C];
-    for (int c = 0; c < C; ++c) in[c] = V::load(from + p * C + c * L);
-    alternate<L, C, true>(in, out);
-    for (int c = 0; c < C; ++c) V::store(to + c * to_step + p, out[c]);
+// From kChannels interleaved channels to planes.
+template <class T, int kChannels>
+void deinterleave(const T* from, T* to, index_t to_step, index_t count) {
+  constexpr int kLanes = INVOLUTION_VECTOR_BYTES / sizeof(T);
+  using V = Simd<T, kLanes>;
+  index_t p = 0;
+  for (; p + kLanes <= count; p += kLanes) {
+    prefetch(from + p * kChannels, kChannels * kLanes * sizeof(T));
+    typename V::Vector in[kChannels], out[kChannels];
+    for (int c = 0; c < kChannels; ++c) in[c] = V::load(from + p * kChannels + c * kLanes);
+    shuffle_interleaved<kLanes, kChannels, true>(in, out);
+    for (int c = 0; c < kChannels; ++c) V::store(to + c * to_step + p, out[c]);
   }
   for (; p < count; ++p)
-    for (int c = 0; c < C; ++c) to[c * to_step + p] = from[p * C + c];
+    for (int c = 0; c < kChannels; ++c) to[c * to_step + p] = from[p * kChannels + c];
 }
 
-template <class T, int C>
-void put_together(const T* from, Size from_step, T* to, Size count) {
-  constexpr int L = INVOLUTION_BYTES / sizeof(T);
-  using V = Vectors<T, L>;
-  Size p = 0;
-  for (; p + L <= count; p += L) {
-    typename V::Vector in[C], out[C];
-    for (int c = 0; c < C; ++c) in[c] = V::load(from + c * from_step + p);
-    alternate<L, C, false>(in, out);
-    for (int c = 0; c < C; ++c) V::store(to + p * C + c * L, out[c]);
+// From planes to kChannels interleaved channels.
+template <class T, int kChannels>
+void interleave(const T* from, index_t from_step, T* to, index_t count) {
+  constexpr int kLanes = INVOLUTION_VECTOR_BYTES / sizeof(T);
+  using V = Simd<T, kLanes>;
+  index_t p = 0;
+  for (; p + kLanes <= count; p += kLanes) {
+    typename V::Vector in[kChannels], out[kChannels];
+    for (int c = 0; c < kChannels; ++c) in[c] = V::load(from + c * from_step + p);
+    shuffle_interleaved<kLanes, kChannels, false>(in, out);
+    for (int c = 0; c < kChannels; ++c) V::store(to + p * kChannels + c * kLanes, out[c]);
   }
   for (; p < count; ++p)
-    for (int c = 0; c < C; ++c) to[p * C + c] = from[c * from_step + p];
+    for (int c = 0; c < kChannels; ++c) to[p * kChannels + c] = from[c * from_step + p];
 }
 
-// Where channels follow each other on one side, and positions on the other: by squares.
+// Matrix transpose in square tiles: rows are contiguous in `from`, columns in `to`.
 template <class T>
-void copy_turned(const T* from, Size from_step, T* to, Size to_step, Size rows, Size columns) {
-  constexpr int most = INVOLUTION_BYTES / sizeof(T), L = most < 8 ? most : 8;
-  using V = Vectors<T, L>;
+void transpose_copy(const T* from, index_t from_step, T* to, index_t to_step, index_t rows,
+                    index_t columns) {
+  constexpr int most = INVOLUTION_VECTOR_BYTES / sizeof(T), kLanes = most < 8 ? most : 8;
+  using V = Simd<T, kLanes>;
   if (columns == from_step && columns > 1 && columns <= 4)
-    return columns == 2   ? take_apart<T, 2>(from, to, to_step, rows)
-           : columns == 3 ? take_apart<T, 3>(from, to, to_step, rows)
-                          : take_apart<T, 4>(from, to, to_step, rows);
+    return columns == 2   ? deinterleave<T, 2>(from, to, to_step, rows)
+           : columns == 3 ? deinterleave<T, 3>(from, to, to_step, rows)
+                          : deinterleave<T, 4>(from, to, to_step, rows);
   if (rows == to_step && rows > 1 && rows <= 4)
-    return rows == 2   ? put_together<T, 2>(from, from_step, to, columns)
-           : rows == 3 ? put_together<T, 3>(from, from_step, to, columns)
-                       : put_together<T, 4>(from, from_step, to, columns);
-  Size r = 0;
-  for (; r + L <= rows; r += L) {
-    if (from_step < 64) fetch_ahead(from + r * from_step, L * from_step * sizeof(T));
-    Size c = 0;
-    for (; c + L <= columns; c += L) {
-      typename V::Vector square[L];
+    return rows == 2   ? interleave<T, 2>(from, from_step, to, columns)
+           : rows == 3 ? interleave<T, 3>(from, from_step, to, columns)
+                       : interleave<T, 4>(from, from_step, to, columns);
+  index_t r = 0;
+  for (; r + kLanes <= rows; r += kLanes) {
+    if (from_step < 64) prefetch(from + r * from_step, kLanes * from_step * sizeof(T));
+    index_t c = 0;
+    for (; c + kLanes <= columns; c += kLanes) {
+      typename V::Vector square[kLanes];
 #pragma GCC unroll 8
-      for (int i = 0; i < L; ++i) square[i] = V::load(from + (r + i) * from_step + c);
-      transpose<L>(square);
+      for (int i = 0; i < kLanes; ++i) square[i] = V::load(from + (r + i) * from_step + c);
+      transpose<kLanes>(square);
 #pragma GCC unroll 8
-      for (int i = 0; i < L; ++i) V::store(to + (c + i) * to_step + r, square[i]);
+      for (int i = 0; i < kLanes; ++i) V::store(to + (c + i) * to_step + r, square[i]);
     }
     for (; c < columns; ++c)
-      for (int i = 0; i < L; ++i) to[c * to_step + r + i] = from[(r + i) * from_step + c];
+      for (int i = 0; i < kLanes; ++i) to[c * to_step + r + i] = from[(r + i) * from_step + c];
   }
   for (; r < rows; ++r)
-    for (Size c = 0; c < columns; ++c) to[c * to_step + r] = from[r * from_step + c];
+    for (index_t c = 0; c < columns; ++c) to[c * to_step + r] = from[r * from_step + c];
 }
 
 inline void convert(double from, double& to) { to = from; }
 inline void convert(float from, float& to) { to = from; }
 template <class T>
-inline void convert(T from, float& to) { to = widen(from); }
+inline void convert(T from, float& to) {
+  to = to_float(from);
+}
 template <class T>
-inline void convert(float from, T& to) { narrow(from, to); }
+inline void convert(float from, T& to) {
+  from_float(from, to);
+}
 
-template <class T, class S>
-void copy(Rectangle<const T> from, Rectangle<S> to, Size channels, Size positions) {
-  if (from.channel == 1 && to.channel == 1) {
-    for (Size p = 0; p < positions; ++p) {
-      const T* const source = from.data + p * from.position;
-      S* const target = to.data + p * to.position;
-      for (Size c = 0; c < channels; ++c) convert(source[c], target[c]);
+template <class Stored, class T>
+void copy(StridedMatrix<const Stored> from, StridedMatrix<T> to, index_t channels,
+          index_t positions) {
+  if (from.channel_stride == 1 && to.channel_stride == 1) {
+    for (index_t p = 0; p < positions; ++p) {
+      const Stored* const source = from.data + p * from.position_stride;
+      T* const target = to.data + p * to.position_stride;
+      for (index_t c = 0; c < channels; ++c) convert(source[c], target[c]);
     }
     return;
   }
-  if constexpr (sizeof(T) == sizeof(S)) {  // the same type
-    if (from.channel == 1 && to.position == 1)
-      return copy_turned(from.data, from.position, to.data, to.channel, positions, channels);
-    if (from.position == 1 && to.channel == 1)
-      return copy_turned(from.data, from.channel, to.data, to.position, channels, positions);
+  if constexpr (sizeof(Stored) == sizeof(T)) {  // the same type
+    if (from.channel_stride == 1 && to.position_stride == 1)
+      return transpose_copy(from.data, from.position_stride, to.data, to.channel_stride, positions,
+                            channels);
+    if (from.position_stride == 1 && to.channel_stride == 1)
+      return transpose_copy(from.data, from.channel_stride, to.data, to.position_stride, channels,
+                            positions);
   }
-  for (Size c = 0; c < channels; ++c) {
-    const T* const source = from.data + c * from.channel;
-    S* const target = to.data + c * to.channel;
-    for (Size p = 0; p < positions; ++p) convert(source[p * from.position], target[p * to.position]);
+  for (index_t c = 0; c < channels; ++c) {
+    const Stored* const source = from.data + c * from.channel_stride;
+    T* const target = to.data + c * to.channel_stride;
+    for (index_t p = 0; p < positions; ++p)
+      convert(source[p * from.position_stride], target[p * to.position_stride]);
   }
 }
 
-// Positions of a row that are copied together: enough for whole lines of memory where channels lie
-// planes apart, few enough for the first cache; of a few channels, more.
-constexpr Size STRIP = 16, NUMBERS = 512;
+// Tile of a packing copy: at least kTilePositions, for whole cache lines where channels are planes,
+// and with few channels as many as give kTileElements, which fit into L1.
+constexpr index_t kTilePositions = 16, kTileElements = 512;
 
-// Calls visit(in the tensor, in the view, channels, positions) for rectangles that make up the box.
-template <class T, class S, class Visit>
-inline void each_rectangle(const Tensor& t, Size sample, const Box& box, const View& view,
-                           Visit visit) {
-  const bool one_axis = t.padded == t.inners && t.outer == t.inner * t.inners;
-  const bool single = t.padded == 1;
-  const Size runs = one_axis || single ? 1 : t.outers;
-  const Size channels = one_axis ? t.outers * t.inners : single ? t.outers : t.inners;
-  const Size stored = single ? t.outer : t.inner, seen = single ? view.outer : view.inner;
-  const Size strip = channels * STRIP < NUMBERS ? NUMBERS / channels / STRIP * STRIP : STRIP;
-  for (Size i = box.low[0]; i < box.high[0]; ++i)
-    for (Size j = box.low[1]; j < box.high[1]; ++j)
-      for (Size k = box.low[2]; k < box.high[2]; k += strip)
-        for (Size o = 0; o < runs; ++o) {
-          T* const in_tensor = static_cast<T*>(t.data) + sample * t.batch + i * t.position[0] +
-                               j * t.position[1] + k * t.position[2] + o * t.outer;
-          S* const in_view = static_cast<S*>(view.data) +
-                             (i - view.origin[0]) * view.position[0] +
-                             (j - view.origin[1]) * view.position[1] +
-                             (k - view.origin[2]) * view.position[2] + o * view.outer;
-          visit(Rectangle<T>{in_tensor, stored, t.position[2]},
-                Rectangle<S>{in_view, seen, view.position[2]}, channels,
-                box.high[2] - k < strip ? box.high[2] - k : strip);
+// Calls fn(matrix in the tensor, matrix in the view, channels, positions) for tiles that cover the
+// region.
+template <class Stored, class T, class Fn>
+inline void for_each_tile(const Tensor& t, index_t sample, const Region& region,
+                          const TensorView& view, Fn fn) {
+  const bool one_axis =
+      t.inner_padded == t.inner_count && t.outer_stride == t.inner_stride * t.inner_count;
+  const bool single = t.inner_padded == 1;
+  const index_t runs = one_axis || single ? 1 : t.outer_count;
+  const index_t channels = one_axis ? t.outer_count * t.inner_count
+                           : single ? t.outer_count
+                                    : t.inner_count;
+  const index_t tensor_channel_stride = single ? t.outer_stride : t.inner_stride,
+                view_channel_stride = single ? view.outer_stride : view.inner_stride;
+  const index_t tile = channels * kTilePositions < kTileElements
+                           ? kTileElements / channels / kTilePositions * kTilePositions
+                           : kTilePositions;
+  for (index_t i = region.low[0]; i < region.high[0]; ++i)
+    for (index_t j = region.low[1]; j < region.high[1]; ++j)
+      for (index_t k = region.low[2]; k < region.high[2]; k += tile)
+        for (index_t o = 0; o < runs; ++o) {
+          Stored* const in_tensor = static_cast<Stored*>(t.data) + sample * t.batch_stride +
+                                    i * t.position_stride[0] + j * t.position_stride[1] +
+                                    k * t.position_stride[2] + o * t.outer_stride;
+          T* const in_view = static_cast<T*>(view.data) +
+                             (i - view.origin[0]) * view.position_stride[0] +
+                             (j - view.origin[1]) * view.position_stride[1] +
+                             (k - view.origin[2]) * view.position_stride[2] + o * view.outer_stride;
+          fn(StridedMatrix<Stored>{in_tensor, tensor_channel_stride, t.position_stride[2]},
+             StridedMatrix<T>{in_view, view_channel_stride, view.position_stride[2]}, channels,
+             region.high[2] - k < tile ? region.high[2] - k : tile);
         }
 }
 
-// Zeros for the channels low to high of every group, at positions low2 to high2 of every row: a few
-// at a time, for which calling memset takes longer than the zeros do.
-template <class S>
+// Zeros the inner channels [low, high) at the positions [low2, high2) of every row. Runs are so
+// short that a call of memset costs more than the stores.
+template <class T>
 #ifndef __clang__
 __attribute__((optimize("no-tree-loop-distribute-patterns")))
 #endif
-void clear(const Tensor& t, const Box& box, const View& view, Size low, Size high, Size low2,
-           Size high2) {
-  for (Size i = box.low[0]; i < box.high[0]; ++i)
-    for (Size j = box.low[1]; j < box.high[1]; ++j)
-      for (Size o = 0; o < t.outers; ++o)
-        for (Size n = low; n < high; ++n)
-          for (Size k = low2; k < high2; ++k)
-            static_cast<S*>(view.data)[(i - view.origin[0]) * view.position[0] +
-                                       (j - view.origin[1]) * view.position[1] +
-                                       (k - view.origin[2]) * view.position[2] +
-                                       o * view.outer + n * view.inner] = 0;
+void zero_fill(const Tensor& t, const Region& region, const TensorView& view, index_t low,
+               index_t high, index_t low2, index_t high2) {
+  for (index_t i = region.low[0]; i < region.high[0]; ++i)
+    for (index_t j = region.low[1]; j < region.high[1]; ++j)
+      for (index_t o = 0; o < t.outer_count; ++o)
+        for (index_t n = low; n < high; ++n)
+          for (index_t k = low2; k < high2; ++k)
+            static_cast<T*>(view.data)[(i - view.origin[0]) * view.position_stride[0] +
+                                       (j - view.origin[1]) * view.position_stride[1] +
+                                       (k - view.origin[2]) * view.position_stride[2] +
+                                       o * view.outer_stride + n * view.inner_stride] = 0;
 }
 
-template <class T, class S>
-void pack_as(const Tensor& t, Size sample, const Box& box, Size size, const View& view) {
-  Box inside = box;
+template <class Stored, class T>
+void pack_typed(const Tensor& t, index_t sample, const Region& region, index_t size,
+                const TensorView& view) {
+  Region inside = region;
   if (inside.low[2] < 0) inside.low[2] = 0;
   if (inside.high[2] > size) inside.high[2] = size;
-  clear<S>(t, box, view, 0, t.inners, box.low[2], inside.low[2]);
-  clear<S>(t, box, view, 0, t.inners, inside.high[2], box.high[2]);
-  clear<S>(t, box, view, t.inners, t.padded, box.low[2], box.high[2]);
-  each_rectangle<T, S>(t, sample, inside, view,
-                       [](Rectangle<T> from, Rectangle<S> to, Size channels, Size positions) {
-                         copy<T, S>({from.data, from.channel, from.position}, to, channels,
-                                    positions);
-                       });
+  zero_fill<T>(t, region, view, 0, t.inner_count, region.low[2], inside.low[2]);
+  zero_fill<T>(t, region, view, 0, t.inner_count, inside.high[2], region.high[2]);
+  zero_fill<T>(t, region, view, t.inner_count, t.inner_padded, region.low[2], region.high[2]);
+  for_each_tile<Stored, T>(
+      t, sample, inside, view,
+      [](StridedMatrix<Stored> from, StridedMatrix<T> to, index_t channels, index_t positions) {
+        copy<Stored, T>({from.data, from.channel_stride, from.position_stride}, to, channels,
+                        positions);
+      });
 }
 
-template <class T, class S>
-void unpack_as(const Tensor& t, Size sample, const Box& box, const View& view) {
-  each_rectangle<T, S>(t, sample, box, view,
-                       [](Rectangle<T> to, Rectangle<S> from, Size channels, Size positions) {
-                         copy<S, T>({from.data, from.channel, from.position}, to, channels,
-                                    positions);
-                       });
+template <class Stored, class T>
+void unpack_typed(const Tensor& t, index_t sample, const Region& region, const TensorView& view) {
+  for_each_tile<Stored, T>(
+      t, sample, region, view,
+      [](StridedMatrix<Stored> to, StridedMatrix<T> from, index_t channels, index_t positions) {
+        copy<T, Stored>({from.data, from.channel_stride, from.position_stride}, to, channels,
+                        positions);
+      });
 }
 
-void pack(const Tensor& t, Type type, Size sample, const Box& box, Size size, const View& view) {
+void pack(const Tensor& t, DataType type, index_t sample, const Region& region, index_t size,
+          const TensorView& view) {
   switch (type) {
-    case Type::float64: return pack_as<double, double>(t, sample, box, size, view);
-    case Type::float32: return pack_as<float, float>(t, sample, box, size, view);
-    case Type::bfloat16: return pack_as<BFloat16, float>(t, sample, box, size, view);
-    case Type::float16: return pack_as<Float16, float>(t, sample, box, size, view);
+    case DataType::float64:
+      return pack_typed<double, double>(t, sample, region, size, view);
+    case DataType::float32:
+      return pack_typed<float, float>(t, sample, region, size, view);
+    case DataType::bfloat16:
+      return pack_typed<BFloat16, float>(t, sample, region, size, view);
+    case DataType::float16:
+      return pack_typed<Float16, float>(t, sample, region, size, view);
   }
 }
 
-void unpack(const Tensor& t, Type type, Size sample, const Box& box, const View& view) {
+void unpack(const Tensor& t, DataType type, index_t sample, const Region& region,
+            const TensorView& view) {
   switch (type) {
-    case Type::float64: return unpack_as<double, double>(t, sample, box, view);
-    case Type::float32: return unpack_as<float, float>(t, sample, box, view);
-    case Type::bfloat16: return unpack_as<BFloat16, float>(t, sample, box, view);
-    case Type::float16: return unpack_as<Float16, float>(t, sample, box, view);
+    case DataType::float64:
+      return unpack_typed<double, double>(t, sample, region, view);
+    case DataType::float32:
+      return unpack_typed<float, float>(t, sample, region, view);
+    case DataType::bfloat16:
+      return unpack_typed<BFloat16, float>(t, sample, region, view);
+    case DataType::float16:
+      return unpack_typed<Float16, float>(t, sample, region, view);
   }
 }
 
-// --- Sums over taps: the output and the input gradient ------------------------------------------
+// --- Forward and input gradient: weighted sums over taps ----------------------------------------
 
-template <class S>
-inline S* at(const View& view, Size i, Size j, Size k) {
-  return static_cast<S*>(view.data) + (i - view.origin[0]) * view.position[0] +
-         (j - view.origin[1]) * view.position[1] + (k - view.origin[2]) * view.position[2];
+template <class T>
+inline T* element_ptr(const TensorView& view, index_t i, index_t j, index_t k) {
+  return static_cast<T*>(view.data) + (i - view.origin[0]) * view.position_stride[0] +
+         (j - view.origin[1]) * view.position_stride[1] +
+         (k - view.origin[2]) * view.position_stride[2];
 }
 
-// Vectors across the channels of a group: `Groups` groups of `Count` vectors at a time, which with
-// more than one are all that a group has. The weight of a tap and group is one number.
-template <class S, int L, int Groups, int Count>
-struct AcrossMembers {
-  using Number = S;
-  using V = Vectors<S, L>;
-  static constexpr int VECTORS = Groups * Count;
+// Lanes: channels of a group. Tile: kGroupsPerTile groups x kVectorsPerGroup vectors; with more
+// than one group, kVectorsPerGroup covers a whole group. Weights are broadcast.
+template <class T, int kLanes, int kGroupsPerTile, int kVectorsPerGroup>
+struct ChannelLanes {
+  using Value = T;
+  using V = Simd<T, kLanes>;
+  static constexpr int kAccumulators = kGroupsPerTile * kVectorsPerGroup;
 
-  // Adds one tap's terms to the sums of the results First to Last - 1, which share its values.
-  template <int First, int Last>
-  static INLINE void add(typename V::Vector (*sum)[VECTORS], const S* values,
-                         const S* const* weights, Size) {
-    constexpr Size padded = Count * L;
+  // Accumulates one tap into the outputs [kFirstOutput, kEndOutput), which share its values.
+  template <int kFirstOutput, int kEndOutput>
+  static INLINE void add(typename V::Vector (*sum)[kAccumulators], const T* values,
+                         const T* const* weights, index_t) {
+    constexpr index_t padded = kVectorsPerGroup * kLanes;
 #pragma GCC unroll 8
-    for (int g = 0; g < Groups; ++g)
+    for (int g = 0; g < kGroupsPerTile; ++g)
 #pragma GCC unroll 8
-      for (int v = 0; v < Count; ++v) {
-        typename V::Vector x = V::load(values + g * padded + v * L);
-        if (Last - First > 1) keep_in_register(x);
+      for (int v = 0; v < kVectorsPerGroup; ++v) {
+        typename V::Vector x = V::load(values + g * padded + v * kLanes);
+        if (kEndOutput - kFirstOutput > 1) keep_in_register(x);
 #pragma GCC unroll 8
-        for (int r = First; r < Last; ++r) sum[r][g * Count + v] += weights[r][g] * x;
+        for (int r = kFirstOutput; r < kEndOutput; ++r)
+          sum[r][g * kVectorsPerGroup + v] += weights[r][g] * x;
       }
   }
-  static INLINE void store(S* to, const typename V::Vector* sum, Size) {
-    constexpr Size padded = Count * L;
+  static INLINE void store(T* to, const typename V::Vector* sum, index_t) {
+    constexpr index_t padded = kVectorsPerGroup * kLanes;
 #pragma GCC unroll 8
-    for (int g = 0; g < Groups; ++g)
+    for (int g = 0; g < kGroupsPerTile; ++g)
 #pragma GCC unroll 8
-      for (int v = 0; v < Count; ++v) V::store(to + g * padded + v * L, sum[g * Count + v]);
+      for (int v = 0; v < kVectorsPerGroup; ++v)
+        V::store(to + g * padded + v * kLanes, sum[g * kVectorsPerGroup + v]);
   }
 };
 
-// Vectors across groups, for `Count` channels of each at a time. A tap's weights are a vector.
-template <class S, int L, int Count>
-struct AcrossGroups {
-  using Number = S;
-  using V = Vectors<S, L>;
-  static constexpr int VECTORS = Count;
+// Lanes: groups. Tile: kChannels channels of each group. The weights of a tap are one vector.
+template <class T, int kLanes, int kChannels>
+struct GroupLanes {
+  using Value = T;
+  using V = Simd<T, kLanes>;
+  static constexpr int kAccumulators = kChannels;
 
-  template <int First, int Last>
-  static INLINE void add(typename V::Vector (*sum)[VECTORS], const S* values,
-                         const S* const* weights, Size padded) {
+  template <int kFirstOutput, int kEndOutput>
+  static INLINE void add(typename V::Vector (*sum)[kAccumulators], const T* values,
+                         const T* const* weights, index_t padded) {
 #pragma GCC unroll 8
-    for (int r = First; r < Last; ++r) {
+    for (int r = kFirstOutput; r < kEndOutput; ++r) {
       const typename V::Vector w = V::load(weights[r]);
 #pragma GCC unroll 8
-      for (int m = 0; m < Count; ++m) sum[r][m] += w * V::load(values + m * padded);
+      for (int c = 0; c < kChannels; ++c) sum[r][c] += w * V::load(values + c * padded);
     }
   }
-  static INLINE void store(S* to, const typename V::Vector* sum, Size padded) {
+  static INLINE void store(T* to, const typename V::Vector* sum, index_t padded) {
 #pragma GCC unroll 8
-    for (int m = 0; m < Count; ++m) V::store(to + m * padded, sum[m]);
+    for (int c = 0; c < kChannels; ++c) V::store(to + c * padded, sum[c]);
   }
 };
 
-// A row of taps, for neighbouring results: they read the same columns of the input, each from one
-// of its own to one of its own. Columns are counted in steps of the places.
-template <int Results>
-struct Columns {
-  Size low[Results], high[Results];
+// The input columns that neighboring outputs read in one row of taps: the range [low, high) for
+// each output, in units of the source step.
+template <int kOutputs>
+struct ColumnRanges {
+  index_t low[kOutputs], high[kOutputs];
 
-  // True if both ends ascend and the last result begins before the first has ended: then those that
-  // read a column are always neighbours.
-  bool make(const Reach* reach, Size step) {
-    for (int r = 0; r < Results; ++r) {
-      const Size apart = reach[r].place - reach[0].place;
-      if (apart % step != 0) return false;
-      low[r] = apart / step;
-      high[r] = low[r] + reach[r].count;
+  // True if both bounds ascend and all ranges overlap: then the outputs that read a column are
+  // always consecutive.
+  bool init(const TapRange* tap_ranges, index_t step) {
+    for (int r = 0; r < kOutputs; ++r) {
+      const index_t distance = tap_ranges[r].source - tap_ranges[0].source;
+      if (distance % step != 0) return false;
+      low[r] = distance / step;
+      high[r] = low[r] + tap_ranges[r].count;
       if (r > 0 && (low[r] < low[r - 1] || high[r] < high[r - 1])) return false;
     }
-    return low[Results - 1] <= high[0];
+    return low[kOutputs - 1] <= high[0];
   }
 };
 
-// The loops over a row of taps, by which results read the columns.
-template <class Way, int Results>
-struct Row {
-  using S = typename Way::Number;
-  using Vector = typename Way::V::Vector;
+// The loop over the columns of one row of taps.
+template <class Microkernel, int kOutputs>
+struct TapRow {
+  using T = typename Microkernel::Value;
+  using Vector = typename Microkernel::V::Vector;
 
-  Vector (*sum)[Way::VECTORS];
-  const S* value;
-  const S* weight[Results];
-  Size value_step, weight_step, padded;
-  Size ahead_of_column;
+  Vector (*sum)[Microkernel::kAccumulators];
+  const T* value;
+  const T* weight[kOutputs];
+  index_t value_step, weight_step, padded;
+  index_t prefetch_offset;
 
-  template <int First, int Last>
+  template <int kFirstOutput, int kEndOutput>
   INLINE void column() {
-    if (ahead_of_column != 0) {
-      __builtin_prefetch(weight[First] + ahead_of_column);
-      if (Last - First > 1) __builtin_prefetch(weight[Last - 1] + ahead_of_column);
+    if (prefetch_offset != 0) {
+      __builtin_prefetch(weight[kFirstOutput] + prefetch_offset);
+      if (kEndOutput - kFirstOutput > 1)
+        __builtin_prefetch(weight[kEndOutput - 1] + prefetch_offset);
     }
-    Way::template add<First, Last>(sum, value, weight, padded);
+    Microkernel::template add<kFirstOutput, kEndOutput>(sum, value, weight, padded);
     value += value_step;
 #pragma GCC unroll 8
-    for (int r = First; r < Last; ++r) weight[r] += weight_step;
+    for (int r = kFirstOutput; r < kEndOutput; ++r) weight[r] += weight_step;
   }
-  template <int First, int Last>
-  INLINE void columns(Size count) {
-    for (Size c = 0; c < count; ++c) column<First, Last>();
+  template <int kFirstOutput, int kEndOutput>
+  INLINE void columns(index_t count) {
+    for (index_t c = 0; c < count; ++c) column<kFirstOutput, kEndOutput>();
   }
-  // Those where results 0 to Last - 1 have begun, then those where only First and later go on.
-  template <int Last>
-  INLINE void begin(const Columns<Results>& at) {
-    if constexpr (Last < Results) {
-      columns<0, Last>(at.low[Last] - at.low[Last - 1]);
-      begin<Last + 1>(at);
+  // Prologue: the columns that only the outputs [0, kEndOutput) read.
+  template <int kEndOutput>
+  INLINE void ramp_up(const ColumnRanges<kOutputs>& ranges) {
+    if constexpr (kEndOutput < kOutputs) {
+      columns<0, kEndOutput>(ranges.low[kEndOutput] - ranges.low[kEndOutput - 1]);
+      ramp_up<kEndOutput + 1>(ranges);
     }
   }
-  template <int First>
-  INLINE void end(const Columns<Results>& at) {
-    if constexpr (First < Results) {
-      columns<First, Results>(at.high[First] - at.high[First - 1]);
-      end<First + 1>(at);
+  // Epilogue: the columns that only the outputs from kFirstOutput on read.
+  template <int kFirstOutput>
+  INLINE void ramp_down(const ColumnRanges<kOutputs>& ranges) {
+    if constexpr (kFirstOutput < kOutputs) {
+      columns<kFirstOutput, kOutputs>(ranges.high[kFirstOutput] - ranges.high[kFirstOutput - 1]);
+      ramp_down<kFirstOutput + 1>(ranges);
     }
   }
-  INLINE void all(const Columns<Results>& at) {
-    begin<1>(at);
-    columns<0, Results>(at.high[0] - at.low[Results - 1]);
-    end<1>(at);
+  INLINE void run(const ColumnRanges<kOutputs>& ranges) {
+    ramp_up<1>(ranges);
+    columns<0, kOutputs>(ranges.high[0] - ranges.low[kOutputs - 1]);
+    ramp_down<1>(ranges);
   }
 };
 
-// What is the same for all results of a row.
-struct Line {
-  const Job& job;
-  const View &values, &weights, &result;
-  Size i, j, channel, weight;  // the row, and the first channel's and weight's place in a position
+// The arguments shared by all outputs of a row.
+struct OutputRow {
+  const Plan& plan;
+  const TensorView &values, &weights, &result;
+  index_t i, j;             // of the row
+  index_t channel, weight;  // offsets of the first channel and weight within a position
 };
 
-// Results k to k + Results - 1 of a line, in the order in which their columns ascend.
-template <class Way, int Results>
-inline void gather_results(const Line& line, const Columns<Results>& columns, Size k) {
-  using S = typename Way::Number;
-  const Job& job = line.job;
-  const Dimension *d0 = &job.dimension[0], *d1 = &job.dimension[1], *d2 = &job.dimension[2];
-  const Reach r0 = d0->reach[line.i], r1 = d1->reach[line.j];
-  const bool at_place = job.member == Member::input, reverse = d2->place_step < 0;
-  const Size tap_weights = job.weights.padded;
+// Computes the outputs k to k + kOutputs - 1 of a row, ordered by ascending columns.
+template <class Microkernel, int kOutputs>
+inline void compute_tile(const OutputRow& row, const ColumnRanges<kOutputs>& columns, index_t k) {
+  using T = typename Microkernel::Value;
+  const Plan& plan = row.plan;
+  const Dimension *d0 = &plan.dimension[0], *d1 = &plan.dimension[1], *d2 = &plan.dimension[2];
+  const TapRange r0 = d0->tap_ranges[row.i], r1 = d1->tap_ranges[row.j];
+  const bool weights_at_source = plan.pass == Pass::input_grad, reversed = d2->source_step < 0;
+  const index_t tap_weights = plan.weights.inner_padded;
 
-  typename Way::V::Vector sum[Results][Way::VECTORS];
+  typename Microkernel::V::Vector sum[kOutputs][Microkernel::kAccumulators];
 #pragma GCC unroll 8
-  for (int r = 0; r < Results; ++r)
+  for (int r = 0; r < kOutputs; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < Way::VECTORS; ++v) sum[r][v] = typename Way::V::Vector{};
+    for (int v = 0; v < Microkernel::kAccumulators; ++v)
+      sum[r][v] = typename Microkernel::V::Vector{};
 
-  // From one tap to the next, in each dimension, in the values and in the weights.
-  const Size tap_size[3] = {d1->taps * d2->taps * tap_weights, d2->taps * tap_weights, tap_weights};
-  Size value_step[3], weight_step[3];
+  // Strides from one tap to the next in each dimension.
+  const index_t tap_size[3] = {d1->taps * d2->taps * tap_weights, d2->taps * tap_weights,
+                               tap_weights};
+  index_t value_step[3], weight_step[3];
   for (int n = 0; n < 3; ++n) {
-    const Dimension& d = job.dimension[n];
-    value_step[n] = d.place_step * line.values.position[n];
+    const Dimension& d = plan.dimension[n];
+    value_step[n] = d.source_step * row.values.position_stride[n];
     weight_step[n] = d.tap_step * tap_size[n] +
-                     (at_place ? d.place_step * line.weights.position[n] : 0);
+                     (weights_at_source ? d.source_step * row.weights.position_stride[n] : 0);
   }
 
-  Row<Way, Results> row;
-  row.sum = sum;
-  row.padded = job.values.padded;
-  row.value_step = value_step[2];
-  row.weight_step = weight_step[2];
-  const Size first = r0.tap * tap_size[0] + r1.tap * tap_size[1] + line.weight;
-  const S *value = nullptr, *weight[Results];
+  TapRow<Microkernel, kOutputs> tap_row;
+  tap_row.sum = sum;
+  tap_row.padded = plan.values.inner_padded;
+  tap_row.value_step = value_step[2];
+  tap_row.weight_step = weight_step[2];
+  const index_t first = r0.tap * tap_size[0] + r1.tap * tap_size[1] + row.weight;
+  const T *value = nullptr, *weight[kOutputs];
 #pragma GCC unroll 8
-  for (int r = 0; r < Results; ++r) {
-    const Size n = k + (reverse ? Results - 1 - r : r);
-    const Reach r2 = d2->reach[n];
-    if (r == 0) value = at<S>(line.values, r0.place, r1.place, r2.place) + line.channel;
-    weight[r] = (at_place ? at<S>(line.weights, r0.place, r1.place, r2.place)
-                          : at<S>(line.weights, line.i, line.j, n)) +
+  for (int r = 0; r < kOutputs; ++r) {
+    const index_t n = k + (reversed ? kOutputs - 1 - r : r);
+    const TapRange r2 = d2->tap_ranges[n];
+    if (r == 0) value = element_ptr<T>(row.values, r0.source, r1.source, r2.source) + row.channel;
+    weight[r] = (weights_at_source ? element_ptr<T>(row.weights, r0.source, r1.source, r2.source)
+                                   : element_ptr<T>(row.weights, row.i, row.j, n)) +
                 first + r2.tap * tap_size[2];
   }
-  // While these results are made, the next ones' weights come nearer.
-  const Size ahead = Results * line.weights.position[2];
-  row.ahead_of_column = at_place ? ahead : 0;
-  const Size row_size = at_place ? 0 : (columns.high[0] - columns.low[0]) * tap_weights;
-  for (Size a = 0; a < r0.count; ++a)
-    for (Size b = 0; b < r1.count; ++b) {
-      row.value = value + a * value_step[0] + b * value_step[1];
+  // Prefetch the weights of the next tile.
+  const index_t prefetch_distance = kOutputs * row.weights.position_stride[2];
+  tap_row.prefetch_offset = weights_at_source ? prefetch_distance : 0;
+  const index_t row_elements =
+      weights_at_source ? 0 : (columns.high[0] - columns.low[0]) * tap_weights;
+  for (index_t a = 0; a < r0.count; ++a)
+    for (index_t b = 0; b < r1.count; ++b) {
+      tap_row.value = value + a * value_step[0] + b * value_step[1];
 #pragma GCC unroll 8
-      for (int r = 0; r < Results; ++r) {
-        row.weight[r] = weight[r] + a * weight_step[0] + b * weight_step[1];
-        for (Size n = 0; n < row_size; n += 64 / sizeof(S))
-          __builtin_prefetch(row.weight[r] + ahead + n);
+      for (int r = 0; r < kOutputs; ++r) {
+        tap_row.weight[r] = weight[r] + a * weight_step[0] + b * weight_step[1];
+        for (index_t n = 0; n < row_elements; n += 64 / sizeof(T))
+          __builtin_prefetch(tap_row.weight[r] + prefetch_distance + n);
       }
-      row.all(columns);
+      tap_row.run(columns);
     }
 #pragma GCC unroll 8
-  for (int r = 0; r < Results; ++r) {
-    const Size n = k + (reverse ? Results - 1 - r : r);
-    Way::store(at<S>(line.result, line.i, line.j, n) + line.channel, sum[r], row.padded);
+  for (int r = 0; r < kOutputs; ++r) {
+    const index_t n = k + (reversed ? kOutputs - 1 - r : r);
+    Microkernel::store(element_ptr<T>(row.result, row.i, row.j, n) + row.channel, sum[r],
+                       tap_row.padded);
   }
 }
 
-// Results of a line that are made together, and vectors of each: their sums fit into registers.
-constexpr int TOGETHER = INVOLUTION_BYTES == 64 ? 4 : 2;
-constexpr int SUMS = 4;
+// Register tile: kOutputTile outputs of a row x kVectorTile vectors of each.
+constexpr int kOutputTile = INVOLUTION_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int kVectorTile = 4;
 
-// The next results of a line, at most `Most` of them together; returns how many were made.
-template <class Way, int Most>
-inline Size gather_next(const Line& line, Size k, Size high) {
-  const Dimension& d = line.job.dimension[2];
-  if (k + Most <= high) {
-    Reach reach[Most];
-    for (int r = 0; r < Most; ++r) reach[r] = d.reach[k + (d.place_step < 0 ? Most - 1 - r : r)];
-    Columns<Most> columns;
-    if (columns.make(reach, d.place_step) || Most == 1) {
-      gather_results<Way, Most>(line, columns, k);
-      return Most;
+// Computes the next outputs of a row, at most kMaxOutputs, and returns their number.
+template <class Microkernel, int kMaxOutputs>
+inline index_t compute_next_tile(const OutputRow& row, index_t k, index_t high) {
+  const Dimension& d = row.plan.dimension[2];
+  if (k + kMaxOutputs <= high) {
+    TapRange tap_ranges[kMaxOutputs];
+    for (int r = 0; r < kMaxOutputs; ++r)
+      tap_ranges[r] = d.tap_ranges[k + (d.source_step < 0 ? kMaxOutputs - 1 - r : r)];
+    ColumnRanges<kMaxOutputs> columns;
+    if (columns.init(tap_ranges, d.source_step) || kMaxOutputs == 1) {
+      compute_tile<Microkernel, kMaxOutputs>(row, columns, k);
+      return kMaxOutputs;
     }
   }
-  if constexpr (Most > 1) return gather_next<Way, Most / 2>(line, k, high);
+  if constexpr (kMaxOutputs > 1)
+    return compute_next_tile<Microkernel, kMaxOutputs / 2>(row, k, high);
   return 1;
 }
 
-template <class Way>
-void gather_line(const Line& line, Size low, Size high) {
-  for (Size k = low; k < high;) k += gather_next<Way, TOGETHER>(line, k, high);
+template <class Microkernel>
+void compute_row(const OutputRow& row, index_t low, index_t high) {
+  for (index_t k = low; k < high;) k += compute_next_tile<Microkernel, kOutputTile>(row, k, high);
 }
 
-template <int N>
-struct Int {
-  static constexpr int value = N;
+// std::integral_constant, which the linker rule at the top excludes.
+template <int kValue>
+struct IntC {
+  static constexpr int value = kValue;
 };
 
-// Calls visit(Int<n>(), first) for pieces of `total`, as large as can be: of Largest, half of that,
-// and so on to 1.
-template <int Largest, class Visit>
-inline void each_piece(Size total, Visit visit, Size first = 0) {
-  for (; total - first >= Largest; first += Largest) visit(Int<Largest>(), first);
-  if constexpr (Largest > 1) each_piece<Largest / 2>(total, visit, first);
+// Calls fn(IntC<n>(), first) for tiles of n = kLargest, then kLargest / 2, and so on to 1, which
+// cover `total`.
+template <int kLargest, class Fn>
+inline void for_each_pow2_tile(index_t total, Fn fn, index_t first = 0) {
+  for (; total - first >= kLargest; first += kLargest) fn(IntC<kLargest>(), first);
+  if constexpr (kLargest > 1) for_each_pow2_tile<kLargest / 2>(total, fn, first);
 }
 
-// The last piece is what is left, whatever its size.
-template <int Left, class Visit>
-inline void last_piece(Size left, Size first, Visit visit) {
-  if constexpr (Left > 0) {
-    if (left == Left) return visit(Int<Left>(), first);
-    last_piece<Left - 1>(left, first, visit);
+// The same with tiles of kLargest and one tail of any size below.
+template <int kLeft, class Fn>
+inline void dispatch_tail(index_t left, index_t first, Fn fn) {
+  if constexpr (kLeft > 0) {
+    if (left == kLeft) return fn(IntC<kLeft>(), first);
+    dispatch_tail<kLeft - 1>(left, first, fn);
   }
 }
-template <int Largest, class Visit>
-inline void few_pieces(Size total, Visit visit) {
-  Size first = 0;
-  for (; total - first >= Largest; first += Largest) visit(Int<Largest>(), first);
-  last_piece<Largest - 1>(total - first, first, visit);
+template <int kLargest, class Fn>
+inline void for_each_tile_with_tail(index_t total, Fn fn) {
+  index_t first = 0;
+  for (; total - first >= kLargest; first += kLargest) fn(IntC<kLargest>(), first);
+  dispatch_tail<kLargest - 1>(total - first, first, fn);
 }
 
-template <class S, int L>
-void gather(const Job& job, const Box& box, const View& values, const View& weights,
-            const View& result) {
-  const Size padded = job.values.padded, vectors = padded / L, outers = job.values.outers;
-  for (Size i = box.low[0]; i < box.high[0]; ++i)
-    for (Size j = box.low[1]; j < box.high[1]; ++j) {
-      const auto line = [&](auto way, Size channel, Size weight) {
-        gather_line<decltype(way)>({job, values, weights, result, i, j, channel, weight},
-                                   box.low[2], box.high[2]);
+template <class T, int kLanes>
+void weighted_sum(const Plan& plan, const Region& region, const TensorView& values,
+                  const TensorView& weights, const TensorView& result) {
+  const index_t padded = plan.values.inner_padded, vectors = padded / kLanes,
+                outer_count = plan.values.outer_count;
+  for (index_t i = region.low[0]; i < region.high[0]; ++i)
+    for (index_t j = region.low[1]; j < region.high[1]; ++j) {
+      const auto run_row = [&](auto microkernel, index_t channel, index_t weight) {
+        compute_row<decltype(microkernel)>({plan, values, weights, result, i, j, channel, weight},
+                                           region.low[2], region.high[2]);
       };
-      // Whole groups of Count vectors each, or pieces of one group's vectors.
-      const auto whole = [&](auto count) {
-        constexpr int Count = decltype(count)::value;
-        each_piece<SUMS / Count>(outers, [&](auto n, Size g) {
-          line(AcrossMembers<S, L, decltype(n)::value, Count>(), g * padded, g);
+      // Tiles of whole groups with kVectorsPerGroup vectors each.
+      const auto run_groups = [&](auto count) {
+        constexpr int kVectorsPerGroup = decltype(count)::value;
+        for_each_pow2_tile<kVectorTile / kVectorsPerGroup>(outer_count, [&](auto n, index_t g) {
+          run_row(ChannelLanes<T, kLanes, decltype(n)::value, kVectorsPerGroup>(), g * padded, g);
         });
       };
-      if (job.across == Across::groups) {
-        for (Size v = 0; v < padded; v += L)
-          each_piece<SUMS>(outers, [&](auto n, Size m) {
-            line(AcrossGroups<S, L, decltype(n)::value>(), m * padded + v, v);
+      if (plan.vector_axis == VectorAxis::groups) {
+        for (index_t v = 0; v < padded; v += kLanes)
+          for_each_pow2_tile<kVectorTile>(outer_count, [&](auto n, index_t c) {
+            run_row(GroupLanes<T, kLanes, decltype(n)::value>(), c * padded + v, v);
           });
       } else if (vectors == 1) {
-        whole(Int<1>());
+        run_groups(IntC<1>());
       } else if (vectors == 2) {
-        whole(Int<2>());
+        run_groups(IntC<2>());
       } else {
-        for (Size g = 0; g < outers; ++g)
-          each_piece<SUMS>(vectors, [&](auto n, Size v) {
-            line(AcrossMembers<S, L, 1, decltype(n)::value>(), g * padded + v * L, g);
+        for (index_t g = 0; g < outer_count; ++g)
+          for_each_pow2_tile<kVectorTile>(vectors, [&](auto n, index_t v) {
+            run_row(ChannelLanes<T, kLanes, 1, decltype(n)::value>(), g * padded + v * kLanes, g);
           });
       }
     }
 }
 
-// --- Sums over the channels of a group: the kernel gradient --------------------------------------
+// --- Kernel gradient: dot products over the channels of a group ----------------------------------
 
-// Vectors across the channels of a group, `Count` of them (0: as many as there are). The sums for L
-// neighbours in the result, which counts groups faster than taps, are made from one product each.
-template <class S, int L, int Count>
-struct Products {
-  using V = Vectors<S, L>;
+// Lanes: channels of a group, kVectors vectors of them (0: `vectors`, known at run time). One
+// partial vector for each of kLanes consecutive results, whose groups run faster than taps, then
+// one transposing reduction for all of them.
+template <class T, int kLanes, int kVectors>
+struct KernelGradient {
+  using V = Simd<T, kLanes>;
 
-  static inline typename V::Vector product(const S* x, const S* y, Size vectors) {
-    const Size count = Count ? Count : vectors;
+  static inline typename V::Vector dot(const T* x, const T* y, index_t vectors) {
+    const index_t count = kVectors ? kVectors : vectors;
     typename V::Vector sum = V::load(x) * V::load(y);
-    for (Size v = 1; v < count; ++v) sum += V::load(x + v * L) * V::load(y + v * L);
+    for (index_t v = 1; v < count; ++v) sum += V::load(x + v * kLanes) * V::load(y + v * kLanes);
     return sum;
   }
 
-  // Any number of groups and taps.
-  static void some(S* result, const S* values, const S* weights, const Size* value_at, Size taps,
-                   Size groups, Size padded, Size vectors) {
-    typename V::Vector parts[L];
-    Size tap = 0, group = 0;
-    for (Size f = 0; f < taps * groups; f += L) {
+  // Any number of groups.
+  static void generic(T* result, const T* values, const T* weights, const index_t* tap_offsets,
+                      index_t taps, index_t groups, index_t padded, index_t vectors) {
+    typename V::Vector partials[kLanes];
+    index_t tap = 0, group = 0;
+    for (index_t f = 0; f < taps * groups; f += kLanes) {
       int count = 0;
-      for (; count < L && tap < taps; ++count) {
-        parts[count] = product(values + value_at[tap] + group * padded, weights + group * padded,
-                               vectors);
+      for (; count < kLanes && tap < taps; ++count) {
+        partials[count] =
+            dot(values + tap_offsets[tap] + group * padded, weights + group * padded, vectors);
         if (++group == groups) group = 0, ++tap;
       }
-      for (int l = count; l < L; ++l) parts[l] = typename V::Vector{};
-      const typename V::Vector sum = sums<S, L>(parts);
-      if (count == L)
+      for (int l = count; l < kLanes; ++l) partials[l] = typename V::Vector{};
+      const typename V::Vector sum = transpose_reduce<T, kLanes>(partials);
+      if (count == kLanes)
         V::store(result + f, sum);
       else
         for (int l = 0; l < count; ++l) result[f + l] = sum[l];
     }
   }
 
-  // `Groups` of them divide L: the weights stay in registers.
-  template <int Groups>
-  static void few_groups(S* result, const S* values, const S* weights, const Size* value_at,
-                         Size taps, Size padded, Size vectors) {
-    constexpr int Taps = L / Groups;
-    if (taps < Taps) return some(result, values, weights, value_at, taps, Groups, padded, vectors);
-    typename V::Vector parts[L], y[Groups];
-    if (Count == 1)
+  // kGroups divides kLanes: the weights stay in registers.
+  template <int kGroups>
+  static void small_groups(T* result, const T* values, const T* weights, const index_t* tap_offsets,
+                           index_t taps, index_t padded, index_t vectors) {
+    constexpr int kTaps = kLanes / kGroups;
+    if (taps < kTaps)
+      return generic(result, values, weights, tap_offsets, taps, kGroups, padded, vectors);
+    typename V::Vector partials[kLanes], y[kGroups];
+    if (kVectors == 1)
 #pragma GCC unroll 16
-      for (int g = 0; g < Groups; ++g) y[g] = V::load(weights + g * padded);
-    for (Size tap = 0; tap < taps; tap += Taps) {
-      // The last vector reaches back over the one before it: what both make is the same.
-      if (tap + Taps > taps) tap = taps - Taps;
+      for (int g = 0; g < kGroups; ++g) y[g] = V::load(weights + g * padded);
+    for (index_t tap = 0; tap < taps; tap += kTaps) {
+      // The last vector overlaps the previous one and stores the same values.
+      if (tap + kTaps > taps) tap = taps - kTaps;
 #pragma GCC unroll 16
-      for (int l = 0; l < L; ++l) {
-        const S* x = values + value_at[tap + l / Groups] + l % Groups * padded;
-        parts[l] = Count == 1 ? V::load(x) * y[l % Groups]
-                              : product(x, weights + l % Groups * padded, vectors);
+      for (int l = 0; l < kLanes; ++l) {
+        const T* x = values + tap_offsets[tap + l / kGroups] + l % kGroups * padded;
+        partials[l] = kVectors == 1 ? V::load(x) * y[l % kGroups]
+                                    : dot(x, weights + l % kGroups * padded, vectors);
       }
-      V::store(result + tap * Groups, sums<S, L>(parts));
+      V::store(result + tap * kGroups, transpose_reduce<T, kLanes>(partials));
     }
   }
 
-  // L divides the number of groups.
-  static void many_groups(S* result, const S* values, const S* weights, const Size* value_at,
-                          Size taps, Size groups, Size padded, Size vectors) {
-    typename V::Vector parts[L], y[L];
-    for (Size g = 0; g < groups; g += L) {
-      if (Count == 1)
+  // kLanes divides the number of groups.
+  static void large_groups(T* result, const T* values, const T* weights, const index_t* tap_offsets,
+                           index_t taps, index_t groups, index_t padded, index_t vectors) {
+    typename V::Vector partials[kLanes], y[kLanes];
+    for (index_t g = 0; g < groups; g += kLanes) {
+      if (kVectors == 1)
 #pragma GCC unroll 16
-        for (int l = 0; l < L; ++l) y[l] = V::load(weights + (g + l) * padded);
-      for (Size tap = 0; tap < taps; ++tap) {
+        for (int l = 0; l < kLanes; ++l) y[l] = V::load(weights + (g + l) * padded);
+      for (index_t tap = 0; tap < taps; ++tap) {
 #pragma GCC unroll 16
-        for (int l = 0; l < L; ++l) {
-          const S* x = values + value_at[tap] + (g + l) * padded;
-          parts[l] = Count == 1 ? V::load(x) * y[l]
-                                : product(x, weights + (g + l) * padded, vectors);
+        for (int l = 0; l < kLanes; ++l) {
+          const T* x = values + tap_offsets[tap] + (g + l) * padded;
+          partials[l] =
+              kVectors == 1 ? V::load(x) * y[l] : dot(x, weights + (g + l) * padded, vectors);
         }
-        V::store(result + tap * groups + g, sums<S, L>(parts));
+        V::store(result + tap * groups + g, transpose_reduce<T, kLanes>(partials));
       }
     }
   }
 
-  static void all(S* result, const S* values, const S* weights, const Size* value_at, Size taps,
-                  Size groups, Size padded, Size vectors) {
-#define FEW(n) \
-  few_groups<(n <= L ? n : 1)>(result, values, weights, value_at, taps, padded, vectors)
-    if (groups % L == 0)
-      many_groups(result, values, weights, value_at, taps, groups, padded, vectors);
+  static void run(T* result, const T* values, const T* weights, const index_t* tap_offsets,
+                  index_t taps, index_t groups, index_t padded, index_t vectors) {
+#define SMALL_GROUPS(n) \
+  small_groups<(n <= kLanes ? n : 1)>(result, values, weights, tap_offsets, taps, padded, vectors)
+    if (groups % kLanes == 0)
+      large_groups(result, values, weights, tap_offsets, taps, groups, padded, vectors);
     else if (groups == 1)
-      FEW(1);
+      SMALL_GROUPS(1);
     else if (groups == 2)
-      FEW(2);
+      SMALL_GROUPS(2);
     else if (groups == 4)
-      FEW(4);
+      SMALL_GROUPS(4);
     else if (groups == 8)
-      FEW(8);
+      SMALL_GROUPS(8);
     else
-      some(result, values, weights, value_at, taps, groups, padded, vectors);
-#undef FEW
+      generic(result, values, weights, tap_offsets, taps, groups, padded, vectors);
+#undef SMALL_GROUPS
   }
 };
 
-// Vectors across groups: a plain sum over the channels of each, for four taps at a time.
-template <class S, int L, int Taps>
-inline void product_of_groups(S* result, const S* values, const S* weights, const Size* value_at,
-                              Size members, Size padded) {
-  using V = Vectors<S, L>;
-  for (Size v = 0; v < padded; v += L) {
-    typename V::Vector sum[Taps] = {};
-    for (Size m = 0; m < members; ++m) {
-      const typename V::Vector y = V::load(weights + m * padded + v);
+// Lanes: groups. A sum over the channels of each group, for kTaps taps at a time.
+template <class T, int kLanes, int kTaps>
+inline void group_dot(T* result, const T* values, const T* weights, const index_t* tap_offsets,
+                      index_t channels_per_group, index_t padded) {
+  using V = Simd<T, kLanes>;
+  for (index_t v = 0; v < padded; v += kLanes) {
+    typename V::Vector sum[kTaps] = {};
+    for (index_t c = 0; c < channels_per_group; ++c) {
+      const typename V::Vector y = V::load(weights + c * padded + v);
 #pragma GCC unroll 4
-      for (int t = 0; t < Taps; ++t) sum[t] += V::load(values + value_at[t] + m * padded + v) * y;
+      for (int t = 0; t < kTaps; ++t)
+        sum[t] += V::load(values + tap_offsets[t] + c * padded + v) * y;
     }
 #pragma GCC unroll 4
-    for (int t = 0; t < Taps; ++t) V::store(result + t * padded + v, sum[t]);
+    for (int t = 0; t < kTaps; ++t) V::store(result + t * padded + v, sum[t]);
   }
 }
 
-template <class S, int L>
-void kernel_gradient(const Job& job, const Box& box, const View& values, const View& weights,
-                     const View& result, Size* offsets) {
-  const Dimension* d = job.dimension;
-  const Size padded = job.values.padded, outers = job.values.outers, vectors = padded / L;
-  const Size taps = d[0].taps * d[1].taps * d[2].taps, row = job.result.padded;
+template <class T, int kLanes>
+void kernel_gradient(const Plan& plan, const Region& region, const TensorView& values,
+                     const TensorView& weights, const TensorView& result, index_t* tap_offsets) {
+  const Dimension* d = plan.dimension;
+  const index_t padded = plan.values.inner_padded, outer_count = plan.values.outer_count,
+                vectors = padded / kLanes;
+  const index_t taps = d[0].taps * d[1].taps * d[2].taps, row = plan.result.inner_padded;
 
-  // Where the values of every tap lie, from the first tap's.
-  Size f = 0;
-  for (Size a = 0; a < d[0].taps; ++a)
-    for (Size b = 0; b < d[1].taps; ++b)
-      for (Size c = 0; c < d[2].taps; ++c)
-        offsets[f++] = a * d[0].place_step * values.position[0] +
-                       b * d[1].place_step * values.position[1] +
-                       c * d[2].place_step * values.position[2];
+  // Offset of each tap's values from those of the first tap.
+  index_t f = 0;
+  for (index_t a = 0; a < d[0].taps; ++a)
+    for (index_t b = 0; b < d[1].taps; ++b)
+      for (index_t c = 0; c < d[2].taps; ++c)
+        tap_offsets[f++] = a * d[0].source_step * values.position_stride[0] +
+                           b * d[1].source_step * values.position_stride[1] +
+                           c * d[2].source_step * values.position_stride[2];
 
-  const auto run = [&](S* to, const S* x, const S* y, Size count) {
-    if (job.across == Across::groups) {
-      Size tap = 0;
+  const auto run = [&](T* to, const T* x, const T* y, index_t count) {
+    if (plan.vector_axis == VectorAxis::groups) {
+      index_t tap = 0;
       for (; tap + 4 <= count; tap += 4)
-        product_of_groups<S, L, 4>(to + tap * row, x, y, offsets + tap, outers, padded);
+        group_dot<T, kLanes, 4>(to + tap * row, x, y, tap_offsets + tap, outer_count, padded);
       for (; tap < count; ++tap)
-        product_of_groups<S, L, 1>(to + tap * row, x, y, offsets + tap, outers, padded);
+        group_dot<T, kLanes, 1>(to + tap * row, x, y, tap_offsets + tap, outer_count, padded);
     } else {
-      const auto products = vectors == 1 ? Products<S, L, 1>::all : Products<S, L, 0>::all;
-      products(to, x, y, offsets, count, outers, padded, vectors);
+      const auto gradient =
+          vectors == 1 ? KernelGradient<T, kLanes, 1>::run : KernelGradient<T, kLanes, 0>::run;
+      gradient(to, x, y, tap_offsets, count, outer_count, padded, vectors);
     }
   };
 
-  for (Size i = box.low[0]; i < box.high[0]; ++i)
-    for (Size j = box.low[1]; j < box.high[1]; ++j)
-      for (Size k = box.low[2]; k < box.high[2]; ++k) {
-        const Reach r0 = d[0].reach[i], r1 = d[1].reach[j], r2 = d[2].reach[k];
-        const S* y = at<S>(weights, i, j, k);
-        S* to = at<S>(result, i, j, k);
+  for (index_t i = region.low[0]; i < region.high[0]; ++i)
+    for (index_t j = region.low[1]; j < region.high[1]; ++j)
+      for (index_t k = region.low[2]; k < region.high[2]; ++k) {
+        const TapRange r0 = d[0].tap_ranges[i], r1 = d[1].tap_ranges[j], r2 = d[2].tap_ranges[k];
+        const T* y = element_ptr<T>(weights, i, j, k);
+        T* to = element_ptr<T>(result, i, j, k);
         if (r0.count * r1.count * r2.count == taps) {
-          run(to, at<S>(values, r0.place, r1.place, r2.place), y, taps);
+          run(to, element_ptr<T>(values, r0.source, r1.source, r2.source), y, taps);
           continue;
         }
-        for (Size f = 0; f < taps * row; ++f) to[f] = 0;
-        for (Size a = 0; a < r0.count; ++a)
-          for (Size b = 0; b < r1.count; ++b) {
-            const Size tap = ((r0.tap + a) * d[1].taps + r1.tap + b) * d[2].taps + r2.tap;
+        for (index_t f = 0; f < taps * row; ++f) to[f] = 0;
+        for (index_t a = 0; a < r0.count; ++a)
+          for (index_t b = 0; b < r1.count; ++b) {
+            const index_t tap = ((r0.tap + a) * d[1].taps + r1.tap + b) * d[2].taps + r2.tap;
             run(to + tap * row,
-                at<S>(values, r0.place + a * d[0].place_step, r1.place + b * d[1].place_step,
-                      r2.place),
+                element_ptr<T>(values, r0.source + a * d[0].source_step,
+                               r1.source + b * d[1].source_step, r2.source),
                 y, r2.count);
           }
       }
 }
 
-// --- Vectors across the positions of a row ---------------------------------------------------------
+// --- Lanes along the positions of a row
+// ------------------------------------------------------------
 
-// Calls visit(Int<n>(), first) for pairs of vectors of L, or single ones, that cover low to high. The
-// last one reaches back over the one before it, so that all are whole: what both make is the same.
-template <int L, class Visit>
-inline void each_vector(Size low, Size high, Visit visit) {
-  Size k = low;
-  for (; k + 2 * L <= high; k += 2 * L) visit(Int<2>(), k);
-  if (k + L <= high) visit(Int<1>(), k), k += L;
-  if (k < high) visit(Int<1>(), high - L);
+// Calls fn(IntC<n>(), first) for pairs of vectors, then single ones, that cover [low, high). The
+// last vector overlaps the previous one, so that all are full; both compute the same values.
+template <int kLanes, class Fn>
+inline void for_each_vector_overlapping(index_t low, index_t high, Fn fn) {
+  index_t k = low;
+  for (; k + 2 * kLanes <= high; k += 2 * kLanes) fn(IntC<2>(), k);
+  if (k + kLanes <= high) fn(IntC<1>(), k), k += kLanes;
+  if (k < high) fn(IntC<1>(), high - kLanes);
 }
 
-// Sums for `Count` vectors of positions and `Members` channels.
-template <class S, int L, int Count, int Members>
-inline void gather_vectors(const Job& job, const View& values, const View& weights,
-                           const View& result, Size i, Size j, Size k, Size g, Size m) {
-  using V = Vectors<S, L>;
-  const Dimension *d0 = &job.dimension[0], *d1 = &job.dimension[1], *d2 = &job.dimension[2];
-  const Reach r0 = d0->reach[i], r1 = d1->reach[j];
-  const bool at_place = job.member == Member::input;
-  // All taps of a row, from the first: copies have zeros where a tap meets nothing.
-  const Size place2 = k + job.first_place;
-  const Size value_step = d2->place_step;
-  const Size weight_step = d2->tap_step * weights.outer + (at_place ? d2->place_step : 0);
-  typename V::Vector sum[Count][Members];
+// Tile: kVectors vectors of positions x kChannels channels.
+template <class T, int kLanes, int kVectors, int kChannels>
+inline void compute_tile_positions(const Plan& plan, const TensorView& values,
+                                   const TensorView& weights, const TensorView& result, index_t i,
+                                   index_t j, index_t k, index_t g, index_t c0) {
+  using V = Simd<T, kLanes>;
+  const Dimension *d0 = &plan.dimension[0], *d1 = &plan.dimension[1], *d2 = &plan.dimension[2];
+  const TapRange r0 = d0->tap_ranges[i], r1 = d1->tap_ranges[j];
+  const bool weights_at_source = plan.pass == Pass::input_grad;
+  // All taps of a row, also those outside the input: packed rows hold zeros there.
+  const index_t source2 = k + plan.source_offset;
+  const index_t value_step = d2->source_step;
+  const index_t weight_step =
+      d2->tap_step * weights.outer_stride + (weights_at_source ? d2->source_step : 0);
+  typename V::Vector sum[kVectors][kChannels];
 #pragma GCC unroll 2
-  for (int v = 0; v < Count; ++v)
+  for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 8
-    for (int n = 0; n < Members; ++n) sum[v][n] = typename V::Vector{};
-  for (Size a = 0; a < r0.count; ++a)
-    for (Size b = 0; b < r1.count; ++b) {
-      const Size place0 = r0.place + a * d0->place_step, place1 = r1.place + b * d1->place_step;
-      const Size tap =
+    for (int n = 0; n < kChannels; ++n) sum[v][n] = typename V::Vector{};
+  for (index_t a = 0; a < r0.count; ++a)
+    for (index_t b = 0; b < r1.count; ++b) {
+      const index_t source0 = r0.source + a * d0->source_step,
+                    source1 = r1.source + b * d1->source_step;
+      const index_t tap =
           ((r0.tap + a * d0->tap_step) * d1->taps + r1.tap + b * d1->tap_step) * d2->taps;
-      const S* value = at<S>(values, place0, place1, place2) + g * values.outer + m * values.inner;
-      const S* weight = (at_place ? at<S>(weights, place0, place1, place2)
-                                  : at<S>(weights, i, j, k)) +
-                        tap * weights.outer + g * weights.inner;
-      for (Size c = 0; c < d2->taps; ++c) {
+      const T* value = element_ptr<T>(values, source0, source1, source2) + g * values.outer_stride +
+                       c0 * values.inner_stride;
+      const T* weight = (weights_at_source ? element_ptr<T>(weights, source0, source1, source2)
+                                           : element_ptr<T>(weights, i, j, k)) +
+                        tap * weights.outer_stride + g * weights.inner_stride;
+      for (index_t c = 0; c < d2->taps; ++c) {
 #pragma GCC unroll 2
-        for (int v = 0; v < Count; ++v) {
-          const typename V::Vector w = V::load(weight + v * L);
+        for (int v = 0; v < kVectors; ++v) {
+          const typename V::Vector w = V::load(weight + v * kLanes);
 #pragma GCC unroll 8
-          for (int n = 0; n < Members; ++n)
-            sum[v][n] += w * V::load(value + v * L + n * values.inner);
+          for (int n = 0; n < kChannels; ++n)
+            sum[v][n] += w * V::load(value + v * kLanes + n * values.inner_stride);
         }
         value += value_step;
         weight += weight_step;
       }
     }
-  S* const to = at<S>(result, i, j, k) + g * result.outer + m * result.inner;
+  T* const to =
+      element_ptr<T>(result, i, j, k) + g * result.outer_stride + c0 * result.inner_stride;
 #pragma GCC unroll 2
-  for (int v = 0; v < Count; ++v)
+  for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 8
-    for (int n = 0; n < Members; ++n) V::store(to + v * L + n * result.inner, sum[v][n]);
+    for (int n = 0; n < kChannels; ++n)
+      V::store(to + v * kLanes + n * result.inner_stride, sum[v][n]);
 }
 
-template <class S, int L>
-void gather_positions(const Job& job, const Box& box, const View& values, const View& weights,
-                      const View& result) {
-  for (Size i = box.low[0]; i < box.high[0]; ++i)
-    for (Size j = box.low[1]; j < box.high[1]; ++j)
-      for (Size g = 0; g < job.values.outers; ++g)
-        each_vector<L>(box.low[2], box.high[2], [&](auto count, Size k) {
-          constexpr int Count = decltype(count)::value;
-          few_pieces<8 / Count>(job.values.inners, [&](auto n, Size m) {
-            gather_vectors<S, L, Count, decltype(n)::value>(job, values, weights, result, i, j, k,
-                                                            g, m);
-          });
-        });
+template <class T, int kLanes>
+void weighted_sum_positions(const Plan& plan, const Region& region, const TensorView& values,
+                            const TensorView& weights, const TensorView& result) {
+  for (index_t i = region.low[0]; i < region.high[0]; ++i)
+    for (index_t j = region.low[1]; j < region.high[1]; ++j)
+      for (index_t g = 0; g < plan.values.outer_count; ++g)
+        for_each_vector_overlapping<kLanes>(
+            region.low[2], region.high[2], [&](auto count, index_t k) {
+              constexpr int kVectors = decltype(count)::value;
+              for_each_tile_with_tail<8 / kVectors>(
+                  plan.values.inner_count, [&](auto n, index_t c) {
+                    compute_tile_positions<T, kLanes, kVectors, decltype(n)::value>(
+                        plan, values, weights, result, i, j, k, g, c);
+                  });
+            });
 }
 
-// The gradients of `Taps` taps of a row, from the one that x and `to` are at, for `Count` vectors of
-// positions.
-template <class S, int L, int Count, int Taps>
-inline void product_vectors(const Job& job, const View& values, const View& weights,
-                            const View& result, const S* x, const S* y, S* to) {
-  using V = Vectors<S, L>;
-  const Size step = job.dimension[2].place_step;
-  typename V::Vector sum[Count][Taps] = {};
-  for (Size m = 0; m < job.values.inners; ++m) {
+// Tile: kVectors vectors of positions x kTaps taps of a row, from the tap that x and `to` point to.
+template <class T, int kLanes, int kVectors, int kTaps>
+inline void kernel_gradient_tile(const Plan& plan, const TensorView& values,
+                                 const TensorView& weights, const TensorView& result, const T* x,
+                                 const T* y, T* to) {
+  using V = Simd<T, kLanes>;
+  const index_t step = plan.dimension[2].source_step;
+  typename V::Vector sum[kVectors][kTaps] = {};
+  for (index_t c = 0; c < plan.values.inner_count; ++c) {
 #pragma GCC unroll 2
-    for (int v = 0; v < Count; ++v) {
-      const typename V::Vector by = V::load(y + v * L);
+    for (int v = 0; v < kVectors; ++v) {
+      const typename V::Vector y_vec = V::load(y + v * kLanes);
 #pragma GCC unroll 8
-      for (int t = 0; t < Taps; ++t) sum[v][t] += V::load(x + v * L + t * step) * by;
+      for (int t = 0; t < kTaps; ++t) sum[v][t] += V::load(x + v * kLanes + t * step) * y_vec;
     }
-    x += values.inner;
-    y += weights.inner;
+    x += values.inner_stride;
+    y += weights.inner_stride;
   }
 #pragma GCC unroll 2
-  for (int v = 0; v < Count; ++v)
+  for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 8
-    for (int t = 0; t < Taps; ++t) V::store(to + v * L + t * result.outer, sum[v][t]);
+    for (int t = 0; t < kTaps; ++t) V::store(to + v * kLanes + t * result.outer_stride, sum[v][t]);
 }
 
-template <class S, int L>
-void kernel_gradient_positions(const Job& job, const Box& box, const View& values,
-                               const View& weights, const View& result) {
-  using V = Vectors<S, L>;
-  const Dimension* d = job.dimension;
-  for (Size i = box.low[0]; i < box.high[0]; ++i)
-    for (Size j = box.low[1]; j < box.high[1]; ++j)
-      for (Size g = 0; g < job.values.outers; ++g)
-        each_vector<L>(box.low[2], box.high[2], [&](auto count, Size k) {
-          constexpr int Count = decltype(count)::value;
-          const Reach r0 = d[0].reach[i], r1 = d[1].reach[j];
-          const S* const y = at<S>(weights, i, j, k) + g * weights.outer;
-          S* const to = at<S>(result, i, j, k) + g * result.inner;
-          if (r0.count * r1.count < d[0].taps * d[1].taps)
-            for (Size t = 0; t < d[0].taps * d[1].taps * d[2].taps; ++t)
-              for (int v = 0; v < Count; ++v)
-                V::store(to + v * L + t * result.outer, typename V::Vector{});
-          for (Size a = 0; a < r0.count; ++a)
-            for (Size b = 0; b < r1.count; ++b) {
-              const Size tap = ((r0.tap + a) * d[1].taps + r1.tap + b) * d[2].taps;
-              const S* const x = at<S>(values, r0.place + a * d[0].place_step,
-                                       r1.place + b * d[1].place_step, k + job.first_place) +
-                                 g * values.outer;
-              few_pieces<8 / Count>(d[2].taps, [&](auto n, Size c) {
-                product_vectors<S, L, Count, decltype(n)::value>(
-                    job, values, weights, result, x + c * d[2].place_step, y,
-                    to + (tap + c) * result.outer);
-              });
-            }
-        });
+template <class T, int kLanes>
+void kernel_gradient_positions(const Plan& plan, const Region& region, const TensorView& values,
+                               const TensorView& weights, const TensorView& result) {
+  using V = Simd<T, kLanes>;
+  const Dimension* d = plan.dimension;
+  for (index_t i = region.low[0]; i < region.high[0]; ++i)
+    for (index_t j = region.low[1]; j < region.high[1]; ++j)
+      for (index_t g = 0; g < plan.values.outer_count; ++g)
+        for_each_vector_overlapping<kLanes>(
+            region.low[2], region.high[2], [&](auto count, index_t k) {
+              constexpr int kVectors = decltype(count)::value;
+              const TapRange r0 = d[0].tap_ranges[i], r1 = d[1].tap_ranges[j];
+              const T* const y = element_ptr<T>(weights, i, j, k) + g * weights.outer_stride;
+              T* const to = element_ptr<T>(result, i, j, k) + g * result.inner_stride;
+              if (r0.count * r1.count < d[0].taps * d[1].taps)
+                for (index_t t = 0; t < d[0].taps * d[1].taps * d[2].taps; ++t)
+                  for (int v = 0; v < kVectors; ++v)
+                    V::store(to + v * kLanes + t * result.outer_stride, typename V::Vector{});
+              for (index_t a = 0; a < r0.count; ++a)
+                for (index_t b = 0; b < r1.count; ++b) {
+                  const index_t tap = ((r0.tap + a) * d[1].taps + r1.tap + b) * d[2].taps;
+                  const T* const x =
+                      element_ptr<T>(values, r0.source + a * d[0].source_step,
+                                     r1.source + b * d[1].source_step, k + plan.source_offset) +
+                      g * values.outer_stride;
+                  for_each_tile_with_tail<8 / kVectors>(d[2].taps, [&](auto n, index_t c) {
+                    kernel_gradient_tile<T, kLanes, kVectors, decltype(n)::value>(
+                        plan, values, weights, result, x + c * d[2].source_step, y,
+                        to + (tap + c) * result.outer_stride);
+                  });
+                }
+            });
 }
 
-// --- Kernels that are generated ---------------------------------------------------------------------
+// --- Matrix products
+// --------------------------------------------------------------------------------
 
-#include "product.h"
+#include "gemm-inl.h"
 
-// --- What the machine can do ------------------------------------------------------------------------
+// --- Peak FLOP/s
+// ------------------------------------------------------------------------------------
 
-// Twelve independent chains of multiply-adds: enough for every multiplier, few enough for the
-// registers.
-float multiply_add(Size times) {
-  constexpr int L = INVOLUTION_BYTES / 4, CHAINS = 12;
-  typename Vectors<float, L>::Vector sum[CHAINS] = {}, x = {}, y = {};
-  for (int l = 0; l < L; ++l) x[l] = 0.5f, y[l] = 0.25f;
-  for (int c = 0; c < CHAINS; ++c) sum[c] = sum[c] + static_cast<float>(c);
-  for (Size n = 0; n < times; ++n) {
+// Twelve independent chains hide the latency of every FMA unit and fit into 16 registers.
+float fma_peak_loop(index_t times) {
+  constexpr int kLanes = INVOLUTION_VECTOR_BYTES / 4, kIndependentChains = 12;
+  typename Simd<float, kLanes>::Vector sum[kIndependentChains] = {}, x = {}, y = {};
+  for (int l = 0; l < kLanes; ++l) x[l] = 0.5f, y[l] = 0.25f;
+  for (int c = 0; c < kIndependentChains; ++c) sum[c] = sum[c] + static_cast<float>(c);
+  for (index_t n = 0; n < times; ++n) {
 #pragma GCC unroll 12
-    for (int c = 0; c < CHAINS; ++c) sum[c] = sum[c] * x + y;
+    for (int c = 0; c < kIndependentChains; ++c) sum[c] = sum[c] * x + y;
   }
   float total = 0;
-  for (int c = 0; c < CHAINS; ++c)
-    for (int l = 0; l < L; ++l) total += sum[c][l];
+  for (int c = 0; c < kIndependentChains; ++c)
+    for (int l = 0; l < kLanes; ++l) total += sum[c][l];
   return total;
 }
 
-// --- Taps that meet nothing ------------------------------------------------------------------------
+// --- Taps outside the input
+// ------------------------------------------------------------------------
 //
-// The input is 0 there, and its product with what is not finite is NaN: with a kernel's number in the
-// output, with the output's gradient in the kernel's. The loops above leave these taps out, but for
-// those in a row that is copied with zeros around it. Where all numbers are finite they add nothing:
-// so that is looked for, and what there is else is added here.
+// The input is 0 there, and its product with a non-finite kernel weight (forward) or output
+// gradient (kernel gradient) is NaN. The loops above skip these taps, except in rows packed with
+// zeros. For finite values they add nothing; non-finite ones are detected and added here.
 
-// Whether numbers that follow each other are all finite.
-template <class S>
-inline bool finite(const S* from, Size count) {
-  constexpr int L = INVOLUTION_BYTES / sizeof(S);
-  using V = Vectors<S, L>;
-  S part[L] = {};
-  if (count < L) {
-    for (Size n = 0; n < count; ++n) part[n] = from[n] * S(0);
+// Whether all of `count` contiguous values are finite.
+template <class T>
+inline bool finite(const T* from, index_t count) {
+  constexpr int kLanes = INVOLUTION_VECTOR_BYTES / sizeof(T);
+  using V = Simd<T, kLanes>;
+  T part[kLanes] = {};
+  if (count < kLanes) {
+    for (index_t n = 0; n < count; ++n) part[n] = from[n] * T(0);
   } else {
     typename V::Vector sum[2] = {};
-    Size n = 0;
-    for (; n + 2 * L <= count; n += 2 * L)
-      for (int v = 0; v < 2; ++v) sum[v] += V::load(from + n + v * L) * S(0);
-    if (n + L <= count) sum[0] += V::load(from + n) * S(0);
-    // The last vector reaches back over the one before it.
-    sum[1] += V::load(from + count - L) * S(0);
+    index_t n = 0;
+    for (; n + 2 * kLanes <= count; n += 2 * kLanes)
+      for (int v = 0; v < 2; ++v) sum[v] += V::load(from + n + v * kLanes) * T(0);
+    if (n + kLanes <= count) sum[0] += V::load(from + n) * T(0);
+    // The last vector overlaps the previous one.
+    sum[1] += V::load(from + count - kLanes) * T(0);
     V::store(part, sum[0] + sum[1]);
   }
-  for (int half = L / 2; half > 0; half /= 2)
+  for (int half = kLanes / 2; half > 0; half /= 2)
     for (int l = 0; l < half; ++l) part[l] += part[l + half];
   return part[0] == 0;
 }
 
-// Calls visit(first tap, count) for runs of a window's taps, given those that meet something.
-template <class Visit>
-inline void each_outside(const Dimension* d, const Reach& r0, const Reach& r1, const Reach& r2,
-                         Visit visit) {
-  const auto meets = [](const Reach& r, Size tap) { return tap >= r.tap && tap < r.tap + r.count; };
-  for (Size a = 0; a < d[0].taps; ++a)
-    for (Size b = 0; b < d[1].taps; ++b) {
-      const Size row = (a * d[1].taps + b) * d[2].taps, end = r2.tap + r2.count;
-      if (!meets(r0, a) || !meets(r1, b)) {
-        visit(row, d[2].taps);
+// Calls fn(first tap, count) for runs of taps outside the input, given the ranges inside.
+template <class Fn>
+inline void for_each_outside_run(const Dimension* d, const TapRange& r0, const TapRange& r1,
+                                 const TapRange& r2, Fn fn) {
+  const auto overlaps = [](const TapRange& r, index_t tap) {
+    return tap >= r.tap && tap < r.tap + r.count;
+  };
+  for (index_t a = 0; a < d[0].taps; ++a)
+    for (index_t b = 0; b < d[1].taps; ++b) {
+      const index_t row = (a * d[1].taps + b) * d[2].taps, end = r2.tap + r2.count;
+      if (!overlaps(r0, a) || !overlaps(r1, b)) {
+        fn(row, d[2].taps);
       } else {
-        if (r2.tap > 0) visit(row, r2.tap);
-        if (end < d[2].taps) visit(row + end, d[2].taps - end);
+        if (r2.tap > 0) fn(row, r2.tap);
+        if (end < d[2].taps) fn(row + end, d[2].taps - end);
       }
     }
 }
 
-constexpr Size FEW_NUMBERS = 512;
+constexpr index_t kSmallKernelElements = 512;
 
-// One position's, across members or groups.
-template <class S>
-inline void add_outside(const Job& job, const Reach& r0, const Reach& r1, const Reach& r2,
-                        const S* weights, S* result) {
-  const Dimension* d = job.dimension;
-  const bool inside = job.across == Across::groups;
-  const Tensor &w = job.weights, &to = job.result;
-  if (job.member == Member::output) {
-    // Of few numbers all are looked at sooner than those of each run.
-    const Size numbers = d[0].taps * d[1].taps * d[2].taps * w.padded;
-    bool all = numbers <= FEW_NUMBERS && finite(weights, numbers);
+// At one position, with lanes along channels or groups.
+template <class T>
+inline void add_outside_taps(const Plan& plan, const TapRange& r0, const TapRange& r1,
+                             const TapRange& r2, const T* weights, T* result) {
+  const Dimension* d = plan.dimension;
+  const bool inside = plan.vector_axis == VectorAxis::groups;
+  const Tensor &w = plan.weights, &to = plan.result;
+  if (plan.pass == Pass::forward) {
+    // Testing all taps of a small kernel is faster than testing each run.
+    const index_t elements = d[0].taps * d[1].taps * d[2].taps * w.inner_padded;
+    bool all = elements <= kSmallKernelElements && finite(weights, elements);
     if (!all) {
       all = true;
-      each_outside(d, r0, r1, r2, [&](Size tap, Size count) {
-        all = all && finite(weights + tap * w.padded, count * w.padded);
+      for_each_outside_run(d, r0, r1, r2, [&](index_t tap, index_t count) {
+        all = all && finite(weights + tap * w.inner_padded, count * w.inner_padded);
       });
     }
     if (all) return;
-    each_outside(d, r0, r1, r2, [&](Size tap, Size count) {
-      for (Size t = tap; t < tap + count; ++t)
-        for (Size g = 0; g < w.inners; ++g) {
-          const S product = weights[t * w.padded + g] * S(0);
-          for (Size m = 0; m < (inside ? to.outers : to.inners); ++m)
-            result[inside ? m * to.padded + g : g * to.padded + m] += product;
+    for_each_outside_run(d, r0, r1, r2, [&](index_t tap, index_t count) {
+      for (index_t t = tap; t < tap + count; ++t)
+        for (index_t g = 0; g < w.inner_count; ++g) {
+          const T term = weights[t * w.inner_padded + g] * T(0);
+          for (index_t c = 0; c < (inside ? to.outer_count : to.inner_count); ++c)
+            result[inside ? c * to.inner_padded + g : g * to.inner_padded + c] += term;
         }
     });
-  } else if (!finite(weights, w.outers * w.padded)) {
-    for (Size g = 0; g < to.inners; ++g) {
-      S sum = 0;
-      for (Size m = 0; m < (inside ? w.outers : w.inners); ++m)
-        sum += weights[inside ? m * w.padded + g : g * w.padded + m] * S(0);
-      each_outside(d, r0, r1, r2, [&](Size tap, Size count) {
-        for (Size t = tap; t < tap + count; ++t) result[t * to.padded + g] += sum;
+  } else if (!finite(weights, w.outer_count * w.inner_padded)) {
+    for (index_t g = 0; g < to.inner_count; ++g) {
+      T sum = 0;
+      for (index_t c = 0; c < (inside ? w.outer_count : w.inner_count); ++c)
+        sum += weights[inside ? c * w.inner_padded + g : g * w.inner_padded + c] * T(0);
+      for_each_outside_run(d, r0, r1, r2, [&](index_t tap, index_t count) {
+        for (index_t t = tap; t < tap + count; ++t) result[t * to.inner_padded + g] += sum;
       });
     }
   }
 }
 
-// A row's, across its positions: `count` of them.
-template <class S>
-inline void add_outside_row(const Job& job, const Reach& r0, const Reach& r1, Size count,
-                            const S* weights, const View& w, S* result, const View& to) {
-  const auto add = [&](const S* factors, S* sums) {
-    for (Size k = 0; k < count; ++k) sums[k] += factors[k] * S(0);
+// At `count` positions of a row, with lanes along them.
+template <class T>
+inline void add_outside_taps_row(const Plan& plan, const TapRange& r0, const TapRange& r1,
+                                 index_t count, const T* weights, const TensorView& w, T* result,
+                                 const TensorView& to) {
+  const auto add = [&](const T* factors, T* sums) {
+    for (index_t k = 0; k < count; ++k) sums[k] += factors[k] * T(0);
   };
-  const Size taps = job.dimension[2].taps, groups = job.values.outers, members = job.values.inners;
-  const auto each_tap = [&](auto visit) {
-    each_outside(job.dimension, r0, r1, {taps, 0, 0}, [&](Size tap, Size count) {
-      for (Size t = tap; t < tap + count; ++t) visit(t);
+  const index_t taps = plan.dimension[2].taps, groups = plan.values.outer_count,
+                channels_per_group = plan.values.inner_count;
+  const auto for_each_tap = [&](auto fn) {
+    for_each_outside_run(plan.dimension, r0, r1, {taps, 0, 0}, [&](index_t tap, index_t count) {
+      for (index_t t = tap; t < tap + count; ++t) fn(t);
     });
   };
-  for (Size g = 0; g < groups; ++g)
-    if (job.member == Member::output)
-      each_tap([&](Size t) {
-        const S* const factors = weights + t * w.outer + g * w.inner;
+  for (index_t g = 0; g < groups; ++g)
+    if (plan.pass == Pass::forward)
+      for_each_tap([&](index_t t) {
+        const T* const factors = weights + t * w.outer_stride + g * w.inner_stride;
         if (finite(factors, count)) return;
-        for (Size m = 0; m < members; ++m) add(factors, result + g * to.outer + m * to.inner);
+        for (index_t c = 0; c < channels_per_group; ++c)
+          add(factors, result + g * to.outer_stride + c * to.inner_stride);
       });
     else
-      for (Size m = 0; m < members; ++m) {
-        const S* const factors = weights + g * w.outer + m * w.inner;
+      for (index_t c = 0; c < channels_per_group; ++c) {
+        const T* const factors = weights + g * w.outer_stride + c * w.inner_stride;
         if (finite(factors, count)) continue;
-        each_tap([&](Size t) { add(factors, result + t * to.outer + g * to.inner); });
+        for_each_tap(
+            [&](index_t t) { add(factors, result + t * to.outer_stride + g * to.inner_stride); });
       }
 }
 
-template <class S>
-void add_outside(const Job& job, const Box& box, const View& weights, const View& result) {
-  const Dimension* d = job.dimension;
-  for (Size i = box.low[0]; i < box.high[0]; ++i)
-    for (Size j = box.low[1]; j < box.high[1]; ++j) {
-      const Reach &r0 = d[0].reach[i], &r1 = d[1].reach[j];
+template <class T>
+void add_outside_taps(const Plan& plan, const Region& region, const TensorView& weights,
+                      const TensorView& result) {
+  const Dimension* d = plan.dimension;
+  for (index_t i = region.low[0]; i < region.high[0]; ++i)
+    for (index_t j = region.low[1]; j < region.high[1]; ++j) {
+      const TapRange &r0 = d[0].tap_ranges[i], &r1 = d[1].tap_ranges[j];
       const bool rows_meet = r0.count * r1.count == d[0].taps * d[1].taps;
-      if (job.across == Across::positions) {
+      if (plan.vector_axis == VectorAxis::positions) {
         if (!rows_meet)
-          add_outside_row(job, r0, r1, box.high[2] - box.low[2], at<S>(weights, i, j, box.low[2]),
-                          weights, at<S>(result, i, j, box.low[2]), result);
+          add_outside_taps_row(plan, r0, r1, region.high[2] - region.low[2],
+                               element_ptr<T>(weights, i, j, region.low[2]), weights,
+                               element_ptr<T>(result, i, j, region.low[2]), result);
         continue;
       }
-      for (Size k = box.low[2]; k < box.high[2]; ++k)
-        if (!rows_meet || d[2].reach[k].count < d[2].taps)
-          add_outside(job, r0, r1, d[2].reach[k], at<S>(weights, i, j, k), at<S>(result, i, j, k));
+      for (index_t k = region.low[2]; k < region.high[2]; ++k)
+        if (!rows_meet || d[2].tap_ranges[k].count < d[2].taps)
+          add_outside_taps(plan, r0, r1, d[2].tap_ranges[k], element_ptr<T>(weights, i, j, k),
+                           element_ptr<T>(result, i, j, k));
     }
 }
 
-// --- Choice of the loops for one box --------------------------------------------------------------
+// --- Dispatch by axis, vector width and type
+// -------------------------------------------------------
 
-template <class S, int L>
-void compute_with(const Job& job, const Box& box, const View& values, const View& weights,
-                  const View& result, Size* offsets) {
-  const bool kernel = job.member == Member::kernel;
-  if (job.across == Across::positions) {
-    if (kernel) return kernel_gradient_positions<S, L>(job, box, values, weights, result);
-    return gather_positions<S, L>(job, box, values, weights, result);
+template <class T, int kLanes>
+void dispatch_axis(const Plan& plan, const Region& region, const TensorView& values,
+                   const TensorView& weights, const TensorView& result, index_t* tap_offsets) {
+  const bool kernel_grad = plan.pass == Pass::kernel_grad;
+  if (plan.vector_axis == VectorAxis::positions) {
+    if (kernel_grad)
+      return kernel_gradient_positions<T, kLanes>(plan, region, values, weights, result);
+    return weighted_sum_positions<T, kLanes>(plan, region, values, weights, result);
   }
-  if constexpr (L > 1) {
-    if (kernel) return kernel_gradient<S, L>(job, box, values, weights, result, offsets);
-    return gather<S, L>(job, box, values, weights, result);
+  if constexpr (kLanes > 1) {
+    if (kernel_grad)
+      return kernel_gradient<T, kLanes>(plan, region, values, weights, result, tap_offsets);
+    return weighted_sum<T, kLanes>(plan, region, values, weights, result);
   }
 }
 
-template <class S, int L>
-void compute_as(const Job& job, const Box& box, const View& values, const View& weights,
-                const View& result, Size* offsets) {
-  // Across positions a row may be shorter than any vector.
-  const Size row = box.high[2] - box.low[2];
-  if constexpr (L > 1)
-    if (job.across == Across::positions ? row < L : job.lanes < L)
-      return compute_as<S, L / 2>(job, box, values, weights, result, offsets);
-  compute_with<S, L>(job, box, values, weights, result, offsets);
+template <class T, int kLanes>
+void dispatch_width(const Plan& plan, const Region& region, const TensorView& values,
+                    const TensorView& weights, const TensorView& result, index_t* tap_offsets) {
+  // With lanes along positions, a row may be shorter than a vector.
+  const index_t row = region.high[2] - region.low[2];
+  if constexpr (kLanes > 1)
+    if (plan.vector_axis == VectorAxis::positions ? row < kLanes : plan.lanes < kLanes)
+      return dispatch_width<T, kLanes / 2>(plan, region, values, weights, result, tap_offsets);
+  dispatch_axis<T, kLanes>(plan, region, values, weights, result, tap_offsets);
 }
 
-void compute(const Job& job, const Box& box, const View& values, const View& weights,
-             const View& result, Size* offsets) {
-  const bool outside = job.member != Member::input;  // windows hold taps that meet nothing
-  if (job.type == Type::float64) {
-    compute_as<double, INVOLUTION_BYTES / 8>(job, box, values, weights, result, offsets);
-    if (outside) add_outside<double>(job, box, weights, result);
+void compute(const Plan& plan, const Region& region, const TensorView& values,
+             const TensorView& weights, const TensorView& result, index_t* tap_offsets) {
+  const bool has_outside_taps = plan.pass != Pass::input_grad;
+  if (plan.type == DataType::float64) {
+    dispatch_width<double, INVOLUTION_VECTOR_BYTES / 8>(plan, region, values, weights, result,
+                                                        tap_offsets);
+    if (has_outside_taps) add_outside_taps<double>(plan, region, weights, result);
   } else {
-    compute_as<float, INVOLUTION_BYTES / 4>(job, box, values, weights, result, offsets);
-    if (outside) add_outside<float>(job, box, weights, result);
+    dispatch_width<float, INVOLUTION_VECTOR_BYTES / 4>(plan, region, values, weights, result,
+                                                       tap_offsets);
+    if (has_outside_taps) add_outside_taps<float>(plan, region, weights, result);
   }
 }
 
 }  // namespace
 
 #define INVOLUTION_JOIN(a, b) a##b
-#define INVOLUTION_NAME(level) INVOLUTION_JOIN(level, _level)
-#define INVOLUTION_TEXT(level) #level
-#define INVOLUTION_STRING(level) INVOLUTION_TEXT(level)
+#define INVOLUTION_NAME(target) INVOLUTION_JOIN(target, _kernels)
+#define INVOLUTION_TEXT(target) #target
+#define INVOLUTION_STRING(target) INVOLUTION_TEXT(target)
 
-extern const Level INVOLUTION_NAME(INVOLUTION_LEVEL) = {
-    INVOLUTION_STRING(INVOLUTION_LEVEL), INVOLUTION_BYTES, pack, unpack, compute, multiply,
-#if INVOLUTION_BYTES == 64
-    multiply_pairs,
+extern const KernelTable INVOLUTION_NAME(INVOLUTION_TARGET) = {INVOLUTION_STRING(INVOLUTION_TARGET),
+                                                               INVOLUTION_VECTOR_BYTES,
+                                                               pack,
+                                                               unpack,
+                                                               compute,
+                                                               gemm,
+#if INVOLUTION_VECTOR_BYTES == 64
+                                                               gemm_bf16,
 #else
-    nullptr,
+                                                               nullptr,
 #endif
-    multiply_add};
+                                                               fma_peak_loop};
 
 }  // namespace involution

@@ -1,113 +1,116 @@
-// What the kernels are given: one involution, or one of its gradients, prepared for loops.
+// Interface between the planner, which is compiled once, and the kernels, which are compiled for
+// each target (instruction set). Plain data only: see the linker rule in kernels.cpp.
 //
-// Ranks 1 to 3 are all of rank 3 here: missing spatial dimensions, the first ones, have size 1.
+// All ranks are 3 here: a missing spatial dimension, always a leading one, has size 1.
 #pragma once
 
 #include <cstdint>
 
 namespace involution {
 
-using Size = std::int64_t;
+using index_t = std::int64_t;
 
-enum class Type : int { float64, float32, bfloat16, float16 };
+enum class DataType : int { float64, float32, bfloat16, float16 };
 
-// How one tensor lies in memory. Strides count elements. The channels of x and y, and the taps and
-// groups of a kernel, are two axes: the inner one is what vectors run along.
+// A tensor in memory. Strides count elements. The channels of x and y, and the taps and groups of a
+// kernel tensor, form two axes, of which vectors run along the inner one.
 struct Tensor {
   void* data;
-  Size batch;         // strides
-  Size position[3];
-  Size outer, inner;
-  Size outers, inners;  // counts
-  Size padded;          // inners, rounded up to whole vectors where vectors run across them
-  bool direct;          // the kernels can read and write it where it lies
+  index_t batch_stride;
+  index_t position_stride[3];
+  index_t outer_stride, inner_stride;
+  index_t outer_count, inner_count;
+  index_t inner_padded;  // inner_count, rounded up to whole vectors where lanes run along it
+  bool zero_copy;        // the layout lets the kernels access it without packing
 };
 
-// Which taps of a window meet which positions, in one dimension, seen from one position of the
-// result: `count` taps from `tap`, at `place` of the other tensor. Both advance by fixed steps.
-struct Reach {
-  Size count, tap, place;
+// The taps that overlap the other tensor, seen from one position of the result: `count` taps from
+// `tap`, the first at position `source` of the other tensor. Both advance by fixed steps.
+struct TapRange {
+  index_t count, tap, source;
 };
 
-// What the lanes of a vector are.
-enum class Across { members, groups, positions };
+// What the lanes of a vector index.
+enum class VectorAxis { channels, groups, positions };
 
 struct Dimension {
-  const Reach* reach;  // one for each position of the result
-  Size results;        // number of these
-  Size places;         // number of positions of the other tensor
-  Size taps;           // size of the window
-  Size tap_step, place_step;
+  const TapRange* tap_ranges;  // one for each position of the result
+  index_t output_size;         // of the result
+  index_t source_size;         // of the other tensor
+  index_t taps;                // of the window
+  index_t tap_step, source_step;
 };
 
-enum class Member : int { output, input, kernel };  // as in ops/gradients.py
+enum class Pass : int { forward, input_grad, kernel_grad };  // as in ops/autodiff.py
 
-// output, input:  result[p] = sum over taps of weights[tap] * values[place], the weights lying at p
-//                 for `output` and at the place for `input`.
-// kernel:         result[p, tap] = sum over a group's channels of values[place] * weights[p], the
-//                 weights being the output's gradient.
-struct Job {
-  Member member;
-  Type type;
-  Across across;
-  Size first_place;  // across positions: the place of the first tap of a row, from the result's
-  int lanes;  // of a vector
-  Size batch;
+// forward, input_grad:  result[p] = sum over taps of weights[tap] * values[source]; the weights are
+//                       indexed by p in `forward` and by the source in `input_grad`.
+// kernel_grad:          result[p, tap] = sum over the channels of a group of
+//                       values[source] * weights[p], where the weights are the output's gradient.
+struct Plan {
+  Pass pass;
+  DataType type;
+  VectorAxis vector_axis;
+  index_t source_offset;  // lanes along positions: source of a row's first tap minus the position
+  int lanes;
+  index_t batch;
   Dimension dimension[3];
   Tensor values, weights, result;
 };
 
-// A tensor as the kernels see it: one sample, or a box of it, in the type that sums are made in.
-// Across members and groups a position's channels lie together; across positions a row's positions.
-struct View {
+// A tensor as the kernels access it: a sample, or a region of one, in the accumulation type.
+// Contiguous along channels, or with lanes along positions, along the positions of a row.
+struct TensorView {
   void* data;
-  Size position[3];
-  Size origin[3];      // the position that `data` points to
-  Size outer, inner;   // strides of the channels, as in a tensor
+  index_t position_stride[3];
+  index_t origin[3];  // the position that `data` points to
+  index_t outer_stride, inner_stride;
 };
 
-struct Box {
-  Size low[3], high[3];
+// Half-open ranges of positions.
+struct Region {
+  index_t low[3], high[3];
 };
 
-// c[row, column] = start[column] + sum over terms of a[row, term] * b[term, column], all in the type
-// that sums are made in. Columns are whole vectors of the level, and follow each other in b and c.
-struct Product {
-  Size rows, columns, terms;
+// c[row, column] = bias[column] + sum over k of a[row, k] * b[k, column], in the accumulation type.
+// `columns` is a multiple of the vector width; columns are contiguous in b and c.
+struct GemmArgs {
+  index_t rows, columns, k;
   const void* a;
-  Size a_row, a_term;  // strides
+  index_t a_row_stride, a_k_stride;
   const void* b;
-  Size b_term;
+  index_t b_k_stride;
   void* c;
-  Size c_row;
-  const void* start;  // null: zeros
-  bool add;           // to what c holds, in place of start
+  index_t c_row_stride;
+  const void* bias;  // null: zeros
+  bool accumulate;   // add to c; `bias` is ignored
 };
 
-// The code for one level of instructions.
-struct Level {
-  const char* name;
-  int bytes;  // of a vector
-  // Copies a box of a sample to where the view points, converting, with zeros where the box reaches
-  // beyond the tensor's `size` in the last dimension; and back.
-  void (*pack)(const Tensor&, Type, Size sample, const Box&, Size size, const View&);
-  void (*unpack)(const Tensor&, Type, Size sample, const Box&, const View&);
-  // The results of one box. `offsets` has room for a window's taps.
-  void (*compute)(const Job&, const Box&, const View& values, const View& weights,
-                  const View& result, Size* offsets);
-  void (*multiply)(Type, const Product&);
-  // The same of bfloat16, whose terms come in pairs, two in one number of a and b, and which has a
-  // start; null where the level has no such products. Not every processor of a level has them.
-  // Numbers below the smallest normal one count as zero.
-  void (*multiply_pairs)(const Product&);
-  // Multiply-adds of vectors of float32 in registers, 12 each time: for measuring what is possible.
-  float (*multiply_add)(Size times);
+// The kernels compiled for one target.
+struct KernelTable {
+  const char* target;
+  int vector_bytes;
+  // Copies a region of a sample into a view and converts it; positions at or beyond `size` of the
+  // last dimension, and below 0, become zero. `unpack` is the reverse.
+  void (*pack)(const Tensor&, DataType, index_t sample, const Region&, index_t size,
+               const TensorView&);
+  void (*unpack)(const Tensor&, DataType, index_t sample, const Region&, const TensorView&);
+  // Computes the result in a region. `tap_offsets` has space for one integer a tap.
+  void (*compute)(const Plan&, const Region&, const TensorView& values, const TensorView& weights,
+                  const TensorView& result, index_t* tap_offsets);
+  void (*gemm)(DataType, const GemmArgs&);
+  // The same for a and b in bfloat16, two consecutive k packed into one 32-bit element; the bias is
+  // required. Null where the target has no such instructions. A processor may lack them although it
+  // runs the target. Subnormal inputs count as zero.
+  void (*gemm_bf16)(const GemmArgs&);
+  // Runs 12 independent float32 FMA chains in registers, to measure peak FLOP/s.
+  float (*fma_peak_loop)(index_t iterations);
 };
 
-extern const Level plain_level;
+extern const KernelTable plain_kernels;
 #ifdef INVOLUTION_X86
-extern const Level avx2_level;
-extern const Level avx512_level;
+extern const KernelTable avx2_kernels;
+extern const KernelTable avx512_kernels;
 #endif
 
 }  // namespace involution
