@@ -20,12 +20,12 @@ CALLS = [
 
 
 def main():
-    levels = library.levels()
-    assert levels, library.core()[1]
+    targets = library.targets()
+    assert targets, library.core()[1]
     with open("/proc/cpuinfo") as file:
-        assert ("avx2" in levels) == ("avx2" in file.read().split())
-    for level in levels:
-        library.use_level(level)
+        assert ("avx2" in targets) == ("avx2" in file.read().split())
+    for target in targets:
+        library.set_target(target)
         for call in CALLS:
             x, kernel, dy = (a.astype("float32") for a in call.arrays())
             reasons = dict(ops.implementations(x, kernel, **call.arguments))
@@ -36,16 +36,16 @@ def main():
 
             y, back = jax.vjp(jax.jit(apply), jnp.asarray(x), jnp.asarray(kernel))
             given = x, kernel, dy
-            truths, sizes = members(call, *given), members(call, *map(np.abs, given))
+            truths, sizes = passes(call, *given), passes(call, *map(np.abs, given))
             terms = (call.taps, call.taps, call.channels // call.groups)
             for value, truth, size, n in zip(
                 (y, *back(jnp.asarray(dy))), truths, sizes, terms, strict=True
             ):
                 assert (np.abs(value - truth) <= error_bound(truth, size, n, "float32")).all()
-    print(f"{', '.join(levels)}: {len(CALLS)} calls with their gradients equal the oracle")
+    print(f"{', '.join(targets)}: {len(CALLS)} calls with their gradients equal the oracle")
 
 
-def members(call, x, kernel, dy):
+def passes(call, x, kernel, dy):
     return call.involution(x, kernel)[0], *call.gradients(x, kernel, dy)
 
 

@@ -125,7 +125,7 @@ def main(path):
     library = ctypes.CDLL(path)
     library.involution_target.restype = ctypes.c_char_p
     calls = [*random_calls(48, seed=15), *WIDE]
-    for n, (call, dtype) in enumerate(itertools.product(calls, TYPES)):
+    for n, (call, dtype) in enumerate(itertools.product(calls, DTYPES)):
         check_call(library, call, dtype, call.arrays(n))
         check_call(library, call, dtype, not_finite(call.arrays(n), n))
         check_fused(library, call, (1, 5, 8)[n % 3], dtype)

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from involution.ops.native import library
-from involution.ops.native.library import processors
+from involution.ops.native.library import available_cpus
 from involution.utils import memory
 
 Run = Callable[[], object]
@@ -44,7 +44,7 @@ class Processor:
                 name = next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
         except (OSError, StopIteration):
             pass
-        return f"{name}, {processors()} processors"
+        return f"{name}, {available_cpus()} processors"
 
     def stopwatch(self, run: Run) -> Callable[[], float]:
         """Runs it, and returns its seconds."""
@@ -89,7 +89,7 @@ def resident(field: str) -> int:
 
 @functools.cache
 def _processors_copy(total):
-    workers = processors()
+    workers = available_cpus()
     part = max(total // 8 // workers, 1)
     pairs = [(np.ones(part, "float32"), np.empty(part, "float32")) for _ in range(workers)]
     return total / _best(lambda pair: np.copyto(pair[1], pair[0]), pairs)
@@ -99,10 +99,10 @@ def _processors_copy(total):
 def _processors_multiply():
     """Of float32: multiply-adds in registers by the compiled core; without it, the product of two
     matrices by NumPy, which reaches less."""
-    if library.levels():
+    if library.targets():
         times = 20_000
-        operations = library.multiply_add(times) * processors()
-        return operations / _best(library.multiply_add, [times] * processors())
+        operations = library.fma_peak_loop(times) * available_cpus()
+        return operations / _best(library.fma_peak_loop, [times] * available_cpus())
     n = 1536
     a = np.ones((n, n), "float32")
     return 2 * n**3 / _best(lambda _: a @ a, [None])
