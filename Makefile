@@ -55,7 +55,7 @@ PYTEST = $(TEST_VENV)/bin/python -m pytest
 PIP_WITH_GROUPS := "pip>=25.1"
 
 # Sources of the native core.
-NATIVE := CMakeLists.txt $(wildcard csrc/*)
+NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 
 # Wheels: the platform tag, and Zig's target. Minimum: the glibc of Debian 10 and RHEL 8 on Linux, the
 # first release for Apple silicon on macOS.

@@ -1,12 +1,12 @@
-# Builds the native kernels into INSTALLED, and never fails: what cannot be built leaves a file with
-# the reason there, missing.txt for the core and missing_NAME.txt for a binding. See the CMakeLists.txt
-# that calls this.
+# Builds the native libraries into INSTALLED, and never fails: for a library that cannot be built, it
+# writes a file with the reason there, missing.txt for the core and missing_NAME.txt for a binding.
+# Called by the CMakeLists.txt of the project.
 
-# The lines by which a program says what is wrong, as one: the first that names an error, or the first
-# few that are neither progress nor a command.
+# The reason in a tool's output, as one line: the first line that names an error, otherwise the first
+# three that are neither progress nor a command.
 function(find_reason output variable)
   string(REPLACE "${SOURCE}/" "" output "${output}")
-  # A list's separators.
+  # Separators of CMake lists.
   string(REGEX REPLACE "[][;\\]" " " output "${output}")
   string(REGEX REPLACE "[\r\n]+" ";" lines "${output}")
   set(rest)
@@ -46,7 +46,7 @@ function(leave_out what output)
   file(WRITE ${INSTALLED}/${file} "${reason}\n")
 endfunction()
 
-# Runs a step; `failure` is what it said if it failed, else empty.
+# Runs a step; sets `failure` to its output if it failed, else to an empty string.
 function(run)
   execute_process(COMMAND ${ARGV} OUTPUT_VARIABLE output ERROR_VARIABLE output
     ECHO_OUTPUT_VARIABLE ECHO_ERROR_VARIABLE RESULT_VARIABLE result)
@@ -68,7 +68,7 @@ endfunction()
 
 file(REMOVE_RECURSE ${INSTALLED})
 file(MAKE_DIRECTORY ${INSTALLED})
-# Of a failed configuration the compiler that it found would stay.
+# A failed configuration would leave the compiler that it found in the cache.
 file(REMOVE ${BUILD}/CMakeCache.txt)
 set(PARALLEL)
 if(NOT DEFINED ENV{CMAKE_BUILD_PARALLEL_LEVEL})

@@ -1,7 +1,7 @@
-// The part of XLA's foreign function interface that jax.cpp uses, by its C ABI: so building needs
-// neither jaxlib, whose headers come with 80 MB of libraries, nor a version of it for every platform.
-// Names are after xla/ffi/api/c_api.h; the versions 0.1 (jaxlib 0.7.2) to 0.3 (0.10) of the interface
-// agree in all that is declared here. tests/native/xla_ffi.cpp holds it against the installed header.
+// The part of the C ABI of XLA's FFI that bindings/jax.cpp uses, so that the build needs neither
+// jaxlib, whose headers come with 80 MB of libraries, nor a jaxlib for every platform. Names follow
+// xla/ffi/api/c_api.h; versions 0.1 (jaxlib 0.7.2) to 0.3 (0.10) of the API agree in all that is
+// declared here. tests/native/xla_ffi.cpp compares it with the installed header.
 #pragma once
 
 #include <cstddef>

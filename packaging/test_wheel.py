@@ -20,12 +20,12 @@ CALLS = [
 
 
 def main():
-    levels = library.levels()
-    assert levels, library.core()[1]
+    targets = library.targets()
+    assert targets, library.core()[1]
     with open("/proc/cpuinfo") as file:
-        assert ("avx2" in levels) == ("avx2" in file.read().split())
-    for level in levels:
-        library.use_level(level)
+        assert ("avx2" in targets) == ("avx2" in file.read().split())
+    for target in targets:
+        library.set_target(target)
         for call in CALLS:
             x, kernel, dy = (a.astype("float32") for a in call.arrays())
             reasons = dict(ops.implementations(x, kernel, **call.arguments))
@@ -42,7 +42,7 @@ def main():
                 (y, *back(jnp.asarray(dy))), truths, sizes, terms, strict=True
             ):
                 assert (np.abs(value - truth) <= error_bound(truth, size, n, "float32")).all()
-    print(f"{', '.join(levels)}: {len(CALLS)} calls and their gradients match the oracle")
+    print(f"{', '.join(targets)}: {len(CALLS)} calls and their gradients match the oracle")
 
 
 def passes(call, x, kernel, dy):

@@ -119,9 +119,9 @@ def ran(monkeypatch):
 
 
 @pytest.fixture
-def level(request):
-    """Everything runs by the instructions of this level."""
-    library.use_level(request.param)
+def target(request):
+    """Runs the native core on this target."""
+    library.set_target(request.param)
     yield request.param
-    highest = library.levels()[-1]
-    library.use_level(os.environ.get("INVOLUTION_INSTRUCTIONS") or highest)
+    highest = library.targets()[-1]
+    library.set_target(os.environ.get("INVOLUTION_INSTRUCTIONS") or highest)

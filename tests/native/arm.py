@@ -1,8 +1,8 @@
-"""The core's library alone, without the package and Keras: its members, compared with the oracle.
+"""All passes of the core's library, without the package and Keras, against the oracle.
 
     python -m tests.native.arm libinvolution.so
 
-Run for Arm under emulation by ``make test-arm``, where no framework is.
+Run for Arm under emulation by ``make test-arm``, where no framework is installed.
 """
 
 import ctypes
@@ -15,9 +15,9 @@ import numpy as np
 
 from tests.support.oracle import Call, error_bound, not_finite, pads, random_calls
 
-OUTPUT, INPUT, KERNEL = range(3)
-TYPES = ("float64", "float32")
-# Every way that vectors run, at sizes that divide by nothing.
+FORWARD, INPUT_GRAD, KERNEL_GRAD = range(3)
+DTYPES = ("float64", "float32")
+# Every vector axis, with sizes that are no multiples of vectors.
 WIDE = [
     Call(2, (7, 5), 48, (3, 3), (1, 1), "same", (1, 1), 3),
     Call(1, (9, 6), 34, (3, 2), (2, 1), "same", (1, 2), 17, "interleaved"),
@@ -28,26 +28,27 @@ WIDE = [
 ]
 
 
-def numbers(call, member, dtype):
-    """As ``csrc/involution.h`` has them."""
+def encode(call, pass_, dtype, hidden_channels=0):
+    """``InvolutionParams`` of ``csrc/params.h`` as a list."""
     dimensions = list(
         zip(call.sizes, call.kernel_size, call.strides, call.dilation_rate, strict=True)
     )
     before = [pads(*d, call.padding, i)[0] for i, d in enumerate(dimensions)]
     rows = call.sizes, call.output_sizes, call.kernel_size, call.strides, call.dilation_rate
     filled = [[fill] * (3 - len(row)) + list(row) for row, fill in zip(rows, (1,) * 5, strict=True)]
-    kinds = call.data_format == "channels_first", call.group_layout == "interleaved"
+    layout = call.data_format == "channels_first", call.group_layout == "interleaved"
     return [
-        *(member, TYPES.index(dtype), *map(int, kinds), call.channels, call.groups),
+        *(pass_, DTYPES.index(dtype), *map(int, layout), call.channels, call.groups),
         *itertools.chain.from_iterable(filled),
         *([0] * (3 - len(before)) + before),
+        hidden_channels,
     ]
 
 
-def run(function, told, batch, arguments, results):
+def execute(function, params, batch, arguments, results):
     arrays = [np.ascontiguousarray(a) for a in arguments]
     addresses = [ctypes.c_void_p(a.ctypes.data) for a in (*arrays, *results)]
-    failed = function((ctypes.c_int64 * len(told))(*told), ctypes.c_int64(batch), 3, *addresses)
+    failed = function((ctypes.c_int64 * len(params))(*params), ctypes.c_int64(batch), 3, *addresses)
     assert not failed
 
 
@@ -63,17 +64,16 @@ def check(value, truth, bound, what):
 def check_call(library, call, dtype, arrays):
     x, kernel, dy = (a.astype(dtype) for a in arrays)
 
-    def members(x, kernel, dy):
+    def passes(x, kernel, dy):
         return call.involution(x, kernel)[0], *call.gradients(x, kernel, dy)
 
-    truths, sizes = members(x, kernel, dy), members(*map(np.abs, (x, kernel, dy)))
-    for member, pair in enumerate(((x, kernel), (kernel, dy), (x, dy))):
-        value = np.full(truths[member].shape, np.nan, dtype)
-        told = numbers(call, member, dtype)
-        run(library.involution_run, told, call.batch, pair, [value])
-        terms = call.channels // call.groups if member == KERNEL else call.taps
-        bound = error_bound(truths[member], sizes[member], terms, dtype)
-        check(value, truths[member], bound, (member, dtype, call))
+    truths, sizes = passes(x, kernel, dy), passes(*map(np.abs, (x, kernel, dy)))
+    for pass_, pair in enumerate(((x, kernel), (kernel, dy), (x, dy))):
+        value = np.full(truths[pass_].shape, np.nan, dtype)
+        execute(library.involution_execute, encode(call, pass_, dtype), call.batch, pair, [value])
+        terms = call.channels // call.groups if pass_ == KERNEL_GRAD else call.taps
+        bound = error_bound(truths[pass_], sizes[pass_], terms, dtype)
+        check(value, truths[pass_], bound, (pass_, dtype, call))
 
 
 def check_fused(library, call, hidden_channels, dtype):
@@ -90,7 +90,7 @@ def check_fused(library, call, hidden_channels, dtype):
         )
     )
 
-    def members(x, hidden, weight, bias, dy):
+    def passes(x, hidden, weight, bias, dy):
         x, hidden, weight, bias, dy = (a.astype("float64") for a in (x, hidden, weight, bias, dy))
         kernel = (hidden @ weight + bias).reshape(kernel_shape)
         dx, dkernel = call.gradients(x, kernel, dy)
@@ -108,29 +108,29 @@ def check_fused(library, call, hidden_channels, dtype):
 
     kernel_shape = kernel.shape
     given = x, hidden, weight, bias, dy
-    truths, sizes = members(*given), members(*map(np.abs, given))
+    truths, sizes = passes(*given), passes(*map(np.abs, given))
     arguments = (x, hidden, weight, bias), (hidden, weight, bias, dy), (x, hidden, weight, dy)
     terms = hidden_channels + 1 + columns + call.channels + int(np.prod(call.output_sizes))
-    for member in (OUTPUT, INPUT, KERNEL):
-        values = [np.full(t.shape, np.nan, dtype) for t in truths[member]]
+    for pass_ in (FORWARD, INPUT_GRAD, KERNEL_GRAD):
+        values = [np.full(t.shape, np.nan, dtype) for t in truths[pass_]]
         results = [*values, np.zeros(0, dtype)][:2]
-        told = [*numbers(call, member, dtype), hidden_channels]
-        run(library.involution_run_fused, told, call.batch, arguments[member], results)
-        for value, truth, size in zip(values, truths[member], sizes[member], strict=True):
+        params = encode(call, pass_, dtype, hidden_channels)
+        execute(library.involution_execute_fused, params, call.batch, arguments[pass_], results)
+        for value, truth, size in zip(values, truths[pass_], sizes[pass_], strict=True):
             bound = error_bound(truth, size, terms, dtype)
-            check(value, truth, bound, ("fused", member, dtype, call))
+            check(value, truth, bound, ("fused", pass_, dtype, call))
 
 
 def main(path):
     library = ctypes.CDLL(path)
-    library.involution_level.restype = ctypes.c_char_p
+    library.involution_target.restype = ctypes.c_char_p
     calls = [*random_calls(48, seed=15), *WIDE]
-    for n, (call, dtype) in enumerate(itertools.product(calls, TYPES)):
+    for n, (call, dtype) in enumerate(itertools.product(calls, DTYPES)):
         check_call(library, call, dtype, call.arrays(n))
         check_call(library, call, dtype, not_finite(call.arrays(n), n))
         check_fused(library, call, (1, 5, 8)[n % 3], dtype)
-    level = library.involution_level(0).decode()
-    print(f"{platform.machine()}, {level}: {len(calls)} calls equal the oracle")
+    target = library.involution_target(0).decode()
+    print(f"{platform.machine()}, {target}: {len(calls)} calls match the oracle")
 
 
 if __name__ == "__main__":

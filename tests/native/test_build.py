@@ -18,21 +18,26 @@ pytestmark = [
     ),
 ]
 
-# Of the core's sources, what the build needs of them; compiled at once.
+# Minimal sources that compile at once.
 STUBS = {
-    "kernels.cpp": "static int nothing; int* INVOLUTION_LEVEL() { return &nothing; }",
-    "involution.cpp": "int involution_of_the_test() { return 0; }",
-    "pool.cpp": "",
-    "tensorflow.cpp": "extern int for_tensorflow; int for_tensorflow = 1;",
-    "jax.cpp": "extern int for_jax; int for_jax = 1;",
+    "kernels/kernels.cpp": "static int nothing; int* INVOLUTION_TARGET() { return &nothing; }",
+    "api.cpp": "int involution_of_the_test() { return 0; }",
+    "fused.cpp": "",
+    "partition.cpp": "",
+    "plan.cpp": "",
+    "targets.cpp": "",
+    "thread_pool.cpp": "",
+    "bindings/tensorflow.cpp": "extern int for_tensorflow; int for_tensorflow = 1;",
+    "bindings/jax.cpp": "extern int for_jax; int for_jax = 1;",
 }
 
 
 @pytest.fixture
 def sources(tmp_path):
-    """A copy of what the build reads, in which nothing takes long."""
+    """A copy of the build files, with stubs for the sources."""
     native = tmp_path / "project" / "csrc"
-    native.mkdir(parents=True)
+    for folder in ("kernels", "bindings"):
+        (native / folder).mkdir(parents=True)
     shutil.copy(ROOT / "CMakeLists.txt", tmp_path / "project")
     for name in ("CMakeLists.txt", "build.cmake"):
         shutil.copy(ROOT / "csrc" / name, native)
@@ -58,11 +63,11 @@ def installed(sources, *settings):
 
 
 def test_what_cannot_be_built_costs_only_itself(sources):
-    (sources / "tensorflow.cpp").write_text("#error no such interface\n")
+    (sources / "bindings/tensorflow.cpp").write_text("#error no such interface\n")
     files = installed(sources)
     assert files.pop("libinvolution.so", "") is None
     reason = files.pop("missing_tensorflow.txt")
-    assert reason.startswith("tensorflow.cpp:1:")
+    assert reason.startswith("bindings/tensorflow.cpp:1:")
     assert "error" in reason
     assert reason.endswith("no such interface\n")
     assert reason.count("\n") == 1
@@ -70,10 +75,10 @@ def test_what_cannot_be_built_costs_only_itself(sources):
 
 
 def test_a_core_that_cannot_be_compiled_is_a_reason(sources):
-    (sources / "pool.cpp").write_text("#error another machine's [word]; and so on\n")
+    (sources / "thread_pool.cpp").write_text("#error another machine's [word]; and so on\n")
     (name, reason), *rest = installed(sources).items()
     assert (name, rest) == ("missing.txt", [])
-    assert reason.startswith("pool.cpp:1:")
+    assert reason.startswith("thread_pool.cpp:1:")
     assert "another machine's" in reason
 
 
@@ -103,13 +108,13 @@ def test_a_missing_binding_has_the_reason_of_the_installation(monkeypatch, tmp_p
     (tmp_path / "missing_jax.txt").write_text("jax.cpp:3:1: error: other headers\n")
     files = {"missing_jax.txt": tmp_path / "missing_jax.txt"}
     monkeypatch.setattr(library, "find", files.get)
-    told = "the package was installed without its binding for jax: "
-    assert library.binding("jax") == (None, told + "jax.cpp:3:1: error: other headers")
+    message = "the package was installed without its binding for jax: "
+    assert library.binding("jax") == (None, message + "jax.cpp:3:1: error: other headers")
     assert library.binding("torch")[1].endswith("for torch: it was not built")
     # The tests leave out what the installation did.
     monkeypatch.setattr(library, "core", lambda: (object(), None))
     monkeypatch.setattr(backends, "BACKEND", "jax")
-    assert backends.missing() == told + "jax.cpp:3:1: error: other headers"
+    assert backends.missing() == message + "jax.cpp:3:1: error: other headers"
 
 
 def test_windows_gets_a_core_and_says_why_tensorflow_has_no_binding(sources):

@@ -1,4 +1,4 @@
-"""The native core: its loops at every level of instructions, its threads, and what it refuses."""
+"""The native core: its kernels on every target, its threads, and what it rejects."""
 
 import concurrent.futures
 import dataclasses
@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import signal
 import sys
 import threading
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 import involution
-from involution.ops.autodiff import INPUT, KERNEL, OUTPUT
+from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD
 from involution.ops.native import library as native_library
 from tests.support import native_core
 from tests.support.backends import (
@@ -34,16 +35,17 @@ from tests.support.backends import (
     operation,
     tensors,
 )
-from tests.support.native_core import DTYPES, each_level
+from tests.support.native_core import DTYPES, each_target, without_outputs
 from tests.support.oracle import Call, error_bound, not_finite, random_calls
+from tests.support.paths import ROOT
 
 pytestmark = [
     pytest.mark.any_backend,
     pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing())),
 ]
 
-LEVELS = native_library.levels()
-MEMBERS = tuple(native_core.ARGUMENTS)
+TARGETS = native_library.targets()
+PASSES = tuple(native_core.ARGUMENTS)
 
 
 each_half = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -62,24 +64,24 @@ def random_call_values(dtype):
         exact = [a.astype("float64") for a in arrays]
         magnitudes = native_core.expected(call, *map(np.abs, exact))
         bounds = {}
-        for member, truth in native_core.expected(call, *exact).items():
-            terms = call.channels // call.groups if member == KERNEL else call.taps
-            bounds[member] = truth, error_bound(truth, magnitudes[member], terms, dtype)
+        for pass_, truth in native_core.expected(call, *exact).items():
+            terms = call.channels // call.groups if pass_ == KERNEL_GRAD else call.taps
+            bounds[pass_] = truth, error_bound(truth, magnitudes[pass_], terms, dtype)
         found.append((call, arrays, bounds))
     return found
 
 
-@each_level
+@each_target
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_output_and_gradients_of_random_calls(dtype, level):
+def test_output_and_gradients_of_random_calls(dtype, target):
     for call, arrays, bounds in random_call_values(dtype):
-        for member, value in native_core.results(call, *arrays).items():
-            truth, bound = bounds[member]
-            assert (np.abs(value - truth) <= bound).all(), (member, call)
+        for pass_, value in native_core.results(call, *arrays).items():
+            truth, bound = bounds[pass_]
+            assert (np.abs(value - truth) <= bound).all(), (pass_, call)
 
 
 # Below, at and above every vector's lanes, and what is left over from each.
-MEMBERS_OF_A_GROUP = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 32, 33, 48, 64, 130)
+CHANNELS_OF_A_GROUP = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 32, 33, 48, 64, 130)
 GROUPS = (1, 2, 3, 4, 5, 8, 16, 32)
 ROWS = (1, 2, 3, 5, 7, 9, 15, 17, 33, 50)
 WINDOWS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -110,7 +112,7 @@ def wide_calls():
     """Calls with arrays and results: every number of channels with every number of groups."""
     random = np.random.default_rng(9)
     kinds = itertools.product(
-        (pair for pair in itertools.product(MEMBERS_OF_A_GROUP, GROUPS) if np.prod(pair) <= 640),
+        (pair for pair in itertools.product(CHANNELS_OF_A_GROUP, GROUPS) if np.prod(pair) <= 640),
         ("contiguous", "interleaved"),
         ("channels_last", "channels_first"),
     )
@@ -119,7 +121,7 @@ def wide_calls():
         row, window = int(random.choice(ROWS)), int(random.choice(WINDOWS))
         draws = (wide_call(random, members, groups, row, window, *kind) for _ in itertools.count())
         call = next(c for c in draws if min(c.output_sizes, default=0) >= 1 and c.taps <= 24)
-        arrays = native_core.coarse(call.arrays(seed=len(found)))
+        arrays = native_core.exact_values(call.arrays(seed=len(found)))
         found.append((call, arrays, native_core.expected(call, *arrays)))
     return found
 
@@ -142,13 +144,13 @@ def assert_same(value, truth, what):
     np.testing.assert_array_equal(value.astype("float64"), rounded, err_msg=str(what))
 
 
-@each_level
+@each_target
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_number_of_channels_row_and_layout(dtype, level):
+def test_every_number_of_channels_row_and_layout(dtype, target):
     for call, arrays, truths in wide_calls():
         values = native_core.results(call, *(a.astype(DTYPES[dtype]) for a in arrays), threads=3)
-        for member, truth in truths.items():
-            assert_same(values[member], truth, (member, call))
+        for pass_, truth in truths.items():
+            assert_same(values[pass_], truth, (pass_, call))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -162,22 +164,22 @@ def test_the_framework_gets_what_the_core_computes(dtype):
             return keras.ops.cast(y, "float64")
 
         values = numpy(in_dtype(*arrays[:2])), *gradients(in_dtype, arrays[:2], arrays[2])
-        for value, (member, truth) in zip(values, truths.items(), strict=True):
-            assert_same(value, truth.astype(DTYPES[dtype]).astype("float64"), (member, call))
+        for value, (pass_, truth) in zip(values, truths.items(), strict=True):
+            assert_same(value, truth.astype(DTYPES[dtype]).astype("float64"), (pass_, call))
 
 
-@each_level
-def test_f20_what_is_not_finite_spreads_as_in_the_formula(level):
+@each_target
+def test_f20_what_is_not_finite_spreads_as_in_the_formula(target):
     """Also from a kernel's taps, and an output's gradient, that meet nothing of the input."""
-    spread = dict.fromkeys(MEMBERS, 0)
+    spread = dict.fromkeys(PASSES, 0)
     for n, (call, arrays, _) in enumerate(wide_calls()[::9]):
         for which in range(3):
             mixed = list(arrays)
             (mixed[which],) = not_finite([arrays[which]], seed=n, count=1 + n % 2)
             values = native_core.results(call, *(a.astype("float32") for a in mixed), threads=2)
-            for member, truth in native_core.expected(call, *mixed).items():
-                assert_same(values[member], truth, (member, which, call))
-                spread[member] += np.isnan(truth).any() and not np.isnan(truth).all()
+            for pass_, truth in native_core.expected(call, *mixed).items():
+                assert_same(values[pass_], truth, (pass_, which, call))
+                spread[pass_] += np.isnan(truth).any() and not np.isnan(truth).all()
     assert min(spread.values()) > 30
 
 
@@ -195,30 +197,59 @@ NOTHING = [
 NOTHING += [dataclasses.replace(call, data_format="channels_first") for call in NOTHING]
 
 
-@each_level
+@each_target
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_f13_windows_that_meet_nothing_are_zero(dtype, level):
+def test_f13_windows_that_meet_nothing_are_zero(dtype, target):
     for call in NOTHING:
         arrays = [a.astype(DTYPES[dtype]) for a in call.arrays()]
-        for member, value in native_core.results(call, *arrays, threads=2).items():
-            assert not value.any(), (member, call)
+        for pass_, value in native_core.results(call, *arrays, threads=2).items():
+            assert not value.any(), (pass_, call)
         # They are written, also with what 0 is multiplied with.
         arrays = not_finite(call.arrays(), count=2)
         values = native_core.results(call, *arrays)
-        for member, truth in native_core.expected(call, *arrays).items():
-            assert_same(values[member], truth, (member, call))
+        for pass_, truth in native_core.expected(call, *arrays).items():
+            assert_same(values[pass_], truth, (pass_, call))
+
+
+def struct_fields():
+    """(name, number of integers) of the fields of ``InvolutionParams`` in ``csrc/params.h``."""
+    text = (ROOT / "csrc" / "params.h").read_text()
+    text = re.sub("//.*", "", text)
+    body = re.search(r"struct InvolutionParams \{(.*?)\n\};", text, re.DOTALL).group(1)
+    declarations = re.findall(r"^  (\S+) (\w+)(?:\[(\d+)\])?;", body, re.MULTILINE)
+    assert {kind for kind, _, _ in declarations} == {"std::int64_t"}
+    assert len(declarations) == body.count(";")
+    return [(name, int(count or 1)) for _, name, count in declarations]
+
+
+def test_params_mirror_the_struct_of_the_core():
+    fields = dataclasses.fields(native_core.params.Params)
+    spatial = native_core.params.Spatial
+    assert struct_fields() == [
+        (field.name.removesuffix("_"), 3 if field.type == spatial else 1) for field in fields
+    ]
+
+
+def test_params_are_encoded_in_the_order_of_their_fields():
+    encoded = list(range(sum(count for _, count in struct_fields())))
+    decoded = native_core.params.Params.decode(encoded)
+    assert decoded.encode() == encoded
+    flat = []
+    for value in dataclasses.astuple(decoded):
+        flat += value if isinstance(value, tuple) else [value]
+    assert flat == encoded
 
 
 def test_f13_without_outputs_a_gradient_is_zero():
     """As where a traced size is 0: nothing reads the input."""
     call = Call(2, (5,), 6, (3,), (1,), "valid", (1,), 2)
-    numbers = native_core.native_call.numbers(
-        INPUT, native_core.Window(**call.arguments), call.sizes, *call.arrays()[1:]
+    encoded = native_core.params.encode(
+        INPUT_GRAD, native_core.Window(**call.arguments), call.sizes, *call.arrays()[1:]
     )
-    numbers[11] = 0
+    encoded = without_outputs(encoded)
     dx, nothing = np.full(call.x_shape, np.nan), np.zeros(0)
     addresses = (a.ctypes.data for a in (nothing, nothing, dx))
-    native_library.run(numbers, call.batch, 2, *addresses)
+    native_library.execute(encoded, call.batch, 2, *addresses)
     assert not dx.any()
 
 
@@ -239,17 +270,17 @@ def product(patterns, factor, channels, data_format):
     positions = patterns.size // channels
     call = Call(1, (positions,), channels, (1,), (1,), "same", (1,), 1, "contiguous", data_format)
     kernel = np.full(call.kernel_shape, factor, x.dtype)
-    return native_core.run(OUTPUT, call, x, kernel, threads=2).ravel()
+    return native_core.execute(FORWARD, call, x, kernel, threads=2).ravel()
 
 
 # By way of vectors across positions, across channels, and the copies between the two.
 HALF_LAYOUTS = [(1, "channels_last"), (64, "channels_last"), (64, "channels_first")]
 
 
-@each_level
+@each_target
 @each_half
 @pytest.mark.parametrize(("channels", "data_format"), HALF_LAYOUTS)
-def test_f08_every_number_of_a_half_type_comes_back(channels, data_format, dtype, level):
+def test_f08_every_number_of_a_half_type_comes_back(channels, data_format, dtype, target):
     patterns = every_pattern(dtype)
     y = product(patterns, 1, channels, data_format)
     nan = is_nan(patterns)
@@ -260,10 +291,10 @@ def test_f08_every_number_of_a_half_type_comes_back(channels, data_format, dtype
     np.testing.assert_array_equal(y.view("uint16")[~nan], expected[~nan])
 
 
-@each_level
+@each_target
 @each_half
 @pytest.mark.parametrize(("channels", "data_format"), HALF_LAYOUTS)
-def test_f08_rounds_to_the_nearest_ties_to_even(channels, data_format, dtype, level):
+def test_f08_rounds_to_the_nearest_ties_to_even(channels, data_format, dtype, target):
     """As NumPy does: into numbers below the normal ones, and up to infinity."""
     patterns = every_pattern(dtype)
     tie = 1.5 if dtype == "float16" else 1.0078125
@@ -282,30 +313,30 @@ def test_f08_rounds_to_the_nearest_ties_to_even(channels, data_format, dtype, le
 
 
 @on_linux
-def test_levels_are_those_of_the_processor():
+def test_targets_are_those_of_the_processor():
     flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
     expected = ["plain"]
     if platform.machine() == "x86_64" and flags >= {"avx2", "fma"}:
         expected.append("avx2")
         if flags >= {"avx512f", "avx512bw", "avx512vl", "avx512dq"}:
             expected.append("avx512")
-    assert expected == LEVELS
+    assert expected == TARGETS
 
 
 def roundings():
     """As text: sums that multiply-adds of one rounding and of two make differently."""
     call = Call(1, (64,), 16, (9,), (1,), "same", (1,))
     x, kernel, _ = (a.astype("float32") for a in call.arrays())
-    return native_core.run(OUTPUT, call, x, kernel).tobytes().hex()
+    return native_core.execute(FORWARD, call, x, kernel).tobytes().hex()
 
 
 def test_instructions_are_those_of_the_environment(pool):
     expected = {}
-    for name in LEVELS:
-        native_library.use_level(name)
+    for name in TARGETS:
+        native_library.set_target(name)
         expected[name] = roundings()
-    # The last level is in use again. Without another, nothing is chosen here.
-    assert len(LEVELS) == 1 or expected["plain"] != expected[LEVELS[-1]]
+    # The last target is selected again. With only one there is nothing to select.
+    assert len(TARGETS) == 1 or expected["plain"] != expected[TARGETS[-1]]
     assert pool["roundings"] == expected["plain"]
 
 
@@ -320,7 +351,7 @@ def test_unknown_instructions_are_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(native_library, "core", lambda: core_and_reason)
     x, kernel = keras.KerasTensor((1, 5, 8)), keras.KerasTensor((1, 5, 3, 1))
     assert dict(involution.ops.implementations(x, kernel, 3))["native"] == (
-        f"INVOLUTION_INSTRUCTIONS must be one of {', '.join(LEVELS)} here. Received: sse9"
+        f"INVOLUTION_INSTRUCTIONS must be one of {', '.join(TARGETS)} here. Received: sse9"
     )
 
 
@@ -413,11 +444,11 @@ def test_f12_absurd_windows_and_steps(call):
     truths = native_core.expected(call, x, kernel, dy)
     apply = operation(call, "native")
     values = numpy(apply(*tensors((x, kernel), "float64"))), *gradients(apply, (x, kernel), dy)
-    for value, (member, truth) in zip(values, truths.items(), strict=True):
-        np.testing.assert_allclose(value, truth, rtol=0, atol=1e-12, err_msg=member)
+    for value, (pass_, truth) in zip(values, truths.items(), strict=True):
+        np.testing.assert_allclose(value, truth, rtol=0, atol=1e-12, err_msg=pass_)
 
 
-@each_level
+@each_target
 @pytest.mark.parametrize("padding", ["same", "symmetric", ((40, 44),)])
 @pytest.mark.parametrize(
     ("channels", "groups", "group_layout", "data_format"),
@@ -429,7 +460,7 @@ def test_f12_absurd_windows_and_steps(call):
     ],
 )
 def test_f12_windows_wider_than_the_input(
-    level, channels, groups, group_layout, data_format, padding
+    target, channels, groups, group_layout, data_format, padding
 ):
     """By every way that vectors run, with taps just inside the input, just outside, far outside."""
     for n, kernel_size, rate in itertools.product((4, 5, 33), (2, 3), (3, 4, 5, 6, 11, 32, 40)):
@@ -447,8 +478,8 @@ def test_f12_windows_wider_than_the_input(
                 data_format,
             )
             arrays = call.arrays()
-            for member, truth in native_core.expected(call, *arrays).items():
-                value = native_core.run(member, call, *native_core.ARGUMENTS[member](*arrays))
+            for pass_, truth in native_core.expected(call, *arrays).items():
+                value = native_core.execute(pass_, call, *native_core.ARGUMENTS[pass_](*arrays))
                 np.testing.assert_allclose(value, truth, rtol=0, atol=1e-12, err_msg=f"{call}")
 
 
@@ -483,7 +514,7 @@ def test_f12_what_64_bits_cannot_count_is_refused(name, value):
     # Of a known size, steps that lead beyond it would be cut short.
     x, kernel = keras.KerasTensor((1, None, 2)), keras.KerasTensor((1, None, 3, 1))
     reasons = dict(involution.ops.implementations(x, kernel, **arguments))
-    assert reasons["native"] == f"a window's reach, a stride or a padding is above {2**60}"
+    assert reasons["native"] == f"the extent of a window, a stride or a padding exceeds {2**60}"
 
 
 @pytest.mark.parametrize("dilation_rate", [2**60, 2**62, 2**63, 2**64])
@@ -493,20 +524,20 @@ def test_f12_a_window_of_one_position_has_no_dilation(dilation_rate):
     assert_equals_oracle(call, operation(call, None)(x, kernel), x, kernel)
 
 
-@each_level
-@pytest.mark.parametrize("member", [OUTPUT, KERNEL])
-def test_f11_taps_that_lie_two_to_the_31_elements_apart(member, level, tmp_path):
+@each_target
+@pytest.mark.parametrize("pass_", [FORWARD, KERNEL_GRAD])
+def test_f11_taps_that_lie_two_to_the_31_elements_apart(pass_, target, tmp_path):
     """Of what is between them nothing is read: a file's holes take neither memory nor disk."""
     near = Call(1, (6,), 64, (2,), (1,), "valid", (3,), 4)
     far = dataclasses.replace(near, sizes=(2**25 + 3,), dilation_rate=(2**25,))
-    arrays = native_core.coarse(near.arrays())
-    truth = native_core.expected(near, *arrays)[member]
+    arrays = native_core.exact_values(near.arrays())
+    truth = native_core.expected(near, *arrays)[pass_]
     x, kernel, dy = (a.astype("float32") for a in arrays)
     apart = np.memmap(tmp_path / "x", "float32", "w+", shape=far.x_shape)
     assert apart.size > 2**31
     apart[:, :3], apart[:, -3:] = x[:, :3], x[:, 3:]
-    value = native_in_place(member, far, *native_core.ARGUMENTS[member](apart, kernel, dy))
-    assert_same(value, truth, member)
+    value = native_in_place(pass_, far, *native_core.ARGUMENTS[pass_](apart, kernel, dy))
+    assert_same(value, truth, pass_)
 
 
 @pytest.mark.slow
@@ -527,22 +558,22 @@ def test_f11_more_than_two_to_the_31_elements():
     assert np.count_nonzero(numpy(y)) == np.count_nonzero(expected)
     del y
 
-    dx = native_in_place(INPUT, call, kernel, x)
+    dx = native_in_place(INPUT_GRAD, call, kernel, x)
     np.testing.assert_array_equal(dx[0, places], expected)
     del dx
-    dkernel = native_in_place(KERNEL, call, x, x)
+    dkernel = native_in_place(KERNEL_GRAD, call, x, x)
     squares = (x[0, places].astype("float64") ** 2).sum(-1)
     np.testing.assert_allclose(dkernel[0, places, 0, 0], squares, rtol=2e-3)
     assert np.count_nonzero(dkernel) == len(places)
 
 
-def native_in_place(member, call, a, b):
-    """As ``native_core.run``, without the copies."""
-    g = native_core.Window(**call.arguments)
-    numbers = native_core.native_call.numbers(member, g, call.sizes, a, b)
-    result = np.empty(native_core.native_call.result_shape(member, g, call.sizes, a, b), a.dtype)
+def native_in_place(pass_, call, a, b):
+    """As ``native_core.execute``, without the copies."""
+    window = native_core.Window(**call.arguments)
+    encoded = native_core.params.encode(pass_, window, call.sizes, a, b)
+    result = np.empty(native_core.params.result_shape(pass_, window, call.sizes, a, b), a.dtype)
     addresses = (array.ctypes.data for array in (a, b, result))
-    native_library.run(numbers, len(a), native_library.processors(), *addresses)
+    native_library.execute(encoded, len(a), native_library.available_cpus(), *addresses)
     return result
 
 
@@ -567,34 +598,34 @@ each_large = pytest.mark.parametrize("call", LARGE)
 @pytest.mark.parametrize("call", [*LARGE[1:4], LARGE[-1]])
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_many_pieces_are_one_result(dtype, call):
-    arrays = native_core.coarse(call.arrays())
+    arrays = native_core.exact_values(call.arrays())
     values = native_core.results(call, *(a.astype(DTYPES[dtype]) for a in arrays), threads=8)
-    for member, truth in native_core.expected(call, *arrays).items():
-        assert_same(values[member], truth, member)
+    for pass_, truth in native_core.expected(call, *arrays).items():
+        assert_same(values[pass_], truth, pass_)
 
 
 @each_large
-@each_level
-def test_f18_same_bits_in_any_number_of_threads(level, call):
+@each_target
+def test_f18_same_bits_in_any_number_of_threads(target, call):
     arrays = [a.astype("float32") for a in call.arrays()]
     alone = native_core.results(call, *arrays, threads=1)
     for threads in (2, 8):
         together = native_core.results(call, *arrays, threads=threads)
-        for member in MEMBERS:
-            assert (together[member] == alone[member]).all(), (member, threads)
+        for pass_ in PASSES:
+            assert (together[pass_] == alone[pass_]).all(), (pass_, threads)
 
 
 # Some hundred microseconds of work, in eight pieces.
 REPEATED = Call(1, (24, 25), 128, (3, 3), (1, 1), "same", (1, 1), 2)
 
 
-@pytest.mark.parametrize("member", MEMBERS)
-def test_f18_same_bits_a_thousand_times(member):
+@pytest.mark.parametrize("pass_", PASSES)
+def test_f18_same_bits_a_thousand_times(pass_):
     x, kernel, dy = (a.astype("float32") for a in REPEATED.arrays())
-    a, b = native_core.ARGUMENTS[member](x, kernel, dy)
-    first = native_core.run(member, REPEATED, a, b)
+    a, b = native_core.ARGUMENTS[pass_](x, kernel, dy)
+    first = native_core.execute(pass_, REPEATED, a, b)
     for n in range(1000):
-        assert (native_core.run(member, REPEATED, a, b, threads=(1, 2, 8)[n % 3]) == first).all()
+        assert (native_core.execute(pass_, REPEATED, a, b, threads=(1, 2, 8)[n % 3]) == first).all()
 
 
 def test_f19_callers_at_once_do_not_disturb_each_other():
@@ -605,8 +636,8 @@ def test_f19_callers_at_once_do_not_disturb_each_other():
     def many(i):
         for n in range(25):
             values = native_core.results(calls[i], *arrays[i], threads=1 + n % 4)
-            for member in MEMBERS:
-                assert (values[member] == alone[i][member]).all(), (member, calls[i])
+            for pass_ in PASSES:
+                assert (values[pass_] == alone[i][pass_]).all(), (pass_, calls[i])
         return True
 
     with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
@@ -646,7 +677,7 @@ def pool_of_a_process():
 
     def busy():
         while not over.is_set():
-            native_core.run(OUTPUT, REPEATED, x, kernel, threads=4)
+            native_core.execute(FORWARD, REPEATED, x, kernel, threads=4)
 
     # Of the children, all but the first are made while the pool is at work.
     other = threading.Thread(target=busy)
@@ -657,7 +688,7 @@ def pool_of_a_process():
             # A child that waits for its parent's threads would wait forever.
             signal.alarm(20)
             values = native_core.results(REPEATED, x, kernel, dy, threads=4)
-            os._exit(0 if all((values[m] == expected[m]).all() for m in MEMBERS) else 1)
+            os._exit(0 if all((values[m] == expected[m]).all() for m in PASSES) else 1)
         codes.append(os.waitpid(child, 0)[1])
         if n == 0:
             other.start()
@@ -688,4 +719,4 @@ def test_a_forked_process_computes_the_same_and_ends(pool):
 
 def test_processors_are_those_that_this_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
-    assert native_library.processors() == 2
+    assert native_library.available_cpus() == 2

@@ -202,15 +202,15 @@ def test_a_batch_shared_by_two_devices_stays_where_it_is(monkeypatch):
     }
 
 
-@pytest.mark.parametrize("member", params.MEMBERS)
-def test_of_all_axes_the_batch_alone_is_divided(member):
-    """What is told to either of XLA's partitioners; ``sharded`` has them do it."""
-    a, b = ARGUMENTS[member](*CALL.arrays())
-    c = native_core.run(member, CALL, a, b)
+@pytest.mark.parametrize("pass_", params.PASSES)
+def test_only_the_batch_axis_is_partitioned(pass_):
+    """The arguments of both of XLA's partitioners; ``sharded`` runs them."""
+    a, b = ARGUMENTS[pass_](*CALL.arrays())
+    c = native_core.execute(pass_, CALL, a, b)
     assert native_jax._register() is None
-    of = member, Window(**CALL.arguments), CALL.sizes
+    of = pass_, Window(**CALL.arguments), CALL.sizes
     types = [types_of.SimpleNamespace(rank=t.ndim) for t in (a, b, c)]
-    rule, told = native_jax.TWO_STEPS.rule(*of, None, types[:2], types[2:])
+    rule, told = native_jax.UNFUSED.sharding_rule(*of, None, types[:2], types[2:])
     factors = [part.split() for part in rule.replace("->", ",").split(",")]
     assert [len(some) for some in factors] == [t.ndim for t in (a, b, c)]
     assert {some[0] for some in factors} == {"batch"}
@@ -223,9 +223,9 @@ def test_of_all_axes_the_batch_alone_is_divided(member):
     over_two = jax.sharding.NamedSharding(mesh, spec("devices", None))
     shapes = [jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=over_two) for t in (a, b, c)]
     wanted = [spec("devices", *[None] * (t.ndim - 1)) for t in (a, b, c)]
-    found = native_jax.TWO_STEPS.result_sharding(*of, mesh, shapes[:2], shapes[2])
+    found = native_jax.UNFUSED.result_sharding(*of, mesh, shapes[:2], shapes[2])
     assert found.spec == wanted[2]
-    _, part, result, arguments = native_jax.TWO_STEPS.partition(*of, mesh, shapes[:2], shapes[2])
+    _, part, result, arguments = native_jax.UNFUSED.partition(*of, mesh, shapes[:2], shapes[2])
     assert [s.spec for s in (*arguments, result)] == wanted
     np.testing.assert_allclose(part(*map(jnp.array, (a, b))), c, rtol=0, atol=1e-12)
 
@@ -269,12 +269,12 @@ def test_a_jax_that_takes_no_such_library_is_no_error(monkeypatch):
     finally:
         native_jax._register.cache_clear()
     assert reason == (
-        "this JAX does not take its library: INVALID_ARGUMENT: the API version (0.3) is incompat"
+        "this JAX rejects its library: INVALID_ARGUMENT: the API version (0.3) is incompat"
     )
 
 
 def test_the_core_uses_the_processors_that_the_process_may_use(monkeypatch):
-    monkeypatch.setattr(native_library, "processors", lambda: 3)
+    monkeypatch.setattr(native_library, "available_cpus", lambda: 3)
     arguments = tensors(CALL.arrays()[:2], "float64")
     text = jax.jit(jax.grad(square(CALL), (0, 1))).lower(*arguments).as_text()
     assert text.count("threads = 3 : i32") == 3
@@ -322,14 +322,17 @@ def test_the_declarations_of_xlas_interface_are_jaxlibs(tmp_path):
     assert made.returncode == 0, made.stderr
 
 
+SIZE = sum(3 if f.type == params.Spatial else 1 for f in dataclasses.fields(params.Params))
+
+
 @pytest.mark.parametrize(
     "attributes",
     [
-        {"numbers": np.zeros(23, "int64"), "threads": np.int32(1)},
-        {"numbers": np.zeros(24, "int32"), "threads": np.int32(1)},
-        {"numbers": np.zeros(24, "int64"), "threads": np.int64(1)},
-        {"numbers": np.zeros(24, "int64"), "thread": np.int32(1)},
-        {"numbers": np.int64(24), "threads": np.int32(1)},
+        {"params": np.zeros(SIZE - 1, "int64"), "threads": np.int32(1)},
+        {"params": np.zeros(SIZE, "int32"), "threads": np.int32(1)},
+        {"params": np.zeros(SIZE, "int64"), "threads": np.int64(1)},
+        {"params": np.zeros(SIZE, "int64"), "thread": np.int32(1)},
+        {"params": np.int64(SIZE), "threads": np.int32(1)},
     ],
 )
 def test_a_call_of_another_version_is_an_error(attributes):
@@ -337,14 +340,14 @@ def test_a_call_of_another_version_is_an_error(attributes):
     assert native_jax.unsupported_reason(None) is None
     x = jnp.zeros((1, 2, 2, 4))
     call = jax.ffi.ffi_call(native_jax.TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="numbers of another version"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="parameters of another version"):
         jax.block_until_ready(call(x, x, **attributes))
 
 
 def test_a_call_with_other_tensors_is_an_error():
     assert native_jax.unsupported_reason(None) is None
     x = jnp.zeros((1, 2, 2, 4))
-    attributes = {"numbers": np.zeros(24, "int64"), "threads": np.int32(1)}
+    attributes = {"params": np.zeros(SIZE, "int64"), "threads": np.int32(1)}
     call = jax.ffi.ffi_call(native_jax.TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))
     for given in ((x,), (x, x, x), (jnp.float32(0), x)):
         with pytest.raises(jax.errors.JaxRuntimeError, match="arguments of another version"):

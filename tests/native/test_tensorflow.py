@@ -375,12 +375,12 @@ def reason_with(monkeypatch, file):
             file if name == "libinvolution_tensorflow.so" else find(name)
         ),
     )
-    tensorflow._operations.cache_clear()
+    tensorflow._op_library.cache_clear()
     x, kernel = (keras.KerasTensor(a.shape) for a in CALL.arrays()[:2])
     try:
         return dict(involution.ops.implementations(x, kernel, **CALL.arguments))["native"]
     finally:
-        tensorflow._operations.cache_clear()
+        tensorflow._op_library.cache_clear()
 
 
 def test_a_core_built_without_its_binding_is_refused(monkeypatch):
@@ -400,7 +400,7 @@ def test_the_core_uses_the_threads_that_tensorflow_is_set_to(set_to, told, monke
     """Of one operation; 0 means as many as there are processors."""
     get = "get_intra_op_parallelism_threads"
     monkeypatch.setattr(tf.config.threading, get, lambda: set_to)
-    monkeypatch.setattr(library, "processors", lambda: 5)
+    monkeypatch.setattr(library, "available_cpus", lambda: 5)
     program = tf.function(operation(CALL, "native"), specs(CALL, unknown="batch"))
     operations = program.get_concrete_function().graph.get_operations()
     (ours,) = (o for o in operations if o.type.startswith("Involution"))

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import involution
 from involution.ops import dispatch, native
+from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD
 from involution.ops.native import library, params
 from involution.ops.native import torch as native_torch
 from involution.ops.problem import problem_of
@@ -119,12 +120,12 @@ def test_f22_one_program_for_every_image_size(padding, fresh):
 
 
 @each_call
-@pytest.mark.parametrize("member", params.MEMBERS)
-def test_f22_operation_is_what_pytorch_asks_of_one(member, call):
-    a, b = ARGUMENTS[member](*leaves(call, 3))
-    g = Window(**call.arguments)
-    numbers = params.numbers(member, g, call.sizes, a, b)
-    told = torch.library.opcheck(native_torch.operations.plain, (a, b, numbers, g.rank))
+@pytest.mark.parametrize("pass_", params.PASSES)
+def test_f22_operation_is_what_pytorch_asks_of_one(pass_, call):
+    a, b = ARGUMENTS[pass_](*leaves(call, 3))
+    window = Window(**call.arguments)
+    encoded = params.encode(pass_, window, call.sizes, a, b)
+    told = torch.library.opcheck(native_torch.operations.unfused, (a, b, encoded, window.rank))
     assert len(told) == 4
     assert set(told.values()) == {"SUCCESS"}
 
@@ -172,18 +173,18 @@ def test_f17_gradients_of_first_and_second_order_are_differences(call):
 
 def test_only_the_gradients_that_are_asked_for_are_made(monkeypatch):
     ran = []
-    run = library.run
+    execute = library.execute
 
-    def recorded(numbers, *arguments):
-        ran.append(numbers[0])
-        return run(numbers, *arguments)
+    def recorded(encoded, *arguments):
+        ran.append(encoded[0])
+        return execute(encoded, *arguments)
 
-    monkeypatch.setattr(library, "run", recorded)
-    for argument, member in ((0, "input"), (1, "kernel")):
+    monkeypatch.setattr(library, "execute", recorded)
+    for argument, pass_ in ((0, INPUT_GRAD), (1, KERNEL_GRAD)):
         pair = tensors(CALL.arrays()[:2], "float64")
         pair[argument].requires_grad_()
         operation(CALL, "native")(*pair).sum().backward()
-        assert ran == [params.MEMBERS["output"], params.MEMBERS[member]]
+        assert ran == [params.PASSES.index(FORWARD), params.PASSES.index(pass_)]
         ran.clear()
 
 
@@ -301,14 +302,14 @@ def test_inference_mode_gives_the_same():
 
 
 @each_call
-@pytest.mark.parametrize("member", params.MEMBERS)
-def test_f16_shapes_alone_on_the_device_that_has_no_memory(member, call):
-    a, b = (t.to("meta") for t in ARGUMENTS[member](*tensors(call.arrays(), "float32")))
-    g = Window(**call.arguments)
-    result = native_torch.call(member, g, call.sizes, a, b)
+@pytest.mark.parametrize("pass_", params.PASSES)
+def test_f16_shapes_alone_on_the_device_that_has_no_memory(pass_, call):
+    a, b = (t.to("meta") for t in ARGUMENTS[pass_](*tensors(call.arrays(), "float32")))
+    window = Window(**call.arguments)
+    result = native_torch.call(pass_, window, call.sizes, a, b)
     assert result.device.type == "meta"
     assert result.dtype == torch.float32
-    assert tuple(result.shape) == params.result_shape(member, g, call.sizes, a, b)
+    assert tuple(result.shape) == params.result_shape(pass_, window, call.sizes, a, b)
 
 
 def test_f16_another_device_is_refused_by_name():
@@ -325,13 +326,13 @@ def test_f16_another_device_is_refused_by_name():
 
 def test_the_core_uses_the_threads_that_pytorch_is_set_to(monkeypatch):
     told = []
-    run = library.run
+    execute = library.execute
 
-    def recorded(numbers, batch, threads, *addresses):
+    def recorded(encoded, batch, threads, *addresses):
         told.append(threads)
-        return run(numbers, batch, threads, *addresses)
+        return execute(encoded, batch, threads, *addresses)
 
-    monkeypatch.setattr(library, "run", recorded)
+    monkeypatch.setattr(library, "execute", recorded)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
@@ -358,10 +359,10 @@ def threads_of_a_process():
     x, kernel, dy = (a.astype("float32") for a in LARGE.arrays())
     values = native_core.results(LARGE, x, kernel, dy, threads=3)
     added = tasks() - before
-    library.use_team(None)
+    library.set_openmp(None)
     by_pool = native_core.results(LARGE, x, kernel, dy, threads=3)
     added_by_pool = tasks() - before
-    library.use_team(native_torch._openmp())
+    library.set_openmp(native_torch._openmp())
     assert all((values[m] == by_pool[m]).all() for m in values)
     codes = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-// xla_ffi.h against the header of the installed jaxlib; only compiled.
+// Compares xla_ffi.h with the header of the installed jaxlib; compiled, never run.
 #include "xla/ffi/api/c_api.h"
 #include "xla_ffi.h"
 
@@ -10,10 +10,10 @@ using namespace involution::xla;
 #define SAME(ours, theirs, field) SAME_FIELD(ours, field, theirs, field)
 #define SAME_VALUE(ours, theirs) static_assert(int(ours) == int(theirs), #ours)
 
-// An interface of another version may have other fields: look, and then add it here and to
-// NEWEST_MINOR in ops/native_jax.py.
+// Another version of the API may have other fields: review it, then add it here and to NEWEST_MINOR in
+// ops/native/jax.py.
 static_assert(MAJOR == XLA_FFI_API_MAJOR && XLA_FFI_API_MINOR >= 1 && XLA_FFI_API_MINOR <= 3,
-              "a version that was not looked at");
+              "an unreviewed version of the API");
 
 static_assert(sizeof(Extension) == sizeof(XLA_FFI_Extension_Base));
 SAME(Extension, XLA_FFI_Extension_Base, struct_size);

@@ -21,7 +21,7 @@ def untuned(monkeypatch):
     """Block sizes are of speed alone."""
     from involution.ops.triton import kernels
 
-    for program in (*kernels.PROGRAMS.values(), kernels.FUSED):
+    for program in (*kernels.KERNELS.values(), kernels.FUSED):
         monkeypatch.setattr(program, "configs", program.configs[:1])
 
 
@@ -33,19 +33,19 @@ def on_device(arrays, dtype, device="cuda"):
     return [torch.tensor(a, dtype=getattr(torch, dtype), device=device) for a in arrays]
 
 
-def members(call, dtype, device="cuda"):
+def passes(call, dtype, device="cuda"):
     """Functions without arguments, one for each member and each fused one."""
     from involution.ops.triton import launch
 
-    g = Window(**call.arguments)
+    window = Window(**call.arguments)
     x, kernel, dy = on_device(call.arrays(), dtype, device)
-    for member, arguments in ARGUMENTS.items():
+    for pass_, arguments in ARGUMENTS.items():
         a, b = arguments(x, kernel, dy)
-        yield functools.partial(launch.operations.call, member, g, call.sizes, a, b)
+        yield functools.partial(launch.operations.call, pass_, window, call.sizes, a, b)
     given = on_device(native_core.fused_arrays(call), dtype, device)
-    for member, arguments in FUSED_ARGUMENTS.items():
+    for pass_, arguments in FUSED_ARGUMENTS.items():
         of = launch.operations.call_fused
-        yield functools.partial(of, member, g, call.sizes, *arguments(*given))
+        yield functools.partial(of, pass_, window, call.sizes, *arguments(*given))
 
 
 def tensors(results):
@@ -55,7 +55,7 @@ def tensors(results):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_thousand_repeats_are_the_same_bits(dtype):
     for call in (CALL, STAGE):
-        for run in members(call, dtype):
+        for run in passes(call, dtype):
             first = tensors(run())
             for _ in range(1000):
                 assert all(map(torch.equal, first, tensors(run())))
@@ -66,30 +66,30 @@ def test_more_than_2_to_the_31_numbers():
     batch, side, channels, groups = 33, 1024, 64, 2
     from involution.ops.triton import launch
 
-    g = Window((7, 7), (1, 1), "same", (1, 1), groups, "contiguous", "channels_last")
+    window = Window((7, 7), (1, 1), "same", (1, 1), groups, "contiguous", "channels_last")
     generator = torch.Generator("cuda").manual_seed(0)
     made = functools.partial(torch.randn, device="cuda", dtype=torch.float16, generator=generator)
     x, dy = (made(batch, side, side, channels) for _ in range(2))
     kernel = made(batch, side, side, 49, groups)
     assert min(x.numel(), kernel.numel()) > 2**31
-    for member, arguments in ARGUMENTS.items():
+    for pass_, arguments in ARGUMENTS.items():
         a, b = arguments(x, kernel, dy)
-        call = functools.partial(launch.operations.call, member, g, (side, side))
+        call = functools.partial(launch.operations.call, pass_, window, (side, side))
         assert torch.equal(call(a, b)[-1:], call(a[-1:], b[-1:]))
 
 
 @pytest.mark.parametrize("device", range(torch.cuda.device_count()))
 def test_tensors_may_be_on_a_device_that_is_not_the_current_one(device):
     others = [d for d in range(torch.cuda.device_count()) if d != device] or [device]
-    here = [tensors(run()) for run in members(CALL, "float32", f"cuda:{device}")]
+    here = [tensors(run()) for run in passes(CALL, "float32", f"cuda:{device}")]
     with torch.cuda.device(others[0]):
-        there = [tensors(run()) for run in members(CALL, "float32", f"cuda:{device}")]
+        there = [tensors(run()) for run in passes(CALL, "float32", f"cuda:{device}")]
     for one, other in zip(here, there, strict=True):
         assert all(map(torch.equal, one, other))
 
 
 def test_a_graph_of_the_device_holds_them():
-    for run in members(CALL, "float32"):
+    for run in passes(CALL, "float32"):
         want = tensors(run())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

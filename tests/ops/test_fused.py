@@ -14,7 +14,7 @@ from involution import Involution2D
 from involution.kernel_generators import generators
 from involution.layers import record_involutions
 from involution.ops import api, dispatch, fused
-from involution.ops.autodiff import INPUT, KERNEL, OUTPUT
+from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD
 from involution.ops.native import library, params
 from involution.ops.problem import problem_of
 from involution.ops.window import Window
@@ -33,12 +33,12 @@ from tests.support.backends import (
     numpy,
     tensors,
 )
-from tests.support.native_core import DTYPES, each_level
+from tests.support.native_core import DTYPES, each_target
 from tests.support.oracle import Call, error_bound, not_finite, random_calls
 
 pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
 
-LEVELS = library.levels()
+TARGETS = library.targets()
 # Of bfloat16, even numbers are multiplied in pairs where the processor does.
 HIDDEN = (1, 2, 3, 8, 16, 17, 33)
 CALL = Call(2, (5, 7), 12, (3, 3), (2, 1), "same", (1, 2), 3)
@@ -71,31 +71,31 @@ def random_values(dtype):
         places = terms + call.batch * math.prod(call.output_sizes)
         kinds = dtype, "float64" if dtype == "float64" else "float32"
         bounds = {
-            member: [
+            pass_: [
                 (t, error_bound(t, m, n, kind))
                 for t, m, n, kind in zip(
-                    truth[member], magnitude[member], (terms, places), kinds, strict=True
+                    truth[pass_], magnitude[pass_], (terms, places), kinds, strict=True
                 )
                 if t is not None
             ]
-            for member in truth
+            for pass_ in truth
         }
         found.append((call, arrays, bounds))
     return found
 
 
-@each_level
+@each_target
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_member_equals_the_oracle(dtype, level):
+def test_every_member_equals_the_oracle(dtype, target):
     for n, (call, arrays, bounds) in enumerate(random_values(dtype)):
-        for member, arguments in native_core.FUSED_ARGUMENTS.items():
-            first, second = native_core.run_fused(
-                member, call, arguments(*arrays), threads=1 + n % 3
+        for pass_, arguments in native_core.FUSED_ARGUMENTS.items():
+            first, second = native_core.execute_fused(
+                pass_, call, arguments(*arrays), threads=1 + n % 3
             )
             results = first, second.astype("float64").sum(0)
-            for result, (truth, bound) in zip(results, bounds[member], strict=False):
+            for result, (truth, bound) in zip(results, bounds[pass_], strict=False):
                 error = np.abs(result.astype("float64") - truth)
-                assert (error <= bound).all(), (member, call)
+                assert (error <= bound).all(), (pass_, call)
 
 
 # Of these sizes a sample is divided into many pieces, and the groups of the input's gradient too.
@@ -107,28 +107,28 @@ LARGE = [
 ]
 
 
-@each_level
+@each_target
 @pytest.mark.parametrize(
     ("dtype", "channels", "error"), [("float64", 19, 1e-12), ("bfloat16", 20, 2.0**-8)]
 )
 @pytest.mark.parametrize("call", LARGE, ids=str)
-def test_large_calls_equal_two_steps(call, dtype, channels, error, level):
+def test_large_calls_equal_two_steps(call, dtype, channels, error, target):
     given = [a.astype(DTYPES[dtype]) for a in native_core.fused_arrays(call, hidden=channels)]
     arrays = [a.astype("float64") for a in given]
     x, hidden, weight, bias, dy = arrays
     kernel = native_core.generated(hidden, weight, bias, call.groups)
     two = native_core.results(call, x, kernel, dy)
-    flat = two[KERNEL].reshape(call.batch, -1, call.taps * call.groups)
+    flat = two[KERNEL_GRAD].reshape(call.batch, -1, call.taps * call.groups)
     rows = hidden.reshape(call.batch, -1, hidden.shape[-1])
     by_sample = [np.concatenate([h.T @ k, k.sum(0)[None]]) for h, k in zip(rows, flat, strict=True)]
     expected = {
-        OUTPUT: [two[OUTPUT]],
-        INPUT: [two[INPUT]],
-        KERNEL: [(flat @ weight.T).reshape(hidden.shape), by_sample],
+        FORWARD: [two[FORWARD]],
+        INPUT_GRAD: [two[INPUT_GRAD]],
+        KERNEL_GRAD: [(flat @ weight.T).reshape(hidden.shape), by_sample],
     }
-    for member, arguments in native_core.FUSED_ARGUMENTS.items():
-        results = native_core.run_fused(member, call, arguments(*given), threads=3)
-        for result, truth in zip(results, expected[member], strict=False):
+    for pass_, arguments in native_core.FUSED_ARGUMENTS.items():
+        results = native_core.execute_fused(pass_, call, arguments(*given), threads=3)
+        for result, truth in zip(results, expected[pass_], strict=False):
             limit = error * np.abs(truth).max()
             np.testing.assert_allclose(result.astype("float64"), truth, rtol=0, atol=limit)
 
@@ -139,12 +139,14 @@ def test_f18_threads_and_other_samples_change_no_bit(call, dtype, hidden):
     call = dataclasses.replace(call, batch=3)
     alone = dataclasses.replace(call, batch=1)
     arrays = [a.astype(DTYPES[dtype]) for a in native_core.fused_arrays(call, hidden)]
-    for member, arguments in native_core.FUSED_ARGUMENTS.items():
+    for pass_, arguments in native_core.FUSED_ARGUMENTS.items():
         given = arguments(*arrays)
-        results = native_core.run_fused(member, call, given, threads=1)
-        again = native_core.run_fused(member, call, given, threads=4)
-        last = [a[-1:] if has else a for a, has in zip(given, params.BATCHED[member], strict=True)]
-        own = native_core.run_fused(member, alone, last, threads=2)
+        results = native_core.execute_fused(pass_, call, given, threads=1)
+        again = native_core.execute_fused(pass_, call, given, threads=4)
+        last = [
+            a[-1:] if has else a for a, has in zip(given, params.HAS_BATCH_AXIS[pass_], strict=True)
+        ]
+        own = native_core.execute_fused(pass_, alone, last, threads=2)
         for r, a, o in zip(results, again, own, strict=True):
             assert r.tobytes() == a.tobytes()
             assert r[-1:].tobytes() == o.tobytes()
@@ -154,14 +156,14 @@ def test_a_nan_stays_within_windows_that_contain_it():
     x, hidden, weight, bias, _ = native_core.fused_arrays(CALL)
     x[0, 2, 3, 4] = np.nan
     hidden[1, 1, 1, 0] = np.nan
-    y, _ = native_core.run_fused(OUTPUT, CALL, (x, hidden, weight, bias))
-    expected = native_core.expected_fused(CALL, x, hidden, weight, bias, y)[OUTPUT][0]
+    y, _ = native_core.execute_fused(FORWARD, CALL, (x, hidden, weight, bias))
+    expected = native_core.expected_fused(CALL, x, hidden, weight, bias, y)[FORWARD][0]
     assert (np.isnan(y) == np.isnan(expected)).all()
     assert 0 < np.isnan(y).sum() < y.size
 
 
-@each_level
-def test_f20_what_is_not_finite_spreads_as_in_the_formula(level):
+@each_target
+def test_f20_what_is_not_finite_spreads_as_in_the_formula(target):
     for n, call in enumerate(random_calls(48, seed=20)):
         call = dataclasses.replace(call, data_format="channels_last")
         arrays = native_core.fused_arrays(call, HIDDEN[n % len(HIDDEN)], seed=n)
@@ -169,11 +171,11 @@ def test_f20_what_is_not_finite_spreads_as_in_the_formula(level):
             mixed = list(arrays)
             (mixed[which],) = not_finite([arrays[which]], seed=n)
             truths = native_core.expected_fused(call, *mixed)
-            for member, arguments in native_core.FUSED_ARGUMENTS.items():
-                first, second = native_core.run_fused(member, call, arguments(*mixed), threads=2)
-                for value, truth in zip((first, second.sum(0)), truths[member], strict=True):
+            for pass_, arguments in native_core.FUSED_ARGUMENTS.items():
+                first, second = native_core.execute_fused(pass_, call, arguments(*mixed), threads=2)
+                for value, truth in zip((first, second.sum(0)), truths[pass_], strict=True):
                     if truth is not None:
-                        what = f"{member}, {which}, {call}"
+                        what = f"{pass_}, {which}, {call}"
                         np.testing.assert_allclose(value, truth, atol=1e-11, err_msg=what)
 
 
@@ -187,30 +189,30 @@ NOTHING = [
 ]
 
 
-@each_level
+@each_target
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("call", NOTHING, ids=str)
-def test_f13_windows_that_meet_nothing_are_zero(call, dtype, level):
+def test_f13_windows_that_meet_nothing_are_zero(call, dtype, target):
     arrays = [a.astype(DTYPES[dtype]) for a in native_core.fused_arrays(call)]
-    for member, arguments in native_core.FUSED_ARGUMENTS.items():
-        for result in native_core.run_fused(member, call, arguments(*arrays), threads=2):
-            assert not result.any(), member
+    for pass_, arguments in native_core.FUSED_ARGUMENTS.items():
+        for result in native_core.execute_fused(pass_, call, arguments(*arrays), threads=2):
+            assert not result.any(), pass_
 
 
 def test_f13_without_outputs_the_gradients_are_zero():
     """As where a traced size is 0."""
     call = Call(2, (5,), 6, (3,), (1,), "valid", (1,), 2)
-    g = native_core.Window(**call.arguments)
+    window = native_core.Window(**call.arguments)
     arrays = native_core.fused_arrays(call)
     nothing = np.zeros(0)
-    for member, shape in ((INPUT, call.x_shape), (KERNEL, (2, 6, 6))):
-        given = native_core.FUSED_ARGUMENTS[member](*arrays)
-        numbers = params.fused_numbers(member, g, call.sizes, given)
-        numbers[11] = 0
+    for pass_, shape in ((INPUT_GRAD, call.x_shape), (KERNEL_GRAD, (2, 6, 6))):
+        given = native_core.FUSED_ARGUMENTS[pass_](*arrays)
+        encoded = params.encode_fused(pass_, window, call.sizes, given)
+        encoded = native_core.without_outputs(encoded)
         result = np.full(shape, np.nan)
         # The weight and the bias have elements; of the rest, x alone.
-        results = (result, nothing) if member == INPUT else (nothing, result)
-        library.run_fused(numbers, call.batch, 2, *(a.ctypes.data for a in (*given, *results)))
+        results = (result, nothing) if pass_ == INPUT_GRAD else (nothing, result)
+        library.execute_fused(encoded, call.batch, 2, *(a.ctypes.data for a in (*given, *results)))
         assert not result.any()
 
 
@@ -236,11 +238,11 @@ def test_f20_one_rule_for_taps_outside(implementation):
     arrays[4][1, -1, -1, 3] = np.nan
     *arguments, dy = arrays
     truths = native_core.expected_fused(CALL, *arrays)
-    both = truths[KERNEL][1]
-    expected = truths[INPUT][0], truths[KERNEL][0], both[:-1], both[-1]
+    both = truths[KERNEL_GRAD][1]
+    expected = truths[INPUT_GRAD][0], truths[KERNEL_GRAD][0], both[:-1], both[-1]
     of = apply(CALL, implementation)
     y = numpy(of(*tensors(arguments, "float64")))
-    np.testing.assert_allclose(y, truths[OUTPUT][0], atol=1e-12)
+    np.testing.assert_allclose(y, truths[FORWARD][0], atol=1e-12)
     assert 0 < np.isnan(y).sum() < y.size / 2
     for value, truth in zip(gradients(of, arguments, dy), expected, strict=True):
         np.testing.assert_allclose(value, truth, atol=1e-11)
@@ -249,8 +251,8 @@ def test_f20_one_rule_for_taps_outside(implementation):
 def test_f13_an_empty_batch():
     call = dataclasses.replace(CALL, batch=0)
     arrays = native_core.fused_arrays(call)
-    for member, arguments in native_core.FUSED_ARGUMENTS.items():
-        first, second = native_core.run_fused(member, call, arguments(*arrays))
+    for pass_, arguments in native_core.FUSED_ARGUMENTS.items():
+        first, second = native_core.execute_fused(pass_, call, arguments(*arrays))
         assert first.size == second.size == 0
 
 
@@ -269,10 +271,10 @@ def test_output_and_gradients_equal_the_oracle(call):
     *arrays, dy = native_core.fused_arrays(call, hidden=3)
     expected = native_core.expected_fused(call, *arrays, dy)
     y = apply(call)(*tensors(arrays, "float64"))
-    np.testing.assert_allclose(exact(y), expected[OUTPUT][0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(exact(y), expected[FORWARD][0], rtol=0, atol=1e-12)
     dx, dhidden, dweight, dbias = gradients(apply(call), arrays, dy)
-    (dkernel, both) = expected[KERNEL]
-    np.testing.assert_allclose(dx, expected[INPUT][0], rtol=0, atol=1e-12)
+    (dkernel, both) = expected[KERNEL_GRAD]
+    np.testing.assert_allclose(dx, expected[INPUT_GRAD][0], rtol=0, atol=1e-12)
     np.testing.assert_allclose(dhidden, dkernel, rtol=0, atol=1e-12)
     np.testing.assert_allclose(dweight, both[:-1], rtol=0, atol=1e-12)
     np.testing.assert_allclose(dbias, both[-1], rtol=0, atol=1e-12)
@@ -417,10 +419,10 @@ def test_the_custom_operation_is_as_pytorch_wants_it():
     from involution.ops.native import torch as native_torch
 
     arrays = native_core.fused_arrays(CALL)
-    for member, arguments in native_core.FUSED_ARGUMENTS.items():
+    for pass_, arguments in native_core.FUSED_ARGUMENTS.items():
         given = [torch.tensor(a) for a in arguments(*arrays)]
-        numbers = params.fused_numbers(member, Window(**CALL.arguments), CALL.sizes, given)
-        torch.library.opcheck(native_torch.operations.fused, (*given, numbers, 2))
+        encoded = params.encode_fused(pass_, Window(**CALL.arguments), CALL.sizes, given)
+        torch.library.opcheck(native_torch.operations.fused, (*given, encoded, 2))
 
 
 def sharded():

@@ -578,7 +578,7 @@ def test_these_tests_know_every_implementation():
 def test_native_is_there_or_the_installation_says_why_not():
     reasons = dict(involution.ops.implementations(*SMALL.arrays()[:2], (3, 2), groups=2))
     if missing() is None:
-        print("native was built, for the instructions", *library.levels())
+        print("native was built, for the instructions", *library.targets())
         assert reasons["native"] is None
         assert "native" in IMPLEMENTATIONS
     else:
@@ -598,7 +598,7 @@ def test_the_first_that_can_run_is_the_default(ran, monkeypatch):
     check(SMALL, None)
     monkeypatch.setattr(native, "BINDINGS", ())
     check(SMALL, None)
-    monkeypatch.setattr(taps, "MECHANISMS", {})
+    monkeypatch.setattr(taps, "CUSTOM_GRADIENT", {})
     check(SMALL, None)
     assert ran == [IMPLEMENTATIONS[0], "taps", "reference"]
 
@@ -609,7 +609,7 @@ def test_implementations_are_listed_with_what_hinders_them(monkeypatch):
     assert pairs[0][0] == "triton"
     assert pairs[1:] == [("native", missing()), ("taps", None), ("reference", None)]
     monkeypatch.setattr(native, "BINDINGS", ())
-    monkeypatch.setattr(taps, "MECHANISMS", {})
+    monkeypatch.setattr(taps, "CUSTOM_GRADIENT", {})
     pairs = involution.ops.implementations(*arguments, groups=2)
     assert tuple(name for name, _ in pairs) == KNOWN
     assert pairs[1][1] == missing() or BACKEND in pairs[1][1]
@@ -627,7 +627,7 @@ def test_native_yields_where_xla_makes_faster_code(channels):
 
 
 def test_f29_an_implementation_that_cannot_run_is_refused_not_replaced(ran, monkeypatch):
-    monkeypatch.setattr(taps, "MECHANISMS", {})
+    monkeypatch.setattr(taps, "CUSTOM_GRADIENT", {})
     with pytest.raises(ValueError, match=rf"taps: .*{BACKEND}.*Received: "):
         check(SMALL, "taps")
     assert ran == []

@@ -11,7 +11,7 @@ import torch
 
 import involution
 from involution.ops import triton
-from involution.ops.autodiff import KERNEL
+from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD
 from involution.ops.dispatch import select
 from involution.ops.native import params
 from involution.ops.problem import problem_of
@@ -30,7 +30,7 @@ with pytest.MonkeyPatch.context() as patch:
     from involution.ops.triton import launch as triton_torch
 
 # Block sizes are of speed alone: on a device too one of them shows what is computed.
-for program in (*kernels.PROGRAMS.values(), kernels.FUSED):
+for program in (*kernels.KERNELS.values(), kernels.FUSED):
     program.configs = program.configs[:1]
 
 CALL = Call(2, (4, 5), 6, (3, 2), (2, 1), "same", (1, 2), 3)
@@ -94,16 +94,16 @@ def check(call, dtype, strange=False, seed=0, change=list):
         native_core.expected(call, *wide),
         native_core.expected(call, *map(np.abs, wide)),
     )
-    g = Window(**call.arguments)
-    for member, arguments in ARGUMENTS.items():
+    window = Window(**call.arguments)
+    for pass_, arguments in ARGUMENTS.items():
         a, b = arguments(*given)
-        numbers = params.numbers(member, g, call.sizes, a, b)
-        shape = params.result_shape(member, g, call.sizes, a, b)
-        launch = functools.partial(triton_torch._run, numbers, g.rank, a, b)
+        encoded = params.encode(pass_, window, call.sizes, a, b)
+        shape = params.result_shape(pass_, window, call.sizes, a, b)
+        launch = functools.partial(triton_torch._execute, encoded, window.rank, a, b)
         (result,) = run(launch, [shape], [a.dtype])
-        terms = call.channels // call.groups if member == KERNEL else call.taps
-        limit = bound(truth[member], magnitude[member], terms, dtype)
-        assert is_near(result, truth[member], limit), (member, call)
+        terms = call.channels // call.groups if pass_ == KERNEL_GRAD else call.taps
+        limit = bound(truth[pass_], magnitude[pass_], terms, dtype)
+        assert is_near(result, truth[pass_], limit), (pass_, call)
 
 
 # Each rank, padding, layout and format. The interpreter takes seconds a call, so the dtypes divide
@@ -149,7 +149,7 @@ def test_f13_an_input_without_positions_gives_zeros():
     check_fused(last, 3, "float32")
 
 
-@pytest.mark.parametrize("call", [MANY, GROUPS], ids=["members", "groups"])
+@pytest.mark.parametrize("call", [MANY, GROUPS], ids=["channels", "groups"])
 def test_more_than_a_block_has(call):
     check(call, "float32")
 
@@ -162,26 +162,26 @@ def check_fused(call, hidden, dtype, seed=0, change=list):
     magnitude = native_core.expected_fused(call, *map(np.abs, wide))
     terms = hidden + 1 + call.taps + call.channels // call.groups + call.taps * call.groups
     places = terms + call.batch * math.prod(call.output_sizes)
-    g = Window(**call.arguments)
-    for member, arguments in FUSED_ARGUMENTS.items():
+    window = Window(**call.arguments)
+    for pass_, arguments in FUSED_ARGUMENTS.items():
         tensors = arguments(*given)
-        numbers = params.fused_numbers(member, g, call.sizes, tensors)
-        shapes = params.fused_shapes(member, g, call.sizes, tensors)
-        launch = functools.partial(_run_fused, numbers, g.rank, tensors)
+        encoded = params.encode_fused(pass_, window, call.sizes, tensors)
+        shapes = params.fused_result_shapes(pass_, window, call.sizes, tensors)
+        launch = functools.partial(_run_fused, encoded, window.rank, tensors)
         first, second = run(launch, shapes, (tensors[0].dtype, torch.float32))
         # In two steps kernels, and their gradients, are rounded in between.
         rounding = {"float32": 0, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
         results = (first, second.sum(0))
         for result, want, size, count in zip(
-            results, truth[member], magnitude[member], (terms, places), strict=True
+            results, truth[pass_], magnitude[pass_], (terms, places), strict=True
         ):
             if want is not None:
                 limit = bound(want, size, count, dtype) + rounding * size
-                assert is_near(result, want, limit), (member, call)
+                assert is_near(result, want, limit), (pass_, call)
 
 
-def _run_fused(numbers, rank, tensors, *results):
-    triton_torch._run_fused(numbers, rank, tensors, results)
+def _run_fused(encoded, rank, tensors, *results):
+    triton_torch._execute_fused(encoded, rank, tensors, results)
 
 
 FUSED_DTYPES = "float32", "float16", "bfloat16"
@@ -195,13 +195,13 @@ def test_every_fused_member_equals_the_oracle(dtype, every):
         check_fused(call, HIDDEN[n % len(HIDDEN)], dtype, seed=n)
 
 
-@pytest.mark.parametrize("call", [MANY, GROUPS], ids=["members", "groups"])
+@pytest.mark.parametrize("call", [MANY, GROUPS], ids=["channels", "groups"])
 def test_more_than_a_fused_block_has(call):
     check_fused(call, 5, "float32")
 
 
 def test_a_few_samples_at_a_time(monkeypatch):
-    monkeypatch.setattr(triton_torch, "PIECE_BYTES", 2 * 4 * 3 * 4 * 6 * 5 * 3 // 2)
+    monkeypatch.setattr(triton_torch, "CHUNK_BYTES", 2 * 4 * 3 * 4 * 6 * 5 * 3 // 2)
     check_fused(dataclasses.replace(CALL, batch=5), 3, "float32")
 
 
@@ -214,7 +214,7 @@ def test_offsets_have_64_bits():
     wide = [t.double().cpu().numpy() for t in (x, kernel, dy)]
     want = native_core.expected(call, *wide)
     memory = torch.empty(2**31 + 100, dtype=torch.float16, device=DEVICE)
-    g = Window(**call.arguments)
+    window = Window(**call.arguments)
     for given, strides in (
         (0, (2**31 + 11, 4, 1)),
         (0, (13, 4, 2**29 + 9)),
@@ -227,10 +227,10 @@ def test_offsets_have_64_bits():
         apart = memory.as_strided(tensors[given].shape, strides)
         apart[...] = tensors[given]
         tensors[given] = apart
-        for member, arguments in ARGUMENTS.items():
+        for pass_, arguments in ARGUMENTS.items():
             a, b = arguments(*tensors)
-            y = triton_torch.operations.call(member, g, call.sizes, a, b)
-            np.testing.assert_allclose(y.double().cpu().numpy(), want[member], rtol=0, atol=1e-2)
+            y = triton_torch.operations.call(pass_, window, call.sizes, a, b)
+            np.testing.assert_allclose(y.double().cpu().numpy(), want[pass_], rtol=0, atol=1e-2)
 
 
 # --- As the operator takes it ---------------------------------------------------------------------
@@ -262,9 +262,11 @@ def test_fused_gradients_are_those_of_two_steps(monkeypatch):
     *arrays, dy = native_core.fused_arrays(CALL)
     given = leaves(CALL, "float32", arrays)
     found = torch.autograd.grad(fused(CALL)(*given), given, tensor(dy, "float32"))
-    assert ran == ["output"]
+    assert ran == [FORWARD]
     truth = native_core.expected_fused(CALL, *arrays, dy)
-    want = truth["input"][0], truth["kernel"][0], truth["kernel"][1][:-1], truth["kernel"][1][-1]
+    dhidden, dweights = truth[KERNEL_GRAD]
+    unstacked = dhidden, dweights[:-1], dweights[-1]
+    want = truth[INPUT_GRAD][0], *unstacked
     for one, other in zip(found, want, strict=True):
         np.testing.assert_allclose(one.cpu().numpy(), other, rtol=1e-4, atol=1e-4)
 
@@ -309,15 +311,15 @@ def test_f22_torch_compile_has_no_breaks(of):
 
 
 def test_operations_are_what_pytorch_asks_of_them():
-    g = Window(**CALL.arguments)
-    for member, arguments in ARGUMENTS.items():
+    window = Window(**CALL.arguments)
+    for pass_, arguments in ARGUMENTS.items():
         given = [tensor(a, "float32") for a in arguments(*CALL.arrays())]
-        numbers = params.numbers(member, g, CALL.sizes, *given)
-        torch.library.opcheck(triton_torch.operations.plain, (*given, numbers, g.rank))
-    for member, arguments in FUSED_ARGUMENTS.items():
+        encoded = params.encode(pass_, window, CALL.sizes, *given)
+        torch.library.opcheck(triton_torch.operations.unfused, (*given, encoded, window.rank))
+    for pass_, arguments in FUSED_ARGUMENTS.items():
         given = [tensor(a, "float32") for a in arguments(*native_core.fused_arrays(CALL))]
-        numbers = params.fused_numbers(member, g, CALL.sizes, given)
-        torch.library.opcheck(triton_torch.operations.fused, (*given, numbers, g.rank))
+        encoded = params.encode_fused(pass_, window, CALL.sizes, given)
+        torch.library.opcheck(triton_torch.operations.fused, (*given, encoded, window.rank))
 
 
 # --- Where it does not run ------------------------------------------------------------------------
@@ -337,21 +339,21 @@ def test_it_says_why_it_does_not_run(monkeypatch):
     assert triton.unsupported_reason(problem()) == "there is no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
-    for generation, dtype, reason in (
-        ((7, 0), "float32", "the device is of generation 7.0: too old"),
+    for capability, dtype, reason in (
+        ((7, 0), "float32", "compute capability 7.0 of the device is too low"),
         ((7, 5), "float32", None),
-        ((7, 5), "bfloat16", "the device is of generation 7.5: too old"),
+        ((7, 5), "bfloat16", "compute capability 7.5 of the device is too low"),
         ((9, 0), "bfloat16", None),
     ):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda g=generation: g)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
         assert triton.unsupported_reason(problem(dtype)) == reason
     assert (
         triton.fused_unsupported_reason(problem("float64"))
-        == "its products of matrices are not in float64"
+        == "its matrix products do not support float64"
     )
     assert triton.unsupported_reason(problem("float64")) is None
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
-    assert triton.unsupported_reason(problem()) == "it is for PyTorch"
+    assert triton.unsupported_reason(problem()) == "it requires the PyTorch backend"
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert triton.unsupported_reason(problem()) == "there is no module triton"
+    assert triton.unsupported_reason(problem()) == "Triton is not installed"

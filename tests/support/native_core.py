@@ -1,10 +1,12 @@
-"""The native core alone, on NumPy arrays: without a framework every new shape costs nothing."""
+"""The native core on NumPy arrays: without a framework, new shapes need no compilation."""
+
+import dataclasses
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from involution.ops.autodiff import INPUT, KERNEL, OUTPUT
+from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD
 from involution.ops.native import library, params
 from involution.ops.window import Window
 from tests.support.oracle import ieee
@@ -15,48 +17,48 @@ DTYPES = {
     "bfloat16": ml_dtypes.bfloat16,
     "float16": np.float16,
 }
-# The fixture `level` makes everything run by the instructions of one.
-each_level = pytest.mark.parametrize("level", library.levels(), indirect=True)
-# The arguments of each member, from x, kernel and dy.
+# The fixture `target` selects a target.
+each_target = pytest.mark.parametrize("target", library.targets(), indirect=True)
+# The arguments of each pass, from x, kernel and dy.
 ARGUMENTS = {
-    OUTPUT: lambda x, kernel, dy: (x, kernel),
-    INPUT: lambda x, kernel, dy: (kernel, dy),
-    KERNEL: lambda x, kernel, dy: (x, dy),
+    FORWARD: lambda x, kernel, dy: (x, kernel),
+    INPUT_GRAD: lambda x, kernel, dy: (kernel, dy),
+    KERNEL_GRAD: lambda x, kernel, dy: (x, dy),
 }
-# Elements on both sides of an array: an odd number, so that no vector begins on its boundary.
+# Elements on both sides of an array: an odd number, so that vectors are unaligned.
 MARGIN = 37
 # As bytes, NaN in every type.
 NAN = 0xFF
 
 
-def surrounded(shape, dtype):
-    """(array, edges): an array full of NaN with NaN around it, and the bytes of these."""
+def guarded_array(shape, dtype):
+    """(array, guards): an array full of NaN, and the bytes of NaN on both sides of it."""
     margin = MARGIN * dtype.itemsize
     buffer = np.full(int(np.prod(shape)) * dtype.itemsize + 2 * margin, NAN, "uint8")
     return buffer[margin:-margin].view(dtype).reshape(shape), (buffer[:margin], buffer[-margin:])
 
 
-def run(member, call, a, b, threads=1):
-    """One member of the family for an ``oracle.Call``."""
-    g = Window(**call.arguments)
-    numbers = params.numbers(member, g, call.sizes, a, b)
-    result, edges = surrounded(params.result_shape(member, g, call.sizes, a, b), a.dtype)
+def execute(pass_, call, a, b, threads=1):
+    """The result of a pass for an ``oracle.Call``."""
+    window = Window(**call.arguments)
+    encoded = params.encode(pass_, window, call.sizes, a, b)
+    result, edges = guarded_array(params.result_shape(pass_, window, call.sizes, a, b), a.dtype)
     inside = []
     for array in (a, b):
-        inside.append(surrounded(array.shape, array.dtype)[0])
+        inside.append(guarded_array(array.shape, array.dtype)[0])
         inside[-1][...] = array
     addresses = (array.ctypes.data for array in (*inside, result))
-    library.run(numbers, len(a), threads, *addresses)
+    library.execute(encoded, len(a), threads, *addresses)
     for edge in edges:
-        assert (edge == NAN).all(), f"written beside the result: {member} of {call}"
+        assert (edge == NAN).all(), f"written outside the result: {pass_} of {call}"
     return result
 
 
 def results(call, x, kernel, dy, threads=1):
-    """The output and both gradients, by member."""
+    """The output and both gradients, by pass."""
     return {
-        member: run(member, call, *pair(x, kernel, dy), threads)
-        for member, pair in ARGUMENTS.items()
+        pass_: execute(pass_, call, *pair(x, kernel, dy), threads)
+        for pass_, pair in ARGUMENTS.items()
     }
 
 
@@ -64,36 +66,42 @@ def expected(call, x, kernel, dy):
     """What ``results`` should be, by the oracle."""
     y, _ = call.involution(x, kernel)
     dx, dkernel = call.gradients(x, kernel, dy)
-    return {OUTPUT: y, INPUT: dx, KERNEL: dkernel}
+    return {FORWARD: y, INPUT_GRAD: dx, KERNEL_GRAD: dkernel}
 
 
-# The arguments of each fused member, from x, hidden, weight, bias and dy.
+# The arguments of each fused pass, from x, hidden, weight, bias and dy.
 FUSED_ARGUMENTS = {
-    OUTPUT: lambda x, hidden, weight, bias, dy: (x, hidden, weight, bias),
-    INPUT: lambda x, hidden, weight, bias, dy: (hidden, weight, bias, dy),
-    KERNEL: lambda x, hidden, weight, bias, dy: (x, hidden, weight, dy),
+    FORWARD: lambda x, hidden, weight, bias, dy: (x, hidden, weight, bias),
+    INPUT_GRAD: lambda x, hidden, weight, bias, dy: (hidden, weight, bias, dy),
+    KERNEL_GRAD: lambda x, hidden, weight, bias, dy: (x, hidden, weight, dy),
 }
 
 
-def run_fused(member, call, arguments, threads=1):
-    """The two results of one member of the fused family for an ``oracle.Call``."""
-    g = Window(**call.arguments)
-    numbers = params.fused_numbers(member, g, call.sizes, arguments)
-    shapes = params.fused_shapes(member, g, call.sizes, arguments)
+def execute_fused(pass_, call, arguments, threads=1):
+    """The two results of a fused pass for an ``oracle.Call``."""
+    window = Window(**call.arguments)
+    encoded = params.encode_fused(pass_, window, call.sizes, arguments)
+    shapes = params.fused_result_shapes(pass_, window, call.sizes, arguments)
     dtype = arguments[0].dtype
-    wide = np.dtype(params.wide_type(dtype.name))
+    wide = np.dtype(params.accumulation_dtype(dtype.name))
     results, edges = zip(
-        *(surrounded(s, d) for s, d in zip(shapes, (dtype, wide), strict=True)), strict=True
+        *(guarded_array(s, d) for s, d in zip(shapes, (dtype, wide), strict=True)), strict=True
     )
     inside = []
     for array in arguments:
-        inside.append(surrounded(array.shape, array.dtype)[0])
+        inside.append(guarded_array(array.shape, array.dtype)[0])
         inside[-1][...] = array
     addresses = (array.ctypes.data for array in (*inside, *results))
-    library.run_fused(numbers, len(arguments[0]), threads, *addresses)
+    library.execute_fused(encoded, len(arguments[0]), threads, *addresses)
     for edge in (e for pair in edges for e in pair):
-        assert (edge == NAN).all(), f"written beside the result: {member} of {call}"
+        assert (edge == NAN).all(), f"written outside the result: {pass_} of {call}"
     return results
+
+
+def without_outputs(encoded):
+    """The encoded parameters of a call whose output has no positions."""
+    decoded = params.Params.decode(encoded)
+    return dataclasses.replace(decoded, output_size=(*decoded.output_size[:2], 0)).encode()
 
 
 def fused_arrays(call, hidden=5, seed=0):
@@ -119,16 +127,16 @@ def generated(hidden, weight, bias, groups):
 
 @ieee
 def expected_fused(call, x, hidden, weight, bias, dy):
-    """The results of all members, by the oracle; the second ones summed over the samples."""
+    """The results of all fused passes, by the oracle; the second ones summed over the batch."""
     kernel = generated(hidden, weight, bias, call.groups)
     y, _ = call.involution(x, kernel)
     dx, dkernel = call.gradients(x, kernel, dy)
     flat = dkernel.reshape(*hidden.shape[:-1], -1)
     dweight = np.tensordot(hidden, flat, axes=(range(flat.ndim - 1),) * 2)
     both = np.concatenate([dweight, flat.reshape(-1, flat.shape[-1]).sum(0)[None]])
-    return {OUTPUT: (y, None), INPUT: (dx, None), KERNEL: (flat @ weight.T, both)}
+    return {FORWARD: (y, None), INPUT_GRAD: (dx, None), KERNEL_GRAD: (flat @ weight.T, both)}
 
 
-def coarse(arrays):
+def exact_values(arrays):
     """Multiples of 1/8 up to 2: exact in every type, and so are their products' sums in float32."""
     return [np.clip(np.round(8 * a), -16, 16) / 8 for a in arrays]

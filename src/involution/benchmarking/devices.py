@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from involution.ops.native import library
-from involution.ops.native.library import processors
+from involution.ops.native.library import available_cpus
 from involution.utils import memory
 
 Run = Callable[[], object]
@@ -44,7 +44,7 @@ class Cpu:
                 name = next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
         except (OSError, StopIteration):
             pass
-        return f"{name}, {processors()} CPUs"
+        return f"{name}, {available_cpus()} CPUs"
 
     def timer(self, run: Run) -> Callable[[], float]:
         """A function that calls ``run`` and returns the seconds it took."""
@@ -92,7 +92,7 @@ def rss(field: str) -> int:
 
 @functools.cache
 def _cpu_copy_bandwidth(total):
-    workers = processors()
+    workers = available_cpus()
     size = max(total // 8 // workers, 1)
     pairs = [(np.ones(size, "float32"), np.empty(size, "float32")) for _ in range(workers)]
     return total / _best_seconds(lambda pair: np.copyto(pair[1], pair[0]), pairs)
@@ -102,10 +102,10 @@ def _cpu_copy_bandwidth(total):
 def _cpu_peak():
     """float32: multiply-adds in registers by the native core; without it, NumPy's matrix product,
     which is slower."""
-    if library.levels():
+    if library.targets():
         times = 20_000
-        operations = library.multiply_add(times) * processors()
-        return operations / _best_seconds(library.multiply_add, [times] * processors())
+        operations = library.fma_peak_loop(times) * available_cpus()
+        return operations / _best_seconds(library.fma_peak_loop, [times] * available_cpus())
     n = 1536
     a = np.ones((n, n), "float32")
     return 2 * n**3 / _best_seconds(lambda _: a @ a, [None])

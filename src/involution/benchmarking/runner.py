@@ -292,7 +292,7 @@ def _compiled_taps(case):
 
     def apply(x, kernel):
         g = problem_of(case.window, x).window
-        return call(autodiff.OUTPUT, g, spatial_shape(x, g), x, kernel)
+        return call(autodiff.FORWARD, g, spatial_shape(x, g), x, kernel)
 
     return apply
 

@@ -1,12 +1,12 @@
-"""Derivatives of any order, for implementations that compute their gradients themselves.
+"""Registers derivatives of any order, for implementations that compute their gradients themselves.
 
-Involution is linear in its input and linear in its kernel, so it comes with two companions, each
-again linear in both arguments:
+Involution is bilinear in its input and its kernel, and so are its two gradients. An implementation
+computes three passes:
 
-    output(x, kernel) -> y        input(kernel, dy) -> dx        kernel(x, dy) -> dkernel
+    forward(x, kernel) -> y    input_grad(kernel, dy) -> dx    kernel_grad(x, dy) -> dkernel
 
-The derivative of any of the three is given by the other two, so one table closes the family.
-``differentiable`` gives that table to the framework in use, by the framework's own mechanism.
+The derivatives of each pass are given by the other two, so that one table, ``VJP_RULES``, covers
+all orders. ``differentiable`` registers it with the backend in use.
 """
 
 import dataclasses
@@ -16,40 +16,40 @@ from typing import Any
 
 import keras
 
-OUTPUT, INPUT, KERNEL = "output", "input", "kernel"
+FORWARD, INPUT_GRAD, KERNEL_GRAD = "forward", "input_grad", "kernel_grad"
 
-# For a member(a, b) with the cotangent c: the gradients of a and of b, each as a member of the
-# family and where in (a, b, c) its two arguments stand.
+# For a pass(a, b) with the cotangent c: the gradients of a and of b, each as a pass and the indices
+# of its two arguments in (a, b, c).
 VJP_RULES = {
-    OUTPUT: ((INPUT, (1, 2)), (KERNEL, (0, 2))),
-    INPUT: ((KERNEL, (2, 1)), (OUTPUT, (2, 0))),
-    KERNEL: ((INPUT, (2, 1)), (OUTPUT, (0, 2))),
+    FORWARD: ((INPUT_GRAD, (1, 2)), (KERNEL_GRAD, (0, 2))),
+    INPUT_GRAD: ((KERNEL_GRAD, (2, 1)), (FORWARD, (2, 0))),
+    KERNEL_GRAD: ((INPUT_GRAD, (2, 1)), (FORWARD, (0, 2))),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Which:
-    """A member and what it is told, as one argument that frameworks do not look into."""
+class PassSpec:
+    """The static arguments of a pass, as one object that frameworks do not inspect."""
 
-    member: str
-    g: Any
+    pass_: str
+    window: Any
     sizes: tuple
 
 
-def _gradients(call, member, g, sizes, abc, needed=(True, True)):
+def _gradients(call, pass_, window, sizes, operands, needs_grad=(True, True)):
     return tuple(
-        call(rule, g, sizes, *(abc[i] for i in arguments)) if need else None
-        for (rule, arguments), need in zip(VJP_RULES[member], needed, strict=True)
+        call(rule, window, sizes, *(operands[i] for i in arguments)) if need else None
+        for (rule, arguments), need in zip(VJP_RULES[pass_], needs_grad, strict=True)
     )
 
 
 def tangent(call, arguments, tangents):
-    """Of what is linear in each argument: the sum of it with one argument's tangent in its place.
-    None stands for a tangent of zero; one at least is none."""
+    """The tangent of a multilinear ``call``: the sum over arguments of ``call`` with that argument
+    replaced by its tangent. None is a tangent of zero; at least one is not None."""
     return sum_of(
-        call(*arguments[:n], along, *arguments[n + 1 :])
-        for n, along in enumerate(tangents)
-        if along is not None
+        call(*arguments[:n], argument_tangent, *arguments[n + 1 :])
+        for n, argument_tangent in enumerate(tangents)
+        if argument_tangent is not None
     )
 
 
@@ -57,50 +57,53 @@ def sum_of(terms):
     return functools.reduce(operator.add, terms)
 
 
-def _jax(compute, plain):
+def _jax(compute, composite):
     import jax
 
     call = jax.custom_vjp(compute, nondiff_argnums=(0, 1, 2))
 
-    def forward(member, g, sizes, a, b):
-        return call(member, g, sizes, a, b), (a, b)
+    def forward(pass_, window, sizes, a, b):
+        return call(pass_, window, sizes, a, b), (a, b)
 
-    def backward(member, g, sizes, ab, c):
-        return _gradients(call, member, g, sizes, (*ab, c))
+    def backward(pass_, window, sizes, ab, c):
+        return _gradients(call, pass_, window, sizes, (*ab, c))
 
     call.defvjp(forward, backward)
     return call
 
 
-def _tensorflow(compute, plain):
+def _tensorflow(compute, composite):
     import tensorflow as tf
 
-    def call(member, g, sizes, a, b):
-        # A variable is read here: in the gradient it may have changed.
+    def call(pass_, window, sizes, a, b):
+        # Reads variables now: they may change before the gradient is computed.
         a, b = tf.convert_to_tensor(a), tf.convert_to_tensor(b)
         if _has_tangents(a, b):
-            # In a graph TensorFlow would take the tangents of the operations and of the function,
-            # and in reverse mode over forward mode add both.
-            return plain(member, g, sizes, a, b)
+            # In a graph, reverse mode over forward mode would add the derivatives of the ops and
+            # those of the custom gradient.
+            return composite(pass_, window, sizes, a, b)
 
         @tf.custom_gradient
-        def member_of(a, b):
+        def run_pass(a, b):
             def gradient(c):
-                return _gradients(call, member, g, sizes, (a, b, c))
+                return _gradients(call, pass_, window, sizes, (a, b, c))
 
             if tf.executing_eagerly():
-                # A tape would record what happens inside, and keep every tensor of it. In a graph
-                # nothing does, and vectorized_map, which forgets this gradient, finds its own.
-                return compute(member, g, sizes, tf.stop_gradient(a), tf.stop_gradient(b)), gradient
-            return compute(member, g, sizes, a, b), gradient
+                # stop_gradient: a tape would record the ops inside and keep their tensors. In a
+                # graph no tape does, and vectorized_map, which drops custom gradients, needs the
+                # gradients of the ops.
+                return compute(
+                    pass_, window, sizes, tf.stop_gradient(a), tf.stop_gradient(b)
+                ), gradient
+            return compute(pass_, window, sizes, a, b), gradient
 
-        return member_of(a, b)
+        return run_pass(a, b)
 
     return call
 
 
 def _has_tangents(*tensors) -> bool:
-    """Whether a graph that is being traced for TensorFlow's forward mode differentiates these."""
+    """Whether TensorFlow's forward mode traces a graph with tangents of these tensors."""
     import tensorflow as tf
 
     if tf.executing_eagerly():
@@ -112,44 +115,52 @@ def _has_tangents(*tensors) -> bool:
     return bool(pack_tangents(tensors).tangents)
 
 
-def _torch(compute, plain):
+def _torch(compute, composite):
     import torch
 
-    class Compiled(torch.autograd.Function):
+    class TracedPass(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(which, a, b):
-            return compute(which.member, which.g, which.sizes, a, b)
+        def forward(spec, a, b):
+            return compute(spec.pass_, spec.window, spec.sizes, a, b)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            ctx.which, a, b = inputs
+            ctx.spec, a, b = inputs
             ctx.save_for_backward(a, b)
             ctx.save_for_forward(a, b)
 
         @staticmethod
         def backward(ctx, c):
-            which, needed = ctx.which, ctx.needs_input_grad[1:]
-            abc = (*ctx.saved_tensors, c)
-            return None, *_gradients(call, which.member, which.g, which.sizes, abc, needed)
+            spec, needs_grad = ctx.spec, ctx.needs_input_grad[1:]
+            operands = (*ctx.saved_tensors, c)
+            return None, *_gradients(
+                call, spec.pass_, spec.window, spec.sizes, operands, needs_grad
+            )
 
-    class Eager(Compiled):
+    class EagerPass(TracedPass):
         @staticmethod
         def jvp(ctx, _, *tangents):
-            return tangent(functools.partial(Eager.apply, ctx.which), ctx.saved_tensors, tangents)
+            return tangent(
+                functools.partial(EagerPass.apply, ctx.spec), ctx.saved_tensors, tangents
+            )
 
-    def call(member, g, sizes, a, b):
-        # PyTorch's compiler takes no function with a ``jvp``, and derives one from ``compute``.
-        function = Compiled if torch.compiler.is_compiling() else Eager
-        return function.apply(Which(member, g, sizes), a, b)
+    def call(pass_, window, sizes, a, b):
+        # torch.compile supports no autograd.Function with a ``jvp``; it derives one from
+        # ``compute``.
+        function = TracedPass if torch.compiler.is_compiling() else EagerPass
+        return function.apply(PassSpec(pass_, window, sizes), a, b)
 
     return call
 
 
-def beyond_functions() -> bool:
-    """Whether PyTorch would find, in silence, derivatives of zero for a function with derivatives
-    of its own, so that its own operations alone are right: forward mode within forward mode."""
+def nested_forward_mode() -> bool:
+    """Whether PyTorch nests forward mode in forward mode.
+
+    It then silently treats the derivatives of an ``autograd.Function`` as zero; only compositions
+    of PyTorch's own ops are differentiated correctly.
+    """
     import torch
 
     if torch.compiler.is_compiling():
@@ -163,30 +174,34 @@ def beyond_functions() -> bool:
 
 
 def traced() -> str | None:
-    """Why PyTorch's tracer takes no operation of ours, or None where it does not trace."""
+    """Why custom ops are unavailable under PyTorch's tracer; None if it is not tracing."""
     if keras.config.backend() != "torch":
         return None
     import torch
 
-    # The compiler does not look into what it is not.
+    # First: torch.compile cannot trace ``is_tracing``.
     if torch.compiler.is_compiling() or not torch.jit.is_tracing():
         return None
     return (
-        "torch.jit.trace and exporters that use it take PyTorch's operations only: "
+        "torch.jit.trace, and exporters that use it, support only PyTorch's own ops: "
         'use("reference"), or `involution export`'
     )
 
 
-MECHANISMS = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
+CUSTOM_GRADIENT = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
 
 
-def differentiable(compute, plain=None):
-    """``compute(member, geometry, sizes, a, b)`` with the gradients of the table above.
+def differentiable(compute, composite=None):
+    """``compute`` with the derivatives of ``VJP_RULES``.
 
-    ``sizes`` are the spatial sizes of the involution's input: the one thing about it that the
-    other tensors do not tell. ``plain`` is the same in operations that the framework differentiates
-    itself, which TensorFlow's forward mode needs in graphs. None where the backend in use has no
-    mechanism here.
+    Args:
+        compute: ``compute(pass_, window, sizes, a, b)`` computes a pass. ``sizes`` are the spatial
+            sizes of the operator's input, which the other tensors do not determine.
+        composite: The same as a composition of the framework's own differentiable ops, for
+            TensorFlow's forward mode in graphs.
+
+    Returns:
+        A function like ``compute``; None on a backend that is not in ``CUSTOM_GRADIENT``.
     """
-    mechanism = MECHANISMS.get(keras.config.backend())
-    return mechanism(compute, plain) if mechanism else None
+    custom_gradient = CUSTOM_GRADIENT.get(keras.config.backend())
+    return custom_gradient(compute, composite) if custom_gradient else None

@@ -3,7 +3,7 @@
 import math
 
 from involution.ops import native, triton
-from involution.ops.autodiff import OUTPUT
+from involution.ops.autodiff import FORWARD
 from involution.ops.tensor_utils import spatial_shape
 from involution.ops.validation import CHANNELS_LAST
 
@@ -24,10 +24,10 @@ MIN_CHANNELS = 4
 
 def deprioritize_reason(problem) -> str | None:
     """Why storing the kernels is faster, or None."""
-    g = problem.window
-    if problem.x_shape[g.channel_axis] < MIN_CHANNELS:
+    window = problem.window
+    if problem.x_shape[window.channel_axis] < MIN_CHANNELS:
         return f"fewer than {MIN_CHANNELS} channels leave vector lanes empty"
-    sizes = g.output_sizes(g.spatial(problem.x_shape))
+    sizes = window.output_sizes(window.spatial(problem.x_shape))
     if None not in sizes and math.prod(sizes) < problem.hidden:
         return "with fewer positions than hidden channels the weight's gradient dominates"
     return None
@@ -35,7 +35,7 @@ def deprioritize_reason(problem) -> str | None:
 
 def apply(x, generator, problem):
     """``generator`` is (hidden, weight, bias)."""
-    g = problem.window
+    window = problem.window
     module = triton if triton.fused_unsupported_reason(problem) is None else native
-    y, _ = module.call_fused(OUTPUT, g, spatial_shape(x, g), x, *generator)
+    y, _ = module.call_fused(FORWARD, window, spatial_shape(x, window), x, *generator)
     return y

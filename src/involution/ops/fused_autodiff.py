@@ -1,14 +1,15 @@
-"""Derivatives of any order of involution with kernels that are generated where they are used.
+"""Registers derivatives of any order of fused involution, whose kernels are never stored.
 
-With the kernels bias + hidden * weight it has a family of its own, of which each member has four
-arguments and two results, the second empty but for the kernel's gradient:
+With the kernels bias + hidden * weight, each pass has four arguments and two results, of which the
+second is empty except in the kernel gradient:
 
-    output(x, hidden, weight, bias) -> y
-    input(hidden, weight, bias, dy) -> dx
-    kernel(x, hidden, weight, dy) -> dhidden, dweights
+    forward(x, hidden, weight, bias) -> y
+    input_grad(hidden, weight, bias, dy) -> dx
+    kernel_grad(x, hidden, weight, dy) -> dhidden, dweights
 
-``dweights`` are each sample's own, the weight's and below it the bias's. The output's derivative is
-given by the other two. Theirs, which few ask for, are those of the same in two steps, ``plain``.
+``dweights`` is a gradient for each sample: that of the weight, and below it that of the bias. The
+derivative of the forward pass is given by the other two passes. Their own derivatives, which are
+rarely needed, are those of ``unfused``, which stores the kernels.
 """
 
 import functools
@@ -16,185 +17,199 @@ import functools
 import keras
 from keras import ops
 
-from involution.ops.autodiff import INPUT, KERNEL, OUTPUT, Which, sum_of
-from involution.ops.native.params import wide_type
+from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD, PassSpec, sum_of
+from involution.ops.native.params import accumulation_dtype
 from involution.ops.tensor_utils import matmul
 
 
-def plain(call, member, g, sizes, *arguments):
-    """A member by the family of ``gradients.py``, whose ``call`` this takes: kernels are stored."""
-    if member == OUTPUT:
+def unfused(call, pass_, window, sizes, *arguments):
+    """A fused pass with stored kernels, by the ``call`` of the passes of ``autodiff.py``."""
+    if pass_ == FORWARD:
         x, hidden, weight, bias = arguments
-        return call(OUTPUT, g, sizes, x, _kernel(g, hidden, weight, bias)), _nothing(x)
-    if member == INPUT:
+        return call(FORWARD, window, sizes, x, _kernel(window, hidden, weight, bias)), _empty(x)
+    if pass_ == INPUT_GRAD:
         hidden, weight, bias, dy = arguments
-        return call(INPUT, g, sizes, _kernel(g, hidden, weight, bias), dy), _nothing(dy)
+        return call(INPUT_GRAD, window, sizes, _kernel(window, hidden, weight, bias), dy), _empty(
+            dy
+        )
     x, hidden, weight, dy = arguments
-    dkernel = call(KERNEL, g, sizes, x, dy)
-    # One row for each position.
+    dkernel = call(KERNEL_GRAD, window, sizes, x, dy)
+    # One row per position.
     shape = ops.shape(hidden)
-    dkernel = ops.reshape(dkernel, (shape[0], -1, g.taps * g.groups))
+    dkernel = ops.reshape(dkernel, (shape[0], -1, window.taps * window.groups))
     dhidden = ops.reshape(matmul(dkernel, ops.transpose(weight)), shape)
-    wide = wide_type(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     dkernel, rows = (
-        ops.cast(t, wide) for t in (dkernel, ops.reshape(hidden, (shape[0], -1, shape[-1])))
+        ops.cast(t, dtype) for t in (dkernel, ops.reshape(hidden, (shape[0], -1, shape[-1])))
     )
     dweight = matmul(ops.swapaxes(rows, 1, 2), dkernel)
     return dhidden, ops.concatenate([dweight, ops.sum(dkernel, axis=1, keepdims=True)], axis=1)
 
 
-def _kernel(g, hidden, weight, bias):
+def _kernel(window, hidden, weight, bias):
     kernel = matmul(hidden, weight) + bias
-    return ops.reshape(kernel, (*ops.shape(hidden)[:-1], g.taps, g.groups))
+    return ops.reshape(kernel, (*ops.shape(hidden)[:-1], window.taps, window.groups))
 
 
-def _nothing(like):
-    return ops.zeros((0,), dtype=wide_type(like.dtype))
+def _empty(like):
+    return ops.zeros((0,), dtype=accumulation_dtype(like.dtype))
 
 
-def output_gradients(call, g, sizes, arguments, dy, needed=(True,) * 4):
-    """Those of x, hidden, weight and bias, by the ``call`` of a member of this family; None where
-    neither it nor, of the last three, another is needed."""
+def output_gradients(call, window, sizes, arguments, dy, needs_grad=(True,) * 4):
+    """Gradients of the forward pass with respect to x, hidden, weight and bias, by the ``call`` of
+    the fused passes. None if not needed; the last three are computed together."""
     x, hidden, weight, bias = arguments
     dx = dhidden = dweight = dbias = None
-    if needed[0]:
-        dx, _ = call(INPUT, g, sizes, hidden, weight, bias, dy)
-    if any(needed[1:]):
-        dhidden, dweights = call(KERNEL, g, sizes, x, hidden, weight, dy)
-        dweights = ops.cast(_total(dweights), weight.dtype)
+    if needs_grad[0]:
+        dx, _ = call(INPUT_GRAD, window, sizes, hidden, weight, bias, dy)
+    if any(needs_grad[1:]):
+        dhidden, dweights = call(KERNEL_GRAD, window, sizes, x, hidden, weight, dy)
+        dweights = ops.cast(_sum_over_batch(dweights), weight.dtype)
         dweight, dbias = dweights[:-1], dweights[-1]
     return dx, dhidden, dweight, dbias
 
 
-def input_gradients(call, g, sizes, arguments, c):
-    """Those of hidden, weight, bias and dy, of the input's gradient, whose cotangent is ``c``."""
+def input_gradients(call, window, sizes, arguments, c):
+    """Gradients of the input gradient with respect to hidden, weight, bias and dy, given its
+    cotangent ``c``."""
     hidden, weight, bias, dy = arguments
-    dhidden, dweights = call(KERNEL, g, sizes, c, hidden, weight, dy)
-    dweights = ops.cast(_total(dweights), weight.dtype)
-    return dhidden, dweights[:-1], dweights[-1], call(OUTPUT, g, sizes, c, hidden, weight, bias)[0]
+    dhidden, dweights = call(KERNEL_GRAD, window, sizes, c, hidden, weight, dy)
+    dweights = ops.cast(_sum_over_batch(dweights), weight.dtype)
+    return (
+        dhidden,
+        dweights[:-1],
+        dweights[-1],
+        call(FORWARD, window, sizes, c, hidden, weight, bias)[0],
+    )
 
 
-def kernel_gradients(call, g, sizes, arguments, cotangents):
-    """Those of x, hidden, weight and dy, of the kernel's gradient, by the ``call`` of the family of
-    ``gradients.py``: its cotangent takes other kernels for every sample, which are stored."""
+def kernel_gradients(call, window, sizes, arguments, cotangents):
+    """Gradients of the kernel gradient with respect to x, hidden, weight and dy, by the ``call`` of
+    the passes of ``autodiff.py``: its cotangent defines new kernels for each sample, which are
+    stored."""
     x, hidden, weight, dy = arguments
     c_hidden, c_weights = cotangents
-    product = call(KERNEL, g, sizes, x, dy)
+    dkernel = call(KERNEL_GRAD, window, sizes, x, dy)
     shape, dtype = ops.shape(hidden), c_weights.dtype
 
     def rows(tensor, last):
         return ops.cast(ops.reshape(tensor, (shape[0], -1, last)), dtype)
 
-    c_rows, own = rows(c_hidden, hidden.shape[-1]), rows(hidden, hidden.shape[-1])
-    wide = ops.cast(weight, dtype)
-    kernel = matmul(c_rows, wide) + matmul(own, c_weights[:, :-1]) + c_weights[:, -1:]
-    kernel = ops.cast(ops.reshape(kernel, ops.shape(product)), x.dtype)
-    product = rows(product, weight.shape[-1])
-    dhidden = matmul(product, ops.swapaxes(c_weights[:, :-1], 1, 2))
-    dweight = _total(matmul(ops.swapaxes(c_rows, 1, 2), product))
+    c_rows, hidden_rows = rows(c_hidden, hidden.shape[-1]), rows(hidden, hidden.shape[-1])
+    c_kernel = matmul(c_rows, ops.cast(weight, dtype))
+    kernel = c_kernel + matmul(hidden_rows, c_weights[:, :-1]) + c_weights[:, -1:]
+    kernel = ops.cast(ops.reshape(kernel, ops.shape(dkernel)), x.dtype)
+    dkernel = rows(dkernel, weight.shape[-1])
+    dhidden = matmul(dkernel, ops.swapaxes(c_weights[:, :-1], 1, 2))
+    dweight = _sum_over_batch(matmul(ops.swapaxes(c_rows, 1, 2), dkernel))
     return (
-        call(INPUT, g, sizes, kernel, dy),
+        call(INPUT_GRAD, window, sizes, kernel, dy),
         ops.cast(ops.reshape(dhidden, shape), hidden.dtype),
         ops.cast(dweight, weight.dtype),
-        call(OUTPUT, g, sizes, x, kernel),
+        call(FORWARD, window, sizes, x, kernel),
     )
 
 
 def output_tangent(call, arguments, tangents):
-    """The output's, and nothing, by the ``call`` of that member; None is a tangent of zero."""
+    """Tangents of the results of the forward pass, by its ``call``; None is a tangent of zero."""
     x, hidden, weight, bias = arguments
-    along_x, along_hidden, along_weight, along_bias = tangents
+    t_x, t_hidden, t_weight, t_bias = tangents
     zero = ops.zeros_like(bias)
     terms = []
-    if along_x is not None:
-        terms.append((along_x, hidden, weight, bias))
-    if along_weight is not None:
-        # What hidden does not scale stands here or in the next.
-        terms.append((x, hidden, along_weight, zero if along_bias is None else along_bias))
-        along_bias = None
-    if along_hidden is not None:
-        terms.append((x, along_hidden, weight, zero if along_bias is None else along_bias))
-    elif along_bias is not None:
-        terms.append((x, ops.zeros_like(hidden), weight, along_bias))
-    return sum_of(call(*term)[0] for term in terms), _nothing(x)
+    if t_x is not None:
+        terms.append((t_x, hidden, weight, bias))
+    if t_weight is not None:
+        # The tangent of the bias is added in one term only.
+        terms.append((x, hidden, t_weight, zero if t_bias is None else t_bias))
+        t_bias = None
+    if t_hidden is not None:
+        terms.append((x, t_hidden, weight, zero if t_bias is None else t_bias))
+    elif t_bias is not None:
+        terms.append((x, ops.zeros_like(hidden), weight, t_bias))
+    return sum_of(call(*term)[0] for term in terms), _empty(x)
 
 
-def _total(tensor):
-    """The sum over the samples, as a product of matrices: XLA's sums over a first axis are up to
-    forty times slower on CPUs."""
+def _sum_over_batch(tensor):
+    """The sum over the batch axis as a matrix product: on CPUs, XLA's reduction over the first axis
+    is up to 40 times slower."""
     shape = ops.shape(tensor)
     rows = ops.reshape(tensor, (shape[0], shape[1] * shape[2]))
     total = matmul(ops.ones((1, shape[0]), tensor.dtype), rows)
     return ops.reshape(total, shape[1:])
 
 
-def _jax(compute, two_steps):
+def _jax(compute, unfused):
     import jax
 
     call = jax.custom_vjp(compute, nondiff_argnums=(0, 1, 2))
 
-    def forward(member, g, sizes, *arguments):
-        return call(member, g, sizes, *arguments), arguments
+    def forward(pass_, window, sizes, *arguments):
+        return call(pass_, window, sizes, *arguments), arguments
 
-    def backward(member, g, sizes, arguments, cotangents):
-        if member == OUTPUT:
-            return output_gradients(call, g, sizes, arguments, cotangents[0])
-        _, gradients = jax.vjp(functools.partial(two_steps, member, g, sizes), *arguments)
+    def backward(pass_, window, sizes, arguments, cotangents):
+        if pass_ == FORWARD:
+            return output_gradients(call, window, sizes, arguments, cotangents[0])
+        _, gradients = jax.vjp(functools.partial(unfused, pass_, window, sizes), *arguments)
         return gradients(cotangents)
 
     call.defvjp(forward, backward)
     return call
 
 
-def _torch(compute, two_steps):
+def _torch(compute, unfused):
     import torch
 
-    class Member(torch.autograd.Function):
+    class FusedPass(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(which, *arguments):
-            return compute(which.member, which.g, which.sizes, *arguments)
+        def forward(spec, *arguments):
+            return compute(spec.pass_, spec.window, spec.sizes, *arguments)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            ctx.which, *arguments = inputs
+            ctx.spec, *arguments = inputs
             ctx.save_for_backward(*arguments)
             ctx.save_for_forward(*arguments)
 
         @staticmethod
         def backward(ctx, *cotangents):
-            which, arguments = ctx.which, ctx.saved_tensors
-            if which.member == OUTPUT:
-                return None, *output_gradients(call, which.g, which.sizes, arguments, cotangents[0])
-            return None, *torch.func.vjp(again(which), *arguments)[1](cotangents)
+            spec, arguments = ctx.spec, ctx.saved_tensors
+            if spec.pass_ == FORWARD:
+                return None, *output_gradients(
+                    call, spec.window, spec.sizes, arguments, cotangents[0]
+                )
+            return None, *torch.func.vjp(unfused_pass(spec), *arguments)[1](cotangents)
 
         @staticmethod
         def jvp(ctx, _, *tangents):
-            which, arguments = ctx.which, ctx.saved_tensors
-            if which.member == OUTPUT:
-                of = functools.partial(Member.apply, which)
-                return output_tangent(of, arguments, tangents)
-            along = tuple(
+            spec, arguments = ctx.spec, ctx.saved_tensors
+            if spec.pass_ == FORWARD:
+                call = functools.partial(FusedPass.apply, spec)
+                return output_tangent(call, arguments, tangents)
+            tangents = tuple(
                 torch.zeros_like(a) if t is None else t
                 for a, t in zip(arguments, tangents, strict=True)
             )
-            return torch.func.jvp(again(which), arguments, along)[1]
+            return torch.func.jvp(unfused_pass(spec), arguments, tangents)[1]
 
-    def again(which):
-        return functools.partial(two_steps, which.member, which.g, which.sizes)
+    def unfused_pass(spec):
+        return functools.partial(unfused, spec.pass_, spec.window, spec.sizes)
 
-    def call(member, g, sizes, *arguments):
-        return Member.apply(Which(member, g, sizes), *arguments)
+    def call(pass_, window, sizes, *arguments):
+        return FusedPass.apply(PassSpec(pass_, window, sizes), *arguments)
 
     return call
 
 
-MECHANISMS = {"jax": _jax, "torch": _torch}
+CUSTOM_GRADIENT = {"jax": _jax, "torch": _torch}
 
 
 def differentiable(compute, call):
-    """``compute(member, geometry, sizes, *arguments)`` with the gradients above; ``call`` is that
-    of the family in ``gradients.py``, on the same backend."""
-    mechanism = MECHANISMS.get(keras.config.backend())
-    return mechanism(compute, functools.partial(plain, call)) if mechanism else None
+    """``compute(pass_, window, sizes, *arguments)`` with these derivatives.
+
+    ``call`` computes the passes of ``autodiff.py`` on the same backend. None on a backend that is
+    not in ``CUSTOM_GRADIENT``.
+    """
+    custom_gradient = CUSTOM_GRADIENT.get(keras.config.backend())
+    return custom_gradient(compute, functools.partial(unfused, call)) if custom_gradient else None

@@ -21,32 +21,33 @@ def unsupported_reason(problem) -> str | None:
 
 def apply(x, kernel, problem):
     """Y[b, p, c] = sum over taps of kernel[b, p, tap, group of c] * X[b, window of p at tap, c]."""
-    g = problem.window
-    x_sizes = spatial_shape(x, g)
+    window = problem.window
+    x_sizes = spatial_shape(x, window)
     padded, weights = (
-        pad_and_split(to_accumulation_dtype(x), x_sizes, g),
+        pad_and_split(to_accumulation_dtype(x), x_sizes, window),
         to_accumulation_dtype(kernel),
     )
     y = 0.0
-    for tap, offset in enumerate(g.tap_offsets):
-        here = strided_slice(padded, offset, g.strides, g.output_sizes(x_sizes), g)
-        y = y + tap_kernel(weights, tap, g) * here
-    return ops.cast(merge_groups(y, g), x.dtype)
+    for tap, offset in enumerate(window.tap_offsets):
+        here = strided_slice(padded, offset, window.strides, window.output_sizes(x_sizes), window)
+        y = y + tap_kernel(weights, tap, window) * here
+    return ops.cast(merge_groups(y, window), x.dtype)
 
 
 def products(x, y, problem):
     """P[b, p, tap, group] = sum over channels of Y[b, p, c] * X[b, window of p at tap, c]."""
-    g = problem.window
-    x_sizes = spatial_shape(x, g)
+    window = problem.window
+    x_sizes = spatial_shape(x, window)
     padded, seen = (
-        pad_and_split(to_accumulation_dtype(x), x_sizes, g),
-        split_groups(to_accumulation_dtype(y), g),
+        pad_and_split(to_accumulation_dtype(x), x_sizes, window),
+        split_groups(to_accumulation_dtype(y), window),
     )
     taps = [
         ops.sum(
-            seen * strided_slice(padded, offset, g.strides, g.output_sizes(x_sizes), g),
-            axis=g.group_channel_axis,
+            seen
+            * strided_slice(padded, offset, window.strides, window.output_sizes(x_sizes), window),
+            axis=window.group_channel_axis,
         )
-        for offset in g.tap_offsets
+        for offset in window.tap_offsets
     ]
-    return ops.cast(ops.stack(taps, axis=g.tap_axis), x.dtype)
+    return ops.cast(ops.stack(taps, axis=window.tap_axis), x.dtype)

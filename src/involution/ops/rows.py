@@ -28,51 +28,53 @@ def unsupported_reason(problem) -> str | None:
 
 def apply(x, kernel, problem):
     """Y[b, p, c] = sum over taps of kernel[b, p, tap, group of c] * X[b, window of p at tap, c]."""
-    g = problem.window
-    weights, width = to_accumulation_dtype(kernel), g.kernel_size[-1]
+    window = problem.window
+    weights, width = to_accumulation_dtype(kernel), window.kernel_size[-1]
     y = 0.0
-    for row, seen in enumerate(_rows(x, g)):
+    for row, seen in enumerate(_rows(x, window)):
         taps = slice(row * width, (row + 1) * width)
-        here = weights[(slice(None),) * g.tap_axis + (taps,)]
+        here = weights[(slice(None),) * window.tap_axis + (taps,)]
         # The tap axis comes last of the spatial ones; with channels first it precedes the groups.
-        here = here if g.data_format == CHANNELS_LAST else ops.moveaxis(here, g.tap_axis, -1)
-        y = y + ops.sum(ops.expand_dims(here, _member_axis(g)) * seen, axis=_tap_axis(g))
-    return ops.cast(merge_groups(y, g), x.dtype)
+        here = (
+            here if window.data_format == CHANNELS_LAST else ops.moveaxis(here, window.tap_axis, -1)
+        )
+        y = y + ops.sum(ops.expand_dims(here, _member_axis(window)) * seen, axis=_tap_axis(window))
+    return ops.cast(merge_groups(y, window), x.dtype)
 
 
 def products(x, y, problem):
     """P[b, p, tap, group] = sum over channels of Y[b, p, c] * X[b, window of p at tap, c]."""
-    g = problem.window
-    own = ops.expand_dims(split_groups(to_accumulation_dtype(y), g), _tap_axis(g))
-    rows = [ops.sum(own * seen, axis=_member_axis(g)) for seen in _rows(x, g)]
-    if g.data_format != CHANNELS_LAST:
-        rows = [ops.moveaxis(row, -1, g.tap_axis) for row in rows]
-    return ops.cast(ops.concatenate(rows, axis=g.tap_axis), x.dtype)
+    window = problem.window
+    own = ops.expand_dims(split_groups(to_accumulation_dtype(y), window), _tap_axis(window))
+    rows = [ops.sum(own * seen, axis=_member_axis(window)) for seen in _rows(x, window)]
+    if window.data_format != CHANNELS_LAST:
+        rows = [ops.moveaxis(row, -1, window.tap_axis) for row in rows]
+    return ops.cast(ops.concatenate(rows, axis=window.tap_axis), x.dtype)
 
 
-def _rows(x, g):
+def _rows(x, window):
     """For each row of taps (those that differ in the last dimension only), the input values at
     every position: shaped as by ``split_groups``, with the row's taps as one more spatial axis."""
-    x_sizes = spatial_shape(x, g)
-    count = g.output_sizes(x_sizes)
-    padded = pad_and_split(to_accumulation_dtype(x), x_sizes, g)
-    last = _tap_axis(g) - 1
-    width = g.kernel_size[-1]
+    x_sizes = spatial_shape(x, window)
+    count = window.output_sizes(x_sizes)
+    padded = pad_and_split(to_accumulation_dtype(x), x_sizes, window)
+    last = _tap_axis(window) - 1
+    width = window.kernel_size[-1]
     columns = ops.stack(
         [
-            strided_slice(padded, offset[-1:], g.strides[-1:], count[-1:], g, last)
-            for offset in g.tap_offsets[:width]
+            strided_slice(padded, offset[-1:], window.strides[-1:], count[-1:], window, last)
+            for offset in window.tap_offsets[:width]
         ],
         axis=last + 1,
     )
-    for offset in g.tap_offsets[::width]:
-        yield strided_slice(columns, offset[:-1], g.strides[:-1], count[:-1], g)
+    for offset in window.tap_offsets[::width]:
+        yield strided_slice(columns, offset[:-1], window.strides[:-1], count[:-1], window)
 
 
-def _tap_axis(g) -> int:
-    return spatial_axis(g) + g.rank
+def _tap_axis(window) -> int:
+    return spatial_axis(window) + window.rank
 
 
-def _member_axis(g) -> int:
+def _member_axis(window) -> int:
     """The axis of the channels of a group, when the taps have an axis after the spatial ones."""
-    return g.group_channel_axis + (1 if g.data_format == CHANNELS_LAST else 0)
+    return window.group_channel_axis + (1 if window.data_format == CHANNELS_LAST else 0)

@@ -13,12 +13,12 @@ from keras import ops
 
 from involution.ops import tensor_utils
 from involution.ops.autodiff import (
-    INPUT,
-    KERNEL,
-    MECHANISMS,
-    OUTPUT,
-    beyond_functions,
+    CUSTOM_GRADIENT,
+    FORWARD,
+    INPUT_GRAD,
+    KERNEL_GRAD,
     differentiable,
+    nested_forward_mode,
     traced,
 )
 from involution.ops.tensor_utils import (
@@ -44,25 +44,25 @@ SMALL_GROUP_CHANNELS = 4
 
 def unsupported_reason(problem) -> str | None:
     backend = keras.config.backend()
-    if backend not in MECHANISMS:
-        return f"its gradients need one of the backends {', '.join(MECHANISMS)}, not {backend}"
+    if backend not in CUSTOM_GRADIENT:
+        return f"its gradients need one of the backends {', '.join(CUSTOM_GRADIENT)}, not {backend}"
     return traced() or tensor_utils.unsupported_reason(problem)
 
 
 def apply(x, kernel, problem):
-    g = problem.window
-    return call(OUTPUT, g, spatial_shape(x, g), x, kernel)
+    window = problem.window
+    return call(FORWARD, window, spatial_shape(x, window), x, kernel)
 
 
 def products(x, y, problem):
-    g = problem.window
-    return call(KERNEL, g, spatial_shape(x, g), x, y)
+    window = problem.window
+    return call(KERNEL_GRAD, window, spatial_shape(x, window), x, y)
 
 
-def compute(member, g: Window, x_sizes, a, b):
-    """One operation of the family in ``autodiff.py``."""
-    result = {OUTPUT: _output, INPUT: _input_gradient, KERNEL: _kernel_gradient}[member](
-        to_accumulation_dtype(a), to_accumulation_dtype(b), x_sizes, g
+def compute(pass_, window: Window, x_sizes, a, b):
+    """One pass of ``autodiff.py``."""
+    result = {FORWARD: _output, INPUT_GRAD: _input_gradient, KERNEL_GRAD: _kernel_gradient}[pass_](
+        to_accumulation_dtype(a), to_accumulation_dtype(b), x_sizes, window
     )
     return ops.cast(result, a.dtype)
 
@@ -77,11 +77,13 @@ def _compiled(compute):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        def in_graph(member, g, x_sizes, a, b):
+        def in_graph(pass_, window, x_sizes, a, b):
             # Compiling takes some 0.5 s for each new shape: too long for one eager call.
             if tf.executing_eagerly():
-                return compute(member, g, x_sizes, a, b)
-            fused = tf.function(functools.partial(compute, member, g, x_sizes), jit_compile=True)
+                return compute(pass_, window, x_sizes, a, b)
+            fused = tf.function(
+                functools.partial(compute, pass_, window, x_sizes), jit_compile=True
+            )
             return fused(a, b)
 
         return in_graph
@@ -91,76 +93,80 @@ def _compiled(compute):
 _differentiable = differentiable(_compiled(compute), compute)
 
 
-def call(member, g, x_sizes, a, b):
-    if keras.config.backend() == "torch" and beyond_functions():
-        return compute(member, g, x_sizes, a, b)
-    return _differentiable(member, g, x_sizes, a, b)
+def call(pass_, window, x_sizes, a, b):
+    if keras.config.backend() == "torch" and nested_forward_mode():
+        return compute(pass_, window, x_sizes, a, b)
+    return _differentiable(pass_, window, x_sizes, a, b)
 
 
-def _output(x, kernel, x_sizes, g):
-    padded = pad_and_split(x, x_sizes, g)
-    count = g.output_sizes(x_sizes)
+def _output(x, kernel, x_sizes, window):
+    padded = pad_and_split(x, x_sizes, window)
+    count = window.output_sizes(x_sizes)
     return merge_groups(
         _sum(
-            tap_kernel(kernel, tap, g) * strided_slice(padded, offset, g.strides, count, g)
-            for tap, offset in enumerate(g.tap_offsets)
+            tap_kernel(kernel, tap, window)
+            * strided_slice(padded, offset, window.strides, count, window)
+            for tap, offset in enumerate(window.tap_offsets)
         ),
-        g,
+        window,
     )
 
 
-def _input_gradient(kernel, dy, x_sizes, g):
+def _input_gradient(kernel, dy, x_sizes, window):
     """Input gradient by polyphase components.
 
     Padded input position s*u + r is read by output u - offset // s at every tap whose offset has
     the remainder r modulo the stride s. Each remainder gives one sum over slices, as in the output.
     """
-    around = pads(x_sizes, g)
+    around = pads(x_sizes, window)
     count = tuple(
         -(-(n + before + after) // s)
-        for n, (before, after), s in zip(x_sizes, around, g.strides, strict=True)
+        for n, (before, after), s in zip(x_sizes, around, window.strides, strict=True)
     )
-    reach = tuple(o // s for o, s in zip(g.last_offset, g.strides, strict=True))
+    reach = tuple(o // s for o, s in zip(window.last_offset, window.strides, strict=True))
     # For unknown sizes, the most positions that can follow the last output.
     margin = [
         (r, n - out if isinstance(n, int) and isinstance(out, int) else r + 2)
-        for r, n, out in zip(reach, count, g.output_sizes(x_sizes), strict=True)
+        for r, n, out in zip(reach, count, window.output_sizes(x_sizes), strict=True)
     ]
-    kernel = pad_spatial(kernel, margin, g)
-    dy = pad_spatial(split_groups(dy, g), margin, g)
-    ones = (1,) * g.rank
+    kernel = pad_spatial(kernel, margin, window)
+    dy = pad_spatial(split_groups(dy, window), margin, window)
+    ones = (1,) * window.rank
 
     terms: dict = {}
-    for tap, offset in enumerate(g.tap_offsets):
-        start = tuple(r - o // s for r, o, s in zip(reach, offset, g.strides, strict=True))
-        remainder = tuple(o % s for o, s in zip(offset, g.strides, strict=True))
+    for tap, offset in enumerate(window.tap_offsets):
+        start = tuple(r - o // s for r, o, s in zip(reach, offset, window.strides, strict=True))
+        remainder = tuple(o % s for o, s in zip(offset, window.strides, strict=True))
         terms.setdefault(remainder, []).append((tap, start))
 
-    def phase(members):
+    def phase_sum(taps):
         return _sum(
-            tap_kernel(strided_slice(kernel, start, ones, count, g), tap, g)
-            * strided_slice(dy, start, ones, count, g)
-            for tap, start in members
+            tap_kernel(strided_slice(kernel, start, ones, count, window), tap, window)
+            * strided_slice(dy, start, ones, count, window)
+            for tap, start in taps
         )
 
     whole = _interleave_phases(
-        {remainder: phase(members) for remainder, members in terms.items()}, g
+        {remainder: phase_sum(taps) for remainder, taps in terms.items()}, window
     )
-    return merge_groups(strided_slice(whole, [before for before, _ in around], ones, x_sizes, g), g)
+    return merge_groups(
+        strided_slice(whole, [before for before, _ in around], ones, x_sizes, window), window
+    )
 
 
-def _interleave_phases(phases, g):
+def _interleave_phases(phases, window):
     """The full view from its polyphase components, zero at remainders without one.
 
     Each component holds every s-th position; the keys are remainders in each dimension.
     """
-    for i in reversed(range(g.rank)):
+    for i in reversed(range(window.rank)):
         rows: dict = {}
         for remainder in sorted(phases):
             row = rows.setdefault(remainder[:i], {})
             row[remainder[i]] = phases[remainder]
         phases = {
-            r: _interleave_axis(row, g.strides[i], spatial_axis(g) + i) for r, row in rows.items()
+            r: _interleave_axis(row, window.strides[i], spatial_axis(window) + i)
+            for r, row in rows.items()
         }
     return phases[()]
 
@@ -183,32 +189,32 @@ def _interleave_axis(parts, stride, axis):
     return ops.reshape(ops.concatenate(pieces, axis + 1), shape)
 
 
-def _kernel_gradient(x, dy, x_sizes, g):
-    padded = pad_and_split(x, x_sizes, g)
-    count = g.output_sizes(x_sizes)
-    xs, dys = _group_channels(padded, g), _group_channels(split_groups(dy, g), g)
+def _kernel_gradient(x, dy, x_sizes, window):
+    padded = pad_and_split(x, x_sizes, window)
+    count = window.output_sizes(x_sizes)
+    xs, dys = _group_channels(padded, window), _group_channels(split_groups(dy, window), window)
 
     def tap(offset):
         partial = _sum(
-            strided_slice(a, offset, g.strides, count, g, g.spatial_axis + 1) * b
+            strided_slice(a, offset, window.strides, count, window, window.spatial_axis + 1) * b
             for a, b in zip(xs, dys, strict=True)
         )
         return _sum(partial[i] for i in range(partial.shape[0]))
 
-    return ops.stack([tap(offset) for offset in g.tap_offsets], axis=g.tap_axis)
+    return ops.stack([tap(offset) for offset in window.tap_offsets], axis=window.tap_axis)
 
 
-def _group_channels(view, g):
-    """The channels of every group as at most ``WRITTEN_OUT`` tensors to be summed over: each
+def _group_channels(view, window):
+    """The channels of every group as at most ``MAX_UNROLL`` tensors to be summed over: each
     (parts, B, *spatial, groups) or (parts, B, groups, *spatial), to be summed over parts too."""
-    axis = g.group_channel_axis
-    members = view.shape[axis]
-    if members <= SMALL_GROUP_CHANNELS:
-        return [view[(None,) + (slice(None),) * axis + (j,)] for j in range(members)]
+    axis = window.group_channel_axis
+    channels = view.shape[axis]
+    if channels <= SMALL_GROUP_CHANNELS:
+        return [view[(None,) + (slice(None),) * axis + (j,)] for j in range(channels)]
     view = ops.moveaxis(view, axis, 0)
-    parts = -(-members // MAX_UNROLL)
-    count = -(-members // parts)
-    view = ops.pad(view, [(0, count * parts - members)] + [(0, 0)] * (len(view.shape) - 1))
+    parts = -(-channels // MAX_UNROLL)
+    count = -(-channels // parts)
+    view = ops.pad(view, [(0, count * parts - channels)] + [(0, 0)] * (len(view.shape) - 1))
     view = ops.reshape(view, (count, parts, *ops.shape(view)[1:]))
     return [view[j] for j in range(count)]
 

@@ -24,48 +24,51 @@ def to_accumulation_dtype(x):
     return x if "64" in str(x.dtype) else ops.cast(x, "float32")
 
 
-def spatial_shape(x, g) -> tuple:
+def spatial_shape(x, window) -> tuple:
     """Spatial sizes of ``x``: integers, or tensors if TensorFlow knows them at run time only."""
-    return g.spatial(ops.shape(x))
+    return window.spatial(ops.shape(x))
 
 
 def _maximum(a, b):
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else ops.maximum(a, b)
 
 
-def spatial_axis(g) -> int:
+def spatial_axis(window) -> int:
     """First spatial axis of a view or kernel tensor, which have two channel axes."""
-    return 1 if g.data_format == CHANNELS_LAST else 3
+    return 1 if window.data_format == CHANNELS_LAST else 3
 
 
-def split_groups(x, g):
+def split_groups(x, window):
     """The view of a tensor: C becomes (groups, channels of a group), or the reverse."""
     shape = ops.shape(x)
     return ops.reshape(
-        x, g.shape(shape[0], g.spatial(shape), *g.split_channels(x.shape[g.channel_axis]))
+        x,
+        window.shape(
+            shape[0], window.spatial(shape), *window.split_channels(x.shape[window.channel_axis])
+        ),
     )
 
 
-def merge_groups(view, g):
+def merge_groups(view, window):
     """The inverse of ``split_groups``."""
     shape = ops.shape(view)
-    first = spatial_axis(g)
-    channels = view.shape[g.channel_axis] * view.shape[g.channel_axis + 1]
-    return ops.reshape(view, g.shape(shape[0], shape[first : first + g.rank], channels))
+    first = spatial_axis(window)
+    channels = view.shape[window.channel_axis] * view.shape[window.channel_axis + 1]
+    return ops.reshape(view, window.shape(shape[0], shape[first : first + window.rank], channels))
 
 
-def pad_and_split(x, x_sizes, g):
+def pad_and_split(x, x_sizes, window):
     """The view of the zero-padded ``x``; for unknown sizes with one position more at the end."""
-    around = pads(x_sizes, g)
+    around = pads(x_sizes, window)
     if not all(isinstance(n, int) for n in x_sizes):
         # PyTorch's exporter specializes on whether a slice ends where its tensor does. None does.
         around = tuple((before, after + 1) for before, after in around)
-    return pad_spatial(split_groups(x, g), around, g)
+    return pad_spatial(split_groups(x, window), around, window)
 
 
-def pads(x_sizes, g) -> tuple:
+def pads(x_sizes, window) -> tuple:
     """(before, after) for every spatial dimension, tensors where the sizes are."""
-    return g.pads(x_sizes, _maximum)
+    return window.pads(x_sizes, _maximum)
 
 
 # Positions of a padded input. More are a mistake, or need an implementation without padding.
@@ -74,20 +77,20 @@ MAX_PADDED_POSITIONS = 2**31
 
 def unsupported_reason(problem) -> str | None:
     """Why the input cannot be padded, or None."""
-    g = problem.window
-    known = [n or 1 for n in g.spatial(problem.x_shape)]
+    window = problem.window
+    known = [n or 1 for n in window.spatial(problem.x_shape)]
     # A list: PyTorch's compiler takes no generator here.
-    padded = math.prod([n + sum(p) for n, p in zip(known, g.pads(known), strict=True)])
+    padded = math.prod([n + sum(p) for n, p in zip(known, window.pads(known), strict=True)])
     if padded > MAX_PADDED_POSITIONS:
         return f"a padded input would have {padded} positions, more than {MAX_PADDED_POSITIONS}"
     return None
 
 
-def pad_spatial(view, pads, g):
+def pad_spatial(view, pads, window):
     """Zeros around the spatial axes of a view or of a kernel tensor."""
     if all(isinstance(p, int) and p == 0 for pair in pads for p in pair):
         return view
-    around = [(0, 0)] * spatial_axis(g) + list(pads)
+    around = [(0, 0)] * spatial_axis(window) + list(pads)
     return pad(view, around + [(0, 0)] * (len(view.shape) - len(around)))
 
 
@@ -101,7 +104,7 @@ def pad(x, around):
     return ops.pad(x, around)
 
 
-def strided_slice(view, start, strides, count, g, first=None):
+def strided_slice(view, start, strides, count, window, first=None):
     """Every ``strides``-th position from ``start``, ``count`` in each spatial dimension.
 
     ``first`` is the first spatial axis; None: that of a view.
@@ -109,13 +112,15 @@ def strided_slice(view, start, strides, count, g, first=None):
     parts = tuple(
         slice(i, i + (n - 1) * s + 1, s) for i, s, n in zip(start, strides, count, strict=True)
     )
-    first = spatial_axis(g) if first is None else first
+    first = spatial_axis(window) if first is None else first
     return view[(slice(None),) * first + parts]
 
 
-def tap_kernel(kernel, tap, g):
+def tap_kernel(kernel, tap, window):
     """One tap of a kernel tensor, with an axis of size 1 for the channels of a group."""
-    return ops.expand_dims(kernel[(slice(None),) * g.tap_axis + (tap,)], g.group_channel_axis)
+    return ops.expand_dims(
+        kernel[(slice(None),) * window.tap_axis + (tap,)], window.group_channel_axis
+    )
 
 
 def matmul(a, b):

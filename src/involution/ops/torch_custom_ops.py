@@ -1,7 +1,7 @@
-"""A family of members as PyTorch's custom operations: compiled whole, mapped, with shapes alone.
+"""The passes as PyTorch custom ops: opaque to torch.compile, with gradients, vmap and fake tensors.
 
-Whoever computes the members, ``native`` or ``triton``, tells how, and gets the two functions that
-``native.py`` asks of a binding.
+``native`` and ``triton`` provide the computation and get the functions ``call`` and ``call_fused``
+that ``ops/native`` requires of a binding.
 """
 
 import dataclasses
@@ -11,118 +11,123 @@ import torch
 
 from involution.ops import fused_autodiff, taps
 from involution.ops.autodiff import (
-    INPUT,
-    KERNEL,
-    OUTPUT,
+    FORWARD,
+    KERNEL_GRAD,
     VJP_RULES,
-    beyond_functions,
     differentiable,
+    nested_forward_mode,
 )
-from involution.ops.native.params import BATCHED, MEMBERS, fused_numbers, numbers, wide_type
-
-NAMES = tuple(MEMBERS)
+from involution.ops.native.params import (
+    HAS_BATCH_AXIS,
+    Params,
+    accumulation_dtype,
+    encode,
+    encode_fused,
+    with_pass,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Operations:
-    """``call`` and ``call_fused`` are the members of the families in ``gradients.py`` and
-    ``fused_gradients.py``; ``plain`` and ``fused`` the operations that PyTorch knows."""
+    """``call`` and ``call_fused`` compute the passes of ``autodiff.py`` and ``fused_autodiff.py``;
+    ``unfused`` and ``fused`` are the registered PyTorch ops."""
 
     call: Callable
     call_fused: Callable
-    plain: Callable
+    unfused: Callable
     fused: Callable
 
 
-def define(name, run, run_fused, device_types=None) -> Operations:
-    """Operations involution::name and involution::name_fused.
+def register_ops(name, execute, execute_fused, device_types=None) -> Operations:
+    """Registers the ops involution::name and involution::name_fused.
 
     Args:
-        name: The implementation's.
-        run: ``run(numbers, rank, a, b, result)`` computes a member, told by ``numbers`` as in
-            ``csrc/involution.h``, into ``result``.
-        run_fused: ``run_fused(numbers, rank, arguments, results)``, the same for a fused member.
-        device_types: The devices that it runs on; None for any.
+        name: Name of the implementation.
+        execute: ``execute(params, rank, a, b, result)`` computes a pass into ``result``; ``params``
+            are encoded ``Params``.
+        execute_fused: ``execute_fused(params, rank, arguments, results)``, the same for a fused
+            pass.
+        device_types: Supported device types; None for all.
     """
-    plain, fused = _plain(name, run, device_types), _fused(name, run_fused, device_types)
+    unfused = _unfused_op(name, execute, device_types)
+    fused = _fused_op(name, execute_fused, device_types)
 
-    def compute(member, g, x_sizes, a, b):
-        return plain(a, b, numbers(member, g, x_sizes, a, b), g.rank)
+    def compute(pass_, window, x_sizes, a, b):
+        return unfused(a, b, encode(pass_, window, x_sizes, a, b), window.rank)
 
-    def compute_fused(member, g, x_sizes, *arguments):
-        return fused(*arguments, fused_numbers(member, g, x_sizes, arguments), g.rank)
+    def compute_fused(pass_, window, x_sizes, *arguments):
+        return fused(*arguments, encode_fused(pass_, window, x_sizes, arguments), window.rank)
 
-    # The gradients of a custom operation are for compiled programs: torch.func refuses them.
+    # The gradients of a custom op serve compiled programs: torch.func rejects them.
     eager = differentiable(compute)
     eager_fused = fused_autodiff.differentiable(compute_fused, eager)
 
-    def call(member, g, x_sizes, a, b):
-        if _foreign():
-            return taps.call(member, g, x_sizes, a, b)
+    def call(pass_, window, x_sizes, a, b):
+        if _requires_composite():
+            return taps.call(pass_, window, x_sizes, a, b)
         if torch.compiler.is_compiling():
-            return compute(member, g, x_sizes, a, b)
-        return eager(member, g, x_sizes, a, b)
+            return compute(pass_, window, x_sizes, a, b)
+        return eager(pass_, window, x_sizes, a, b)
 
-    def call_fused(member, g, x_sizes, *arguments):
-        if _foreign():
-            return fused_autodiff.plain(taps.call, member, g, x_sizes, *arguments)
+    def call_fused(pass_, window, x_sizes, *arguments):
+        if _requires_composite():
+            return fused_autodiff.unfused(taps.call, pass_, window, x_sizes, *arguments)
         if torch.compiler.is_compiling():
-            return compute_fused(member, g, x_sizes, *arguments)
-        return eager_fused(member, g, x_sizes, *arguments)
+            return compute_fused(pass_, window, x_sizes, *arguments)
+        return eager_fused(pass_, window, x_sizes, *arguments)
 
-    return Operations(call, call_fused, plain, fused)
+    return Operations(call, call_fused, unfused, fused)
 
 
-def _foreign() -> bool:
-    """Whether PyTorch would find no derivative of an operation, or in silence one of zero:
-    ``taps`` is what it can differentiate then."""
+def _requires_composite() -> bool:
+    """Whether PyTorch would find no derivative of a custom op, or silently a derivative of zero:
+    it can differentiate ``taps``, a composition of its own ops."""
     if torch.compiler.is_compiling():
         try:
             from torch._C._functorch import get_dynamic_layer_stack_depth
         except ImportError:
             return False  # not public
         return get_dynamic_layer_stack_depth() > 0
-    return beyond_functions()
+    return nested_forward_mode()
 
 
-def _result(a, numbers, rank) -> torch.Tensor:
-    """Room for a member's result, from the numbers alone: in the operation there is no geometry."""
-    member, channels_first = NAMES[numbers[0]], numbers[2]
-    channels = [numbers[4]]
-    if member == KERNEL:
-        channels = [numbers[12] * numbers[13] * numbers[14], numbers[5]]
-    first = (6 if member == INPUT else 9) + 3 - rank
-    spatial = list(numbers[first : first + rank])
+def _empty_result(a, params, rank) -> torch.Tensor:
+    """An uninitialized result; its shape depends on ``params`` only."""
+    p = Params.decode(params)
+    channels = [p.taps, p.groups] if p.pass_name == KERNEL_GRAD else [p.channels]
+    spatial = list(p.result_size[3 - rank :])
     return a.new_empty(
-        [a.shape[0], *(channels + spatial if channels_first else spatial + channels)]
+        [a.shape[0], *(channels + spatial if p.channels_first else spatial + channels)]
     )
 
 
-def _plain(name, run, device_types):
+def _unfused_op(name, execute, device_types):
     @torch.library.custom_op(f"involution::{name}", mutates_args=(), device_types=device_types)
     def operation(
-        a: torch.Tensor, b: torch.Tensor, numbers: Sequence[int], rank: int
+        a: torch.Tensor, b: torch.Tensor, params: Sequence[int], rank: int
     ) -> torch.Tensor:
-        result = _result(a, numbers, rank)
-        run(numbers, rank, a, b, result)
+        result = _empty_result(a, params, rank)
+        execute(params, rank, a, b, result)
         return result
 
     @operation.register_fake
-    def _(a, b, numbers, rank):
-        return _result(a, numbers, rank)
+    def _(a, b, params, rank):
+        return _empty_result(a, params, rank)
 
     def setup_context(ctx, inputs, output):
-        a, b, ctx.numbers, ctx.rank = inputs
+        a, b, ctx.params, ctx.rank = inputs
         ctx.save_for_backward(a, b)
 
     def backward(ctx, c):
-        abc = (*ctx.saved_tensors, c)
+        operands = (*ctx.saved_tensors, c)
         gradients = [
-            operation(*(abc[i] for i in arguments), [MEMBERS[rule], *ctx.numbers[1:]], ctx.rank)
-            if needed
+            operation(*(operands[i] for i in indices), with_pass(ctx.params, pass_), ctx.rank)
+            if needs_grad
             else None
-            for (rule, arguments), needed in zip(
-                VJP_RULES[NAMES[ctx.numbers[0]]], ctx.needs_input_grad[:2], strict=True
+            for (pass_, indices), needs_grad in zip(
+                VJP_RULES[Params.decode(ctx.params).pass_name],
+                ctx.needs_input_grad[:2],
+                strict=True,
             )
         ]
         return (*gradients, None, None)
@@ -130,8 +135,8 @@ def _plain(name, run, device_types):
     operation.register_autograd(backward, setup_context=setup_context)
 
     @operation.register_vmap
-    def _(info, in_dims, a, b, numbers, rank):
-        # The mapped axis joins the batch.
+    def _(info, in_dims, a, b, params, rank):
+        # Merges the mapped axis into the batch.
         def merged(tensor, axis):
             if axis is None:
                 tensor = tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape)
@@ -139,25 +144,26 @@ def _plain(name, run, device_types):
                 tensor = tensor.movedim(axis, 0)
             return tensor.flatten(0, 1)
 
-        result = operation(merged(a, in_dims[0]), merged(b, in_dims[1]), numbers, rank)
+        result = operation(merged(a, in_dims[0]), merged(b, in_dims[1]), params, rank)
         return result.unflatten(0, (info.batch_size, -1)), 0
 
     return operation
 
 
-def _fused_results(a, numbers, rank) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for both results of a fused member."""
-    member, hidden = NAMES[numbers[0]], numbers[-1]
-    taps_and_groups = numbers[12] * numbers[13] * numbers[14] * numbers[5]
-    weights = [a.shape[0], hidden + 1, taps_and_groups] if member == KERNEL else [0]
-    channels = hidden if member == KERNEL else numbers[4]
-    first = (6 if member == INPUT else 9) + 3 - rank
-    shape = [a.shape[0], *numbers[first : first + rank], channels]
-    wide = getattr(torch, wide_type(a.dtype))
-    return a.new_empty(shape), a.new_empty(weights, dtype=wide)
+def _empty_fused_results(a, params, rank) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both results of a fused pass, uninitialized."""
+    p = Params.decode(params)
+    is_kernel_grad = p.pass_name == KERNEL_GRAD
+    channels = p.hidden_channels if is_kernel_grad else p.channels
+    dweights = [a.shape[0], p.hidden_channels + 1, p.taps * p.groups] if is_kernel_grad else [0]
+    dtype = getattr(torch, accumulation_dtype(a.dtype))
+    return (
+        a.new_empty([a.shape[0], *p.result_size[3 - rank :], channels]),
+        a.new_empty(dweights, dtype=dtype),
+    )
 
 
-def _fused(name, run, device_types):
+def _fused_op(name, execute, device_types):
     @torch.library.custom_op(
         f"involution::{name}_fused", mutates_args=(), device_types=device_types
     )
@@ -166,63 +172,64 @@ def _fused(name, run, device_types):
         b: torch.Tensor,
         c: torch.Tensor,
         d: torch.Tensor,
-        numbers: Sequence[int],
+        params: Sequence[int],
         rank: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        results = _fused_results(a, numbers, rank)
-        run(numbers, rank, (a, b, c, d), results)
+        results = _empty_fused_results(a, params, rank)
+        execute(params, rank, (a, b, c, d), results)
         return results
 
     @operation.register_fake
-    def _(a, b, c, d, numbers, rank):
-        return _fused_results(a, numbers, rank)
+    def _(a, b, c, d, params, rank):
+        return _empty_fused_results(a, params, rank)
 
     def setup_context(ctx, inputs, output):
-        *arguments, ctx.numbers, ctx.rank = inputs
+        *arguments, ctx.params, ctx.rank = inputs
         ctx.save_for_backward(*arguments)
 
     def backward(ctx, *cotangents):
-        if NAMES[ctx.numbers[0]] != OUTPUT:
+        if Params.decode(ctx.params).pass_name != FORWARD:
             raise NotImplementedError(
                 '`fused` has no second derivatives in compiled programs: use("native") has'
             )
 
-        def member(member, g, sizes, *arguments):
-            return operation(*arguments, [MEMBERS[member], *ctx.numbers[1:]], ctx.rank)
+        def call(pass_, window, sizes, *arguments):
+            return operation(*arguments, with_pass(ctx.params, pass_), ctx.rank)
 
         gradients = fused_autodiff.output_gradients(
-            member, None, None, ctx.saved_tensors, cotangents[0]
+            call, None, None, ctx.saved_tensors, cotangents[0]
         )
         return *gradients, None, None
 
     operation.register_autograd(backward, setup_context=setup_context)
 
     @operation.register_vmap
-    def _(info, in_dims, a, b, c, d, numbers, rank):
+    def _(info, in_dims, a, b, c, d, params, rank):
         size, arguments = info.batch_size, (a, b, c, d)
-        batched = BATCHED[NAMES[numbers[0]]]
+        pass_name = Params.decode(params).pass_name
+        has_batch_axis = HAS_BATCH_AXIS[pass_name]
         tensors = [
             tensor if axis is None else tensor.movedim(axis, 0)
             for tensor, axis in zip(arguments, in_dims, strict=False)
         ]
         mapped = [axis is not None for axis in in_dims[: len(arguments)]]
-        if any(m and not b for m, b in zip(mapped, batched, strict=True)):
-            # Weights of their own: one after the other.
+        if any(m and not b for m, b in zip(mapped, has_batch_axis, strict=True)):
+            # The weights are mapped too: a loop.
             each = [
                 operation(
-                    *(t[n] if m else t for t, m in zip(tensors, mapped, strict=True)), numbers, rank
+                    *(t[n] if m else t for t, m in zip(tensors, mapped, strict=True)), params, rank
                 )
                 for n in range(size)
             ]
             return tuple(torch.stack(results) for results in zip(*each, strict=True)), (0, 0)
-        # The mapped axis joins the batch.
+        # Merges the mapped axis into the batch.
         merged = [
             (t if m else t.unsqueeze(0).expand(size, *t.shape)).flatten(0, 1) if b else t
-            for t, m, b in zip(tensors, mapped, batched, strict=True)
+            for t, m, b in zip(tensors, mapped, has_batch_axis, strict=True)
         ]
-        first, second = operation(*merged, numbers, rank)
-        if NAMES[numbers[0]] == KERNEL:
-            return (first.unflatten(0, (size, -1)), second.unflatten(0, (size, -1))), (0, 0)
-        return (first.unflatten(0, (size, -1)), second), (0, None)
+        result, dweights = operation(*merged, params, rank)
+        if pass_name == KERNEL_GRAD:
+            return (result.unflatten(0, (size, -1)), dweights.unflatten(0, (size, -1))), (0, 0)
+        return (result.unflatten(0, (size, -1)), dweights), (0, None)
 
     return operation

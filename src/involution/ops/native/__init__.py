@@ -1,13 +1,13 @@
-"""The compiled kernels for CPUs, by each framework's own way of calling foreign code.
+"""Compiled CPU kernels, called by each framework's own mechanism for foreign code.
 
-The core (``involution/native``) has the three members of the family in ``gradients.py``. A binding
-is a module with ``refusal(problem)``, ``call(member, geometry, sizes, a, b)``, and ``call_fused``
-for the family in ``fused_gradients.py``.
+The core (``csrc``) computes the three passes of ``autodiff.py`` and their fused forms. A binding is
+a module with ``unsupported_reason(problem)``, ``call(pass_, window, sizes, a, b)`` for the passes
+and ``call_fused(pass_, window, sizes, *arguments)`` for the fused ones.
 """
 
 import keras
 
-from involution.ops.autodiff import KERNEL, OUTPUT, traced
+from involution.ops.autodiff import FORWARD, KERNEL_GRAD, traced
 from involution.ops.native import library
 from involution.ops.tensor_utils import spatial_shape
 
@@ -23,35 +23,35 @@ def unsupported_reason(problem) -> str | None:
         return f"it has no binding for the backend {backend}"
     if reason := traced():
         return reason
-    g = problem.window
-    pads = [] if isinstance(g.padding, str) else [p for pair in g.padding for p in pair]
-    if max(*g.last_offset, *g.strides, *pads) > library.LARGEST:
-        return f"a window's reach, a stride or a padding is above {library.LARGEST}"
+    window = problem.window
+    pads = [] if isinstance(window.padding, str) else [p for pair in window.padding for p in pair]
+    if max(*window.last_offset, *window.strides, *pads) > library.MAX_STEP:
+        return f"the extent of a window, a stride or a padding exceeds {library.MAX_STEP}"
     return _binding(backend).unsupported_reason(problem)
 
 
 def deprioritize_reason(problem) -> str | None:
-    """Why the next implementation is faster, or None where this one is."""
+    """Why the next implementation is faster, or None."""
     if keras.config.backend() != "jax":
         return None
     return _binding("jax").deprioritize_reason(problem)
 
 
 def apply(x, kernel, problem):
-    return _call(OUTPUT, x, kernel, problem.window)
+    return _call(FORWARD, x, kernel, problem.window)
 
 
 def products(x, y, problem):
-    return _call(KERNEL, x, y, problem.window)
+    return _call(KERNEL_GRAD, x, y, problem.window)
 
 
-def call_fused(member, g, x_sizes, *arguments):
-    """A member of the family in ``fused_gradients.py``."""
-    return _binding(keras.config.backend()).call_fused(member, g, x_sizes, *arguments)
+def call_fused(pass_, window, x_sizes, *arguments):
+    """A fused pass of ``fused_autodiff.py``."""
+    return _binding(keras.config.backend()).call_fused(pass_, window, x_sizes, *arguments)
 
 
-def _call(member, a, b, g):
-    return _binding(keras.config.backend()).call(member, g, spatial_shape(a, g), a, b)
+def _call(pass_, a, b, window):
+    return _binding(keras.config.backend()).call(pass_, window, spatial_shape(a, window), a, b)
 
 
 def _binding(backend):

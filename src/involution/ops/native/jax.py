@@ -1,4 +1,4 @@
-"""The core in JAX: a call of XLA's foreign functions, which stays one node inside ``jax.jit``."""
+"""The core in JAX: an XLA FFI call, which stays one node inside ``jax.jit``."""
 
 import ctypes
 import functools
@@ -11,20 +11,20 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from involution.ops import fused_autodiff
-from involution.ops.autodiff import KERNEL, differentiable
+from involution.ops.autodiff import KERNEL_GRAD, differentiable
 from involution.ops.native import library as native_library
 from involution.ops.native.params import (
-    BATCHED,
-    fused_numbers,
-    fused_shapes,
-    numbers,
+    HAS_BATCH_AXIS,
+    accumulation_dtype,
+    encode,
+    encode_fused,
+    fused_result_shapes,
     result_shape,
-    wide_type,
 )
 from involution.ops.validation import CHANNELS_LAST
 
 TARGET, FUSED_TARGET = "involution", "involution_fused"
-# Versions 0.1 to this of XLA's interface agree in what csrc/xla_ffi.h declares.
+# Versions 0.1 to this one of XLA's FFI agree in all that csrc/xla_ffi.h declares.
 NEWEST_MINOR = 3
 
 
@@ -35,8 +35,8 @@ def unsupported_reason(problem) -> str | None:
 
 
 def deprioritize_reason(problem) -> str | None:
-    g = problem.window
-    if g.data_format == CHANNELS_LAST and problem.x_shape[g.channel_axis] < 4:
+    window = problem.window
+    if window.data_format == CHANNELS_LAST and problem.x_shape[window.channel_axis] < 4:
         return "XLA compiles `taps` to faster code for fewer than 4 channels"
     return None
 
@@ -51,7 +51,7 @@ def _register() -> str | None:
     except OSError as error:
         return f"its library cannot be loaded: {error}"
     minor = ctypes.c_int32.in_dll(library, "involution_jax_minor")
-    # XLA drops the oldest versions of its interface after a year.
+    # XLA drops support for a version of its FFI after a year.
     for minor.value in range(1, NEWEST_MINOR + 1):
         try:
             for target, handler in (
@@ -61,122 +61,134 @@ def _register() -> str | None:
                 jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
             return None
         except jax.errors.JaxRuntimeError as error:
-            reason = f"this JAX does not take its library: {str(error).splitlines()[0]}"
+            reason = f"this JAX rejects its library: {str(error).splitlines()[0]}"
     return reason
 
 
-def _on_one_device(member, g, x_sizes, a, b):
-    result = jax.ShapeDtypeStruct(result_shape(member, g, x_sizes, a, b), a.dtype)
-    return jax.ffi.ffi_call(TARGET, result)(a, b, **_attributes(numbers(member, g, x_sizes, a, b)))
+def _single_device(pass_, window, x_sizes, a, b):
+    result = jax.ShapeDtypeStruct(result_shape(pass_, window, x_sizes, a, b), a.dtype)
+    return jax.ffi.ffi_call(TARGET, result)(
+        a, b, **_attributes(encode(pass_, window, x_sizes, a, b))
+    )
 
 
-def _fused_on_one_device(member, g, x_sizes, *arguments):
+def _fused_single_device(pass_, window, x_sizes, *arguments):
     dtype = arguments[0].dtype
     results = [
         jax.ShapeDtypeStruct(*result)
         for result in zip(
-            fused_shapes(member, g, x_sizes, arguments), (dtype, wide_type(dtype)), strict=True
+            fused_result_shapes(pass_, window, x_sizes, arguments),
+            (dtype, accumulation_dtype(dtype)),
+            strict=True,
         )
     ]
     return tuple(
         jax.ffi.ffi_call(FUSED_TARGET, results)(
-            *arguments, **_attributes(fused_numbers(member, g, x_sizes, arguments))
+            *arguments, **_attributes(encode_fused(pass_, window, x_sizes, arguments))
         )
     )
 
 
-def _attributes(integers):
+def _attributes(params):
     return {
-        "numbers": np.array(integers, "int64"),
-        "threads": np.int32(native_library.processors()),
+        "params": np.array(params, "int64"),
+        "threads": np.int32(native_library.available_cpus()),
     }
 
 
-class _OverBatch:
-    """``compute(member, geometry, sizes, *arguments)`` on a sharded batch, which stays where it is:
-    every device computes its own part. Of nothing else can a part be computed alone.
+class _BatchSharded:
+    """Partitions ``compute(pass_, window, sizes, *arguments)`` along the batch axis.
 
-    ``batched`` tells of a member which arguments and which results have a batch.
+    Each device computes its own shard of the batch; all other axes are replicated.
+    ``has_batch_axis(pass_)`` gives, for the arguments and for the results, which have a batch axis.
     """
 
-    def __init__(self, compute, batched):
-        self.compute, self.batched = compute, batched
+    def __init__(self, compute, has_batch_axis):
+        self.compute, self.has_batch_axis = compute, has_batch_axis
         self.call = custom_partitioning(compute, static_argnums=(0, 1, 2))
         self.call.def_partition(
             partition=self.partition,
             infer_sharding_from_operands=self.result_sharding,
-            sharding_rule=self.rule,
+            sharding_rule=self.sharding_rule,
         )
 
-    def _shardings(self, member, arguments, results):
-        # The first argument has a batch in every member.
-        given = arguments[0].sharding
+    def _shardings(self, pass_, arguments, results):
+        # The first argument of every pass has a batch axis.
+        first = arguments[0].sharding
         leaves, tree = jax.tree.flatten(results)
-        before, after = (
-            [_sharding(given, *pair) for pair in zip(tensors, has_batch, strict=True)]
-            for tensors, has_batch in zip((arguments, leaves), self.batched(member), strict=True)
+        of_arguments, of_results = (
+            [_sharding(first, *pair) for pair in zip(tensors, has_batch, strict=True)]
+            for tensors, has_batch in zip(
+                (arguments, leaves), self.has_batch_axis(pass_), strict=True
+            )
         )
-        return tuple(before), jax.tree.unflatten(tree, after)
+        return tuple(of_arguments), jax.tree.unflatten(tree, of_results)
 
-    def result_sharding(self, member, g, x_sizes, mesh, arguments, results):
-        return self._shardings(member, arguments, results)[1]
+    def result_sharding(self, pass_, window, x_sizes, mesh, arguments, results):
+        return self._shardings(pass_, arguments, results)[1]
 
-    def partition(self, member, g, x_sizes, mesh, arguments, results):
-        before, after = self._shardings(member, arguments, results)
-        return mesh, functools.partial(self.compute, member, g, x_sizes), after, before
+    def partition(self, pass_, window, x_sizes, mesh, arguments, results):
+        of_arguments, of_results = self._shardings(pass_, arguments, results)
+        compute = functools.partial(self.compute, pass_, window, x_sizes)
+        return mesh, compute, of_results, of_arguments
 
-    def rule(self, member, g, x_sizes, mesh, arguments, results):
+    def sharding_rule(self, pass_, window, x_sizes, mesh, arguments, results):
         names = (f"axis{n}" for n in itertools.count())
-        before, after = (
+        sides = [
             [
                 ["batch"] * has + list(itertools.islice(names, tensor.rank - has))
                 for tensor, has in zip(tensors, has_batch, strict=True)
             ]
-            for tensors, has_batch in zip((arguments, results), self.batched(member), strict=True)
-        )
-        text = " -> ".join(", ".join(map(" ".join, side)) for side in (before, after))
-        whole = tuple(name for some in (*before, *after) for name in some if name != "batch")
-        return text, {"need_replication_factors": whole}
+            for tensors, has_batch in zip(
+                (arguments, results), self.has_batch_axis(pass_), strict=True
+            )
+        ]
+        rule = " -> ".join(", ".join(map(" ".join, side)) for side in sides)
+        axes = itertools.chain.from_iterable(itertools.chain(*sides))
+        replicated = tuple(name for name in axes if name != "batch")
+        return rule, {"need_replication_factors": replicated}
 
 
-def _sharding(given, tensor, has_batch):
-    first = given.spec[:1] if has_batch else ()
-    return NamedSharding(given.mesh, PartitionSpec(*first, *[None] * (tensor.ndim - len(first))))
+def _sharding(like, tensor, has_batch):
+    batch = like.spec[:1] if has_batch else ()
+    return NamedSharding(like.mesh, PartitionSpec(*batch, *[None] * (tensor.ndim - len(batch))))
 
 
-def _all_batched(member):
+def _batch_axes(pass_):
     return (True, True), (True,)
 
 
-def _fused_batched(member):
-    return BATCHED[member], (True, member == KERNEL)
+def _fused_batch_axes(pass_):
+    return HAS_BATCH_AXIS[pass_], (True, pass_ == KERNEL_GRAD)
 
 
-TWO_STEPS = _OverBatch(_on_one_device, _all_batched)
-FUSED = _OverBatch(_fused_on_one_device, _fused_batched)
+UNFUSED = _BatchSharded(_single_device, _batch_axes)
+FUSED = _BatchSharded(_fused_single_device, _fused_batch_axes)
 
 
-def _mapped(compute, batched):
-    """The same under ``jax.vmap``: the mapped axis joins the batch."""
+def _with_batching_rule(compute, has_batch_axis):
+    """``compute`` with a rule for ``jax.vmap``, which merges the mapped axis into the batch."""
 
-    def call(member, g, x_sizes, *arguments):
-        of_arguments, of_results = batched(member)
+    def call(pass_, window, x_sizes, *arguments):
+        of_arguments, of_results = has_batch_axis(pass_)
 
         @jax.custom_batching.custom_vmap
         def run(*arguments):
-            return compute(member, g, x_sizes, *arguments)
+            return compute(pass_, window, x_sizes, *arguments)
 
         @run.def_vmap
         def _(size, mapped, *arguments):
             if any(m and not b for m, b in zip(mapped, of_arguments, strict=True)):
-                # Weights of their own: one after the other.
-                def one(own):
-                    own = iter(own)
+                # The weights are mapped too: a loop.
+                def run_one(mapped_arguments):
+                    values = iter(mapped_arguments)
                     return run(
-                        *(next(own) if m else a for a, m in zip(arguments, mapped, strict=True))
+                        *(next(values) if m else a for a, m in zip(arguments, mapped, strict=True))
                     )
 
-                results = jax.lax.map(one, [a for a, m in zip(arguments, mapped, strict=True) if m])
+                results = jax.lax.map(
+                    run_one, [a for a, m in zip(arguments, mapped, strict=True) if m]
+                )
                 return results, jax.tree.map(lambda _: True, results)
             batch = arguments[0].shape[mapped[0]]
             merged = (
@@ -188,16 +200,16 @@ def _mapped(compute, batched):
                 for a, m, b in zip(arguments, mapped, of_arguments, strict=True)
             )
             results, tree = jax.tree.flatten(run(*merged))
-            apart = [
+            unstacked = [
                 r.reshape(size, batch, *r.shape[1:]) if b else r
                 for r, b in zip(results, of_results, strict=True)
             ]
-            return jax.tree.unflatten(tree, apart), jax.tree.unflatten(tree, of_results)
+            return jax.tree.unflatten(tree, unstacked), jax.tree.unflatten(tree, of_results)
 
         return run(*arguments)
 
     return call
 
 
-call = differentiable(_mapped(TWO_STEPS.call, _all_batched))
-call_fused = fused_autodiff.differentiable(_mapped(FUSED.call, _fused_batched), call)
+call = differentiable(_with_batching_rule(UNFUSED.call, _batch_axes))
+call_fused = fused_autodiff.differentiable(_with_batching_rule(FUSED.call, _fused_batch_axes), call)

@@ -1,7 +1,7 @@
-"""The compiled core: where it is, or why it is not there.
+"""Loads the compiled core, or gives the reason why it is missing.
 
-It is built when the package is installed (CMakeLists.txt) and lies in ``involution/native``: the
-core itself, which knows no framework, and beside it a library for each framework that needs one.
+The installation (CMakeLists.txt) builds it into ``involution/native``: the core, which depends on
+no framework, and a library for each framework that needs a binding.
 """
 
 import ctypes
@@ -9,28 +9,28 @@ import os
 import pathlib
 import sys
 
-# CMake gives libraries this suffix.
+# Set in csrc/CMakeLists.txt.
 SUFFIX = ".dll" if sys.platform == "win32" else ".so"
-# Positions are added up in 64 bits.
-LARGEST = 2**60
+# Positions and their sums are 64-bit integers.
+MAX_STEP = 2**60
 
 
 def find(name: str) -> pathlib.Path | None:
-    """A file of ``involution/native``, which has several places if the package is editable."""
+    """A file of ``involution/native``; an editable installation has several such folders."""
     folders = sys.modules[__name__.partition(".")[0]].__path__
     files = (pathlib.Path(folder) / "native" / name for folder in folders)
     return next((file for file in files if file.exists()), None)
 
 
 def why_missing(binding: str | None = None) -> str | None:
-    """Why the installation left out the core, or a backend's binding; None where it did not."""
+    """Why the installation has no core, or no binding for a backend; None if it does."""
     file = find(f"missing_{binding}.txt" if binding else "missing.txt")
     return file.read_text(encoding="utf-8").strip() if file else None
 
 
-def _levels(library) -> list[str]:
+def _targets(library) -> list[str]:
     names: list[str] = []
-    while (name := library.involution_level(len(names))) is not None:
+    while (name := library.involution_target(len(names))) is not None:
         names.append(name.decode())
     return names
 
@@ -43,8 +43,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(file))
     except OSError as error:
         return None, f"its library cannot be loaded: {error}"
-    library.involution_run.restype = ctypes.c_int
-    library.involution_run.argtypes = [
+    library.involution_execute.restype = ctypes.c_int
+    library.involution_execute.argtypes = [
         ctypes.POINTER(ctypes.c_int64),
         ctypes.c_int64,
         ctypes.c_int,
@@ -52,32 +52,32 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_void_p,
         ctypes.c_void_p,
     ]
-    library.involution_run_fused.restype = ctypes.c_int
-    library.involution_run_fused.argtypes = [
-        *library.involution_run.argtypes[:3],
+    library.involution_execute_fused.restype = ctypes.c_int
+    library.involution_execute_fused.argtypes = [
+        *library.involution_execute.argtypes[:3],
         *[ctypes.c_void_p] * 6,
     ]
-    library.involution_level.restype = ctypes.c_char_p
-    library.involution_level.argtypes = [ctypes.c_int]
-    library.involution_use_level.restype = None
-    library.involution_use_level.argtypes = [ctypes.c_int]
-    library.involution_multiply_add.restype = ctypes.c_double
-    library.involution_multiply_add.argtypes = [ctypes.c_int64]
-    library.involution_use_team.restype = None
-    library.involution_use_team.argtypes = [ctypes.c_void_p]
-    wanted = os.environ.get("INVOLUTION_INSTRUCTIONS")
-    if wanted:
-        names = _levels(library)
-        if wanted not in names:
+    library.involution_target.restype = ctypes.c_char_p
+    library.involution_target.argtypes = [ctypes.c_int]
+    library.involution_set_target.restype = None
+    library.involution_set_target.argtypes = [ctypes.c_int]
+    library.involution_fma_peak_loop.restype = ctypes.c_double
+    library.involution_fma_peak_loop.argtypes = [ctypes.c_int64]
+    library.involution_set_openmp.restype = None
+    library.involution_set_openmp.argtypes = [ctypes.c_void_p]
+    requested = os.environ.get("INVOLUTION_INSTRUCTIONS")
+    if requested:
+        names = _targets(library)
+        if requested not in names:
             return None, (
                 f"INVOLUTION_INSTRUCTIONS must be one of {', '.join(names)} here. "
-                f"Received: {wanted}"
+                f"Received: {requested}"
             )
-        library.involution_use_level(names.index(wanted))
+        library.involution_set_target(names.index(requested))
     return library, None
 
 
-# When the module is imported, so that a compiler that traces what calls it finds it done.
+# At import, so that torch.compile does not trace it.
 _LOADED = _load()
 
 
@@ -95,60 +95,60 @@ def binding(name: str) -> tuple[pathlib.Path | None, str | None]:
     return file, None
 
 
-def levels() -> list[str]:
-    """Levels of instructions that this machine can run, the plainest first; none without a core."""
+def targets() -> list[str]:
+    """Targets (instruction sets) that this machine supports, the most basic first."""
     library, _ = core()
-    return [] if library is None else _levels(library)
+    return [] if library is None else _targets(library)
 
 
-def use_level(name: str) -> None:
-    """Runs everything from now on by the instructions of this level: for tests and comparisons."""
+def set_target(name: str) -> None:
+    """Selects the target of all subsequent calls, for tests and comparisons."""
     library, reason = core()
     if library is None:
         raise RuntimeError(reason)
-    library.involution_use_level(_levels(library).index(name))
+    library.involution_set_target(_targets(library).index(name))
 
 
-def use_team(openmp: ctypes.CDLL | None) -> None:
-    """Works from now on in the threads of this OpenMP library, if like GNU's, or in its own."""
+def set_openmp(openmp: ctypes.CDLL | None) -> None:
+    """Runs on the threads of this OpenMP library if it has GNU's ABI, else on the core's own."""
     library, _ = core()
     if library is not None:
-        team = getattr(openmp, "GOMP_parallel", None)
-        library.involution_use_team(ctypes.cast(team, ctypes.c_void_p) if team else None)
+        parallel = getattr(openmp, "GOMP_parallel", None)
+        library.involution_set_openmp(ctypes.cast(parallel, ctypes.c_void_p) if parallel else None)
 
 
-def processors() -> int:
-    """How many processors this process may use."""
+def available_cpus() -> int:
+    """Number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def run(numbers, batch: int, threads: int, a: int, b: int, result: int) -> None:
-    """One member of the family on tensors in memory, given by their addresses."""
+def execute(params, batch: int, threads: int, a: int, b: int, result: int) -> None:
+    """A pass on tensors given by their addresses; ``params`` are encoded ``Params``."""
     library, reason = core()
     if library is None:
         raise RuntimeError(reason)
-    if library.involution_run(
-        (ctypes.c_int64 * len(numbers))(*numbers), batch, threads, a, b, result
+    if library.involution_execute(
+        (ctypes.c_int64 * len(params))(*params), batch, threads, a, b, result
     ):
-        raise MemoryError("involution: memory ran out")
+        raise MemoryError("involution: out of memory")
 
 
-def run_fused(numbers, batch: int, threads: int, *addresses: int) -> None:
-    """The same for one with kernels that are generated: four arguments and two results."""
+def execute_fused(params, batch: int, threads: int, *addresses: int) -> None:
+    """A fused pass: the addresses of four arguments and two results."""
     library, reason = core()
     if library is None:
         raise RuntimeError(reason)
-    if library.involution_run_fused(
-        (ctypes.c_int64 * len(numbers))(*numbers), batch, threads, *addresses
+    if library.involution_execute_fused(
+        (ctypes.c_int64 * len(params))(*params), batch, threads, *addresses
     ):
-        raise MemoryError("involution: memory ran out")
+        raise MemoryError("involution: out of memory")
 
 
-def multiply_add(times: int) -> float:
-    """Does float32 multiply-adds in registers in this thread; returns the number of operations."""
+def fma_peak_loop(iterations: int) -> float:
+    """Runs float32 FMAs in registers in this thread; returns the number of operations."""
     library, reason = core()
     if library is None:
         raise RuntimeError(reason)
-    return library.involution_multiply_add(times)
+    return library.involution_fma_peak_loop(iterations)

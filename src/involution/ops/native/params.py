@@ -1,82 +1,174 @@
-"""What the core is told of a call: a list of integers, as ``csrc/involution.h`` has it."""
+"""The parameters of a call of the native core, and the shapes of its results.
+
+``Params`` mirrors ``InvolutionParams`` of ``csrc/params.h``. JAX's FFI attribute, TensorFlow's and
+PyTorch's ops and ctypes carry it as a list of 64-bit integers, ``Params.encode``.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
 
 import keras
 
-from involution.ops.autodiff import INPUT, KERNEL, OUTPUT
+from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD
 from involution.ops.tensor_utils import pads
 from involution.ops.validation import CHANNELS_FIRST, INTERLEAVED
 from involution.ops.window import Window
 
-MEMBERS = {OUTPUT: 0, INPUT: 1, KERNEL: 2}
-DTYPES = {"float64": 0, "float32": 1, "bfloat16": 2, "float16": 3}
+# Encoded by their index.
+PASSES = (FORWARD, INPUT_GRAD, KERNEL_GRAD)
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
-
-# Which arguments of a fused member have a batch.
-BATCHED = {
-    OUTPUT: (True, True, False, False),
-    INPUT: (True, False, False, True),
-    KERNEL: (True, True, False, True),
+# Which arguments of a fused pass have a batch axis.
+HAS_BATCH_AXIS = {
+    FORWARD: (True, True, False, False),
+    INPUT_GRAD: (True, False, False, True),
+    KERNEL_GRAD: (True, True, False, True),
 }
-# Where the operator's input, or for its gradient the output's, stands in a fused member's
-# arguments, and where the hidden channels do.
-FEATURES = {OUTPUT: 0, INPUT: 3, KERNEL: 0}
-HIDDEN = {OUTPUT: 1, INPUT: 0, KERNEL: 1}
+# Indices, among the arguments of a fused pass, of the operator's input (in its gradient: of the
+# output's gradient) and of the hidden channels.
+FEATURES_ARG = {FORWARD: 0, INPUT_GRAD: 3, KERNEL_GRAD: 0}
+HIDDEN_ARG = {FORWARD: 1, INPUT_GRAD: 0, KERNEL_GRAD: 1}
+
+# Integers, or tensors where TensorFlow does not know sizes yet.
+Int = Any
+Spatial = tuple[Int, Int, Int]
 
 
-def numbers(member, g: Window, x_sizes, a, b) -> list:
-    """What the core is told; integers, or tensors where TensorFlow does not know sizes yet."""
-    # The tensor with the channels: x for the output and the kernel gradient, dy for the input's.
-    return _numbers(member, g, x_sizes, b if member == INPUT else a)
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """``InvolutionParams`` of ``csrc/params.h``: the same fields in the same order."""
+
+    pass_: Int
+    dtype: Int
+    channels_first: Int
+    interleaved: Int
+    channels: Int
+    groups: Int
+    input_size: Spatial
+    output_size: Spatial
+    kernel_size: Spatial
+    strides: Spatial
+    dilation_rate: Spatial
+    pad_before: Spatial
+    hidden_channels: Int = 0
+
+    def encode(self) -> list:
+        return [
+            self.pass_,
+            self.dtype,
+            self.channels_first,
+            self.interleaved,
+            self.channels,
+            self.groups,
+            *self.input_size,
+            *self.output_size,
+            *self.kernel_size,
+            *self.strides,
+            *self.dilation_rate,
+            *self.pad_before,
+            self.hidden_channels,
+        ]
+
+    @classmethod
+    def decode(cls, encoded) -> "Params":
+        values = iter(encoded)
+        return cls(
+            **{
+                field.name: tuple(itertools.islice(values, 3))
+                if field.type == Spatial
+                else next(values)
+                for field in dataclasses.fields(cls)
+            }
+        )
+
+    @property
+    def pass_name(self) -> str:
+        return PASSES[self.pass_]
+
+    @property
+    def channels_per_group(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def taps(self) -> int:
+        """Number of positions in one window."""
+        return math.prod(self.kernel_size)
+
+    @property
+    def result_size(self) -> Spatial:
+        """Spatial sizes of the result."""
+        return self.input_size if self.pass_name == INPUT_GRAD else self.output_size
 
 
-def fused_numbers(member, g: Window, x_sizes, arguments) -> list:
-    """The same for a member of the fused family, given all its arguments."""
-    told = _numbers(member, g, x_sizes, arguments[FEATURES[member]])
-    return [*told, arguments[HIDDEN[member]].shape[-1]]
+def with_pass(encoded, pass_) -> list:
+    """The encoded parameters of another pass of the same call."""
+    return dataclasses.replace(Params.decode(encoded), pass_=PASSES.index(pass_)).encode()
 
 
-def _numbers(member, g, x_sizes, features) -> list:
-    dtype = keras.backend.standardize_dtype(features.dtype)
+def encode(pass_, window: Window, x_sizes, a, b) -> list:
+    """The encoded parameters of a pass with the arguments ``a`` and ``b``."""
+    return _encode(pass_, window, x_sizes, b if pass_ == INPUT_GRAD else a, 0)
 
-    def three(values, fill):
-        return [fill] * (3 - g.rank) + list(values)
 
-    return [
-        MEMBERS[member],
-        DTYPES[dtype],
-        int(g.data_format == CHANNELS_FIRST),
-        int(g.group_layout == INTERLEAVED),
-        features.shape[g.channel_axis],
-        g.groups,
-        *three(x_sizes, 1),
-        *three(g.output_sizes(x_sizes), 1),
-        *three(g.kernel_size, 1),
-        *three(g.strides, 1),
-        # Of a single tap there is no telling how far the next one is.
-        *three((d if k > 1 else 1 for k, d in zip(g.kernel_size, g.dilation_rate, strict=True)), 1),
-        *three((before for before, _ in pads(x_sizes, g)), 0),
+def encode_fused(pass_, window: Window, x_sizes, arguments) -> list:
+    """The encoded parameters of a fused pass."""
+    hidden_channels = arguments[HIDDEN_ARG[pass_]].shape[-1]
+    return _encode(pass_, window, x_sizes, arguments[FEATURES_ARG[pass_]], hidden_channels)
+
+
+def _encode(pass_, window, x_sizes, features, hidden_channels) -> list:
+    # Steps between taps that do not exist are 1.
+    dilation_rate = [
+        d if k > 1 else 1 for k, d in zip(window.kernel_size, window.dilation_rate, strict=True)
     ]
 
+    def pad_rank(values, fill):
+        return (*[fill] * (3 - window.rank), *values)
 
-def result_shape(member, g: Window, x_sizes, a, b) -> tuple:
-    channels = (b if member == INPUT else a).shape[g.channel_axis]
-    if member == KERNEL:
-        return g.shape(a.shape[0], g.output_sizes(x_sizes), g.taps, g.groups)
-    return g.shape(a.shape[0], x_sizes if member == INPUT else g.output_sizes(x_sizes), channels)
+    return Params(
+        pass_=PASSES.index(pass_),
+        dtype=DTYPES.index(keras.backend.standardize_dtype(features.dtype)),
+        channels_first=int(window.data_format == CHANNELS_FIRST),
+        interleaved=int(window.group_layout == INTERLEAVED),
+        channels=features.shape[window.channel_axis],
+        groups=window.groups,
+        input_size=pad_rank(x_sizes, 1),
+        output_size=pad_rank(window.output_sizes(x_sizes), 1),
+        kernel_size=pad_rank(window.kernel_size, 1),
+        strides=pad_rank(window.strides, 1),
+        dilation_rate=pad_rank(dilation_rate, 1),
+        pad_before=pad_rank([before for before, _ in pads(x_sizes, window)], 0),
+        hidden_channels=hidden_channels,
+    ).encode()
 
 
-def wide_type(dtype) -> str:
-    """The type that sums are made in."""
+def result_shape(pass_, window: Window, x_sizes, a, b) -> tuple:
+    """Shape of the result of a pass."""
+    channels = (b if pass_ == INPUT_GRAD else a).shape[window.channel_axis]
+    if pass_ == KERNEL_GRAD:
+        output_sizes = window.output_sizes(x_sizes)
+        return window.shape(a.shape[0], output_sizes, window.taps, window.groups)
+    sizes = x_sizes if pass_ == INPUT_GRAD else window.output_sizes(x_sizes)
+    return window.shape(a.shape[0], sizes, channels)
+
+
+def fused_result_shapes(pass_, window: Window, x_sizes, arguments) -> tuple[tuple, tuple]:
+    """Shapes of the two results of a fused pass.
+
+    The second result is empty except in the kernel gradient: there it has, for each sample, the
+    gradient of the generator's weight and below it that of the bias.
+    """
+    features, hidden = arguments[FEATURES_ARG[pass_]], arguments[HIDDEN_ARG[pass_]]
+    batch, channels = features.shape[0], features.shape[window.channel_axis]
+    if pass_ == KERNEL_GRAD:
+        dweights = (batch, hidden.shape[-1] + 1, window.taps * window.groups)
+        return (batch, *window.output_sizes(x_sizes), hidden.shape[-1]), dweights
+    sizes = x_sizes if pass_ == INPUT_GRAD else window.output_sizes(x_sizes)
+    return window.shape(batch, sizes, channels), (0,)
+
+
+def accumulation_dtype(dtype) -> str:
+    """The data type of sums."""
     return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
-
-
-def fused_shapes(member, g: Window, x_sizes, arguments) -> tuple[tuple, tuple]:
-    """Shapes of a fused member's two results; the second is empty but for the kernel's gradient:
-    that of the generator's weight and below it the bias, for each sample."""
-    features, hidden = arguments[FEATURES[member]], arguments[HIDDEN[member]]
-    batch, channels = features.shape[0], features.shape[g.channel_axis]
-    if member == KERNEL:
-        weights = (batch, hidden.shape[-1] + 1, g.taps * g.groups)
-        return (batch, *g.output_sizes(x_sizes), hidden.shape[-1]), weights
-    sizes = x_sizes if member == INPUT else g.output_sizes(x_sizes)
-    return g.shape(batch, sizes, channels), (0,)

@@ -1,24 +1,22 @@
-"""The core in TensorFlow: a custom operation, eager and in graphs."""
+"""The core in TensorFlow: custom ops, eager and in graphs."""
 
 import functools
 
 import tensorflow as tf
 
 from involution.ops import fused_autodiff
-from involution.ops.autodiff import INPUT, KERNEL, OUTPUT, VJP_RULES
+from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD, VJP_RULES
 from involution.ops.native import library
 from involution.ops.native.params import (
-    FEATURES,
-    HIDDEN,
-    MEMBERS,
-    fused_numbers,
-    fused_shapes,
-    numbers,
+    FEATURES_ARG,
+    HIDDEN_ARG,
+    PASSES,
+    accumulation_dtype,
+    encode,
+    encode_fused,
+    fused_result_shapes,
     result_shape,
-    wide_type,
 )
-
-NAMES = tuple(MEMBERS)
 
 
 def unsupported_reason(problem) -> str | None:
@@ -26,12 +24,12 @@ def unsupported_reason(problem) -> str | None:
         return "it runs on CPUs, and TensorFlow sees a GPU"
     if _in_xla():
         return "code compiled by jit_compile=True can call no custom operation"
-    return _operations()[1]
+    return _op_library()[1]
 
 
 @functools.cache
-def _operations():
-    """The library of operations, or None and the reason."""
+def _op_library():
+    """The library of ops, or None and the reason."""
     file, reason = library.binding("tensorflow")
     if file is None:
         return None, reason
@@ -50,70 +48,73 @@ def _in_xla() -> bool:
 
         return bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
     except (ImportError, AttributeError):
-        # Not public. Without it TensorFlow's own error names the operation that cannot run.
+        # Not public. Without it, TensorFlow's own error names the op that XLA cannot compile.
         return False
 
 
-def _member(member, told, _, a, b):
-    """A member, told the numbers of any: theirs differ in the first alone."""
-    number = MEMBERS[member]
-    result = _operations()[0].involution_native(
-        a, b, _of(number, told), threads=_threads(), member=number
+def _run_pass(pass_, params, _, a, b):
+    """A pass, given the encoded parameters of any pass of the same call."""
+    index = PASSES.index(pass_)
+    result = _op_library()[0].involution_native(
+        a, b, _with_pass(index, params), threads=_threads(), pass_index=index
     )
-    # The numbers hold the sizes, which are known when it runs. Forward mode traces gradients for
-    # tensors of any rank.
+    # The sizes in ``params`` are known only at run time. Forward mode traces gradients for tensors
+    # of unknown rank.
     if a.shape.rank is None:
         return result
-    rank = a.shape.rank + {OUTPUT: 0, INPUT: -1, KERNEL: 1}[member]
-    return _shaped(result, [a.shape[0], *[None] * (rank - 1)])
+    rank = a.shape.rank + {FORWARD: 0, INPUT_GRAD: -1, KERNEL_GRAD: 1}[pass_]
+    return _with_static_shape(result, [a.shape[0], *[None] * (rank - 1)])
 
 
-def _fused_member(member, told, _, *arguments):
-    number, wide = MEMBERS[member], tf.as_dtype(wide_type(arguments[0].dtype))
-    first, second = _operations()[0].involution_native_fused(
-        *arguments, _of(number, told), W=wide, threads=_threads(), member=number
+def _run_fused_pass(pass_, params, _, *arguments):
+    index, dtype = PASSES.index(pass_), tf.as_dtype(accumulation_dtype(arguments[0].dtype))
+    result, dweights = _op_library()[0].involution_native_fused(
+        *arguments, _with_pass(index, params), W=dtype, threads=_threads(), pass_index=index
     )
-    features, hidden = arguments[FEATURES[member]], arguments[HIDDEN[member]]
-    like = hidden if member == KERNEL else features
+    features, hidden = arguments[FEATURES_ARG[pass_]], arguments[HIDDEN_ARG[pass_]]
+    like = hidden if pass_ == KERNEL_GRAD else features
     if like.shape.rank is not None:
         unknown = [None] * (like.shape.rank - 2)
-        first = _shaped(first, [like.shape[0], *unknown, like.shape[-1]])
-    return first, _shaped(second, [None] * 3 if member == KERNEL else [0])
+        result = _with_static_shape(result, [like.shape[0], *unknown, like.shape[-1]])
+    return result, _with_static_shape(dweights, [None] * 3 if pass_ == KERNEL_GRAD else [0])
 
 
-def _of(number, told):
-    return tf.concat([tf.constant([number], "int64"), told[1:]], axis=0)
+def _with_pass(index, params):
+    # ``pass_`` is the first field.
+    return tf.concat([tf.constant([index], "int64"), params[1:]], axis=0)
 
 
-# The gradients of the operations themselves, not of functions around them: so those of mapped and
-# of forward mode are found too, which TensorFlow derives from gradients of gradients.
+# Gradients of the ops, not custom gradients of functions: vectorized_map and forward mode, which
+# TensorFlow derives from gradients of gradients, need them.
 @tf.RegisterGradient("Involution>Native")
 def _gradient(operation, c):
-    a, b, told = operation.inputs
-    abc = (a, b, c)
-    rules = VJP_RULES[NAMES[operation.get_attr("member")]]
-    gradients = [_member(rule, told, None, *(abc[i] for i in where)) for rule, where in rules]
+    a, b, params = operation.inputs
+    operands = (a, b, c)
+    rules = VJP_RULES[PASSES[operation.get_attr("pass_index")]]
+    gradients = [
+        _run_pass(rule, params, None, *(operands[i] for i in where)) for rule, where in rules
+    ]
     return *_like(gradients, (a, b)), None
 
 
 @tf.RegisterGradient("Involution>NativeFused")
 def _fused_gradient(operation, *cotangents):
-    *arguments, told = operation.inputs
-    member = NAMES[operation.get_attr("member")]
-    if member == OUTPUT:
+    *arguments, params = operation.inputs
+    pass_ = PASSES[operation.get_attr("pass_index")]
+    if pass_ == FORWARD:
         gradients = fused_autodiff.output_gradients(
-            _fused_member, told, None, arguments, cotangents[0]
+            _run_fused_pass, params, None, arguments, cotangents[0]
         )
-    elif member == INPUT:
+    elif pass_ == INPUT_GRAD:
         gradients = fused_autodiff.input_gradients(
-            _fused_member, told, None, arguments, cotangents[0]
+            _run_fused_pass, params, None, arguments, cotangents[0]
         )
     else:
         x, hidden, _, dy = arguments
         for tensor in (x, dy):
-            # Forward mode may trace it for tensors of any rank.
+            # Forward mode may trace tensors of unknown rank.
             tensor.set_shape([None] * hidden.shape.rank)
-        gradients = fused_autodiff.kernel_gradients(_member, told[:-1], None, arguments, cotangents)
+        gradients = fused_autodiff.kernel_gradients(_run_pass, params, None, arguments, cotangents)
     return *_like(gradients, arguments), None
 
 
@@ -123,52 +124,53 @@ def _like(gradients, arguments):
     return gradients
 
 
-def _tensor(integers):
-    return tf.stack([tf.cast(n, "int64") for n in integers])
+def _as_tensor(params):
+    return tf.stack([tf.cast(n, "int64") for n in params])
 
 
 def _threads():
-    return tf.config.threading.get_intra_op_parallelism_threads() or library.processors()
+    return tf.config.threading.get_intra_op_parallelism_threads() or library.available_cpus()
 
 
-def _shaped(result, shape):
+def _with_static_shape(result, shape):
     result.set_shape([n if isinstance(n, int) else None for n in shape])
     return result
 
 
-def call(member, g, x_sizes, a, b):
-    _forbid_saving()
-    # A variable is read here: in the gradient it may have changed.
+def call(pass_, window, x_sizes, a, b):
+    _block_saved_model()
+    # Reads variables now: they may change before the gradient is computed.
     a, b = tf.convert_to_tensor(a), tf.convert_to_tensor(b)
-    result = _member(member, _tensor(numbers(member, g, x_sizes, a, b)), None, a, b)
-    return _shaped(result, result_shape(member, g, x_sizes, a, b))
+    params = _as_tensor(encode(pass_, window, x_sizes, a, b))
+    result = _run_pass(pass_, params, None, a, b)
+    return _with_static_shape(result, result_shape(pass_, window, x_sizes, a, b))
 
 
-def call_fused(member, g, x_sizes, *arguments):
-    _forbid_saving()
+def call_fused(pass_, window, x_sizes, *arguments):
+    _block_saved_model()
     arguments = tuple(tf.convert_to_tensor(a) for a in arguments)
-    told = _tensor(fused_numbers(member, g, x_sizes, arguments))
-    shapes = fused_shapes(member, g, x_sizes, arguments)
-    results = _fused_member(member, told, None, *arguments)
-    return tuple(_shaped(r, shape) for r, shape in zip(results, shapes, strict=True))
+    params = _as_tensor(encode_fused(pass_, window, x_sizes, arguments))
+    shapes = fused_result_shapes(pass_, window, x_sizes, arguments)
+    results = _run_fused_pass(pass_, params, None, *arguments)
+    return tuple(_with_static_shape(r, shape) for r, shape in zip(results, shapes, strict=True))
 
 
-def _forbid_saving():
+def _block_saved_model():
     if not tf.executing_eagerly():
-        # Nobody reads the result. It binds the graph to a tensor that no saved model can hold:
-        # what is saved with a custom operation could be loaded nowhere else.
-        tf.raw_ops.OptionalHasValue(optional=_notice(), name="involution_native")
+        # The result is unused. The op captures a tensor that cannot be saved: a model saved with a
+        # custom op could be loaded only where involution is installed.
+        tf.raw_ops.OptionalHasValue(optional=_unsavable_tensor(), name="involution_native")
 
 
 @functools.cache
-def _notice():
-    """A tensor that TensorFlow cannot save, and prints when it says so."""
+def _unsavable_tensor():
+    """A tensor that TensorFlow cannot save; its error message prints the text."""
     text = (
         "the implementation `native` runs only where involution is installed: "
         "a model to be saved needs `reference`, see involution.ops.use"
     )
     with tf.init_scope(), tf.device("CPU"):
-        notice = tf.raw_ops.OptionalFromValue(components=[tf.constant(text)])
+        tensor = tf.raw_ops.OptionalFromValue(components=[tf.constant(text)])
 
     def refuse():
         raise NotImplementedError(
@@ -177,6 +179,6 @@ def _notice():
             "Received: a graph with the implementation `native`"
         )
 
-    # What freezes a graph reads the values that it captured; of this one there is no array.
-    notice.numpy = refuse
-    return notice
+    # Freezing a graph reads the values of captured tensors.
+    tensor.numpy = refuse
+    return tensor

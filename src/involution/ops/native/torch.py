@@ -1,4 +1,4 @@
-"""The core in PyTorch: custom operations for CPUs."""
+"""The core in PyTorch: custom ops for CPUs."""
 
 import ctypes
 import os
@@ -11,10 +11,10 @@ from involution.ops.native import library
 
 
 def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP library whose threads PyTorch works in, if it can be told which one that is."""
+    """The loaded OpenMP library whose threads PyTorch uses; None if it cannot be identified."""
     if torch.backends.openmp.is_available() and hasattr(os, "RTLD_NOLOAD"):
-        own = (pathlib.Path(torch.__file__).parent / "lib").glob("libgomp*")
-        for name in (*own, "libgomp.so.1"):
+        bundled = (pathlib.Path(torch.__file__).parent / "lib").glob("libgomp*")
+        for name in (*bundled, "libgomp.so.1"):
             try:
                 return ctypes.CDLL(str(name), mode=os.RTLD_NOLOAD)
             except OSError:
@@ -22,8 +22,8 @@ def _openmp() -> ctypes.CDLL | None:
     return None
 
 
-# They go on looking for work for a while after an operation: others would wait for a processor.
-library.use_team(_openmp())
+# Its threads spin for a while after an op; other threads would compete with them for CPUs.
+library.set_openmp(_openmp())
 
 
 def unsupported_reason(problem) -> str | None:
@@ -32,20 +32,20 @@ def unsupported_reason(problem) -> str | None:
     return None
 
 
-def _run(numbers, rank, a, b, result):
-    _with_addresses(library.run, numbers, (a, b), (result,))
+def _execute(params, rank, a, b, result):
+    _with_addresses(library.execute, params, (a, b), (result,))
 
 
-def _run_fused(numbers, rank, arguments, results):
-    _with_addresses(library.run_fused, numbers, arguments, results)
+def _execute_fused(params, rank, arguments, results):
+    _with_addresses(library.execute_fused, params, arguments, results)
 
 
-def _with_addresses(run, numbers, arguments, results):
-    # They must live until it has run.
+def _with_addresses(execute, params, arguments, results):
+    # Keeps contiguous copies alive during the call.
     tensors = (*(tensor.contiguous() for tensor in arguments), *results)
     addresses = (tensor.data_ptr() for tensor in tensors)
-    run(numbers, len(tensors[0]), torch.get_num_threads(), *addresses)
+    execute(params, len(tensors[0]), torch.get_num_threads(), *addresses)
 
 
-operations = torch_custom_ops.define("native", _run, _run_fused, "cpu")
+operations = torch_custom_ops.register_ops("native", _execute, _execute_fused, "cpu")
 call, call_fused = operations.call, operations.call_fused

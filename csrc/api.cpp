@@ -1,0 +1,81 @@
+#include <new>
+
+#include "fused.h"
+#include "params.h"
+#include "partition.h"
+#include "plan.h"
+#include "targets.h"
+#include "thread_pool.h"
+
+namespace involution {
+namespace {
+
+void run_task(void* context, index_t index) {
+  TaskGrid& grid = *static_cast<TaskGrid*>(context);
+  Task task(grid, index);
+  if (!task.reserve()) return;
+  const Plan& plan = task.plan;
+  const Dimension& last = plan.dimension[2];
+  const TensorView values = task.load(plan.values, task.halo, last.source_size);
+  const TensorView weights =
+      task.load(plan.weights, task.kernel_region,
+                plan.pass == Pass::input_grad ? last.source_size : last.output_size);
+  const TensorView result = task.output_view(plan.result);
+  task.compute(values, weights, result);
+  task.store(plan.result, result);
+}
+
+bool execute(const InvolutionParams& params, index_t batch, int threads, const void* a,
+             const void* b, void* result) {
+  if (batch == 0 || num_elements(result_size(params)) == 0) return true;
+  const Pass pass = static_cast<Pass>(params.pass);
+  const Operands operands = pass == Pass::forward      ? Operands{a, b, result}
+                            : pass == Pass::input_grad ? Operands{result, a, b}
+                                                       : Operands{a, result, b};
+  const KernelTable& kernels = current_target();
+  const CallPlan call = make_plan(params, batch, kernels, operands, false);
+  TaskGrid grid;
+  grid.call = &call;
+  grid.kernels = &kernels;
+  partition(grid, threads);
+  parallel_for(batch * grid.num_tiles, threads, run_task, &grid);
+  return !grid.failed.load();
+}
+
+}  // namespace
+}  // namespace involution
+
+int involution_execute(const InvolutionParams* params, std::int64_t batch, int threads,
+                       const void* a, const void* b, void* result) try {
+  return involution::execute(*params, batch, threads, a, b, result) ? 0 : -1;
+} catch (const std::bad_alloc&) {
+  return -1;
+}
+
+int involution_execute_fused(const InvolutionParams* params, std::int64_t batch, int threads,
+                             const void* a, const void* b, const void* c, const void* d,
+                             void* result, void* dweights) try {
+  return involution::execute_fused(*params, batch, threads, a, b, c, d, result, dweights) ? 0 : -1;
+} catch (const std::bad_alloc&) {
+  return -1;
+}
+
+void involution_set_openmp(void* gomp_parallel) {
+  involution::set_parallel_region(reinterpret_cast<involution::ParallelRegion>(gomp_parallel));
+}
+
+const char* involution_target(int index) {
+  const auto& found = involution::targets();
+  return index >= 0 && index < static_cast<int>(found.size()) ? found[index]->target : nullptr;
+}
+
+void involution_set_target(int index) {
+  if (involution_target(index) != nullptr) involution::set_target(index);
+}
+
+double involution_fma_peak_loop(std::int64_t iterations) {
+  const involution::KernelTable& kernels = involution::current_target();
+  // Volatile, so that the compiler keeps the loop.
+  [[maybe_unused]] volatile const float sink = kernels.fma_peak_loop(iterations);
+  return 2.0 * 12 * (kernels.vector_bytes / 4) * static_cast<double>(iterations);
+}

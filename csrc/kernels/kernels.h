@@ -1,0 +1,116 @@
+// Interface between the planner, which is compiled once, and the kernels, which are compiled for
+// each target (instruction set). Plain data only: see the linker rule in kernels.cpp.
+//
+// All ranks are 3 here: a missing spatial dimension, always a leading one, has size 1.
+#pragma once
+
+#include <cstdint>
+
+namespace involution {
+
+using index_t = std::int64_t;
+
+enum class DataType : int { float64, float32, bfloat16, float16 };
+
+// A tensor in memory. Strides count elements. The channels of x and y, and the taps and groups of a
+// kernel tensor, form two axes, of which vectors run along the inner one.
+struct Tensor {
+  void* data;
+  index_t batch_stride;
+  index_t position_stride[3];
+  index_t outer_stride, inner_stride;
+  index_t outer_count, inner_count;
+  index_t inner_padded;  // inner_count, rounded up to whole vectors where lanes run along it
+  bool zero_copy;        // the layout lets the kernels access it without packing
+};
+
+// The taps that overlap the other tensor, seen from one position of the result: `count` taps from
+// `tap`, the first at position `source` of the other tensor. Both advance by fixed steps.
+struct TapRange {
+  index_t count, tap, source;
+};
+
+// What the lanes of a vector index.
+enum class VectorAxis { channels, groups, positions };
+
+struct Dimension {
+  const TapRange* tap_ranges;  // one for each position of the result
+  index_t output_size;         // of the result
+  index_t source_size;         // of the other tensor
+  index_t taps;                // of the window
+  index_t tap_step, source_step;
+};
+
+enum class Pass : int { forward, input_grad, kernel_grad };  // as in ops/autodiff.py
+
+// forward, input_grad:  result[p] = sum over taps of weights[tap] * values[source]; the weights are
+//                       indexed by p in `forward` and by the source in `input_grad`.
+// kernel_grad:          result[p, tap] = sum over the channels of a group of
+//                       values[source] * weights[p], where the weights are the output's gradient.
+struct Plan {
+  Pass pass;
+  DataType type;
+  VectorAxis vector_axis;
+  index_t source_offset;  // lanes along positions: source of a row's first tap minus the position
+  int lanes;
+  index_t batch;
+  Dimension dimension[3];
+  Tensor values, weights, result;
+};
+
+// A tensor as the kernels access it: a sample, or a region of one, in the accumulation type.
+// Contiguous along channels, or with lanes along positions, along the positions of a row.
+struct TensorView {
+  void* data;
+  index_t position_stride[3];
+  index_t origin[3];  // the position that `data` points to
+  index_t outer_stride, inner_stride;
+};
+
+// Half-open ranges of positions.
+struct Region {
+  index_t low[3], high[3];
+};
+
+// c[row, column] = bias[column] + sum over k of a[row, k] * b[k, column], in the accumulation type.
+// `columns` is a multiple of the vector width; columns are contiguous in b and c.
+struct GemmArgs {
+  index_t rows, columns, k;
+  const void* a;
+  index_t a_row_stride, a_k_stride;
+  const void* b;
+  index_t b_k_stride;
+  void* c;
+  index_t c_row_stride;
+  const void* bias;  // null: zeros
+  bool accumulate;   // add to c; `bias` is ignored
+};
+
+// The kernels compiled for one target.
+struct KernelTable {
+  const char* target;
+  int vector_bytes;
+  // Copies a region of a sample into a view and converts it; positions at or beyond `size` of the
+  // last dimension, and below 0, become zero. `unpack` is the reverse.
+  void (*pack)(const Tensor&, DataType, index_t sample, const Region&, index_t size,
+               const TensorView&);
+  void (*unpack)(const Tensor&, DataType, index_t sample, const Region&, const TensorView&);
+  // Computes the result in a region. `tap_offsets` has space for one integer a tap.
+  void (*compute)(const Plan&, const Region&, const TensorView& values, const TensorView& weights,
+                  const TensorView& result, index_t* tap_offsets);
+  void (*gemm)(DataType, const GemmArgs&);
+  // The same for a and b in bfloat16, two consecutive k packed into one 32-bit element; the bias is
+  // required. Null where the target has no such instructions. A processor may lack them although it
+  // runs the target. Subnormal inputs count as zero.
+  void (*gemm_bf16)(const GemmArgs&);
+  // Runs 12 independent float32 FMA chains in registers, to measure peak FLOP/s.
+  float (*fma_peak_loop)(index_t iterations);
+};
+
+extern const KernelTable plain_kernels;
+#ifdef INVOLUTION_X86
+extern const KernelTable avx2_kernels;
+extern const KernelTable avx512_kernels;
+#endif
+
+}  // namespace involution

@@ -1,0 +1,70 @@
+// The C ABI of the native core: an involution, or one of its gradients, on tensors in memory.
+#pragma once
+
+#include <cstdint>
+
+#ifdef _WIN32
+#define INVOLUTION_EXPORT __declspec(dllexport)
+#else
+#define INVOLUTION_EXPORT __attribute__((visibility("default")))
+#endif
+
+extern "C" {
+
+// The parameters of a call, all of 64 bits: bindings carry them as a list of integers in this
+// order. Mirrored by `Params` in ops/native/params.py. Spatial fields have three dimensions;
+// missing leading ones have size 1, stride 1, dilation rate 1 and no padding.
+struct InvolutionParams {
+  std::int64_t pass;            // 0 forward, 1 input gradient, 2 kernel gradient
+  std::int64_t dtype;           // 0 float64, 1 float32, 2 bfloat16, 3 float16
+  std::int64_t channels_first;  // 0 or 1
+  std::int64_t interleaved;     // 0 or 1: the group layout
+  std::int64_t channels;
+  std::int64_t groups;
+  std::int64_t input_size[3];
+  std::int64_t output_size[3];
+  std::int64_t kernel_size[3];
+  std::int64_t strides[3];
+  std::int64_t dilation_rate[3];
+  std::int64_t pad_before[3];
+  std::int64_t hidden_channels;  // of a kernel generator; 0 where the kernel tensor is an argument
+};
+
+enum { INVOLUTION_PARAMS_SIZE = sizeof(struct InvolutionParams) / sizeof(std::int64_t) };
+
+// Computes one pass. a, b and the result are as in ops/autodiff.py: (x, kernel) -> y;
+// (kernel, dy) -> dx; (x, dy) -> dkernel. All are contiguous. Returns 0, or -1 if out of memory.
+INVOLUTION_EXPORT int involution_execute(const struct InvolutionParams* params, std::int64_t batch,
+                                         int threads, const void* a, const void* b, void* result);
+
+// The same with kernels that are generated where they are used and never stored: the kernel at a
+// position is bias + hidden * weight. Channels are last. The arguments of the passes are
+//
+//    0  (x, hidden, weight, bias) -> y
+//    1  (hidden, weight, bias, dy) -> dx
+//    2  (x, hidden, weight, dy) -> dhidden, dweights
+//
+// with hidden (batch, *output, hidden channels), weight (hidden channels, taps * groups) and bias
+// (taps * groups). dweights is (batch, hidden channels + 1, taps * groups): for each sample, the
+// gradient of the weight, then that of the bias; float64 for float64, else float32. Only pass 2
+// writes dweights.
+INVOLUTION_EXPORT int involution_execute_fused(const struct InvolutionParams* params,
+                                               std::int64_t batch, int threads, const void* a,
+                                               const void* b, const void* c, const void* d,
+                                               void* result, void* dweights);
+
+// Runs on the threads of an OpenMP library, given its GOMP_parallel, or given null, on the core's
+// own thread pool. A forked child uses the pool.
+INVOLUTION_EXPORT void involution_set_openmp(void* gomp_parallel);
+
+// The name of a target (instruction set), the most basic first; null beyond the last one that this
+// machine supports.
+INVOLUTION_EXPORT const char* involution_target(int index);
+
+// Selects the target of all subsequent calls; by default, the last one.
+INVOLUTION_EXPORT void involution_set_target(int index);
+
+// Runs float32 FMAs in registers on the current target and returns the number of floating-point
+// operations: a measure of peak FLOP/s.
+INVOLUTION_EXPORT double involution_fma_peak_loop(std::int64_t iterations);
+}

@@ -1,0 +1,247 @@
+#include "partition.h"
+
+#include <algorithm>
+#include <cstdlib>
+#ifdef _WIN32
+#include <malloc.h>
+#endif
+
+namespace involution {
+namespace {
+
+// Multiply-adds of a task at least, so that its scheduling costs little.
+constexpr index_t kMinTaskMacs = 1 << 16;
+// For load balance.
+constexpr index_t kTasksPerThread = 4;
+// Packed copies of a task: they should fit into L2. Larger tasks pack fewer halo rows twice.
+constexpr index_t kPackBudgetBytes = 1 << 20;
+// Tasks of a sample at most where each has its own gradient of the generator's weight, to be
+// reduced: enough for some threads, few enough to take little memory.
+constexpr index_t kMaxReductionTasks = 16;
+
+index_t group_splits(const CallPlan& p) {
+  return p.generator == nullptr ? 1 : p.generator->group_splits;
+}
+
+index_t packed_elements(const Tensor& t, const Region& region) {
+  return t.zero_copy ? 0 : num_positions(region) * t.outer_count * t.inner_padded;
+}
+
+// The positions whose kernels a region of the result needs, or for the kernel gradient, computes.
+const Region& region_of_kernels(const Plan& plan, const Region& region, const Region& halo) {
+  return plan.pass == Pass::input_grad ? halo : region;
+}
+
+// Elements of the packed copies of a task.
+index_t packed_elements(const CallPlan& p, const Region& region) {
+  const Plan& plan = p.plan;
+  const Region halo = source_region(plan, region);
+  const Region& kernels = region_of_kernels(plan, region, halo);
+  const GeneratorWeights* const g = p.generator;
+  const bool gradient = plan.pass == Pass::kernel_grad;
+  index_t count = packed_elements(plan.values, halo);
+  count += gradient ? packed_elements(plan.weights, region) : packed_elements(plan.result, region);
+  if (g == nullptr) return count + packed_elements(gradient ? plan.result : plan.weights, kernels);
+  count += packed_elements(g->hidden, kernels) + num_positions(kernels) * g->padded_columns;
+  return count + (gradient ? num_positions(kernels) * g->padded_hidden_channels : 0);
+}
+
+// Memory of a thread, reused by its next task.
+class Scratch {
+ public:
+  char* reserve(index_t bytes) {
+    if (bytes > size_) {
+      memory_.reset();
+      memory_ = allocate_aligned(bytes);
+      size_ = memory_ == nullptr ? 0 : bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  AlignedBuffer memory_;
+  index_t size_ = 0;
+};
+
+TensorView view_of(const Tensor& t, index_t sample, index_t bytes) {
+  TensorView view = {};
+  view.data = static_cast<char*>(t.data) + sample * t.batch_stride * bytes;
+  std::copy(t.position_stride, t.position_stride + 3, view.position_stride);
+  view.outer_stride = t.outer_stride;
+  view.inner_stride = t.inner_stride;
+  return view;
+}
+
+TensorView packed_view(const Plan& plan, const Tensor& t, const Region& region, char*& memory,
+                       index_t bytes) {
+  TensorView view = {};
+  view.data = memory;
+  const index_t channels = t.outer_count * t.inner_padded;
+  index_t size[3];
+  for (int i = 0; i < 3; ++i) size[i] = region.high[i] - region.low[i];
+  view.position_stride[2] = plan.vector_axis == VectorAxis::positions ? 1 : channels;
+  view.inner_stride = plan.vector_axis == VectorAxis::positions ? size[2] : 1;
+  view.outer_stride = view.inner_stride * t.inner_padded;
+  view.position_stride[1] = channels * size[2];
+  view.position_stride[0] = channels * size[2] * size[1];
+  std::copy(region.low, region.low + 3, view.origin);
+  memory += round_up(packed_elements(t, region) * bytes, 64);
+  return view;
+}
+
+}  // namespace
+
+index_t num_positions(const Region& region) {
+  index_t n = 1;
+  for (int i = 0; i < 3; ++i) n *= region.high[i] - region.low[i];
+  return n;
+}
+
+Region source_region(const Plan& plan, const Region& region) {
+  Region halo = {};
+  for (int i = 0; i < 3; ++i) {
+    const Dimension& d = plan.dimension[i];
+    bool any = false;
+    for (index_t n = region.low[i]; n < region.high[i]; ++n) {
+      const TapRange& r = d.tap_ranges[n];
+      if (r.count == 0) continue;
+      const index_t last = r.source + (r.count - 1) * d.source_step;
+      const index_t low = std::min(r.source, last), high = std::max(r.source, last) + 1;
+      halo.low[i] = any ? std::min(halo.low[i], low) : low;
+      halo.high[i] = any ? std::max(halo.high[i], high) : high;
+      any = true;
+    }
+  }
+  if (plan.vector_axis == VectorAxis::positions) {
+    const index_t extent = (plan.dimension[2].taps - 1) * plan.dimension[2].source_step;
+    halo.low[2] = region.low[2] + plan.source_offset + std::min<index_t>(0, extent);
+    halo.high[2] = region.high[2] + plan.source_offset + std::max<index_t>(0, extent);
+  }
+  return halo;
+}
+
+Region region_of_tile(const TaskGrid& grid, index_t index) {
+  Region region;
+  for (int i = 2; i >= 0; --i) {
+    const index_t n = index % grid.tiles[i];
+    index /= grid.tiles[i];
+    region.low[i] = n * grid.tile[i];
+    region.high[i] =
+        std::min(region.low[i] + grid.tile[i], grid.call->plan.dimension[i].output_size);
+  }
+  return region;
+}
+
+void partition(TaskGrid& grid, int threads) {
+  const CallPlan& p = *grid.call;
+  const Plan& plan = p.plan;
+  for (int i = 0; i < 3; ++i) grid.tile[i] = plan.dimension[i].output_size;
+  // The order of a reduction must not depend on the threads or on other samples.
+  const bool is_reduction = p.generator != nullptr && plan.pass == Pass::kernel_grad;
+  const index_t wanted = threads > 1 && !is_reduction ? threads * kTasksPerThread : 1;
+  const index_t work = p.taps * plan.values.outer_count * plan.values.inner_count;
+  for (;;) {
+    Region region = {};
+    index_t number = plan.batch * group_splits(p);
+    for (int i = 0; i < 3; ++i) {
+      region.high[i] = grid.tile[i];
+      number *= (plan.dimension[i].output_size + grid.tile[i] - 1) / grid.tile[i];
+    }
+    const bool too_few_tasks = number < wanted && num_positions(region) * work > 2 * kMinTaskMacs;
+    const bool exceeds_cache = packed_elements(p, region) * p.acc_bytes > kPackBudgetBytes;
+    int i = grid.tile[0] > 1 ? 0 : grid.tile[1] > 1 ? 1 : 2;
+    // Kernels in the halo are generated by several tasks: a tile should have a short border.
+    if (p.generator != nullptr && plan.pass == Pass::input_grad)
+      i = static_cast<int>(std::max_element(grid.tile, grid.tile + 3) - grid.tile);
+    if (!(too_few_tasks || exceeds_cache) || grid.tile[i] == 1) break;
+    grid.tile[i] = (grid.tile[i] + 1) / 2;
+  }
+  for (int i = 0; i < 3; ++i)
+    grid.tiles[i] = (plan.dimension[i].output_size + grid.tile[i] - 1) / grid.tile[i];
+  grid.num_tiles = num_elements(grid.tiles);
+  grid.tiles_per_task =
+      is_reduction ? (grid.num_tiles + kMaxReductionTasks - 1) / kMaxReductionTasks : 1;
+}
+
+// Not std::aligned_alloc, which macOS has only from 10.15 on.
+void AlignedDeleter::operator()(char* memory) const {
+#ifdef _WIN32
+  _aligned_free(memory);
+#else
+  std::free(memory);
+#endif
+}
+
+AlignedBuffer allocate_aligned(index_t bytes) {
+  const auto size = static_cast<std::size_t>(std::max<index_t>(bytes, 1));
+#ifdef _WIN32
+  void* const memory = _aligned_malloc(size, 64);
+#else
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, size) != 0) memory = nullptr;
+#endif
+  return AlignedBuffer(static_cast<char*>(memory));
+}
+
+Task::Task(TaskGrid& grid, index_t index)
+    : grid_(grid),
+      call(*grid.call),
+      plan(call.plan),
+      sample(index / grid.num_tiles / group_splits(call)),
+      split(index / grid.num_tiles % group_splits(call)),
+      region(region_of_tile(grid, index % grid.num_tiles)),
+      halo(source_region(plan, region)),
+      kernel_region(region_of_kernels(plan, region, halo)) {}
+
+bool Task::reserve() {
+  thread_local Scratch scratch;
+  const index_t offset_bytes =
+      plan.pass == Pass::kernel_grad ? round_up(call.taps * index_t(sizeof(index_t)), 64) : 0;
+  // Each of at most 6 views starts at a multiple of 64 bytes.
+  memory_ = scratch.reserve(packed_elements(call, region) * call.acc_bytes + offset_bytes + 6 * 64);
+  if (memory_ == nullptr) {
+    grid_.failed.store(true);
+    return false;
+  }
+  tap_offsets_ = reinterpret_cast<index_t*>(memory_);
+  memory_ += offset_bytes;
+  return true;
+}
+
+TensorView Task::allocate(const Tensor& t, const Region& region) {
+  return packed_view(plan, t, region, memory_, call.acc_bytes);
+}
+
+TensorView Task::allocate_rows(index_t elements, const Region& region) {
+  Tensor t = {};
+  t.outer_count = 1;
+  t.inner_padded = elements;
+  return allocate(t, region);
+}
+
+Tensor Task::slice_groups(Tensor t) const {
+  t.data =
+      static_cast<char*>(t.data) + split * t.outer_count * t.outer_stride * item_size(plan.type);
+  return t;
+}
+
+TensorView Task::load(const Tensor& t, const Region& region, index_t size) {
+  if (t.zero_copy) return view_of(t, sample, call.acc_bytes);
+  const TensorView view = allocate(t, region);
+  grid_.kernels->pack(t, plan.type, sample, region, size, view);
+  return view;
+}
+
+TensorView Task::output_view(const Tensor& t) {
+  return t.zero_copy ? view_of(t, sample, call.acc_bytes) : allocate(t, region);
+}
+
+void Task::store(const Tensor& t, const TensorView& view) {
+  if (!t.zero_copy) grid_.kernels->unpack(t, plan.type, sample, region, view);
+}
+
+void Task::compute(const TensorView& values, const TensorView& weights, const TensorView& result) {
+  grid_.kernels->compute(plan, region, values, weights, result, tap_offsets_);
+}
+
+}  // namespace involution

@@ -1,0 +1,84 @@
+// The tasks of a call, each of which computes regions of the result in packed copies that fit into
+// L2.
+#pragma once
+
+#include <atomic>
+#include <memory>
+
+#include "plan.h"
+
+namespace involution {
+
+// The tiles of one sample, and the tasks that compute them.
+struct TaskGrid {
+  const CallPlan* call;
+  const KernelTable* kernels;
+  index_t tile[3], tiles[3];  // positions of a tile; number of tiles
+  index_t num_tiles;          // product of `tiles`
+  index_t tiles_per_task;     // computed in sequence
+  index_t num_tasks() const { return ceil_div(num_tiles, tiles_per_task); }  // of a sample
+  // Kernel gradient of a generator: each task's gradient of the weight and bias,
+  // (hidden_channels + 1, padded_columns), and the gradient of the hidden channels.
+  char* partial = nullptr;
+  Tensor dhidden = {};
+  std::atomic<bool> failed{false};
+};
+
+// Chooses tiles: enough tasks for the threads, and copies within the budget.
+void partition(TaskGrid& grid, int threads);
+
+Region region_of_tile(const TaskGrid& grid, index_t index);
+
+// The positions of the other tensor that a region of the result reads.
+Region source_region(const Plan& plan, const Region& region);
+
+index_t num_positions(const Region& region);
+
+struct AlignedDeleter {
+  void operator()(char* memory) const;
+};
+using AlignedBuffer = std::unique_ptr<char, AlignedDeleter>;
+
+// Memory aligned for vectors; null if out of memory.
+AlignedBuffer allocate_aligned(index_t bytes);
+
+// A task: the region that it computes, and its packed copies.
+class Task {
+ public:
+  Task(TaskGrid& grid, index_t index);
+
+  // Reserves memory for the copies; false if out of memory.
+  bool reserve();
+
+  // Space for a region of a tensor.
+  TensorView allocate(const Tensor& t, const Region& region);
+
+  // Space for a row of `elements` at each position of a region.
+  TensorView allocate_rows(index_t elements, const Region& region);
+
+  // The part of a tensor with the groups of this task's split.
+  Tensor slice_groups(Tensor t) const;
+
+  // A view of a region, in place or packed; `size` is the tensor's size in the last dimension.
+  TensorView load(const Tensor& t, const Region& region, index_t size);
+
+  // A view for this task's region of the result, and the copy into the tensor where it is packed.
+  TensorView output_view(const Tensor& t);
+  void store(const Tensor& t, const TensorView& view);
+
+  void compute(const TensorView& values, const TensorView& weights, const TensorView& result);
+
+ private:
+  TaskGrid& grid_;
+  char* memory_ = nullptr;
+  index_t* tap_offsets_ = nullptr;
+
+ public:
+  const CallPlan& call;
+  const Plan& plan;
+  const index_t sample, split;
+  const Region region, halo;    // of the result; of the other tensor
+  const Region& kernel_region;  // of the kernels
+};
+
+}  // namespace involution

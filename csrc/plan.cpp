@@ -1,0 +1,184 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace involution {
+namespace {
+
+index_t gcd(index_t a, index_t b) { return b == 0 ? a : gcd(b, a % b); }
+// Rounds towards negative infinity.
+index_t floor_div(index_t n, index_t by) { return n / by - (n % by < 0); }
+
+// The taps of output position p that overlap the input.
+TapRange taps_of_output(const InvolutionParams& params, int i, index_t p) {
+  const index_t first = p * params.strides[i] - params.pad_before[i], d = params.dilation_rate[i];
+  const index_t low = std::max<index_t>(0, floor_div(-first + d - 1, d));
+  const index_t high =
+      std::min(params.kernel_size[i] - 1, floor_div(params.input_size[i] - 1 - first, d));
+  if (low > high) return {0, 0, 0};
+  return {high - low + 1, low, first + low * d};
+}
+
+// The taps by which outputs read input position q.
+TapRange taps_of_input(const InvolutionParams& params, int i, index_t q, index_t tap_step) {
+  const index_t padded_position = q + params.pad_before[i], s = params.strides[i],
+                d = params.dilation_rate[i];
+  const index_t high = std::min(params.kernel_size[i] - 1, padded_position / d);
+  index_t low =
+      std::max<index_t>(0, floor_div(padded_position - (params.output_size[i] - 1) * s + d - 1, d));
+  // One of tap_step consecutive taps is a whole number of strides away.
+  for (index_t step = 0; step < tap_step && low <= high && (padded_position - low * d) % s != 0;
+       ++step)
+    ++low;
+  if (low > high || (padded_position - low * d) % s != 0) return {0, 0, 0};
+  return {(high - low) / tap_step + 1, low, (padded_position - low * d) / s};
+}
+
+// An axis that fills vectors, if possible a contiguous one.
+VectorAxis choose_vector_axis(const InvolutionParams& params, bool generates_kernels) {
+  const index_t channels_per_group = params.channels / params.groups, groups = params.groups;
+  // Rows are packed with zero padding, which must not outgrow the row.
+  const bool rows_fit =
+      params.strides[2] == 1 && std::min(params.input_size[2], params.output_size[2]) >= 4 &&
+      (params.kernel_size[2] - 1) * params.dilation_rate[2] <= params.input_size[2] + 64;
+  const VectorAxis channels_or_groups = channels_per_group < 4 && groups > channels_per_group
+                                            ? VectorAxis::groups
+                                            : VectorAxis::channels;
+  // Each position's generated kernel is one row of a matrix.
+  if (generates_kernels) return channels_or_groups;
+  if (params.channels_first && rows_fit) return VectorAxis::positions;
+  if (params.channels_first) return channels_or_groups;
+  if (params.interleaved && groups % 4 == 0) return VectorAxis::groups;
+  if ((!params.interleaved || groups == 1) && channels_per_group % 4 == 0)
+    return VectorAxis::channels;
+  if (std::max(channels_per_group, groups) < 4 && rows_fit) return VectorAxis::positions;
+  return channels_or_groups;
+}
+
+index_t choose_vector_width(index_t count, index_t max_lanes) {
+  index_t lanes = max_lanes;
+  while (lanes > 4 && count % lanes != 0 && (count % (lanes / 2) == 0 || count <= lanes / 2))
+    lanes /= 2;
+  return lanes;
+}
+
+}  // namespace
+
+Tensor make_tensor(const void* data, const index_t* size, index_t channels, bool channels_first) {
+  Tensor t = {};
+  t.data = const_cast<void*>(data);
+  t.batch_stride = num_elements(size) * channels;
+  const index_t unit = channels_first ? 1 : channels;
+  t.position_stride[2] = unit;
+  t.position_stride[1] = unit * size[2];
+  t.position_stride[0] = unit * size[2] * size[1];
+  t.inner_stride = channels_first ? num_elements(size) : 1;
+  return t;
+}
+
+void split_channels(Tensor& t, index_t outer_count, index_t inner_count, bool inner_is_fast) {
+  const index_t step = t.inner_stride;
+  t.outer_count = outer_count;
+  t.inner_count = t.inner_padded = inner_count;
+  t.outer_stride = inner_is_fast ? step * inner_count : step;
+  t.inner_stride = inner_is_fast ? step : step * outer_count;
+}
+
+const index_t* result_size(const InvolutionParams& params) {
+  const bool is_input_grad = static_cast<Pass>(params.pass) == Pass::input_grad;
+  return is_input_grad ? params.input_size : params.output_size;
+}
+
+CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTable& kernels,
+                   const Operands& operands, bool generates_kernels) {
+  CallPlan p;
+  Plan& plan = p.plan;
+  plan.pass = static_cast<Pass>(params.pass);
+  plan.type = static_cast<DataType>(params.dtype);
+  plan.batch = batch;
+  p.acc_bytes = plan.type == DataType::float64 ? 8 : 4;
+  p.taps = num_elements(params.kernel_size);
+
+  const bool channels_first = params.channels_first != 0,
+             is_input_grad = plan.pass == Pass::input_grad;
+  const index_t channels_per_group = params.channels / params.groups;
+  plan.vector_axis = choose_vector_axis(params, generates_kernels);
+  // A row starts at its last tap where sources run backwards.
+  plan.source_offset = is_input_grad ? params.pad_before[2] : -params.pad_before[2];
+
+  Tensor x = make_tensor(nullptr, params.input_size, params.channels, channels_first);
+  Tensor y = make_tensor(nullptr, params.output_size, params.channels, channels_first);
+  Tensor kernel = make_tensor(nullptr, params.output_size, p.taps * params.groups, channels_first);
+  const bool groups_inner = plan.vector_axis == VectorAxis::groups;
+  const index_t outer_count = groups_inner ? channels_per_group : params.groups;
+  const index_t inner_count = groups_inner ? params.groups : channels_per_group;
+  const bool inner_is_fast = groups_inner == (params.interleaved != 0);
+  split_channels(x, outer_count, inner_count, inner_is_fast);
+  split_channels(y, outer_count, inner_count, inner_is_fast);
+  split_channels(kernel, p.taps, params.groups, true);
+
+  const int max_lanes = kernels.vector_bytes / static_cast<int>(p.acc_bytes);
+  plan.lanes = static_cast<int>(choose_vector_width(inner_count, max_lanes));
+  if (plan.vector_axis != VectorAxis::positions)
+    x.inner_padded = y.inner_padded = round_up(inner_count, plan.lanes);
+  if (groups_inner) kernel.inner_padded = x.inner_padded;
+  const bool same_type = plan.type == DataType::float64 || plan.type == DataType::float32;
+  for (Tensor* t : {&x, &y, &kernel})
+    // An empty tensor may have a null pointer; a packed copy has not.
+    t->zero_copy = same_type && t->batch_stride > 0 &&
+                   (plan.vector_axis == VectorAxis::positions
+                        ? t->position_stride[2] == 1
+                        : t->inner_stride == 1 && t->inner_padded == t->inner_count &&
+                              (t->outer_stride == t->inner_padded || t->outer_count == 1));
+
+  if (plan.vector_axis == VectorAxis::positions) {
+    // Reads next to the own position of a result need zero padding.
+    if (is_input_grad)
+      y.zero_copy = kernel.zero_copy = false;
+    else
+      x.zero_copy = false;
+  }
+
+  const auto with_data = [](Tensor t, const void* data) {
+    t.data = const_cast<void*>(data);
+    return t;
+  };
+  switch (plan.pass) {
+    case Pass::forward:
+      plan.values = with_data(x, operands.x), plan.weights = with_data(kernel, operands.kernel),
+      plan.result = with_data(y, operands.y);
+      break;
+    case Pass::input_grad:
+      plan.values = with_data(y, operands.y), plan.weights = with_data(kernel, operands.kernel),
+      plan.result = with_data(x, operands.x);
+      break;
+    case Pass::kernel_grad:
+      plan.values = with_data(x, operands.x), plan.weights = with_data(y, operands.y),
+      plan.result = with_data(kernel, operands.kernel);
+      break;
+  }
+
+  for (int i = 0; i < 3; ++i) {
+    const index_t divisor = gcd(params.strides[i], params.dilation_rate[i]);
+    Dimension& d = plan.dimension[i];
+    d.taps = params.kernel_size[i];
+    d.output_size = is_input_grad ? params.input_size[i] : params.output_size[i];
+    d.tap_step = is_input_grad ? params.strides[i] / divisor : 1;
+    d.source_step = is_input_grad ? -(params.dilation_rate[i] / divisor) : params.dilation_rate[i];
+    d.source_size = is_input_grad ? params.output_size[i] : params.input_size[i];
+    p.tap_ranges[i].resize(d.output_size);
+    for (index_t n = 0; n < d.output_size; ++n)
+      p.tap_ranges[i][n] =
+          is_input_grad ? taps_of_input(params, i, n, d.tap_step) : taps_of_output(params, i, n);
+    d.tap_ranges = p.tap_ranges[i].data();
+    // A step out of the tensor is never taken, and its product with a stride may overflow: clamped.
+    // Steps into the zero padding of packed rows are taken; choose_vector_axis bounds them.
+    if (i == 2 && plan.vector_axis == VectorAxis::positions) continue;
+    d.tap_step = std::min(d.tap_step, d.taps);
+    const index_t limit = std::max<index_t>(d.source_size, 1);  // a step is never 0
+    d.source_step = std::clamp(d.source_step, -limit, limit);
+  }
+  return p;
+}
+
+}  // namespace involution

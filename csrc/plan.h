@@ -1,0 +1,61 @@
+// From the parameters of a call to the plan that the kernels execute.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "params.h"
+
+namespace involution {
+
+inline index_t round_up(index_t n, index_t unit) { return (n + unit - 1) / unit * unit; }
+inline index_t ceil_div(index_t n, index_t by) { return (n + by - 1) / by; }
+inline index_t num_elements(const index_t* size) { return size[0] * size[1] * size[2]; }
+inline index_t item_size(DataType type) {
+  return type == DataType::float64 ? 8 : type == DataType::float32 ? 4 : 2;
+}
+
+// The weights of a kernel generator, in the accumulation type, with rows padded to whole vectors.
+struct GeneratorWeights {
+  Tensor hidden;
+  index_t hidden_channels;
+  index_t columns;                 // elements of a kernel, in the layout of the plan's kernels
+  index_t padded_columns;          // rounded up to whole vectors
+  index_t padded_hidden_channels;  // rounded up to whole vectors
+  index_t group_splits;            // the groups are split into as many tasks
+  index_t split_stride;            // bytes from the copies of one split to those of the next
+  bool bf16_pairs;         // hidden and weight pack two bfloat16 hidden channels into an element
+  const char* weight;      // (hidden_channels, padded_columns)
+  const char* bias;        // (padded_columns)
+  const char* transposed;  // (columns, padded_hidden_channels): the weight, for the gradients
+};
+
+// A plan, and what it points to or the kernels do not need.
+struct CallPlan {
+  Plan plan;
+  std::array<std::vector<TapRange>, 3> tap_ranges;
+  index_t acc_bytes;  // of an element of the accumulation type
+  index_t taps;
+  const GeneratorWeights* generator = nullptr;  // null: the kernel tensor is an argument
+};
+
+// The tensors of a call, or their gradients.
+struct Operands {
+  const void *x, *kernel, *y;
+};
+
+// A contiguous tensor with `channels` channels at each position, as one axis: see `split_channels`.
+Tensor make_tensor(const void* data, const index_t* size, index_t channels, bool channels_first);
+
+// Splits the channel axis into outer_count x inner_count.
+void split_channels(Tensor& t, index_t outer_count, index_t inner_count, bool inner_is_fast);
+
+// Spatial sizes of the result.
+const index_t* result_size(const InvolutionParams& params);
+
+CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTable& kernels,
+                   const Operands& operands, bool generates_kernels);
+
+}  // namespace involution
