@@ -67,7 +67,7 @@ def measured(case, backward, seconds):
     arrays = [random.standard_normal(s) for s in (case.x_shape, case.kernel_shape, case.x_shape)]
     *arguments, cotangent = tensors(arrays, "float32")
     candidates = {
-        "plain": lambda x, k: plain(x, k, case.kernel_size, case.groups),
+        "plain": lambda x, k: plain(x, k, case.window.kernel_size[0], case.window.groups),
         "taps": functools.partial(
             involution.ops.involution, implementation="taps", **case.arguments
         ),

@@ -31,10 +31,8 @@ NETWORKS = (SELECTED, "native", "free", *SLOW, RESNET)
 
 
 def unfold(x, kernel, problem):
-    g = problem.window
-    (kernel_size,), (strides,) = set(g.kernel_size), set(g.strides)
-    pads = g.pads(x.shape[1:3])
-    return baselines.im2col(x, kernel, kernel_size, strides, 1, g.groups, g.group_layout, pads)
+    pads = problem.window.pads(x.shape[1:3])
+    return baselines.im2col(x, kernel, problem.window, pads)
 
 
 def networks(names):

@@ -156,9 +156,9 @@ def cupy(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "case",
     [
-        Case("plain", 2, (5, 4), 6, 2, 3),
-        Case("strided", 2, (7, 9), 8, 2, 5, strides=2, padding="symmetric"),
-        Case("wide", 1, (6, 7), 4, 4, 3, dilation_rate=2),
+        Case.of("plain", 2, (5, 4), 6, 2, 3),
+        Case.of("strided", 2, (7, 9), 8, 2, 5, strides=2, padding="symmetric"),
+        Case.of("wide", 1, (6, 7), 4, 4, 3, dilation_rate=2),
     ],
     ids=lambda case: case.name,
 )
@@ -170,10 +170,10 @@ def test_the_paper_cuda_code_matches_the_reference(case, dtype, cupy):
 
 
 def test_unsupported_cases_of_the_paper_cuda_code(cupy, monkeypatch):
-    small = Case("small", 1, (5, 4), 6, 2, 3)
-    line = Case("line", 1, (9,), 4, 1, 3)
-    alternating = Case("alternating", 1, (9, 9), 4, 2, 3, group_layout="interleaved")
-    large = Case("large", 2**12, (512, 512), 2, 1, 3)
+    small = Case.of("small", 1, (5, 4), 6, 2, 3)
+    line = Case.of("line", 1, (9,), 4, 1, 3)
+    alternating = Case.of("alternating", 1, (9, 9), 4, 2, 3, group_layout="interleaved")
+    large = Case.of("large", 2**12, (512, 512), 2, 1, 3)
     for case, dtype, reason in (
         (small, "float32", None),
         (small, "bfloat16", "requires float32 or float64"),
@@ -193,7 +193,7 @@ def test_a_failed_capture_is_logged_for_each_pass(fake_cuda, monkeypatch):
         raise devices.CaptureError("it waits")
 
     monkeypatch.setattr(devices.DEVICES["cpu"], "timer", fail)
-    monkeypatch.setattr(runner, "CASES", (Case("small", 1, (5, 4), 6, 2, 3),))
+    monkeypatch.setattr(runner, "CASES", (Case.of("small", 1, (5, 4), 6, 2, 3),))
     lines = []
     plan = runner.Plan(cases=("small",), candidates=("taps",))
     assert list(runner.run(plan, lines.append)) == []
@@ -201,5 +201,7 @@ def test_a_failed_capture_is_logged_for_each_pass(fake_cuda, monkeypatch):
 
 
 def test_compiled_taps_match_the_reference():
-    candidate = runner.make_candidate("compiled-taps", Case("small", 2, (5, 4), 6, 2, 3), "float32")
+    candidate = runner.make_candidate(
+        "compiled-taps", Case.of("small", 2, (5, 4), 6, 2, 3), "float32"
+    )
     assert runner.max_relative_error(candidate, "float32") < 1e-5

@@ -30,7 +30,7 @@ def test_an_unavailable_device_raises(monkeypatch):
 
 @pytest.mark.parametrize("name", ["paper-cuda", "compiled-taps"])
 def test_candidates_that_require_pytorch(name, monkeypatch):
-    case = Case("small", 1, (4, 5), 4, 2, 3)
+    case = Case.of("small", 1, (4, 5), 4, 2, 3)
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
     with pytest.raises(NotImplementedError, match="requires the PyTorch backend"):
         runner.make_candidate(name, case, "float32")

@@ -19,8 +19,8 @@ from tests.support.backends import BACKEND, IMPLEMENTATIONS, numpy
 
 FUSED = ["fused"] if "native" in IMPLEMENTATIONS else []
 UNAVAILABLE = {"paper-cuda"} if BACKEND == "torch" else {"paper-cuda", "compiled-taps"}
-SMALL = Case("small", 2, (5, 4), 6, 2, 3)
-STRIDED = Case("strided", 1, (5, 4), 6, 2, 3, strides=2, group_layout="interleaved")
+SMALL = Case.of("small", 2, (5, 4), 6, 2, 3)
+STRIDED = Case.of("strided", 1, (5, 4), 6, 2, 3, strides=2, group_layout="interleaved")
 
 
 @pytest.fixture

@@ -9,23 +9,22 @@ from involution.benchmarking.timed_program import tensors
 from involution.ops.validation import CONTIGUOUS
 
 
-def im2col(
-    x, kernel, kernel_size, strides=1, dilation_rate=1, groups=1, group_layout=CONTIGUOUS, pads=None
-):
+def im2col(x, kernel, window, pads=None):
     """Two-dimensional involution as in the keras.io example: extracted patches, product, sum.
 
     Patches are extracted by ``tf.image.extract_patches``, JAX's ``conv_general_dilated_patches`` or
     PyTorch's ``unfold``. Padding is ``"same"`` unless ``pads`` has (before, after) of height and
-    width. Tensors are channels last; window arguments are single integers.
+    width. Tensors are channels last; the window is square, as are its steps.
     """
     batch, *_, channels = ops.shape(x)
     out = ops.shape(kernel)[1:3]
-    taps, group_channels = kernel_size**2, channels // groups
+    taps, groups, group_channels = window.taps, window.groups, channels // window.groups
+    steps = (window.kernel_size[0], window.strides[0], window.dilation_rate[0])
     patches = ops.reshape(
-        _EXTRACT_PATCHES[keras.config.backend()](x, out, kernel_size, strides, dilation_rate, pads),
+        _EXTRACT_PATCHES[keras.config.backend()](x, out, *steps, pads),
         (batch, *out, taps, channels),
     )
-    if group_layout == CONTIGUOUS:
+    if window.group_layout == CONTIGUOUS:
         weights = ops.expand_dims(kernel, -1)
         shape = (batch, *out, taps, groups, group_channels)
     else:
@@ -87,7 +86,7 @@ def depthwise(case, rng, dtype):
     """(function, arguments) of Keras's depthwise convolution with the involution's kernel size."""
     if len(case.sizes) == 3:
         raise NotImplementedError("Keras has no depthwise convolution in three dimensions")
-    window = (case.kernel_size,) * len(case.sizes)
+    window = case.window.kernel_size
     return _convolution(ops.depthwise_conv, case, rng, dtype, (*window, case.channels, 1))
 
 
@@ -99,7 +98,7 @@ def _convolution(operation, case, rng, dtype, shape):
         return operation(
             x,
             weights,
-            strides=case.strides,
+            strides=case.window.strides,
             padding="same",
             data_format="channels_last",
         )

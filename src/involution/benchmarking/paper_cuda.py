@@ -20,7 +20,7 @@ THREADS = 1024
 def unsupported_reason(case, dtype) -> str | None:
     if len(case.sizes) != 2:
         return "requires two spatial dimensions"
-    if case.group_layout != "contiguous":
+    if case.window.group_layout != "contiguous":
         return "requires contiguous groups"
     if dtype not in ("float32", "float64"):
         return "requires float32 or float64"
@@ -46,14 +46,14 @@ def definitions(case, dtype) -> dict[str, object]:
         "T": TYPES[dtype],
         "BATCH": case.batch,
         "CHANNELS": case.channels,
-        "GROUPS": case.groups,
+        "GROUPS": case.window.groups,
         "HEIGHT": case.sizes[0],
         "WIDTH": case.sizes[1],
         "OUT_HEIGHT": case.kernel_shape[1],
         "OUT_WIDTH": case.kernel_shape[2],
-        "SIZE": case.kernel_size,
-        "STRIDES": case.strides,
-        "DILATION": case.dilation_rate,
+        "SIZE": case.window.kernel_size[0],
+        "STRIDES": case.window.strides[0],
+        "DILATION": case.window.dilation_rate[0],
         "PAD_TOP": top,
         "PAD_LEFT": left,
     }

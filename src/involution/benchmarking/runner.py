@@ -27,6 +27,7 @@ from involution.ops.cases import CASES, Case
 from involution.ops.dispatch import IMPLEMENTATIONS, PREFERENCE
 from involution.ops.problem import problem_of
 from involution.ops.tensor_utils import spatial_shape
+from involution.ops.validation import SAME, SYMMETRIC
 from involution.utils.atomic_files import csv_text
 from involution.utils.environment import versions
 from involution.utils.errors import InputError
@@ -302,10 +303,10 @@ def _im2col(case):
         raise NotImplementedError("requires two spatial dimensions")
     if math.prod(case.kernel_shape[:-1]) * case.channels > MAX_IM2COL_ELEMENTS:
         raise NotImplementedError(f"requires patches of at most {MAX_IM2COL_ELEMENTS} elements")
-    if case.padding != "same" and (case.padding != "symmetric" or case.strides > 1):
+    window = case.window
+    if window.padding != SAME and (window.padding != SYMMETRIC or max(window.strides) > 1):
         raise NotImplementedError('requires Keras\'s "same" padding')
-    names = "kernel_size", "strides", "dilation_rate", "groups", "group_layout"
-    return functools.partial(baselines.im2col, **{name: case.arguments[name] for name in names})
+    return functools.partial(baselines.im2col, window=window)
 
 
 def max_relative_error(candidate: Candidate, dtype) -> float:
@@ -374,14 +375,14 @@ def roofline_ms(case, dtype, backward, device, generated=False) -> float:
 
 def _taps_inside(case) -> int:
     """Number of taps inside the input, over all windows of a sample."""
-    pads = case.window.clamp_steps(case.sizes).pads(case.sizes)
+    window = case.window.clamp_steps(case.sizes)
     total = 1
-    for n, (before, _) in zip(case.sizes, pads, strict=True):
-        positions = range(-(-n // case.strides))
+    for i, (n, out) in enumerate(zip(case.sizes, window.output_sizes(case.sizes), strict=True)):
+        before, _ = window.pads(case.sizes)[i]
         sources = (
-            p * case.strides - before + k * case.dilation_rate
-            for p in positions
-            for k in range(case.kernel_size)
+            p * window.strides[i] - before + k * window.dilation_rate[i]
+            for p in range(out)
+            for k in range(window.kernel_size[i])
         )
         total *= sum(0 <= q < n for q in sources)
     return total

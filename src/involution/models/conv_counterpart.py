@@ -69,12 +69,10 @@ def _convolution(layer, kind):
             f"kernel_size={layer.kernel_size}"
         )
     rank = len(layer.kernel_size)
-    arguments = {
-        "kernel_size": layer.kernel_size,
-        "strides": layer.strides,
+    arguments = layer.window.arguments()
+    del arguments["groups"], arguments["group_layout"]
+    arguments |= {
         "padding": PADDINGS[layer.padding],
-        "dilation_rate": layer.dilation_rate,
-        "data_format": layer.data_format,
         "use_bias": False,
         "activity_regularizer": layer.activity_regularizer,
         "trainable": layer.trainable,
