@@ -12,7 +12,7 @@ import pytest
 
 from involution.benchmarking import devices, runner
 from involution.benchmarking.timed_program import repeat
-from involution.ops import api, taps
+from involution.ops import dispatch, taps
 from involution.ops.cases import CASES, Case
 from involution.utils.errors import InputError
 from tests.support.backends import BACKEND, IMPLEMENTATIONS, numpy
@@ -39,8 +39,7 @@ def test_every_candidate_is_measured_forward_and_backward(small):
         names = [
             n
             for n in candidates
-            if n in (*IMPLEMENTATIONS, *FUSED)
-            or n not in (*dict((*api.IMPLEMENTATIONS, api.FUSED)), *UNAVAILABLE)
+            if n in (*IMPLEMENTATIONS, *FUSED) or n not in (*dispatch.IMPLEMENTATIONS, *UNAVAILABLE)
         ]
         expected = [(case, n, passes) for passes in ("forward", "forward+backward") for n in names]
         assert [(r.case, r.candidate, r.passes) for r in rows] == expected
