@@ -49,7 +49,7 @@ PASSES = tuple(native_core.ARGUMENTS)
 
 
 each_half = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="told as Linux tells it")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 # --- Values ---------------------------------------------------------------------------------------
@@ -377,8 +377,8 @@ def test_native_is_the_first_choice_for_every_kind_of_call():
             data_format,
         )
         x, kernel = tensors(call.arrays()[:2], dtype)
-        told = involution.ops.implementations(x, kernel, **call.arguments)
-        name = next(name for name, reason in told if reason is None)
+        reasons = involution.ops.implementations(x, kernel, **call.arguments)
+        name = next(name for name, reason in reasons if reason is None)
         print(f"{BACKEND}, rank {rank}, {dtype}, {group_layout}, {data_format}: {name}")
         assert name == "native"
         count += 1
@@ -702,12 +702,12 @@ def pool():
     """Of a process whose environment names the instructions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INVOLUTION_INSTRUCTIONS", "plain")
-        told = fresh_process("import tests.native.test_core as t; t.pool_of_a_process()")
-    return json.loads(told)
+        output = fresh_process("import tests.native.test_core as t; t.pool_of_a_process()")
+    return json.loads(output)
 
 
 @on_linux
-def test_the_pool_has_as_many_threads_as_it_is_told(pool):
+def test_the_pool_has_the_given_number_of_threads(pool):
     """The caller is one of them, and they stay."""
     assert pool["started"] == [0, 1, 3, 3]
 

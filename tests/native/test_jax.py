@@ -169,14 +169,14 @@ def sharded():
         "output": (operation(call, "native"), over_batch),
         "gradients": (jax.grad(square(call), (0, 1)), (over_batch, over_batch)),
     }
-    told = {"devices": len(jax.devices())}
+    result = {"devices": len(jax.devices())}
     for name, (function, results) in programs.items():
         program = jax.jit(function, in_shardings=(over_batch,) * 2, out_shardings=results)
         arguments = [jax.device_put(a, over_batch) for a in (x, kernel)]
         text = program.lower(*arguments).compile().as_text()
         values = jax.tree.leaves(program(*arguments))
         alone = jax.tree.leaves(jax.jit(function)(jnp.array(x), jnp.array(kernel)))
-        told[name] = {
+        result[name] = {
             "native": text.count('custom_call_target="involution"'),
             "exchanges": sum(
                 text.count(word) for word in ("all-gather", "all-reduce", "all-to-all")
@@ -186,15 +186,15 @@ def sharded():
                 bool((numpy(v) == numpy(a)).all()) for v, a in zip(values, alone, strict=True)
             ],
         }
-    print(json.dumps(told))
+    print(json.dumps(result))
 
 
 def test_a_batch_shared_by_two_devices_stays_where_it_is(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    told = json.loads(fresh_process("import tests.native.test_jax as t; t.sharded()"))
-    assert told["devices"] == 2
-    assert told["output"] == {"native": 1, "exchanges": 0, "parts": [2], "equal": [True]}
-    assert told["gradients"] == {
+    result = json.loads(fresh_process("import tests.native.test_jax as t; t.sharded()"))
+    assert result["devices"] == 2
+    assert result["output"] == {"native": 1, "exchanges": 0, "parts": [2], "equal": [True]}
+    assert result["gradients"] == {
         "native": 3,
         "exchanges": 0,
         "parts": [2, 2],
@@ -210,13 +210,13 @@ def test_only_the_batch_axis_is_partitioned(pass_):
     assert native_jax._register() is None
     of = pass_, Window(**CALL.arguments), CALL.sizes
     types = [types_of.SimpleNamespace(rank=t.ndim) for t in (a, b, c)]
-    rule, told = native_jax.UNFUSED.sharding_rule(*of, None, types[:2], types[2:])
+    rule, options = native_jax.UNFUSED.sharding_rule(*of, None, types[:2], types[2:])
     factors = [part.split() for part in rule.replace("->", ",").split(",")]
     assert [len(some) for some in factors] == [t.ndim for t in (a, b, c)]
     assert {some[0] for some in factors} == {"batch"}
     others = [name for some in factors for name in some[1:]]
     assert len(set(others)) == len(others)
-    assert told == {"need_replication_factors": tuple(others)}
+    assert options == {"need_replication_factors": tuple(others)}
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("devices",))
     spec = jax.sharding.PartitionSpec

@@ -125,9 +125,9 @@ def test_f22_operation_is_what_pytorch_asks_of_one(pass_, call):
     a, b = ARGUMENTS[pass_](*leaves(call, 3))
     window = Window(**call.arguments)
     encoded = params.encode(pass_, window, call.sizes, a, b)
-    told = torch.library.opcheck(native_torch.operations.unfused, (a, b, encoded, window.rank))
-    assert len(told) == 4
-    assert set(told.values()) == {"SUCCESS"}
+    outcome = torch.library.opcheck(native_torch.operations.unfused, (a, b, encoded, window.rank))
+    assert len(outcome) == 4
+    assert set(outcome.values()) == {"SUCCESS"}
 
 
 def test_f22_exported_for_any_batch():
@@ -325,11 +325,11 @@ def test_f16_another_device_is_refused_by_name():
 
 
 def test_the_core_uses_the_threads_that_pytorch_is_set_to(monkeypatch):
-    told = []
+    thread_counts = []
     execute = library.execute
 
     def recorded(encoded, batch, threads, *addresses):
-        told.append(threads)
+        thread_counts.append(threads)
         return execute(encoded, batch, threads, *addresses)
 
     monkeypatch.setattr(library, "execute", recorded)
@@ -341,7 +341,7 @@ def test_the_core_uses_the_threads_that_pytorch_is_set_to(monkeypatch):
             y.sum().backward()
     finally:
         torch.set_num_threads(before)
-    assert told == [1] * 3 + [3] * 3
+    assert thread_counts == [1] * 3 + [3] * 3
 
 
 LARGE = Call(2, (24, 25), 128, (3, 3), (1, 1), "same", (1, 1), 2)
@@ -375,7 +375,7 @@ def threads_of_a_process():
     print(json.dumps({"added": added, "by_pool": added_by_pool, "children": codes}))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="told as Linux tells it")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_core_works_in_pytorchs_own_threads():
     """Others would wait for processors that these keep; after a fork there are only others."""
     code = "import tests.native.test_torch as t; t.threads_of_a_process()"
