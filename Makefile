@@ -12,12 +12,12 @@ BACKEND ?= tensorflow
 RANDOM_ORDERS ?= 10
 # Folder of images for `make notebooks`.
 DATA ?=
-# What `make mutants` changes: of the page and of the data the way of an upload.
-MUTANTS ?= "involution.training.checkpoint.*" "involution.data.transforms.*" "involution.utils.atomic_files.*" "involution.data.image_folder.*" "involution.saving.classifier.*" \
-	"involution.models.*" "involution.ops.geometry.*" "involution.demo.app.x_check__*" "involution.demo.app.x__validate_upload__*" "involution.demo.app.x__as_gradio_error__*" \
-	"involution.data.datasets.x_read_image__*" "involution.data.datasets.x__resize__*" "involution.data.datasets.x_scale__*"
+# Functions that `make mutants` mutates; of the demo and the data those that handle uploads.
+MUTATION_TARGETS ?= "involution.training.checkpoint.*" "involution.data.transforms.*" "involution.utils.atomic_files.*" "involution.data.image_folder.*" "involution.saving.classifier.*" \
+	"involution.models.*" "involution.ops.window.*" "involution.demo.app.x_check__*" "involution.demo.app.x__validate_upload__*" "involution.demo.app.x__as_gradio_error__*" \
+	"involution.data.decode.x_read_image__*" "involution.data.decode.x_resize__*"
 # Modules that require full line and branch coverage: checkpoints, untrusted files, shapes.
-FULL_COVERAGE := training/checkpoint data/transforms data/image_folder utils/atomic_files saving/* ops/geometry models/weights models/checkpoint_readers/*
+FULL_COVERAGE := training/checkpoint data/transforms data/image_folder utils/atomic_files saving/* ops/window models/weights models/checkpoint_readers/*
 # Minimum coverage of all modules.
 define COVERAGE_MINIMUMS
 import json, sys

@@ -1,4 +1,4 @@
-"""The documentation: `make docs` builds docs/en and docs/ko with this."""
+"""Sphinx configuration; `make docs` builds docs/en and docs/ko."""
 
 import inspect
 import re
@@ -9,8 +9,8 @@ author = copyright = "The involution authors"
 release = metadata.version("involution")
 extensions = [
     "myst_parser",  # pages are Markdown
-    "sphinx.ext.autodoc",  # the reference is the docstrings
-    "sphinx.ext.napoleon",  # which are Google's form, as Keras's
+    "sphinx.ext.autodoc",  # the API reference, from docstrings
+    "sphinx.ext.napoleon",  # Google style, as in Keras
 ]
 myst_heading_anchors = 3
 html_theme = "furo"
@@ -30,10 +30,10 @@ def setup(app):
 
 
 def _signature(app, what, name, obj, options, signature, returns):
-    """Keras's layers hide what they take."""
+    """The signature of a Keras layer is that of its constructor, which Keras wraps."""
     if what == "class" and "__init__" in vars(obj):
-        taken = inspect.signature(obj.__init__)
-        return str(taken.replace(parameters=list(taken.parameters.values())[1:])), returns
+        init = inspect.signature(obj.__init__)
+        return str(init.replace(parameters=list(init.parameters.values())[1:])), returns
     for base in obj.__mro__[1:] if what == "class" else ():
         if "__init__" in vars(base) and base.__module__.startswith("involution"):
             return _signature(app, what, name, base, options, signature, returns)
@@ -41,7 +41,7 @@ def _signature(app, what, name, obj, options, signature, returns):
 
 
 def _escape(app, what, name, obj, options, lines):
-    """Shapes are written (B, *spatial, C), which is no emphasis."""
+    """Escapes asterisks in shapes such as (B, *spatial, C), which are not emphasis."""
     lines[:] = [
         line if line.lstrip().startswith(">>>") else re.sub(r"(?<![*`\w])\*(?=\w)", r"\\*", line)
         for line in lines

@@ -1,7 +1,7 @@
-"""The tutorial as notebooks: `make notebooks` executes them and keeps what they print and draw.
+"""The tutorial as notebooks: `make notebooks` executes them and stores their outputs.
 
-A notebook is its page, with what only a notebook needs: the first cell installs, figures are shown
-where they are drawn, and two variables of the environment say on what, and how long, to train.
+A notebook is its page with three additions: the first cell installs the package, figures are
+displayed, and two environment variables set the data and the number of epochs.
 """
 
 import asyncio
@@ -18,19 +18,19 @@ import nbformat
 from involution.utils import atomic_files
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Pages, their notebooks, and what a notebook says of itself.
+# Pages, with the notebook and its introduction.
 NOTEBOOKS = {
     "docs/en/tutorial.md": (
         "notebooks/involution.ipynb",
-        "*The outputs below are those of CIFAR-10 as JPEG files, 20 epochs, on TensorFlow: the "
-        "variable `INVOLUTION_DATASET` of the environment named their folder. Without it the "
-        "notebook takes scikit-learn's handwritten digits: a minute, and nothing to download.*",
+        "*The outputs below are from 20 epochs on CIFAR-10 as JPEG files, on TensorFlow; the "
+        "environment variable `INVOLUTION_DATASET` was set to their folder. By default the "
+        "notebook uses scikit-learn's handwritten digits: a minute, and no download.*",
     ),
     "docs/ko/tutorial.md": (
         "notebooks/involution.ko.ipynb",
-        "*아래 출력은 JPEG 파일로 된 CIFAR-10으로 TensorFlow에서 20 에포크 학습한 결과이며, "
-        "환경 변수 `INVOLUTION_DATASET`에 그 폴더를 지정했습니다. 지정하지 않으면 노트북은 "
-        "scikit-learn의 손글씨 숫자로 학습합니다. 1분쯤 걸리고, 내려받을 것은 없습니다.*",
+        "*아래 출력은 JPEG 파일로 된 CIFAR-10으로 TensorFlow에서 20 에포크를 학습한 결과이며, "
+        "환경 변수 `INVOLUTION_DATASET`에 그 폴더를 지정했습니다. 기본값은 scikit-learn의 손글씨 "
+        "숫자이며, 1분쯤 걸리고 내려받는 파일이 없습니다.*",
     ),
 }
 SETTINGS = {
@@ -42,7 +42,7 @@ SHELL = "%%sh\n"
 
 
 def notebook(page):
-    """The notebook of a page, not yet executed."""
+    """The notebook of a page, not executed."""
     about = NOTEBOOKS[page][1]
     made = jupytext.reads((ROOT / page).read_text(encoding="utf-8"), fmt="md")
     made.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
@@ -60,12 +60,12 @@ def notebook(page):
             if "source = " in cell.source:
                 for old, new in SETTINGS.items():
                     if old not in cell.source:
-                        raise ValueError(f"{page} must set what a notebook replaces: {old!r}")
+                        raise ValueError(f"{page} must contain the line {old!r}")
                     cell.source = cell.source.replace(old, new)
             if "figure = " in cell.source:
                 cell.source += "\nfigure"
         else:
-            # The notebook draws the figures itself; a translation's first line is for the tests.
+            # The notebook displays the figures; the first line of a translation is for the tests.
             text = re.sub(r"^(!\[.*\]\(.*\)|% english: .*)\n*", "", cell.source, flags=re.M).strip()
             folder = pathlib.PurePosixPath("..") / pathlib.PurePosixPath(page).parent
             cell.source = re.sub(r"\]\((?!http)", f"]({folder}/", text)
@@ -78,8 +78,8 @@ def notebook(page):
 
 
 def execute(made, folder):
-    """Runs all cells in a process of their own, which starts in ``folder``; an error in a cell is
-    an error here."""
+    """Runs all cells in a separate process, whose working directory is ``folder``; an error in a
+    cell is raised here."""
     client = nbclient.NotebookClient(
         made,
         timeout=None,
@@ -88,16 +88,16 @@ def execute(made, folder):
     )
     client.create_kernel_manager()
     with tempfile.TemporaryDirectory() as sockets:
-        # Files in place of ports, which others on the machine could open.
+        # Unix sockets instead of ports, to which other users of the machine could connect.
         client.km.transport, client.km.ip = "ipc", f"{sockets}/kernel"
-        # Not asyncio.run, which forgets the event loop that the caller may have.
+        # Not asyncio.run, which resets the current event loop of the caller.
         loop = asyncio.new_event_loop()
         try:
             loop.run_until_complete(client.async_execute())
         finally:
             loop.close()
     for cell in made.cells:
-        cell.metadata.pop("execution", None)  # times of day
+        cell.metadata.pop("execution", None)  # timestamps
     return made
 
 
@@ -111,10 +111,10 @@ def main():
     print(f"executed in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     for page, (target, _) in NOTEBOOKS.items():
         made = notebook(page)
-        # All have the same code, and so the same results.
+        # The code is the same in all languages, and so are the outputs.
         for cell, done in zip(code(made), code(executed), strict=True):
             if cell.source != done.source:
-                raise ValueError(f"the code of {page} must be that of the first: {cell.source!r}")
+                raise ValueError(f"All pages must have the same code. {page}: {cell.source!r}")
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
         atomic_files.write_text(ROOT / target, nbformat.writes(made) + "\n")
 

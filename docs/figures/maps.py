@@ -1,4 +1,4 @@
-"""The example's grid of heat maps, from the trained inn, with rednet_tiny's beside it.
+"""Heat maps of the pretrained inn and rednet_tiny, as in the keras.io example.
 
     python docs/figures/maps.py DATA
 

@@ -2,8 +2,8 @@
 
     python docs/figures/packages.py
 
-writes docs/figures/packages.svg. Each package stands one row above the packages it imports. An
-arrow that follows from two others is not drawn.
+writes docs/figures/packages.svg. Each package is in the row above the highest package it imports.
+Arrows implied by others are omitted.
 """
 
 import ast
@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 SOURCE = ROOT / "src"
 PACKAGE = SOURCE / "involution"
 FILE = pathlib.Path(__file__).with_name("packages.svg")
-# Modules that set up Python itself, and import nothing of the others.
+# Modules outside the packages: they import none of them.
 UNDRAWN = ("backend", "renamed", "")
 
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 132, 30, 22, 42, 12
@@ -62,7 +62,9 @@ def floors(graph) -> dict[str, int]:
 
     def floor(name, above=()):
         if name in above:
-            raise ValueError(f"Packages must not import each other in a circle: {above} {name}")
+            raise ValueError(
+                f"Package imports must have no cycle. Received: {' -> '.join((*above, name))}"
+            )
         if name not in found:
             found[name] = 1 + max(
                 (floor(other, (*above, name)) for other in graph[name]), default=-1
@@ -75,7 +77,7 @@ def floors(graph) -> dict[str, int]:
 
 
 def reduced(graph) -> dict[str, set[str]]:
-    """The graph without arrows that follow from others."""
+    """The graph without arrows implied by others."""
 
     def reach(name):
         return graph[name].union(*map(reach, graph[name]))
@@ -91,7 +93,7 @@ def draw(graph) -> str:
     levels = [sorted(n for n in rows if rows[n] == i) for i in range(max(rows.values()) + 1)]
     arrows = reduced(graph)
     order = {name: float(i) for level in levels for i, name in enumerate(level)}
-    # Packages stand near what they import and what imports them.
+    # Barycenter heuristic: packages move towards those they import or are imported by.
     for _ in range(8):
         for level in levels:
             for name in level:

@@ -156,6 +156,45 @@ def test_imports_point_towards_the_operator(name):
         assert ORDER.index(other) < ORDER.index(name), (name, other)
 
 
+specification = importlib.util.spec_from_file_location(
+    "packages", ROOT / "docs/figures/packages.py"
+)
+assert specification is not None
+assert specification.loader is not None
+packages = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(packages)
+
+
+@pytest.mark.any_backend
+def test_the_figure_of_the_packages_is_up_to_date():
+    drawn = packages.draw(packages.imports())
+    assert packages.FILE.read_text(encoding="utf-8") == drawn, "python docs/figures/packages.py"
+
+
+@pytest.mark.any_backend
+def test_packages_import_only_packages_in_lower_rows():
+    graph = packages.imports()
+    rows = packages.floors(graph)
+    assert set(graph) >= {"ops", "layers", "models", "training", "involution_cli"}
+    assert all(rows[other] < rows[name] for name in graph for other in graph[name])
+
+
+@pytest.mark.any_backend
+def test_a_cycle_of_packages_is_an_error():
+    with pytest.raises(ValueError, match=r"no cycle\. Received: a -> b -> a$"):
+        packages.floors({"a": {"b"}, "b": {"a"}})
+
+
+@pytest.mark.any_backend
+def test_contributing_names_existing_files():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("| ")]
+    files = [name for row in rows for name in re.findall(r"`([\w-]+[/.][\w./-]+)`", row)]
+    files = [name for name in files if not name.startswith("csrc/")]
+    assert len(files) > 50
+    assert [f for f in files if not (ROOT / f).exists() and not (PACKAGE / f).exists()] == []
+
+
 # Where dependencies keep what they do not publish, besides names that begin with an underscore.
 INTERNAL = ("keras.src", "tensorflow.python")
 
