@@ -95,14 +95,14 @@ def uses_full_input(generator) -> bool:
 
 
 class KernelGenerator(keras.layers.Layer):
-    """What the generators of this module have in common: where the kernels go.
+    """Base class: the shape of the kernel map.
 
     A subclass has ``_build_generator(channels)``, which makes its weights, and ``_generate``.
     """
 
-    # Whether it reads the layer's whole input, or only what follows the windows' centers.
+    # Whether it reads the layer's input from its first position, not from the first center.
     uses_full_input = False
-    # Whether initial values that are not its own, as of ``near_depthwise_init``, make sense in it.
+    # Whether other initial values, such as those of ``near_depthwise_init``, are meaningful.
     accepts_initializers = False
 
     def __init__(self, kernel_size=None, groups=None, strides=None, data_format=None, **kwargs):
@@ -111,7 +111,7 @@ class KernelGenerator(keras.layers.Layer):
         self.groups = groups
         self.strides = strides
         self.data_format = data_format
-        # The configuration: the attributes hold what is filled in, too.
+        # As given: the attributes also hold values inherited from the layer.
         self._given = {
             "kernel_size": kernel_size,
             "groups": groups,
@@ -125,7 +125,7 @@ class KernelGenerator(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape))
 
     def _settle(self, input_shape):
-        """Gives the attributes their values for inputs of this shape."""
+        """Standardizes the attributes for inputs of this shape."""
         rank = len(input_shape) - 2
         size = self.kernel_size
         if rank not in (1, 2, 3) or (isinstance(size, (tuple, list)) and len(size) != rank):
@@ -144,7 +144,7 @@ class KernelGenerator(keras.layers.Layer):
         self.data_format = standardize_data_format("data_format", self.data_format)
 
     def _build_generator(self, channels):
-        """Makes the weights for features of so many channels."""
+        """Creates the weights for features with this number of channels."""
         raise NotImplementedError  # each generator has its own
 
     def _generate(self, features):
@@ -168,7 +168,7 @@ class KernelGenerator(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         if not self.built:
-            # An involution layer may yet fill in this one.
+            # An involution layer may still set this one's attributes.
             settled = type(self).from_config(self.get_config())
             settled._settle(input_shape)
             settled.built = True
@@ -240,16 +240,16 @@ class Linear(KernelGenerator):
         return self.expand(self.hidden(features))
 
     def hidden(self, features):
-        """What the last convolution, ``expand``, turns into kernels: (B, *out_spatial, hidden
-        channels), from features (B, *spatial, C)."""
+        """Input of the last convolution, ``expand``: (B, *out_spatial, hidden channels), from
+        features (B, *spatial, C)."""
         return average_pool(features, self.strides)
 
     def count_multiply_adds(self) -> int:
-        """At each position of the output: those of the convolutions."""
+        """Multiply-adds of the convolutions, for each output position."""
         return math.prod(self.expand.kernel.shape)
 
     def _convolution(self, name, filters, channels, use_bias=True, kernel_size=1):
-        """A convolution with the channels last, which every backend has on every device."""
+        """A channels-last convolution, which every backend supports on every device."""
         rank = len(self.kernel_size)
         layer = conv_class(rank, kernel_size)(
             filters,
@@ -302,7 +302,7 @@ class Bottleneck(Linear):
     (1, 8, 8, 18)
     """
 
-    # Side of the neighbourhood that a kernel is generated from.
+    # Kernel size of the first convolution.
     _context_size = 1
 
     def __init__(self, reduction_ratio=4, **kwargs):
@@ -456,14 +456,14 @@ class PairwiseAttention(Linear):
         return apply_window_products(select(problem_of(window, x)), x, y)
 
     def count_multiply_adds(self) -> int:
-        """At each position, if every position of the input is a center."""
+        """Multiply-adds for each position, if every input position is a center."""
         queries = sum(math.prod(layer.kernel.shape) for layer in (self.query, self.key))
         return queries + math.prod(self.kernel_size) * self.query.filters
 
 
 @keras.saving.register_keras_serializable(package="involution")
 class Static(KernelGenerator):
-    """One kernel for all places: depthwise convolution, written as involution.
+    """One kernel for all positions: depthwise convolution, expressed as involution.
 
     With as many groups as channels, the layer is ``keras.layers.DepthwiseConv2D`` without a bias;
     with fewer, channels share their kernels.
@@ -514,7 +514,7 @@ class Static(KernelGenerator):
         )
 
     def count_multiply_adds(self) -> int:
-        """At each position: nothing is generated."""
+        """Multiply-adds for each position: none, nothing is generated."""
         return 0
 
     def get_config(self):
@@ -525,14 +525,13 @@ class Static(KernelGenerator):
         }
 
 
-# Methods of ``Linear`` by which kernels are ``expand(hidden(features))``.
+# Methods of ``Linear`` that make the kernels ``expand(hidden(features))``.
 _LINEAR = ("__call__", "call", "_generate")
 
 
 def final_projection(generator, dtype):
-    """The weight (hidden channels, taps * groups) and bias by which a generator makes kernels of
-    type ``dtype`` from what its ``hidden`` returns, where applying them instead of calling the
-    generator makes no difference; None elsewhere."""
+    """Weight (hidden channels, taps * groups) and bias that turn a generator's ``hidden`` features
+    into kernels of ``dtype``; None unless applying them is equivalent to calling the generator."""
     if not isinstance(generator, Linear) or not only_calls(generator):
         return None
     kind = type(generator)
@@ -545,8 +544,8 @@ def final_projection(generator, dtype):
 
 
 def projection_of(layer, dtype, channels):
-    """``affine`` of a generator's last layer, if it computes in ``dtype`` and has so many output
-    channels; None elsewhere."""
+    """``affine`` of a generator's last layer; None unless it computes in ``dtype`` and has
+    ``channels`` output channels."""
     found = affine(layer)
     if found is None or layer.compute_dtype != dtype or layer.filters != channels:
         return None
@@ -556,9 +555,9 @@ def projection_of(layer, dtype, channels):
 def average_pool(x, strides, centered=False):
     """Means over windows that tile ``x`` (B, *spatial, C): (B, *ceil(n / stride), C).
 
-    The windows start at position 0, so that the last may be partial; ``centered`` they start as
-    "same" places them, so that the first may be partial too. A partial window's mean is that of
-    its real values.
+    The windows start at position 0, so that the last may be partial; with ``centered`` they start
+    as for "same" padding, so that the first may be partial too. The mean of a partial window is
+    that of its positions inside the input.
     """
     if all(s == 1 for s in strides):
         return x
@@ -570,20 +569,20 @@ def average_pool(x, strides, centered=False):
 
     def sums(values):
         if known:
-            around = [(b, m - b) for b, m in zip(before, missing, strict=True)]
-            padded = pad(to_accumulation_dtype(values), [(0, 0), *around, (0, 0)])
+            padding = [(b, m - b) for b, m in zip(before, missing, strict=True)]
+            padded = pad(to_accumulation_dtype(values), [(0, 0), *padding, (0, 0)])
         else:
-            # PyTorch's exporter takes it from its example whether there are zeros, and whether a
-            # slice ends where its tensor does: so more zeros than needed, and a slice of that.
-            most = [s - 1 if centered else 0 for s in strides]
-            around = [(a, s) for a, s in zip(most, strides, strict=True)]
-            padded = pad(to_accumulation_dtype(values), [(0, 0), *around, (0, 0)])
+            # PyTorch's exporter specializes on whether padding is zero and whether a slice ends
+            # where its tensor does: the padding exceeds the need, and a slice removes the rest.
+            max_pad = [s - 1 if centered else 0 for s in strides]
+            padding = [(a, s) for a, s in zip(max_pad, strides, strict=True)]
+            padded = pad(to_accumulation_dtype(values), [(0, 0), *padding, (0, 0)])
             parts = (
                 slice(a - b, a - b + c * s)
-                for a, b, c, s in zip(most, before, counts, strides, strict=True)
+                for a, b, c, s in zip(max_pad, before, counts, strides, strict=True)
             )
             padded = padded[(slice(None), *parts)]
-        # One dimension after another: all at once takes TensorFlow five times as long.
+        # One dimension at a time: TensorFlow takes five times as long for all at once.
         for axis, (count, stride) in enumerate(zip(counts, strides, strict=True), start=1):
             lead, behind = ops.shape(padded)[:axis], ops.shape(padded)[axis + 1 :]
             padded = ops.sum(ops.reshape(padded, (*lead, count, stride, *behind)), axis=axis + 1)
@@ -595,7 +594,7 @@ def average_pool(x, strides, centered=False):
 
 
 def clone_initializer(initializer):
-    """An initializer of its own for every weight: two weights from one would be equal."""
+    """A copy for each weight: two weights from one seeded initializer would be equal."""
     return initializer.clone() if hasattr(initializer, "clone") else initializer
 
 
@@ -609,11 +608,11 @@ GENERATORS: dict[str, type[KernelGenerator]] = {
 
 
 def near_depthwise_init(taps):
-    """Initial values with which a generator begins nearly as a depthwise convolution.
+    """Initializers that start a generator close to a depthwise convolution.
 
-    Its kernels are the biases, in which every group differs and every place is alike, drawn as
-    He's initializer draws the kernels of a depthwise convolution; what the features add to them is
-    small. From the paper's initial values kernels have no part that all places share.
+    The kernels are dominated by the biases, which differ between groups and are equal at all
+    positions, with the distribution of He's initializer for depthwise kernels. The features'
+    contribution is small. The paper's initialization gives kernels without a shared part.
 
     Args:
         taps: Positions of a window: 9 for 3x3.
@@ -667,7 +666,7 @@ def get(identifier, reduction_ratio=4, dtype=None, initial=None):
 
 
 def clone(identifier):
-    """What ``get`` takes, as one of several layers may take it: a layer becomes one of its own."""
+    """An identifier for ``get`` to use in one of several layers: a layer is copied."""
     if isinstance(identifier, keras.layers.Layer):
         config = identifier.get_config()
         _leave_open(identifier, config)
@@ -675,19 +674,21 @@ def clone(identifier):
     return identifier
 
 
-# By generator, the names of what an involution layer has filled in.
+# By generator, the names of the attributes that an involution layer has set.
 _filled: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-# Generators that an involution layer has built.
+# Generators built by an involution layer.
 _built: weakref.WeakSet = weakref.WeakSet()
-# By generator, and by each layer inside it, a weak reference to the involution layer it serves.
+# By generator and by each layer inside it, a weak reference to its involution layer.
 _served: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def layers_within(layer) -> list[keras.layers.Layer]:
-    """A layer and the layers that it holds in attributes, at any depth, each once, in the order in
-    which they are held. Keras has a public list of sublayers for models only."""
+    """A layer and the layers in its attributes, at any depth, each once and in order.
+
+    Keras has a public list of sublayers for models only.
+    """
     found: list[keras.layers.Layer] = []
-    seen: dict[int, object] = {}  # kept, so that no other object gets the same identity
+    seen: dict[int, object] = {}  # holds the objects, so that identities stay unique
 
     def visit(value):
         if id(value) in seen:
@@ -720,7 +721,7 @@ def fill_in(generator, layer):
     filled = _filled.setdefault(generator, set())
     for name in INHERITED_ARGUMENTS:
         value = getattr(layer, name)
-        # A layer that brings its own value keeps it: a Conv2D has strides of its own.
+        # A layer keeps its own value: a Conv2D has strides of its own.
         if name not in filled and getattr(generator, name, generator) is not None:
             continue
         if not generator.built:
@@ -735,21 +736,21 @@ def fill_in(generator, layer):
 
 
 def serialized(generator) -> dict:
-    """The configuration of a generator, without what an involution layer has filled in."""
+    """The configuration of a generator, without attributes set by its involution layer."""
     stored = keras.saving.serialize_keras_object(generator)
-    # Keras would build it before its layer has filled in what it leaves None.
+    # Keras would build it before its layer sets its attributes.
     stored.pop("build_config", None)
     _leave_open(generator, stored["config"])
     return stored
 
 
 def _leave_open(generator, config):
-    """Takes out of a configuration what an involution layer has filled in."""
+    """Removes attributes set by an involution layer from a configuration."""
     for name in _filled.get(generator, ()):
         if name in config:
             config[name] = None
     if generator in _built and isinstance(generator, keras.Sequential):
-        # Keras writes the shape with which it was built: it would be built before its layer.
+        # Keras stores the shape it was built with, and would build it before its layer.
         config.pop("build_input_shape", None)
         own = [part for part in config["layers"] if part["class_name"] != "InputLayer"]
         config["layers"] = [
@@ -758,12 +759,14 @@ def _leave_open(generator, config):
 
 
 def check_unshared(generator, layer):
-    """ValueError if a generator with weights, or a part of it with weights, serves another layer:
-    training would work, but a file holds such weights once, and cannot be loaded."""
+    """ValueError if a generator with weights, or a layer of it with weights, serves another layer.
+
+    Training would work, but a file stores shared weights once and cannot be loaded.
+    """
     for part in layers_within(generator):
         if _other(part, layer) is None or not part.weights:
             continue
-        # Keras's layers are part of reference cycles: one that is no longer used may still exist.
+        # Keras's layers are in reference cycles: an unused one may still exist.
         gc.collect()
         other = _other(part, layer)
         if other is not None:
@@ -775,7 +778,7 @@ def check_unshared(generator, layer):
 
 
 def build(generator, layer, input_shape):
-    """Builds a generator, unless it is built, and records which layer it serves."""
+    """Builds a generator, unless it is built, and records its layer."""
     if not generator.built:
         generator.build(input_shape)
         _built.add(generator)
@@ -790,11 +793,11 @@ def _other(part, layer):
 
 
 def name_by_class(generator):
-    """Names a generator and the layers inside it by their classes, if Keras named them.
+    """Renames automatically named layers of a generator by their classes.
 
-    Keras numbers such names by how many layers of a class the process has made, so that two equal
-    models would have weights of different paths. Here they are numbered within the generator.
-    Layers that are built keep their names, which the paths of their weights already have.
+    Keras numbers automatic names by a process-wide count, which would give equal models different
+    weight paths. Here the numbers are local to the generator. Built layers keep their names, which
+    are in the paths of their weights.
     """
     layers = layers_within(generator)
     named = [layer for layer in layers if not layer.built and has_automatic_name(layer)]

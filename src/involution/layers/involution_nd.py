@@ -22,9 +22,9 @@ from involution.ops.window import Window
 
 
 class _KernelDropout(keras.layers.Dropout):
-    """Dropout whose state is made when it is built, in the scope of its layer.
+    """Dropout that creates its state when built, in the scope of its layer.
 
-    Keras's makes it at once, with a name that counts such states in the process.
+    Keras's creates it at once, with a name that depends on a process-wide count.
     """
 
     def __init__(self, rate, **kwargs):
@@ -32,7 +32,7 @@ class _KernelDropout(keras.layers.Dropout):
             raise ValueError(
                 f"`kernel_dropout` must be a number from 0 to 1. Received: kernel_dropout={rate}"
             )
-        super().__init__(0.0, **kwargs)  # of which there is no state
+        super().__init__(0.0, **kwargs)  # creates no state
         self.rate = rate
 
     def build(self, input_shape):
@@ -77,7 +77,7 @@ class InvolutionND(BaseInvolution):
         for name, value in window.arguments().items():
             setattr(self, name, value)
         self.window = window
-        # As given: from ``build`` on, ``groups`` is that of the input's channels.
+        # As given: ``build`` sets ``groups`` by the input's channels.
         self._groups = self.groups = None if groups is None else window.groups
         self.group_channels = standardize_tuple("group_channels", group_channels, 1)[0]
         self.reduction_ratio = standardize_tuple("reduction_ratio", reduction_ratio, 1)[0]
@@ -110,7 +110,7 @@ class InvolutionND(BaseInvolution):
         generator = self.kernel_generator
         generators.check_unshared(generator, self)
         generators.fill_in(generator, self)
-        # Files of earlier releases bring one that is built, and so may users.
+        # It may be built already: by users, or in files of earlier releases.
         generators.build(generator, self, self.generator_input_shape(input_shape))
         if self.kernel_dropout is not None:
             self.kernel_dropout.build(None)
@@ -118,7 +118,7 @@ class InvolutionND(BaseInvolution):
             self._build_projection(channels)
 
     def _build_projection(self, channels):
-        # The channels last, which every backend has on every device.
+        # Channels last, which every backend supports on every device.
         projection = getattr(keras.layers, f"Conv{self.rank}D")(
             self.filters, 1, data_format=CHANNELS_LAST, dtype=self.dtype_policy, name="projection"
         )
@@ -150,7 +150,7 @@ class InvolutionND(BaseInvolution):
         return _checked_output_sizes(self.window, tuple(input_shape))
 
     def generator_input_shape(self, input_shape):
-        """The shape of what the generator gets for an input of this shape."""
+        """Shape of the generator's input, for a layer input of this shape."""
         full = generators.uses_full_input(self.kernel_generator)
         return input_shape if full else self._features_shape(input_shape)
 
@@ -166,12 +166,12 @@ class InvolutionND(BaseInvolution):
         return g.shape(input_shape[0], cropped, input_shape[g.channel_axis])
 
     def _features(self, inputs):
-        """What the kernels are generated from: the windows' centers and what follows each."""
+        """The generator's input: starts at the first window's center."""
         g = self.window
         odd = not any(last % 2 for last in g.last_offset)
         if self.padding == SAME or (self.padding == SYMMETRIC and odd):
-            # All positions. Slices of that length would do, but for PyTorch's exporter: it takes it
-            # from its example whether they reach the end.
+            # All positions, unsliced: PyTorch's exporter specializes on whether a slice reaches
+            # the end.
             return inputs
         parts = tuple(
             slice(center, center + out * s)
@@ -216,9 +216,9 @@ class InvolutionND(BaseInvolution):
         return self.kernel_generator.hidden(self._features(inputs))
 
     def _final_projection(self, inputs):
-        # Kernels that somebody sees or changes are stored.
+        # Kernels that are returned or modified must be stored.
         seen = self.return_kernel or self.kernel_softmax or self.kernel_dropout is not None
-        # A subclass may have a function of its own for them.
+        # A subclass may override the generation.
         own = getattr(self.generate_kernel, "__func__", None) is not InvolutionND.generate_kernel
         if seen or own:
             return None
@@ -256,8 +256,8 @@ class InvolutionND(BaseInvolution):
         }
 
     def _generator_config(self):
-        """What was given as ``kernel_generator``: the name of one that is still as ``get`` makes
-        it, so that another ``reduction_ratio`` or ``dtype`` in the configuration counts."""
+        """``kernel_generator`` as given: a name if the generator still equals what ``get`` returns
+        for it, so that a changed ``reduction_ratio`` or ``dtype`` takes effect."""
         stored = generators.serialized(self.kernel_generator)
         if self._named:
             fresh = generators.get(self._generator_name, self.reduction_ratio, self.dtype_policy)
@@ -266,7 +266,7 @@ class InvolutionND(BaseInvolution):
         return stored
 
 
-# The three differ in the rank alone, so they share one signature and one text.
+# The three classes differ in rank only and share one signature.
 _SHARED_DOC = """
 
     Args:
@@ -284,14 +284,14 @@ _SHARED_DOC = """
             ``"contextual"``, ``"linear"``, ``"pairwise_attention"``, ``"static"``); None:
             ``kernel_generators.Bottleneck(reduction_ratio)``. A generator with weights serves one
             layer; where it has no name it is named by its class, as are the layers inside it.
-        return_kernel: Whether to return (output, kernel) or the output alone.
+        return_kernel: Whether to return (output, kernel) or only the output.
         group_layout: ``"contiguous"`` (the paper) or ``"interleaved"`` (the keras.io example).
         data_format: ``"channels_last"``, ``"channels_first"``, or None for Keras's setting.
         implementation: See ``involution.ops.involution``.
         filters: Channels of the output, by a 1x1 convolution after the involution. None: the
             input's channels, without it.
-        kernel_softmax: Whether the numbers of every window are positive and sum to 1.
-        kernel_dropout: Fraction of the kernels' numbers that training sets to 0.
+        kernel_softmax: Whether to apply softmax to the weights of each window.
+        kernel_dropout: Dropout rate on kernel weights.
         **kwargs: ``name``, ``dtype`` and so on, as in ``keras.layers.Layer``.
 
     Call arguments:

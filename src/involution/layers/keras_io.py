@@ -28,11 +28,11 @@ class Involution(BaseInvolution):
             not change the output, which always has the input's channels. None: the input's.
         group_number: Number of groups; divides the input's channels.
         kernel_size: Side of the square window.
-        stride: Distance of windows, in both directions.
+        stride: Stride along height and width.
         reduction_ratio: See ``channel``.
         name: Name of the layer.
-        return_kernel: Whether the layer returns (output, kernel), as the example's does, or the
-            output alone, which fits a ``keras.Sequential``.
+        return_kernel: Whether to return (output, kernel), as the example does, or only the output,
+            as a ``keras.Sequential`` requires.
         **kwargs: ``dtype``, ``trainable`` and so on, as in ``keras.layers.Layer``.
 
     Call arguments:
@@ -97,8 +97,8 @@ class Involution(BaseInvolution):
             )
         layers = keras.layers
         common = {"data_format": CHANNELS_LAST, "dtype": self.dtype_policy}
-        # Named as Keras names the first of their classes: the names that it makes for the next ones
-        # would give two equal models weights of different paths.
+        # Keras's automatic names depend on a process-wide count, which would give equal models
+        # different weight paths. These are the names of the first layers of their classes.
         self.kernel_gen = keras.Sequential(
             [
                 layers.Conv2D(hidden, 1, name="conv2d", **common),
