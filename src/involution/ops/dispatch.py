@@ -92,7 +92,12 @@ def select(problem: Problem, implementation=None) -> Selection:
         if reasons[name] is None:
             return Selection(name, problem)
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise ValueError(f"No implementation named can run here ({why}). Received: {problem}")
+    arguments = problem.window.arguments().items()
+    raise ValueError(
+        f"`implementation` must name one that supports the call ({why}). Received: "
+        f"x.shape={problem.x_shape}, x.dtype={problem.dtype}, "
+        + ", ".join(f"{name}={value!r}" for name, value in arguments)
+    )
 
 
 def preferred(problem: Problem) -> list[str]:
