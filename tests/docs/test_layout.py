@@ -190,7 +190,6 @@ def test_contributing_names_existing_files():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("| ")]
     files = [name for row in rows for name in re.findall(r"`([\w-]+[/.][\w./-]+)`", row)]
-    files = [name for name in files if not name.startswith("csrc/")]
     assert len(files) > 50
     assert [f for f in files if not (ROOT / f).exists() and not (PACKAGE / f).exists()] == []
 
