@@ -99,6 +99,7 @@ test-long: $(TEST_VENV)/ready
 	$(PYTEST) -m "any_backend and not slow and not browser" -n $(JOBS) --dist loadscope; \
 	$(PYTEST) -m slow --hypothesis-profile=long -rP; \
 	$(TEST_VENV)/bin/python -m tests.crash --kills 60; done
+	$(if $(filter jax,$(BACKENDS)),KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -n $(JOBS) --dist loadscope)
 	$(if $(filter jax,$(BACKENDS)),$(TEST_VENV)/bin/python -m tests.hosts --kills 10)
 
 # `--randomly-seed=N` gives an order again. The weights are the same in every order.

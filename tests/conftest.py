@@ -1,6 +1,9 @@
+import atexit
 import importlib.util
 import os
 import random
+import shutil
+import tempfile
 import types
 
 import pytest
@@ -9,6 +12,15 @@ from hypothesis import settings
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 if os.environ.get("KERAS_BACKEND") == "jax":
+    # Compilation is most of the time of the tests. Programs are cached for one run, by all its
+    # processes, and compiled without LLVM's optimizations, which `make test-long` has.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = tempfile.mkdtemp(prefix="involution-tests-jax-")
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     import jax
 
     # The oracle is in float64, and so are the finite differences.

@@ -28,7 +28,10 @@ from involution import checkpoint, data, hub, saved_model
 from involution.errors import InputError
 from involution.models.convert import convert
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what happens")
+pytestmark = [
+    pytest.mark.any_backend,
+    pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what happens"),
+]
 
 MOST = 64 * 2**20
 # An image within Pillow's limit of pixels takes four bytes for each.

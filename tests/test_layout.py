@@ -301,7 +301,15 @@ if BACKEND != "torch" or importlib.util.find_spec("triton") is None:
     OTHERS += ["ops.triton_kernels", "ops.triton_torch"]
 
 
-@pytest.mark.parametrize("name", ["", *(name for name in ORDER if name not in OTHERS)])
+# Examples of the operator, its bindings, the layers and the generators run on every backend.
+EVERYWHERE = ("ops", "layers", "kernel_generators")
+EXAMPLES = [
+    pytest.param(name, marks=() if name.startswith(EVERYWHERE) else pytest.mark.any_backend)
+    for name in ["", *(name for name in ORDER if name not in OTHERS)]
+]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_in_docstrings_run(name):
     module = importlib.import_module(f"involution.{name}".rstrip("."))
     assert doctest.testmod(module).failed == 0
