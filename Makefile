@@ -94,12 +94,13 @@ ifeq ($(words $(BACKENDS)),3)
 endif
 
 # All that is exhaustive, for hours: the slow tests, many more random sizes, runs that are killed.
+# All tests on every backend, JAX's with LLVM's optimizations, which `make test` leaves out.
+test-long: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
 test-long: $(TEST_VENV)/ready
 	set -e; for backend in $(BACKENDS); do export KERAS_BACKEND=$$backend; \
-	$(PYTEST) -m "any_backend and not slow and not browser" -n $(JOBS) --dist loadscope; \
+	$(PYTEST) -n $(JOBS) --dist loadscope; \
 	$(PYTEST) -m slow --hypothesis-profile=long -rP; \
 	$(TEST_VENV)/bin/python -m tests.crash --kills 60; done
-	$(if $(filter jax,$(BACKENDS)),KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -n $(JOBS) --dist loadscope)
 	$(if $(filter jax,$(BACKENDS)),$(TEST_VENV)/bin/python -m tests.hosts --kills 10)
 
 # `--randomly-seed=N` gives an order again. The weights are the same in every order.
