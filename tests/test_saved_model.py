@@ -144,7 +144,8 @@ def test_a_model_suits_what_is_said_of_it(tmp_path):
     folder = tmp_path / "folder"
     about = {"class_names": ["a", "b"], "image_shape": [8, 12, 3], "scaling": "pixels / 255"}
 
-    def load(model="cnn", arguments={"input_shape": (8, 12, 3), "classes": 2}, **said):  # noqa: B006
+    def load(model="cnn", arguments=None, **said):
+        arguments = arguments or {"input_shape": (8, 12, 3), "classes": 2}
         weights.save(folder, model, arguments, models.MODELS[model](**arguments), about | said)
         return saved_model.load(folder)
 
