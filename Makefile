@@ -92,10 +92,12 @@ ifeq ($(words $(BACKENDS)),3)
 	$(TEST_VENV)/bin/python -m coverage json --quiet -o - | $(TEST_VENV)/bin/python -c "$$COVERAGE_MINIMUMS"
 endif
 
-# Exhaustive tests, for hours: slow tests, many more random shapes, killed runs.
+# All tests on every backend, JAX's with LLVM's optimizations; then exhaustive ones, for hours: slow
+# tests, many more random shapes, killed runs.
+test-long: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
 test-long: $(TEST_VENV)/ready
 	set -e; for backend in $(BACKENDS); do export KERAS_BACKEND=$$backend; \
-	$(PYTEST) -m "any_backend and not slow and not browser" -n $(JOBS) --dist loadscope; \
+	$(PYTEST) -n $(JOBS) --dist loadscope; \
 	$(PYTEST) -m slow --hypothesis-profile=long -rP; \
 	$(TEST_VENV)/bin/python -m tests.support.kill_resume --kills 60; done
 	$(if $(filter jax,$(BACKENDS)),$(TEST_VENV)/bin/python -m tests.support.multihost --kills 10)

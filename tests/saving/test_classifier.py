@@ -149,7 +149,8 @@ def test_metadata_must_match_the_model(tmp_path):
     folder = tmp_path / "folder"
     metadata = {"class_names": ["a", "b"], "image_shape": [8, 12, 3], "scaling": "pixels / 255"}
 
-    def load(model="cnn", arguments={"input_shape": (8, 12, 3), "classes": 2}, **changes):  # noqa: B006
+    def load(model="cnn", arguments=None, **changes):
+        arguments = arguments or {"input_shape": (8, 12, 3), "classes": 2}
         weights.save(
             folder, model, arguments, models.MODELS[model](**arguments), metadata | changes
         )
