@@ -19,7 +19,7 @@ void run_task(void* context, index_t index) {
   const TensorView values = task.load(plan.values, task.halo, last.source_size);
   const TensorView weights =
       task.load(plan.weights, task.kernel_region,
-                plan.pass == Pass::input_grad ? last.source_size : last.output_size);
+                plan.pass == Pass::input_grad ? last.source_size : last.result_size);
   const TensorView result = task.output_view(plan.result);
   task.compute(values, weights, result);
   task.store(plan.result, result);
@@ -32,11 +32,11 @@ bool execute(const InvolutionParams& params, index_t batch, int threads, const v
   const Operands operands = pass == Pass::forward      ? Operands{a, b, result}
                             : pass == Pass::input_grad ? Operands{result, a, b}
                                                        : Operands{a, result, b};
-  const KernelTable& kernels = current_target();
-  const CallPlan call = make_plan(params, batch, kernels, operands, false);
+  const KernelTable& target = current_target();
+  const CallPlan call = make_plan(params, batch, target, operands, false);
   TaskGrid grid;
   grid.call = &call;
-  grid.kernels = &kernels;
+  grid.target = &target;
   partition(grid, threads);
   parallel_for(batch * grid.num_tiles, threads, run_task, &grid);
   return !grid.failed.load();
@@ -74,8 +74,8 @@ void involution_set_target(int index) {
 }
 
 double involution_fma_peak_loop(std::int64_t iterations) {
-  const involution::KernelTable& kernels = involution::current_target();
+  const involution::KernelTable& target = involution::current_target();
   // Volatile, so that the compiler keeps the loop.
-  [[maybe_unused]] volatile const float sink = kernels.fma_peak_loop(iterations);
-  return 2.0 * 12 * (kernels.vector_bytes / 4) * static_cast<double>(iterations);
+  [[maybe_unused]] volatile const float sink = target.fma_peak_loop(iterations);
+  return 2.0 * 12 * (target.vector_bytes / 4) * static_cast<double>(iterations);
 }

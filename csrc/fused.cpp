@@ -35,7 +35,7 @@ void for_each_contiguous_run(const Region& region, const TensorView& a, const Te
       fn(count, at(a, i, j), at(b, i, j));
 }
 
-void compute_kernels(const Task& task, const KernelTable& kernels, const TensorView& hidden,
+void compute_kernels(const Task& task, const KernelTable& target, const TensorView& hidden,
                      const TensorView& result) {
   const GeneratorWeights& g = *task.call.generator;
   GemmArgs gemm = {};
@@ -51,15 +51,15 @@ void compute_kernels(const Task& task, const KernelTable& kernels, const TensorV
                             gemm.a = from;
                             gemm.c = to;
                             if (g.bf16_pairs)
-                              kernels.gemm_bf16(gemm);
+                              target.gemm_bf16(gemm);
                             else
-                              kernels.gemm(task.plan.type, gemm);
+                              target.gemm(task.plan.type, gemm);
                           });
 }
 
 // From the gradients of the kernels, those of the hidden channels, and this task's partial sums of
 // the gradients of the weight and bias.
-void accumulate_generator_grads(const Task& task, const KernelTable& kernels,
+void accumulate_generator_grads(const Task& task, const KernelTable& target,
                                 const TensorView& hidden, const TensorView& gradients,
                                 const TensorView& dhidden, char* partial, bool add) {
   const GeneratorWeights& g = *task.call.generator;
@@ -95,14 +95,14 @@ void accumulate_generator_grads(const Task& task, const KernelTable& kernels,
       task.region, hidden, gradients, bytes, [&](index_t count, const char* h, char* gradient) {
         hidden_gemm.rows = count;
         hidden_gemm.a = gradient;
-        kernels.gemm(type, hidden_gemm);
+        target.gemm(type, hidden_gemm);
         hidden_gemm.c =
             static_cast<char*>(hidden_gemm.c) + count * g.padded_hidden_channels * bytes;
         weight_gemm.k = bias_gemm.k = count;
         weight_gemm.a = h;
         weight_gemm.b = bias_gemm.b = gradient;
-        kernels.gemm(type, weight_gemm);
-        kernels.gemm(type, bias_gemm);
+        target.gemm(type, weight_gemm);
+        target.gemm(type, bias_gemm);
         weight_gemm.accumulate = bias_gemm.accumulate = true;
       });
 }
@@ -117,11 +117,11 @@ void run_fused_task(void* context, index_t index) {
   const TensorView values = task.load(task.slice_groups(plan.values), task.halo, last.source_size);
   const TensorView hidden =
       task.load(g.hidden, task.kernel_region,
-                plan.pass == Pass::input_grad ? last.source_size : last.output_size);
+                plan.pass == Pass::input_grad ? last.source_size : last.result_size);
   const TensorView kernels = task.allocate_rows(g.padded_columns, task.kernel_region);
   const Tensor result_slice = task.slice_groups(plan.result);
   const TensorView result = task.output_view(result_slice);
-  compute_kernels(task, *grid.kernels, hidden, kernels);
+  compute_kernels(task, *grid.target, hidden, kernels);
   task.compute(values, kernels, result);
   task.store(result_slice, result);
 }
@@ -140,12 +140,12 @@ void run_fused_grad_task(void* context, index_t index) {
     const Plan& plan = task.plan;
     const Dimension& last = plan.dimension[2];
     const TensorView values = task.load(plan.values, task.halo, last.source_size);
-    const TensorView hidden = task.load(g.hidden, task.region, last.output_size);
+    const TensorView hidden = task.load(g.hidden, task.region, last.result_size);
     const TensorView kernels = task.allocate_rows(g.padded_columns, task.region);
-    const TensorView weights = task.load(plan.weights, task.region, last.output_size);
+    const TensorView weights = task.load(plan.weights, task.region, last.result_size);
     const TensorView dhidden = task.allocate_rows(g.padded_hidden_channels, task.region);
     task.compute(values, weights, kernels);
-    accumulate_generator_grads(task, *grid.kernels, hidden, kernels, dhidden, partial, n > first);
+    accumulate_generator_grads(task, *grid.target, hidden, kernels, dhidden, partial, n > first);
     task.store(grid.dhidden, dhidden);
   }
 }
@@ -164,7 +164,7 @@ void pack_bf16_pairs(char* rows, index_t count, index_t row) {
 }
 
 // Packs the generator's weight and bias into `memory`.
-void pack_generator_weights(GeneratorWeights& g, const CallPlan& p, const KernelTable& kernels,
+void pack_generator_weights(GeneratorWeights& g, const CallPlan& p, const KernelTable& target,
                             index_t groups, const void* weight, const void* bias, char* memory) {
   const index_t bytes = p.acc_bytes, padded = g.columns / p.taps;
   const index_t stored = item_size(p.plan.type);
@@ -183,7 +183,7 @@ void pack_generator_weights(GeneratorWeights& g, const CallPlan& p, const Kernel
     view.outer_stride = padded;
     view.inner_stride = 1;
     std::memset(to, 0, rows * g.padded_columns * bytes);
-    kernels.pack(t, p.plan.type, 0, {{0, 0, 0}, {1, 1, rows}}, rows, view);
+    target.pack(t, p.plan.type, 0, {{0, 0, 0}, {1, 1, rows}}, rows, view);
   };
   char* const biases = memory + g.hidden_channels * g.padded_columns * bytes;
   for (index_t split = 0; split < g.group_splits; ++split) {
@@ -300,21 +300,21 @@ bool execute_fused(const InvolutionParams& params, index_t batch, int threads, c
                       params.groups * (type == DataType::float64 ? 8 : 4));
     return true;
   }
-  const KernelTable& kernels = current_target();
+  const KernelTable& target = current_target();
   const Operands operands = is_input_grad ? Operands{result, nullptr, d}
                                           : Operands{a, nullptr, is_kernel_grad ? d : result};
   const void *const hidden = is_input_grad ? a : b, *const weight = is_input_grad ? b : c;
   const void* const bias = is_kernel_grad ? nullptr : is_input_grad ? c : d;
 
-  CallPlan call = make_plan(params, batch, kernels, operands, true);
-  const index_t lanes = kernels.vector_bytes / call.acc_bytes;
+  CallPlan call = make_plan(params, batch, target, operands, true);
+  const index_t lanes = target.vector_bytes / call.acc_bytes;
   GeneratorWeights g = {};
   g.hidden_channels = params.hidden_channels;
   g.columns = call.taps * (is_kernel_grad ? call.plan.result : call.plan.weights).inner_padded;
   g.padded_columns = round_up(g.columns, lanes);
   g.padded_hidden_channels = round_up(g.hidden_channels, lanes);
   g.bf16_pairs = !is_kernel_grad && type == DataType::bfloat16 && g.hidden_channels % 2 == 0 &&
-                 has_avx512_bf16(kernels);
+                 has_avx512_bf16(target);
   const index_t hidden_elements = g.bf16_pairs ? g.hidden_channels / 2 : g.hidden_channels;
   g.hidden = make_tensor(hidden, params.output_size, hidden_elements, false);
   split_channels(g.hidden, 1, hidden_elements, true);
@@ -324,7 +324,7 @@ bool execute_fused(const InvolutionParams& params, index_t batch, int threads, c
 
   TaskGrid grid;
   grid.call = &call;
-  grid.kernels = &kernels;
+  grid.target = &target;
   if (is_input_grad)
     choose_group_split(call, g, grid, lanes, threads);
   else
@@ -334,7 +334,7 @@ bool execute_fused(const InvolutionParams& params, index_t batch, int threads, c
       g.group_splits * g.split_stride +
       (is_kernel_grad ? g.columns * g.padded_hidden_channels * call.acc_bytes : 0));
   if (packed == nullptr) return false;
-  pack_generator_weights(g, call, kernels, params.groups, weight, bias, packed.get());
+  pack_generator_weights(g, call, target, params.groups, weight, bias, packed.get());
   if (!is_kernel_grad) {
     parallel_for(batch * g.group_splits * grid.num_tiles, threads, run_fused_task, &grid);
     return !grid.failed.load();

@@ -9,14 +9,14 @@
 namespace involution {
 namespace {
 
-// Multiply-adds of a task at least, so that its scheduling costs little.
+// Minimum multiply-adds per task, to amortize the cost of scheduling.
 constexpr index_t kMinTaskMacs = 1 << 16;
 // For load balance.
 constexpr index_t kTasksPerThread = 4;
-// Packed copies of a task: they should fit into L2. Larger tasks pack fewer halo rows twice.
+// Size of a task's packed copies, which should fit into L2. Larger tiles duplicate less of the halo.
 constexpr index_t kPackBudgetBytes = 1 << 20;
-// Tasks of a sample at most where each has its own gradient of the generator's weight, to be
-// reduced: enough for some threads, few enough to take little memory.
+// Maximum tasks per sample in a reduction, each with its own partial gradient of the generator's
+// weight: enough for a few threads, few enough to use little memory.
 constexpr index_t kMaxReductionTasks = 16;
 
 index_t group_splits(const CallPlan& p) {
@@ -127,7 +127,7 @@ Region region_of_tile(const TaskGrid& grid, index_t index) {
     index /= grid.tiles[i];
     region.low[i] = n * grid.tile[i];
     region.high[i] =
-        std::min(region.low[i] + grid.tile[i], grid.call->plan.dimension[i].output_size);
+        std::min(region.low[i] + grid.tile[i], grid.call->plan.dimension[i].result_size);
   }
   return region;
 }
@@ -135,7 +135,7 @@ Region region_of_tile(const TaskGrid& grid, index_t index) {
 void partition(TaskGrid& grid, int threads) {
   const CallPlan& p = *grid.call;
   const Plan& plan = p.plan;
-  for (int i = 0; i < 3; ++i) grid.tile[i] = plan.dimension[i].output_size;
+  for (int i = 0; i < 3; ++i) grid.tile[i] = plan.dimension[i].result_size;
   // The order of a reduction must not depend on the threads or on other samples.
   const bool is_reduction = p.generator != nullptr && plan.pass == Pass::kernel_grad;
   const index_t wanted = threads > 1 && !is_reduction ? threads * kTasksPerThread : 1;
@@ -145,7 +145,7 @@ void partition(TaskGrid& grid, int threads) {
     index_t number = plan.batch * group_splits(p);
     for (int i = 0; i < 3; ++i) {
       region.high[i] = grid.tile[i];
-      number *= (plan.dimension[i].output_size + grid.tile[i] - 1) / grid.tile[i];
+      number *= (plan.dimension[i].result_size + grid.tile[i] - 1) / grid.tile[i];
     }
     const bool too_few_tasks = number < wanted && num_positions(region) * work > 2 * kMinTaskMacs;
     const bool exceeds_cache = packed_elements(p, region) * p.acc_bytes > kPackBudgetBytes;
@@ -157,7 +157,7 @@ void partition(TaskGrid& grid, int threads) {
     grid.tile[i] = (grid.tile[i] + 1) / 2;
   }
   for (int i = 0; i < 3; ++i)
-    grid.tiles[i] = (plan.dimension[i].output_size + grid.tile[i] - 1) / grid.tile[i];
+    grid.tiles[i] = (plan.dimension[i].result_size + grid.tile[i] - 1) / grid.tile[i];
   grid.num_tiles = num_elements(grid.tiles);
   grid.tiles_per_task =
       is_reduction ? (grid.num_tiles + kMaxReductionTasks - 1) / kMaxReductionTasks : 1;
@@ -228,7 +228,7 @@ Tensor Task::slice_groups(Tensor t) const {
 TensorView Task::load(const Tensor& t, const Region& region, index_t size) {
   if (t.zero_copy) return view_of(t, sample, call.acc_bytes);
   const TensorView view = allocate(t, region);
-  grid_.kernels->pack(t, plan.type, sample, region, size, view);
+  grid_.target->pack(t, plan.type, sample, region, size, view);
   return view;
 }
 
@@ -237,11 +237,11 @@ TensorView Task::output_view(const Tensor& t) {
 }
 
 void Task::store(const Tensor& t, const TensorView& view) {
-  if (!t.zero_copy) grid_.kernels->unpack(t, plan.type, sample, region, view);
+  if (!t.zero_copy) grid_.target->unpack(t, plan.type, sample, region, view);
 }
 
 void Task::compute(const TensorView& values, const TensorView& weights, const TensorView& result) {
-  grid_.kernels->compute(plan, region, values, weights, result, tap_offsets_);
+  grid_.target->compute(plan, region, values, weights, result, tap_offsets_);
 }
 
 }  // namespace involution

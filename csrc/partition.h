@@ -12,7 +12,7 @@ namespace involution {
 // The tiles of one sample, and the tasks that compute them.
 struct TaskGrid {
   const CallPlan* call;
-  const KernelTable* kernels;
+  const KernelTable* target;
   index_t tile[3], tiles[3];  // positions of a tile; number of tiles
   index_t num_tiles;          // product of `tiles`
   index_t tiles_per_task;     // computed in sequence

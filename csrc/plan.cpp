@@ -89,7 +89,7 @@ const index_t* result_size(const InvolutionParams& params) {
   return is_input_grad ? params.input_size : params.output_size;
 }
 
-CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTable& kernels,
+CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTable& target,
                    const Operands& operands, bool generates_kernels) {
   CallPlan p;
   Plan& plan = p.plan;
@@ -117,14 +117,14 @@ CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTa
   split_channels(y, outer_count, inner_count, inner_is_fast);
   split_channels(kernel, p.taps, params.groups, true);
 
-  const int max_lanes = kernels.vector_bytes / static_cast<int>(p.acc_bytes);
+  const int max_lanes = target.vector_bytes / static_cast<int>(p.acc_bytes);
   plan.lanes = static_cast<int>(choose_vector_width(inner_count, max_lanes));
   if (plan.vector_axis != VectorAxis::positions)
     x.inner_padded = y.inner_padded = round_up(inner_count, plan.lanes);
   if (groups_inner) kernel.inner_padded = x.inner_padded;
   const bool same_type = plan.type == DataType::float64 || plan.type == DataType::float32;
   for (Tensor* t : {&x, &y, &kernel})
-    // An empty tensor may have a null pointer; a packed copy has not.
+    // An empty tensor's pointer may be null; a packed copy's is not.
     t->zero_copy = same_type && t->batch_stride > 0 &&
                    (plan.vector_axis == VectorAxis::positions
                         ? t->position_stride[2] == 1
@@ -162,17 +162,18 @@ CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTa
     const index_t divisor = gcd(params.strides[i], params.dilation_rate[i]);
     Dimension& d = plan.dimension[i];
     d.taps = params.kernel_size[i];
-    d.output_size = is_input_grad ? params.input_size[i] : params.output_size[i];
+    d.result_size = is_input_grad ? params.input_size[i] : params.output_size[i];
     d.tap_step = is_input_grad ? params.strides[i] / divisor : 1;
     d.source_step = is_input_grad ? -(params.dilation_rate[i] / divisor) : params.dilation_rate[i];
     d.source_size = is_input_grad ? params.output_size[i] : params.input_size[i];
-    p.tap_ranges[i].resize(d.output_size);
-    for (index_t n = 0; n < d.output_size; ++n)
+    p.tap_ranges[i].resize(d.result_size);
+    for (index_t n = 0; n < d.result_size; ++n)
       p.tap_ranges[i][n] =
           is_input_grad ? taps_of_input(params, i, n, d.tap_step) : taps_of_output(params, i, n);
     d.tap_ranges = p.tap_ranges[i].data();
-    // A step out of the tensor is never taken, and its product with a stride may overflow: clamped.
-    // Steps into the zero padding of packed rows are taken; choose_vector_axis bounds them.
+    // Steps that leave the tensor are never taken. They are clamped because their product with a
+    // stride could overflow. Steps into the zero padding of packed rows are taken:
+    // choose_vector_axis bounds them.
     if (i == 2 && plan.vector_axis == VectorAxis::positions) continue;
     d.tap_step = std::min(d.tap_step, d.taps);
     const index_t limit = std::max<index_t>(d.source_size, 1);  // a step is never 0

@@ -55,7 +55,7 @@ void split_channels(Tensor& t, index_t outer_count, index_t inner_count, bool in
 // Spatial sizes of the result.
 const index_t* result_size(const InvolutionParams& params);
 
-CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTable& kernels,
+CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTable& target,
                    const Operands& operands, bool generates_kernels);
 
 }  // namespace involution

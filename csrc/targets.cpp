@@ -60,8 +60,8 @@ const KernelTable& current_target() {
 
 void set_target(int index) { selected_target.store(index); }
 
-bool has_avx512_bf16(const KernelTable& kernels) {
-  if (kernels.gemm_bf16 == nullptr) return false;
+bool has_avx512_bf16(const KernelTable& target) {
+  if (target.gemm_bf16 == nullptr) return false;
 #ifdef INVOLUTION_X86
   return cpu_features().bf16;
 #else

@@ -16,6 +16,6 @@ const KernelTable& current_target();
 void set_target(int index);
 
 // Whether the target has bfloat16 matrix products and this processor supports them.
-bool has_avx512_bf16(const KernelTable& kernels);
+bool has_avx512_bf16(const KernelTable& target);
 
 }  // namespace involution

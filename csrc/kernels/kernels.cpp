@@ -740,8 +740,7 @@ void kernel_gradient(const Plan& plan, const Region& region, const TensorView& v
       }
 }
 
-// --- Lanes along the positions of a row
-// ------------------------------------------------------------
+// --- Lanes along the positions of a row ---------------------------------------------------------
 
 // Calls fn(IntC<n>(), first) for pairs of vectors, then single ones, that cover [low, high). The
 // last vector overlaps the previous one, so that all are full; both compute the same values.
@@ -879,13 +878,11 @@ void kernel_gradient_positions(const Plan& plan, const Region& region, const Ten
             });
 }
 
-// --- Matrix products
-// --------------------------------------------------------------------------------
+// --- Matrix products ----------------------------------------------------------------------------
 
 #include "gemm-inl.h"
 
-// --- Peak FLOP/s
-// ------------------------------------------------------------------------------------
+// --- Peak FLOP/s --------------------------------------------------------------------------------
 
 // Twelve independent chains hide the latency of every FMA unit and fit into 16 registers.
 float fma_peak_loop(index_t times) {
@@ -903,8 +900,7 @@ float fma_peak_loop(index_t times) {
   return total;
 }
 
-// --- Taps outside the input
-// ------------------------------------------------------------------------
+// --- Taps outside the input ---------------------------------------------------------------------
 //
 // The input is 0 there, and its product with a non-finite kernel weight (forward) or output
 // gradient (kernel gradient) is NaN. The loops above skip these taps, except in rows packed with
@@ -1046,8 +1042,7 @@ void add_outside_taps(const Plan& plan, const Region& region, const TensorView& 
     }
 }
 
-// --- Dispatch by axis, vector width and type
-// -------------------------------------------------------
+// --- Dispatch by axis, vector width and type ----------------------------------------------------
 
 template <class T, int kLanes>
 void dispatch_axis(const Plan& plan, const Region& region, const TensorView& values,

@@ -35,7 +35,7 @@ enum class VectorAxis { channels, groups, positions };
 
 struct Dimension {
   const TapRange* tap_ranges;  // one for each position of the result
-  index_t output_size;         // of the result
+  index_t result_size;
   index_t source_size;         // of the other tensor
   index_t taps;                // of the window
   index_t tap_step, source_step;

@@ -100,9 +100,7 @@ def sweep(
         URL of a database that several machines share, as postgresql://host/name (default: a journal
         in the output folder).
     """
-    with _session(
-        "sweep", f"Searching {model} on {training.dataset}.", training.backend
-    ) as current:
+    with _session("sweep", f"Sweep of {model} on {training.dataset}.", training.backend) as current:
         from involution.models.specs import command_line
         from involution.training.sweep import SweepConfig, run
         from involution.utils import memory
@@ -230,7 +228,7 @@ def export(
         The file to write, replaced if it exists; saved_model: a new folder (default: named after
         the model).
     image_size
-        Side, or HEIGHTxWIDTH, for a model whose image size is not fixed; the exported one is.
+        Image size of the exported model, SIDE or HEIGHTxWIDTH; required if the model accepts any.
     """
     with _session("export", f"Exporting {model} to {format}.", backend) as current:
         from involution.export.api import export
@@ -320,7 +318,7 @@ def bench(
     output: pathlib.Path | None = None,
     backend: Backend = None,
 ):
-    """Measure speed and memory by case and implementation, beside the replaced convolutions.
+    """Measure speed and memory by case and implementation, compared with convolutions.
 
     Each candidate is verified first; those with wrong values are not measured. The roofline is the
     minimum time on this machine, from bandwidth and peak FLOP/s measured in the same run.
@@ -328,7 +326,9 @@ def bench(
     Parameters
     ----------
     cases
-        Named sizes, comma-separated.
+        Comma-separated: tut (the keras.io example's first layer), red1 to red4 (RedNet's stages),
+        photo (red1 on a large image), odd (sizes that the stride does not divide), line (1D),
+        cube (3D).
     candidates
         Comma-separated: native, taps, reference, rows, triton (implementations); im2col (the
         formula of the keras.io example); conv3 (Keras's 3x3 convolution); depthwise (Keras's
@@ -344,7 +344,7 @@ def bench(
     memory
         Measure peak memory too, each in its own process: a few more seconds per row.
     device
-        cpu, or on PyTorch cuda, which measures device time of a recorded CUDA graph.
+        cpu, or on PyTorch cuda, which measures device time of a captured CUDA graph.
     batch
         Batch size (default: the case's).
     output

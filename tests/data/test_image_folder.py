@@ -449,11 +449,11 @@ def test_names_that_are_not_utf_8(pets, tmp_path):
         )
 
 
-def test_exceeds_scan_limit(monkeypatch):
-    monkeypatch.setattr(image_folder, "SCAN_LIMIT", 100)
+def test_exceeds_decode_limit(monkeypatch):
+    monkeypatch.setattr(image_folder, "MAX_DECODED_BYTES", 100)
     for sizes, large in (((60, 40), True), ((60, 39), False), ((100,), True), ((), False)):
         assert (
-            image_folder.exceeds_scan_limit([TarMember("a", "b", 0, size) for size in sizes])
+            image_folder.exceeds_decode_limit([TarMember("a", "b", 0, size) for size in sizes])
             is large
         )
 

@@ -109,7 +109,7 @@ def test_cropped_folders_are_lazy(tmp_path):
     assert isinstance(loaded.x_test, LazyImages)
     assert loaded.x_train.shape == (24, 8, 8, 3)
     assert loaded.fingerprint() != datasets.load(str(pets), (8, 8)).fingerprint()
-    with pytest.raises(InputError, match=r"needs --image-size\. Received: none"):
+    with pytest.raises(InputError, match=r"requires `image_size`\. Received: None"):
         datasets.load(str(pets), crop_fraction=0.5)
     with pytest.raises(InputError, match=r"needs an image folder\. Received: digits"):
         datasets.load("digits", crop_fraction=0.5)
@@ -118,10 +118,10 @@ def test_cropped_folders_are_lazy(tmp_path):
         datasets.load(str(pets), (8, 8), crop_fraction=0.5)
 
 
-def test_folders_above_the_scan_limit_are_not_decoded(tmp_path, monkeypatch):
+def test_folders_above_the_decode_limit_are_not_decoded(tmp_path, monkeypatch):
     pets = write_folder(tmp_path / "pets")
     small = datasets.load(str(pets)).fingerprint()
-    monkeypatch.setattr(image_folder, "SCAN_LIMIT", 1000)
+    monkeypatch.setattr(image_folder, "MAX_DECODED_BYTES", 1000)
     broken = pets / "train" / "bee" / "3.png"
     monkeypatch.setattr(LazyImages, "_decode", lambda *_: pytest.fail("decoded"))
     loaded = datasets.load(str(pets))
@@ -135,7 +135,7 @@ def test_folders_above_the_scan_limit_are_not_decoded(tmp_path, monkeypatch):
     broken.write_bytes(content + b"x")
     assert datasets.load(str(pets)).fingerprint() != before
     monkeypatch.undo()
-    monkeypatch.setattr(image_folder, "SCAN_LIMIT", 1000)
+    monkeypatch.setattr(image_folder, "MAX_DECODED_BYTES", 1000)
     broken.write_bytes(b"hello")
     with pytest.raises(InputError, match=rf"format is not recognized. Received: {broken}"):
         datasets.load(str(pets)).x_train[:]

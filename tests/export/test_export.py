@@ -387,7 +387,7 @@ def test_functions_traced_with_native_are_not_exported(tmp_path):
             return self.function(x, keras.ops.ones((*keras.ops.shape(x)[:-1], 3, 1)))
 
     inputs = keras.Input((8, 4), batch_size=2)
-    with involution.ops.use("reference"):
+    with involution.ops.force_implementation("reference"):
         model = keras.Model(inputs, Cached()(inputs))
     for batch in BATCHES:
         model.layers[-1](random_array(batch, 8, 4))

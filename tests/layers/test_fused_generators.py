@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import involution
-from involution.kernel_generators import generators as kg
-from involution.kernel_generators import pointwise
+from involution import kernel_generators as kg
+from involution.kernel_generators import convolutional, pointwise
 from involution.layers import keras_io
 from involution.ops import fused
 from tests.support.backends import BACKEND, IMPLEMENTATIONS, exact, missing
@@ -341,7 +341,7 @@ def difference(case) -> tuple[float, bool]:
     dy = keras.ops.convert_to_tensor(random.uniform(-1, 1, (2, *sizes, CHANNELS)), x.dtype)
     name = layer.chosen_implementation(x)
     found = outcome(layer, x, dy, case.training)
-    with involution.ops.use("native"):
+    with involution.ops.force_implementation("native"):
         expected = outcome(layer, x, dy, case.training)
     apart = [
         np.abs(f - e).max() / max(np.abs(e).max(), 1e-3)
@@ -430,9 +430,9 @@ def test_without_the_rule_the_comparison_fails(monkeypatch):
     def unchecked(layer):
         return layer.kernel[(0,) * layer.rank], layer.bias
 
-    monkeypatch.setattr(kg, "affine", unchecked)
-    for module in (kg, keras_io):
-        monkeypatch.setattr(module, "only_calls", lambda layer: True)
+    monkeypatch.setattr(convolutional, "affine", unchecked)
+    for module in (convolutional, keras_io):
+        monkeypatch.setattr(module, "has_plain_call", lambda layer: True)
     noticed = []
     wrong = [case for case in EACH[:: 1 if BACKEND == "torch" else 4] if case not in MAY_BE_FUSED]
     for case in wrong:

@@ -8,7 +8,9 @@ import pytest
 
 import involution
 from involution import Involution1D, Involution2D, Involution3D
-from involution.kernel_generators.generators import GENERATORS, Contextual, PairwiseAttention
+from involution.kernel_generators.attention import PairwiseAttention
+from involution.kernel_generators.convolutional import Contextual
+from involution.kernel_generators.registry import GENERATORS
 from tests.support import oracle
 from tests.support.backends import IMPLEMENTATIONS, exact, fresh_process, gradients, numpy
 from tests.support.keras_io_formula import randomize, relative_error

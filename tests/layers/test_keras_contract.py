@@ -9,15 +9,12 @@ import numpy as np
 import pytest
 
 from involution import Involution, Involution1D, Involution2D, Involution3D
-from involution.kernel_generators.generators import (
-    GENERATORS,
-    Bottleneck,
-    Linear,
-    PairwiseAttention,
-    Static,
-    clone,
-)
+from involution.kernel_generators.attachment import clone
+from involution.kernel_generators.attention import PairwiseAttention
+from involution.kernel_generators.convolutional import Bottleneck, Linear
 from involution.kernel_generators.pointwise import PointwiseConv1D, PointwiseConv2D, PointwiseConv3D
+from involution.kernel_generators.registry import GENERATORS
+from involution.kernel_generators.static import Static
 from involution.models.registry import MODELS
 from tests.support.backends import numpy
 from tests.support.keras_io_formula import randomize
@@ -273,7 +270,7 @@ def test_f27_a_generator_with_weights_serves_one_layer(generator):
     second = Involution2D(3, kernel_generator=shared, name="second")
     x = random(1, 5, 6, 8)
     first(x)
-    with pytest.raises(ValueError, match=r"serve one layer\. Received: .* serves layer first"):
+    with pytest.raises(ValueError, match=r"only one layer\. Received: .* belongs to layer first"):
         second(x)
     # The first one is whole, and may be called again; a copy is another generator.
     first(first(x))
@@ -292,7 +289,7 @@ def test_f27_a_part_with_weights_serves_one_generator():
         for _ in range(2)
     )
     first(random(1, 5, 6, 8))
-    with pytest.raises(ValueError, match=f"with {shared.name}, which serves layer {first.name}"):
+    with pytest.raises(ValueError, match=f"{shared.name}, which belongs to layer {first.name}"):
         second(random(1, 5, 6, 8))
 
 

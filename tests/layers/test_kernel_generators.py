@@ -4,8 +4,9 @@ import keras
 import numpy as np
 import pytest
 
-from involution.kernel_generators import generators
-from involution.kernel_generators.generators import Bottleneck, Linear, average_pool
+from involution import kernel_generators
+from involution.kernel_generators.convolutional import Bottleneck, Linear
+from involution.kernel_generators.pooling import average_pool
 from tests.support.backends import numpy
 from tests.support.keras_io_formula import randomize, relative_error
 
@@ -194,18 +195,18 @@ def test_initializers_of_the_users_choice():
 
 
 def test_get_takes_names_configurations_and_layers():
-    assert type(generators.get(None)) is Bottleneck
-    assert type(generators.get("Linear")) is Linear
+    assert type(kernel_generators.get(None)) is Bottleneck
+    assert type(kernel_generators.get("Linear")) is Linear
     generator = Bottleneck(2)
-    assert generators.get(generator) is generator
+    assert kernel_generators.get(generator) is generator
     stored = keras.saving.serialize_keras_object(generator)
-    assert generators.get(stored).get_config() == generator.get_config()
+    assert kernel_generators.get(stored).get_config() == generator.get_config()
 
 
 @pytest.mark.parametrize("identifier", ["conv", 3])
 def test_get_refuses_what_it_does_not_know(identifier):
     with pytest.raises(ValueError, match=f"bottleneck, .*, static. Received: .*={identifier!r}"):
-        generators.get(identifier)
+        kernel_generators.get(identifier)
 
 
 @pytest.mark.parametrize(

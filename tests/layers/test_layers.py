@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 
 from involution import Involution, Involution1D, Involution2D, Involution3D
-from involution.kernel_generators.generators import (
-    GENERATORS,
-    Contextual,
-    Linear,
-    PairwiseAttention,
-    Static,
-)
+from involution.kernel_generators.attention import PairwiseAttention
+from involution.kernel_generators.convolutional import Contextual, Linear
+from involution.kernel_generators.registry import GENERATORS
+from involution.kernel_generators.static import Static
 from tests.support import keras_io_formula as formula
 from tests.support import oracle
 from tests.support.backends import in_graph, numpy

@@ -91,7 +91,7 @@ def test_an_export_is_refused_by_name_and_made_of_the_reference():
     arguments = tensors(CALL.arrays()[:2], "float64")
     with pytest.raises(ValueError, match="custom_call @involution"):
         export.export(jax.jit(operation(CALL, None)))(*arguments)
-    with involution.ops.use("reference"):
+    with involution.ops.force_implementation("reference"):
         program = export.export(jax.jit(operation(CALL, None)))(*arguments)
     stored = export.deserialize(program.serialize())
     assert_equals_oracle(CALL, stored.call(*arguments), *arguments)

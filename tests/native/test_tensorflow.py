@@ -304,7 +304,7 @@ def young():
 
 @each_way
 def test_a_model_that_only_this_library_can_run_is_not_saved(young, save, tmp_path):
-    with pytest.raises(AssertionError, match=r"native.* needs `reference`, see involution.ops.use"):
+    with pytest.raises(AssertionError, match=r"native.* within involution.ops.force"):
         save(functional_model(), str(tmp_path / "model"))
 
 
@@ -324,7 +324,7 @@ assert not any(name.split(".")[0] == "involution" for name in sys.modules)
 @each_way
 def test_a_model_saved_with_the_reference_runs_where_this_package_is_not(save, tmp_path):
     model = functional_model()
-    with involution.ops.use("reference"):
+    with involution.ops.force_implementation("reference"):
         save(model, str(tmp_path / "model"))
     x, kernel, _ = CALL.arrays()
     np.savez(tmp_path / "arrays.npz", x=x, kernel=kernel)

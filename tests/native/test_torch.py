@@ -154,7 +154,7 @@ def test_traced_by_the_reference_for_every_batch(strides):
     program = torch.jit.trace(layer, x)
     torch.testing.assert_close(program(more), layer(more), rtol=0, atol=1e-5)
     with (
-        involution.ops.use("native"),
+        involution.ops.force_implementation("native"),
         pytest.raises(ValueError, match=r"native: torch\.jit\.trace"),
     ):
         torch.jit.trace(layer, x)

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import involution
-from involution import Involution2D
-from involution.kernel_generators import generators
+from involution import Involution2D, kernel_generators
 from involution.layers import record_involutions
 from involution.ops import api, dispatch, fused
 from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD
@@ -380,7 +379,7 @@ def test_f23_forward_mode_through_a_layer_on_default_settings(runs):
     runs.clear()
     value = forward_mode(residual, (x,), (x,))
     assert runs
-    with involution.ops.use("reference"):
+    with involution.ops.force_implementation("reference"):
         want = forward_mode(residual, (x,), (x,))
     np.testing.assert_allclose(numpy(value), numpy(want), rtol=0, atol=1e-4)
 
@@ -509,7 +508,7 @@ def test_kernels_that_are_given_are_refused_by_name():
 def test_what_is_forced_is_taken(monkeypatch):
     *arrays, _ = native_core.fused_arrays(CALL)
     monkeypatch.setattr(fused, "apply", None)
-    with involution.ops.use("reference"):
+    with involution.ops.force_implementation("reference"):
         apply(CALL, None)(*tensors(arrays, "float32"))
     with pytest.raises(TypeError):
         apply(CALL, None)(*tensors(arrays, "float32"))
@@ -591,7 +590,7 @@ def test_layers_take_it_and_give_the_same_numbers(kernel_generator, training, ru
         3, strides=2, group_channels=4, kernel_generator=kernel_generator, filters=6
     )
     layer.build(IMAGES.shape)
-    with involution.ops.use("native"):
+    with involution.ops.force_implementation("native"):
         two_steps = call_anew(layer, training)
     assert not runs
     assert_same(call_anew(layer, training), two_steps)
@@ -638,12 +637,12 @@ def test_all_weights_of_a_layer_are_trained(runs):
         assert (old != new).any(), variable.path
 
 
-class Doubled(generators.Linear):
+class Doubled(kernel_generators.Linear):
     def call(self, features):
         return 2 * super().call(features)
 
 
-class Sine(generators.Linear):
+class Sine(kernel_generators.Linear):
     def _generate(self, features):
         return keras.ops.sin(super()._generate(features))
 
@@ -659,7 +658,7 @@ class Sine(generators.Linear):
         {"kernel_generator": Doubled()},
         {"kernel_generator": Sine()},
         {"kernel_generator": keras.layers.Conv2D(9 * 4, 1)},
-        {"kernel_generator": generators.Linear(dtype="mixed_bfloat16")},
+        {"kernel_generator": kernel_generators.Linear(dtype="mixed_bfloat16")},
         {"implementation": "native"},
     ],
     ids=str,
@@ -708,7 +707,7 @@ def test_dtype_policies(policy, runs):
     y = layer(IMAGES)
     assert len(runs) == 1
     assert keras.backend.standardize_dtype(y.dtype) == layer.compute_dtype
-    with involution.ops.use("native"):
+    with involution.ops.force_implementation("native"):
         expected = exact(layer(IMAGES))
     bound = {"float64": 1e-12, "mixed_bfloat16": 0.05}[policy]
     np.testing.assert_allclose(exact(y), expected, rtol=0, atol=bound * np.abs(expected).max())
@@ -726,16 +725,18 @@ def test_what_is_taken_is_told():
     possible = [name for name, reason in api.implementations(x, None, **call) if reason is None]
     assert first == possible[0]
     assert selected(x, 4, **call) == "fused"
-    assert api.implementations(x, None, hidden=4, **call)[0] == ("fused", None)
+    assert api.implementations(x, None, hidden_channels=4, **call)[0] == ("fused", None)
     # Fewer places than hidden channels.
     assert selected(x, 73, **call) == first
-    assert api.implementations(x, None, hidden=73, **call)[-1] == ("fused", None)
+    assert api.implementations(x, None, hidden_channels=73, **call)[-1] == ("fused", None)
     assert selected(x, 73, implementation="fused", **call) == "fused"
     x_first = keras.KerasTensor((2, 16, 9, 8))
     assert selected(x_first, 4, data_format="channels_first", **call) == first
     layer = Involution2D(3, groups=4)
     layer.build(x.shape)
-    with pytest.raises(ValueError, match=r"must be built, as by a call\. Received: \w+, not built"):
+    with pytest.raises(
+        ValueError, match=r"built: call it on an input first\. Received: \w+, not built"
+    ):
         involution.Involution2D(3).chosen_implementation(x)
     assert layer.chosen_implementation(x) == "fused"
     layer.return_kernel = True

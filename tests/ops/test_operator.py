@@ -488,7 +488,8 @@ def test_f30_eight_threads(implementation, ran):
     """Every thread gets its own result, and its own choice of an implementation."""
     arrays = [tensors(SMALL.arrays(seed)[:2], "float64") for seed in range(8)]
     expected = [numpy(operation(SMALL, implementation)(*a)) for a in arrays]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool, involution.ops.use("reference"):
+    force = involution.ops.force_implementation
+    with concurrent.futures.ThreadPoolExecutor(8) as pool, force("reference"):
         for _ in range(4):
             results = pool.map(lambda a: operation(SMALL, implementation)(*a), arrays)
             for value, want in zip(results, expected, strict=True):
@@ -636,13 +637,13 @@ def test_f29_an_implementation_that_cannot_run_is_refused_not_replaced(ran, monk
 
 
 def test_use_forces_nests_and_restores(ran):
-    with involution.ops.use("reference"):
+    with involution.ops.force_implementation("reference"):
         check(SMALL, "taps")
-        with involution.ops.use(("taps", "reference")):
+        with involution.ops.force_implementation(("taps", "reference")):
             check(SMALL, "reference")
         check(SMALL, None)
     check(SMALL, None)
-    with pytest.raises(KeyError), involution.ops.use("reference"):
+    with pytest.raises(KeyError), involution.ops.force_implementation("reference"):
         raise KeyError
     check(SMALL, None)
     best = IMPLEMENTATIONS[0]
@@ -654,7 +655,8 @@ def test_unknown_names_of_implementations_raise(implementation, ran):
     message = r"`implementation` must be one of .*taps.*reference.*Received: implementation="
     with pytest.raises(ValueError, match=message):
         check(SMALL, implementation)
-    with pytest.raises(ValueError, match=message), involution.ops.use(implementation):
+    force = involution.ops.force_implementation
+    with pytest.raises(ValueError, match=message), force(implementation):
         pass
     assert ran == []
 

@@ -332,9 +332,9 @@ def problem(dtype="float32", device="cuda"):
 
 def test_it_says_why_it_does_not_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    elsewhere = "it runs on CUDA devices, and the tensors are on"
+    elsewhere = "it requires CUDA tensors; the device is"
     assert triton.unsupported_reason(problem(device="cpu")) == f"{elsewhere} cpu"
-    assert triton.unsupported_reason(problem(device=None)) == f"{elsewhere} none yet"
+    assert triton.unsupported_reason(problem(device=None)) == f"{elsewhere} unknown"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert triton.unsupported_reason(problem()) == "there is no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

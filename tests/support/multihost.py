@@ -32,10 +32,9 @@ def network(input_shape, classes):
     different shapes, by 1e-7 for every dtype, after which two runs diverge."""
     import keras
 
-    from involution import Involution2D
-    from involution.kernel_generators import generators
+    from involution import Involution2D, kernel_generators
 
-    layers, linear = keras.layers, generators.Linear
+    layers, linear = keras.layers, kernel_generators.Linear
     return keras.Sequential(
         [
             keras.Input(input_shape),

@@ -130,7 +130,7 @@ def test_gradient_accumulation_equals_one_batch(name):
     for accumulation in (1, 4):
         asked = dataclasses.replace(recipe, batch_size=8, gradient_accumulation_steps=accumulation)
         trainer = Trainer(without_normalization(), dataset(16), asked, 3, 0)
-        assert trainer.batch_size == 8 // accumulation
+        assert trainer.step_size == 8 // accumulation
         rows = list(trainer.epochs())
         found.append((rows, weights(trainer.model)))
     (rows, one), (others, parts) = found
@@ -161,7 +161,7 @@ def test_averaged_weights_are_tested_and_kept(accumulation):
         mean = [keep * m + (1 - keep) * v for m, v in zip(mean or values, values, strict=True)]
 
     list(trainer.epochs(follow))
-    assert len(tested) == 2 * -(-3 // trainer.batch_size)
+    assert len(tested) == 2 * -(-3 // trainer.step_size)
     for own, expected in zip(weights(trainer.model), mean, strict=True):
         np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-7)
 

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from involution import Involution, Involution1D, Involution2D, Involution3D, models, visualize
-from involution.kernel_generators.generators import PairwiseAttention, Static
+from involution.kernel_generators.attention import PairwiseAttention
+from involution.kernel_generators.static import Static
 from involution.visualize import activations
 from involution.visualize.activations import capture, has_involutions, kernel_maps
 from tests.support.backends import in_graph, numpy

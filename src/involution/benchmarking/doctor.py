@@ -56,7 +56,7 @@ def _case(case):
 
     candidates = ops.implementations(*inputs[:2], **case.arguments)
     yield from _compare(case, apply, candidates, candidates)
-    candidates = ops.implementations(inputs[0], None, hidden=len(weight), **case.arguments)
+    candidates = ops.implementations(inputs[0], None, hidden_channels=len(weight), **case.arguments)
     fused = [(name, reason) for name, reason in candidates if name == "fused"]
     yield from _compare(case, generate_and_apply, candidates, fused, " for generated kernels")
 

@@ -103,7 +103,7 @@ class Dataset:
         total = len(self.x_train)
         if not 0 < count < total:
             raise InputError(
-                f"Validation images must number from 1 to {total - 1}. Received: {count}"
+                f"`validation_images` must be from 1 to {total - 1}. Received: {count}"
             )
         permutation = epoch_permutation(total, 0, 0)
         test, train = permutation[:count], permutation[count:]
@@ -221,7 +221,7 @@ def _keras_archive(download) -> pathlib.Path:
             fname=CIFAR10_KERAS, origin=CIFAR10_ORIGIN, file_hash=CIFAR10_KERAS_SHA256
         )
     except Exception as error:  # Keras raises a bare one without a network
-        raise InputError(f"The download of CIFAR-10 must succeed. Received: {error}") from error
+        raise InputError(f"CIFAR-10 could not be downloaded: {error}") from error
     return pathlib.Path(downloaded)
 
 
@@ -298,7 +298,7 @@ def _pickled_batch(content):
 
 def _folder(root, image_size, crop_fraction, progress) -> Dataset:
     if crop_fraction is not None and image_size is None:
-        raise InputError("A recipe with random crops needs --image-size. Received: none")
+        raise InputError("A recipe with random crops requires `image_size`. Received: None")
     found = image_folder.scan(root)
     class_names = tuple(found.train)
     unknown = [name for name in found.test if name not in found.train]
@@ -319,8 +319,8 @@ def _folder(root, image_size, crop_fraction, progress) -> Dataset:
         labels += [numbers[name]] * len(members)
     y = np.array(labels, "int64")
     train = sum(map(len, found.train.values()))
-    exceeds_scan_limit = image_folder.exceeds_scan_limit(sources)
-    images = _decode_all(sources, exceeds_scan_limit, image_size, crop_fraction, progress)
+    exceeds_decode_limit = image_folder.exceeds_decode_limit(sources)
+    images = _decode_all(sources, exceeds_decode_limit, image_size, crop_fraction, progress)
     return Dataset(
         name=root.resolve().name,
         description=f"{SKIPPED} {found.skipped}." if found.skipped else "",
@@ -329,13 +329,13 @@ def _folder(root, image_size, crop_fraction, progress) -> Dataset:
         x_test=_subset(images, slice(train, None)),
         y_test=y[train:],
         class_names=class_names,
-        files_digest=image_folder.digest(sources, exceeds_scan_limit),
+        files_digest=image_folder.digest(sources, exceeds_decode_limit),
         crop_fraction=crop_fraction,
     )
 
 
 def _decode_all(
-    sources, exceeds_scan_limit, image_size, crop_fraction, progress
+    sources, exceeds_decode_limit, image_size, crop_fraction, progress
 ) -> np.ndarray | LazyImages:
     """The images of a folder, each decoded once to find damaged ones, unless that takes too long.
 
@@ -352,7 +352,7 @@ def _decode_all(
         except (InputError, OSError) as error:
             return InputError(" ".join(str(error).split()))
 
-    if exceeds_scan_limit:
+    if exceeds_decode_limit:
         first = decode(sources[0]) if image_size is None else np.empty((*image_size, 3), "uint8")
         if isinstance(first, InputError):
             raise InputError(f"{first}. Received: {sources[0]}")

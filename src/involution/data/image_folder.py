@@ -36,7 +36,7 @@ LABEL_SUFFIX = ".cls"
 MAX_LABEL_BYTES = 1000
 SPLITS = {"train": ("train",), "test": ("test", "val")}
 # Bytes of images above which a folder is not read as a whole, which would take minutes.
-SCAN_LIMIT = 2**32
+MAX_DECODED_BYTES = 2**32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -368,12 +368,12 @@ def _read_archive(archive, split_names, contents):
             contents.labeled_folders.add(path[:-1])
 
 
-def exceeds_scan_limit(sources: list[Source]) -> bool:
-    """Whether the images together have ``SCAN_LIMIT`` bytes or more."""
+def exceeds_decode_limit(sources: list[Source]) -> bool:
+    """Whether the images together have ``MAX_DECODED_BYTES`` bytes or more."""
     total = 0
     for source in sources:
         total += source.size
-        if total >= SCAN_LIMIT:
+        if total >= MAX_DECODED_BYTES:
             return True
     return False
 

@@ -6,15 +6,14 @@ import io
 import time
 
 import keras
+import matplotlib
 import numpy as np
-from matplotlib import colormaps
 from PIL import Image
 
 from involution.saving.classifier import Classifier, probabilities
 from involution.utils.errors import InputError, escape_controls
 from involution.visualize.activations import InvolutionRecord, capture_with_outputs
-
-SEQUENTIAL_CMAP, DIVERGING_CMAP = (colormaps[name] for name in ("cividis", "PuOr"))
+from involution.visualize.colors import DIVERGING_CMAP, SEQUENTIAL_CMAP
 
 
 def classify(classifiers: dict[str, Classifier], file) -> dict[str, dict[str, float]]:
@@ -121,7 +120,7 @@ class Explanation:
             f'<i class="point" style="top:{100 * point[0]:.2f}%;left:{100 * point[1]:.2f}%"></i>'
         )
         image = _img(_data_url(self.images[name][0]), f"window of {layer}", markers=markers)
-        colors = DIVERGING_CMAP((kernel / extreme + 1) / 2)[..., :3]
+        colors = matplotlib.colormaps[DIVERGING_CMAP]((kernel / extreme + 1) / 2)[..., :3]
         text = f"kernel of {layer}: " + "; ".join(
             ", ".join(f"{value:.2f}" for value in row) for row in kernel
         )
@@ -154,8 +153,9 @@ def _img(url, text, overlay=None, markers="", kind="clickable") -> str:
 
 
 def _colorbar(low, high, cmap=SEQUENTIAL_CMAP) -> str:
+    colors = matplotlib.colormaps[cmap]
     stops = ",".join(
-        "rgb({:.0f},{:.0f},{:.0f})".format(*(255 * np.asarray(cmap(value)[:3])))
+        "rgb({:.0f},{:.0f},{:.0f})".format(*(255 * np.asarray(colors(value)[:3])))
         for value in np.linspace(0, 1, 9)
     )
     return (
@@ -168,7 +168,7 @@ def _colorize(values) -> np.ndarray:
     """Colors of a map scaled from its minimum to its maximum, (height, width, 3)."""
     low, high = float(values.min()), float(values.max())
     scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
-    return SEQUENTIAL_CMAP(scaled)[..., :3]
+    return matplotlib.colormaps[SEQUENTIAL_CMAP](scaled)[..., :3]
 
 
 def _data_url(colors) -> str:

@@ -16,7 +16,7 @@ import keras
 from involution.export import onnx, saved_model, torch_export, verify
 from involution.export.errors import as_export_error, ignore_warnings
 from involution.export.spec import make_spec
-from involution.ops import use
+from involution.ops import force_implementation
 from involution.utils.atomic_files import atomic_write
 from involution.utils.errors import InputError
 
@@ -110,7 +110,7 @@ def export(model: keras.Model, path, format="onnx", input_shape=None) -> Exporte
     with _temporary_folder(path) as folder:
         # Exporters infer the format from the suffix.
         temporary = folder / f"model.{format}"
-        with _restore_training_mode(model), use(PORTABLE):
+        with _restore_training_mode(model), force_implementation(PORTABLE):
             _convert(spec, temporary, format, backend)
         runtime, outputs = verify.run(temporary, format, spec, samples)
         error = verify.max_relative_error(spec, outputs, expected)

@@ -1,4 +1,7 @@
-"""Export to ONNX by tf2onnx, jax2onnx or PyTorch's exporter."""
+"""Export to ONNX by tf2onnx, jax2onnx or PyTorch's exporter.
+
+``api.py`` selects the operations of an involution: those of ``ops/rows.py``.
+"""
 
 import numpy as np
 

@@ -13,20 +13,21 @@ no kernels are stored: see ``final_projection``.
 """
 
 from involution import renamed
-from involution.kernel_generators.generators import (
-    GENERATORS,
-    Bottleneck,
-    Contextual,
+from involution.kernel_generators.attention import PairwiseAttention
+from involution.kernel_generators.base import (
     KernelGenerator,
-    Linear,
-    PairwiseAttention,
-    Static,
-    average_pool,
     current_training,
-    get,
-    near_depthwise_init,
     training_scope,
 )
+from involution.kernel_generators.convolutional import (
+    Bottleneck,
+    Contextual,
+    Linear,
+    near_depthwise_init,
+)
+from involution.kernel_generators.pooling import average_pool
+from involution.kernel_generators.registry import GENERATORS, get
+from involution.kernel_generators.static import Static
 
 __all__ = [
     "GENERATORS",

@@ -1,7 +1,7 @@
-"""Convolutions with windows of one position as products of matrices, which they are.
+"""1x1 convolutions, computed as matrix products.
 
-On PyTorch Keras copies channels-last images twice on their way into a convolution: in RedNet the
-convolutions of this kind take twice as long that way. Elsewhere it makes no difference.
+On PyTorch, Keras transposes channels-last images before and after a convolution, which doubles the
+time of RedNet's 1x1 convolutions. On the other backends it makes no difference.
 
 ``affine`` is the only place where weights are read in order to skip a layer's call.
 """
@@ -13,7 +13,7 @@ from involution.ops.validation import CHANNELS_LAST, check_axes
 
 
 class _Pointwise(keras.layers.Layer):
-    """For a Keras convolution with a window of 1, channels last: its product, by ``matmul``."""
+    """Computes a Keras convolution of kernel size 1, channels last, by ``matmul``: a mix-in."""
 
     rank: int
     strides: tuple[int, ...]
@@ -31,7 +31,7 @@ class _Pointwise(keras.layers.Layer):
     def build(self, input_shape):
         check_axes(self, input_shape, self.rank)
         super().build(input_shape)
-        # Keras sets the least number of axes; the product would take more, and leave them as is.
+        # Keras sets a minimum number of axes only, and a matrix product accepts more.
         axes = {-1: input_shape[-1]}
         self.input_spec = keras.layers.InputSpec(ndim=self.rank + 2, axes=axes)
 
@@ -47,20 +47,20 @@ class _Pointwise(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="involution")
 class PointwiseConv1D(_Pointwise, keras.layers.Conv1D):
-    """``keras.layers.Conv1D`` with a window of 1, channels last."""
+    """``keras.layers.Conv1D`` of kernel size 1, channels last."""
 
 
 @keras.saving.register_keras_serializable(package="involution")
 class PointwiseConv2D(_Pointwise, keras.layers.Conv2D):
-    """``keras.layers.Conv2D`` with a window of 1, channels last."""
+    """``keras.layers.Conv2D`` of kernel size 1, channels last."""
 
 
 @keras.saving.register_keras_serializable(package="involution")
 class PointwiseConv3D(_Pointwise, keras.layers.Conv3D):
-    """``keras.layers.Conv3D`` with a window of 1, channels last."""
+    """``keras.layers.Conv3D`` of kernel size 1, channels last."""
 
 
-# Layers whose ``call`` is known here. A subclass may have another, and is none of them.
+# Layers whose ``call`` is known. Compared by exact type: a subclass may override ``call``.
 AFFINE = (
     PointwiseConv1D,
     PointwiseConv2D,
@@ -71,12 +71,12 @@ AFFINE = (
 )
 # Attributes of an instance that replace its class's methods.
 OVERRIDES = ("call", "forward", "convolution_op")
-# What PyTorch runs around ``forward``: in a module under these names, and for all modules under
-# ``_global`` and the name. It has no public way to ask.
+# PyTorch's hooks around ``forward``: of a module under these names, of all modules with the prefix
+# ``_global``. PyTorch has no public function to list them.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def only_calls(layer) -> bool:
+def has_plain_call(layer) -> bool:
     """Whether calling a layer runs its class's ``call`` and has no other effect: no regularizer of
     its output, no quantization, no method replaced in the instance, no PyTorch hook."""
     return (
@@ -88,7 +88,7 @@ def only_calls(layer) -> bool:
 
 
 def _hooked(layer) -> bool:
-    """A release of PyTorch that keeps its hooks elsewhere counts as one with hooks."""
+    """Also true if a release of PyTorch stores its hooks elsewhere."""
     if keras.config.backend() != "torch":
         return False
     from torch.nn.modules import module
@@ -104,13 +104,13 @@ def affine(layer):
         layer(x) == x @ matrix + bias
 
     for ``x`` with the channels last and of the layer's compute dtype, with no other effect of the
-    call. None for every layer of which this is not known: it is decided by exact type and by every
-    setting that the call reads, at each call, since most of them can change at any time.
+    call. None for all other layers. The layer's exact type and settings are checked at each call,
+    because they can change.
 
     Regularizers and constraints of the weights do not count: Keras and the optimizer apply them to
     the variables, whether the layer is called or not.
     """
-    if type(layer) not in AFFINE or not layer.built or not only_calls(layer):
+    if type(layer) not in AFFINE or not layer.built or not has_plain_call(layer):
         return None
     one = (1,) * layer.rank
     plain = (
@@ -130,5 +130,5 @@ POINTWISE_CONVS = {1: PointwiseConv1D, 2: PointwiseConv2D, 3: PointwiseConv3D}
 
 
 def conv_class(rank, kernel_size):
-    """The layer class for a convolution, channels last, with windows of this side."""
+    """The layer class of a channels-last convolution with this kernel size in each dimension."""
     return POINTWISE_CONVS[rank] if kernel_size == 1 else getattr(keras.layers, f"Conv{rank}D")

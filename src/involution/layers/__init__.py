@@ -3,7 +3,7 @@
 import keras
 
 from involution import renamed
-from involution.kernel_generators.generators import layers_within
+from involution.kernel_generators.attachment import layers_within
 from involution.layers.base import BaseInvolution
 from involution.layers.involution_nd import (
     Involution1D,

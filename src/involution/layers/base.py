@@ -1,9 +1,9 @@
-"""What the involution layers share: the way of one call."""
+"""Base class of the involution layers: one forward call."""
 
 import keras
 from keras import ops
 
-from involution.kernel_generators.generators import training_scope
+from involution.kernel_generators.base import training_scope
 from involution.layers.recording import is_recording, record
 from involution.ops.api import apply_generated, apply_kernels
 from involution.ops.dispatch import Selection, select
@@ -17,7 +17,7 @@ class BaseInvolution(keras.layers.Layer):
     """One call: select an implementation, generate the kernels, apply them.
 
     A subclass sets ``window`` by the time it is built, and implements ``generate_kernel``,
-    ``_final_projection`` and ``_generator_hidden``.
+    ``_generator_projection`` and ``_generator_hidden``.
     """
 
     window: Window
@@ -28,7 +28,7 @@ class BaseInvolution(keras.layers.Layer):
         """The kernels for ``inputs``, as ``involution.ops.involution`` takes them."""
         raise NotImplementedError
 
-    def _final_projection(self, inputs):
+    def _generator_projection(self, inputs):
         """Weight and bias that turn ``_generator_hidden`` into kernels, if the kernels may be
         generated where they are applied; None if they must be stored."""
         raise NotImplementedError
@@ -42,9 +42,10 @@ class BaseInvolution(keras.layers.Layer):
         after the layer is built; ``"fused"`` if no kernels are stored."""
         if not self.built:
             raise ValueError(
-                f"A layer must be built, as by a call. Received: {self.name}, not built"
+                "The layer must be built: call it on an input first. "
+                f"Received: {self.name}, not built"
             )
-        return self._select(inputs, self._final_projection(inputs)).name
+        return self._select(inputs, self._generator_projection(inputs)).name
 
     def _select(self, inputs, projection) -> Selection:
         hidden = None if projection is None else projection[0].shape[0]
@@ -57,7 +58,7 @@ class BaseInvolution(keras.layers.Layer):
 
     def _call(self, inputs):
         # A recorded call stores its kernels.
-        projection = None if is_recording() else self._final_projection(inputs)
+        projection = None if is_recording() else self._generator_projection(inputs)
         selection = self._select(inputs, projection)
         if selection.name == "fused" and projection is not None:
             # Calling the last layer would cast its input and its weights.

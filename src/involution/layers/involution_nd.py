@@ -5,8 +5,9 @@ import dataclasses
 import keras
 from keras import ops
 
-from involution.kernel_generators import generators
-from involution.kernel_generators.generators import current_training
+from involution.kernel_generators import attachment, registry
+from involution.kernel_generators.base import current_training, uses_full_input
+from involution.kernel_generators.convolutional import final_projection
 from involution.layers.base import BaseInvolution, check_groups, input_channels
 from involution.ops.dispatch import standardize_implementation
 from involution.ops.problem import cached, output_sizes
@@ -94,10 +95,10 @@ class InvolutionND(BaseInvolution):
         )
         self._named = not isinstance(kernel_generator, (dict, keras.layers.Layer))
         self._generator_name = kernel_generator if self._named else None
-        self.kernel_generator = generators.get(
+        self.kernel_generator = registry.get(
             kernel_generator, self.reduction_ratio, self.dtype_policy
         )
-        generators.name_by_class(self.kernel_generator)
+        attachment.name_by_class(self.kernel_generator)
         self.input_spec = keras.layers.InputSpec(ndim=self.rank + 2)
         self._validate_padding()
 
@@ -108,10 +109,10 @@ class InvolutionND(BaseInvolution):
         self.window = dataclasses.replace(self.window, groups=self.groups)
         self._output_sizes(input_shape)
         generator = self.kernel_generator
-        generators.check_unshared(generator, self)
-        generators.fill_in(generator, self)
+        attachment.check_unshared(generator, self)
+        attachment.inherit_arguments(generator, self)
         # It may be built already: by users, or in files of earlier releases.
-        generators.build(generator, self, self.generator_input_shape(input_shape))
+        attachment.build(generator, self, self.generator_input_shape(input_shape))
         if self.kernel_dropout is not None:
             self.kernel_dropout.build(None)
         if self.filters is not None:
@@ -151,24 +152,24 @@ class InvolutionND(BaseInvolution):
 
     def generator_input_shape(self, input_shape):
         """Shape of the generator's input, for a layer input of this shape."""
-        full = generators.uses_full_input(self.kernel_generator)
+        full = uses_full_input(self.kernel_generator)
         return input_shape if full else self._features_shape(input_shape)
 
     def _features_shape(self, input_shape):
-        g = self.window
-        sizes = g.spatial(input_shape)
+        window = self.window
+        sizes = window.spatial(input_shape)
         cropped = tuple(
             None if n is None else min(n - center, out * s)
             for n, out, center, s in zip(
-                sizes, g.output_sizes(sizes), g.first_center, self.strides, strict=True
+                sizes, window.output_sizes(sizes), window.first_center, self.strides, strict=True
             )
         )
-        return g.shape(input_shape[0], cropped, input_shape[g.channel_axis])
+        return window.shape(input_shape[0], cropped, input_shape[window.channel_axis])
 
     def _features(self, inputs):
         """The generator's input: starts at the first window's center."""
-        g = self.window
-        odd = not any(last % 2 for last in g.last_offset)
+        window = self.window
+        odd = not any(last % 2 for last in window.last_offset)
         if self.padding == SAME or (self.padding == SYMMETRIC and odd):
             # All positions, unsliced: PyTorch's exporter specializes on whether a slice reaches
             # the end.
@@ -176,31 +177,36 @@ class InvolutionND(BaseInvolution):
         parts = tuple(
             slice(center, center + out * s)
             for center, out, s in zip(
-                g.first_center,
-                g.output_sizes(spatial_shape(inputs, g)),
+                window.first_center,
+                window.output_sizes(spatial_shape(inputs, window)),
                 self.strides,
                 strict=True,
             )
         )
-        return inputs[(slice(None),) * g.spatial_axis + parts]
+        return inputs[(slice(None),) * window.spatial_axis + parts]
 
     def generate_kernel(self, inputs):
         """The kernels for ``inputs``, as ``involution.ops.involution`` takes them:
         (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial)."""
-        full = generators.uses_full_input(self.kernel_generator)
+        full = uses_full_input(self.kernel_generator)
         features = inputs if full else self._features(inputs)
         kernel = self.kernel_generator(features, training=current_training())
-        g = self.window
+        window = self.window
         shape = ops.shape(kernel)
-        if len(shape) != self.rank + 2 or kernel.shape[g.channel_axis] != g.taps * g.groups:
+        if (
+            len(shape) != self.rank + 2
+            or kernel.shape[window.channel_axis] != window.taps * window.groups
+        ):
             raise ValueError(
                 "`kernel_generator` must return a kernel map with taps * groups = "
-                f"{g.taps} * {g.groups} channels at every output position. "
+                f"{window.taps} * {window.groups} channels at every output position. "
                 f"Received: a map of shape {tuple(kernel.shape)} from {self.kernel_generator.name}"
             )
-        kernel = ops.reshape(kernel, g.shape(shape[0], g.spatial(shape), g.taps, g.groups))
+        kernel = ops.reshape(
+            kernel, window.shape(shape[0], window.spatial(shape), window.taps, window.groups)
+        )
         if self.kernel_softmax:
-            kernel = softmax(to_accumulation_dtype(kernel), g.tap_axis)
+            kernel = softmax(to_accumulation_dtype(kernel), window.tap_axis)
         if self.kernel_dropout is not None:
             kernel = self.kernel_dropout(kernel, training=current_training())
         return ops.cast(kernel, inputs.dtype)
@@ -215,15 +221,17 @@ class InvolutionND(BaseInvolution):
     def _generator_hidden(self, inputs):
         return self.kernel_generator.hidden(self._features(inputs))
 
-    def _final_projection(self, inputs):
+    def _generator_projection(self, inputs):
         # Kernels that are returned or modified must be stored.
-        seen = self.return_kernel or self.kernel_softmax or self.kernel_dropout is not None
+        stored = self.return_kernel or self.kernel_softmax or self.kernel_dropout is not None
         # A subclass may override the generation.
-        own = getattr(self.generate_kernel, "__func__", None) is not InvolutionND.generate_kernel
-        if seen or own:
+        overridden = (
+            getattr(self.generate_kernel, "__func__", None) is not InvolutionND.generate_kernel
+        )
+        if stored or overridden:
             return None
         dtype = keras.backend.standardize_dtype(inputs.dtype)
-        return generators.final_projection(self.kernel_generator, dtype)
+        return final_projection(self.kernel_generator, dtype)
 
     def _project(self, output):
         if self.data_format == CHANNELS_LAST:
@@ -232,13 +240,15 @@ class InvolutionND(BaseInvolution):
 
     def compute_output_shape(self, input_shape):
         check_axes(self, input_shape, self.rank)
-        g = self.window
+        window = self.window
         channels = input_channels(input_shape, self.data_format)
         sizes = self._output_sizes(input_shape)
-        output = g.shape(input_shape[0], sizes, self.filters or channels)
+        output = window.shape(input_shape[0], sizes, self.filters or channels)
         if not self.return_kernel:
             return output
-        return output, g.shape(input_shape[0], sizes, g.taps, self._number_of_groups(channels))
+        return output, window.shape(
+            input_shape[0], sizes, window.taps, self._number_of_groups(channels)
+        )
 
     def get_config(self):
         return {
@@ -258,10 +268,10 @@ class InvolutionND(BaseInvolution):
     def _generator_config(self):
         """``kernel_generator`` as given: a name if the generator still equals what ``get`` returns
         for it, so that a changed ``reduction_ratio`` or ``dtype`` takes effect."""
-        stored = generators.serialized(self.kernel_generator)
+        stored = attachment.serialized(self.kernel_generator)
         if self._named:
-            fresh = generators.get(self._generator_name, self.reduction_ratio, self.dtype_policy)
-            if stored == generators.serialized(fresh):
+            fresh = registry.get(self._generator_name, self.reduction_ratio, self.dtype_policy)
+            if stored == attachment.serialized(fresh):
                 return self._generator_name
         return stored
 
@@ -275,15 +285,16 @@ _SHARED_DOC = """
         padding: ``"same"``, ``"valid"``, ``"symmetric"`` (the paper's code), an integer, or a pair
             (before, after) for each spatial dimension; see ``involution.ops.involution``.
         dilation_rate: Integer, or one for each spatial dimension.
-        groups: Number of groups; divides the channels. None: channels // group_channels, and one
-            group where there are fewer channels than that.
-        group_channels: Channels of a group, where ``groups`` is None.
-        reduction_ratio: Channels for each hidden channel of the default generator.
+        groups: Number of groups; divides the channels. None: channels // group_channels, or one
+            group if there are fewer channels than that.
+        group_channels: Channels per group, if ``groups`` is None.
+        reduction_ratio: Input channels per hidden channel of the default generator.
         kernel_generator: A Keras layer from features (B, *spatial, C) to a kernel map
             (B, *out_spatial, taps * groups), channels tap-major; a name (``"bottleneck"``,
             ``"contextual"``, ``"linear"``, ``"pairwise_attention"``, ``"static"``); None:
-            ``kernel_generators.Bottleneck(reduction_ratio)``. A generator with weights serves one
-            layer; where it has no name it is named by its class, as are the layers inside it.
+            ``kernel_generators.Bottleneck(reduction_ratio)``. A generator with weights can
+            belong to only one layer. Unnamed generators, and unnamed layers inside them, are named
+            by their class.
         return_kernel: Whether to return (output, kernel) or only the output.
         group_layout: ``"contiguous"`` (the paper) or ``"interleaved"`` (the keras.io example).
         data_format: ``"channels_last"``, ``"channels_first"``, or None for Keras's setting.
@@ -296,8 +307,8 @@ _SHARED_DOC = """
 
     Call arguments:
         inputs: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
-        training: Whether normalization takes the batch's statistics and dropout acts. None: as the
-            layer or model around it, and otherwise False.
+        training: Whether normalization uses the batch's statistics and dropout is active. None:
+            inherited from the enclosing layer or model, or False if there is none.
 
     Returns:
         A tensor with the channels of ``inputs``, or ``filters``, and the sizes a convolution would
@@ -306,8 +317,8 @@ _SHARED_DOC = """
 
     Raises:
         ValueError: An argument is out of its range, the channels do not divide, the generator's
-            map does not fit the output, a generator with weights serves another layer, or the input
-            has too few or too many axes.
+            map does not fit the output, a generator with weights belongs to another layer, or the
+            input has too few or too many axes.
 
     Source: Li et al., arXiv:2103.06255.
     """

@@ -3,9 +3,10 @@
 import keras
 from keras import ops
 
-from involution.kernel_generators import generators
-from involution.kernel_generators.generators import current_training
-from involution.kernel_generators.pointwise import only_calls
+from involution.kernel_generators.base import current_training
+from involution.kernel_generators.convolutional import projection_of
+from involution.kernel_generators.pointwise import has_plain_call
+from involution.kernel_generators.pooling import average_pool
 from involution.layers.base import BaseInvolution, check_groups, input_channels
 from involution.ops.validation import CHANNELS_LAST, INTERLEAVED, check_axes, standardize_tuple
 from involution.ops.window import Window
@@ -19,9 +20,9 @@ class Involution(BaseInvolution):
     ``.weights.h5`` files of the example load into it. It also works where the original does not:
     unknown and changing sizes, odd sizes with strides, every backend, saving and loading.
 
-    It differs from the paper's layer (``Involution2D``) in what the example differs: channel c
-    belongs to group c % group_number, padding is ``"same"``, so is the strided average pooling,
-    the first convolution has a bias, and batch normalization has Keras's defaults.
+    It differs from the paper's layer (``Involution2D``) as the example does: channel c belongs to
+    group c % group_number, padding and the strided average pooling are ``"same"``, the first
+    convolution has a bias, and batch normalization has Keras's defaults.
 
     Args:
         channel: Sets the hidden width of the kernel generator, channel // reduction_ratio. It does
@@ -37,8 +38,8 @@ class Involution(BaseInvolution):
 
     Call arguments:
         inputs: Tensor (B, H, W, C).
-        training: Whether batch normalization takes the batch's statistics. None: as the layer or
-            model around it, and otherwise False.
+        training: Whether batch normalization uses the batch's statistics. None: inherited from the
+            enclosing layer or model, or False if there is none.
 
     Returns:
         ``(output, kernel)`` with shapes (B, H', W', C) and (B, H', W', kernel_size**2, 1,
@@ -46,7 +47,7 @@ class Involution(BaseInvolution):
 
     Raises:
         ValueError: An argument is out of its range, the hidden width is 0, ``group_number`` does
-            not divide the input's channels, or the input has not four axes.
+            not divide the input's channels, or the input does not have four axes.
 
     Example:
 
@@ -125,18 +126,24 @@ class Involution(BaseInvolution):
         shape = (batch, height, width, self.window.taps, self.group_number)
         return ops.cast(ops.reshape(kernel, shape), inputs.dtype)
 
-    def _final_projection(self, inputs):
-        own = getattr(self.generate_kernel, "__func__", None) is not Involution.generate_kernel
+    def _generator_projection(self, inputs):
+        overridden = (
+            getattr(self.generate_kernel, "__func__", None) is not Involution.generate_kernel
+        )
         generator = self.kernel_gen
         # A subclass may have any layer there.
-        if self.return_kernel or own or type(generator) is not keras.Sequential:
+        if self.return_kernel or overridden or type(generator) is not keras.Sequential:
             return None
         dtype = keras.backend.standardize_dtype(inputs.dtype)
-        if inputs.shape[0] == 0 or generator.compute_dtype != dtype or not only_calls(generator):
+        if (
+            inputs.shape[0] == 0
+            or generator.compute_dtype != dtype
+            or not has_plain_call(generator)
+        ):
             return None
         layers = generator.layers
         channels = self.window.taps * self.group_number
-        return generators.projection_of(layers[-1], dtype, channels) if layers else None
+        return projection_of(layers[-1], dtype, channels) if layers else None
 
     def _generator_hidden(self, inputs):
         hidden = self._pooled(inputs)
@@ -145,13 +152,13 @@ class Involution(BaseInvolution):
         return hidden
 
     def generator_input_shape(self, input_shape):
-        """The shape of what the generator gets for an input of this shape."""
+        """Shape of the generator's input, for a layer input of this shape."""
         batch, *sizes, channels = input_shape
         return (batch, *self.window.output_sizes(sizes), channels)
 
     def _pooled(self, inputs):
-        # Keras's own "same" pooling gives other means on PyTorch than on TensorFlow and JAX.
-        return generators.average_pool(inputs, (self.stride,) * 2, centered=True)
+        # Keras's "same" pooling computes different means on PyTorch than on TensorFlow and JAX.
+        return average_pool(inputs, (self.stride,) * 2, centered=True)
 
     def _returned(self, kernel):
         return ops.expand_dims(kernel, -2)

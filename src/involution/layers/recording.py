@@ -52,6 +52,6 @@ def is_recording() -> bool:
 
 
 def record(*fields):
-    """Appends a trace with these fields, if somebody records."""
+    """Appends a trace with these fields if a recording is active."""
     if _recorder.traces is not None:
         _recorder.traces.append(InvolutionTrace(*fields))

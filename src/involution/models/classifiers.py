@@ -9,7 +9,7 @@ except in the last stage, 2x2 max pooling.
 import keras
 from keras import layers
 
-from involution.kernel_generators.generators import clone
+from involution.kernel_generators.attachment import clone
 from involution.layers.involution_nd import Involution2D
 from involution.layers.keras_io import Involution
 from involution.ops.validation import CHANNELS_LAST, standardize_tuple

@@ -11,8 +11,9 @@ import dataclasses
 import keras
 from keras import layers
 
-from involution.kernel_generators import generators
-from involution.kernel_generators.generators import KAIMING
+from involution.kernel_generators import registry
+from involution.kernel_generators.attachment import clone
+from involution.kernel_generators.convolutional import KAIMING, near_depthwise_init
 from involution.kernel_generators.pointwise import conv_class
 from involution.layers.involution_nd import Involution2D
 from involution.ops.validation import (
@@ -138,7 +139,7 @@ def _involution(variant, kernel_size, strides, name):
         padding="symmetric",
         group_channels=variant.group_channels,
         reduction_ratio=variant.reduction_ratio,
-        kernel_generator=generators.clone(variant.kernel_generator),
+        kernel_generator=clone(variant.kernel_generator),
         data_format=CHANNELS_LAST,
         name=name,
     )
@@ -305,10 +306,10 @@ def rednet_tiny(
         stem_pool=stem_pool,
         kernel_size=kernel_size,
         group_channels=group_channels,
-        kernel_generator=generators.get(
+        kernel_generator=registry.get(
             kernel_generator,
             reduction_ratio,
-            initial=generators.near_depthwise_init(kernel_size**2),
+            initial=near_depthwise_init(kernel_size**2),
         ),
     )
     return _build(

@@ -2,6 +2,7 @@
 
 import keras
 
+from involution import renamed
 from involution.ops.dispatch import IMPLEMENTATIONS, Selection, preferred, select
 from involution.ops.problem import Problem, check_generator, check_kernel, check_output, problem_of
 from involution.ops.tensor_utils import as_tensor, matmul
@@ -28,24 +29,24 @@ def involution(
         y[b, p, c] = sum over k of
             kernel[b, p, k, g(c)] * x[b, p * strides - pad + k * dilation_rate, c]
 
-    where ``x`` is 0 outside. Sums are made in float32, or float64 for float64. The result is exact
-    in both gradients and differentiable in reverse mode to any order; JAX has no forward mode of
-    ``native``, ``taps`` and ``fused``, and says so.
+    where ``x`` is 0 outside. Sums are accumulated in float32 (float64 inputs: float64). Both
+    gradients are exact, and reverse mode supports any order. On JAX, ``native``, ``taps`` and
+    ``fused`` do not support forward mode, and raise an error.
 
     Infinities and NaN follow IEEE arithmetic, in every implementation. A tap outside the input is a
     product with 0: where its kernel value is infinite or NaN, the output is NaN, and where the
     output's gradient is, so is the kernel's gradient at that tap. The gradient of ``x`` has no such
-    terms. What is not finite reaches only the windows that hold it.
+    terms. Non-finite values affect only the windows that contain them.
 
     Args:
         x: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``, with one, two or
             three spatial dimensions; float64, float32, bfloat16 or float16.
         kernel: Tensor (B, *out_spatial, taps, groups), or (B, taps, groups, *out_spatial) for
-            ``"channels_first"``, of the type of ``x``; taps is the product of ``kernel_size``,
-            counted row-major.
-        kernel_size: Integer, or one for each spatial dimension. Even and unequal sizes are fine.
+            ``"channels_first"``, of the dtype of ``x``; taps is the product of ``kernel_size``,
+            in row-major order.
+        kernel_size: Integer, or one for each spatial dimension. Sizes may be even and unequal.
         strides: Integer, or one for each spatial dimension.
-        padding: ``"same"`` (as Keras places it: ceil(n / stride) positions), ``"valid"``,
+        padding: ``"same"`` (as in Keras: ceil(n / stride) positions), ``"valid"``,
             ``"symmetric"`` (floor((kernel_size - 1) * dilation_rate / 2) zeros on both sides, as in
             the paper's code), an integer, or a pair (before, after) for each spatial dimension.
         dilation_rate: Integer, or one for each spatial dimension.
@@ -53,15 +54,16 @@ def involution(
         group_layout: ``"contiguous"``: channel c belongs to group c // (C / groups), as in the
             paper; ``"interleaved"``: to group c % groups, as in the keras.io example.
         data_format: ``"channels_last"``, ``"channels_first"``, or None for Keras's setting.
-        implementation: None for the best that can run here, a name, or a sequence of names to be
-            tried in order. A single name runs that one or raises with its reason.
+        implementation: None for the fastest that supports the call, a name, or a sequence of names
+            that are tried in order. If none of them supports the call, a ValueError gives the
+            reasons.
 
     Returns:
-        Tensor (B, *out_spatial, C) or (B, C, *out_spatial), of the type of ``x``.
+        Tensor (B, *out_spatial, C) or (B, C, *out_spatial), of the dtype of ``x``.
 
     Raises:
-        ValueError: An argument is out of its range, or the shapes or types do not fit. It is raised
-            before anything runs.
+        ValueError: An argument is out of its range, or the shapes or dtypes do not match. It is
+            raised before the computation starts.
 
     Example:
 
@@ -98,27 +100,27 @@ def window_products(
     data_format=None,
     implementation=None,
 ):
-    """Products of every position with the positions of its window, summed over a group's channels.
+    """Dot products of each position of ``y`` with its window of ``x``, by groups of channels.
 
         products[b, p, k, g] = sum over channels c of group g of
             y[b, p, c] * x[b, p * strides - pad + k * dilation_rate, c]
 
-    The windows are those of ``involution``, of which this is the gradient for the kernel: local
-    attention's scores, as fast as that gradient, and differentiable like it. At a tap outside the
-    input, where ``x`` is 0, the sum is 0, or NaN where a value of ``y`` in it is infinite or NaN.
+    This is the gradient of ``involution`` for its kernel, with the same windows, speed and
+    derivatives; in local attention, the scores. At a tap outside the input, where ``x`` is 0, the
+    sum is 0, or NaN if a value of ``y`` in it is infinite or NaN.
 
     Args:
         x: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
-        y: Tensor (B, *out_spatial, C) or (B, C, *out_spatial), of the type of ``x``.
+        y: Tensor (B, *out_spatial, C) or (B, C, *out_spatial), of the dtype of ``x``.
         kernel_size, strides, padding, dilation_rate: As for ``involution``.
         groups, group_layout, data_format, implementation: As for ``involution``.
 
     Returns:
         Tensor (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial), of the type of
-        ``x``, ready to be a kernel of ``involution``.
+        ``x``: the shape of a kernel of ``involution``.
 
     Raises:
-        ValueError: An argument is out of its range, or the shapes or types do not fit.
+        ValueError: An argument is out of its range, or the shapes or dtypes do not match.
 
     Example:
 
@@ -153,29 +155,30 @@ def fused_involution(
     data_format=None,
     implementation=None,
 ):
-    """``involution`` with the kernels hidden[b, p] . weight + bias, in one step where that can be.
+    """``involution`` with the kernels hidden[b, p] @ weight + bias, fused where possible.
 
-    Kernels take taps * groups numbers at every place, which is often many times what the features
-    take. ``fused``, the implementation that is preferred, makes them where they are used and stores
-    none, in the gradients neither. Where it cannot run, they are made first and then applied.
-    Infinities and NaN follow ``involution``'s rule: a kernel value at a tap outside the input is
-    multiplied by 0, however it was made.
+    Kernels have taps * groups elements at every position, often many times the size of the
+    features. The implementation ``fused``, preferred where available, computes them where they are
+    used and never stores them, also in the gradients. Otherwise they are computed first.
+    Infinities and NaN follow the rule of ``involution``: a kernel value at a tap outside the input
+    is multiplied by 0.
 
     Args:
         x: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
-        hidden: Tensor (B, *out_spatial, H) or (B, H, *out_spatial): what the kernels depend on.
+        hidden: Features that kernels are computed from: tensor (B, *out_spatial, H) or (B, H,
+            *out_spatial).
         weight: Tensor (H, taps * groups), channels tap-major.
         bias: Tensor (taps * groups,).
         kernel_size, strides, padding, dilation_rate: As for ``involution``.
         groups, group_layout, data_format: As for ``involution``.
-        implementation: As for ``involution``, and ``"fused"``; the other names make kernels first.
+        implementation: As for ``involution``, and ``"fused"``; the others store the kernels.
 
     Returns:
-        Tensor (B, *out_spatial, C) or (B, C, *out_spatial), of the type of ``x``. Sums are made as
-        in ``involution``; in one step kernels are not rounded to the type of ``x``.
+        Tensor (B, *out_spatial, C) or (B, C, *out_spatial), of the dtype of ``x``. Sums are
+        accumulated as in ``involution``; ``fused`` does not round kernels to the dtype of ``x``.
 
     Raises:
-        ValueError: An argument is out of its range, or the shapes or types do not fit.
+        ValueError: An argument is out of its range, or the shapes or dtypes do not match.
 
     Example:
 
@@ -202,15 +205,15 @@ generate_and_apply = fused_involution
 
 
 class _Operation(keras.Operation):
-    """A node of a functional Keras model, with a function's arguments by name."""
+    """A node of a functional Keras model, with the keyword arguments of a function."""
 
     def __init__(self, implementation=None, name=None, **arguments):
         super().__init__(name=name)
         self.implementation = implementation
         self.arguments = arguments
 
-    def _problem(self, x, hidden=None) -> Problem:
-        return problem_of(Window(**self.arguments, rank=_rank(x)), x, hidden)
+    def _problem(self, x, hidden_channels=None) -> Problem:
+        return problem_of(Window(**self.arguments, rank=_rank(x)), x, hidden_channels)
 
     def get_config(self):
         return {"name": self.name, "implementation": self.implementation, **self.arguments}
@@ -244,7 +247,7 @@ class WindowProductsOperation(_Operation):
         return keras.KerasTensor(problem.kernel_shape, dtype=problem.dtype)
 
 
-# Files of models hold the registered name.
+# Model files contain the registered name.
 @keras.saving.register_keras_serializable(package="involution", name="GenerateAndApplyOperation")
 class FusedInvolutionOperation(_Operation):
     """``fused_involution`` as a node."""
@@ -260,18 +263,19 @@ class FusedInvolutionOperation(_Operation):
         return keras.KerasTensor(problem.output_shape, dtype=problem.dtype)
 
 
-def implementations(x, kernel, kernel_size, hidden=None, **arguments):
-    """Which implementations can compute a call, in order of preference.
+@renamed.arguments(hidden="hidden_channels")
+def implementations(x, kernel, kernel_size, hidden_channels=None, **arguments):
+    """The implementations in order of preference, and why each cannot compute a call.
 
     Args:
         x, kernel, kernel_size: As for ``involution``; tensors, or ``keras.KerasTensor`` for their
-            shapes and types alone. ``kernel`` may be None, for the one that fits.
-        hidden: How many hidden channels ``fused_involution`` is given; None for ``involution``.
+            shapes and dtypes. ``kernel`` may be None: its shape follows from the others.
+        hidden_channels: Channels of ``hidden`` of ``fused_involution``; None for ``involution``.
         **arguments: The other arguments of ``involution``, without ``implementation``.
 
     Returns:
-        List of (name, reason): the reason why it cannot run, or None where it can. The first one
-        that can is what is taken.
+        List of (name, reason): the reason why it cannot run, or None. The first
+        without a reason is selected.
 
     Example:
 
@@ -280,7 +284,7 @@ def implementations(x, kernel, kernel_size, hidden=None, **arguments):
     >>> [name for name, reason in involution.ops.implementations(x, kernel, 3)]
     ['triton', 'native', 'taps', 'reference']
     """
-    problem = problem_of(Window(kernel_size, **arguments, rank=_rank(x)), x, hidden)
+    problem = problem_of(Window(kernel_size, **arguments, rank=_rank(x)), x, hidden_channels)
     if kernel is not None:
         check_kernel(problem, kernel)
     return [
@@ -299,13 +303,13 @@ def apply_window_products(selection: Selection, x, y):
     """``window_products`` of checked operands, with the implementation selected."""
     problem = selection.problem
     y = _with_static_shape(y, x, problem, problem.x_shape[problem.window.channel_axis])
-    return selection.implementation.products(x, y, problem)
+    return selection.implementation.kernel_grad(x, y, problem)
 
 
 def apply_generated(selection: Selection, x, hidden, weight, bias):
     """``fused_involution`` of checked operands, with the implementation selected."""
     problem, window = selection.problem, selection.problem.window
-    hidden = _with_static_shape(hidden, x, problem, problem.hidden)
+    hidden = _with_static_shape(hidden, x, problem, problem.hidden_channels)
     if selection.name == "fused":
         return selection.implementation.apply(x, (hidden, weight, bias), problem)
     last = window.data_format == CHANNELS_LAST
@@ -337,8 +341,8 @@ def _hidden_channels(weight) -> int:
 
 
 def _with_static_shape(tensor, x, problem, *channels):
-    """``tensor`` reshaped to the output's sizes where these are known at run time only: any other
-    size would broadcast without an error."""
+    """``tensor`` reshaped to the output's sizes if they are known at run time only, because any
+    other size would broadcast without an error."""
     if None not in problem.output_shape:
         return tensor
     window = problem.window

@@ -173,8 +173,8 @@ def nested_forward_mode() -> bool:
     return bool(levels) and [level.key() for level in levels].count(TransformType.Jvp) > 1
 
 
-def traced() -> str | None:
-    """Why custom ops are unavailable under PyTorch's tracer; None if it is not tracing."""
+def tracing_reason() -> str | None:
+    """Why custom ops are unavailable: PyTorch's tracer is active. None if it is not."""
     if keras.config.backend() != "torch":
         return None
     import torch
@@ -184,7 +184,7 @@ def traced() -> str | None:
         return None
     return (
         "torch.jit.trace, and exporters that use it, support only PyTorch's own ops: "
-        'use("reference"), or `involution export`'
+        'involution.ops.force_implementation(("rows", "reference")), or `involution export`'
     )
 
 

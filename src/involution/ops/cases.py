@@ -1,4 +1,4 @@
-"""Named sizes worth caring about, shared by tests, benchmarks and ``involution doctor``."""
+"""Named problem sizes for tests, benchmarks and ``involution doctor``."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ class Case:
 
     @classmethod
     def of(cls, name, batch, sizes, channels, groups, kernel_size, **options) -> "Case":
-        """A case by the arguments of its window; ``options`` are those with a default."""
+        """A case from the arguments of its window; ``options`` are arguments with defaults."""
         options = {"groups": groups, "data_format": CHANNELS_LAST, "rank": len(sizes), **options}
         return cls(name, batch, sizes, channels, Window(kernel_size, **options))
 
@@ -59,9 +59,9 @@ CASES = (
     Case.of("red2", 8, (28, 28), 128, 8, 7, padding="symmetric"),
     Case.of("red3", 8, (14, 14), 256, 16, 7, padding="symmetric"),
     Case.of("red4", 8, (7, 7), 512, 32, 7, padding="symmetric"),
-    # Such a layer on maps of a photograph of 512 x 1024.
+    # Such a layer on the feature maps of an image of 512 x 1024.
     Case.of("photo", 1, (128, 256), 256, 16, 7, padding="symmetric"),
-    # A strided layer on a size that the stride does not divide.
+    # A strided layer whose input sizes the stride does not divide.
     Case.of("odd", 8, (33, 47), 48, 3, 5, strides=2),
     Case.of("line", 8, (1000,), 64, 4, 9, dilation_rate=2),
     Case.of("cube", 2, (17, 18, 19), 32, 2, 3),

@@ -4,7 +4,7 @@ An implementation is a module with
 
     unsupported_reason(problem)  why it cannot compute a problem, or None
     apply(x, kernel, problem)    the output
-    products(x, y, problem)      the gradient of the kernel
+    kernel_grad(x, dy, problem)  the gradient of the kernel
 
 and, optionally, ``deprioritize_reason(problem)``: why the next one is faster, or None. ``fused``
 generates the kernels itself: its ``apply`` takes (hidden, weight, bias) in place of a kernel.
@@ -55,12 +55,13 @@ _override = _Override()
 
 @contextlib.contextmanager
 def force_implementation(implementation):
-    """Context manager in which every involution of this thread takes one implementation.
+    """Context manager in which every involution of this thread uses the given implementation.
 
-    It overrides the argument ``implementation`` of functions and layers. The choice is made when
-    Python code runs: a program traced earlier by ``jax.jit``, ``tf.function`` or ``torch.compile``
-    keeps the implementation that it was traced with, and one traced inside the block keeps that
-    outside. Trace again, for example with a new function. ``use`` is another name of it.
+    It overrides the argument ``implementation`` of functions and layers. The implementation is
+    selected when Python code runs: programs traced by ``jax.jit``, ``tf.function`` or
+    ``torch.compile`` keep the implementation they were traced with, before, inside and after the
+    block. To change it, trace again, for example with a new function. ``use`` is a deprecated
+    alias.
 
     Args:
         implementation: As for ``involution``: a name, or a sequence of names tried in order.
@@ -101,13 +102,13 @@ def select(problem: Problem, implementation=None) -> Selection:
 
 
 def preferred(problem: Problem) -> list[str]:
-    """Names in order of preference, the fastest first."""
+    """Names of implementations, the fastest first."""
     names = list(PREFERENCE)
     for i, name in enumerate(PREFERENCE[:-1]):
         deprioritize_reason = getattr(IMPLEMENTATIONS[name], "deprioritize_reason", None)
         if deprioritize_reason is not None and deprioritize_reason(problem) is not None:
             names[i], names[i + 1] = names[i + 1], names[i]
-    if problem.hidden is None:
+    if problem.hidden_channels is None:
         return names
     if fused.deprioritize_reason(problem) is None:
         return ["fused", *names]

@@ -9,8 +9,8 @@ from involution.ops.validation import CHANNELS_LAST
 
 
 def unsupported_reason(problem) -> str | None:
-    if problem.hidden is None:
-        return "it generates the kernels itself, and kernels are given"
+    if problem.hidden_channels is None:
+        return "it generates the kernels itself, but this call has stored kernels"
     if problem.window.data_format != CHANNELS_LAST:
         return "it requires channels_last"
     if triton.fused_unsupported_reason(problem) is None:
@@ -28,7 +28,7 @@ def deprioritize_reason(problem) -> str | None:
     if problem.x_shape[window.channel_axis] < MIN_CHANNELS:
         return f"fewer than {MIN_CHANNELS} channels leave vector lanes empty"
     sizes = window.output_sizes(window.spatial(problem.x_shape))
-    if None not in sizes and math.prod(sizes) < problem.hidden:
+    if None not in sizes and math.prod(sizes) < problem.hidden_channels:
         return "with fewer positions than hidden channels the weight's gradient dominates"
     return None
 

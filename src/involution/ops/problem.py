@@ -1,4 +1,4 @@
-"""One call of the operator, checked: what implementations are asked to compute."""
+"""One validated call of the operator, as implementations receive it."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from involution.ops.validation import is_shape_compatible, static_shape
 from involution.ops.window import Window
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-# Distinct problems whose checks are kept: a network has tens, at a few input sizes.
+# Maximum number of cached problems: a network has tens, at a few input sizes.
 CACHE_SIZE = 1024
 
 
@@ -23,7 +23,7 @@ class Problem:
         x_shape: Shape of the input; None for each unknown size, here and below.
         dtype: Dtype of all tensors.
         device: Kind of device, such as "cpu" or "cuda"; None if the tensor does not say.
-        hidden: Channels that kernels are generated from; None if kernels are given.
+        hidden_channels: Channels that kernels are generated from; None if kernels are given.
         output_shape: Shape of the output.
         kernel_shape: Shape of the kernel tensor.
     """
@@ -32,7 +32,7 @@ class Problem:
     x_shape: tuple[int | None, ...]
     dtype: str
     device: str | None
-    hidden: int | None
+    hidden_channels: int | None
     output_shape: tuple[int | None, ...]
     kernel_shape: tuple[int | None, ...]
 
@@ -46,7 +46,7 @@ def _is_compiling() -> bool:
 
 
 def cached(function):
-    """Keeps the results of ``function(window, shape, *others)`` for shapes of known sizes.
+    """Caches the results of ``function(window, shape, *others)`` for shapes of known sizes.
 
     PyTorch's compiler traces through caches with a warning, and symbolic sizes have no hash.
     """
@@ -61,16 +61,16 @@ def cached(function):
     return call
 
 
-def problem_of(window: Window, x, hidden: int | None = None) -> Problem:
+def problem_of(window: Window, x, hidden_channels: int | None = None) -> Problem:
     """The checked problem of one call. Raises ValueError with the rule and the value received."""
     dtype = keras.backend.standardize_dtype(x.dtype)
     device = getattr(getattr(x, "device", None), "type", None)
-    return make_problem(window, static_shape("x", x), dtype, device, hidden)
+    return make_problem(window, static_shape("x", x), dtype, device, hidden_channels)
 
 
 @cached
-def make_problem(window, x_shape, dtype, device=None, hidden=None) -> Problem:
-    """As ``problem_of``, from what a problem holds of the input."""
+def make_problem(window, x_shape, dtype, device=None, hidden_channels=None) -> Problem:
+    """As ``problem_of``, from the shape, dtype and device of the input."""
     if len(x_shape) != window.rank + 2:
         raise ValueError(
             f"`x` must have a batch axis, a channel axis and {window.rank} spatial axes. "
@@ -92,7 +92,7 @@ def make_problem(window, x_shape, dtype, device=None, hidden=None) -> Problem:
         x_shape,
         dtype,
         device,
-        hidden,
+        hidden_channels,
         window.shape(x_shape[0], sizes, channels),
         window.shape(x_shape[0], sizes, window.taps, window.groups),
     )
@@ -114,7 +114,7 @@ def check_operand(problem: Problem, name: str, tensor: Any, shape, description: 
 
 
 def check_kernel(problem: Problem, kernel):
-    """ValueError unless ``kernel`` has the shape and dtype that the problem asks for."""
+    """ValueError unless ``kernel`` has the problem's kernel shape and dtype."""
     shape = problem.kernel_shape
     check_operand(
         problem,
@@ -132,7 +132,7 @@ def check_output(problem: Problem, y):
 
 def check_generator(problem: Problem, hidden, weight, bias):
     """ValueError unless the operands that kernels are generated from fit the problem."""
-    window, count = problem.window, problem.hidden
+    window, count = problem.window, problem.hidden_channels
     kernels = window.taps * window.groups
     sizes = window.spatial(problem.output_shape)
     batch = problem.output_shape[0]

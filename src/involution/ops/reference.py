@@ -34,13 +34,13 @@ def apply(x, kernel, problem):
     return ops.cast(merge_groups(y, window), x.dtype)
 
 
-def products(x, y, problem):
+def kernel_grad(x, dy, problem):
     """P[b, p, tap, group] = sum over channels of Y[b, p, c] * X[b, window of p at tap, c]."""
     window = problem.window
     x_sizes = spatial_shape(x, window)
     padded, seen = (
         pad_and_split(to_accumulation_dtype(x), x_sizes, window),
-        split_groups(to_accumulation_dtype(y), window),
+        split_groups(to_accumulation_dtype(dy), window),
     )
     taps = [
         ops.sum(

@@ -42,10 +42,10 @@ def apply(x, kernel, problem):
     return ops.cast(merge_groups(y, window), x.dtype)
 
 
-def products(x, y, problem):
+def kernel_grad(x, dy, problem):
     """P[b, p, tap, group] = sum over channels of Y[b, p, c] * X[b, window of p at tap, c]."""
     window = problem.window
-    own = ops.expand_dims(split_groups(to_accumulation_dtype(y), window), _tap_axis(window))
+    own = ops.expand_dims(split_groups(to_accumulation_dtype(dy), window), _tap_axis(window))
     rows = [ops.sum(own * seen, axis=_member_axis(window)) for seen in _rows(x, window)]
     if window.data_format != CHANNELS_LAST:
         rows = [ops.moveaxis(row, -1, window.tap_axis) for row in rows]

@@ -19,7 +19,7 @@ from involution.ops.autodiff import (
     KERNEL_GRAD,
     differentiable,
     nested_forward_mode,
-    traced,
+    tracing_reason,
 )
 from involution.ops.tensor_utils import (
     merge_groups,
@@ -46,7 +46,7 @@ def unsupported_reason(problem) -> str | None:
     backend = keras.config.backend()
     if backend not in CUSTOM_GRADIENT:
         return f"its gradients need one of the backends {', '.join(CUSTOM_GRADIENT)}, not {backend}"
-    return traced() or tensor_utils.unsupported_reason(problem)
+    return tracing_reason() or tensor_utils.unsupported_reason(problem)
 
 
 def apply(x, kernel, problem):
@@ -54,9 +54,9 @@ def apply(x, kernel, problem):
     return call(FORWARD, window, spatial_shape(x, window), x, kernel)
 
 
-def products(x, y, problem):
+def kernel_grad(x, dy, problem):
     window = problem.window
-    return call(KERNEL_GRAD, window, spatial_shape(x, window), x, y)
+    return call(KERNEL_GRAD, window, spatial_shape(x, window), x, dy)
 
 
 def compute(pass_, window: Window, x_sizes, a, b):
@@ -81,10 +81,10 @@ def _compiled(compute):
             # Compiling takes some 0.5 s for each new shape: too long for one eager call.
             if tf.executing_eagerly():
                 return compute(pass_, window, x_sizes, a, b)
-            fused = tf.function(
+            compiled = tf.function(
                 functools.partial(compute, pass_, window, x_sizes), jit_compile=True
             )
-            return fused(a, b)
+            return compiled(a, b)
 
         return in_graph
     return compute
@@ -155,7 +155,7 @@ def _input_gradient(kernel, dy, x_sizes, window):
 
 
 def _interleave_phases(phases, window):
-    """The full view from its polyphase components, zero at remainders without one.
+    """The full tensor from its polyphase components, zero at remainders without one.
 
     Each component holds every s-th position; the keys are remainders in each dimension.
     """
@@ -204,19 +204,20 @@ def _kernel_gradient(x, dy, x_sizes, window):
     return ops.stack([tap(offset) for offset in window.tap_offsets], axis=window.tap_axis)
 
 
-def _group_channels(view, window):
+def _group_channels(grouped, window):
     """The channels of every group as at most ``MAX_UNROLL`` tensors to be summed over: each
     (parts, B, *spatial, groups) or (parts, B, groups, *spatial), to be summed over parts too."""
     axis = window.group_channel_axis
-    channels = view.shape[axis]
+    channels = grouped.shape[axis]
     if channels <= SMALL_GROUP_CHANNELS:
-        return [view[(None,) + (slice(None),) * axis + (j,)] for j in range(channels)]
-    view = ops.moveaxis(view, axis, 0)
+        return [grouped[(None,) + (slice(None),) * axis + (j,)] for j in range(channels)]
+    grouped = ops.moveaxis(grouped, axis, 0)
     parts = -(-channels // MAX_UNROLL)
     count = -(-channels // parts)
-    view = ops.pad(view, [(0, count * parts - channels)] + [(0, 0)] * (len(view.shape) - 1))
-    view = ops.reshape(view, (count, parts, *ops.shape(view)[1:]))
-    return [view[j] for j in range(count)]
+    rest = [(0, 0)] * (len(grouped.shape) - 1)
+    grouped = ops.pad(grouped, [(0, count * parts - channels), *rest])
+    grouped = ops.reshape(grouped, (count, parts, *ops.shape(grouped)[1:]))
+    return [grouped[j] for j in range(count)]
 
 
 def _sum(terms):

@@ -1,7 +1,7 @@
-"""Views of tensors that make the formula independent of rank, data format and group layout.
+"""Tensor operations of the portable implementations, for any rank, data format and group layout.
 
-A view splits the channel axis in two, groups and channels of a group, so that one tap of the kernel
-broadcasts over it.
+Grouped tensors have two channel axes, groups and channels of a group, over which one tap of the
+kernel broadcasts.
 """
 
 import math
@@ -13,7 +13,7 @@ from involution.ops.validation import CHANNELS_LAST
 
 
 def as_tensor(value):
-    """``value`` as a tensor; one that is a tensor stays on its device."""
+    """``value`` as a tensor; tensors stay on their device."""
     if isinstance(value, keras.KerasTensor) or ops.is_tensor(value):
         return value
     return ops.convert_to_tensor(value)
@@ -34,12 +34,12 @@ def _maximum(a, b):
 
 
 def spatial_axis(window) -> int:
-    """First spatial axis of a view or kernel tensor, which have two channel axes."""
+    """First spatial axis of a grouped tensor or a kernel tensor, which have two channel axes."""
     return 1 if window.data_format == CHANNELS_LAST else 3
 
 
 def split_groups(x, window):
-    """The view of a tensor: C becomes (groups, channels of a group), or the reverse."""
+    """A grouped tensor: C becomes (groups, channels of a group), ordered by the group layout."""
     shape = ops.shape(x)
     return ops.reshape(
         x,
@@ -49,16 +49,18 @@ def split_groups(x, window):
     )
 
 
-def merge_groups(view, window):
+def merge_groups(grouped, window):
     """The inverse of ``split_groups``."""
-    shape = ops.shape(view)
+    shape = ops.shape(grouped)
     first = spatial_axis(window)
-    channels = view.shape[window.channel_axis] * view.shape[window.channel_axis + 1]
-    return ops.reshape(view, window.shape(shape[0], shape[first : first + window.rank], channels))
+    channels = grouped.shape[window.channel_axis] * grouped.shape[window.channel_axis + 1]
+    return ops.reshape(
+        grouped, window.shape(shape[0], shape[first : first + window.rank], channels)
+    )
 
 
 def pad_and_split(x, x_sizes, window):
-    """The view of the zero-padded ``x``; for unknown sizes with one position more at the end."""
+    """The zero-padded ``x``, grouped; for unknown sizes with one more position at the end."""
     around = pads(x_sizes, window)
     if not all(isinstance(n, int) for n in x_sizes):
         # PyTorch's exporter specializes on whether a slice ends where its tensor does. None does.
@@ -86,12 +88,12 @@ def unsupported_reason(problem) -> str | None:
     return None
 
 
-def pad_spatial(view, pads, window):
-    """Zeros around the spatial axes of a view or of a kernel tensor."""
+def pad_spatial(grouped, pads, window):
+    """Zeros around the spatial axes of a grouped tensor or a kernel tensor."""
     if all(isinstance(p, int) and p == 0 for pair in pads for p in pair):
-        return view
+        return grouped
     around = [(0, 0)] * spatial_axis(window) + list(pads)
-    return pad(view, around + [(0, 0)] * (len(view.shape) - len(around)))
+    return pad(grouped, around + [(0, 0)] * (len(grouped.shape) - len(around)))
 
 
 def pad(x, around):
@@ -99,21 +101,22 @@ def pad(x, around):
     if keras.config.backend() == "torch":
         import torch
 
-        # Keras branches on padding of 0, which a program exported for all sizes cannot decide.
+        # Keras branches on whether the padding is 0, which is unknown in a program exported for
+        # all sizes.
         return torch.nn.functional.pad(x, [n for pair in reversed(around) for n in pair])
     return ops.pad(x, around)
 
 
-def strided_slice(view, start, strides, count, window, first=None):
+def strided_slice(grouped, start, strides, count, window, first=None):
     """Every ``strides``-th position from ``start``, ``count`` in each spatial dimension.
 
-    ``first`` is the first spatial axis; None: that of a view.
+    ``first`` is the first spatial axis; None: that of a grouped tensor.
     """
     parts = tuple(
         slice(i, i + (n - 1) * s + 1, s) for i, s, n in zip(start, strides, count, strict=True)
     )
     first = spatial_axis(window) if first is None else first
-    return view[(slice(None),) * first + parts]
+    return grouped[(slice(None),) * first + parts]
 
 
 def tap_kernel(kernel, tap, window):

@@ -190,7 +190,8 @@ def _fused_op(name, execute, device_types):
     def backward(ctx, *cotangents):
         if Params.decode(ctx.params).pass_name != FORWARD:
             raise NotImplementedError(
-                '`fused` has no second derivatives in compiled programs: use("native") has'
+                "`fused` does not support second derivatives under torch.compile; "
+                'involution.ops.force_implementation("native") does'
             )
 
         def call(pass_, window, sizes, *arguments):

@@ -503,7 +503,7 @@ def build(label, builder, dataset, config) -> keras.Model:
     except Exception as error:  # a user's function may raise anything
         reason = " ".join(str(error).split())
         raise InputError(
-            f"A model must be buildable for {classes} classes. Received: {label}: {reason}"
+            f"The model could not be built for {classes} classes. Received: {label}: {reason}"
         ) from error
     finally:
         keras.config.set_dtype_policy(policy)

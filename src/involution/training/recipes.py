@@ -18,7 +18,7 @@ class Rule:
     Attributes:
         text: What a value must be, for messages.
         holds: Whether a value is valid.
-        choices: All valid values, where they are finitely many.
+        choices: All valid values, if there are finitely many.
     """
 
     text: str
@@ -46,7 +46,7 @@ def setting(help, rule=None, default: Any = dataclasses.MISSING, stored=None) ->
         help: One line, for docstrings and for the command line.
         rule: Valid values; None, which means unset, is always valid.
         default: The default; without one the field is required.
-        stored: The name in run folders, checkpoints and studies, where it is not the field's.
+        stored: The name in run folders, checkpoints and studies, if it differs from the field's.
     """
     metadata = {"help": help, "rule": rule, "stored": stored}
     return dataclasses.field(default=default, metadata=metadata)
@@ -116,7 +116,7 @@ class Recipe:
         stored="flip",
     )
     random_crop: bool = setting(
-        "Train on random resized crops, 1/12 of the area or more, and test on the center crop",
+        "Train on random resized crops, 8 % of the area or more, and test on the center crop",
         default=False,
         stored="crop",
     )
@@ -136,7 +136,7 @@ class Recipe:
         "Fraction of each training label spread over all classes", FRACTION, 0.0
     )
     gradient_accumulation_steps: int = setting(
-        "Gradient-accumulation steps per batch; batch normalization sees one step's images",
+        "Parts that a batch is processed in; batch normalization uses the statistics of each",
         POSITIVE_INTEGER,
         1,
         stored="accumulate",
@@ -158,8 +158,7 @@ class Recipe:
         validate(self)
 
 
-# The training of the keras.io example; and of the RedNet paper on ImageNet, as its authors'
-# published configuration has it.
+# ``example``: the keras.io example. ``imagenet``: the published configuration of RedNet's authors.
 RECIPES = {
     "example": Recipe(1e-3),
     "one-cycle": Recipe(

@@ -1,8 +1,8 @@
 """Figures: learning curves, sample images, and heat maps of involution kernels.
 
 Every function returns a new ``matplotlib.figure.Figure``; nothing is shown, and Matplotlib's global
-state is not modified. The colors (cividis; Okabe and Ito's palette) keep their order in grayscale
-and for color-blind readers.
+state is not modified. The colors keep their order in grayscale and for
+color-blind readers.
 """
 
 from typing import Any

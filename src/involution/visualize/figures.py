@@ -1,8 +1,7 @@
 """Figures: learning curves, sample images, and heat maps of involution kernels.
 
 Every function returns a new ``matplotlib.figure.Figure``; nothing is shown, and Matplotlib's global
-state is not modified. The colors (cividis; Okabe and Ito's palette) keep their order in grayscale
-and for color-blind readers.
+state is not modified. The colors are those of ``colors.py``.
 """
 
 import itertools
@@ -12,11 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from involution import renamed
-
-TRAIN, TEST = "#0072B2", "#D55E00"
-# Okabe and Ito's, distinguishable for color-blind readers.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-SEQUENTIAL_CMAP, DIVERGING_CMAP = "cividis", "PuOr"
+from involution.visualize.colors import DIVERGING_CMAP, PALETTE, SEQUENTIAL_CMAP, TEST, TRAIN
 
 
 def curves(histories) -> Figure:

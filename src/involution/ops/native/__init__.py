@@ -7,7 +7,7 @@ and ``call_fused(pass_, window, sizes, *arguments)`` for the fused ones.
 
 import keras
 
-from involution.ops.autodiff import FORWARD, KERNEL_GRAD, traced
+from involution.ops.autodiff import FORWARD, KERNEL_GRAD, tracing_reason
 from involution.ops.native import library
 from involution.ops.tensor_utils import spatial_shape
 
@@ -21,7 +21,7 @@ def unsupported_reason(problem) -> str | None:
     backend = keras.config.backend()
     if backend not in BINDINGS:
         return f"it has no binding for the backend {backend}"
-    if reason := traced():
+    if reason := tracing_reason():
         return reason
     window = problem.window
     pads = [] if isinstance(window.padding, str) else [p for pair in window.padding for p in pair]
@@ -41,8 +41,8 @@ def apply(x, kernel, problem):
     return _call(FORWARD, x, kernel, problem.window)
 
 
-def products(x, y, problem):
-    return _call(KERNEL_GRAD, x, y, problem.window)
+def kernel_grad(x, dy, problem):
+    return _call(KERNEL_GRAD, x, dy, problem.window)
 
 
 def call_fused(pass_, window, x_sizes, *arguments):

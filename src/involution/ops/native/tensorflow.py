@@ -166,16 +166,17 @@ def _block_saved_model():
 def _unsavable_tensor():
     """A tensor that TensorFlow cannot save; its error message prints the text."""
     text = (
-        "the implementation `native` runs only where involution is installed: "
-        "a model to be saved needs `reference`, see involution.ops.use"
+        "the implementation `native` runs only where involution is installed. Save the model "
+        'within involution.ops.force_implementation(("rows", "reference"))'
     )
     with tf.init_scope(), tf.device("CPU"):
         tensor = tf.raw_ops.OptionalFromValue(components=[tf.constant(text)])
 
     def refuse():
         raise NotImplementedError(
-            "A graph to be frozen, as for ONNX, must hold no native operation: export within "
-            '`with involution.ops.use("reference"):`, or by `involution export`. '
+            "A graph that is frozen, as for ONNX, must not contain native ops: export within "
+            '`with involution.ops.force_implementation(("rows", "reference")):`, or with '
+            "`involution export`. "
             "Received: a graph with the implementation `native`"
         )
 

@@ -10,7 +10,7 @@ import os
 
 import keras
 
-from involution.ops.autodiff import FORWARD, KERNEL_GRAD, traced
+from involution.ops.autodiff import FORWARD, KERNEL_GRAD, tracing_reason
 from involution.ops.tensor_utils import spatial_shape
 
 # Compute capabilities: the lowest that Triton supports, and the lowest with bfloat16.
@@ -25,11 +25,11 @@ def is_interpreter() -> bool:
 def unsupported_reason(problem) -> str | None:
     if keras.config.backend() != "torch":
         return "it requires the PyTorch backend"
-    if reason := traced():
+    if reason := tracing_reason():
         return reason
     # The cheapest check first: it runs in every call.
     if problem.device != "cuda" and not is_interpreter():
-        return f"it runs on CUDA devices, and the tensors are on {problem.device or 'none yet'}"
+        return f"it requires CUDA tensors; the device is {problem.device or 'unknown'}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if is_interpreter():
@@ -55,8 +55,8 @@ def apply(x, kernel, problem):
     return _operations().call(FORWARD, problem.window, spatial_shape(x, problem.window), x, kernel)
 
 
-def products(x, y, problem):
-    return _operations().call(KERNEL_GRAD, problem.window, spatial_shape(x, problem.window), x, y)
+def kernel_grad(x, dy, problem):
+    return _operations().call(KERNEL_GRAD, problem.window, spatial_shape(x, problem.window), x, dy)
 
 
 def call_fused(pass_, window, x_sizes, *arguments):

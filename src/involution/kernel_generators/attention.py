@@ -1,0 +1,114 @@
+"""Local self-attention as a kernel generator."""
+
+import dataclasses
+import math
+
+import keras
+from keras import ops
+
+from involution.kernel_generators.base import INHERITED_ARGUMENTS
+from involution.kernel_generators.convolutional import Linear
+from involution.ops.api import apply_window_products
+from involution.ops.dispatch import select
+from involution.ops.problem import problem_of
+from involution.ops.tensor_utils import softmax, strided_slice, to_accumulation_dtype
+from involution.ops.validation import CHANNELS_LAST, SAME, standardize_padding, standardize_tuple
+from involution.ops.window import Window
+
+# Score of a masked position: zero after softmax; finite, so fully masked windows give no NaN.
+MASK_VALUE = -1e9
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class PairwiseAttention(Linear):
+    """Local self-attention: dot products of each center with its window, softmax over the window.
+
+    The groups are the heads. 1x1 convolutions compute a query from the features at each window's
+    center, and a key from the features at every position; a kernel is
+
+        softmax over taps k of query[p] . key[position k of the window of p] / sqrt(key_channels)
+
+    where positions outside the input have zero weight. The values are the input itself. With a
+    window that covers the map, this is ``keras.layers.MultiHeadAttention`` with identities as value
+    and output projections.
+
+    Args:
+        key_channels: Channels of a head's queries and keys; None: the channels of a group.
+        padding, dilation_rate: Positions of the windows; None: the involution layer's.
+        **kwargs: As for ``Linear``.
+
+    Call arguments:
+        features: The involution's whole input, (B, *spatial, C) or (B, C, *spatial).
+
+    Source: Li et al., arXiv:2103.06255, section 3.3, relates the two.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> attention = involution.kernel_generators.PairwiseAttention()
+    >>> layer = involution.Involution2D(5, kernel_generator=attention, return_kernel=True)
+    >>> y, kernel = layer(np.ones((1, 8, 8, 32), "float32"))
+    >>> tuple(kernel.shape)
+    (1, 8, 8, 25, 2)
+    """
+
+    uses_full_input = True
+    accepts_initializers = False  # its convolutions compute queries and keys, not kernels
+
+    def __init__(self, key_channels=None, padding=None, dilation_rate=None, **kwargs):
+        super().__init__(**kwargs)
+        self.key_channels = (
+            None if key_channels is None else standardize_tuple("key_channels", key_channels, 1)[0]
+        )
+        self.padding = padding
+        self.dilation_rate = dilation_rate
+        self._given = {
+            **self._given,
+            "key_channels": self.key_channels,
+            "padding": padding,
+            "dilation_rate": dilation_rate,
+        }
+
+    def _standardize_attributes(self, input_shape):
+        super()._standardize_attributes(input_shape)
+        rank = len(self.kernel_size)
+        self.padding = standardize_padding("padding", self.padding or SAME, rank)
+        self.dilation_rate = standardize_tuple("dilation_rate", self.dilation_rate or 1, rank)
+        inherited = {name: getattr(self, name) for name in INHERITED_ARGUMENTS}
+        # Queries and keys have the channels last.
+        self.window = Window(**{**inherited, "data_format": CHANNELS_LAST})
+
+    def _build_generator(self, channels):
+        if self.key_channels is None:
+            self.key_channels = max(channels // self.groups, 1)
+        width = self.groups * self.key_channels
+        self.query = self._convolution("query", width, channels)
+        self.key = self._convolution("key", width, channels)
+
+    def _output_sizes(self, sizes):
+        return self.window.output_sizes(sizes)
+
+    def _generate(self, features):
+        window = self.window
+        shape = ops.shape(features)
+        sizes = window.output_sizes(window.spatial(shape))
+        centers = strided_slice(features, window.first_center, self.strides, sizes, window, first=1)
+        query = self.query(centers) / math.sqrt(self.query.filters // self.groups)
+        scores = to_accumulation_dtype(self._products(self.key(features), query, self.groups))
+        inside = self._products(
+            ops.ones((1, *window.spatial(shape), 1), "float32"),
+            ops.ones((1, *sizes, 1), "float32"),
+            1,
+        )
+        scores = ops.where(inside > 0.5, scores, MASK_VALUE)
+        kernel = ops.cast(softmax(scores, -2), self.compute_dtype)
+        return ops.reshape(kernel, (shape[0], *sizes, self._kernel_channels))
+
+    def _products(self, x, y, groups):
+        window = dataclasses.replace(self.window, groups=groups)
+        return apply_window_products(select(problem_of(window, x)), x, y)
+
+    def count_multiply_adds(self) -> int:
+        """Multiply-adds for each position, if every input position is a center."""
+        queries = sum(math.prod(layer.kernel.shape) for layer in (self.query, self.key))
+        return queries + math.prod(self.kernel_size) * self.query.filters

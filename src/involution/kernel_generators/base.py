@@ -1,0 +1,150 @@
+"""Base class of the kernel generators, and the ``training`` argument of the layers inside them."""
+
+import contextlib
+import math
+import threading
+
+import keras
+from keras import ops
+
+from involution.ops.validation import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    check_axes,
+    standardize_data_format,
+    standardize_tuple,
+)
+from involution.ops.window import STANDARDIZE, ceil_div
+
+# Attributes that a generator inherits from its involution layer where they are None.
+INHERITED_ARGUMENTS = tuple(name for name, _ in STANDARDIZE if name != "group_layout")
+
+
+class _Training(threading.local):
+    """The ``training`` of the call that runs in this thread, None where there is none."""
+
+    value: bool | None = None
+
+
+_training = _Training()
+
+
+@contextlib.contextmanager
+def training_scope(training):
+    """Sets ``current_training()`` within the block, unless ``training`` is None.
+
+    ``stateless_call``, and wrappers such as ``TimeDistributed``, call ``layer.call`` itself,
+    without the context by which Keras passes ``training`` to inner layers, so they get it by name.
+    A parameter of every method would break subclasses that override one.
+    """
+    before = _training.value
+    if training is not None:
+        _training.value = training
+    try:
+        yield
+    finally:
+        _training.value = before
+
+
+def current_training() -> bool | None:
+    """The ``training`` argument for layers inside an involution layer or a generator."""
+    return _training.value
+
+
+def uses_full_input(generator) -> bool:
+    """Whether a generator reads the layer's input from its first position, not from the first
+    window's center. ``whole_input`` is the attribute's deprecated name."""
+    return bool(
+        getattr(generator, "uses_full_input", False) or getattr(generator, "whole_input", False)
+    )
+
+
+class KernelGenerator(keras.layers.Layer):
+    """Base class: the shape of the kernel map.
+
+    A subclass implements ``_build_generator(channels)``, which creates its weights, and
+    ``_generate``.
+    """
+
+    # Whether it reads the layer's input from its first position, not from the first center.
+    uses_full_input = False
+    # Whether other initial values, such as those of ``near_depthwise_init``, are meaningful.
+    accepts_initializers = False
+
+    def __init__(self, kernel_size=None, groups=None, strides=None, data_format=None, **kwargs):
+        super().__init__(**kwargs)
+        self.kernel_size = kernel_size
+        self.groups = groups
+        self.strides = strides
+        self.data_format = data_format
+        # As given: the attributes also hold values inherited from the layer.
+        self._given = {
+            "kernel_size": kernel_size,
+            "groups": groups,
+            "strides": strides,
+            "data_format": data_format,
+        }
+
+    def build(self, input_shape):
+        self._standardize_attributes(input_shape)
+        self._build_generator(input_shape[-1 if self.data_format == CHANNELS_LAST else 1])
+        self.input_spec = keras.layers.InputSpec(ndim=len(input_shape))
+
+    def _standardize_attributes(self, input_shape):
+        """Standardizes the attributes for inputs of this shape."""
+        rank = len(input_shape) - 2
+        size = self.kernel_size
+        if rank not in (1, 2, 3) or (isinstance(size, (tuple, list)) and len(size) != rank):
+            expected = len(size) + 2 if isinstance(size, (tuple, list)) else "3, 4 or 5"
+            raise ValueError(
+                f"Input of {type(self).__name__} must have a batch axis, as many spatial axes as "
+                f"`kernel_size` has numbers, and one of channels: expected ndim={expected}, found "
+                f"ndim={len(input_shape)}. Received: kernel_size={size}, "
+                f"input_shape={tuple(input_shape)}, layer={self.name}"
+            )
+        self.kernel_size = standardize_tuple("kernel_size", size, rank)
+        self.groups = standardize_tuple("groups", self.groups, 1)[0]
+        self.strides = standardize_tuple(
+            "strides", 1 if self.strides is None else self.strides, rank
+        )
+        self.data_format = standardize_data_format("data_format", self.data_format)
+
+    def _build_generator(self, channels):
+        """Creates the weights for features with this number of channels."""
+        raise NotImplementedError  # each generator has its own
+
+    def _generate(self, features):
+        """The kernel map of features (B, *spatial, C): (B, *out_spatial, taps * groups)."""
+        raise NotImplementedError  # each generator has its own
+
+    def _output_sizes(self, sizes) -> tuple:
+        return tuple(
+            None if n is None else ceil_div(n, s) for n, s in zip(sizes, self.strides, strict=True)
+        )
+
+    @property
+    def _kernel_channels(self) -> int:
+        return math.prod(self.kernel_size) * self.groups
+
+    def call(self, features, training=None):
+        with training_scope(training):
+            if self.data_format == CHANNELS_LAST:
+                return self._generate(features)
+            return ops.moveaxis(self._generate(ops.moveaxis(features, 1, -1)), -1, 1)
+
+    def compute_output_shape(self, input_shape):
+        if not self.built:
+            # Not this one's own attributes: an involution layer may still set them.
+            standardized = type(self).from_config(self.get_config())
+            standardized._standardize_attributes(input_shape)
+            standardized.built = True
+            return standardized.compute_output_shape(input_shape)
+        check_axes(self, input_shape, len(self.kernel_size))
+        first = self.data_format == CHANNELS_FIRST
+        sizes = self._output_sizes(tuple(input_shape[2:] if first else input_shape[1:-1]))
+        if first:
+            return (input_shape[0], self._kernel_channels, *sizes)
+        return (input_shape[0], *sizes, self._kernel_channels)
+
+    def get_config(self):
+        return {**super().get_config(), **self._given}

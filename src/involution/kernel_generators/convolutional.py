@@ -1,0 +1,278 @@
+"""Generators whose kernels are the output of a 1x1 convolution, and their initializers.
+
+The last convolution of ``Linear`` and its subclasses may be applied without being called, so that
+no kernels are stored: see ``final_projection``.
+"""
+
+import math
+
+import keras
+from keras import ops
+
+from involution.kernel_generators.base import KernelGenerator, current_training
+from involution.kernel_generators.pointwise import affine, conv_class, has_plain_call
+from involution.kernel_generators.pooling import average_pool
+from involution.ops.validation import CHANNELS_LAST, standardize_tuple
+
+
+def _normal(scale):
+    return {
+        "class_name": "VarianceScaling",
+        "config": {"scale": scale, "mode": "fan_out", "distribution": "untruncated_normal"},
+    }
+
+
+# The paper's code: Kaiming's normal distribution over the outputs of a layer.
+KAIMING = _normal(2.0)
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class Linear(KernelGenerator):
+    """The simplest generator: average pooling by the strides, then one 1x1 convolution.
+
+    Args:
+        kernel_size: Window sizes, one for each spatial dimension; None: the involution layer's.
+        groups: Number of kernels at each position; None: the involution layer's.
+        strides: Size and distance of the pooled windows; None: the involution layer's.
+        data_format: ``"channels_last"`` or ``"channels_first"``; None: the involution layer's.
+        kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer: As in
+            ``keras.layers.Conv2D``. The initial values are those of the paper's code.
+        **kwargs: ``name``, ``dtype`` and so on, as in ``keras.layers.Layer``.
+
+    Call arguments:
+        features: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
+        training: As for any Keras layer; here for ``Bottleneck``, which normalizes.
+
+    Returns:
+        Tensor (B, *out_spatial, taps * groups), or (B, taps * groups, *out_spatial), with
+        ceil(n / stride) positions for n of the features.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> layer = involution.Involution2D(3, kernel_generator=involution.kernel_generators.Linear())
+    >>> tuple(layer(np.ones((1, 8, 8, 32), "float32")).shape)
+    (1, 8, 8, 32)
+    """
+
+    accepts_initializers = True
+
+    def __init__(
+        self,
+        kernel_size=None,
+        groups=None,
+        strides=None,
+        data_format=None,
+        kernel_initializer=KAIMING,
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        **kwargs,
+    ):
+        super().__init__(kernel_size, groups, strides, data_format, **kwargs)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+
+    def _build_generator(self, channels):
+        self.expand = self._convolution("expand", self._kernel_channels, channels)
+
+    def _generate(self, features):
+        return self.expand(self.hidden(features))
+
+    def hidden(self, features):
+        """Input of the last convolution, ``expand``: (B, *out_spatial, hidden channels), from
+        features (B, *spatial, C)."""
+        return average_pool(features, self.strides)
+
+    def count_multiply_adds(self) -> int:
+        """Multiply-adds of the convolutions, for each output position."""
+        return math.prod(self.expand.kernel.shape)
+
+    def _convolution(self, name, filters, channels, use_bias=True, kernel_size=1):
+        """A channels-last convolution, which every backend supports on every device."""
+        rank = len(self.kernel_size)
+        layer = conv_class(rank, kernel_size)(
+            filters,
+            kernel_size,
+            padding="same",
+            data_format=CHANNELS_LAST,
+            use_bias=use_bias,
+            kernel_initializer=clone_initializer(self.kernel_initializer),
+            bias_initializer=clone_initializer(self.bias_initializer),
+            kernel_regularizer=self.kernel_regularizer,
+            bias_regularizer=self.bias_regularizer,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+        layer.build((None,) * (rank + 1) + (channels,))
+        return layer
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
+        }
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class Bottleneck(Linear):
+    """The paper's generator: average pooling by the strides, a 1x1 convolution to
+    C // reduction_ratio channels, batch normalization, ReLU, a 1x1 convolution to taps * groups.
+
+    The first convolution has no bias; batch normalization has momentum 0.9 and epsilon 1e-5, as in
+    the paper's code (0.99, 1e-3 and a bias in the keras.io example).
+
+    Args:
+        reduction_ratio: Channels of the features for each hidden channel.
+        **kwargs: As for ``Linear``.
+
+    Raises:
+        ValueError: ``reduction_ratio`` leaves no hidden channel.
+
+    Source: Li et al., arXiv:2103.06255, section 3 and algorithm 1.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> generator = involution.kernel_generators.Bottleneck(8, kernel_size=3, groups=2)
+    >>> tuple(generator(np.ones((1, 8, 8, 32), "float32")).shape)
+    (1, 8, 8, 18)
+    """
+
+    # Kernel size of the first convolution.
+    _context_size = 1
+
+    def __init__(self, reduction_ratio=4, **kwargs):
+        super().__init__(**kwargs)
+        self.reduction_ratio = standardize_tuple("reduction_ratio", reduction_ratio, 1)[0]
+
+    def _build_generator(self, channels):
+        hidden = channels // self.reduction_ratio
+        if hidden == 0:
+            raise ValueError(
+                "`reduction_ratio` must leave at least one hidden channel. "
+                f"Received: reduction_ratio={self.reduction_ratio}, channels={channels}"
+            )
+        self.reduce = self._convolution(
+            "reduce", hidden, channels, use_bias=False, kernel_size=self._context_size
+        )
+        self.normalization = keras.layers.BatchNormalization(
+            momentum=0.9, epsilon=1e-5, dtype=self.dtype_policy, name="normalization"
+        )
+        self.normalization.build((None,) * (len(self.kernel_size) + 1) + (hidden,))
+        self.expand = self._convolution("expand", self._kernel_channels, hidden)
+
+    def hidden(self, features):
+        pooled = average_pool(features, self.strides)
+        reduced = self.reduce(pooled)
+        return ops.relu(self.normalization(reduced, training=current_training()))
+
+    def count_multiply_adds(self) -> int:
+        return super().count_multiply_adds() + math.prod(self.reduce.kernel.shape)
+
+    def get_config(self):
+        return {**super().get_config(), "reduction_ratio": self.reduction_ratio}
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class Contextual(Bottleneck):
+    """A bottleneck that uses a neighborhood: its first convolution has a larger kernel.
+
+    Args:
+        reduction_ratio: Channels of the features for each hidden channel.
+        context_size: Side of the window that a kernel is generated from, in output positions.
+        **kwargs: As for ``Linear``.
+
+    Raises:
+        ValueError: ``reduction_ratio`` leaves no hidden channel.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> generator = involution.kernel_generators.Contextual(4, context_size=5)
+    >>> layer = involution.Involution2D(3, strides=2, kernel_generator=generator)
+    >>> tuple(layer(np.ones((1, 9, 8, 32), "float32")).shape)
+    (1, 5, 4, 32)
+    """
+
+    def __init__(self, reduction_ratio=4, context_size=3, **kwargs):
+        super().__init__(reduction_ratio, **kwargs)
+        self.context_size = self._context_size = standardize_tuple("context_size", context_size, 1)[
+            0
+        ]
+
+    def get_config(self):
+        return {**super().get_config(), "context_size": self.context_size}
+
+
+# Methods of ``Linear`` that compute the kernels as ``expand(hidden(features))``.
+_LINEAR = ("__call__", "call", "_generate")
+
+
+def final_projection(generator, dtype):
+    """Weight (hidden channels, taps * groups) and bias that turn a generator's ``hidden`` features
+    into kernels of ``dtype``; None unless applying them is equivalent to calling the generator."""
+    if not isinstance(generator, Linear) or not has_plain_call(generator):
+        return None
+    kind = type(generator)
+    if any(getattr(kind, name) is not getattr(Linear, name) for name in _LINEAR):
+        return None
+    # A subclass may have replaced the last layer.
+    if "_generate" in vars(generator) or generator.compute_dtype != dtype:
+        return None
+    return projection_of(generator.expand, dtype, generator._kernel_channels)
+
+
+def projection_of(layer, dtype, channels):
+    """``affine`` of a generator's last layer; None unless it computes in ``dtype`` and has
+    ``channels`` output channels."""
+    found = affine(layer)
+    if found is None or layer.compute_dtype != dtype or layer.filters != channels:
+        return None
+    return found
+
+
+def clone_initializer(initializer):
+    """A copy for each weight: one seeded initializer would give two weights equal values."""
+    return initializer.clone() if hasattr(initializer, "clone") else initializer
+
+
+def near_depthwise_init(taps):
+    """Initializers that start a generator close to a depthwise convolution.
+
+    The kernels are dominated by the biases, which differ between groups and are equal at all
+    positions, with the distribution of He's initializer for depthwise kernels. The features'
+    contribution is small. The paper's initialization gives kernels without a shared part.
+
+    Args:
+        taps: Positions of a window: 9 for 3x3.
+
+    Returns:
+        Dictionary of the arguments ``kernel_initializer`` and ``bias_initializer`` for ``Linear``,
+        ``Bottleneck`` and ``Contextual``.
+
+    Example:
+
+    >>> import keras
+    >>> from involution.kernel_generators import Bottleneck, near_depthwise_init
+    >>> generator = Bottleneck(kernel_size=3, groups=8, **near_depthwise_init(9))
+    >>> features = keras.random.normal((1, 32, 32, 32))
+    >>> kernels = keras.ops.convert_to_numpy(generator(features))
+    >>> bool(kernels.std(axis=(1, 2)).mean() < kernels.mean(axis=(1, 2)).std() / 3)
+    True
+    """
+    (taps,) = standardize_tuple("taps", taps, 1)
+    return {
+        # A tenth of the paper's; in the first convolution, which batch normalization follows, the
+        # scale has no effect.
+        "kernel_initializer": _normal(0.02),
+        "bias_initializer": {
+            "class_name": "RandomNormal",
+            "config": {"stddev": math.sqrt(2 / taps)},
+        },
+    }

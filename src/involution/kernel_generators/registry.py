@@ -1,0 +1,39 @@
+"""Kernel generators by name."""
+
+import keras
+
+from involution.kernel_generators.attention import PairwiseAttention
+from involution.kernel_generators.base import KernelGenerator
+from involution.kernel_generators.convolutional import Bottleneck, Contextual, Linear
+from involution.kernel_generators.static import Static
+
+GENERATORS: dict[str, type[KernelGenerator]] = {
+    "bottleneck": Bottleneck,
+    "contextual": Contextual,
+    "linear": Linear,
+    "pairwise_attention": PairwiseAttention,
+    "static": Static,
+}
+
+
+def get(identifier, reduction_ratio=4, dtype=None, initial=None):
+    """A generator from its name, its configuration or itself; None is ``"bottleneck"``.
+
+    ``reduction_ratio``, ``dtype`` and ``initial`` (as of ``near_depthwise_init``) apply only to
+    generators given by name that accept them.
+    """
+    if isinstance(identifier, dict):
+        return keras.saving.deserialize_keras_object(identifier)
+    if isinstance(identifier, keras.layers.Layer):
+        return identifier
+    name = "bottleneck" if identifier is None else str(identifier).lower()
+    if name not in GENERATORS:
+        raise ValueError(
+            f"`kernel_generator` must be a Keras layer or one of {', '.join(GENERATORS)}. "
+            f"Received: kernel_generator={identifier!r}"
+        )
+    generator_class = GENERATORS[name]
+    options = dict(initial or {}) if generator_class.accepts_initializers else {}
+    if issubclass(generator_class, Bottleneck):
+        options["reduction_ratio"] = reduction_ratio
+    return generator_class(dtype=dtype, name=name, **options)
