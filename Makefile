@@ -12,7 +12,7 @@ BACKEND ?= tensorflow
 RANDOM_ORDERS ?= 10
 # Folder of images for `make notebooks`.
 DATA ?=
-# Functions that `make mutants` mutates; of the demo and the data those that handle uploads.
+# Functions that `make mutants` mutates; in the demo and in decoding only those that handle uploads.
 MUTATION_TARGETS ?= "involution.training.checkpoint.*" "involution.data.transforms.*" "involution.utils.atomic_files.*" "involution.data.image_folder.*" "involution.saving.classifier.*" \
 	"involution.models.*" "involution.ops.window.*" "involution.demo.app.x_check__*" "involution.demo.app.x__validate_upload__*" "involution.demo.app.x__as_gradio_error__*" \
 	"involution.data.decode.x_read_image__*" "involution.data.decode.x_resize__*"
@@ -66,11 +66,12 @@ ZIG = $(abspath $(WHEELS_VENV))/bin/zig
 PYTHONS ?= 3.11 3.12 3.13 3.14
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-tensorflow test-jax test-torch test-long test-orders test-oldest test-example test-browser audit mutants docs notebooks space publish sanitize test-arm wheels test-wheels test-pythons lint format coverage clean
+.PHONY: help run test test-quick test-tensorflow test-jax test-torch test-long test-orders test-oldest test-example test-browser audit mutants docs notebooks space publish sanitize test-arm wheels test-wheels test-pythons lint format coverage clean
 
 help:
 	@echo "make run     compare a convolutional and an involutional network; write runs/.../report.html"
 	@echo "make test    lint, and test on every backend (make test BACKENDS=jax: on one)"
+	@echo "make test-quick BACKEND=jax   the first case of each short test, in less than two minutes"
 	@echo "make test-long, test-orders, test-oldest, test-browser, test-example EXAMPLE=file, audit, mutants, docs, notebooks, space, publish, sanitize, test-arm, wheels, test-wheels, test-pythons, lint, format, clean"
 
 run: $(RUN_VENV)/ready
@@ -83,6 +84,10 @@ test-tensorflow test-jax test-torch: test-%: $(TEST_VENV)/ready
 	KERAS_BACKEND=$* COVERAGE_FILE=.coverage.$* $(PYTEST) -n $(JOBS) --dist loadscope --cov --cov-report= \
 		$(if $(filter-out $(lastword $(BACKENDS)),$*),--backend-only)
 
+# For a first answer while editing: the first case of each short test, in less than two minutes.
+test-quick: $(TEST_VENV)/ready
+	KERAS_BACKEND=$(BACKEND) $(PYTEST) -n $(JOBS) --dist loadscope --quick
+
 # Combines the coverage of all backends.
 coverage: $(addprefix test-,$(BACKENDS))
 	$(TEST_VENV)/bin/python -m coverage combine --quiet $(addprefix .coverage.,$(BACKENDS))
@@ -92,8 +97,8 @@ ifeq ($(words $(BACKENDS)),3)
 	$(TEST_VENV)/bin/python -m coverage json --quiet -o - | $(TEST_VENV)/bin/python -c "$$COVERAGE_MINIMUMS"
 endif
 
-# All tests on every backend, JAX's with LLVM's optimizations; then exhaustive ones, for hours: slow
-# tests, many more random shapes, killed runs.
+# All tests on every backend, on JAX with LLVM's optimizations; then, for hours, exhaustive tests: the
+# slow ones, many more random shapes, and killed runs.
 test-long: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
 test-long: $(TEST_VENV)/ready
 	set -e; for backend in $(BACKENDS); do export KERAS_BACKEND=$$backend; \
@@ -168,7 +173,8 @@ wheels: $(WHEELS_VENV)/ready
 test-wheels: $(WHEELS_VENV)/ready
 	PYTHON="$(PYTHON)" ZIG=$(ZIG) sh packaging/test_wheels.sh
 
-# Whether every Python version has wheels of all dependencies and can parse the sources; runs nothing.
+# Checks that all dependencies have wheels for every Python version, and that it can parse the sources;
+# runs nothing.
 test-pythons: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/pip install --quiet --group oldest -c constraints.txt
 	set -e; for version in $(PYTHONS); do \

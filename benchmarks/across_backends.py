@@ -3,7 +3,7 @@
     python benchmarks/across_backends.py DATASET OUTPUT.json [--epochs 20] [--steps 50] [--follow]
 
 Records the loss of each of the first steps for the cnn and the inn, and the inn's test accuracy
-after all epochs (--epochs 0: none). Takes some 30 minutes on two cores for CIFAR-10 on three
+after all epochs (--epochs 0: none). Takes about 30 minutes on two cores for CIFAR-10 on three
 backends.
 
 Training amplifies rounding errors from step to step. --follow excludes that: before each step every
@@ -20,7 +20,7 @@ import tempfile
 
 
 def train(arguments):
-    """One backend in a subprocess; prints its results as JSON on the last line."""
+    """Trains on one backend, in a subprocess; prints the results as JSON on the last line."""
     import keras
 
     from involution import models

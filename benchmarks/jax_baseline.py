@@ -51,8 +51,8 @@ def plain_forward(x, kernel, size, groups):
 
 def plain_backward(size, groups, stored, dy):
     x, kernel = stored
-    both = zip(windows(kernel, size, -1), windows(grouped(dy, groups), size, -1), strict=True)
-    dx = sum(k[:, :, :, t, :, None] * d for t, (k, d) in enumerate(both)).reshape(x.shape)
+    pairs = zip(windows(kernel, size, -1), windows(grouped(dy, groups), size, -1), strict=True)
+    dx = sum(k[:, :, :, t, :, None] * d for t, (k, d) in enumerate(pairs)).reshape(x.shape)
     dys = grouped(dy, groups)
     dkernel = [(source * dys).sum(-1) for source in windows(grouped(x, groups), size)]
     return dx, jnp.stack(dkernel, 3)
@@ -81,16 +81,16 @@ def measured(case, backward, seconds):
     }
     results = {name: run() for name, run in programs.items()}
     for name, values in results.items():
-        for value, want in zip(values, results["plain"], strict=True):
-            scale = float(abs(want).max())
-            np.testing.assert_allclose(value, want, rtol=0, atol=1e-5 * scale, err_msg=name)
+        for value, expected in zip(values, results["plain"], strict=True):
+            scale = float(abs(expected).max())
+            np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * scale, err_msg=name)
     times: dict = {name: [] for name in programs}
     started = time.perf_counter()
     while time.perf_counter() - started < seconds or len(times["plain"]) < 5:
         for name, run in programs.items():
-            at = time.perf_counter()
+            run_started = time.perf_counter()
             run()
-            times[name].append((time.perf_counter() - at) * 1e3 / 10)
+            times[name].append((time.perf_counter() - run_started) * 1e3 / 10)
     return {name: statistics.median(t) for name, t in times.items()}
 
 

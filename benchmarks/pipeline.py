@@ -37,26 +37,28 @@ def main():
         "--seconds", type=float, default=2.0, help="minimum total of each, with at least three runs"
     )
     parser.add_argument("--output")
-    given = parser.parse_args()
+    options = parser.parse_args()
     memory.disable_malloc_trim()
-    recipe = dataclasses.replace(RECIPES["imagenet"], batch_size=given.batch_size)
-    stored = datasets.load(given.folder, (given.side, given.side), crop_fraction=CENTER_FRACTION)
-    order = datasets.epoch_permutation(len(stored.x_train), 0, 1)[
-        : given.batches * given.batch_size
+    recipe = dataclasses.replace(RECIPES["imagenet"], batch_size=options.batch_size)
+    on_disk = datasets.load(
+        options.folder, (options.side, options.side), crop_fraction=CENTER_FRACTION
+    )
+    order = datasets.epoch_permutation(len(on_disk.x_train), 0, 1)[
+        : options.batches * options.batch_size
     ]
     count = len(order)
     in_memory = dataclasses.replace(
-        stored, x_train=stored.x_train[order], y_train=stored.y_train[order]
+        on_disk, x_train=on_disk.x_train[order], y_train=on_disk.y_train[order]
     )
 
     def trainer(dataset, recipe):
-        ((label, builder),) = specs.parse(given.model).items()
-        config = experiment.Config(given.folder, given.model)
+        ((label, builder),) = specs.parse(options.model).items()
+        config = experiment.Config(options.folder, options.model)
         network = experiment.build(label, builder, dataset, config)
         return Trainer(network, dataset, recipe, 1, 0)
 
     both, step = (
-        trainer(stored, recipe),
+        trainer(on_disk, recipe),
         trainer(in_memory, dataclasses.replace(recipe, random_crop=False)),
     )
     parts = {
@@ -65,24 +67,24 @@ def main():
         "both": lambda: both.train(order),
     }
     timers = {name: DEVICES["cpu"].timer(run) for name, run in parts.items()}
-    times = runner.measure(timers, given.seconds)
+    times = runner.measure(timers, options.seconds)
     rows = [
         {
             "part": name,
             "images_per_second": round(count / statistics.median(seconds), 1),
             "least": round(count / max(seconds), 1),
             "most": round(count / min(seconds), 1),
-            "model": given.model,
-            "side": given.side,
-            "batch_size": given.batch_size,
+            "model": options.model,
+            "side": options.side,
+            "batch_size": options.batch_size,
             "backend": keras.config.backend(),
         }
         for name, seconds in times.items()
     ]
     text = atomic_files.csv_text(rows[0], rows)
     print(text)
-    if given.output:
-        atomic_files.write_text(given.output, text)
+    if options.output:
+        atomic_files.write_text(options.output, text)
 
 
 if __name__ == "__main__":

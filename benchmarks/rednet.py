@@ -98,16 +98,16 @@ def kind(layer):
 
 
 def layer_times(model, batch, seconds=0.2):
-    """Milliseconds of inference for each kind of layer, layers being timed separately."""
+    """Milliseconds of inference by kind of layer, each layer timed separately."""
     totals, counts = collections.Counter(), collections.Counter()
-    known: dict[tuple, float] = {}
+    cache: dict[tuple, float] = {}
     for layer in model.layers:
         if isinstance(layer, keras.layers.InputLayer):
             continue
-        same = (kind(layer), *shapes(layer, batch), layer.output.shape)
-        if same not in known:
-            known[same] = timed(single(layer, batch), seconds)
-        totals[kind(layer)] += known[same]
+        key = (kind(layer), *shapes(layer, batch), layer.output.shape)
+        if key not in cache:
+            cache[key] = timed(compiled_call(layer, batch), seconds)
+        totals[kind(layer)] += cache[key]
         counts[kind(layer)] += 1
     return {name: (counts[name], ms) for name, ms in totals.most_common()}
 
@@ -116,7 +116,7 @@ def shapes(layer, batch):
     return [(batch, *t.shape[1:]) for t in keras.tree.flatten(layer.input)]
 
 
-def single(layer, batch):
+def compiled_call(layer, batch):
     random = np.random.default_rng(0)
     inputs = [
         keras.ops.convert_to_tensor(random.random(shape, "float32"))
@@ -165,7 +165,7 @@ def main(options):
     rows = []
     for (label, name), seconds in times.items():
         rate = options.batch / statistics.median(seconds)
-        own = options.batch / statistics.median(times[label, SELECTED])
+        selected = options.batch / statistics.median(times[label, SELECTED])
         rows.append(
             {
                 "what": label,
@@ -173,11 +173,12 @@ def main(options):
                 "batch": options.batch,
                 "network": name if name == RESNET else f"rednet50, {name}",
                 "images_per_s": f"{rate:.2f}",
-                "rednet50_is_times": f"{own / rate:.2f}",
+                "rednet50_is_times": f"{selected / rate:.2f}",
             }
         )
         print(
-            f"{label:10} {rows[-1]['network']:18} {rate:8.2f} images/s; rednet50 {own / rate:.2f}x"
+            f"{label:10} {rows[-1]['network']:18} {rate:8.2f} images/s; "
+            f"rednet50 {selected / rate:.2f}x"
         )
     for name in (SELECTED, RESNET) if options.layers else ():
         for layers, (number, ms) in layer_times(models[name], options.batch).items():

@@ -45,12 +45,12 @@ def all_reduces(sizes):
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     mesh = Mesh(np.array(jax.devices()), ("batch",))
-    spread = PartitionSpec("batch")
+    sharded = PartitionSpec("batch")
 
-    def add_up(*own):
+    def all_reduce(*arrays):
         results = []
-        for x in own:
-            # A dependency on the previous one.
+        for x in arrays:
+            # Depends on the previous operation, so that they run in sequence.
             dependency = results[-1][0, 0] * 1e-9 if results else 0.0
             results.append(jax.lax.psum(x + dependency, "batch"))
         return results
@@ -58,20 +58,20 @@ def all_reduces(sizes):
     arrays = [
         jax.make_array_from_single_device_arrays(
             (len(jax.devices()), size),
-            NamedSharding(mesh, spread),
+            NamedSharding(mesh, sharded),
             [jax.device_put(np.ones((1, size), "float32"), jax.local_devices()[0])],
         )
         for size in sizes
     ]
     program = jax.jit(
-        jax.shard_map(add_up, mesh=mesh, in_specs=spread, out_specs=spread, check_vma=False)
+        jax.shard_map(all_reduce, mesh=mesh, in_specs=sharded, out_specs=sharded, check_vma=False)
     )
     return lambda: jax.block_until_ready(program(*arrays))
 
 
 def child(host, hosts, port, model, side, batch, dump):
-    # One compute thread, without CPU affinity: pinned to its CPU, communication threads would wait
-    # for 4 ms each time.
+    # One compute thread without CPU affinity: communication threads that are pinned to its CPU
+    # would wait for 4 ms each time.
     os.environ["NPROC"] = os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
     from involution.data import datasets
@@ -102,15 +102,15 @@ def child(host, hosts, port, model, side, batch, dump):
         ("step", distribution, count),
     ):
         network = experiment.build(label, builder, dataset, experiment.Config(models=model))
-        asked = dataclasses.replace(recipe, batch_size=images)
-        trainer = Trainer(network, dataset, asked, 1000, 0, devices)
+        trainer_recipe = dataclasses.replace(recipe, batch_size=images)
+        trainer = Trainer(network, dataset, trainer_recipe, 1000, 0, devices)
         order = np.arange(images)
         for _ in range(3):
             trainer.train(order)
         distribution.barrier(name)
         found[name] = median_seconds(lambda trainer=trainer, order=order: trainer.train(order))
         distribution.barrier(f"{name} is measured")
-    found["sizes"] = sizes = collectives(dump) if hosts > 1 else []
+    found["sizes"] = sizes = all_reduce_sizes(dump) if hosts > 1 else []
     if sizes:
         run = all_reduces(sizes)
         for _ in range(3):
@@ -120,7 +120,7 @@ def child(host, hosts, port, model, side, batch, dump):
     print(json.dumps(found))
 
 
-def collectives(dump) -> list[int]:
+def all_reduce_sizes(dump) -> list[int]:
     """Number of elements of each all-reduce in the compiled step."""
     texts = [f.read_text() for f in pathlib.Path(dump).glob("*after_optimizations.txt")]
     step = max(texts, key=lambda text: text.count(" all-reduce("))
@@ -128,22 +128,22 @@ def collectives(dump) -> list[int]:
     if others:
         raise SystemExit(f"The step may only have all-reduce collectives. Received: {others}")
     return [
-        math.prod(int(n) for n in sides.split(",") if n)
+        math.prod(int(n) for n in shape.split(",") if n)
         for shapes in re.findall(r"= (.*?) all-reduce\(", step)
-        for _, sides in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        for _, shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
     ]
 
 
-def measured(hosts, given) -> dict:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+def measured(hosts, options) -> dict:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            subprocess.Popen(  # noqa: S603 - our own
+            subprocess.Popen(  # noqa: S603 - this file
                 [
                     *(sys.executable, __file__, "child", str(host), str(hosts), str(port)),
-                    *(given.model, str(given.side), str(given.batch), f"{folder}/{host}"),
+                    *(options.model, str(options.side), str(options.batch), f"{folder}/{host}"),
                 ],
                 env={**os.environ, "KERAS_BACKEND": "jax"},
                 stdout=subprocess.PIPE,
@@ -153,15 +153,15 @@ def measured(hosts, given) -> dict:
         ]
         outputs = [json.loads(p.communicate()[0].splitlines()[-1]) for p in processes]
     compute, step, sums = (
-        max(one.get(n, 0.0) for one in outputs) for n in ("compute", "step", "sums")
+        max(output.get(n, 0.0) for output in outputs) for n in ("compute", "step", "sums")
     )
     sizes = outputs[0]["sizes"]
     return {
         "processes": hosts,
-        "model": given.model,
-        "side": given.side,
-        "images_per_process": given.batch,
-        "images_per_second": round(given.batch * hosts / step, 2),
+        "model": options.model,
+        "side": options.side,
+        "images_per_process": options.batch,
+        "images_per_second": round(options.batch * hosts / step, 2),
         "tensors_added": len(sizes),
         "megabytes": round(4e-6 * sum(sizes), 2),
         "compute_ms": round(1e3 * compute, 1),
@@ -178,15 +178,15 @@ def main():
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8, help="images per process")
     parser.add_argument("--output")
-    given = parser.parse_args()
+    options = parser.parse_args()
     rows = []
-    for hosts in map(int, given.processes.split(",")):
-        rows.append(measured(hosts, given))
+    for hosts in map(int, options.processes.split(",")):
+        rows.append(measured(hosts, options))
         print(rows[-1], flush=True)
-    if given.output:
+    if options.output:
         from involution.utils import atomic_files
 
-        atomic_files.write_text(given.output, atomic_files.csv_text(rows[0], rows))
+        atomic_files.write_text(options.output, atomic_files.csv_text(rows[0], rows))
 
 
 if __name__ == "__main__":

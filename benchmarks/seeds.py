@@ -1,6 +1,6 @@
 """Aggregates runs over seeds into a table and a figure.
 
-    python benchmarks/seeds.py RUN/FOLDER... [FORMER.csv...] --output STEM
+    python benchmarks/seeds.py RUN/FOLDER... [TABLE.csv...] --output STEM
 
 Reads config.json and metrics.json of folders written by ``involution compare`` or ``train``, and
 tables written by this script. Writes STEM.csv, one row for each model, recipe, number of epochs and

@@ -26,8 +26,8 @@ def enlarge(job):
     random = np.random.default_rng(seed)
     size = [round(n * scale) for n in SIZES[seed % len(SIZES)]]
     image = Image.open(source).convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    grain = random.normal(0, 6, (*size[::-1], 3))
-    pixels = np.clip(np.asarray(image) + grain, 0, 255).astype("uint8")
+    noise = random.normal(0, 6, (*size[::-1], 3))
+    pixels = np.clip(np.asarray(image) + noise, 0, 255).astype("uint8")
     Image.fromarray(pixels).save(destination, "JPEG", quality=90)
 
 
@@ -50,21 +50,21 @@ def main():
     parser.add_argument("--test", type=int, default=200)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on ImageNet's sizes")
     parser.add_argument("--tar", action="store_true")
-    given = parser.parse_args()
-    counts = {("train", "train"): given.train, ("test", "val"): given.test}
-    with tempfile.TemporaryDirectory(dir=given.folder.parent) as temporary:
-        folder = pathlib.Path(temporary) / given.folder.name
-        todo = list(jobs(given.source, folder, counts, given.scale))
+    options = parser.parse_args()
+    counts = {("train", "train"): options.train, ("test", "val"): options.test}
+    with tempfile.TemporaryDirectory(dir=options.folder.parent) as temporary:
+        folder = pathlib.Path(temporary) / options.folder.name
+        todo = list(jobs(options.source, folder, counts, options.scale))
         with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
             for _ in pool.map(enlarge, todo, chunksize=32):
                 pass
-        if given.tar:
+        if options.tar:
             for name in ("train", "val"):
                 with tarfile.open(folder / f"{name}.tar", "w") as archive:
                     archive.add(folder / name, name)
                 (folder / name).rename(pathlib.Path(temporary) / name)
-        folder.rename(given.folder)
-    print(f"{given.folder}: {len(todo)} photographs")
+        folder.rename(options.folder)
+    print(f"{options.folder}: {len(todo)} images")
 
 
 if __name__ == "__main__":

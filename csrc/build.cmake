@@ -1,6 +1,6 @@
 # Builds the native libraries into INSTALLED, and never fails: for a library that cannot be built, it
-# writes a file with the reason there, missing.txt for the core and missing_NAME.txt for a binding.
-# Called by the CMakeLists.txt of the project.
+# writes the reason to a file there, missing.txt for the core and missing_NAME.txt for a binding.
+# Run by the project's CMakeLists.txt.
 
 # The reason in a tool's output, as one line: the first line that names an error, otherwise the first
 # three that are neither progress nor a command.
@@ -36,12 +36,12 @@ function(find_reason output variable)
   set(${variable} "${reason}" PARENT_SCOPE)
 endfunction()
 
-function(leave_out what output)
+function(write_reason library output)
   find_reason("${output}" reason)
-  message(STATUS "Left out, ${what}: ${reason}")
+  message(STATUS "Not built, ${library}: ${reason}")
   set(file missing.txt)
-  if(NOT what STREQUAL core)
-    set(file missing_${what}.txt)
+  if(NOT library STREQUAL core)
+    set(file missing_${library}.txt)
   endif()
   file(WRITE ${INSTALLED}/${file} "${reason}\n")
 endfunction()
@@ -91,17 +91,17 @@ if(failure MATCHES "No CMAKE_CXX_COMPILER could be found")
   set(failure "no C++ compiler was found when the package was installed")
 endif()
 if(failure)
-  leave_out(core "${failure}")
+  write_reason(core "${failure}")
   return()
 endif()
 file(STRINGS ${BUILD}/bindings.txt bindings)
 foreach(binding IN LISTS bindings)
   if(binding MATCHES "^([a-z]+): (.*)$")
-    leave_out(${CMAKE_MATCH_1} "${CMAKE_MATCH_2}")
+    write_reason(${CMAKE_MATCH_1} "${CMAKE_MATCH_2}")
     continue()
   endif()
   build_and_install(${binding})
   if(failure)
-    leave_out(${binding} "${failure}")
+    write_reason(${binding} "${failure}")
   endif()
 endforeach()

@@ -57,8 +57,8 @@ void compute_kernels(const Task& task, const KernelTable& target, const TensorVi
                           });
 }
 
-// From the gradients of the kernels, those of the hidden channels, and this task's partial sums of
-// the gradients of the weight and bias.
+// Computes, from the gradients of the kernels, those of the hidden channels and this task's partial
+// sums of the gradients of the weight and bias.
 void accumulate_generator_grads(const Task& task, const KernelTable& target,
                                 const TensorView& hidden, const TensorView& gradients,
                                 const TensorView& dhidden, char* partial, bool add) {
@@ -150,7 +150,7 @@ void run_fused_grad_task(void* context, index_t index) {
   }
 }
 
-// Packs pairs of rows of float32, which hold bfloat16 values in their upper halves, into one row.
+// Packs pairs of float32 rows, each element a bfloat16 value in its upper half, into one row.
 void pack_bf16_pairs(char* rows, index_t count, index_t row) {
   const auto at = [&](index_t n, index_t f) { return rows + (n * row + f) * 4; };
   for (index_t n = 0; n < count; n += 2)
@@ -217,7 +217,7 @@ void split_groups(CallPlan& p, GeneratorWeights& g, index_t lanes) {
   g.padded_columns = round_up(g.columns, lanes);
 }
 
-// Kernel elements that all tasks generate.
+// The number of kernel elements that all tasks generate.
 index_t count_generated(const TaskGrid& grid) {
   const CallPlan& p = *grid.call;
   index_t sum = 0;
@@ -293,7 +293,7 @@ bool execute_fused(const InvolutionParams& params, index_t batch, int threads, c
   const bool is_kernel_grad = pass == Pass::kernel_grad, is_input_grad = pass == Pass::input_grad;
   if (batch == 0) return true;
   if (num_elements(result_size(params)) == 0) {
-    // A sum over no positions.
+    // An empty sum is zero.
     if (is_kernel_grad)
       std::memset(dweights, 0,
                   batch * (params.hidden_channels + 1) * num_elements(params.kernel_size) *

@@ -13,7 +13,7 @@ namespace {
 constexpr index_t kMinTaskMacs = 1 << 16;
 // For load balance.
 constexpr index_t kTasksPerThread = 4;
-// Size of a task's packed copies, which should fit into L2. Larger tiles duplicate less of the halo.
+// Size of a task's packed copies, which should fit into L2. Larger tiles duplicate less halo.
 constexpr index_t kPackBudgetBytes = 1 << 20;
 // Maximum tasks per sample in a reduction, each with its own partial gradient of the generator's
 // weight: enough for a few threads, few enough to use little memory.

@@ -6,7 +6,7 @@ namespace involution {
 namespace {
 
 index_t gcd(index_t a, index_t b) { return b == 0 ? a : gcd(b, a % b); }
-// Rounds towards negative infinity.
+// Rounds toward negative infinity.
 index_t floor_div(index_t n, index_t by) { return n / by - (n % by < 0); }
 
 // The taps of output position p that overlap the input.
@@ -34,7 +34,7 @@ TapRange taps_of_input(const InvolutionParams& params, int i, index_t q, index_t
   return {(high - low) / tap_step + 1, low, (padded_position - low * d) / s};
 }
 
-// An axis that fills vectors, if possible a contiguous one.
+// Chooses an axis that fills vectors, if possible a contiguous one.
 VectorAxis choose_vector_axis(const InvolutionParams& params, bool generates_kernels) {
   const index_t channels_per_group = params.channels / params.groups, groups = params.groups;
   // Rows are packed with zero padding, which must not outgrow the row.
@@ -103,7 +103,7 @@ CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTa
              is_input_grad = plan.pass == Pass::input_grad;
   const index_t channels_per_group = params.channels / params.groups;
   plan.vector_axis = choose_vector_axis(params, generates_kernels);
-  // A row starts at its last tap where sources run backwards.
+  // If sources run backward, a row starts at its last tap.
   plan.source_offset = is_input_grad ? params.pad_before[2] : -params.pad_before[2];
 
   Tensor x = make_tensor(nullptr, params.input_size, params.channels, channels_first);
@@ -124,7 +124,7 @@ CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTa
   if (groups_inner) kernel.inner_padded = x.inner_padded;
   const bool same_type = plan.type == DataType::float64 || plan.type == DataType::float32;
   for (Tensor* t : {&x, &y, &kernel})
-    // An empty tensor's pointer may be null; a packed copy's is not.
+    // An empty tensor's pointer may be null; that of a packed copy is not.
     t->zero_copy = same_type && t->batch_stride > 0 &&
                    (plan.vector_axis == VectorAxis::positions
                         ? t->position_stride[2] == 1
@@ -132,7 +132,7 @@ CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTa
                               (t->outer_stride == t->inner_padded || t->outer_count == 1));
 
   if (plan.vector_axis == VectorAxis::positions) {
-    // Reads next to the own position of a result need zero padding.
+    // Tensors that are read outside the result's position need zero padding.
     if (is_input_grad)
       y.zero_copy = kernel.zero_copy = false;
     else

@@ -24,15 +24,15 @@ struct GeneratorWeights {
   index_t columns;                 // elements of a kernel, in the layout of the plan's kernels
   index_t padded_columns;          // rounded up to whole vectors
   index_t padded_hidden_channels;  // rounded up to whole vectors
-  index_t group_splits;            // the groups are split into as many tasks
-  index_t split_stride;            // bytes from the copies of one split to those of the next
+  index_t group_splits;            // number of tasks that the groups are split into
+  index_t split_stride;            // bytes from one split's weight and bias to the next one's
   bool bf16_pairs;         // hidden and weight pack two bfloat16 hidden channels into an element
   const char* weight;      // (hidden_channels, padded_columns)
   const char* bias;        // (padded_columns)
   const char* transposed;  // (columns, padded_hidden_channels): the weight, for the gradients
 };
 
-// A plan, and what it points to or the kernels do not need.
+// A plan, the memory that it points to, and fields that the kernels do not use.
 struct CallPlan {
   Plan plan;
   std::array<std::vector<TapRange>, 3> tap_ranges;
@@ -46,7 +46,7 @@ struct Operands {
   const void *x, *kernel, *y;
 };
 
-// A contiguous tensor with `channels` channels at each position, as one axis: see `split_channels`.
+// A contiguous tensor with one axis of `channels` channels; `split_channels` splits the axis.
 Tensor make_tensor(const void* data, const index_t* size, index_t channels, bool channels_first);
 
 // Splits the channel axis into outer_count x inner_count.

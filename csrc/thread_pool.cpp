@@ -128,7 +128,7 @@ struct ParallelJob {
 };
 
 #ifndef _WIN32  // no fork
-// A child process inherits the memory but not the threads of its parent, and makes its own pool.
+// A child process inherits the memory but not the threads of its parent, and creates its own pool.
 // The lock is held across the fork, so that no other thread owns it in the child.
 void fork_prepare() { pool_mutex.lock(); }
 void fork_parent() { pool_mutex.unlock(); }

@@ -1,7 +1,7 @@
 // The part of the C ABI of XLA's FFI that bindings/jax.cpp uses, so that the build needs neither
 // jaxlib, whose headers come with 80 MB of libraries, nor a jaxlib for every platform. Names follow
-// xla/ffi/api/c_api.h; versions 0.1 (jaxlib 0.7.2) to 0.3 (0.10) of the API agree in all that is
-// declared here. tests/native/xla_ffi.cpp compares it with the installed header.
+// xla/ffi/api/c_api.h; the declarations match versions 0.1 (jaxlib 0.7.2) to 0.3 (0.10) of the API.
+// tests/native/xla_ffi.cpp compares them with the installed header.
 #pragma once
 
 #include <cstddef>

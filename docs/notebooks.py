@@ -18,7 +18,7 @@ import nbformat
 from involution.utils import atomic_files
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Pages, with the notebook and its introduction.
+# By page, the notebook and its introduction.
 NOTEBOOKS = {
     "docs/en/tutorial.md": (
         "notebooks/involution.ipynb",
@@ -42,12 +42,12 @@ SHELL = "%%sh\n"
 
 
 def notebook(page):
-    """The notebook of a page, not executed."""
+    """Converts a page to a notebook, which is not executed."""
     about = NOTEBOOKS[page][1]
-    made = jupytext.reads((ROOT / page).read_text(encoding="utf-8"), fmt="md")
-    made.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    nb = jupytext.reads((ROOT / page).read_text(encoding="utf-8"), fmt="md")
+    nb.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     commands = 0
-    for number, cell in enumerate(made.cells):
+    for number, cell in enumerate(nb.cells):
         if cell.source.startswith(SHELL):
             command = cell.source.removeprefix(SHELL)
             if commands:
@@ -69,19 +69,19 @@ def notebook(page):
             text = re.sub(r"^(!\[.*\]\(.*\)|% english: .*)\n*", "", cell.source, flags=re.M).strip()
             folder = pathlib.PurePosixPath("..") / pathlib.PurePosixPath(page).parent
             cell.source = re.sub(r"\]\((?!http)", f"]({folder}/", text)
-        made.cells[number] = cell
-    made.cells.insert(1, nbformat.v4.new_markdown_cell(about))
-    made.cells = [cell for cell in made.cells if cell.source]
-    for number, cell in enumerate(made.cells):
+        nb.cells[number] = cell
+    nb.cells.insert(1, nbformat.v4.new_markdown_cell(about))
+    nb.cells = [cell for cell in nb.cells if cell.source]
+    for number, cell in enumerate(nb.cells):
         cell.id = f"cell-{number}"
-    return made
+    return nb
 
 
-def execute(made, folder):
-    """Runs all cells in a separate process, whose working directory is ``folder``; an error in a
-    cell is raised here."""
+def execute(nb, folder):
+    """Runs all cells in a separate process with the working directory ``folder``; raises the error
+    of a cell."""
     client = nbclient.NotebookClient(
-        made,
+        nb,
         timeout=None,
         coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
@@ -96,13 +96,13 @@ def execute(made, folder):
             loop.run_until_complete(client.async_execute())
         finally:
             loop.close()
-    for cell in made.cells:
+    for cell in nb.cells:
         cell.metadata.pop("execution", None)  # timestamps
-    return made
+    return nb
 
 
-def code(made):
-    return [cell for cell in made.cells if cell.cell_type == "code"]
+def code_cells(nb):
+    return [cell for cell in nb.cells if cell.cell_type == "code"]
 
 
 def main():
@@ -110,13 +110,13 @@ def main():
     executed = execute(notebook(next(iter(NOTEBOOKS))), ROOT / "notebooks")
     print(f"executed in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     for page, (target, _) in NOTEBOOKS.items():
-        made = notebook(page)
+        nb = notebook(page)
         # The code is the same in all languages, and so are the outputs.
-        for cell, done in zip(code(made), code(executed), strict=True):
+        for cell, done in zip(code_cells(nb), code_cells(executed), strict=True):
             if cell.source != done.source:
                 raise ValueError(f"All pages must have the same code. {page}: {cell.source!r}")
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
-        atomic_files.write_text(ROOT / target, nbformat.writes(made) + "\n")
+        atomic_files.write_text(ROOT / target, nbformat.writes(nb) + "\n")
 
 
 if __name__ == "__main__":

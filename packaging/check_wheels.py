@@ -21,7 +21,8 @@ SYSTEM = {
     "macosx": r"/usr/lib/libSystem\.B\.dylib",
     "win": r"(kernel32|ntdll|msvcrt|ucrtbase|api-ms-win-crt-[\w-]+)\.dll",
 }
-OWN = r"(@rpath/)?libinvolution(_jax|_tensorflow)?\.(so|dll)"  # a Mach-O library lists itself
+# A Mach-O library lists itself, the bindings list the core.
+OWN_LIBRARIES = r"(@rpath/)?libinvolution(_jax|_tensorflow)?\.(so|dll)"
 BINDINGS = {"manylinux": ("jax", "tensorflow"), "macosx": ("jax", "tensorflow"), "win": ("jax",)}
 MACHINES = {"x86_64": "X86_64", "amd64": "AMD64", "aarch64": "AARCH64", "arm64": "ARM64"}
 
@@ -36,18 +37,18 @@ def check(wheel):
     with zipfile.ZipFile(wheel) as archive:
         folder = "involution/native/"
         files = {n.removeprefix(folder) for n in archive.namelist() if n.startswith(folder)}
-        wanted = {f"libinvolution{suffix}"}
-        wanted |= {f"libinvolution_{name}{suffix}" for name in BINDINGS[system]}
-        # Contains the reason why a binding is missing.
-        expected = wanted | ({"missing_tensorflow.txt"} if system == "win" else set())
+        libraries = {f"libinvolution{suffix}"}
+        libraries |= {f"libinvolution_{name}{suffix}" for name in BINDINGS[system]}
+        # The text file has the reason why a binding is missing.
+        expected = libraries | ({"missing_tensorflow.txt"} if system == "win" else set())
         assert files == expected, (
-            f"{folder} must hold {sorted(expected)}. Received: {sorted(files)}"
+            f"{folder} must contain {sorted(expected)}. Received: {sorted(files)}"
         )
-        for name in sorted(wanted):
+        for name in sorted(libraries):
             check_library(name, lief.parse(archive.read(folder + name)), system, machine)
     if system == "manylinux":
         check_glibc(wheel)
-    print(f"{wheel.name}: {size / 1e6:.1f} MB, {', '.join(sorted(wanted))}")
+    print(f"{wheel.name}: {size / 1e6:.1f} MB, {', '.join(sorted(libraries))}")
 
 
 def check_glibc(wheel):
@@ -64,10 +65,10 @@ def check_glibc(wheel):
 def check_library(name, library, system, machine):
     # Mach-O imports are load commands; the first may be the library's own name.
     imports = {getattr(found, "name", found) for found in library.libraries}
-    allowed = f"({SYSTEM[system]}|{OWN})"
+    allowed = f"({SYSTEM[system]}|{OWN_LIBRARIES})"
     foreign = sorted(i for i in imports if not re.fullmatch(allowed, i, re.IGNORECASE))
     assert not foreign, f"{name} may only import system libraries. Received: {foreign}"
-    # Others, as of the C++ library, could clash with a framework's symbols.
+    # Other exports, such as those of the C++ library, could clash with a framework's symbols.
     exports = {str(f.name).removeprefix("_") for f in library.exported_functions}
     # Zig's macOS linker does not hide C++ library symbols: it exports `operator new` and `delete`,
     # which call `malloc` and `free` as the system's do, and are interchangeable with them.

@@ -1,13 +1,13 @@
-# Tests the wheels in dist/ as far as this machine can run them, by `make test-wheels`: on x86-64 the
-# package, installed without a compiler; for Arm the core under emulation, for Windows under Wine.
-# Untested wheels are listed. All output is in build/wheels.
+# Tests the wheels in dist/ that this machine can run, by `make test-wheels`: for x86-64 the package,
+# installed without a compiler; for Arm the core under emulation; for Windows the core under Wine.
+# Lists the wheels that are not tested. All output is in build/wheels.
 set -eu
 python=${PYTHON:-python3}
 build=$PWD/build/wheels
 rm -rf "$build"
 mkdir -p "$build"
 
-# Without a compiler on the path, the wheel's libraries are tested.
+# No compiler on the path: the tested libraries must be the wheel's.
 "$python" -m venv "$build/venv"
 "$build/venv/bin/pip" install --quiet dist/involution-*-manylinux_2_28_x86_64.whl "jax>=0.7" -c constraints.txt
 (cd "$build" && PATH=$build/venv/bin KERAS_BACKEND=jax PYTHONPATH=$OLDPWD \

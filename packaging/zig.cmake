@@ -1,6 +1,6 @@
 # CMake toolchain of `make wheels` for the target in the environment variable ZIG_TARGET. ZIG is the
-# compiler of the package `ziglang`: Clang with a statically linked C++ library, and with headers and
-# symbols of each system's C library.
+# compiler of the package `ziglang`: Clang with a statically linked C++ library, and with the headers
+# and symbols of each system's C library.
 set(target $ENV{ZIG_TARGET})
 if(target MATCHES "windows")
   set(CMAKE_SYSTEM_NAME Windows)

@@ -64,13 +64,27 @@ def pytest_addoption(parser):
         action="store_true",
         help="deselect tests marked any_backend",
     )
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="select the first case of each test that is not marked long",
+    )
 
 
 def pytest_collection_modifyitems(config, items):
+    deselected = []
     if config.getoption("--backend-only"):
-        deselected = [item for item in items if item.get_closest_marker("any_backend")]
-        items[:] = [item for item in items if not item.get_closest_marker("any_backend")]
+        deselected += [item for item in items if item.get_closest_marker("any_backend")]
+    if config.getoption("--quick"):
+        seen = set()
+        for item in items:
+            test = item.nodeid.partition("[")[0]
+            if test in seen or item.get_closest_marker("long"):
+                deselected.append(item)
+            seen.add(test)
+    if deselected:
         config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in set(deselected)]
 
 
 def seed():
@@ -110,7 +124,8 @@ def ran(monkeypatch):
 
         kept = ("unsupported_reason", "deprioritize_reason")
         of = {n: getattr(module, n) for n in kept if hasattr(module, n)}
-        of |= {n: telling(getattr(module, n)) for n in ("apply", "products") if hasattr(module, n)}
+        run = ("apply", "kernel_grad")
+        of |= {n: telling(getattr(module, n)) for n in run if hasattr(module, n)}
         return types.SimpleNamespace(**of)
 
     modules = {n: recorded(n, module) for n, module in dispatch.IMPLEMENTATIONS.items()}

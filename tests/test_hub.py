@@ -173,7 +173,7 @@ def test_models_that_cannot_be_saved(run, tmp_path):
     assert mine == LABEL
     own = f"{run.parent / 'own.py'}:net"
     for source, label, reason in (
-        (run, own, "a Python file's cannot be built"),
+        (run, own, "a model from a Python file cannot be built"),
         (run, "none", "that has the model"),
         (tmp_path, LABEL, "must be a folder with config.json and metrics.json"),
     ):

@@ -7,7 +7,7 @@
 extern "C" {
 
 // The minor version of the FFI API that the handlers report. XLA rejects versions that it no longer
-// supports; Python, which registers the handlers, then retries with the next one.
+// supports; ops/native/jax.py, which registers the handlers, then retries with the next one.
 INVOLUTION_EXPORT std::int32_t involution_jax_minor = involution::xla::OLDEST_MINOR;
 
 INVOLUTION_EXPORT involution::xla::Error* involution_jax(involution::xla::CallFrame* frame);

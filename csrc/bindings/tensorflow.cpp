@@ -1,6 +1,6 @@
-// TensorFlow: custom ops by TensorFlow's C API, which is stable across releases, unlike the C++
-// API. The few declarations in use are repeated here, so that the build needs no TensorFlow; the
-// loader resolves them in the process.
+// TensorFlow: custom ops through its C API, which unlike the C++ API is stable across releases. The
+// declarations in use are repeated here, so that the build needs no TensorFlow; the loader resolves
+// the symbols in the process.
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>

@@ -25,7 +25,7 @@ namespace {
 template <class Vector>
 INLINE void keep_in_register([[maybe_unused]] Vector& x) {
 #if defined(__x86_64__)
-  // Clang has no registers for shorter vectors; no target passes them here.
+  // Clang has no registers for shorter vectors; no target uses them here.
   if constexpr (sizeof x >= 16) asm("" : "+v"(x));
 #elif defined(__aarch64__)
   asm("" : "+w"(x));
@@ -83,7 +83,8 @@ void interleave(const T* from, index_t from_step, T* to, index_t count) {
 template <class T>
 void transpose_copy(const T* from, index_t from_step, T* to, index_t to_step, index_t rows,
                     index_t columns) {
-  constexpr int most = INVOLUTION_VECTOR_BYTES / sizeof(T), kLanes = most < 8 ? most : 8;
+  constexpr int kMaxLanes = INVOLUTION_VECTOR_BYTES / sizeof(T);
+  constexpr int kLanes = kMaxLanes < 8 ? kMaxLanes : 8;
   using V = Simd<T, kLanes>;
   if (columns == from_step && columns > 1 && columns <= 4)
     return columns == 2   ? deinterleave<T, 2>(from, to, to_step, rows)
@@ -571,8 +572,8 @@ void weighted_sum(const Plan& plan, const Region& region, const TensorView& valu
 // --- Kernel gradient: dot products over the channels of a group ----------------------------------
 
 // Lanes: channels of a group, kVectors vectors of them (0: `vectors`, known at run time). One
-// partial vector for each of kLanes consecutive results, whose groups run faster than taps, then
-// one transposing reduction for all of them.
+// partial vector for each of kLanes consecutive results, in which groups vary faster than taps,
+// then one transposing reduction for all of them.
 template <class T, int kLanes, int kVectors>
 struct KernelGradient {
   using V = Simd<T, kLanes>;
@@ -761,7 +762,7 @@ inline void compute_tile_positions(const Plan& plan, const TensorView& values,
   const Dimension *d0 = &plan.dimension[0], *d1 = &plan.dimension[1], *d2 = &plan.dimension[2];
   const TapRange r0 = d0->tap_ranges[i], r1 = d1->tap_ranges[j];
   const bool weights_at_source = plan.pass == Pass::input_grad;
-  // All taps of a row, also those outside the input: packed rows hold zeros there.
+  // All taps of a row, including those outside the input: packed rows are zero there.
   const index_t source2 = k + plan.source_offset;
   const index_t value_step = d2->source_step;
   const index_t weight_step =
@@ -950,12 +951,12 @@ inline void for_each_outside_run(const Dimension* d, const TapRange& r0, const T
 
 constexpr index_t kSmallKernelElements = 512;
 
-// At one position, with lanes along channels or groups.
+// Adds them at one position, with lanes along channels or groups.
 template <class T>
 inline void add_outside_taps(const Plan& plan, const TapRange& r0, const TapRange& r1,
                              const TapRange& r2, const T* weights, T* result) {
   const Dimension* d = plan.dimension;
-  const bool inside = plan.vector_axis == VectorAxis::groups;
+  const bool groups_inner = plan.vector_axis == VectorAxis::groups;
   const Tensor &w = plan.weights, &to = plan.result;
   if (plan.pass == Pass::forward) {
     // Testing all taps of a small kernel is faster than testing each run.
@@ -972,15 +973,15 @@ inline void add_outside_taps(const Plan& plan, const TapRange& r0, const TapRang
       for (index_t t = tap; t < tap + count; ++t)
         for (index_t g = 0; g < w.inner_count; ++g) {
           const T term = weights[t * w.inner_padded + g] * T(0);
-          for (index_t c = 0; c < (inside ? to.outer_count : to.inner_count); ++c)
-            result[inside ? c * to.inner_padded + g : g * to.inner_padded + c] += term;
+          for (index_t c = 0; c < (groups_inner ? to.outer_count : to.inner_count); ++c)
+            result[groups_inner ? c * to.inner_padded + g : g * to.inner_padded + c] += term;
         }
     });
   } else if (!finite(weights, w.outer_count * w.inner_padded)) {
     for (index_t g = 0; g < to.inner_count; ++g) {
       T sum = 0;
-      for (index_t c = 0; c < (inside ? w.outer_count : w.inner_count); ++c)
-        sum += weights[inside ? c * w.inner_padded + g : g * w.inner_padded + c] * T(0);
+      for (index_t c = 0; c < (groups_inner ? w.outer_count : w.inner_count); ++c)
+        sum += weights[groups_inner ? c * w.inner_padded + g : g * w.inner_padded + c] * T(0);
       for_each_outside_run(d, r0, r1, r2, [&](index_t tap, index_t count) {
         for (index_t t = tap; t < tap + count; ++t) result[t * to.inner_padded + g] += sum;
       });
@@ -988,7 +989,7 @@ inline void add_outside_taps(const Plan& plan, const TapRange& r0, const TapRang
   }
 }
 
-// At `count` positions of a row, with lanes along them.
+// Adds them at `count` positions of a row, with lanes along positions.
 template <class T>
 inline void add_outside_taps_row(const Plan& plan, const TapRange& r0, const TapRange& r1,
                                  index_t count, const T* weights, const TensorView& w, T* result,
@@ -1027,16 +1028,16 @@ void add_outside_taps(const Plan& plan, const Region& region, const TensorView& 
   for (index_t i = region.low[0]; i < region.high[0]; ++i)
     for (index_t j = region.low[1]; j < region.high[1]; ++j) {
       const TapRange &r0 = d[0].tap_ranges[i], &r1 = d[1].tap_ranges[j];
-      const bool rows_meet = r0.count * r1.count == d[0].taps * d[1].taps;
+      const bool rows_inside = r0.count * r1.count == d[0].taps * d[1].taps;
       if (plan.vector_axis == VectorAxis::positions) {
-        if (!rows_meet)
+        if (!rows_inside)
           add_outside_taps_row(plan, r0, r1, region.high[2] - region.low[2],
                                element_ptr<T>(weights, i, j, region.low[2]), weights,
                                element_ptr<T>(result, i, j, region.low[2]), result);
         continue;
       }
       for (index_t k = region.low[2]; k < region.high[2]; ++k)
-        if (!rows_meet || d[2].tap_ranges[k].count < d[2].taps)
+        if (!rows_inside || d[2].tap_ranges[k].count < d[2].taps)
           add_outside_taps(plan, r0, r1, d[2].tap_ranges[k], element_ptr<T>(weights, i, j, k),
                            element_ptr<T>(result, i, j, k));
     }

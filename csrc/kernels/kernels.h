@@ -95,7 +95,7 @@ struct KernelTable {
   void (*pack)(const Tensor&, DataType, index_t sample, const Region&, index_t size,
                const TensorView&);
   void (*unpack)(const Tensor&, DataType, index_t sample, const Region&, const TensorView&);
-  // Computes the result in a region. `tap_offsets` has space for one integer a tap.
+  // Computes the result in a region. `tap_offsets` has space for one integer per tap.
   void (*compute)(const Plan&, const Region&, const TensorView& values, const TensorView& weights,
                   const TensorView& result, index_t* tap_offsets);
   void (*gemm)(DataType, const GemmArgs&);

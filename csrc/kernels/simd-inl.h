@@ -1,4 +1,4 @@
-// SIMD vectors of any width by compiler extensions, so that one source serves every target.
+// SIMD vectors of any width by compiler extensions: one source for every target.
 // Included only by kernels.cpp, inside its unnamed namespace.
 
 template <class T, int kLanes>
@@ -89,8 +89,9 @@ inline void transpose(Vector* rows) {
   }
 }
 
-// kChannels interleaved channels in as many vectors, to one vector a channel, and back. Each result
-// takes kChannels - 1 shuffles: step kNext inserts the lanes of vector kNext and keeps the others.
+// kChannels interleaved channels in as many vectors, to one vector per channel, and back. Each
+// result takes kChannels - 1 shuffles: step kNext inserts the lanes of vector kNext and keeps the
+// others.
 template <int kLanes, int kChannels, bool kDeinterleave>
 constexpr int interleave_index(int to, int l, int next) {
   // Element lane l of vector v has index v * kLanes + l.

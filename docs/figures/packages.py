@@ -13,14 +13,14 @@ ROOT = pathlib.Path(__file__).parents[2]
 SOURCE = ROOT / "src"
 PACKAGE = SOURCE / "involution"
 FILE = pathlib.Path(__file__).with_name("packages.svg")
-# Modules outside the packages: they import none of them.
-UNDRAWN = ("backend", "renamed", "")
+# Modules that are not drawn, because they import no package.
+OMITTED = ("backend", "renamed", "")
 
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 132, 30, 22, 42, 12
 INK, FILL = "#555", "#e8f1f8"
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
     """Package or top-level module of a dotted name within ``involution``."""
     return module.split(".")[0]
 
@@ -44,39 +44,39 @@ def imported(file: pathlib.Path):
 
 def imports() -> dict[str, set[str]]:
     """For each package, the packages it imports; ``involution_cli`` is one of them."""
-    rooms = {room(name) for name in modules()}
-    files = [(room(name), file) for name, file in modules().items()]
+    packages = {package_of(name) for name in modules()}
+    files = [(package_of(name), file) for name, file in modules().items()]
     command = SOURCE / "involution_cli"
     files += [("involution_cli", file) for file in command.rglob("*.py")]
-    graph: dict[str, set[str]] = {name: set() for name, _ in files if name not in UNDRAWN}
+    graph: dict[str, set[str]] = {name: set() for name, _ in files if name not in OMITTED}
     for name, file in files:
         if name in graph:
-            others = {room(other) for other in imported(file)} & rooms
-            graph[name] |= {other for other in others - {name} if other not in UNDRAWN}
+            others = {package_of(other) for other in imported(file)} & packages
+            graph[name] |= {other for other in others - {name} if other not in OMITTED}
     return graph
 
 
-def floors(graph) -> dict[str, int]:
+def ranks(graph) -> dict[str, int]:
     """The row of each package, 0 at the bottom: one above the highest that it imports."""
     found: dict[str, int] = {}
 
-    def floor(name, above=()):
-        if name in above:
+    def rank(name, importers=()):
+        if name in importers:
             raise ValueError(
-                f"Package imports must have no cycle. Received: {' -> '.join((*above, name))}"
+                f"Package imports must have no cycle. Received: {' -> '.join((*importers, name))}"
             )
         if name not in found:
             found[name] = 1 + max(
-                (floor(other, (*above, name)) for other in graph[name]), default=-1
+                (rank(other, (*importers, name)) for other in graph[name]), default=-1
             )
         return found[name]
 
     for name in graph:
-        floor(name)
+        rank(name)
     return found
 
 
-def reduced(graph) -> dict[str, set[str]]:
+def transitive_reduction(graph) -> dict[str, set[str]]:
     """The graph without arrows implied by others."""
 
     def reach(name):
@@ -89,9 +89,9 @@ def reduced(graph) -> dict[str, set[str]]:
 
 
 def draw(graph) -> str:
-    rows = floors(graph)
+    rows = ranks(graph)
     levels = [sorted(n for n in rows if rows[n] == i) for i in range(max(rows.values()) + 1)]
-    arrows = reduced(graph)
+    arrows = transitive_reduction(graph)
     order = {name: float(i) for level in levels for i, name in enumerate(level)}
     # Barycenter heuristic: packages move towards those they import or are imported by.
     for _ in range(8):
@@ -103,8 +103,8 @@ def draw(graph) -> str:
             level.sort(key=lambda n: (order[n], n))
             middle = (len(level) - 1) / 2
             order |= {name: i - middle for i, name in enumerate(level)}
-    most = max(map(len, levels))
-    width = most * (WIDTH + GAP_X) - GAP_X + 2 * MARGIN
+    columns = max(map(len, levels))
+    width = columns * (WIDTH + GAP_X) - GAP_X + 2 * MARGIN
     height = len(levels) * (HEIGHT + GAP_Y) - GAP_Y + 2 * MARGIN
     x = {n: width / 2 + order[n] * (WIDTH + GAP_X) for level in levels for n in level}
     y = {n: MARGIN + (len(levels) - 1 - rows[n]) * (HEIGHT + GAP_Y) for n in rows}

@@ -35,7 +35,7 @@ def shoot(browser, address, image, name):
         page.get_by_role("img", name="heat map of inv_1", exact=True).click()
         page.get_by_role("slider", name=re.compile("Row")).wait_for(state="visible")
     page.mouse.move(0, 0)
-    page.wait_for_timeout(1000)  # animations have ended
+    page.wait_for_timeout(1000)  # until animations have ended
     file = FOLDER / f"page-{name}.png"
     width, top = SHOTS[name]["viewport"]["width"], TOPS[name]
     page.screenshot(

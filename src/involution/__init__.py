@@ -3,8 +3,8 @@
 Importing registers the layers with Keras, so that saved models load without ``custom_objects``.
 """
 
-# ruff: noqa: E402 - the backend is settled before anything imports Keras.
-import involution.utils.errors  # noqa: F401 - tells what Keras's import may raise
+# ruff: noqa: E402 - the backend is selected before Keras is imported.
+import involution.utils.errors  # noqa: F401 - used by involution_cli.session if Keras's import fails
 from involution.backend import select
 
 select()

@@ -7,11 +7,11 @@ import pathlib
 import sys
 
 # In order of preference if none is configured. TensorFlow trains a small convolutional network
-# fastest on a CPU: an epoch of CIFAR-10 takes 11-22 s, with PyTorch 37 s, with JAX 67 s, whose
-# gradient of a convolution is slow there.
+# fastest on a CPU: an epoch of CIFAR-10 takes 11-22 s, against 37 s with PyTorch and 67 s with JAX,
+# whose convolution gradient is slow on CPUs.
 BACKENDS = ("tensorflow", "jax", "torch")
 
-# Backends of Keras that do not train; Keras handles them.
+# Keras backends for inference only, whose installation is left to Keras to check.
 INFERENCE_BACKENDS = ("numpy", "openvino")
 
 # The warning of ``select``, for commands whose standard error goes to a log.

@@ -86,8 +86,8 @@ def save(run, label, folder, name=None, extra=None):
     function, arguments = specs.split_spec(label)
     if ":" in function:
         raise InputError(
-            "A model to publish must be one of involution.models: a Python file's cannot be built "
-            f"without the file. Received: {label}"
+            "A model to publish must be one of involution.models: a model from a Python file "
+            f"cannot be built without that file. Received: {label}"
         )
     if None in (results["test_accuracy"], results["test_loss"]):
         raise InputError(
@@ -137,7 +137,7 @@ def push(folder, repo, token=None, private=False, message="A model of involution
         The commit hash, 40 hexadecimal digits, for ``revision`` of ``load``.
 
     Raises:
-        InputError: It is no such folder, or the Hub rejects the upload.
+        InputError: The folder was not written by ``save``, or the Hub rejects the upload.
     """
     folder = pathlib.Path(folder)
     weights.read_config(folder)
@@ -165,8 +165,8 @@ def load(
     """Loads a model from the Hub: a folder uploaded by ``push``, or a TensorFlow SavedModel that
     ``convert`` reads, such as "keras-io/involution".
 
-    No downloaded code is executed. Every file is verified by the hash that the Hub reports, or
-    reported when the file was downloaded.
+    No downloaded code is executed. Every file must match the hash that the Hub reports or, for a
+    cached file, reported at download.
 
     Args:
         repo: "owner/name".
@@ -181,8 +181,8 @@ def load(
         A ``keras.Model``, not compiled.
 
     Raises:
-        InputError: ``revision`` is no commit hash, the Hub rejects the download, the repository has
-            no such model, or a file does not match its hash.
+        InputError: ``revision`` is not a commit hash, the Hub rejects the download, the repository
+            contains no such model, or a file does not match its hash.
     """
     if not allow_unpinned and not re.fullmatch(r"[0-9a-f]{40}", str(revision)):
         raise InputError(
@@ -221,8 +221,8 @@ def _read(folder, repo):
 
 
 def _check_hash(file):
-    """Compares a file with its name in the client's cache: the hash that the Hub reported, Git's
-    blob hash or SHA-256."""
+    """Compares the hash of a file with its name in the client's cache: the hash that the Hub
+    reported, a Git blob hash or SHA-256."""
     content = file.resolve()
     expected = content.name
     if not file.is_symlink() or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected):

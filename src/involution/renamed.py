@@ -99,7 +99,13 @@ def arguments(**names: str):
     def decorate(function):
         @functools.wraps(function)
         def call(*args, **kwargs):
-            return function(*args, **{names.get(name, name): v for name, v in kwargs.items()})
+            for old in names.keys() & kwargs.keys():
+                new, name = names[old], function.__qualname__
+                if new in kwargs:
+                    raise TypeError(f"{name}() received both `{new}` and its old name `{old}`")
+                _warn(f"Argument `{old}` of {name}()", f"`{new}`", 2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
 
         return call
 
@@ -117,7 +123,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         new = f"involution.{spec.origin}"
         _warn(spec.name, new, 2)
         module = importlib.import_module(new)
-        # Importing sets a module's spec to that of the name that was asked for.
+        # The import system replaces the module's spec by that of the deprecated name.
         spec.loader_state = module.__spec__
         return module
 

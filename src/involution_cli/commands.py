@@ -1,4 +1,4 @@
-"""The commands, each a few lines that call the library."""
+"""The commands: thin wrappers of the library."""
 
 import dataclasses
 import io
@@ -46,7 +46,7 @@ def compare(
     Parameters
     ----------
     models
-        Model specs, comma-separated: names with options, as cnn,inn,inn:kernel_size=5, or
+        Model specs, comma-separated: names with options, such as cnn,inn,inn:kernel_size=5, or
         my_file.py:my_function. The file may import modules from its folder.
     """
     _run("compare", f"Comparing {models} on", models, training, resume, distributed)
@@ -89,7 +89,7 @@ def sweep(
     ----------
     search
         The search space: NAME=A,B,C or NAME=LOW..HIGH, for options of the model or learning_rate,
-        weight_decay, batch_size; as kernel_size=3,5,7 learning_rate=0.001..0.03
+        weight_decay, batch_size; for example kernel_size=3,5,7 learning_rate=0.001..0.03
     model
         Model spec with the fixed options, as for train.
     trials
@@ -97,8 +97,8 @@ def sweep(
     max_parameters
         Maximum number of trainable parameters; larger models are skipped.
     study
-        URL of a database that several machines share, as postgresql://host/name (default: a journal
-        in the output folder).
+        URL of a database that several machines share, such as postgresql://host/name (default: a
+        journal in the output folder).
     """
     with _session("sweep", f"Sweep of {model} on {training.dataset}.", training.backend) as current:
         from involution.models.specs import command_line
@@ -131,7 +131,7 @@ def predict(
     ----------
     files
         A model (default: rednet_tiny-cifar10): a .keras file written by compare or train, a folder,
-        or the name of a pretrained model, as cnn-cifar10. Then images: PNG, JPEG or WebP.
+        or the name of a pretrained model, such as cnn-cifar10. Then images: PNG, JPEG or WebP.
     top
         Number of classes per image.
     """
@@ -169,7 +169,7 @@ def explain(
         The file to write: .png or .svg for one figure, .html for a page with all of them. An
         existing file is replaced.
     figure
-        heatmap: kernel heat maps beside and over each image; activations: heat maps beside the
+        heatmap: kernel heat maps next to and over each image; activations: heat maps next to the
         outputs of the involutions; point: the kernels at one point before and after training;
         groups: one heat map per group of channels.
     point
@@ -396,11 +396,11 @@ def _run(command, action, models, training, resume, distributed):
     arguments = (command, action, models, training, resume, distributed)
     # JAX ends a process immediately when it loses the coordinator. The watchdog starts before the
     # package is imported and standard error redirected.
-    several = (
+    is_distributed = (
         distributed.num_processes not in (None, 1)
         or "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ
     )
-    if not several:
+    if not is_distributed:
         return _train(*arguments)
     code = 0
     with watchdog(
@@ -409,8 +409,8 @@ def _run(command, action, models, training, resume, distributed):
     ):
         try:
             _train(*arguments)
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
     if code:
         # Without waiting for the other hosts.
         sys.stdout.flush()
@@ -449,8 +449,8 @@ def _train(command, action, models, training, resume, distributed):
         else:
             current.progress.log("Done: the first host writes the report.")
         if run.interrupted or run.failure is not None:
-            again = command_line("--output", output, "--resume")
-            current.progress.log(f"Resume: the same command with {again}")
+            options = command_line("--output", output, "--resume")
+            current.progress.log(f"Resume: the same command with {options}")
         if run.interrupted:
             raise SystemExit(run.exit_code)
         if run.failure is not None:
@@ -458,14 +458,15 @@ def _train(command, action, models, training, resume, distributed):
 
 
 def _config(models, training, epochs=None):
-    """The configuration of a run; ``epochs`` and the recipe are the defaults, in this order."""
+    """The configuration of a run; the number of epochs defaults to ``epochs``, then the
+    recipe's."""
     from involution.training.recipes import RECIPES, Config
 
     recipe = RECIPES[training.recipe]
-    chosen = (training.epochs, epochs, recipe.epochs)
+    candidates = (training.epochs, epochs, recipe.epochs)
     settings = dataclasses.asdict(training) | {
         "models": models,
-        "epochs": next(number for number in chosen if number is not None),
+        "epochs": next(number for number in candidates if number is not None),
         "image_size": parse_size(training.image_size) or recipe.image_size,
     }
     del settings["output"], settings["backend"]
@@ -519,17 +520,16 @@ def _new_folder(dataset) -> pathlib.Path:
 
 
 def read_images(files):
-    """(classifier, [(file, image), ...]) from the files of a command, of which the first may be a
-    model."""
-    from involution.saving import classifier as saved
+    """(classifier, [(file, image), ...]) from the files of a command; the first may be a model."""
+    from involution.saving import classifier
     from involution.utils.errors import InputError
 
-    has_model = bool(files) and saved.is_model(files[0])
+    has_model = bool(files) and classifier.is_model(files[0])
     images = files[1:] if has_model else files
     if not images:
         raise InputError("At least one image is required. Received: none")
-    classifier = saved.load(files[0] if has_model else saved.DEFAULT)
-    return classifier, [(image, classifier.read(image)) for image in images]
+    loaded = classifier.load(files[0] if has_model else classifier.DEFAULT)
+    return loaded, [(image, loaded.read(image)) for image in images]
 
 
 def main():

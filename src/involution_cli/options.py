@@ -1,4 +1,4 @@
-"""The options that commands share, deprecated names, and values that need parsing."""
+"""Options shared by commands, deprecated names, and parsers of option values."""
 
 import dataclasses
 import importlib.util
@@ -32,8 +32,8 @@ def _load_recipes() -> Any:
 
 
 def _declared(config) -> Any:
-    """A dataclass with the settings of a configuration as options, except the models."""
-    # Settings whose command-line type or default is not the field's.
+    """A dataclass of command-line options: the settings of a configuration, except the models."""
+    # Settings whose type or default on the command line is not the field's.
     changed = {
         "epochs": (int | None, "Training epochs (default: the recipe's)"),
         "image_size": (
@@ -134,7 +134,7 @@ DEPRECATED_VALUES = {
 
 
 def replace_deprecated(words) -> list[str]:
-    """A command line with current names; each deprecated one prints one line on standard error."""
+    """Replaces deprecated names in a command line, each with a warning on standard error."""
     if not words:
         return []
     command, *words = words
@@ -179,7 +179,7 @@ def parse_size(text) -> tuple[int, int] | None:
 
 
 def parse_point(text) -> tuple[float, ...]:
-    """Numbers from ROW,COLUMN; their count and range are the library's to check."""
+    """Numbers from ROW,COLUMN; the library checks their count and range."""
     try:
         return tuple(float(coordinate) for coordinate in text.split(","))
     except ValueError:

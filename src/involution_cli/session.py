@@ -1,4 +1,4 @@
-"""The frame of every command: backend, log file, and errors as one line with an exit code."""
+"""The session of a command: backend, log file, and errors as one line with an exit code."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ import sys
 import tempfile
 import traceback
 
-# As in involution.utils.errors; a test compares them.
+# Equal to CONTROL in involution.utils.errors, which a test checks.
 CONTROL = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]"
 )
@@ -28,7 +28,7 @@ class Session:
 
     Attributes:
         progress: Receives progress.
-        folder: Where the log is saved; None: nowhere.
+        folder: Folder in which the log is saved; None: it is not saved.
     """
 
     def __init__(self):
@@ -43,7 +43,7 @@ class Session:
 
 @contextlib.contextmanager
 def session(first_line, backend, options=()):
-    """Runs the block of a command, with the output of frameworks on standard error in a log.
+    """Runs the block of a command, with standard error, which frameworks write to, in a log file.
 
     Args:
         first_line: Printed before the package is imported, which takes seconds.
@@ -83,7 +83,7 @@ def session(first_line, backend, options=()):
 
 
 def with_options(message, options) -> str:
-    """The message with `parameter` of the library as --parameter, where that is an option."""
+    """Replaces `parameter` in a message of the library by --parameter if that is an option."""
 
     def replace(match):
         option = f"--{match[1].replace('_', '-')}"
@@ -105,7 +105,7 @@ def _save_log(log, folder):
 
 def explain_error(error, log) -> tuple[str, int]:
     """The message for an error, and the exit code."""
-    # Absent where importing them failed.
+    # Absent if their import failed.
     errors = sys.modules.get("involution.utils.errors")
     distributed = sys.modules.get("involution.training.distributed")
     if distributed and isinstance(error, distributed.LostHostError):

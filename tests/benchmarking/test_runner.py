@@ -17,6 +17,8 @@ from involution.ops.cases import CASES, Case
 from involution.utils.errors import InputError
 from tests.support.backends import BACKEND, IMPLEMENTATIONS, numpy
 
+pytestmark = pytest.mark.any_backend
+
 FUSED = ["fused"] if "native" in IMPLEMENTATIONS else []
 UNAVAILABLE = {"paper-cuda"} if BACKEND == "torch" else {"paper-cuda", "compiled-taps"}
 SMALL = Case.of("small", 2, (5, 4), 6, 2, 3)
@@ -61,10 +63,12 @@ def test_csv_contains_the_environment(small):
         assert row["date"]
 
 
-def test_wrong_candidates_are_not_measured(small, monkeypatch):
+@pytest.mark.parametrize(("factor", "error"), [(1.01, "1.0e-02"), (np.nan, "inf")])
+def test_wrong_candidates_are_not_measured(small, monkeypatch, factor, error):
     apply = taps.apply
-    monkeypatch.setattr(taps, "apply", lambda *arguments: apply(*arguments) * 1.01)
-    with pytest.raises(RuntimeError, match=r"must match `reference` to 1e-04\. Received: small"):
+    monkeypatch.setattr(taps, "apply", lambda *arguments: apply(*arguments) * factor)
+    message = rf"must match `reference` to 1e-04\. Received: small .* error of {error}"
+    with pytest.raises(RuntimeError, match=message):
         list(runner.run(small))
 
 

@@ -40,7 +40,7 @@ def test_only_control_characters_are_escaped():
 
 def test_command_line_escapes_equally():
     assert session.CONTROL.pattern == errors.CONTROL.pattern
-    assert session.shown(HARM + READABLE) == SEEN + READABLE
+    assert session.escape_controls(HARM + READABLE) == SEEN + READABLE
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -77,7 +77,7 @@ def test_predictions_stay_on_their_lines(tmp_path, capsys, monkeypatch):
     assert first == "involution: Loading the model."
     assert SEEN in line
     assert r"x\u000aimage.png" in line
-    scores = render.predict_proba({"m": classifier.load(path)}, tmp_path / "i.png")
+    scores = render.classify({"m": classifier.load(path)}, tmp_path / "i.png")
     assert set(scores["m"]) == {SEEN, r"x\u000aimage.png: cat 1.000"}
 
 
@@ -103,4 +103,4 @@ def test_figures():
 
 
 def test_layer_names_are_not_html():
-    assert render._escaped(f"<img src=x>{HARM}") == f"&lt;img src=x&gt;{SEEN}"
+    assert render._escape(f"<img src=x>{HARM}") == f"&lt;img src=x&gt;{SEEN}"

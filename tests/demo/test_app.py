@@ -243,7 +243,7 @@ def test_model_names_are_escaped(classifiers, tmp_path):
 
 def test_model_cards_contain_the_training_data():
     text = app.model_cards(())
-    for name in pretrained.names():
+    for name in pretrained.available():
         assert f"### {name}\n" in text
     assert "50000 images" in text
     assert "license:" not in text

@@ -198,7 +198,7 @@ def test_errors_do_not_contain_the_path_of_an_upload(file, tmp_path):
         == f"{INVALID}its format is not recognized"
     )
     assert message(render._read, classifiers, tmp_path / "gone.png") == (
-        "An image must be uploaded again after its deletion. Received: No such file or directory"
+        "The uploaded image must exist; upload it again. Received: No such file or directory"
     )
     pixels = render._read(classifiers, file(hostile_images.good(size=(40, 30))))["reader"]
     assert pixels.shape == (30, 40, 3)

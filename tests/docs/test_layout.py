@@ -181,7 +181,7 @@ def test_the_figure_of_the_packages_is_up_to_date():
 @pytest.mark.any_backend
 def test_packages_import_only_packages_in_lower_rows():
     graph = packages.imports()
-    rows = packages.floors(graph)
+    rows = packages.ranks(graph)
     assert set(graph) >= {"ops", "layers", "models", "training", "involution_cli"}
     assert all(rows[other] < rows[name] for name in graph for other in graph[name])
 
@@ -189,7 +189,7 @@ def test_packages_import_only_packages_in_lower_rows():
 @pytest.mark.any_backend
 def test_a_cycle_of_packages_is_an_error():
     with pytest.raises(ValueError, match=r"no cycle\. Received: a -> b -> a$"):
-        packages.floors({"a": {"b"}, "b": {"a"}})
+        packages.ranks({"a": {"b"}, "b": {"a"}})
 
 
 @pytest.mark.any_backend

@@ -36,7 +36,7 @@ def test_a_notebook_is_its_page(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_committed_results_are_those_of_cifar10(page):
-    code = notebooks.code(committed(page))
+    code = notebooks.code_cells(committed(page))
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     lines = [line for cell in code for line in printed(cell).splitlines()]
     assert "(50000, 32, 32, 3) (10000, 32, 32, 3) 10" in lines
@@ -47,7 +47,7 @@ def test_the_committed_results_are_those_of_cifar10(page):
 
 def test_all_notebooks_have_the_same_code():
     first, *others = (
-        [cell.source for cell in notebooks.code(notebooks.notebook(page))] for page in PAGES
+        [cell.source for cell in notebooks.code_cells(notebooks.notebook(page))] for page in PAGES
     )
     assert others == [first] * len(others)
 
@@ -58,11 +58,11 @@ def test_all_notebooks_have_the_same_code():
 def test_a_notebook_runs_top_to_bottom_outside_the_checkout(page, tmp_path, monkeypatch):
     monkeypatch.setenv("INVOLUTION_EPOCHS", "1")
     made = notebooks.notebook(page)
-    install = notebooks.code(made)[0]
+    install = notebooks.code_cells(made)[0]
     assert install.source.startswith("%pip install")
     if keras.backend.backend() != "tensorflow":  # the others need not be installed
         install.source = install.source.replace("tensorflow-cpu", keras.backend.backend())
     notebooks.execute(made, tmp_path)
-    for cell in notebooks.code(made):
+    for cell in notebooks.code_cells(made):
         check_printed(cell.source, printed(cell))
     assert not list(tmp_path.iterdir())

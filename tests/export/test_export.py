@@ -27,7 +27,7 @@ SUPPORTED = {
     "jax": ("onnx",),
     "torch": ("onnx", "pt2"),
 }[BACKEND]
-OWN = [format for format in SUPPORTED if format != "onnx"]
+BACKEND_FORMATS = [format for format in SUPPORTED if format != "onnx"]
 
 
 def model_of(layer, *shape, name=None):
@@ -93,15 +93,15 @@ def sequence():
 
 def test_onnx_of_the_inn_matches(tmp_path):
     model = randomized(involution.models.inn())
-    done = export(model, tmp_path / "inn.onnx")
-    assert (done.inputs, done.outputs, done.batches) == (("input",), ("output",), (1, 5))
-    assert done.error <= TOLERANCE
-    assert done.runtime.startswith("onnxruntime ")
-    assert done.bytes == done.path.stat().st_size
+    result = export(model, tmp_path / "inn.onnx")
+    assert (result.inputs, result.outputs, result.batches) == (("input",), ("output",), (1, 5))
+    assert result.error <= TOLERANCE
+    assert result.runtime.startswith("onnxruntime ")
+    assert result.bytes == result.path.stat().st_size
     assert [file.name for file in tmp_path.iterdir()] == ["inn.onnx"]
     for batch in *BATCHES, 3:
         x = random_array(batch, 32, 32, 3)
-        got = run_onnx(done.path, x)["output"]
+        got = run_onnx(result.path, x)["output"]
         assert relative_error(got, numpy(model(x, training=False))) < 1e-5
 
 
@@ -160,10 +160,10 @@ LAYERS = {
 }
 
 
-# PyTorch's exporter takes some 20 s for each.
-KEPT = ("channels first", "custom generator", "local attention", "the example's layer")
+# PyTorch's exporter takes about 20 s for each layer: the others run in `make test-long` only.
+REGULAR = ("channels first", "custom generator", "local attention", "the example's layer")
 EACH = [
-    pytest.param(name, marks=pytest.mark.slow if BACKEND == "torch" and name not in KEPT else ())
+    pytest.param(name, marks=pytest.mark.slow if BACKEND == "torch" and name not in REGULAR else ())
     for name in LAYERS
 ]
 
@@ -174,8 +174,8 @@ def test_onnx_of_a_layer_matches(tmp_path, name):
 
     shape, make = LAYERS[name]
     model = model_of(make(), *shape)
-    done = export(model, tmp_path / "model.onnx")
-    proto = onnx.load(done.path)
+    result = export(model, tmp_path / "model.onnx")
+    proto = onnx.load(result.path)
     onnx.checker.check_model(proto, full_check=True)
     assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 18)]
     assert not proto.functions
@@ -186,8 +186,8 @@ def test_onnx_of_a_layer_matches(tmp_path, name):
         x = random_array(batch, *shape)
         want = model(x, training=False)
         want = want if isinstance(want, (list, tuple)) else [want]
-        for got, true in zip(run_onnx(done.path, x).values(), want, strict=True):
-            assert relative_error(got, numpy(true)) < 1e-5
+        for got, expected in zip(run_onnx(result.path, x).values(), want, strict=True):
+            assert relative_error(got, numpy(expected)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -201,9 +201,9 @@ def test_onnx_of_volumes(tmp_path, generator):
             export(model, tmp_path / "model.onnx")
         assert not list(tmp_path.iterdir())
         return
-    done = export(model, tmp_path / "model.onnx")
+    result = export(model, tmp_path / "model.onnx")
     x = random_array(2, 5, 4, 5, 16)
-    assert relative_error(run_onnx(done.path, x)["output"], numpy(model(x))) < 1e-5
+    assert relative_error(run_onnx(result.path, x)["output"], numpy(model(x))) < 1e-5
 
 
 @pytest.mark.slow
@@ -215,13 +215,13 @@ def test_rednet26_matches(tmp_path, format):
     for weight in model.weights:  # zero-initialized gammas would mask their blocks
         if weight.path.endswith("gamma"):
             weight.assign(rng.uniform(0.3, 0.7, tuple(weight.shape)))
-    done = export(model, tmp_path / "rednet26", format)
-    print(f"{BACKEND}, {format}: {done.error:.1e} by {done.runtime}, {done.bytes:,} bytes")
+    result = export(model, tmp_path / "rednet26", format)
+    print(f"{BACKEND}, {format}: {result.error:.1e} by {result.runtime}, {result.bytes:,} bytes")
     xs = [random_array(batch, 65, 47, 3) for batch in BATCHES]
     if format == "onnx":
-        outputs = [run_onnx(done.path, x)["output"] for x in xs]
+        outputs = [run_onnx(result.path, x)["output"] for x in xs]
     else:
-        outputs = run_in_subprocess(done.path, format, xs, tmp_path)
+        outputs = run_in_subprocess(result.path, format, xs, tmp_path)
     for x, got in zip(xs, outputs, strict=True):
         assert relative_error(got, numpy(model(x, training=False))) < TOLERANCE
 
@@ -237,20 +237,20 @@ def test_input_and_output_names_are_kept(tmp_path):
     want = model(x)
     want = {"stage1": want["stage1"], "stage4": want["stage4"], "kernels_0": want["kernels"][0]}
     for format in SUPPORTED:
-        done = export(model, tmp_path / format, format)
-        assert done.inputs == ("left", "right")
-        assert sorted(done.outputs) == sorted(want)
+        result = export(model, tmp_path / format, format)
+        assert result.inputs == ("left", "right")
+        assert sorted(result.outputs) == sorted(want)
     got = run_onnx(tmp_path / "onnx", *x.values())
     assert sorted(got) == sorted(want)
-    for name, true in want.items():
-        assert relative_error(got[name], numpy(true)) < 1e-5
+    for name, expected in want.items():
+        assert relative_error(got[name], numpy(expected)) < 1e-5
 
 
 def test_outputs_without_keys_are_numbered(tmp_path):
     model = model_of(involution.Involution1D(3, return_kernel=True), 6, 4, name="left")
-    done = export(model, tmp_path / "model.onnx")
-    assert (done.inputs, done.outputs) == (("left",), ("output_0", "output_1"))
-    got = run_onnx(done.path, random_array(2, 6, 4))
+    result = export(model, tmp_path / "model.onnx")
+    assert (result.inputs, result.outputs) == (("left",), ("output_0", "output_1"))
+    got = run_onnx(result.path, random_array(2, 6, 4))
     assert {k: v.shape for k, v in got.items()} == {"output_0": (2, 6, 4), "output_1": (2, 6, 3, 1)}
 
 
@@ -263,23 +263,23 @@ def test_unknown_sizes_stay_dynamic(tmp_path):
         with pytest.raises(InputError, match=r"`input_shape`.*Received: .*\(None, None, None, 3\)"):
             export(model, tmp_path / "inn.onnx")
         return
-    done = export(model, tmp_path / "inn.onnx")
+    result = export(model, tmp_path / "inn.onnx")
     for size in (32, 32), (21, 46):
         x = random_array(2, *size, 3)
-        got = run_onnx(done.path, x)["output"]
+        got = run_onnx(result.path, x)["output"]
         assert relative_error(got, numpy(model(x, training=False))) < 1e-5
 
 
 @pytest.mark.parametrize("format", SUPPORTED)
 def test_strides_with_unknown_sizes(tmp_path, format):
     model = model_of(involution.Involution2D(3, 2, kernel_generator="linear"), None, None, 4)
-    given = (19, 16, 4) if BACKEND == "jax" else None
-    done = export(model, tmp_path / "model", format, given)
+    input_shape = (19, 16, 4) if BACKEND == "jax" else None
+    result = export(model, tmp_path / "model", format, input_shape)
     x = random_array(2, 19, 16, 4)
     if format == "onnx":
-        got = run_onnx(done.path, x)["output"]
+        got = run_onnx(result.path, x)["output"]
     else:
-        (got,) = run_in_subprocess(done.path, format, [x], tmp_path)
+        (got,) = run_in_subprocess(result.path, format, [x], tmp_path)
     assert relative_error(got, numpy(model(x))) < 1e-5
 
 
@@ -287,8 +287,8 @@ def test_input_shape_sets_unknown_sizes(tmp_path):
     import onnx
 
     model = model_of(involution.Involution2D(3, kernel_generator="linear"), None, None, 4)
-    done = export(model, tmp_path / "model.onnx", input_shape=(12, 7, 4))
-    sizes = onnx.load(done.path).graph.input[0].type.tensor_type.shape.dim
+    result = export(model, tmp_path / "model.onnx", input_shape=(12, 7, 4))
+    sizes = onnx.load(result.path).graph.input[0].type.tensor_type.shape.dim
     assert [size.dim_param or size.dim_value for size in sizes] == ["batch", 12, 7, 4]
 
 
@@ -316,23 +316,23 @@ def test_a_subclass_requires_input_shape(tmp_path):
     model(random_array(1, 8, 4))
     with pytest.raises(InputError, match=r"Received: mine, input_shape=None"):
         export(model, tmp_path / "model.onnx")
-    done = export(model, tmp_path / "model.onnx", input_shape=(8, 4))
+    result = export(model, tmp_path / "model.onnx", input_shape=(8, 4))
     x = random_array(2, 8, 4)
-    assert relative_error(run_onnx(done.path, x)["output"], numpy(model(x))) < 1e-5
+    assert relative_error(run_onnx(result.path, x)["output"], numpy(model(x))) < 1e-5
 
 
 # --- Backend-specific formats --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", OWN)
-def test_it_runs_without_the_package(tmp_path, format):
+@pytest.mark.parametrize("format", BACKEND_FORMATS)
+def test_exported_files_run_without_the_package(tmp_path, format):
     model = randomized(involution.models.inn((16, 12, 3)))
     model.predict(random_array(2, 16, 12, 3), verbose=0)  # traces a function with ``native``
-    done = export(model, tmp_path / "inn", format)
-    assert done.runtime.startswith("torch " if format == "pt2" else "tensorflow ")
+    result = export(model, tmp_path / "inn", format)
+    assert result.runtime.startswith("torch " if format == "pt2" else "tensorflow ")
     assert [file.name for file in tmp_path.iterdir()] == ["inn"]
     xs = [random_array(batch, 16, 12, 3) for batch in BATCHES]
-    for x, got in zip(xs, run_in_subprocess(done.path, format, xs, tmp_path), strict=True):
+    for x, got in zip(xs, run_in_subprocess(result.path, format, xs, tmp_path), strict=True):
         assert relative_error(got, numpy(model(x, training=False))) < 1e-5
 
 
@@ -393,14 +393,14 @@ def test_functions_traced_with_native_are_not_exported(tmp_path):
         model.layers[-1](random_array(batch, 8, 4))
     for format in SUPPORTED:
         try:
-            done = export(model, tmp_path / format, format)
+            result = export(model, tmp_path / format, format)
         except ExportError:
             assert not (tmp_path / format).exists()
         else:
-            assert done.error < 1e-5
+            assert result.error < 1e-5
             if format == "onnx":
                 x = random_array(2, 8, 4)
-                assert relative_error(run_onnx(done.path, x)["output"], numpy(model(x))) < 1e-5
+                assert relative_error(run_onnx(result.path, x)["output"], numpy(model(x))) < 1e-5
 
 
 # --- Failed verification -------------------------------------------------------------------------
@@ -531,7 +531,7 @@ def test_the_model_is_not_modified(tmp_path):
         assert [m.training for m in model.modules()] == flags
         model.train()
     x = random_array(3, 9, 4)
-    one, two = (run_onnx(done.path, x)["output"] for done in (first, second))
+    one, two = (run_onnx(result.path, x)["output"] for result in (first, second))
     np.testing.assert_array_equal(one, two)
 
 

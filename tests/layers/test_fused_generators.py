@@ -1,6 +1,6 @@
-"""Which generators may be fused: random ones, altered in every way that a call can see.
+"""Eligibility of generators for fusion, with alterations that change the result of a call.
 
-A layer that fuses must equal the same layer with stored kernels, where Keras calls the generator:
+A fused layer must equal the same layer with stored kernels, for which Keras calls the generator:
 in outputs, losses, all gradients and the state after the call.
 """
 
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(miss
 
 CHANNELS, GROUPS, SIZES = 8, 2, (9, 7)
 TAPS = 9
-# Relative to the largest value: stored kernels are rounded to the compute dtype, others are not.
+# Relative to the largest value. Only stored kernels are rounded to the compute dtype.
 TOLERANCES = {"float64": 1e-11, "float32": 2e-5, "mixed_bfloat16": 0.06, "bfloat16": 0.06}
 
 
 class Wide(kg.Bottleneck):
-    """Its last convolution looks at a neighborhood."""
+    """A generator whose last convolution is 3x3."""
 
     def _build_generator(self, channels):
         super()._build_generator(channels)
@@ -38,7 +38,7 @@ class Wide(kg.Bottleneck):
 
 
 class Squared(kg.Linear):
-    """Has hidden channels other than ``Linear``'s, which may be fused."""
+    """A generator that overrides ``hidden`` only, which can be fused."""
 
     def hidden(self, features):
         return keras.ops.square(super().hidden(features))
@@ -54,17 +54,17 @@ class Doubled(kg.Linear):
         return 2 * super().call(features)
 
 
-class Own(involution.Involution):
-    """The drop-in with layers of the user's own."""
+class CustomDropIn(involution.Involution):
+    """The drop-in with a custom generator."""
 
-    def __init__(self, ends, *args, **kwargs):
+    def __init__(self, tail, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.ends = ends
+        self.tail = tail
 
     def build(self, input_shape):
         super().build(input_shape)
-        if ENDS[self.ends] is not None:
-            self.kernel_gen = sequential(ENDS[self.ends], self.dtype_policy)
+        if TAILS[self.tail] is not None:
+            self.kernel_gen = sequential(TAILS[self.tail], self.dtype_policy)
             self.kernel_gen.build(input_shape)
 
 
@@ -75,16 +75,16 @@ class Shifted(keras.layers.Conv2D):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A layer: the drop-in, or ``Involution2D`` with a generator, and how its last step is altered.
+    """A layer, with an alteration of its generator or of the generator's last layer.
 
     Attributes:
-        generator: A name in ``GENERATORS``; None: the drop-in, with the layers that ``ends`` names.
-        ends: What follows the drop-in's hidden layers, a name in ``ENDS``.
-        alteration: A name in ``ALTERATIONS``, or None.
+        generator: A name in ``GENERATORS``, for ``Involution2D``; None: the drop-in.
+        tail: The last layers of the drop-in's generator, a name in ``TAILS``.
+        alteration: A name in ``ALTERATIONS`` or ``GENERATOR_ALTERATIONS``, or None.
     """
 
     generator: str | None
-    ends: str
+    tail: str
     alteration: str | None
     policy: str = "float32"
     strides: int = 1
@@ -93,11 +93,11 @@ class Case:
     seed: int = 0
 
     def layer(self):
-        """The layer, built."""
+        """Builds the layer."""
         keras.utils.set_random_seed(self.seed)
         if self.generator is None:
             settings = {"return_kernel": False, "dtype": self.policy}
-            layer = Own(self.ends, None, GROUPS, 3, self.strides, 2, **settings)
+            layer = CustomDropIn(self.tail, None, GROUPS, 3, self.strides, 2, **settings)
         else:
             layer = involution.Involution2D(
                 3,
@@ -108,7 +108,7 @@ class Case:
                 dtype=self.policy,
             )
         layer.build((None, *SIZES, CHANNELS))
-        # With other weights than the initial ones, of which many are 0.
+        # Many of the initial weights are 0.
         random = np.random.default_rng(self.seed)
         layer.set_weights([random.uniform(0.1, 0.6, w.shape) for w in layer.get_weights()])
         return layer
@@ -122,16 +122,16 @@ GENERATORS = {
     "weight regularizers": lambda policy: kg.Bottleneck(
         2, dtype=policy, kernel_regularizer="l1", bias_regularizer="l2"
     ),
-    "a last step of 3 x 3": lambda policy: Wide(2, dtype=policy),
-    "other hidden channels": lambda policy: Squared(dtype=policy),
-    "another _generate": lambda policy: Sine(2, dtype=policy),
-    "another call": lambda policy: Doubled(dtype=policy),
+    "3 x 3": lambda policy: Wide(2, dtype=policy),
+    "overridden hidden": lambda policy: Squared(dtype=policy),
+    "overridden _generate": lambda policy: Sine(2, dtype=policy),
+    "overridden call": lambda policy: Doubled(dtype=policy),
     "static": lambda policy: kg.Static(dtype=policy),
-    "a Sequential": lambda policy: sequential(ENDS["tanh"], policy),
+    "Sequential": lambda policy: sequential(TAILS["tanh"], policy),
 }
 
 OUT = TAPS * GROUPS
-ENDS = {
+TAILS = {
     "as built": None,
     "plain": lambda c: [c.Conv2D(OUT, 1)],
     "tanh": lambda c: [c.Conv2D(OUT, 1, activation="tanh")],
@@ -150,8 +150,8 @@ ENDS = {
 }
 
 
-class _Layers:
-    """Keras's layers and the test's, with a dtype policy."""
+class _LayerFactory:
+    """Keras's layers and those of this module, with a dtype policy."""
 
     def __init__(self, policy):
         self.policy = policy
@@ -163,9 +163,9 @@ class _Layers:
         return functools.partial(own.get(name) or getattr(keras.layers, name), dtype=self.policy)
 
 
-def sequential(ends, policy):
-    made = _Layers(policy)
-    generator = keras.Sequential([made.Conv2D(4, 1, activation="relu"), *ends(made)])
+def sequential(tail, policy):
+    factory = _LayerFactory(policy)
+    generator = keras.Sequential([factory.Conv2D(4, 1, activation="relu"), *tail(factory)])
     generator.dtype_policy = policy
     return generator
 
@@ -183,28 +183,28 @@ def _override(layer, generator, last):
 
 
 def _hook(register, of="last"):
-    """A hook that doubles what it gets, registered at the last layer or at the generator."""
+    """Registers a hook that doubles its values, on the last layer or on the generator."""
 
     def alter(layer, generator, last):
-        getattr(last if of == "last" else generator, register)(_doubled)
+        getattr(last if of == "last" else generator, register)(_double_values)
 
     return alter
 
 
-def _doubled(module, *values):
+def _double_values(module, *values):
     return tuple(2 * v for v in values[0]) if isinstance(values[0], tuple) else 2 * values[0]
 
 
-def _output_doubled(module, inputs, output):
+def _double_output(module, inputs, output):
     return 2 * output
 
 
 def _forward_hook(layer, generator, last):
-    last.register_forward_hook(_output_doubled)
+    last.register_forward_hook(_double_output)
 
 
-def _generators_forward_hook(layer, generator, last):
-    generator.register_forward_hook(_output_doubled)
+def _generator_forward_hook(layer, generator, last):
+    generator.register_forward_hook(_double_output)
 
 
 def _full_backward_hook(layer, generator, last):
@@ -236,37 +236,37 @@ ALTERATIONS = {
     "frozen": _set("trainable", False),
     "no bias": _set("use_bias", False),
 }
-ONLY_GENERATORS = {"_generate replaced": _replace_generate}
-ONLY_TORCH = {
+GENERATOR_ALTERATIONS = {"_generate replaced": _replace_generate}
+TORCH_ALTERATIONS = {
     "forward hook": _forward_hook,
-    "the generator's forward hook": _generators_forward_hook,
+    "the generator's forward hook": _generator_forward_hook,
     "forward pre-hook": _hook("register_forward_pre_hook"),
     "backward hook": _full_backward_hook,
 }
 if BACKEND == "torch":
-    ALTERATIONS |= ONLY_TORCH
-# With these a layer may be fused.
-HARMLESS = ("strides", "frozen", None)
+    ALTERATIONS |= TORCH_ALTERATIONS
+# None is a layer without an alteration.
+FUSIBLE_ALTERATIONS = ("strides", "frozen", None)
 
 
 def alter(layer, name):
     generator = layer.kernel_gen if hasattr(layer, "kernel_gen") else layer.kernel_generator
     last = generator.layers[-1] if hasattr(generator, "layers") else generator.expand
-    (ALTERATIONS | ONLY_GENERATORS)[name](layer, generator, last)
+    (ALTERATIONS | GENERATOR_ALTERATIONS)[name](layer, generator, last)
 
 
 def applies(case) -> bool:
-    """Whether the case's last step has what its alteration changes."""
+    """Whether the generator has the attributes that the alteration changes."""
     if case.alteration is None:
         return True
-    if case.generator in ("static", "a Sequential") or case.ends in ("nested", "dropout"):
+    if case.generator in ("static", "Sequential") or case.tail in ("nested", "dropout"):
         return False
-    if case.alteration in ONLY_GENERATORS:
+    if case.alteration in GENERATOR_ALTERATIONS:
         return case.generator is not None
-    if case.generator is None and case.ends in ("activation", "normalization", "dense"):
+    if case.generator is None and case.tail in ("activation", "normalization", "dense"):
         return case.alteration not in ("LoRA", "strides", "no bias", "activation")
     if case.alteration == "LoRA":
-        return case.ends not in ("constraint", "groups")
+        return case.tail not in ("constraint", "groups")
     return True
 
 
@@ -274,10 +274,10 @@ def applies(case) -> bool:
 
 
 def outcome(layer, x, dy, training) -> list[np.ndarray]:
-    """The output, the sum of the losses, the gradients of x and of every trainable weight, and the
-    other weights after the call; the layer's state is as before."""
+    """The output, the loss, the gradients of x and of every trainable weight, and the other weights
+    after the call. The layer's weights are restored."""
     before = layer.get_weights()
-    trained, others = layer.trainable_variables, layer.non_trainable_variables
+    trainable, others = layer.trainable_variables, layer.non_trainable_variables
 
     def total(y):
         return keras.ops.sum(y * dy) + sum(keras.ops.cast(loss, y.dtype) for loss in layer.losses)
@@ -286,16 +286,16 @@ def outcome(layer, x, dy, training) -> list[np.ndarray]:
         import jax
 
         def run(x, values):
-            mapping = list(zip(trained, values, strict=True))
+            mapping = list(zip(trainable, values, strict=True))
             with keras.StatelessScope(mapping, collect_losses=True) as scope:
                 y = layer(x, training=training)
                 loss = total(y)
             return loss, (y, [scope.get_current_value(v) for v in others])
 
-        values = [v.value for v in trained]
-        # Compiled, which is once instead of for each operation.
-        both = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
-        ((loss, (y, state)), (dx, dw)) = both(x, values)
+        values = [v.value for v in trainable]
+        # One compilation instead of one for each operation.
+        compiled = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
+        ((loss, (y, state)), (dx, dw)) = compiled(x, values)
         gradients = [dx, *dw]
         state = [s if s is not None else v.value for s, v in zip(state, others, strict=True)]
     elif BACKEND == "torch":
@@ -304,32 +304,32 @@ def outcome(layer, x, dy, training) -> list[np.ndarray]:
         x = x.clone().requires_grad_()
         y = layer(x, training=training)
         loss = total(y)
-        wanted = [x, *(v.value for v in trained)]
-        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        sources = [x, *(v.value for v in trainable)]
+        gradients = torch.autograd.grad(loss, sources, allow_unused=True)
         state = [v.value.detach().clone() for v in others]
     else:
         import tensorflow as tf
 
-        wanted = [x, *(v.value for v in trained)]
+        sources = [x, *(v.value for v in trainable)]
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = layer(x, training=training)
             loss = total(y)
-        gradients = tape.gradient(loss, wanted)
+        gradients = tape.gradient(loss, sources)
         state = [tf.identity(v.value) for v in others]
-    shapes = [x.shape, *(v.shape for v in trained)]
+    shapes = [x.shape, *(v.shape for v in trainable)]
     gradients = [
         np.zeros(shape) if g is None else exact(g)
         for g, shape in zip(gradients, shapes, strict=True)
     ]
-    found = [exact(y), exact(loss), *gradients, *map(exact, state)]
+    results = [exact(y), exact(loss), *gradients, *map(exact, state)]
     layer.set_weights(before)
-    return found
+    return results
 
 
-def difference(case) -> tuple[float, bool]:
-    """The largest difference between the layer as it runs and with stored kernels, as a part of the
-    largest value each time, and whether the layer was fused."""
+def compare_with_stored(case) -> tuple[float, bool]:
+    """The largest error of the chosen implementation against stored kernels, relative to each
+    result's largest value, and whether the layer was fused."""
     layer = case.layer()
     if case.alteration is not None:
         alter(layer, case.alteration)
@@ -339,36 +339,36 @@ def difference(case) -> tuple[float, bool]:
         random.uniform(-1, 1, (2, *SIZES, CHANNELS)), layer.compute_dtype
     )
     dy = keras.ops.convert_to_tensor(random.uniform(-1, 1, (2, *sizes, CHANNELS)), x.dtype)
-    name = layer.chosen_implementation(x)
-    found = outcome(layer, x, dy, case.training)
+    implementation = layer.chosen_implementation(x)
+    results = outcome(layer, x, dy, case.training)
     with involution.ops.force_implementation("native"):
         expected = outcome(layer, x, dy, case.training)
-    apart = [
-        np.abs(f - e).max() / max(np.abs(e).max(), 1e-3)
-        for f, e in zip(found, expected, strict=True)
+    errors = [
+        np.abs(r - e).max() / max(np.abs(e).max(), 1e-3)
+        for r, e in zip(results, expected, strict=True)
     ]
-    return max(apart), name == "fused"
+    return np.max(errors), implementation == "fused"
 
 
-def assert_equal(case):
-    apart, was_fused = difference(case)
-    assert apart <= TOLERANCES[case.policy], case
+def assert_matches_stored(case):
+    error, was_fused = compare_with_stored(case)
+    assert error <= TOLERANCES[case.policy], case
     return was_fused
 
 
 @st.composite
 def cases(draw):
     generator = draw(st.sampled_from([None, *GENERATORS]))
-    ends = draw(st.sampled_from(sorted(ENDS))) if generator is None else "as built"
-    names = st.sampled_from([*ALTERATIONS, *ONLY_GENERATORS])
+    tail = draw(st.sampled_from(sorted(TAILS))) if generator is None else "as built"
+    names = st.sampled_from([*ALTERATIONS, *GENERATOR_ALTERATIONS])
     case = Case(
         generator,
-        ends,
+        tail,
         draw(st.none() | names),
         draw(st.sampled_from(sorted(TOLERANCES))),
-        1 if generator == "a Sequential" else draw(st.sampled_from([1, 2])),
+        1 if generator == "Sequential" else draw(st.sampled_from([1, 2])),
         draw(st.sampled_from(["contiguous", "interleaved"])),
-        draw(st.booleans()) and ends != "dropout",
+        draw(st.booleans()) and tail != "dropout",
         draw(st.integers(0, 2**16)),
     )
     return case if applies(case) else dataclasses.replace(case, alteration=None)
@@ -376,35 +376,36 @@ def cases(draw):
 
 @given(cases())
 @settings(max_examples=8 if BACKEND == "jax" else 25, deadline=None, derandomize=True)
-def test_a_random_generator_gives_the_same_fused_or_stored(case):
-    assert_equal(case)
+def test_random_generators_match_stored_kernels(case):
+    assert_matches_stored(case)
 
 
 @pytest.mark.slow
-def test_many_random_generators_give_the_same_fused_or_stored():
-    found = []
+def test_many_random_generators_match_stored_kernels():
+    results = []
 
     @given(cases())
     @settings(max_examples=2000, deadline=None, database=None)
     def run(case):
-        apart, was_fused = difference(case)
-        found.append((apart / TOLERANCES[case.policy], was_fused))
-        assert apart <= TOLERANCES[case.policy], case
+        error, was_fused = compare_with_stored(case)
+        results.append((error / TOLERANCES[case.policy], was_fused))
+        assert error <= TOLERANCES[case.policy], case
 
     run()
-    worst = max(apart for apart, _ in found)
-    print(f"{len(found)} generators, {sum(f for _, f in found)} fused, worst {worst:.2f} of bound")
+    worst = max(error for error, _ in results)
+    fused_count = sum(was_fused for _, was_fused in results)
+    print(f"{len(results)} generators, {fused_count} fused, worst {worst:.2f} of bound")
 
 
-# Each in the form that differs most: alone, in float32.
-EACH = [
-    *(Case("bottleneck", "as built", name) for name in (*ALTERATIONS, *ONLY_GENERATORS)),
+# Each generator, tail and alteration by itself, in float32.
+SINGLE_CASES = [
+    *(Case("bottleneck", "as built", name) for name in (*ALTERATIONS, *GENERATOR_ALTERATIONS)),
     *(Case(None, "as built", name) for name in ALTERATIONS),
-    *(Case(None, name, None) for name in ENDS),
+    *(Case(None, name, None) for name in TAILS),
     *(Case(name, "as built", None) for name in GENERATORS),
 ]
-MAY_BE_FUSED = {
-    *(Case(g, "as built", name) for name in HARMLESS for g in ("bottleneck", None)),
+FUSIBLE = {
+    *(Case(g, "as built", name) for name in FUSIBLE_ALTERATIONS for g in ("bottleneck", None)),
     *(Case(None, name, None) for name in ("as built", "plain", "constraint", "pointwise")),
     *(
         Case(name, "as built", None)
@@ -413,19 +414,19 @@ MAY_BE_FUSED = {
             "contextual",
             "linear",
             "weight regularizers",
-            "other hidden channels",
+            "overridden hidden",
         )
     ),
 }
 
 
-@pytest.mark.parametrize("case", EACH, ids=str)
-def test_only_what_is_known_to_be_affine_is_fused(case):
-    assert assert_equal(case) == (case in MAY_BE_FUSED)
+@pytest.mark.parametrize("case", SINGLE_CASES, ids=str)
+def test_only_affine_last_layers_are_fused(case):
+    assert assert_matches_stored(case) == (case in FUSIBLE)
 
 
-def test_without_the_rule_the_comparison_fails(monkeypatch):
-    """Most cases differ, or fail, when the last layer's weights are read unchecked."""
+def test_comparison_detects_fusion_without_checks(monkeypatch):
+    """Most cases differ or raise if the last layer's weights are read without checks."""
 
     def unchecked(layer):
         return layer.kernel[(0,) * layer.rank], layer.bias
@@ -433,29 +434,33 @@ def test_without_the_rule_the_comparison_fails(monkeypatch):
     monkeypatch.setattr(convolutional, "affine", unchecked)
     for module in (convolutional, keras_io):
         monkeypatch.setattr(module, "has_plain_call", lambda layer: True)
-    noticed = []
-    wrong = [case for case in EACH[:: 1 if BACKEND == "torch" else 4] if case not in MAY_BE_FUSED]
-    for case in wrong:
+    detected = []
+    unfusible = [
+        case for case in SINGLE_CASES[:: 1 if BACKEND == "torch" else 4] if case not in FUSIBLE
+    ]
+    for case in unfusible:
         try:
-            apart, was_fused = difference(case)
+            error, was_fused = compare_with_stored(case)
         except (AttributeError, IndexError, ValueError):
-            noticed.append(case)
+            detected.append(case)
             continue
-        if was_fused and apart > TOLERANCES[case.policy]:
-            noticed.append(case)
-    # The others stay right: generators of another type or dtype are refused by other rules, and
-    # the weights that LoRA adds are in the weight that is read.
-    by_type = {"another _generate", "another call", "static", "a Sequential"}
-    by_last = {"_generate replaced", "low precision", "LoRA"}
+        if was_fused and error > TOLERANCES[case.policy]:
+            detected.append(case)
+    # The rest still match: other checks reject generators of another type or dtype, and `kernel`
+    # includes the weights that LoRA adds.
+    rejected_types = {"overridden _generate", "overridden call", "static", "Sequential"}
+    matching_alterations = {"_generate replaced", "low precision", "LoRA"}
     assert [
         case
-        for case in wrong
-        if case not in noticed and case.generator not in by_type and case.alteration not in by_last
+        for case in unfusible
+        if case not in detected
+        and case.generator not in rejected_types
+        and case.alteration not in matching_alterations
     ] == []
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's hooks")
-def test_hooks_of_all_modules_run(monkeypatch):
+@pytest.mark.skipif(BACKEND != "torch", reason="requires PyTorch's hooks")
+def test_global_module_hooks_prevent_fusion(monkeypatch):
     from torch.nn.modules import module
 
     layer = Case("bottleneck", "as built", None).layer()
@@ -469,20 +474,20 @@ def test_hooks_of_all_modules_run(monkeypatch):
         handle.remove()
     assert layer.kernel_generator.expand in seen
     assert layer.chosen_implementation(x) == "fused"
-    # A release that keeps its hooks elsewhere.
+    # A release of PyTorch that stores its hooks elsewhere.
     monkeypatch.delattr(module, "_global_forward_hooks")
     assert pointwise._hooked(layer.kernel_generator)
 
 
-def test_what_is_set_later_counts_from_the_next_call(monkeypatch):
+def test_changed_attributes_take_effect_at_the_next_call(monkeypatch):
     layer = Case("bottleneck", "as built", None).layer()
     x = keras.ops.ones((2, *SIZES, CHANNELS))
-    taken = []
-    take = fused.apply
-    monkeypatch.setattr(fused, "apply", lambda *given: taken.append(1) or take(*given))
+    calls = []
+    apply = fused.apply
+    monkeypatch.setattr(fused, "apply", lambda *args: calls.append(1) or apply(*args))
     layer(x)
     layer.kernel_generator.expand.activation = keras.activations.tanh
     layer(x)
     layer.kernel_generator.expand.activation = None
     layer(x)
-    assert len(taken) == 2
+    assert len(calls) == 2

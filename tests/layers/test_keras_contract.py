@@ -1,5 +1,4 @@
-"""Layers, generators and models where Keras expects of them what its own layers do: paths of
-weights, configurations, stateless calls, shapes."""
+"""The contract of Keras layers: weight paths, configurations, stateless calls and input shapes."""
 
 import gc
 import json
@@ -33,7 +32,7 @@ def two_convolutions(channels=9):
 
 @keras.saving.register_keras_serializable(package="involution_tests")
 class Sized(keras.layers.Layer):
-    """A user's generator, of which the layer fills in the sizes; ``call`` has no ``training``."""
+    """A custom generator that inherits its sizes; its ``call`` has no ``training`` argument."""
 
     def __init__(self, kernel_size=None, groups=None, **kwargs):
         super().__init__(**kwargs)
@@ -59,9 +58,9 @@ class Sized(keras.layers.Layer):
         }
 
 
-# --- Paths ---------------------------------------------------------------------------------------
+# --- Weight paths --------------------------------------------------------------------------------
 
-GIVEN = {
+FACTORIES = {
     **{name: lambda name=name: name for name in GENERATORS},
     "Bottleneck": lambda: Bottleneck(2),
     "Sequential": two_convolutions,
@@ -70,7 +69,7 @@ GIVEN = {
 
 
 def network(generator):
-    """A model with an involution of every kind, its weights at random."""
+    """A model with both kinds of involution layers and random weights."""
     inputs = keras.Input((5, 6, 8))
     x = Involution(4, 2, return_kernel=False, name="drop_in")(inputs)
     x = Involution2D(3, kernel_generator=generator(), kernel_dropout=0.5, filters=8, name="a")(x)
@@ -81,10 +80,10 @@ def network(generator):
 
 
 @pytest.mark.parametrize("name", ["bottleneck", "Bottleneck", "Sequential", "user's"])
-def test_two_equal_models_have_the_same_paths_and_exchange_their_state(name):
-    generator = GIVEN[name]
+def test_equal_models_have_equal_paths_and_exchange_state_trees(name):
+    generator = FACTORIES[name]
     old = network(generator)
-    keras.layers.Conv2D(3, 1)  # Keras's counters advance
+    keras.layers.Conv2D(3, 1)  # advances Keras's name counters
     Linear()
     new = network(generator)
     old.compile("sgd")
@@ -99,10 +98,10 @@ def test_two_equal_models_have_the_same_paths_and_exchange_their_state(name):
         np.testing.assert_array_equal(numpy(got.value), numpy(want.value))
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="state_dict is PyTorch's")
+@pytest.mark.skipif(BACKEND != "torch", reason="requires PyTorch's state_dict")
 @pytest.mark.parametrize("name", ["Sequential", "user's"])
-def test_a_state_dict_loads_into_an_equal_model(name):
-    old, new = network(GIVEN[name]), network(GIVEN[name])
+def test_state_dict_loads_into_an_equal_model(name):
+    old, new = network(FACTORIES[name]), network(FACTORIES[name])
     stored = {key: value.clone() for key, value in old.state_dict().items()}
     for variable in new.weights:
         variable.assign(np.zeros(variable.shape, "float32"))
@@ -123,8 +122,8 @@ def test_a_state_dict_loads_into_an_equal_model(name):
         ("rednet26", {}),
     ],
 )
-def test_two_equal_models_of_the_package_have_the_same_paths(name, arguments):
-    # Variables without values: only the names are of interest.
+def test_registered_models_have_reproducible_paths(name, arguments):
+    # Only names are compared, so the variables need no values.
     with keras.StatelessScope(initialize_variables=False):
         first, second = (MODELS[name](**arguments) for _ in range(2))
     paths = [v.path for v in first.variables]
@@ -133,7 +132,7 @@ def test_two_equal_models_of_the_package_have_the_same_paths(name, arguments):
     assert [layer.name for layer in first.layers[1:]] == [layer.name for layer in second.layers[1:]]
 
 
-def test_a_name_that_was_given_stays():
+def test_explicit_names_in_a_generator_are_kept():
     generator = keras.Sequential(
         [keras.layers.Conv2D(4, 1), keras.layers.Conv2D(9, 1, name="last"), keras.layers.ReLU()],
         name="mine",
@@ -144,7 +143,7 @@ def test_a_name_that_was_given_stays():
     assert [w.path for w in layer.weights] == [f"a/mine/{name}" for name in names]
 
 
-def test_names_inside_a_generator_stay_different():
+def test_automatic_names_in_a_generator_are_unique():
     built = keras.layers.Conv2D(4, 1, name="conv2d")
     built.build((None, None, None, 8))
     generator = keras.Sequential([built, keras.layers.Conv2D(9, 1)])
@@ -154,8 +153,8 @@ def test_names_inside_a_generator_stay_different():
 
 
 @pytest.mark.parametrize("name", ["linear", "Sequential", "user's"])
-def test_a_model_loaded_has_the_paths_of_the_one_saved(name, tmp_path):
-    model = network(GIVEN[name])
+def test_loading_preserves_paths(name, tmp_path):
+    model = network(FACTORIES[name])
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert [w.path for w in loaded.weights] == [w.path for w in model.weights]
@@ -166,8 +165,8 @@ def test_a_model_loaded_has_the_paths_of_the_one_saved(name, tmp_path):
 # --- Configurations ------------------------------------------------------------------------------
 
 
-def of_an_earlier_release(layer):
-    """A configuration as earlier releases wrote it: with what was filled in, and Keras's names."""
+def legacy_config(layer):
+    """A configuration as earlier releases wrote it: with inherited values and Keras's names."""
     generator = keras.saving.serialize_keras_object(layer.kernel_generator)
     generator.pop("build_config", None)
     for name in ("kernel_size", "groups", "strides", "padding", "dilation_rate", "data_format"):
@@ -178,12 +177,12 @@ def of_an_earlier_release(layer):
 
 
 @pytest.mark.parametrize("generator", [*GENERATORS, "user's"])
-def test_a_configuration_of_an_earlier_release_loads(generator):
-    layer = Involution2D(3, 1, "valid", kernel_generator=GIVEN[generator](), group_channels=4)
+def test_legacy_configurations_load(generator):
+    layer = Involution2D(3, 1, "valid", kernel_generator=FACTORIES[generator](), group_channels=4)
     x = random(2, 5, 7, 8)
     layer(x)
     randomize(layer)
-    old = json.loads(json.dumps(of_an_earlier_release(layer)))
+    old = json.loads(json.dumps(legacy_config(layer)))
     loaded = Involution2D.from_config(old)
     loaded(x)
     loaded.set_weights(layer.get_weights())
@@ -191,8 +190,8 @@ def test_a_configuration_of_an_earlier_release_loads(generator):
     assert loaded.groups == 2
 
 
-@pytest.mark.parametrize("generator", GIVEN.values(), ids=GIVEN)
-def test_building_changes_no_configuration(generator):
+@pytest.mark.parametrize("generator", FACTORIES.values(), ids=FACTORIES)
+def test_build_does_not_change_the_config(generator):
     layer = Involution2D(3, 1, "valid", (1, 2), kernel_generator=generator(), group_channels=4)
     before = json.dumps(layer.get_config())
     layer(random(2, 7, 9, 4))
@@ -202,7 +201,7 @@ def test_building_changes_no_configuration(generator):
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-def test_building_changes_no_configuration_of_a_generator_alone(name):
+def test_build_does_not_change_the_config_of_a_standalone_generator(name):
     generator = GENERATORS[name](kernel_size=3, groups=2)
     before = generator.get_config()
     assert before["kernel_size"] == 3
@@ -215,9 +214,9 @@ def test_building_changes_no_configuration_of_a_generator_alone(name):
 
 
 @pytest.mark.parametrize("generator", [*GENERATORS, "Bottleneck", "user's"])
-def test_a_model_is_cloned_for_other_channels(generator):
+def test_clone_model_accepts_other_channels(generator):
     model = keras.Sequential(
-        [keras.Input((6, 5, 16)), Involution2D(3, kernel_generator=GIVEN[generator]())]
+        [keras.Input((6, 5, 16)), Involution2D(3, kernel_generator=FACTORIES[generator]())]
     )
     clone = keras.models.clone_model(model, input_tensors=keras.Input((6, 5, 48)))
     assert clone.output_shape == (None, 6, 5, 48)
@@ -225,7 +224,7 @@ def test_a_model_is_cloned_for_other_channels(generator):
 
 
 @pytest.mark.parametrize(
-    ("change", "hidden", "kernels"),
+    ("change", "hidden_channels", "kernel_shape"),
     [
         ({"reduction_ratio": 2}, 8, (2, 5, 6, 9, 1)),
         ({"kernel_size": 5}, 4, (2, 5, 6, 25, 1)),
@@ -234,17 +233,17 @@ def test_a_model_is_cloned_for_other_channels(generator):
         ({"dtype": "float16"}, 4, (2, 5, 6, 9, 1)),
     ],
 )
-def test_a_configuration_that_is_edited_counts(change, hidden, kernels):
+def test_edited_config_takes_effect(change, hidden_channels, kernel_shape):
     layer = Involution2D(3, return_kernel=True)
     layer.build((None, 5, 6, 16))
     edited = Involution2D.from_config({**layer.get_config(), **change})
     _, kernel = edited(random(2, 5, 6, 16))
-    assert tuple(kernel.shape) == kernels
-    assert edited.kernel_generator.reduce.filters == hidden
+    assert tuple(kernel.shape) == kernel_shape
+    assert edited.kernel_generator.reduce.filters == hidden_channels
     assert edited.kernel_generator.dtype_policy == edited.dtype_policy
 
 
-def test_a_named_generator_that_was_changed_is_stored_whole():
+def test_config_keeps_changes_to_a_named_generator():
     layer = Involution2D(3)
     layer.kernel_generator.trainable = False
     copy = Involution2D.from_config(layer.get_config())
@@ -252,7 +251,7 @@ def test_a_named_generator_that_was_changed_is_stored_whole():
     assert copy.trainable
 
 
-def test_a_build_that_fails_leaves_nothing_filled_in():
+def test_failed_build_leaves_inherited_arguments_unset():
     layer = Involution2D(3, group_channels=2, reduction_ratio=5)
     with pytest.raises(ValueError, match="reduction_ratio=5, channels=4"):
         layer.build((None, 5, 6, 4))
@@ -260,11 +259,11 @@ def test_a_build_that_fails_leaves_nothing_filled_in():
     assert layer.groups == layer.kernel_generator.groups == 4
 
 
-# --- One generator for two layers ----------------------------------------------------------------
+# --- Shared generators ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("generator", [two_convolutions, lambda: Bottleneck(2), Sized])
-def test_f27_a_generator_with_weights_serves_one_layer(generator):
+def test_f27_generators_with_weights_cannot_be_shared(generator):
     shared = generator()
     first = Involution2D(3, kernel_generator=shared, name="first")
     second = Involution2D(3, kernel_generator=shared, name="second")
@@ -272,17 +271,17 @@ def test_f27_a_generator_with_weights_serves_one_layer(generator):
     first(x)
     with pytest.raises(ValueError, match=r"only one layer\. Received: .* belongs to layer first"):
         second(x)
-    # The first one is whole, and may be called again; a copy is another generator.
+    # The first layer still works, and copies of the generator are independent.
     first(first(x))
     Involution2D.from_config(first.get_config())(x)
     Involution2D(3, kernel_generator=clone(shared))(x)
-    # A generator is free when its layer is gone.
+    # A generator whose layer was deleted can be used again.
     del first
     gc.collect()
     second(x)
 
 
-def test_f27_a_part_with_weights_serves_one_generator():
+def test_f27_sublayers_with_weights_cannot_be_shared():
     shared = keras.layers.Conv2D(4, 1)
     first, second = (
         Involution2D(3, kernel_generator=keras.Sequential([shared, keras.layers.Conv2D(9, 1)]))
@@ -305,14 +304,14 @@ class Ones(keras.layers.Layer):
         return (*input_shape[:-1], 9 * self.groups)
 
 
-def test_a_generator_without_weights_may_serve_many():
+def test_generators_without_weights_can_be_shared():
     ones = keras.layers.AveragePooling2D(1)
     x = random(1, 5, 6, 9)
     for _ in range(2):
         Involution2D(3, groups=1, kernel_generator=ones)(x)
 
 
-def test_a_generator_serves_layers_of_one_number_of_groups():
+def test_sharing_a_generator_requires_equal_groups():
     ones = Ones()
     first, second = (Involution2D(3, groups=g, kernel_generator=ones) for g in (1, 2))
     first(random(1, 5, 6, 8))
@@ -322,7 +321,7 @@ def test_a_generator_serves_layers_of_one_number_of_groups():
 
 # --- Training ------------------------------------------------------------------------------------
 
-TRAINED = {
+TRAINING_LAYERS = {
     "drop-in": lambda: Involution(return_kernel=False),
     "fused": lambda: Involution2D(3),
     "dropout": lambda: Involution2D(3, kernel_dropout=0.5),
@@ -334,8 +333,8 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("make", TRAINED.values(), ids=TRAINED)
-def test_stateless_call_takes_training(make):
+@pytest.mark.parametrize("make", TRAINING_LAYERS.values(), ids=TRAINING_LAYERS)
+def test_stateless_call_supports_training(make):
     x = random(3, 5, 6, 8) + 1
     layer = make()
     layer(x)
@@ -348,31 +347,31 @@ def test_stateless_call_takes_training(make):
         return layer.stateless_call(trainable, state, x, training=training)
 
     outputs, state = call(x, True)
-    quiet, kept = call(x, False)
-    for before, after, same in zip(others, state, kept, strict=True):
-        # Keras's dropout takes PyTorch's own random numbers, and leaves its state as it is.
+    inference_outputs, inference_state = call(x, False)
+    for before, after, unchanged in zip(others, state, inference_state, strict=True):
+        # On PyTorch, Keras's dropout uses PyTorch's generator and does not update its own seed.
         if BACKEND != "torch" or np.issubdtype(before.dtype, np.floating):
             assert not np.array_equal(numpy(after), before)
-        np.testing.assert_array_equal(numpy(same), before)
-    assert not np.allclose(numpy(outputs), numpy(quiet))
-    # Nothing is left of it, neither in the layer nor in Keras.
+        np.testing.assert_array_equal(numpy(unchanged), before)
+    assert not np.allclose(numpy(outputs), numpy(inference_outputs))
+    # The calls changed neither the layer nor the state of Keras.
     for variable, before in zip(layer.non_trainable_variables, others, strict=True):
         np.testing.assert_array_equal(numpy(variable.value), before)
-    np.testing.assert_allclose(numpy(layer(x)), numpy(quiet), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(numpy(layer(x)), numpy(inference_outputs), rtol=1e-5, atol=1e-5)
     if BACKEND == "jax":
         import jax
 
         _, compiled = jax.jit(call, static_argnums=1)(x, True)
         for a, b in zip(state, compiled, strict=True):
             np.testing.assert_allclose(numpy(a), numpy(b), rtol=1e-5, atol=1e-6)
-    # As a call with side effects.
+    # A stateful call updates the variables to the same values.
     layer(x, training=True)
     for variable, after in zip(layer.non_trainable_variables, state, strict=True):
         np.testing.assert_allclose(numpy(variable.value), numpy(after), rtol=1e-5, atol=1e-6)
 
 
 class Wrapping(keras.layers.Layer):
-    """Calls what it wraps as some of Keras's wrappers do: by ``call`` itself."""
+    """Calls ``call`` of the inner layer directly, as some of Keras's wrappers do."""
 
     def __init__(self, inner, **kwargs):
         super().__init__(**kwargs)
@@ -385,7 +384,7 @@ class Wrapping(keras.layers.Layer):
         return self.inner.call(x, training=training)
 
 
-def test_training_reaches_what_a_wrapper_contains():
+def test_training_argument_reaches_a_wrapped_layer():
     x = random(2, 5, 6, 8) + 1
     inner = Involution2D(3)
     wrapped = Wrapping(inner)
@@ -404,7 +403,7 @@ def test_training_reaches_what_a_wrapper_contains():
 
 # --- Shapes --------------------------------------------------------------------------------------
 
-SHAPED = {
+LAYERS = {
     "Involution": (2, lambda: Involution()),
     "Involution1D": (1, lambda: Involution1D(3)),
     "Involution2D": (2, lambda: Involution2D(3)),
@@ -419,29 +418,29 @@ SHAPED = {
 }
 
 
-@pytest.mark.parametrize(("rank", "make"), SHAPED.values(), ids=SHAPED)
-def test_a_shape_of_too_few_or_too_many_axes_is_refused(rank, make):
+@pytest.mark.parametrize(("rank", "make"), LAYERS.values(), ids=LAYERS)
+def test_wrong_number_of_axes_raises(rank, make):
     built = make()
     built.build((2, *[8] * (rank + 1)))
     for axes in (rank + 1, rank + 3):
         shape = (8,) * axes
         match = f"expected ndim={rank + 2}, found ndim={axes}"
-        for ask in (
+        for function in (
             make().build,
             make().compute_output_shape,
             built.compute_output_shape,
             lambda shape: make().compute_output_spec(keras.KerasTensor(shape)),
         ):
             with pytest.raises(ValueError, match=match) as error:
-                ask(shape)
+                function(shape)
             assert "\n" not in str(error.value).strip()
             assert f"input_shape={shape}" in str(error.value)
-        for called in (built, make()):
+        for layer in (built, make()):
             with pytest.raises(ValueError, match=f"found ndim={axes}"):
-                called(random(*shape))
+                layer(random(*shape))
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (2, 3, 4, 5, 6, 7)])
-def test_a_generator_has_one_to_three_spatial_axes(shape):
+def test_generators_require_one_to_three_spatial_axes(shape):
     with pytest.raises(ValueError, match=rf"expected ndim=3, 4 or 5, found ndim={len(shape)}"):
         Linear(3, 1).build(shape)

@@ -1,4 +1,4 @@
-"""Kernel generators by themselves: from features to kernel maps."""
+"""Standalone kernel generators: kernel maps of features."""
 
 import keras
 import numpy as np
@@ -18,17 +18,17 @@ def features(rank, channels=6):
 
 
 def pooled(x, stride):
-    """Means over windows of ``stride`` in every dimension, the last of which may be partial."""
+    """Means over windows of ``stride`` positions per dimension; the last window may be partial."""
     x = np.float64(x)
     for axis in range(1, x.ndim - 1):
         starts = range(0, x.shape[axis], stride)
         parts = [x.take(range(i, min(i + stride, x.shape[axis])), axis) for i in starts]
-        # Every dimension alone: the mean of means, because the windows are boxes.
+        # One dimension at a time: the mean over a box is the mean of its means along each axis.
         x = np.concatenate([part.mean(axis, keepdims=True) for part in parts], axis)
     return x
 
 
-def test_average_pool_means_real_values_only():
+def test_average_pool_excludes_padding():
     x = np.arange(9, dtype="float32").reshape(1, 3, 3, 1)
     assert numpy(average_pool(x, (2, 2)))[0, ..., 0].tolist() == [[2, 3.5], [6.5, 8]]
     assert numpy(average_pool(x, (3, 1)))[0, ..., 0].tolist() == [[3, 4, 5]]
@@ -36,8 +36,8 @@ def test_average_pool_means_real_values_only():
     assert average_pool(x, (1, 1)) is x
 
 
-def test_average_pool_adds_in_float32():
-    # In float16 the sum would be infinite.
+def test_average_pool_accumulates_in_float32():
+    # The sum overflows in float16.
     x = np.full((1, 64, 1), 60_000, "float16")
     assert numpy(average_pool(x, (64,))).ravel().tolist() == [60_000]
 
@@ -45,7 +45,7 @@ def test_average_pool_adds_in_float32():
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("rank", SIZES)
-def test_linear_is_a_matrix_product_of_means(rank, stride, data_format):
+def test_linear_matches_pooling_and_a_matrix_product(rank, stride, data_format):
     x = features(rank)
     generator = Linear(2, 3, stride, data_format)
     generator(to_format(x, data_format))
@@ -59,7 +59,7 @@ def test_linear_is_a_matrix_product_of_means(rank, stride, data_format):
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("rank", SIZES)
-def test_bottleneck_is_the_papers_five_steps(rank, stride, data_format):
+def test_bottleneck_matches_the_paper(rank, stride, data_format):
     x = features(rank)
     generator = Bottleneck(2, kernel_size=2, groups=3, strides=stride, data_format=data_format)
     generator(to_format(x, data_format))
@@ -75,7 +75,7 @@ def test_bottleneck_is_the_papers_five_steps(rank, stride, data_format):
     assert relative_error(got, hidden @ expand + bias) < 1e-5
 
 
-def test_bottleneck_keeps_a_tenth_of_new_statistics():
+def test_bottleneck_normalization_has_momentum_0_9():
     generator = Bottleneck(1, kernel_size=1, groups=1)
     x = features(1, 1)
     generator(x)
@@ -95,7 +95,7 @@ def from_format(x, data_format):
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("make", [Linear, Bottleneck])
-def test_shapes_are_the_same_however_they_are_asked_for(make, data_format):
+def test_computed_symbolic_and_eager_shapes_are_equal(make, data_format):
     generator = make(kernel_size=(2, 3), groups=2, strides=(2, 4), data_format=data_format)
     x = to_format(features(2), data_format)
     eager = tuple(generator(x).shape)
@@ -103,9 +103,9 @@ def test_shapes_are_the_same_however_they_are_asked_for(make, data_format):
     assert eager == tuple(generator(keras.KerasTensor(x.shape)).shape)
     unknown = [None, None, None, None]
     unknown[3 if data_format == "channels_last" else 1] = 6
-    told = generator.compute_output_shape(unknown)
-    assert tuple(told) == tuple(generator(keras.KerasTensor(unknown)).shape)
-    assert told.count(None) == 3
+    computed = generator.compute_output_shape(unknown)
+    assert tuple(computed) == tuple(generator(keras.KerasTensor(unknown)).shape)
+    assert computed.count(None) == 3
 
 
 @pytest.mark.parametrize("make", [Linear, Bottleneck])
@@ -126,7 +126,7 @@ def test_config_round_trip(make):
     generator(x)
     copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(generator))
     assert type(copy) is make
-    # With what was made of its arguments when it was built.
+    # Deserialization also builds the copy, which standardizes its attributes.
     assert copy.get_config() == generator.get_config()
     assert (copy.kernel_size, copy.strides) == ((2, 3), (2, 2))
     copy(x)
@@ -136,7 +136,7 @@ def test_config_round_trip(make):
     )
 
 
-def test_bottleneck_keeps_its_reduction_ratio():
+def test_bottleneck_config_has_the_reduction_ratio():
     generator = Bottleneck(3)
     assert Bottleneck.from_config(generator.get_config()).reduction_ratio == 3
 
@@ -144,7 +144,7 @@ def test_bottleneck_keeps_its_reduction_ratio():
 @pytest.mark.parametrize(
     ("make", "kernels"), [(Linear, ["expand"]), (Bottleneck, ["reduce", "expand"])]
 )
-def test_regularizers_count_in_the_losses_of_a_model(make, kernels):
+def test_regularizers_add_to_the_losses_of_a_model(make, kernels):
     import involution
 
     generator = make(kernel_regularizer=keras.regularizers.L2(0.5), bias_regularizer="l1")
@@ -158,13 +158,13 @@ def test_regularizers_count_in_the_losses_of_a_model(make, kernels):
     assert losses == pytest.approx(sorted(want), rel=1e-5)
 
 
-def test_initial_values_are_the_papers():
+def test_initial_values_match_the_paper():
     keras.utils.set_random_seed(1)
     generator = Bottleneck(1, kernel_size=5, groups=10)
     generator.build((None, None, None, 250))
     for layer, outputs in (generator.reduce, 250), (generator.expand, 250):
         values = numpy(layer.kernel)
-        # 62,500 values: the deviation is known to 0.3 %.
+        # 62,500 values estimate the deviation to 0.3 %.
         assert values.std() == pytest.approx(np.sqrt(2 / outputs), rel=0.02)
         assert abs(values.mean()) < 0.002
         # Not truncated.
@@ -172,29 +172,29 @@ def test_initial_values_are_the_papers():
     assert not numpy(generator.expand.bias).any()
 
 
-def test_weights_of_one_shape_begin_with_different_values():
+def test_weights_of_equal_shape_are_initialized_differently():
     generator = Bottleneck(1, kernel_size=3, groups=1)
     generator.build((None, None, None, 9))
     assert not np.array_equal(numpy(generator.reduce.kernel), numpy(generator.expand.kernel))
 
 
-def test_initial_values_follow_the_seed():
-    def first():
+def test_initial_values_are_reproducible():
+    def initial_weights():
         keras.utils.set_random_seed(1)
         generator = Bottleneck(kernel_size=3, groups=1)
         generator.build((None, None, None, 8))
         return generator.get_weights()
 
-    for a, b in zip(first(), first(), strict=True):
+    for a, b in zip(initial_weights(), initial_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_initializers_of_the_users_choice():
+def test_custom_initializers():
     generator = Linear(3, 2, kernel_initializer="zeros", bias_initializer="ones")
     assert (numpy(generator(features(2))) == 1).all()
 
 
-def test_get_takes_names_configurations_and_layers():
+def test_get_accepts_names_configurations_and_layers():
     assert type(kernel_generators.get(None)) is Bottleneck
     assert type(kernel_generators.get("Linear")) is Linear
     generator = Bottleneck(2)
@@ -204,7 +204,7 @@ def test_get_takes_names_configurations_and_layers():
 
 
 @pytest.mark.parametrize("identifier", ["conv", 3])
-def test_get_refuses_what_it_does_not_know(identifier):
+def test_get_rejects_unknown_identifiers(identifier):
     with pytest.raises(ValueError, match=f"bottleneck, .*, static. Received: .*={identifier!r}"):
         kernel_generators.get(identifier)
 
@@ -221,6 +221,6 @@ def test_get_refuses_what_it_does_not_know(identifier):
         (lambda: Linear(3, 1, data_format="first"), "data_format='first'"),
     ],
 )
-def test_bad_arguments_are_refused_when_built(generator, message):
+def test_invalid_arguments_raise(generator, message):
     with pytest.raises(ValueError, match="Received: " + message):
         generator().build((None, 5, 6, 6))

@@ -1,4 +1,4 @@
-"""The layers: the drop-in for the keras.io example's, and the paper's in all its dimensions."""
+"""The layers: the drop-in for the keras.io example, and the paper's in one to three dimensions."""
 
 import concurrent.futures
 import inspect
@@ -29,8 +29,8 @@ def random(*shape, seed=0, dtype="float32"):
 
 
 @pytest.fixture(scope="module")
-def worst(request):
-    """Relative errors by name; the largest of each is shown below the module's tests."""
+def recorded_errors(request):
+    """Relative errors by name; the largest of each is printed after the module's tests."""
     errors = {}
     yield errors
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
@@ -38,43 +38,43 @@ def worst(request):
             print(f"\nworst relative error of {len(values)}, {name}: {max(values):.1e}")
 
 
-def compare(worst, name, got, want):
+def compare(recorded_errors, name, got, want):
     for a, b in zip(got, want, strict=True):
         error = relative_error(numpy(a), b)
-        worst.setdefault(name, []).append(error)
+        recorded_errors.setdefault(name, []).append(error)
         assert error <= 1e-5
 
 
 # --- The drop-in ---------------------------------------------------------------------------------
 
-# One even and one odd side: what happens on one does not depend on the other.
+# One even and one odd side: the axes are independent.
 FORMULA_CASES = [(1, (7, 10)), (2, (8, 7))]
 
 
 @pytest.mark.parametrize(("stride", "sides"), FORMULA_CASES)
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 3, 5])
-def test_drop_in_is_the_examples_formula(worst, size, groups, stride, sides):
+def test_drop_in_matches_the_example(recorded_errors, size, groups, stride, sides):
     x = random(2, *sides, 6)
     layer = Involution(4, groups, size, stride, 2)
     layer(x)
     randomize(layer)
     want = formula.example(x, layer.get_weights(), size, stride, groups)
-    compare(worst, "the drop-in", layer(x), want)
+    compare(recorded_errors, "the drop-in", layer(x), want)
 
 
 @pytest.mark.parametrize("sides", [(7, 8), (10, 9)])
-def test_drop_in_pools_as_keras_does_at_stride_3(worst, sides):
-    # From stride 3 on Keras's "same" puts some of a partial window's missing values in front.
+def test_drop_in_pooling_matches_keras_at_stride_3(recorded_errors, sides):
+    # From stride 3 on, Keras's "same" can also pad before the first window.
     x = random(2, *sides, 6)
     layer = Involution(6, 2, 3, 3, 1)
     layer(x)
     randomize(layer)
     want = formula.example(x, layer.get_weights(), 3, 3, 2)
-    compare(worst, "the drop-in", layer(x), want)
+    compare(recorded_errors, "the drop-in", layer(x), want)
 
 
-def test_drop_in_has_the_examples_arguments_with_defaults():
+def test_drop_in_signature_matches_the_example():
     parameters = list(inspect.signature(Involution).parameters.values())[:6]
     assert [(p.name, p.default) for p in parameters] == [
         ("channel", None),
@@ -88,14 +88,12 @@ def test_drop_in_has_the_examples_arguments_with_defaults():
     assert [config[p.name] for p in parameters] == [12, 3, 5, 2, 4, "positional"]
 
 
-EXAMPLE_PRINTS = [(3, 1, 1, 256, 3), (3, 2, 1, 128, 3), (16, 1, 2, 256, 8)]
+EXAMPLE_SHAPES = [(3, 1, 1, 256, 3), (3, 2, 1, 128, 3), (16, 1, 2, 256, 8)]
 
 
 @pytest.mark.parametrize("batch", [2, pytest.param(32, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("channel", "stride", "ratio", "side", "hidden"), EXAMPLE_PRINTS)
-def test_drop_in_has_the_shapes_that_the_example_prints(
-    batch, channel, stride, ratio, side, hidden
-):
+@pytest.mark.parametrize(("channel", "stride", "ratio", "side", "hidden"), EXAMPLE_SHAPES)
+def test_drop_in_shapes_match_the_example(batch, channel, stride, ratio, side, hidden):
     layer = Involution(channel, 1, 5, stride, ratio, "inv")
     output, kernel = layer(random(batch, 256, 256, 3))
     assert tuple(output.shape) == (batch, side, side, 3)
@@ -108,7 +106,7 @@ def test_drop_in_has_the_shapes_that_the_example_prints(
     ]
 
 
-def test_drop_in_generates_with_a_sequential_of_the_examples_four_layers():
+def test_drop_in_generator_is_the_examples_sequential():
     layer = Involution()
     layer.build((None, None, None, 3))
     assert isinstance(layer.kernel_gen, keras.Sequential)
@@ -116,7 +114,7 @@ def test_drop_in_generates_with_a_sequential_of_the_examples_four_layers():
     assert names == ["Conv2D", "BatchNormalization", "ReLU", "Conv2D"]
 
 
-def test_drop_in_fits_a_sequential_without_its_kernel():
+def test_drop_in_without_its_kernel_works_in_a_sequential():
     model = keras.Sequential([Involution(return_kernel=False, stride=2), keras.layers.ReLU()])
     assert tuple(model(random(2, 9, 7, 3)).shape) == (2, 5, 4, 3)
 
@@ -128,26 +126,26 @@ def test_drop_in_fits_a_sequential_without_its_kernel():
         ({"group_number": 4}, GROUP_ERROR.format("group_number")),
     ],
 )
-def test_drop_in_refuses_when_built(arguments, message):
+def test_drop_in_build_rejects_invalid_channels(arguments, message):
     with pytest.raises(ValueError, match=message):
         Involution(**arguments).build((None, 8, 8, 6))
 
 
 @pytest.mark.parametrize("name", ["channel", "group_number", "kernel_size", "stride"])
-def test_drop_in_refuses_arguments_below_1(name):
+def test_drop_in_rejects_arguments_below_1(name):
     with pytest.raises(ValueError, match=f"Received: {name}=0"):
         Involution(**{name: 0})
 
 
 @pytest.mark.parametrize("channels", [1, 3, 16, 20])
-def test_f07_channel_sets_the_hidden_width_and_not_the_output(channels):
+def test_f07_channel_sets_the_hidden_width_only(channels):
     layer = Involution(channel=16, reduction_ratio=2)
     output, _ = layer(keras.KerasTensor((2, 5, 4, channels)))
     assert tuple(output.shape) == (2, 5, 4, channels)
     assert tuple(layer.weights[0].shape) == (1, 1, channels, 8)
 
 
-def test_f07_channel_is_the_inputs_unless_told():
+def test_f07_channel_defaults_to_the_input_channels():
     layer = Involution(reduction_ratio=4)
     layer.build((None, None, None, 20))
     assert tuple(layer.weights[0].shape) == (1, 1, 20, 5)
@@ -159,14 +157,14 @@ def test_f07_channel_is_the_inputs_unless_told():
 @pytest.mark.parametrize(("stride", "sides"), FORMULA_CASES)
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 3, 5])
-def test_involution2d_is_the_papers_formula(worst, size, groups, stride, sides):
+def test_involution2d_matches_the_paper(recorded_errors, size, groups, stride, sides):
     x = random(2, *sides, 6)
     layer = Involution2D(
         size, stride, "symmetric", groups=groups, reduction_ratio=2, return_kernel=True
     )
     layer(x)
     randomize(layer)
-    # By name, because the order of this layer's weights is nobody else's business.
+    # By name: the order of this layer's weights is not part of its interface.
     g = layer.kernel_generator
     bn = g.normalization
     tap_major = [g.expand.kernel, g.expand.bias]
@@ -176,7 +174,7 @@ def test_involution2d_is_the_papers_formula(worst, size, groups, stride, sides):
     ]
     weights = [g.reduce.kernel, bn.gamma, bn.beta, bn.moving_mean, bn.moving_variance]
     want = formula.paper(x, [*map(numpy, weights), *group_major], size, stride, groups)
-    compare(worst, "Involution2D", layer(x), want)
+    compare(recorded_errors, "Involution2D", layer(x), want)
 
 
 ORACLE_CASES = [
@@ -213,8 +211,8 @@ ids = [f"{rank}D-" + "-".join(f"{k}={v}" for k, v in case.items()) for rank, cas
 every_case = pytest.mark.parametrize(("rank", "arguments"), ORACLE_CASES, ids=ids)
 
 
-def case_of(rank, arguments, **more):
-    """A layer that returns its kernels too, and an input of 6 channels for it."""
+def layer_and_input(rank, arguments, **more):
+    """A layer that also returns its kernels, and an input with 6 channels."""
     layer = LAYERS[rank](reduction_ratio=2, return_kernel=True, **arguments, **more)
     x = random(2, *SIZES[rank], 6)
     return layer, to_format(x, layer.data_format)
@@ -225,15 +223,15 @@ def to_format(x, data_format):
 
 
 def to_last(x, data_format, channel_axes=1):
-    """channels_last, from an array with one (features) or two (kernels) axes of channels."""
+    """Converts to channels_last; features have one channel axis, kernels two: taps and groups."""
     if data_format == "channels_last":
         return x
     return np.moveaxis(x, range(1, 1 + channel_axes), range(-channel_axes, 0))
 
 
 @every_case
-def test_layers_are_the_oracle_of_their_own_kernels(rank, arguments):
-    layer, x = case_of(rank, arguments)
+def test_layers_match_the_oracle_for_their_own_kernels(rank, arguments):
+    layer, x = layer_and_input(rank, arguments)
     layer(x)
     randomize(layer)
     y, kernel = (numpy(t) for t in layer(x))
@@ -252,25 +250,25 @@ def test_layers_are_the_oracle_of_their_own_kernels(rank, arguments):
 
 
 @every_case
-def test_f24_shapes_are_the_same_however_they_are_asked_for(rank, arguments):
-    layer, x = case_of(rank, arguments)
-    told = [tuple(shape) for shape in layer.compute_output_shape(x.shape)]
-    assert told == [tuple(t.shape) for t in layer(x)]
-    assert told == [tuple(t.shape) for t in layer(keras.KerasTensor(x.shape))]
-    alone = LAYERS[rank](**arguments, reduction_ratio=2)
-    assert tuple(alone.compute_output_shape(x.shape)) == told[0]
-    assert tuple(alone(keras.KerasTensor(x.shape)).shape) == told[0]
+def test_f24_computed_symbolic_and_eager_shapes_are_equal(rank, arguments):
+    layer, x = layer_and_input(rank, arguments)
+    computed = [tuple(shape) for shape in layer.compute_output_shape(x.shape)]
+    assert computed == [tuple(t.shape) for t in layer(x)]
+    assert computed == [tuple(t.shape) for t in layer(keras.KerasTensor(x.shape))]
+    without_kernel = LAYERS[rank](**arguments, reduction_ratio=2)
+    assert tuple(without_kernel.compute_output_shape(x.shape)) == computed[0]
+    assert tuple(without_kernel(keras.KerasTensor(x.shape)).shape) == computed[0]
 
 
 @every_case
 def test_f24_unknown_sizes_stay_unknown(rank, arguments):
-    layer, x = case_of(rank, arguments)
+    layer, x = layer_and_input(rank, arguments)
     axis = 1 if layer.data_format == "channels_first" else -1
     shape = [None] * x.ndim
     shape[axis] = 6
-    told = layer.compute_output_shape(shape)
-    assert [tuple(t.shape) for t in layer(keras.KerasTensor(shape))] == [tuple(s) for s in told]
-    assert [s.count(None) for s in told] == [rank + 1] * 2
+    computed = layer.compute_output_shape(shape)
+    assert [tuple(t.shape) for t in layer(keras.KerasTensor(shape))] == [tuple(s) for s in computed]
+    assert [s.count(None) for s in computed] == [rank + 1] * 2
 
 
 @pytest.mark.parametrize("return_kernel", [True, False])
@@ -278,16 +276,16 @@ def test_f24_unknown_sizes_stay_unknown(rank, arguments):
 def test_f24_shapes_of_the_drop_in(stride, return_kernel):
     layer = Involution(None, 3, 3, stride, return_kernel=return_kernel)
     for shape in [(2, 7, 10, 6), (None, None, None, 6)]:
-        told = layer.compute_output_shape(shape)
+        computed = layer.compute_output_shape(shape)
         symbolic = layer(keras.KerasTensor(shape))
-        assert told == keras.tree.map_structure(lambda t: tuple(t.shape), symbolic)
-    told = layer.compute_output_shape((2, 7, 10, 6))
+        assert computed == keras.tree.map_structure(lambda t: tuple(t.shape), symbolic)
+    computed = layer.compute_output_shape((2, 7, 10, 6))
     eager = layer(random(2, 7, 10, 6))
-    assert told == keras.tree.map_structure(lambda t: tuple(t.shape), eager)
+    assert computed == keras.tree.map_structure(lambda t: tuple(t.shape), eager)
 
 
 def traced_without_sizes(model):
-    """A model as one program for all sizes. In TensorFlow alone they stay unknown in it."""
+    """A model as a compiled function; on TensorFlow, with one trace for all sizes."""
     if keras.backend.backend() != "tensorflow":
         return in_graph(model)
     import tensorflow as tf
@@ -305,7 +303,7 @@ def traced_without_sizes(model):
         lambda: Involution3D(3, (1, 2, 1), ((1, 0), (0, 1), (1, 1)), groups=2),
     ],
 )
-def test_f02_one_model_takes_every_size(layer):
+def test_f02_one_model_accepts_every_size(layer):
     layer = layer()
     rank = getattr(layer, "rank", 2)
     data_format = getattr(layer, "data_format", "channels_last")
@@ -340,7 +338,7 @@ def test_f06_number_of_groups(channels, arguments, groups):
     assert layer.groups == groups
 
 
-def test_f06_channels_that_do_not_divide_name_those_that_do():
+def test_f06_indivisible_channels_raise_with_the_divisors():
     with pytest.raises(ValueError, match=GROUP_ERROR.format("groups")):
         Involution2D(3, groups=4)(random(1, 4, 4, 6))
     with pytest.raises(ValueError, match=GROUP_ERROR.format("group_channels")):
@@ -360,7 +358,7 @@ def test_f06_channels_that_do_not_divide_name_those_that_do():
         lambda: Involution2D(3, 2, groups=2, kernel_generator="pairwise_attention"),
     ],
 )
-def test_f13_an_empty_batch_stays_empty(make):
+def test_f13_empty_batch_gives_empty_output(make):
     y = make()(np.zeros((0, 7, 10, 6), "float32"))
     assert tuple(y.shape) == (0, 4, 5, 6)
 
@@ -369,11 +367,11 @@ def test_f13_an_empty_batch_stays_empty(make):
 
 
 def summing(**arguments):
-    """Linear generators whose kernels are all the sum of the pooled channels."""
+    """A Linear generator for which every kernel value is the sum of the pooled channels."""
     return Linear(kernel_initializer="ones", **arguments)
 
 
-def test_strided_generators_average_real_values_only():
+def test_strided_generators_exclude_padding_from_averages():
     x = np.float32([1, 3, 5, 7, 10]).reshape(1, 5, 1)
     layer = Involution1D(1, 2, kernel_generator=summing(), return_kernel=True)
     y, kernel = layer(x)
@@ -384,18 +382,18 @@ def test_strided_generators_average_real_values_only():
 @pytest.mark.parametrize(
     ("arguments", "want"),
     [
-        # Windows of 3 around 1, 3, 5: the pooled pairs start at their centres.
+        # Windows of 3 around 1, 3, 5: the pooled pairs start at their centers.
         ({"padding": "valid"}, [1.5, 3.5, 5.5]),
-        # Around 0, 2, 4, 6; the last pair has one real value.
+        # Around 0, 2, 4, 6; the last pair has one value inside the input.
         ({"padding": "symmetric"}, [0.5, 2.5, 4.5, 6]),
         ({"padding": 1}, [0.5, 2.5, 4.5, 6]),
         # Around 1, 3, 5; one zero after the input changes nothing.
         ({"padding": ((0, 1),)}, [1.5, 3.5, 5.5]),
-        # Windows of 3 with steps of 2 around 1, 3.
+        # Windows of 3 taps, 2 apart, around 1, 3.
         ({"padding": ((1, 0),), "dilation_rate": 2}, [1.5, 3.5]),
     ],
 )
-def test_kernels_belong_to_window_centres(arguments, want):
+def test_kernels_are_generated_at_window_centers(arguments, want):
     x = np.arange(7, dtype="float32").reshape(1, 7, 1)
     layer = Involution1D(3, 2, kernel_generator=summing(), return_kernel=True, **arguments)
     _, kernel = layer(x)
@@ -405,7 +403,7 @@ def test_kernels_belong_to_window_centres(arguments, want):
 @pytest.mark.parametrize(
     ("size", "dilation"), [((4,), (1,)), ((3, 4), (2, 1)), ((2, 5, 2), (1, 1, 1))]
 )
-def test_valid_is_the_inner_part_of_same(size, dilation):
+def test_valid_is_the_interior_of_same(size, dilation):
     rank = len(size)
     x = random(1, *SIZES[rank], 6)
     same, valid = (
@@ -426,19 +424,19 @@ def test_valid_is_the_inner_part_of_same(size, dilation):
     inner = tuple(
         slice(span // 2, n - (span + 1) // 2) for span, n in zip(spans, SIZES[rank], strict=True)
     )
-    for whole, part in zip(same(x), valid(x), strict=True):
+    for full, interior in zip(same(x), valid(x), strict=True):
         np.testing.assert_allclose(
-            numpy(part), numpy(whole)[(slice(None), *inner)], rtol=1e-5, atol=1e-5
+            numpy(interior), numpy(full)[(slice(None), *inner)], rtol=1e-5, atol=1e-5
         )
 
 
 @pytest.mark.parametrize("padding", [2, ((2, 0),), ((0, 3),)])
-def test_padding_that_puts_a_centre_outside_is_refused(padding):
+def test_window_centers_outside_the_input_raise(padding):
     with pytest.raises(ValueError, match=r"center of every window .* Received: padding="):
         Involution1D(3, padding=padding).build((None, 8, 6))
 
 
-def test_padding_that_puts_a_centre_outside_is_refused_when_the_size_is_known():
+def test_window_centers_outside_an_input_of_unknown_size_raise_in_the_call():
     layer = Involution1D(3, 2, padding=((0, 2),))
     layer.build((None, None, 6))
     assert tuple(layer(random(1, 8, 6)).shape) == (1, 4, 6)
@@ -448,30 +446,30 @@ def test_padding_that_puts_a_centre_outside_is_refused_when_the_size_is_known():
 
 @pytest.mark.parametrize("padding", ["valid", 1])
 @pytest.mark.parametrize("strides", [1, 2])
-def test_a_window_that_does_not_fit_is_refused(strides, padding):
+def test_window_larger_than_the_padded_input_raises(strides, padding):
     layer = Involution2D(9, strides, padding)
     for x in random(1, 5, 6, 8), keras.KerasTensor((1, 5, 6, 8)):
         with pytest.raises(ValueError, match=r"every output size must be at least 1.* Received: "):
             layer(x)
 
 
-def test_an_unknown_implementation_is_refused_at_once():
+def test_unknown_implementation_raises_in_the_constructor():
     with pytest.raises(ValueError, match="Received: implementation='fast'"):
         Involution2D(implementation="fast")
 
 
 @pytest.mark.parametrize("make", [Involution, Involution2D])
-def test_channels_must_be_known(make):
+def test_unknown_channels_raise(make):
     with pytest.raises(ValueError, match=r"Received: input shape \(None, 5, 6, None\)"):
         make()(keras.KerasTensor((None, 5, 6, None)))
 
 
-# --- Generators of the user's own ----------------------------------------------------------------
+# --- Custom generators ---------------------------------------------------------------------------
 
 
 @keras.saving.register_keras_serializable(package="involution_tests")
 class Doubled(keras.layers.Layer):
-    """A user's generator, which takes its sizes from the involution layer."""
+    """A custom generator that inherits its sizes from the involution layer."""
 
     def __init__(self, kernel_size=None, groups=None, **kwargs):
         super().__init__(**kwargs)
@@ -496,7 +494,7 @@ class Doubled(keras.layers.Layer):
         }
 
 
-def test_a_users_generator_is_told_what_it_leaves_open():
+def test_custom_generator_inherits_unset_arguments():
     generator = Doubled()
     layer = Involution2D((3, 2), groups=3, kernel_generator=generator, return_kernel=True)
     x = random(1, 4, 5, 6)
@@ -506,14 +504,14 @@ def test_a_users_generator_is_told_what_it_leaves_open():
     np.testing.assert_allclose(numpy(kernel), want, rtol=1e-5, atol=1e-5)
 
 
-def test_a_map_with_other_channels_is_refused():
+def test_kernel_map_with_wrong_channels_raises():
     layer = Involution2D(3, groups=2, kernel_generator=keras.layers.Conv2D(9, 1, name="nine"))
     with pytest.raises(ValueError, match=r"taps \* groups = 9 \* 2 .*Received: .*9\) from nine"):
         layer(random(1, 6, 6, 6))
 
 
 class Shrunk(keras.layers.Layer):
-    """Kernels from a part of the features: the wrong number of them."""
+    """A generator that returns a kernel for one position only."""
 
     def call(self, features):
         return keras.ops.repeat(features[:, :1, :1, :1], 9, axis=-1)
@@ -530,29 +528,29 @@ class Shrunk(keras.layers.Layer):
         Shrunk,
     ],
 )
-def test_a_map_of_another_size_is_refused(generator):
+def test_kernel_map_of_wrong_size_raises(generator):
     layer = Involution2D(3, kernel_generator=generator())
     with pytest.raises(ValueError, match=r"`kernel` must have the shape .* Received: kernel"):
         layer(random(1, 6, 6, 6))
 
 
 @pytest.mark.parametrize("generator", [lambda: keras.layers.Conv2D(9, 1, strides=2), Shrunk])
-def test_a_map_of_another_size_is_refused_where_sizes_were_unknown(generator):
+def test_kernel_map_of_wrong_size_raises_for_unknown_sizes(generator):
     inputs = keras.Input((None, None, 6))
     model = keras.Model(inputs, Involution2D(3, kernel_generator=generator())(inputs))
     model = traced_without_sizes(model)
-    # TensorFlow learns the sizes while the program runs, and has errors of its own.
+    # TensorFlow knows the sizes only at run time, and raises its own errors.
     with pytest.raises(Exception, match=r"(?i)shape|size|dimension"):
         model(random(1, 6, 6, 6))
 
 
-# --- Batch normalization and types (F25, F8) -----------------------------------------------------
+# --- Batch normalization and dtypes (F25, F8) ----------------------------------------------------
 
 DROP_IN = {"return_kernel": False}
 
 
 @pytest.mark.parametrize("make", [lambda **k: Involution(**DROP_IN, **k), Involution2D])
-def test_f25_a_frozen_layer_keeps_its_statistics(make):
+def test_f25_frozen_layers_keep_their_statistics(make):
     x = random(3, 5, 4, 8)
     layer = make()
     layer(x)
@@ -567,9 +565,9 @@ def test_f25_a_frozen_layer_keeps_its_statistics(make):
 
 @pytest.mark.parametrize("make", [lambda **k: Involution(**DROP_IN, **k), Involution2D])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "mixed_float16", "mixed_bfloat16"])
-def test_f25_training_on_a_batch_of_one_in_every_precision(make, dtype):
+def test_f25_training_on_one_position_is_finite_in_every_dtype(make, dtype):
     layer = make(dtype=dtype)
-    # One place: the variance of what is normalized is 0.
+    # One position: the batch variance is 0.
     y = layer(random(1, 1, 1, 8), training=True)
     assert keras.backend.standardize_dtype(y.dtype) == layer.compute_dtype
     assert np.isfinite(numpy(keras.ops.cast(y, "float32"))).all()
@@ -579,7 +577,7 @@ def test_f25_training_on_a_batch_of_one_in_every_precision(make, dtype):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_f25_channels_first_is_channels_last_transposed(training):
+def test_f25_channels_first_matches_channels_last(training):
     last, first = (
         Involution2D(3, 2, groups=2, data_format=f) for f in ("channels_last", "channels_first")
     )
@@ -596,20 +594,20 @@ def test_f25_channels_first_is_channels_last_transposed(training):
 
 @pytest.mark.parametrize("make", [lambda **k: Involution(**DROP_IN, **k), Involution2D])
 @pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
-def test_f08_mixed_precision_is_the_float32_layer_rounded(make, dtype):
+def test_f08_mixed_precision_matches_float32(make, dtype):
     x = random(2, 6, 5, 8)
-    wide, narrow = make(), make(dtype=dtype)
-    for layer in (wide, narrow):
+    full, mixed = make(), make(dtype=dtype)
+    for layer in (full, mixed):
         layer(x)
         randomize(layer)
     eps = {"mixed_float16": 2**-10, "mixed_bfloat16": 2**-7}[dtype]
-    got = numpy(keras.ops.cast(narrow(x), "float32"))
-    # A handful of roundings in the generator, one of the input and one of the result.
-    assert relative_error(got, numpy(wide(x))) < 8 * eps
+    got = numpy(keras.ops.cast(mixed(x), "float32"))
+    # The generator rounds a few times, and the input and the output are rounded once each.
+    assert relative_error(got, numpy(full(x))) < 8 * eps
 
 
-def trainable(layer):
-    """A small model around a layer, with every weight random."""
+def compiled_model(layer):
+    """A compiled model of one layer with random weights, its inputs and its targets."""
     rank = getattr(layer, "rank", 2)
     model = keras.Sequential([keras.Input((*SIZES[rank], 6)), layer, keras.layers.Flatten()])
     randomize(model)
@@ -619,8 +617,8 @@ def trainable(layer):
 
 @pytest.mark.parametrize("make", [lambda **k: Involution(**DROP_IN, **k), Involution2D])
 @pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
-def test_f08_a_mixed_precision_step_is_finite(make, dtype):
-    model, x, target = trainable(make(dtype=dtype))
+def test_f08_mixed_precision_training_step_is_finite(make, dtype):
+    model, x, target = compiled_model(make(dtype=dtype))
     before = model.get_weights()
     assert np.isfinite(model.train_on_batch(x, target))
     after = model.get_weights()
@@ -631,15 +629,15 @@ def test_f08_a_mixed_precision_step_is_finite(make, dtype):
 @pytest.mark.parametrize(
     ("make", "without_gradient"),
     [
-        # Batch normalization takes away what the bias before it adds: its gradient is 0.
+        # A bias before batch normalization has no effect: its gradient is 0.
         (lambda: Involution(4, 2, 3, 2, **DROP_IN), [1]),
         (lambda: Involution1D(3, 2, groups=2, reduction_ratio=2), []),
         (lambda: Involution2D(3, 2, groups=2, reduction_ratio=2), []),
         (lambda: Involution3D((3, 1, 2), 2, groups=2, reduction_ratio=2), []),
     ],
 )
-def test_f18_a_step_changes_every_weight_and_again_to_the_same_bits(make, without_gradient):
-    model, x, target = trainable(make())
+def test_f18_training_step_changes_every_weight_reproducibly(make, without_gradient):
+    model, x, target = compiled_model(make())
     before = model.get_weights()
     steps = []
     for _ in range(2):
@@ -651,13 +649,13 @@ def test_f18_a_step_changes_every_weight_and_again_to_the_same_bits(make, withou
         np.testing.assert_array_equal(new, again)
 
 
-def test_f30_eight_threads_get_what_one_gets():
+def test_f30_eight_threads_match_one():
     layer = Involution2D(3, 2, groups=2)
     inputs = [random(2, 9, 8, 8, seed=seed) for seed in range(8)]
-    alone = [numpy(layer(x)) for x in inputs]
+    expected = [numpy(layer(x)) for x in inputs]
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        together = threads.map(lambda x: numpy(layer(x)), inputs * 4)
-        for got, want in zip(together, alone * 4, strict=True):
+        results = threads.map(lambda x: numpy(layer(x)), inputs * 4)
+        for got, want in zip(results, expected * 4, strict=True):
             np.testing.assert_array_equal(got, want)
 
 
@@ -697,7 +695,7 @@ SAVED = {
 every_saved = pytest.mark.parametrize(("rank", "make"), SAVED.values(), ids=SAVED)
 
 
-def test_f27_every_argument_is_in_the_configuration():
+def test_f27_config_has_every_argument():
     arguments = {
         "kernel_size": (3, 5),
         "strides": (2, 1),
@@ -733,13 +731,13 @@ def test_f27_config_round_trip(rank, make):
     assert [w.shape for w in copy.weights] == [w.shape for w in layer.weights]
 
 
-def as_stored(layer):
-    # JSON has no tuples: a user's generator gets lists back.
+def json_config(layer):
+    # JSON has no tuples: a custom generator loads lists.
     return json.loads(json.dumps(layer.get_config()))
 
 
 @every_saved
-def test_f27_a_saved_model_loads_without_custom_objects_twice(rank, make, tmp_path):
+def test_f27_saved_models_load_without_custom_objects_twice(rank, make, tmp_path):
     layer = make()
     model = keras.Sequential([keras.Input((*SIZES[rank], 6)), layer])
     randomize(model)
@@ -753,27 +751,27 @@ def test_f27_a_saved_model_loads_without_custom_objects_twice(rank, make, tmp_pa
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
         loaded = model.layers[0]
         assert type(loaded) is type(layer)
-        assert as_stored(loaded) == as_stored(layer)
+        assert json_config(loaded) == json_config(layer)
         assert loaded.dtype_policy == layer.dtype_policy
 
 
-def test_a_generator_named_has_the_type_of_its_layer():
+def test_named_generators_inherit_the_dtype_policy():
     for name in GENERATORS:
         layer = Involution2D(3, kernel_generator=name, dtype="float64")
         assert layer.kernel_generator.dtype_policy == layer.dtype_policy
 
 
-def test_a_bottleneck_named_has_the_reduction_ratio_of_its_layer():
+def test_named_bottleneck_inherits_the_reduction_ratio():
     layer = Involution2D(3, kernel_generator="bottleneck", reduction_ratio=2)
     assert layer.kernel_generator.reduction_ratio == 2
 
 
-# --- The words -----------------------------------------------------------------------------------
+# --- Location-specific and channel-agnostic kernels ----------------------------------------------
 
 
 def impulse_responses(layer):
-    """(2 places, 3, 3, channels): what a layer makes of a 1 in all channels at one place, and of a
-    2 at another, each divided by its height."""
+    """(2 positions, 3, 3, channels): responses to an impulse of 1 in all channels at one position,
+    and of 2 at another, each divided by the impulse."""
     x = np.zeros((1, 9, 9, 4), "float32")
     x[0, 2, 2], x[0, 6, 5] = 1, 2
     layer(x)
@@ -782,20 +780,22 @@ def impulse_responses(layer):
     return np.stack([y[1:4, 1:4] / 1, y[5:8, 4:7] / 2])
 
 
-def same(a, b):
+def is_close(a, b):
     return np.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_involution_is_location_specific_and_channel_agnostic():
     layer = Involution2D(3, groups=2, reduction_ratio=1)
-    here, there = impulse_responses(layer)
-    assert not same(here, there)
-    assert same(here[..., 0], here[..., 1])
-    assert same(here[..., 2], here[..., 3])
-    assert not same(here[..., 1], here[..., 2])
+    first, second = impulse_responses(layer)
+    assert not is_close(first, second)
+    assert is_close(first[..., 0], first[..., 1])
+    assert is_close(first[..., 2], first[..., 3])
+    assert not is_close(first[..., 1], first[..., 2])
 
 
 def test_convolution_is_location_agnostic_and_channel_specific():
-    here, there = impulse_responses(keras.layers.Conv2D(4, 3, padding="same", use_bias=False))
-    assert same(here, there)
-    assert not any(same(here[..., a], here[..., b]) for a, b in itertools.combinations(range(4), 2))
+    first, second = impulse_responses(keras.layers.Conv2D(4, 3, padding="same", use_bias=False))
+    assert is_close(first, second)
+    assert not any(
+        is_close(first[..., a], first[..., b]) for a, b in itertools.combinations(range(4), 2)
+    )

@@ -1,4 +1,4 @@
-"""Convolutions of one position: Keras's numbers, by another way."""
+"""1x1 convolutions as matrix products, against Keras's convolutions."""
 
 import keras
 import numpy as np
@@ -13,21 +13,21 @@ SHAPES = {1: (2, 9, 5), 2: (2, 9, 6, 5), 3: (2, 5, 4, 3, 5)}
 
 @pytest.mark.parametrize("strides", [1, 2, 3])
 @pytest.mark.parametrize("rank", POINTWISE_CONVS)
-def test_it_is_the_convolution_of_keras(rank, strides):
+def test_pointwise_convolutions_match_keras(rank, strides):
     arguments = {"kernel_size": 1, "strides": strides, "activation": "tanh"}
     layer = POINTWISE_CONVS[rank](7, data_format="channels_last", **arguments)
-    other = getattr(keras.layers, f"Conv{rank}D")(7, data_format="channels_last", **arguments)
+    reference = getattr(keras.layers, f"Conv{rank}D")(7, data_format="channels_last", **arguments)
     x = np.random.default_rng(0).standard_normal(SHAPES[rank]).astype("float32")
     layer.build(x.shape)
-    other.build(x.shape)
+    reference.build(x.shape)
     layer.bias.assign(np.arange(7) / 7)
-    other.set_weights(layer.get_weights())
+    reference.set_weights(layer.get_weights())
     y = layer(x)
     assert tuple(y.shape) == tuple(layer.compute_output_shape(x.shape))
-    assert relative_error(numpy(y), np.float64(numpy(other(x)))) < 1e-6
+    assert relative_error(numpy(y), np.float64(numpy(reference(x)))) < 1e-6
 
 
-def test_a_model_of_it_is_saved_and_loaded(tmp_path):
+def test_pointwise_convolutions_are_saved_and_loaded(tmp_path):
     model = keras.Sequential([keras.Input((None, None, 3)), POINTWISE_CONVS[2](4, 1, 2)])
     model.save(tmp_path / "model.keras")
     x = np.random.default_rng(0).random((1, 5, 4, 3), "float32")
@@ -45,6 +45,6 @@ def test_a_model_of_it_is_saved_and_loaded(tmp_path):
         ({"kernel_size": 1, "data_format": "channels_first"}, "data_format='channels_first'"),
     ],
 )
-def test_another_convolution_is_refused(arguments, received):
+def test_other_convolutions_are_rejected(arguments, received):
     with pytest.raises(ValueError, match="must have `kernel_size` 1.* Received: .*" + received):
         POINTWISE_CONVS[2](4, **arguments)

@@ -93,16 +93,16 @@ def test_arrays_are_read_exactly(kind, tmp_path):
 def test_truncated_files_are_rejected(kind, tmp_path):
     path, want, files = write(kind, tmp_path)
     for file in files:
-        whole = file.read_bytes()
-        cuts = {*range(0, 60), *np.linspace(60, len(whole) - 1, 150, dtype=int).tolist()}
+        original = file.read_bytes()
+        cuts = {*range(0, 60), *np.linspace(60, len(original) - 1, 150, dtype=int).tolist()}
         for cut in sorted(cuts):
-            file.write_bytes(whole[:cut])
+            file.write_bytes(original[:cut])
             if kind == "bundle" and "data" in file.name and cut >= 312:
                 # The object graph after the numbers is not read.
                 assert_same(checkpoint_readers.read(path).tensors, want)
             else:
                 rejection(path)
-        file.write_bytes(whole)
+        file.write_bytes(original)
 
 
 @every_kind
@@ -111,11 +111,11 @@ def test_flipped_bits_give_an_error_or_arrays(kind, tmp_path):
     rng = np.random.default_rng(1)
     errors = lines = 0
     for file in files:
-        whole = file.read_bytes()
+        original = file.read_bytes()
         for _ in range(400):
-            damaged = bytearray(whole)
-            for place in rng.integers(len(whole), size=rng.integers(1, 4)):
-                damaged[place] ^= 1 << rng.integers(8)
+            damaged = bytearray(original)
+            for position in rng.integers(len(original), size=rng.integers(1, 4)):
+                damaged[position] ^= 1 << rng.integers(8)
             file.write_bytes(damaged)
             try:
                 got = checkpoint_readers.read(path).tensors
@@ -126,13 +126,13 @@ def test_flipped_bits_give_an_error_or_arrays(kind, tmp_path):
                 assert all(isinstance(array, np.ndarray) for array in got.values())
                 if kind in ("zip", "bundle"):  # which have checksums
                     assert_same(got, want)
-        file.write_bytes(whole)
+        file.write_bytes(original)
     assert errors > 40
     assert lines == 0
 
 
 class Call:
-    """Is pickled as a call."""
+    """Pickles as the call of a function."""
 
     def __init__(self, function, *arguments):
         self.pair = function, arguments
@@ -176,8 +176,8 @@ def test_code_in_a_pickle_is_not_executed(form, protocol, tmp_path):
         message = rejection(path)
         if protocol >= 2 and form != "legacy":
             assert any(name in message for name in (*GLOBALS, "builtins.exec", "__builtin__.exec"))
-        # Python's unpickler does execute the same bytes, which the test notices.
         assert not marker.exists()
+    # Python's unpickler executes the command: the marker would reveal an execution.
     pickle.loads(pickle.dumps(Call(os.system, command), protocol))  # noqa: S301 - our own
     assert marker.exists()
 
@@ -420,8 +420,8 @@ def test_limits_of_bundles(tmp_path, monkeypatch):
         (
             lambda: list(
                 tensorflow._block(
-                    (whole := block([(b"key", b"value")], shared=2)) + bytes(tensorflow.FOOTER),
-                    (0, len(whole) - 5),
+                    (data := block([(b"key", b"value")], shared=2)) + bytes(tensorflow.FOOTER),
+                    (0, len(data) - 5),
                 )
             ),
             "keys must be inside their block",
@@ -542,8 +542,10 @@ def test_state_dicts_contain_tensors_only(tmp_path):
 def test_member_checksums_are_verified(tmp_path):
     path, want, _ = write("zip", tmp_path)
     contents = path.read_bytes()
-    place = contents.index(want["a.weight"].tobytes()) + 5
-    path.write_bytes(contents[:place] + bytes([contents[place] ^ 1]) + contents[place + 1 :])
+    position = contents.index(want["a.weight"].tobytes()) + 5
+    path.write_bytes(
+        contents[:position] + bytes([contents[position] ^ 1]) + contents[position + 1 :]
+    )
     assert zlib.crc32(path.read_bytes()) != zlib.crc32(contents)
     assert "checksums" in rejection(path)
 

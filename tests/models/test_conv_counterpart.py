@@ -8,6 +8,8 @@ import involution
 from involution import models
 from tests.support.backends import numpy
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.mark.parametrize(
     ("rank", "kind"),

@@ -18,6 +18,8 @@ from tests.support.paths import FILES
 torch = pytest.importorskip("torch", reason="PyTorch computes the expected outputs")
 from tests.support import rednet_torch  # noqa: E402 - needs PyTorch
 
+pytestmark = pytest.mark.any_backend
+
 DEPTHS = (26, 38, 50, 101, 152)
 BOUNDS = {"float32": 1e-4, "float64": 1e-9}
 # Sizes that no stride divides.

@@ -12,6 +12,8 @@ from involution.models.rednet import VARIANTS
 from tests.support.backends import numpy
 from tests.support.keras_io_formula import relative_error
 
+pytestmark = pytest.mark.any_backend
+
 NAMES = ("rednet_tiny", *VARIANTS)
 BUILDERS = {name: models.MODELS[name] for name in NAMES}
 # Millions of parameters, and GFLOPs, from the paper.
@@ -22,9 +24,9 @@ PAPER = {
     "rednet101": (25.65, 4.74),
     "rednet152": (33.99, 6.79),
 }
-# Of the feature maps of the stages.
+# Channels of the feature maps, by stage.
 CHANNELS = dict.fromkeys(PAPER, (256, 512, 1024, 2048)) | {"rednet_tiny": (64, 64)}
-# `make test-long` runs all, for which XLA's compilation takes long; the default is the smallest.
+# XLA compiles the larger networks slowly: they run in `make test-long` only.
 every = pytest.mark.parametrize(
     "name",
     [n if n == "rednet_tiny" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES],
@@ -35,8 +37,8 @@ def images(*shape, seed=0):
     return np.random.default_rng(seed).random(shape, "float32")
 
 
-def vary(model, seed=1):
-    """Sets weights without constant tensors that keep the outputs in an ordinary range."""
+def set_moderate_weights(model, seed=1):
+    """Sets random weights that keep the outputs in a moderate range."""
     rng = np.random.default_rng(seed)
     for weight in model.weights:
         shape = tuple(weight.shape)
@@ -44,7 +46,7 @@ def vary(model, seed=1):
             weight.assign(rng.uniform(0.5, 2, shape))
         elif weight.path.endswith(("gamma", "moving_mean", "beta", "bias")):
             values = rng.normal(1 if weight.path.endswith("gamma") else 0, 0.2, shape)
-            # Involutions are quadratic: without normalization by batches, many blocks overflow.
+            # Involutions are quadratic: without batch statistics, many blocks overflow.
             small = weight.path.endswith(("_1_bn/gamma", "_3_bn/gamma"))
             weight.assign(values * (0.2 if small else 1))
     return model
@@ -65,7 +67,7 @@ def trainable(model):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_parameter_counts_match_the_paper(name):
-    # With the larger stem, equal to the last digit: RedNet-152 has 33.985 million, else 33.984.
+    # The paper's counts are those with the 7x7 stem: 33.985 million for RedNet-152, not 33.984.
     assert round((trainable(network(name)) + 720) / 1e6, 2) == PAPER[name][0]
 
 
@@ -116,7 +118,7 @@ def test_multiply_adds_of_generators(generator, each, data_format):
     assert models.count_multiply_adds(model) == 30 * (each + 9 * 4)
 
 
-def test_multiply_adds_that_are_unknown_are_an_error():
+def test_unknown_multiply_adds_raise():
     with pytest.raises(ValueError, match=r"whose input shape has None.*input_shape=None"):
         models.count_multiply_adds(models.rednet_tiny())
     model = keras.Sequential([keras.Input((8, 4)), keras.layers.LSTM(3, name="memory")])
@@ -153,13 +155,13 @@ class OwnKernels(involution.Involution2D):
         ),
     ],
 )
-def test_multiply_adds_of_overridden_computation_are_an_error(layer, received):
+def test_multiply_adds_of_overridden_computation_raise(layer, received):
     with pytest.raises(ValueError, match="Received: " + received):
         models.count_multiply_adds(keras.Sequential([keras.Input((5, 4, 6)), layer]))
 
 
 def test_multiply_adds_of_a_model_as_generator():
-    """Layers are counted at their own positions: the first at all, the second at a quarter."""
+    """Each layer is counted at its own positions: the second has a quarter of the first's."""
     generator = keras.Sequential(
         [keras.layers.Conv2D(4, 3, padding="same"), keras.layers.Conv2D(18, 1, strides=2)]
     )
@@ -243,7 +245,7 @@ def test_feature_maps_at_any_size(name):
 
 @every
 def test_channels_first_matches_channels_last(name):
-    last = vary(BUILDERS[name](classes=7))
+    last = set_moderate_weights(BUILDERS[name](classes=7))
     first = BUILDERS[name](classes=7, data_format="channels_first")
     assert first.input.shape == (None, 3, None, None)
     first.set_weights(last.get_weights())
@@ -253,13 +255,13 @@ def test_channels_first_matches_channels_last(name):
     assert got.shape == (2, 7)
     assert relative_error(got, want) < 1e-4
     maps = BUILDERS[name](feature_maps=True, data_format="channels_first")
-    alone = BUILDERS[name](include_top=False, data_format="channels_first")
-    for model in (maps, alone):
+    headless = BUILDERS[name](include_top=False, data_format="channels_first")
+    for model in (maps, headless):
         model.set_weights(last.get_weights()[:-2])
     stages = maps.predict(np.moveaxis(x, -1, 1), verbose=0)
     assert [m.shape[1] for m in stages.values()] == list(CHANNELS[name])
     *_, final = stages.values()
-    assert relative_error(alone.predict(np.moveaxis(x, -1, 1), verbose=0), final) < 1e-6
+    assert relative_error(headless.predict(np.moveaxis(x, -1, 1), verbose=0), final) < 1e-6
     matrix, bias = last.get_layer("logits").get_weights()
     assert relative_error(final.mean((2, 3)) @ matrix + bias, want) < 1e-4
 
@@ -267,7 +269,7 @@ def test_channels_first_matches_channels_last(name):
 @every
 def test_a_training_step_changes_every_parameter(name):
     keras.utils.set_random_seed(0)
-    model = vary(BUILDERS[name](classes=5))
+    model = set_moderate_weights(BUILDERS[name](classes=5))
     before = [numpy(w).copy() for w in model.trainable_weights]
     model.compile(
         keras.optimizers.SGD(0.1),
@@ -283,7 +285,7 @@ def test_a_training_step_changes_every_parameter(name):
 
 @every
 def test_round_trip_predicts_the_same_at_two_sizes(name, tmp_path):
-    model = vary(BUILDERS[name](classes=5))
+    model = set_moderate_weights(BUILDERS[name](classes=5))
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     model.save_weights(tmp_path / "model.weights.h5")

@@ -17,6 +17,8 @@ from tests.models import test_checkpoint_readers
 from tests.support.backends import numpy
 from tests.support.keras_io_formula import randomize
 
+pytestmark = pytest.mark.any_backend
+
 SMALL = {
     "cnn": {"input_shape": (8, 12, 3), "classes": 7},
     "inn": {"input_shape": (8, 8, 4), "classes": 3, "group_number": 2},
@@ -162,7 +164,7 @@ def test_differences_are_listed():
 
 
 class Variable:
-    """The weight of a model that is built at once."""
+    """A stand-in for the weight of a model."""
 
     path = "head/kernel"
 
@@ -258,10 +260,10 @@ def test_error_messages(tmp_path, monkeypatch):
     small(monkeypatch)
     weights.save(tmp_path, "small", {}, weights.MODELS["small"]())
     config, tensors = tmp_path / "config.json", tmp_path / "model.safetensors"
-    whole = json.loads(config.read_text())
+    original = json.loads(config.read_text())
 
     def message(**changes):
-        config.write_text(json.dumps({**whole, **changes}))
+        config.write_text(json.dumps({**original, **changes}))
         return rejection(tmp_path)
 
     rule = f"A model's arguments must be valid for small. Received: {config}: RuntimeError: "
@@ -279,7 +281,7 @@ def test_error_messages(tmp_path, monkeypatch):
         ({"extra": {"x": "y" * 2**20}}, "ValueError: more than 1048576 bytes"),
     ):
         assert message(**change) == rule + reason
-    text = json.dumps(whole)
+    text = json.dumps(original)
     config.write_text(text + " " * (2**20 - len(text)))
     weights.load(tmp_path)
     config.write_text(text + " " * (2**20 - len(text) + 1))
@@ -305,11 +307,11 @@ def test_arguments_that_do_not_bound_the_build_are_rejected(tmp_path, monkeypatc
     calls = small(monkeypatch)
     weights.save(tmp_path, "small", {}, weights.MODELS["small"]())
     config = tmp_path / "config.json"
-    whole = json.loads(config.read_text())
+    original = json.loads(config.read_text())
     calls.clear()
 
     def message(**arguments):
-        config.write_text(json.dumps({**whole, "arguments": arguments}))
+        config.write_text(json.dumps({**original, "arguments": arguments}))
         return rejection(tmp_path)
 
     rule = (
@@ -324,7 +326,7 @@ def test_arguments_that_do_not_bound_the_build_are_rejected(tmp_path, monkeypatc
     assert message(blocks=[1, 9999]) == f"{rule}{config} with blocks=(1, 9999) and 1 tensors"
     assert calls == []
     for arguments in ({"blocks": 1}, {"blocks": [1, 0]}, {"blocks": None}, {"blocks": ["x", 1]}):
-        config.write_text(json.dumps({**whole, "arguments": arguments}))
+        config.write_text(json.dumps({**original, "arguments": arguments}))
         weights.load(tmp_path)
 
 
@@ -349,10 +351,10 @@ def test_only_registered_models_are_saved(tmp_path):
 def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path):
     saved("cnn", tmp_path)
     file = tmp_path / "model.safetensors"
-    whole = load_file(file)
+    original = load_file(file)
 
     def message(changes):
-        tensors = {k: v for k, v in (whole | changes).items() if v is not None}
+        tensors = {k: v for k, v in (original | changes).items() if v is not None}
         save_file(tensors, file)
         return rejection(tmp_path)
 
@@ -362,7 +364,7 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path):
     assert "1 unknown: more" in message({"more": np.ones(2, "float32")})
     assert "conv2d/bias (31,) instead of (32,)" in message({"conv2d/bias": np.ones(31, "f")})
     assert "dtype of F16, F32, F64" in message({"conv2d/bias": np.ones(32, "int32")})
-    save_file({k: v.astype("float64") for k, v in whole.items()}, file)
+    save_file({k: v.astype("float64") for k, v in original.items()}, file)
     weights.load(tmp_path)
 
 
@@ -381,7 +383,7 @@ def test_invalid_configurations_are_rejected(tmp_path):
     assert "arguments and extra" in message(arguments=[1])
     assert "must be valid for cnn" in message(arguments={"classes": 7, "wings": 3})
     assert "must be valid for cnn" in message(arguments={"classes": 7, "input_shape": "large"})
-    # Before memory is allocated.
+    # Rejected before memory is allocated.
     text = message(arguments={**config["arguments"], "classes": 10**12})
     assert "must be valid for cnn. " in text
     assert "elements, of which " in text
@@ -397,15 +399,15 @@ def test_invalid_configurations_are_rejected(tmp_path):
 def test_damaged_weights_give_an_error_or_a_model(tmp_path):
     saved("cnn", tmp_path)
     file = tmp_path / "model.safetensors"
-    whole = file.read_bytes()
-    for cut in (0, 7, 8, 100, 1000, len(whole) - 1):
-        file.write_bytes(whole[:cut])
+    original = file.read_bytes()
+    for cut in (0, 7, 8, 100, 1000, len(original) - 1):
+        file.write_bytes(original[:cut])
         rejection(tmp_path)
     rng = np.random.default_rng(0)
-    header = 8 + int.from_bytes(whole[:8], "little")
+    header = 8 + int.from_bytes(original[:8], "little")
     errors = 0
     for _ in range(40):
-        damaged = bytearray(whole)
+        damaged = bytearray(original)
         damaged[rng.integers(header)] ^= 1 << rng.integers(8)
         file.write_bytes(damaged)
         try:

@@ -17,7 +17,7 @@ from tests.support.oracle import Call, error_bound, not_finite, pads, random_cal
 
 FORWARD, INPUT_GRAD, KERNEL_GRAD = range(3)
 DTYPES = ("float64", "float32")
-# Every vector axis, with sizes that are no multiples of vectors.
+# Every vector axis, with sizes that are not multiples of the vector width.
 WIDE = [
     Call(2, (7, 5), 48, (3, 3), (1, 1), "same", (1, 1), 3),
     Call(1, (9, 6), 34, (3, 2), (2, 1), "same", (1, 2), 17, "interleaved"),

@@ -1,10 +1,10 @@
-# The core for Arm, built by GCC and by Clang and run under user-mode emulation: its program of calls, and
-# calls from Python that are compared with the oracle. On Debian and its kind, by `make test-arm`. All
-# that it makes and downloads lies in build/arm.
+# The core for Arm, built by GCC and Clang and run under user-mode emulation: its test program, and calls
+# from Python compared with the oracle. Requires Debian or a derivative; run by `make test-arm`. All
+# builds and downloads are in build/arm.
 #
 #     sh tests/native/arm.sh LIBRARY
 #
-# runs one that is built instead.
+# tests an existing library instead.
 set -eu
 library=${1:-}
 python=${PYTHON:-python3}
@@ -20,7 +20,8 @@ here=$PWD/build/arm
 root=$here/root
 mkdir -p "$here/state/lists/partial" "$here/cache/archives/partial" "$here/packages"
 
-# Python for Arm, from this system's sources by an apt of its own, which leaves the system's alone.
+# Python for Arm, from this system's package sources. apt has its own state, so that the system's does
+# not change.
 if [ ! -e "$here/ready" ]; then
 	touch "$here/status"
 	set -- -qq -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o Dir::State="$here/state" \
@@ -30,7 +31,7 @@ if [ ! -e "$here/ready" ]; then
 	(cd "$here/packages" && apt-get "$@" download libc6 libgcc-s1 libstdc++6 zlib1g libexpat1 libffi8 \
 		"libpython$version-minimal" "python$version-minimal" "libpython$version-stdlib")
 	for package in "$here"/packages/*.deb; do dpkg -x "$package" "$root"; done
-	# Where packages have everything in /usr.
+	# Packages with a merged /usr.
 	[ -e "$root/lib" ] || ln -s usr/lib "$root/lib"
 	"$python" -m pip download --quiet --no-deps --only-binary :all: --python-version "$version" \
 		--platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \

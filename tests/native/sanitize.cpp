@@ -1,6 +1,6 @@
 // Calls of the core: every pass, fused and unfused, data type, layout and target, with sizes that
-// are no multiples of vectors, from several threads at once. Run under sanitizers by `make
-// sanitize`, without one by `make test-arm`; prints one line.
+// are not multiples of the vector width, from several threads at once. Run under sanitizers by
+// `make sanitize`, without them by `make test-arm`; prints one line.
 //
 // Buffers have exactly the size of their tensors, so that sanitizers report out-of-bounds accesses,
 // and results start as NaN.
@@ -63,7 +63,7 @@ Call draw(std::mt19937& random, index_t type) {
   return c;
 }
 
-// Bytes, for the exact size; a repeated byte below 0x40 is a small number in every type.
+// Exactly as many bytes as the tensor; a repeated byte below 0x40 is a small number in every type.
 std::vector<unsigned char> filled(index_t count, index_t type, unsigned char byte) {
   const index_t bytes = type == 0 ? 8 : type == 1 ? 4 : 2;
   std::vector<unsigned char> memory(static_cast<std::size_t>(count * bytes), byte);
@@ -71,7 +71,7 @@ std::vector<unsigned char> filled(index_t count, index_t type, unsigned char byt
   return memory;
 }
 
-// Whether every element was written: all results are finite.
+// Whether every element was written: results are finite, so none has the bytes 0xff.
 bool written(const std::vector<unsigned char>& memory, index_t type) {
   const std::size_t bytes = type == 0 ? 8 : type == 1 ? 4 : 2;
   const std::vector<unsigned char> untouched(bytes, 0xff);
@@ -103,7 +103,7 @@ bool run(const Call& call, int threads) {
   return true;
 }
 
-// The same with generated kernels: channels are last.
+// The same for fused passes, which are channels-last only.
 bool run_fused(const Call& call, index_t hidden_channels, int threads) {
   const index_t type = call.params.dtype, channels = call.params.channels;
   const index_t* const kernel_size = call.params.kernel_size;

@@ -1,4 +1,4 @@
-"""The build of the native core: what fails there is a reason, and the installation goes on."""
+"""The native build: a failure is recorded as a reason, and the installation continues."""
 
 import shutil
 import subprocess
@@ -18,7 +18,7 @@ pytestmark = [
     ),
 ]
 
-# Minimal sources that compile at once.
+# Minimal sources, which compile fast.
 STUBS = {
     "kernels/kernels.cpp": "static int nothing; int* INVOLUTION_TARGET() { return &nothing; }",
     "api.cpp": "int involution_of_the_test() { return 0; }",
@@ -47,7 +47,7 @@ def sources(tmp_path):
 
 
 def installed(sources, *settings):
-    """{file: text, or None for a library} of an installation, as scikit-build-core makes it."""
+    """Installs with the commands of scikit-build-core: {file: text, or None for a library}."""
     project = sources.parent
     build, prefix = project / "build", project / "prefix"
     python = f"-DPython_EXECUTABLE={sys.executable}"
@@ -56,13 +56,13 @@ def installed(sources, *settings):
         ["cmake", "--build", build],
         ["cmake", "--install", build, "--prefix", prefix],
     ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
     files = (prefix / "involution" / "native").iterdir()
     return {f.name: None if f.suffix in (".so", ".dll") else f.read_text() for f in files}
 
 
-def test_what_cannot_be_built_costs_only_itself(sources):
+def test_failed_binding_does_not_affect_the_other_libraries(sources):
     (sources / "bindings/tensorflow.cpp").write_text("#error no such interface\n")
     files = installed(sources)
     assert files.pop("libinvolution.so", "") is None
@@ -74,7 +74,7 @@ def test_what_cannot_be_built_costs_only_itself(sources):
     assert files == {"libinvolution_jax.so": None}
 
 
-def test_a_core_that_cannot_be_compiled_is_a_reason(sources):
+def test_compile_error_in_the_core_is_recorded(sources):
     (sources / "thread_pool.cpp").write_text("#error another machine's [word]; and so on\n")
     (name, reason), *rest = installed(sources).items()
     assert (name, rest) == ("missing.txt", [])
@@ -89,7 +89,7 @@ def test_a_core_that_cannot_be_compiled_is_a_reason(sources):
         ("exit 3", "is not able to compile a simple test program."),
     ],
 )
-def test_a_compiler_that_does_not_work_is_a_reason(sources, script, reason):
+def test_broken_compiler_is_recorded(sources, script, reason):
     compiler = sources / "c++"
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
@@ -98,37 +98,37 @@ def test_a_compiler_that_does_not_work_is_a_reason(sources, script, reason):
     assert files["missing.txt"].endswith(f"{reason}\n")
 
 
-def test_a_library_that_cannot_be_linked_is_a_reason(sources):
+def test_link_error_is_recorded(sources):
     files = installed(sources, "-DCMAKE_SHARED_LINKER_FLAGS=-linvolution_of_nobody")
     assert list(files) == ["missing.txt"]
     assert "involution_of_nobody" in files["missing.txt"]
 
 
-def test_a_missing_binding_has_the_reason_of_the_installation(monkeypatch, tmp_path):
+def test_missing_binding_has_the_recorded_reason(monkeypatch, tmp_path):
     (tmp_path / "missing_jax.txt").write_text("jax.cpp:3:1: error: other headers\n")
     files = {"missing_jax.txt": tmp_path / "missing_jax.txt"}
     monkeypatch.setattr(library, "find", files.get)
     message = "the package was installed without its binding for jax: "
     assert library.binding("jax") == (None, message + "jax.cpp:3:1: error: other headers")
     assert library.binding("torch")[1].endswith("for torch: it was not built")
-    # The tests leave out what the installation did.
+    # Tests of `native` are skipped for this reason.
     monkeypatch.setattr(library, "core", lambda: (object(), None))
     monkeypatch.setattr(backends, "BACKEND", "jax")
     assert backends.missing() == message + "jax.cpp:3:1: error: other headers"
 
 
-def test_windows_gets_a_core_and_says_why_tensorflow_has_no_binding(sources):
-    """As far as another system's CMake goes: names, and what is left out."""
+def test_windows_has_no_tensorflow_binding(sources):
+    """Built on another system, which shows only file names and omitted bindings."""
     files = installed(sources, "-DWIN32=ON")
     reason = files.pop("missing_tensorflow.txt")
     assert reason.startswith("on Windows a library cannot")
     assert files == {"libinvolution.dll": None, "libinvolution_jax.dll": None}
 
 
-def test_each_system_has_its_names_of_libraries(monkeypatch):
-    asked = []
-    monkeypatch.setattr(library, "find", asked.append)
+def test_library_names_have_the_suffix_of_the_system(monkeypatch):
+    names = []
+    monkeypatch.setattr(library, "find", names.append)
     monkeypatch.setattr(library, "SUFFIX", ".dll")
     library._load()
     library.binding("jax")
-    assert asked[::2] == ["libinvolution.dll", "libinvolution_jax.dll"]
+    assert names[::2] == ["libinvolution.dll", "libinvolution_jax.dll"]

@@ -57,8 +57,8 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 @functools.cache
 def random_call_values(dtype):
-    """Calls with the arrays that they are given, what they give, and how far off that may be."""
-    found = []
+    """Random calls with their arrays, and for each pass the expected result and error bound."""
+    cases = []
     for call in random_calls(96, seed=8):
         arrays = [a.astype(dtype) for a in call.arrays(seed=8)]
         exact = [a.astype("float64") for a in arrays]
@@ -67,8 +67,8 @@ def random_call_values(dtype):
         for pass_, truth in native_core.expected(call, *exact).items():
             terms = call.channels // call.groups if pass_ == KERNEL_GRAD else call.taps
             bounds[pass_] = truth, error_bound(truth, magnitudes[pass_], terms, dtype)
-        found.append((call, arrays, bounds))
-    return found
+        cases.append((call, arrays, bounds))
+    return cases
 
 
 @each_target
@@ -80,27 +80,27 @@ def test_output_and_gradients_of_random_calls(dtype, target):
             assert (np.abs(value - truth) <= bound).all(), (pass_, call)
 
 
-# Below, at and above every vector's lanes, and what is left over from each.
+# Below, at and above the lanes of every vector, with all kinds of remainders.
 CHANNELS_OF_A_GROUP = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 32, 33, 48, 64, 130)
 GROUPS = (1, 2, 3, 4, 5, 8, 16, 32)
 ROWS = (1, 2, 3, 5, 7, 9, 15, 17, 33, 50)
 WINDOWS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
-def wide_call(random, members, groups, row, window, group_layout, data_format):
-    def some(*values, count):
+def wide_call(random, channels_per_group, groups, row, window, group_layout, data_format):
+    def choose(*values, count):
         return tuple(int(n) for n in random.choice(values, count))
 
-    # Long rows and windows are of one dimension: the oracle is slow.
+    # Long rows and windows have one dimension: the oracle is slow.
     rank = 1 if row * window > 40 else int(random.integers(1, 4))
     return Call(
         batch=int(random.integers(1, 3)),
-        sizes=(*some(1, 2, 3, count=rank - 1), row),
-        channels=members * groups,
-        kernel_size=(*some(1, 2, 3, count=rank - 1), window),
-        strides=some(1, 1, 2, 3, count=rank),
+        sizes=(*choose(1, 2, 3, count=rank - 1), row),
+        channels=channels_per_group * groups,
+        kernel_size=(*choose(1, 2, 3, count=rank - 1), window),
+        strides=choose(1, 1, 2, 3, count=rank),
         padding=str(random.choice(["same", "same", "symmetric", "valid"])),
-        dilation_rate=some(1, 1, 2, 3, count=rank),
+        dilation_rate=choose(1, 1, 2, 3, count=rank),
         groups=groups,
         group_layout=group_layout,
         data_format=data_format,
@@ -109,26 +109,29 @@ def wide_call(random, members, groups, row, window, group_layout, data_format):
 
 @functools.cache
 def wide_calls():
-    """Calls with arrays and results: every number of channels with every number of groups."""
+    """Calls with arrays and expected results, for all channels per group and numbers of groups."""
     random = np.random.default_rng(9)
     kinds = itertools.product(
         (pair for pair in itertools.product(CHANNELS_OF_A_GROUP, GROUPS) if np.prod(pair) <= 640),
         ("contiguous", "interleaved"),
         ("channels_last", "channels_first"),
     )
-    found = []
-    for (members, groups), *kind in kinds:
+    cases = []
+    for (channels_per_group, groups), *kind in kinds:
         row, window = int(random.choice(ROWS)), int(random.choice(WINDOWS))
-        draws = (wide_call(random, members, groups, row, window, *kind) for _ in itertools.count())
+        draws = (
+            wide_call(random, channels_per_group, groups, row, window, *kind)
+            for _ in itertools.count()
+        )
         call = next(c for c in draws if min(c.output_sizes, default=0) >= 1 and c.taps <= 24)
-        arrays = native_core.exact_values(call.arrays(seed=len(found)))
-        found.append((call, arrays, native_core.expected(call, *arrays)))
-    return found
+        arrays = native_core.exact_values(call.arrays(seed=len(cases)))
+        cases.append((call, arrays, native_core.expected(call, *arrays)))
+    return cases
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("group_layout", ["contiguous", "interleaved"])
-def test_wide_calls_have_every_row_window_step_and_rank(group_layout, data_format):
+def test_wide_calls_cover_every_row_window_step_and_rank(group_layout, data_format):
     kind = group_layout, data_format
     calls = [c for c, _, _ in wide_calls() if (c.group_layout, c.data_format) == kind]
     assert {c.sizes[-1] for c in calls} == set(ROWS)
@@ -139,14 +142,14 @@ def test_wide_calls_have_every_row_window_step_and_rank(group_layout, data_forma
 
 
 def assert_same(value, truth, what):
-    """To the bit, after rounding to the type, but for the sign of zero."""
+    """Exact equality with the rounded truth, except for the sign of zero."""
     rounded = truth.astype(value.dtype).astype("float64")
     np.testing.assert_array_equal(value.astype("float64"), rounded, err_msg=str(what))
 
 
 @each_target
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_number_of_channels_row_and_layout(dtype, target):
+def test_wide_calls_equal_the_oracle(dtype, target):
     for call, arrays, truths in wide_calls():
         values = native_core.results(call, *(a.astype(DTYPES[dtype]) for a in arrays), threads=3)
         for pass_, truth in truths.items():
@@ -154,8 +157,8 @@ def test_every_number_of_channels_row_and_layout(dtype, target):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_framework_gets_what_the_core_computes(dtype):
-    """A few of these calls: XLA compiles each."""
+def test_binding_equals_the_oracle(dtype):
+    """A sample of the wide calls: XLA compiles each."""
     first = list(DTYPES).index(dtype)
     for call, arrays, truths in wide_calls()[first::61]:
         # The casts are exact in both directions, and so are their gradients.
@@ -169,9 +172,9 @@ def test_the_framework_gets_what_the_core_computes(dtype):
 
 
 @each_target
-def test_f20_what_is_not_finite_spreads_as_in_the_formula(target):
-    """Also from a kernel's taps, and an output's gradient, that meet nothing of the input."""
-    spread = dict.fromkeys(PASSES, 0)
+def test_f20_non_finite_values_propagate_as_in_the_formula(target):
+    """Including those of kernel taps and output gradients that meet only padding."""
+    propagated = dict.fromkeys(PASSES, 0)
     for n, (call, arrays, _) in enumerate(wide_calls()[::9]):
         for which in range(3):
             mixed = list(arrays)
@@ -179,13 +182,12 @@ def test_f20_what_is_not_finite_spreads_as_in_the_formula(target):
             values = native_core.results(call, *(a.astype("float32") for a in mixed), threads=2)
             for pass_, truth in native_core.expected(call, *mixed).items():
                 assert_same(values[pass_], truth, (pass_, which, call))
-                spread[pass_] += np.isnan(truth).any() and not np.isnan(truth).all()
-    assert min(spread.values()) > 30
+                propagated[pass_] += np.isnan(truth).any() and not np.isnan(truth).all()
+    assert min(propagated.values()) > 30
 
 
-# Inputs without a position in some dimension, whose outputs are of padding alone; and one that lies
-# between the taps of every window.
-NOTHING = [
+# All windows contain only padding: the input is empty, or lies between the taps.
+PADDING_ONLY = [
     Call(2, (0,), 6, (3,), (1,), ((2, 1),), (1,), 2),
     Call(2, (0,), 8, (3,), (2,), ((4, 4),), (1,), 8, "interleaved"),
     Call(1, (0, 9), 12, (3, 3), (1, 1), ((2, 2), (1, 1)), (1, 1), 3),
@@ -194,17 +196,17 @@ NOTHING = [
     Call(1, (0, 0, 7), 4, (2, 2, 3), (1, 1, 1), ((1, 1), (1, 1), (2, 1)), (1, 1, 1), 4),
     Call(2, (1, 5), 6, (2, 3), (1, 1), ((4, 4), (1, 1)), (8, 1), 3),
 ]
-NOTHING += [dataclasses.replace(call, data_format="channels_first") for call in NOTHING]
+PADDING_ONLY += [dataclasses.replace(call, data_format="channels_first") for call in PADDING_ONLY]
 
 
 @each_target
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_f13_windows_that_meet_nothing_are_zero(dtype, target):
-    for call in NOTHING:
+def test_f13_windows_of_padding_only_give_zeros(dtype, target):
+    for call in PADDING_ONLY:
         arrays = [a.astype(DTYPES[dtype]) for a in call.arrays()]
         for pass_, value in native_core.results(call, *arrays, threads=2).items():
             assert not value.any(), (pass_, call)
-        # They are written, also with what 0 is multiplied with.
+        # Non-finite values give NaN there, as products with 0.
         arrays = not_finite(call.arrays(), count=2)
         values = native_core.results(call, *arrays)
         for pass_, truth in native_core.expected(call, *arrays).items():
@@ -240,15 +242,15 @@ def test_params_are_encoded_in_the_order_of_their_fields():
     assert flat == encoded
 
 
-def test_f13_without_outputs_a_gradient_is_zero():
-    """As where a traced size is 0: nothing reads the input."""
+def test_f13_input_gradient_without_outputs_is_zero():
+    """In a traced program an output size may be 0, so that nothing reads the input."""
     call = Call(2, (5,), 6, (3,), (1,), "valid", (1,), 2)
     encoded = native_core.params.encode(
         INPUT_GRAD, native_core.Window(**call.arguments), call.sizes, *call.arrays()[1:]
     )
     encoded = without_outputs(encoded)
-    dx, nothing = np.full(call.x_shape, np.nan), np.zeros(0)
-    addresses = (a.ctypes.data for a in (nothing, nothing, dx))
+    dx, empty = np.full(call.x_shape, np.nan), np.zeros(0)
+    addresses = (a.ctypes.data for a in (empty, empty, dx))
     native_library.execute(encoded, call.batch, 2, *addresses)
     assert not dx.any()
 
@@ -258,13 +260,13 @@ def every_pattern(dtype):
 
 
 def is_nan(values):
-    # NumPy warns of some of bfloat16.
+    # NumPy warns about some bfloat16 values.
     with np.errstate(invalid="ignore"):
         return np.isnan(values)
 
 
 def product(patterns, factor, channels, data_format):
-    """Of each number with the factor: an involution whose window is one position."""
+    """Multiplies each number by the factor, with an involution whose window is one position."""
     shape = (1, -1, channels) if data_format == "channels_last" else (1, channels, -1)
     x = patterns.reshape(shape)
     positions = patterns.size // channels
@@ -273,19 +275,19 @@ def product(patterns, factor, channels, data_format):
     return native_core.execute(FORWARD, call, x, kernel, threads=2).ravel()
 
 
-# By way of vectors across positions, across channels, and the copies between the two.
+# Vectors across positions, vectors across channels, and transposing copies.
 HALF_LAYOUTS = [(1, "channels_last"), (64, "channels_last"), (64, "channels_first")]
 
 
 @each_target
 @each_half
 @pytest.mark.parametrize(("channels", "data_format"), HALF_LAYOUTS)
-def test_f08_every_number_of_a_half_type_comes_back(channels, data_format, dtype, target):
+def test_f08_every_half_precision_value_is_preserved(channels, data_format, dtype, target):
     patterns = every_pattern(dtype)
     y = product(patterns, 1, channels, data_format)
     nan = is_nan(patterns)
     assert (is_nan(y) == nan).all()
-    # A sum begins at +0, which -0 does not change.
+    # A sum starts at +0, and +0 + -0 is +0.
     bits = patterns.view("uint16")
     expected = np.where(bits == 0x8000, 0, bits)
     np.testing.assert_array_equal(y.view("uint16")[~nan], expected[~nan])
@@ -294,8 +296,8 @@ def test_f08_every_number_of_a_half_type_comes_back(channels, data_format, dtype
 @each_target
 @each_half
 @pytest.mark.parametrize(("channels", "data_format"), HALF_LAYOUTS)
-def test_f08_rounds_to_the_nearest_ties_to_even(channels, data_format, dtype, target):
-    """As NumPy does: into numbers below the normal ones, and up to infinity."""
+def test_f08_rounds_to_nearest_even(channels, data_format, dtype, target):
+    """As in NumPy, with subnormal results and overflow to infinity."""
     patterns = every_pattern(dtype)
     tie = 1.5 if dtype == "float16" else 1.0078125
     for factor in (tie, 1 / 3, 3, 2.0**-9, 1.5 * 2.0**-13, 2.0**10 * tie, 60000):
@@ -309,11 +311,11 @@ def test_f08_rounds_to_the_nearest_ties_to_even(channels, data_format, dtype, ta
         np.testing.assert_array_equal(y.view("uint16")[~nan], expected.view("uint16")[~nan])
 
 
-# --- Levels of instructions -----------------------------------------------------------------------
+# --- Targets --------------------------------------------------------------------------------------
 
 
 @on_linux
-def test_targets_are_those_of_the_processor():
+def test_targets_match_the_processor():
     flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
     expected = ["plain"]
     if platform.machine() == "x86_64" and flags >= {"avx2", "fma"}:
@@ -324,28 +326,28 @@ def test_targets_are_those_of_the_processor():
 
 
 def roundings():
-    """As text: sums that multiply-adds of one rounding and of two make differently."""
+    """Sums, as text, that depend on whether multiply-adds round once (FMA) or twice."""
     call = Call(1, (64,), 16, (9,), (1,), "same", (1,))
     x, kernel, _ = (a.astype("float32") for a in call.arrays())
     return native_core.execute(FORWARD, call, x, kernel).tobytes().hex()
 
 
-def test_instructions_are_those_of_the_environment(pool):
+def test_environment_variable_selects_the_target(pool):
     expected = {}
     for name in TARGETS:
         native_library.set_target(name)
         expected[name] = roundings()
-    # The last target is selected again. With only one there is nothing to select.
+    # The loop ends at the last target, the default. A single target leaves nothing to compare.
     assert len(TARGETS) == 1 or expected["plain"] != expected[TARGETS[-1]]
     assert pool["roundings"] == expected["plain"]
 
 
 def load():
-    """The core as a process that begins now would find it."""
+    """Loads the core as a new process would."""
     return native_library._load()
 
 
-def test_unknown_instructions_are_refused_in_one_line(monkeypatch):
+def test_unknown_target_is_a_reason(monkeypatch):
     monkeypatch.setenv("INVOLUTION_INSTRUCTIONS", "sse9")
     core_and_reason = load()
     monkeypatch.setattr(native_library, "core", lambda: core_and_reason)
@@ -355,10 +357,10 @@ def test_unknown_instructions_are_refused_in_one_line(monkeypatch):
     )
 
 
-# --- What is there --------------------------------------------------------------------------------
+# --- Availability ---------------------------------------------------------------------------------
 
 
-def test_native_is_the_first_choice_for_every_kind_of_call():
+def test_native_is_selected_for_every_kind_of_call():
     kinds = itertools.product(
         (1, 2, 3), DTYPES, ("contiguous", "interleaved"), ("channels_last", "channels_first")
     )
@@ -385,38 +387,41 @@ def test_native_is_the_first_choice_for_every_kind_of_call():
     assert count == 48
 
 
-def found(monkeypatch, **files):
-    """What the core would be if the package had these files alone."""
+def load_with_files(monkeypatch, **files):
+    """Loads the core of a package that has only these files."""
     names = {"libinvolution": "libinvolution.so", "missing": "missing.txt"}
-    there = {names[name]: file for name, file in files.items()}
-    monkeypatch.setattr(native_library, "find", there.get)
+    paths = {names[name]: file for name, file in files.items()}
+    monkeypatch.setattr(native_library, "find", paths.get)
     return load()
 
 
-def test_a_missing_core_has_the_reason_of_the_installation(monkeypatch, tmp_path):
+def test_missing_core_has_the_recorded_reason(monkeypatch, tmp_path):
     (tmp_path / "missing.txt").write_text("no C++ compiler was found\n")
-    library, reason = found(monkeypatch, missing=tmp_path / "missing.txt")
+    library, reason = load_with_files(monkeypatch, missing=tmp_path / "missing.txt")
     assert library is None
     assert reason == "the package was installed without it: no C++ compiler was found"
 
 
-def test_a_core_that_was_never_built_says_so(monkeypatch):
-    assert found(monkeypatch) == (None, "the package was installed without it: it was not built")
+def test_core_that_was_never_built_has_a_reason(monkeypatch):
+    assert load_with_files(monkeypatch) == (
+        None,
+        "the package was installed without it: it was not built",
+    )
 
 
-def test_a_broken_core_is_no_missing_one(monkeypatch, tmp_path):
-    """Its tests fail; they do not go away, even if an earlier installation had none."""
+def test_broken_core_is_not_missing(monkeypatch, tmp_path):
+    """Its tests fail and are not skipped, even if an earlier installation recorded a reason."""
     (tmp_path / "missing.txt").write_text("no C++ compiler was found\n")
     (tmp_path / "libinvolution.so").write_text("no library")
     files = {"libinvolution": tmp_path / "libinvolution.so", "missing": tmp_path / "missing.txt"}
-    library, reason = found(monkeypatch, **files)
+    library, reason = load_with_files(monkeypatch, **files)
     assert library is None
     assert reason.startswith("its library cannot be loaded: ")
     monkeypatch.setattr(native_library, "core", lambda: (library, reason))
     assert missing() is None
 
 
-def test_a_backend_without_a_binding_is_named(monkeypatch):
+def test_backend_without_a_binding_is_a_reason(monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: "numpy")
     call = Call(1, (5,), 2, (3,), (1,), "same", (1,))
     x, kernel = (keras.KerasTensor(a.shape) for a in call.arrays()[:2])
@@ -462,7 +467,7 @@ def test_f12_absurd_windows_and_steps(call):
 def test_f12_windows_wider_than_the_input(
     target, channels, groups, group_layout, data_format, padding
 ):
-    """By every way that vectors run, with taps just inside the input, just outside, far outside."""
+    """For every vector axis, with taps just inside, just outside and far outside the input."""
     for n, kernel_size, rate in itertools.product((4, 5, 33), (2, 3), (3, 4, 5, 6, 11, 32, 40)):
         for strides in (1, 2):
             call = Call(
@@ -483,7 +488,7 @@ def test_f12_windows_wider_than_the_input(
                 np.testing.assert_allclose(value, truth, rtol=0, atol=1e-12, err_msg=f"{call}")
 
 
-def most_memory():
+def peak_memory():
     """In bytes, since the last call."""
     status = pathlib.Path("/proc/self/status").read_text()
     (line,) = (s for s in status.splitlines() if s.startswith("VmHWM"))
@@ -498,27 +503,27 @@ def test_f12_absurd_arguments_take_neither_memory_nor_time(data_format, call):
     call = dataclasses.replace(call, data_format=data_format)
     arrays = call.arrays()
     native_core.results(call, *arrays)
-    most_memory()
-    before, start = most_memory(), time.perf_counter()
+    peak_memory()
+    before, start = peak_memory(), time.perf_counter()
     native_core.results(call, *arrays)
     assert time.perf_counter() - start < 0.5
-    assert most_memory() - before < 5 * sum(a.nbytes for a in arrays) + 2e6
+    assert peak_memory() - before < 5 * sum(a.nbytes for a in arrays) + 2e6
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("dilation_rate", 2**60), ("strides", 2**60 + 1), ("padding", ((2**60 + 1, 0),))],
 )
-def test_f12_what_64_bits_cannot_count_is_refused(name, value):
+def test_f12_steps_beyond_64_bits_are_a_reason(name, value):
     arguments = {"kernel_size": 3, "strides": 2**60, "padding": "same", name: value}
-    # Of a known size, steps that lead beyond it would be cut short.
+    # Unknown size: for a known one, steps would be clamped.
     x, kernel = keras.KerasTensor((1, None, 2)), keras.KerasTensor((1, None, 3, 1))
     reasons = dict(involution.ops.implementations(x, kernel, **arguments))
     assert reasons["native"] == f"the extent of a window, a stride or a padding exceeds {2**60}"
 
 
 @pytest.mark.parametrize("dilation_rate", [2**60, 2**62, 2**63, 2**64])
-def test_f12_a_window_of_one_position_has_no_dilation(dilation_rate):
+def test_f12_window_of_one_position_ignores_dilation(dilation_rate):
     call = Call(1, (5,), 4, (1,), (1,), ((3, 3),), (dilation_rate,), 2)
     x, kernel = tensors(call.arrays()[:2], "float64")
     assert_equals_oracle(call, operation(call, None)(x, kernel), x, kernel)
@@ -526,17 +531,17 @@ def test_f12_a_window_of_one_position_has_no_dilation(dilation_rate):
 
 @each_target
 @pytest.mark.parametrize("pass_", [FORWARD, KERNEL_GRAD])
-def test_f11_taps_that_lie_two_to_the_31_elements_apart(pass_, target, tmp_path):
-    """Of what is between them nothing is read: a file's holes take neither memory nor disk."""
+def test_f11_taps_two_to_the_31_elements_apart(pass_, target, tmp_path):
+    """No element between them is read: a file with holes takes neither memory nor disk space."""
     near = Call(1, (6,), 64, (2,), (1,), "valid", (3,), 4)
     far = dataclasses.replace(near, sizes=(2**25 + 3,), dilation_rate=(2**25,))
     arrays = native_core.exact_values(near.arrays())
     truth = native_core.expected(near, *arrays)[pass_]
     x, kernel, dy = (a.astype("float32") for a in arrays)
-    apart = np.memmap(tmp_path / "x", "float32", "w+", shape=far.x_shape)
-    assert apart.size > 2**31
-    apart[:, :3], apart[:, -3:] = x[:, :3], x[:, 3:]
-    value = native_in_place(pass_, far, *native_core.ARGUMENTS[pass_](apart, kernel, dy))
+    sparse = np.memmap(tmp_path / "x", "float32", "w+", shape=far.x_shape)
+    assert sparse.size > 2**31
+    sparse[:, :3], sparse[:, -3:] = x[:, :3], x[:, 3:]
+    value = execute_without_copies(pass_, far, *native_core.ARGUMENTS[pass_](sparse, kernel, dy))
     assert_same(value, truth, pass_)
 
 
@@ -546,29 +551,29 @@ def test_f11_more_than_two_to_the_31_elements():
     positions, channels = 2**25 + 3, 64
     assert positions * channels > 2**31
     call = Call(1, (positions,), channels, (1,), (1,), "same", (1,))
-    places = np.array([0, 1, 12345, 2**24 - 1, 2**25 - 1, 2**25, 2**25 + 1, 2**25 + 2])
+    nonzero = np.array([0, 1, 12345, 2**24 - 1, 2**25 - 1, 2**25, 2**25 + 1, 2**25 + 2])
     x = np.zeros(call.x_shape, "float16")
-    x[0, places] = np.random.default_rng(0).standard_normal((len(places), channels))
+    x[0, nonzero] = np.random.default_rng(0).standard_normal((len(nonzero), channels))
     kernel = np.full(call.kernel_shape, 1, "float16")
-    kernel[0, places, 0, 0] = np.arange(2, 2 + len(places))
-    expected = (x[0, places].astype("float32") * kernel[0, places, 0]).astype("float16")
+    kernel[0, nonzero, 0, 0] = np.arange(2, 2 + len(nonzero))
+    expected = (x[0, nonzero].astype("float32") * kernel[0, nonzero, 0]).astype("float16")
 
     y = operation(call, "native")(*tensors((x, kernel), "float16"))
-    np.testing.assert_array_equal(numpy(y)[0, places], expected)
+    np.testing.assert_array_equal(numpy(y)[0, nonzero], expected)
     assert np.count_nonzero(numpy(y)) == np.count_nonzero(expected)
     del y
 
-    dx = native_in_place(INPUT_GRAD, call, kernel, x)
-    np.testing.assert_array_equal(dx[0, places], expected)
+    dx = execute_without_copies(INPUT_GRAD, call, kernel, x)
+    np.testing.assert_array_equal(dx[0, nonzero], expected)
     del dx
-    dkernel = native_in_place(KERNEL_GRAD, call, x, x)
-    squares = (x[0, places].astype("float64") ** 2).sum(-1)
-    np.testing.assert_allclose(dkernel[0, places, 0, 0], squares, rtol=2e-3)
-    assert np.count_nonzero(dkernel) == len(places)
+    dkernel = execute_without_copies(KERNEL_GRAD, call, x, x)
+    squares = (x[0, nonzero].astype("float64") ** 2).sum(-1)
+    np.testing.assert_allclose(dkernel[0, nonzero, 0, 0], squares, rtol=2e-3)
+    assert np.count_nonzero(dkernel) == len(nonzero)
 
 
-def native_in_place(pass_, call, a, b):
-    """As ``native_core.execute``, without the copies."""
+def execute_without_copies(pass_, call, a, b):
+    """As ``native_core.execute``."""
     window = native_core.Window(**call.arguments)
     encoded = native_core.params.encode(pass_, window, call.sizes, a, b)
     result = np.empty(native_core.params.result_shape(pass_, window, call.sizes, a, b), a.dtype)
@@ -579,7 +584,7 @@ def native_in_place(pass_, call, a, b):
 
 # --- Threads --------------------------------------------------------------------------------------
 
-# Divided into many pieces, of rows and of parts of rows; one for each way that vectors run.
+# Split into many tiles, of rows and of parts of rows, for every vector axis.
 LARGE = [
     Call(2, (40, 37), 64, (3, 3), (1, 1), "same", (1, 1), 4),
     Call(1, (33, 29), 48, (3, 5), (2, 1), "same", (1, 2), 16, "interleaved"),
@@ -589,7 +594,7 @@ LARGE = [
     Call(1, (90, 70), 3, (3, 3), (1, 1), "same", (1, 1)),
     Call(1, (7003,), 33, (3,), (1,), "valid", (1,), 1),
     Call(1, (9, 14, 23), 8, (2, 3, 3), (1, 2, 1), "same", (2, 1, 1), 2),
-    # So much at every position that each is a piece.
+    # So much work at each position that each is a tile.
     Call(1, (5,), 2048, (65,), (1,), "same", (1,), 2, "contiguous", "channels_first"),
 ]
 each_large = pytest.mark.parametrize("call", LARGE)
@@ -597,7 +602,7 @@ each_large = pytest.mark.parametrize("call", LARGE)
 
 @pytest.mark.parametrize("call", [*LARGE[1:4], LARGE[-1]])
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_many_pieces_are_one_result(dtype, call):
+def test_calls_of_many_tiles_equal_the_oracle(dtype, call):
     arrays = native_core.exact_values(call.arrays())
     values = native_core.results(call, *(a.astype(DTYPES[dtype]) for a in arrays), threads=8)
     for pass_, truth in native_core.expected(call, *arrays).items():
@@ -608,14 +613,14 @@ def test_many_pieces_are_one_result(dtype, call):
 @each_target
 def test_f18_same_bits_in_any_number_of_threads(target, call):
     arrays = [a.astype("float32") for a in call.arrays()]
-    alone = native_core.results(call, *arrays, threads=1)
+    serial = native_core.results(call, *arrays, threads=1)
     for threads in (2, 8):
-        together = native_core.results(call, *arrays, threads=threads)
+        parallel = native_core.results(call, *arrays, threads=threads)
         for pass_ in PASSES:
-            assert (together[pass_] == alone[pass_]).all(), (pass_, threads)
+            assert (parallel[pass_] == serial[pass_]).all(), (pass_, threads)
 
 
-# Some hundred microseconds of work, in eight pieces.
+# A few hundred microseconds of work.
 REPEATED = Call(1, (24, 25), 128, (3, 3), (1, 1), "same", (1, 1), 2)
 
 
@@ -628,60 +633,60 @@ def test_f18_same_bits_a_thousand_times(pass_):
         assert (native_core.execute(pass_, REPEATED, a, b, threads=(1, 2, 8)[n % 3]) == first).all()
 
 
-def test_f19_callers_at_once_do_not_disturb_each_other():
+def test_f19_concurrent_callers_do_not_interfere():
     calls = [LARGE[0], REPEATED, LARGE[3], LARGE[4]] * 2
     arrays = [[a.astype("float32") for a in c.arrays(i)] for i, c in enumerate(calls)]
-    alone = [native_core.results(c, *a) for c, a in zip(calls, arrays, strict=True)]
+    expected = [native_core.results(c, *a) for c, a in zip(calls, arrays, strict=True)]
 
-    def many(i):
+    def repeat(i):
         for n in range(25):
             values = native_core.results(calls[i], *arrays[i], threads=1 + n % 4)
             for pass_ in PASSES:
-                assert (values[pass_] == alone[i][pass_]).all(), (pass_, calls[i])
+                assert (values[pass_] == expected[i][pass_]).all(), (pass_, calls[i])
         return True
 
     with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
-        assert all(pool.map(many, range(len(calls))))
+        assert all(pool.map(repeat, range(len(calls))))
 
 
 def test_f30_eight_threads_share_a_program_and_its_gradient():
-    def of(x, kernel):
+    def loss(x, kernel):
         y = operation(REPEATED, "native")(x, kernel)
         return keras.ops.sum(y * y)
 
-    program = in_graph(grad(of))
+    program = in_graph(grad(loss))
     arguments = [tensors(REPEATED.arrays(seed)[:2], "float32") for seed in range(8)]
-    alone = [[numpy(g) for g in program(*a)] for a in arguments]
+    expected = [[numpy(g) for g in program(*a)] for a in arguments]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for _ in range(10):
-            together = list(pool.map(lambda a: [numpy(g) for g in program(*a)], arguments))
-            for values, wanted in zip(together, alone, strict=True):
+            results = list(pool.map(lambda a: [numpy(g) for g in program(*a)], arguments))
+            for values, wanted in zip(results, expected, strict=True):
                 for value, want in zip(values, wanted, strict=True):
                     assert (value == want).all()
 
 
-def tasks():
-    """How many threads this process has."""
+def thread_count():
+    """Of this process."""
     return len(os.listdir("/proc/self/task"))
 
 
 def pool_of_a_process():
-    """Prints what the pool did in a process where nothing else uses it."""
+    """Prints, as JSON, what the thread pool does in a process where nothing else uses it."""
     x, kernel, dy = (a.astype("float32") for a in REPEATED.arrays())
-    before, started = tasks(), []
+    before, started = thread_count(), []
     for threads in (1, 2, 4, 3):
         expected = native_core.results(REPEATED, x, kernel, dy, threads)
-        started.append(tasks() - before)
+        started.append(thread_count() - before)
 
-    over = threading.Event()
+    stop = threading.Event()
 
     def busy():
-        while not over.is_set():
+        while not stop.is_set():
             native_core.execute(FORWARD, REPEATED, x, kernel, threads=4)
 
-    # Of the children, all but the first are made while the pool is at work.
-    other = threading.Thread(target=busy)
-    codes = []
+    # The first child is forked while the pool is idle, the others while it is busy.
+    caller = threading.Thread(target=busy)
+    exit_codes = []
     for n in range(20):
         child = os.fork()
         if child == 0:
@@ -689,17 +694,17 @@ def pool_of_a_process():
             signal.alarm(20)
             values = native_core.results(REPEATED, x, kernel, dy, threads=4)
             os._exit(0 if all((values[m] == expected[m]).all() for m in PASSES) else 1)
-        codes.append(os.waitpid(child, 0)[1])
+        exit_codes.append(os.waitpid(child, 0)[1])
         if n == 0:
-            other.start()
-    over.set()
-    other.join()
-    print(json.dumps({"started": started, "children": codes, "roundings": roundings()}))
+            caller.start()
+    stop.set()
+    caller.join()
+    print(json.dumps({"started": started, "children": exit_codes, "roundings": roundings()}))
 
 
 @pytest.fixture(scope="module")
 def pool():
-    """Of a process whose environment names the instructions."""
+    """The output of ``pool_of_a_process``, with a target set by the environment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INVOLUTION_INSTRUCTIONS", "plain")
         output = fresh_process("import tests.native.test_core as t; t.pool_of_a_process()")
@@ -707,16 +712,16 @@ def pool():
 
 
 @on_linux
-def test_the_pool_has_the_given_number_of_threads(pool):
-    """The caller is one of them, and they stay."""
+def test_pool_has_the_requested_number_of_threads(pool):
+    """The caller is one of them; the others stay alive."""
     assert pool["started"] == [0, 1, 3, 3]
 
 
 @on_linux
-def test_a_forked_process_computes_the_same_and_ends(pool):
+def test_forked_process_computes_the_same_and_exits(pool):
     assert pool["children"] == [0] * 20
 
 
-def test_processors_are_those_that_this_process_may_use(monkeypatch):
+def test_available_cpus_are_those_of_the_affinity_mask(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
     assert native_library.available_cpus() == 2

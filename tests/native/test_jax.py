@@ -1,4 +1,4 @@
-"""``native`` as JAX uses it: one node of a compiled program, on one device or several."""
+"""``native`` on JAX: compiled, mapped, differentiated, exported, and sharded over devices."""
 
 import ctypes
 import dataclasses
@@ -47,17 +47,17 @@ each_call = pytest.mark.parametrize("call", [CALL, FIRST, LINE])
 
 
 def square(call):
-    """A scalar function, not linear in anything."""
+    """A scalar function, nonlinear in both inputs."""
     return lambda x, kernel: (operation(call, "native")(x, kernel) ** 2).sum()
 
 
 @each_call
-def test_f17_gradients_of_first_and_second_order_are_differences(call):
+def test_f17_first_and_second_order_gradients_equal_finite_differences(call):
     arguments = tensors(call.arrays()[:2], "float64")
     check_grads(operation(call, "native"), arguments, order=2, modes=["rev"])
 
 
-def test_a_program_holds_one_node_for_each_member():
+def test_program_has_one_custom_call_for_each_pass():
     arguments = tensors(CALL.arrays()[:2], "float64")
     forward = jax.jit(operation(CALL, "native")).lower(*arguments).as_text()
     assert forward.count("custom_call @involution(") == 1
@@ -65,7 +65,7 @@ def test_a_program_holds_one_node_for_each_member():
     assert both.count("custom_call @involution(") == 3
 
 
-def test_f14_a_program_is_made_once_for_a_shape():
+def test_f14_one_compilation_for_each_shape():
     program = jax.jit(operation(CALL, "native"))
     for seed in range(3):
         x, kernel = tensors(CALL.arrays(seed)[:2], "float64")
@@ -87,7 +87,7 @@ def test_f14_one_exported_program_for_every_batch_size():
         assert_equals_oracle(call, program.call(x, kernel), x, kernel)
 
 
-def test_an_export_is_refused_by_name_and_made_of_the_reference():
+def test_export_requires_the_reference():
     arguments = tensors(CALL.arrays()[:2], "float64")
     with pytest.raises(ValueError, match="custom_call @involution"):
         export.export(jax.jit(operation(CALL, None)))(*arguments)
@@ -97,34 +97,34 @@ def test_an_export_is_refused_by_name_and_made_of_the_reference():
     assert_equals_oracle(CALL, stored.call(*arguments), *arguments)
 
 
-def test_f23_mapped_twice_with_its_gradient():
+def test_f23_nested_vmap_of_the_gradient():
     x, kernel, _ = CALL.arrays()
     xs = jnp.stack([x, -x, 2 * x])
     kernels = jnp.stack([kernel, 3 * kernel])
-    of = jax.vmap(jax.vmap(jax.grad(square(CALL), (0, 1)), (0, None)), (None, 0))
-    dx, dkernel = jax.jit(of)(xs, kernels)
+    mapped = jax.vmap(jax.vmap(jax.grad(square(CALL), (0, 1)), (0, None)), (None, 0))
+    dx, dkernel = jax.jit(mapped)(xs, kernels)
     assert (dx.shape, dkernel.shape) == ((2, 3, *x.shape), (2, 3, *kernel.shape))
     for i, k in enumerate((kernel, 3 * kernel)):
-        for j, one in enumerate((x, -x, 2 * x)):
-            wanted = CALL.gradients(one, k, 2 * CALL.involution(one, k)[0])
+        for j, scaled in enumerate((x, -x, 2 * x)):
+            wanted = CALL.gradients(scaled, k, 2 * CALL.involution(scaled, k)[0])
             for value, want in zip((dx[i, j], dkernel[i, j]), wanted, strict=True):
                 np.testing.assert_allclose(value, want, rtol=1e-11, atol=1e-10)
 
 
-def test_f23_mapped_over_an_empty_batch():
+def test_f23_vmap_with_an_empty_batch():
     shapes = [(3, 0, *a.shape[1:]) for a in CALL.arrays()[:2]]
     y = jax.vmap(operation(CALL, "native"))(*map(jnp.zeros, shapes))
     assert y.shape == (3, 0, *CALL.output_shape[1:])
 
 
-def test_f23_forward_mode_says_that_it_cannot():
+def test_f23_forward_mode_raises():
     x, kernel = tensors(CALL.arrays()[:2], "float64")
     with pytest.raises(TypeError, match=r"forward-mode .* custom_vjp"):
         jax.jvp(operation(CALL, "native"), (x, kernel), (x, kernel))
 
 
-def test_in_a_scan_of_checkpoints():
-    """As deep models are trained: kept out of memory, computed again for the gradient."""
+def test_scan_with_checkpoint():
+    """As in the training of deep models: activations are recomputed for the gradient."""
     call = dataclasses.replace(CALL, strides=(1, 1))
     x, kernel, _ = call.arrays()
     kernels = jnp.stack([kernel, -kernel, kernel]) / 4
@@ -139,28 +139,28 @@ def test_in_a_scan_of_checkpoints():
         np.testing.assert_allclose(value, want, rtol=1e-10, atol=1e-10)
 
 
-def test_f28_an_input_given_away_is_no_result():
-    """XLA may use the memory of x for anything once x is not needed; y has its shape."""
+def test_f28_donated_input():
+    """XLA may reuse the memory of a donated x for y, which has the same shape."""
     call = Call(1, (400,), 8, (3,), (1,), "same", (1,), 2)
     x, kernel, _ = call.arrays()
-    given = jnp.array(x)
-    y = jax.jit(operation(call, "native"), donate_argnums=0)(given, jnp.array(kernel))
-    assert given.is_deleted()
+    donated = jnp.array(x)
+    y = jax.jit(operation(call, "native"), donate_argnums=0)(donated, jnp.array(kernel))
+    assert donated.is_deleted()
     assert_equals_oracle(call, y, jnp.array(x), jnp.array(kernel))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:-1])
-@pytest.mark.parametrize("changed", [0, 1])
-def test_f28_an_input_given_away_before_the_backward_pass_raises(changed, implementation):
+@pytest.mark.parametrize("donated", [0, 1])
+def test_f28_input_donated_before_the_backward_pass_raises(donated, implementation):
     inputs = tensors(CALL.arrays()[:2], "float64")
     y, pullback = jax.vjp(operation(CALL, implementation), *inputs)
-    jax.jit(lambda t: t + 1, donate_argnums=0)(inputs[changed])
+    jax.jit(lambda t: t + 1, donate_argnums=0)(inputs[donated])
     with pytest.raises((RuntimeError, ValueError), match="deleted"):
         pullback(y)
 
 
 def sharded():
-    """Prints what two devices made of a batch that they share."""
+    """Prints, as JSON, how two devices compute a sharded batch."""
     devices = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
     over_batch = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("batch"))
     call = dataclasses.replace(CALL, batch=4)
@@ -175,46 +175,46 @@ def sharded():
         arguments = [jax.device_put(a, over_batch) for a in (x, kernel)]
         text = program.lower(*arguments).compile().as_text()
         values = jax.tree.leaves(program(*arguments))
-        alone = jax.tree.leaves(jax.jit(function)(jnp.array(x), jnp.array(kernel)))
+        unsharded = jax.tree.leaves(jax.jit(function)(jnp.array(x), jnp.array(kernel)))
         result[name] = {
             "native": text.count('custom_call_target="involution"'),
-            "exchanges": sum(
+            "collectives": sum(
                 text.count(word) for word in ("all-gather", "all-reduce", "all-to-all")
             ),
-            "parts": [v.addressable_shards[0].data.shape[0] for v in values],
+            "shard_sizes": [v.addressable_shards[0].data.shape[0] for v in values],
             "equal": [
-                bool((numpy(v) == numpy(a)).all()) for v, a in zip(values, alone, strict=True)
+                bool((numpy(v) == numpy(a)).all()) for v, a in zip(values, unsharded, strict=True)
             ],
         }
     print(json.dumps(result))
 
 
-def test_a_batch_shared_by_two_devices_stays_where_it_is(monkeypatch):
+def test_sharded_batch_needs_no_collectives(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     result = json.loads(fresh_process("import tests.native.test_jax as t; t.sharded()"))
     assert result["devices"] == 2
-    assert result["output"] == {"native": 1, "exchanges": 0, "parts": [2], "equal": [True]}
+    assert result["output"] == {"native": 1, "collectives": 0, "shard_sizes": [2], "equal": [True]}
     assert result["gradients"] == {
         "native": 3,
-        "exchanges": 0,
-        "parts": [2, 2],
+        "collectives": 0,
+        "shard_sizes": [2, 2],
         "equal": [True, True],
     }
 
 
 @pytest.mark.parametrize("pass_", params.PASSES)
 def test_only_the_batch_axis_is_partitioned(pass_):
-    """The arguments of both of XLA's partitioners; ``sharded`` runs them."""
+    """The rules for both of XLA's partitioners; ``sharded`` runs them."""
     a, b = ARGUMENTS[pass_](*CALL.arrays())
     c = native_core.execute(pass_, CALL, a, b)
     assert native_jax._register() is None
-    of = pass_, Window(**CALL.arguments), CALL.sizes
+    static = pass_, Window(**CALL.arguments), CALL.sizes
     types = [types_of.SimpleNamespace(rank=t.ndim) for t in (a, b, c)]
-    rule, options = native_jax.UNFUSED.sharding_rule(*of, None, types[:2], types[2:])
+    rule, options = native_jax.UNFUSED.sharding_rule(*static, None, types[:2], types[2:])
     factors = [part.split() for part in rule.replace("->", ",").split(",")]
-    assert [len(some) for some in factors] == [t.ndim for t in (a, b, c)]
-    assert {some[0] for some in factors} == {"batch"}
-    others = [name for some in factors for name in some[1:]]
+    assert [len(axes) for axes in factors] == [t.ndim for t in (a, b, c)]
+    assert {axes[0] for axes in factors} == {"batch"}
+    others = [name for axes in factors for name in axes[1:]]
     assert len(set(others)) == len(others)
     assert options == {"need_replication_factors": tuple(others)}
 
@@ -223,14 +223,14 @@ def test_only_the_batch_axis_is_partitioned(pass_):
     over_two = jax.sharding.NamedSharding(mesh, spec("devices", None))
     shapes = [jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=over_two) for t in (a, b, c)]
     wanted = [spec("devices", *[None] * (t.ndim - 1)) for t in (a, b, c)]
-    found = native_jax.UNFUSED.result_sharding(*of, mesh, shapes[:2], shapes[2])
-    assert found.spec == wanted[2]
-    _, part, result, arguments = native_jax.UNFUSED.partition(*of, mesh, shapes[:2], shapes[2])
+    of_result = native_jax.UNFUSED.result_sharding(*static, mesh, shapes[:2], shapes[2])
+    assert of_result.spec == wanted[2]
+    _, part, result, arguments = native_jax.UNFUSED.partition(*static, mesh, shapes[:2], shapes[2])
     assert [s.spec for s in (*arguments, result)] == wanted
     np.testing.assert_allclose(part(*map(jnp.array, (a, b))), c, rtol=0, atol=1e-12)
 
 
-def test_f16_another_default_device_is_refused_by_name(monkeypatch):
+def test_f16_other_default_device_raises(monkeypatch):
     x, kernel = tensors(CALL.arrays()[:2], "float32")
     problem = problem_of(Window(**CALL.arguments), x)
     assert native.unsupported_reason(problem) is None
@@ -242,7 +242,7 @@ def test_f16_another_default_device_is_refused_by_name(monkeypatch):
     assert_equals_oracle(CALL, operation(CALL, None)(x, kernel), x, kernel)
 
 
-def test_a_core_built_without_its_binding_is_refused(monkeypatch):
+def test_core_without_its_binding_has_a_reason(monkeypatch):
     find = native_library.find
     monkeypatch.setattr(native_library, "find", lambda name: None if "jax" in name else find(name))
     native_jax._register.cache_clear()
@@ -256,7 +256,7 @@ def test_a_core_built_without_its_binding_is_refused(monkeypatch):
     )
 
 
-def test_a_jax_that_takes_no_such_library_is_no_error(monkeypatch):
+def test_library_rejected_by_jax_is_a_reason(monkeypatch):
     def refuse(*arguments, **more):
         raise jax.errors.JaxRuntimeError(
             "INVALID_ARGUMENT: the API version (0.3) is incompat\nmore"
@@ -273,23 +273,23 @@ def test_a_jax_that_takes_no_such_library_is_no_error(monkeypatch):
     )
 
 
-def test_the_core_uses_the_processors_that_the_process_may_use(monkeypatch):
+def test_core_uses_the_available_cpus(monkeypatch):
     monkeypatch.setattr(native_library, "available_cpus", lambda: 3)
     arguments = tensors(CALL.arrays()[:2], "float64")
     text = jax.jit(jax.grad(square(CALL), (0, 1))).lower(*arguments).as_text()
     assert text.count("threads = 3 : i32") == 3
 
 
-def test_a_jax_without_the_oldest_interface_gets_a_newer_one(monkeypatch):
-    """As XLA will do: the versions that it takes do not begin with 0.1."""
+def test_newer_ffi_version_is_registered_if_older_ones_are_rejected(monkeypatch):
+    """XLA will drop support for version 0.1 of its FFI."""
     library = ctypes.CDLL(str(native_library.binding("jax")[0]))
     minor = ctypes.c_int32.in_dll(library, "involution_jax_minor")
-    taken = []
+    registered = []
 
     def register(target, handler, platform):
         if minor.value < 3:
             raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: incompatible")
-        taken.append((target, minor.value))
+        registered.append((target, minor.value))
 
     monkeypatch.setattr(jax.ffi, "register_ffi_target", register)
     native_jax._register.cache_clear()
@@ -297,10 +297,10 @@ def test_a_jax_without_the_oldest_interface_gets_a_newer_one(monkeypatch):
         assert native_jax._register() is None
     finally:
         native_jax._register.cache_clear()
-    assert taken == [(native_jax.TARGET, 3), (native_jax.FUSED_TARGET, 3)]
+    assert registered == [(native_jax.TARGET, 3), (native_jax.FUSED_TARGET, 3)]
 
 
-def test_a_binding_that_cannot_be_loaded_is_refused(monkeypatch, tmp_path):
+def test_binding_that_cannot_be_loaded_has_a_reason(monkeypatch, tmp_path):
     file = tmp_path / "libinvolution_jax.so"
     file.write_text("no library")
     monkeypatch.setattr(native_library, "binding", lambda name: (file, None))
@@ -311,15 +311,15 @@ def test_a_binding_that_cannot_be_loaded_is_refused(monkeypatch, tmp_path):
         native_jax._register.cache_clear()
 
 
-def test_the_declarations_of_xlas_interface_are_jaxlibs(tmp_path):
-    """Sizes, places and values, compared by the compiler."""
+def test_xla_ffi_declarations_match_jaxlib(tmp_path):
+    """Sizes, offsets and values, compared by the compiler."""
     include = pathlib.Path(jaxlib.__file__).parent / "include"
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
     command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{include}", f"-I{ROOT / 'csrc'}"]
-    made = subprocess.run(
+    result = subprocess.run(
         [*command, TESTS / "native" / "xla_ffi.cpp"], capture_output=True, text=True
     )
-    assert made.returncode == 0, made.stderr
+    assert result.returncode == 0, result.stderr
 
 
 SIZE = sum(3 if f.type == params.Spatial else 1 for f in dataclasses.fields(params.Params))
@@ -335,8 +335,8 @@ SIZE = sum(3 if f.type == params.Spatial else 1 for f in dataclasses.fields(para
         {"params": np.int64(SIZE), "threads": np.int32(1)},
     ],
 )
-def test_a_call_of_another_version_is_an_error(attributes):
-    """One that this library's Python did not make: it must not read what is not there."""
+def test_call_with_parameters_of_another_version_raises(attributes):
+    """As from another version of the Python code: the core must not read out of bounds."""
     assert native_jax.unsupported_reason(None) is None
     x = jnp.zeros((1, 2, 2, 4))
     call = jax.ffi.ffi_call(native_jax.TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))
@@ -344,7 +344,7 @@ def test_a_call_of_another_version_is_an_error(attributes):
         jax.block_until_ready(call(x, x, **attributes))
 
 
-def test_a_call_with_other_tensors_is_an_error():
+def test_call_with_other_tensors_raises():
     assert native_jax.unsupported_reason(None) is None
     x = jnp.zeros((1, 2, 2, 4))
     attributes = {"params": np.zeros(SIZE, "int64"), "threads": np.int32(1)}

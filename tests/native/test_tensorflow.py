@@ -1,4 +1,4 @@
-"""``native`` as TensorFlow uses it: eager, in graphs, under XLA, and saved."""
+"""``native`` on TensorFlow: eager, in graphs, under XLA, and saved."""
 
 import dataclasses
 import gc
@@ -36,17 +36,17 @@ each_call = pytest.mark.parametrize("call", [CALL, FIRST, LINE])
 
 
 def specs(call, *, unknown):
-    """Of x and kernel, with None for the axes that ``unknown`` tells: "batch" or "sizes" too."""
+    """Of x and kernel; unknown are the "batch", or the batch and the spatial "sizes"."""
     spatial = range(1, 1 + len(call.sizes))
     if call.data_format == "channels_first":
         spatial = range(2, 2 + len(call.sizes))
-    found = []
-    for shape, later in ((call.x_shape, 0), (call.kernel_shape, 1)):
-        moved = later if call.data_format == "channels_first" else 0
-        axes = {0} if unknown == "batch" else {0, *(axis + moved for axis in spatial)}
+    result = []
+    for shape, offset in ((call.x_shape, 0), (call.kernel_shape, 1)):
+        shift = offset if call.data_format == "channels_first" else 0
+        axes = {0} if unknown == "batch" else {0, *(axis + shift for axis in spatial)}
         sizes = [None if axis in axes else n for axis, n in enumerate(shape)]
-        found.append(tf.TensorSpec(sizes, "float64"))
-    return found
+        result.append(tf.TensorSpec(sizes, "float64"))
+    return result
 
 
 # --- Graphs ---------------------------------------------------------------------------------------
@@ -56,21 +56,21 @@ def specs(call, *, unknown):
 def test_f14_one_trace_for_every_batch_size(call):
     traced = []
 
-    def of(x, kernel):
+    def function(x, kernel):
         traced.append(None)
         return operation(call, "native")(x, kernel)
 
-    program = tf.function(of, specs(call, unknown="batch"))
+    program = tf.function(function, specs(call, unknown="batch"))
     for batch in (1, 2, 5):
-        this = dataclasses.replace(call, batch=batch)
-        x, kernel = tensors(this.arrays()[:2], "float64")
-        assert_equals_oracle(this, program(x, kernel), x, kernel)
+        sized = dataclasses.replace(call, batch=batch)
+        x, kernel = tensors(sized.arrays()[:2], "float64")
+        assert_equals_oracle(sized, program(x, kernel), x, kernel)
     assert len(traced) == 1
 
 
 @each_call
 @pytest.mark.parametrize("unknown", ["batch", "sizes"])
-def test_shapes_are_known_as_far_as_they_can_be(unknown, call):
+def test_static_shapes_are_inferred(unknown, call):
     program = tf.function(operation(call, "native"), specs(call, unknown=unknown))
     shape = program.get_concrete_function().output_shapes
     expected = [None, *call.output_shape[1:]]
@@ -81,9 +81,9 @@ def test_shapes_are_known_as_far_as_they_can_be(unknown, call):
 
 
 @each_call
-def test_shapes_of_gradients_are_known(call):
+def test_static_shapes_of_gradients_are_inferred(call):
     @tf.function
-    def of(x, kernel):
+    def gradients(x, kernel):
         with tf.GradientTape() as tape:
             tape.watch([x, kernel])
             y = operation(call, "native")(x, kernel)
@@ -92,7 +92,7 @@ def test_shapes_of_gradients_are_known(call):
         assert dkernel.shape.as_list() == [None, *call.kernel_shape[1:]]
         return dx, dkernel
 
-    assert len(of.get_concrete_function(*specs(call, unknown="batch")).outputs) == 2
+    assert len(gradients.get_concrete_function(*specs(call, unknown="batch")).outputs) == 2
 
 
 @each_call
@@ -120,7 +120,7 @@ def test_gradients_through_a_loop_and_through_a_branch(kind):
 
     def gradients(implementation):
         @tf.function
-        def of(x, kernel):
+        def function(x, kernel):
             apply = operation(call, implementation)
             with tf.GradientTape() as tape:
                 tape.watch([x, kernel])
@@ -132,14 +132,14 @@ def test_gradients_through_a_loop_and_through_a_branch(kind):
                     y = apply(y, kernel)
             return tape.gradient(y, [x, kernel])
 
-        return [numpy(g) for g in of(x, kernel)]
+        return [numpy(g) for g in function(x, kernel)]
 
     for value, want in zip(gradients("native"), gradients("reference"), strict=True):
         np.testing.assert_allclose(value, want, rtol=1e-10, atol=1e-10)
 
 
-def test_f23_mapped_by_a_loop_and_never_wrong(caplog):
-    """TensorFlow knows no way to map a custom operation but a loop, and says so."""
+def test_f23_vectorized_map_uses_a_loop(caplog):
+    """TensorFlow cannot vectorize custom ops; it falls back to a loop and logs a warning."""
     x, kernel, _ = CALL.arrays()
     xs = tf.stack([x, 2 * x, 3 * x])
     y = tf.vectorized_map(lambda x: operation(CALL, "native")(x, tf.constant(kernel)), xs)
@@ -168,19 +168,19 @@ def _reverse(function):
     return squares
 
 
-# "rf" is reverse mode over forward mode. Others hold one of these.
+# "rf" is reverse mode over forward mode. Other nestings contain one of these.
 @pytest.mark.parametrize("modes", ["fr", "rf", "ff"])
 @pytest.mark.parametrize("implementation", ["native", "taps", "fused"])
-def test_f23_modes_in_a_graph_are_right_in_every_order(implementation, modes):
+def test_f23_nested_modes_in_a_graph_equal_the_reference(implementation, modes):
     call = Call(1, (5, 4), 4, (3, 3), (2, 2), "same", (1, 1), 2)
     x, kernel, dy = call.arrays(0)
     random = np.random.default_rng(1)
     weight, bias = random.standard_normal((3, 18)), random.standard_normal(18)
 
     def loss(name):
-        def of(x, kernel):
+        def function(x, kernel):
             if implementation == "fused":
-                # Its weight depends on what is differentiated, too.
+                # The weight also depends on a differentiated variable.
                 given = kernel[..., :3, 0], weight * tf.sin(tf.reduce_mean(kernel)), bias
                 y = involution.ops.fused_involution(
                     x, *given, **call.arguments, implementation=name
@@ -189,7 +189,7 @@ def test_f23_modes_in_a_graph_are_right_in_every_order(implementation, modes):
                 y = operation(call, name)(x, kernel)
             return tf.reduce_sum(tf.sin(y) * dy)
 
-        return of
+        return function
 
     given = tensors((x, kernel), "float64")
     tangents = tuple(tensors([random.standard_normal(a.shape) for a in (x, kernel)], "float64"))
@@ -201,27 +201,25 @@ def test_f23_modes_in_a_graph_are_right_in_every_order(implementation, modes):
         return function
 
     expected = float(derivative("reference")(*given))
-    found = float(tf.function(derivative(implementation))(*given))
-    assert found == pytest.approx(expected, rel=1e-9)
+    value = float(tf.function(derivative(implementation))(*given))
+    assert value == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_f28_variables_changed_before_the_backward_pass_count_as_they_were(
-    compiled, implementation
-):
-    """And what was computed from them stays."""
+def test_f28_gradients_use_the_values_before_an_assignment(compiled, implementation):
+    """So does the output."""
     arrays = CALL.arrays()
     variables = [tf.Variable(a) for a in arrays[:2]]
 
-    def of():
+    def function():
         with tf.GradientTape() as tape:
             y = operation(CALL, implementation)(*variables)
         for variable in variables:
             variable.assign_add(tf.ones_like(variable))
         return y, *tape.gradient(y, variables, arrays[2])
 
-    results = (tf.function(of) if compiled else of)()
+    results = (tf.function(function) if compiled else function)()
     for value, want in zip(results, native_core.expected(CALL, *arrays).values(), strict=True):
         np.testing.assert_allclose(numpy(value), want, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(numpy(variables[0]), arrays[0] + 1)
@@ -229,10 +227,10 @@ def test_f28_variables_changed_before_the_backward_pass_count_as_they_were(
 
 # --- XLA ------------------------------------------------------------------------------------------
 
-IN_XLA = r"code compiled by jit_compile=True can call no custom operation"
+IN_XLA = r"code compiled with jit_compile=True cannot call custom ops"
 
 
-def test_f29_under_xla_taps_runs_and_native_says_why_it_does_not(ran):
+def test_f29_under_xla_taps_runs_and_native_raises(ran):
     x, kernel = tensors(CALL.arrays()[:2], "float64")
     y = tf.function(operation(CALL, None), jit_compile=True)(x, kernel)
     assert ran == ["taps"]
@@ -243,7 +241,7 @@ def test_f29_under_xla_taps_runs_and_native_says_why_it_does_not(ran):
     assert ran == []
 
 
-def test_f29_a_graph_within_xla_is_xla_too(ran):
+def test_f29_nested_graph_under_xla_uses_taps(ran):
     x, kernel = tensors(CALL.arrays()[:2], "float64")
 
     @tf.function(jit_compile=True)
@@ -254,12 +252,12 @@ def test_f29_a_graph_within_xla_is_xla_too(ran):
     assert_equals_oracle(CALL, outer(x, kernel), x, kernel)
     assert set(ran) == {"taps"}
     ran.clear()
-    # What was traced outside is another graph.
+    # Traced outside XLA, the same function is another graph.
     assert_equals_oracle(CALL, tf.function(operation(CALL, None))(x, kernel), x, kernel)
     assert ran == ["native"]
 
 
-def test_f15_without_what_tensorflow_does_not_publish_its_error_names_the_operation(monkeypatch):
+def test_f15_without_the_private_function_tensorflow_names_the_op(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow.python.ops.control_flow_util", None)
     x, kernel = tensors(CALL.arrays()[:2], "float64")
     assert_equals_oracle(CALL, tf.function(operation(CALL, None))(x, kernel), x, kernel)
@@ -268,7 +266,7 @@ def test_f15_without_what_tensorflow_does_not_publish_its_error_names_the_operat
 
 
 @pytest.mark.parametrize(("jit_compile", "name"), [(False, "fused"), (True, "taps")])
-def test_f29_a_model_is_trained_by_what_its_compilation_allows(jit_compile, name, ran):
+def test_f29_model_is_trained_with_or_without_xla(jit_compile, name, ran):
     model = keras.Sequential([keras.Input((6, 6, 8)), involution.Involution2D(3, groups=2)])
     ran.clear()
     model.compile("sgd", "mse", jit_compile=jit_compile)
@@ -286,24 +284,24 @@ def functional_model():
     return keras.Model(inputs, operation(CALL, None)(*inputs))
 
 
-WAYS = {
+SAVERS = {
     "export": lambda model, path: model.export(path, verbose=False),
     "saved_model": tf.saved_model.save,
 }
-each_way = pytest.mark.parametrize("save", WAYS.values(), ids=WAYS)
+each_saver = pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
 
 
 @pytest.fixture
-def young():
-    """TensorFlow's message names who holds the tensor, and for that goes through all objects that
-    the collector knows: a minute late in a run of all tests."""
+def frozen_objects():
+    """Hides existing objects from the garbage collector. For its error message TensorFlow searches
+    all objects for references to the tensor: for a minute, late in a run of all tests."""
     gc.freeze()
     yield
     gc.unfreeze()
 
 
-@each_way
-def test_a_model_that_only_this_library_can_run_is_not_saved(young, save, tmp_path):
+@each_saver
+def test_saving_a_model_with_custom_ops_raises(frozen_objects, save, tmp_path):
     with pytest.raises(AssertionError, match=r"native.* within involution.ops.force"):
         save(functional_model(), str(tmp_path / "model"))
 
@@ -321,8 +319,8 @@ assert not any(name.split(".")[0] == "involution" for name in sys.modules)
 """
 
 
-@each_way
-def test_a_model_saved_with_the_reference_runs_where_this_package_is_not(save, tmp_path):
+@each_saver
+def test_model_saved_with_the_reference_runs_without_this_package(save, tmp_path):
     model = functional_model()
     with involution.ops.force_implementation("reference"):
         save(model, str(tmp_path / "model"))
@@ -330,25 +328,28 @@ def test_a_model_saved_with_the_reference_runs_where_this_package_is_not(save, t
     np.savez(tmp_path / "arrays.npz", x=x, kernel=kernel)
     files = [tmp_path / name for name in ("model", "arrays.npz", "y.npy")]
     command = [sys.executable, "-c", LOADED, *map(str, files)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     want, _ = CALL.involution(x, kernel)
     np.testing.assert_allclose(np.load(files[-1]), want, rtol=0, atol=1e-12)
 
 
-# --- Devices, threads and what is missing ---------------------------------------------------------
+# --- ONNX, devices, missing bindings and threads --------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # tf2onnx's own
-def test_keras_exports_to_onnx_by_the_reference_or_says_so(tmp_path):
+def test_onnx_export_with_custom_ops_raises(tmp_path):
     model = keras.Sequential([keras.Input((4, 4, 4)), involution.Involution2D(3)])
     model(np.ones((1, 4, 4, 4), "float32"))
-    message = r'export within `with involution\.ops\.use\("reference"\):`.* Received: a graph'
+    message = (
+        r'export within `with involution\.ops\.force_implementation\(\("rows", "reference"\)\):`'
+        r".* Received: a graph"
+    )
     with pytest.raises(NotImplementedError, match=message):
         model.export(str(tmp_path / "model.onnx"), format="onnx", verbose=False)
 
 
-def test_f16_a_visible_gpu_is_a_reason_by_name(monkeypatch):
+def test_f16_visible_gpu_raises(monkeypatch):
     x, kernel = tensors(CALL.arrays()[:2], "float32")
     problem = problem_of(Window(**CALL.arguments), x)
     assert native.unsupported_reason(problem) is None
@@ -367,7 +368,7 @@ def test_f16_a_visible_gpu_is_a_reason_by_name(monkeypatch):
 
 
 def reason_with(monkeypatch, file):
-    """Why native cannot run if its binding is this file."""
+    """Why ``native`` is unsupported with this file as its binding."""
     monkeypatch.setattr(
         library,
         "find",
@@ -383,25 +384,25 @@ def reason_with(monkeypatch, file):
         tensorflow._op_library.cache_clear()
 
 
-def test_a_core_built_without_its_binding_is_refused(monkeypatch):
+def test_core_without_its_binding_has_a_reason(monkeypatch):
     assert reason_with(monkeypatch, None) == (
         "the package was installed without its binding for tensorflow: it was not built"
     )
 
 
-def test_a_binding_that_cannot_be_loaded_is_refused(monkeypatch, tmp_path):
+def test_binding_that_cannot_be_loaded_has_a_reason(monkeypatch, tmp_path):
     file = tmp_path / "libinvolution_tensorflow.so"
     file.write_text("no library")
     assert reason_with(monkeypatch, file).startswith("TensorFlow cannot load it: ")
 
 
-@pytest.mark.parametrize(("set_to", "told"), [(3, 3), (0, 5)])
-def test_the_core_uses_the_threads_that_tensorflow_is_set_to(set_to, told, monkeypatch):
-    """Of one operation; 0 means as many as there are processors."""
+@pytest.mark.parametrize(("setting", "threads"), [(3, 3), (0, 5)])
+def test_core_uses_the_intra_op_threads_of_tensorflow(setting, threads, monkeypatch):
+    """The setting 0 means all available CPUs."""
     get = "get_intra_op_parallelism_threads"
-    monkeypatch.setattr(tf.config.threading, get, lambda: set_to)
+    monkeypatch.setattr(tf.config.threading, get, lambda: setting)
     monkeypatch.setattr(library, "available_cpus", lambda: 5)
     program = tf.function(operation(CALL, "native"), specs(CALL, unknown="batch"))
     operations = program.get_concrete_function().graph.get_operations()
-    (ours,) = (o for o in operations if o.type.startswith("Involution"))
-    assert ours.get_attr("threads") == told
+    (custom_op,) = (o for o in operations if o.type.startswith("Involution"))
+    assert custom_op.get_attr("threads") == threads

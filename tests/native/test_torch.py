@@ -1,4 +1,4 @@
-"""``native`` as PyTorch uses it: compiled, mapped, differentiated, on views and other devices."""
+"""``native`` on PyTorch: compiled, exported, differentiated, on views, devices and threads."""
 
 import dataclasses
 import json
@@ -46,57 +46,57 @@ def leaves(call, count=2):
 
 
 @pytest.fixture
-def fresh():
-    """Nothing compiled before is remembered."""
+def fresh_compiler():
+    """Discards compiled programs before and after a test."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()
 
 
 @each_call
-def test_f22_compiled_whole_with_its_gradients(call, fresh):
-    of = operation(call, None)
+def test_f22_compiled_without_graph_breaks_with_gradients(call, fresh_compiler):
+    eager = operation(call, None)
     x, kernel = leaves(call)
-    explained = torch._dynamo.explain(of)(x, kernel)
+    explained = torch._dynamo.explain(eager)(x, kernel)
     assert (explained.graph_break_count, explained.graph_count) == (0, 1)
     nodes = [str(node.target) for node in explained.graphs[0].graph.nodes]
     assert [name for name in nodes if "involution" in name] == ["involution.native.default"]
 
-    compiled = torch.compile(of, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
     results = []
-    for function in (of, compiled):
+    for function in (eager, compiled):
         y = function(x, kernel)
         results.append((y, *torch.autograd.grad(y.pow(2).sum(), (x, kernel))))
-    for eager, whole in zip(*results, strict=True):
-        assert torch.equal(eager, whole)
+    for want, value in zip(*results, strict=True):
+        assert torch.equal(want, value)
 
 
-# PyTorch itself calls what it has deprecated.
+# PyTorch calls its own deprecated function.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-def test_f22_compiled_by_the_default_compiler(fresh):
-    def of(x, kernel):
+def test_f22_compiled_by_the_default_compiler(fresh_compiler):
+    def eager(x, kernel):
         return operation(CALL, None)(x.exp(), kernel).sin()
 
     x, kernel = leaves(CALL)
     results = []
-    for function in (of, torch.compile(of, fullgraph=True)):
+    for function in (eager, torch.compile(eager, fullgraph=True)):
         y = function(x, kernel)
         results.append((y, *torch.autograd.grad(y.sum(), (x, kernel))))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
+    for want, value in zip(*results, strict=True):
+        torch.testing.assert_close(value, want, rtol=1e-12, atol=1e-12)
 
 
-# PyTorch's compiler makes an instance of a function's class, and deprecates it.
+# PyTorch's compiler instantiates autograd.Function, which it deprecates.
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["native", "taps", "reference"])
-def test_f22_inference_is_compiled_whole(name, fresh):
-    of = operation(CALL, name)
+def test_f22_inference_is_compiled_without_graph_breaks(name, fresh_compiler):
+    eager = operation(CALL, name)
     x, kernel = tensors(CALL.arrays()[:2], "float64")
-    y = torch.compile(of, fullgraph=True, backend="aot_eager")(x, kernel)
+    y = torch.compile(eager, fullgraph=True, backend="aot_eager")(x, kernel)
     assert_equals_oracle(CALL, y, x, kernel)
 
 
-def test_f14_one_program_for_every_batch_size(fresh):
+def test_f14_one_program_for_every_batch_size(fresh_compiler):
     counter = CompileCounter()
     program = torch.compile(operation(CALL, None), fullgraph=True, backend=counter, dynamic=True)
     for batch in (8, 4, 6, 10, 11):
@@ -107,21 +107,21 @@ def test_f14_one_program_for_every_batch_size(fresh):
 
 
 @pytest.mark.parametrize("padding", ["same", "valid", "symmetric"])
-def test_f22_one_program_for_every_image_size(padding, fresh):
+def test_f22_one_program_for_every_image_size(padding, fresh_compiler):
     counter = CompileCounter()
     call = dataclasses.replace(CALL, padding=padding)
     program = torch.compile(operation(call, None), fullgraph=True, backend=counter, dynamic=True)
-    # Sizes that are the same by chance the compiler would take for one.
+    # All sizes differ: the compiler specializes to equal ones.
     for sizes in [(16, 21), (14, 27), (12, 23)]:
-        this = dataclasses.replace(call, sizes=sizes)
-        x, kernel = tensors(this.arrays()[:2], "float64")
-        assert_equals_oracle(this, program(x, kernel), x, kernel)
+        sized = dataclasses.replace(call, sizes=sizes)
+        x, kernel = tensors(sized.arrays()[:2], "float64")
+        assert_equals_oracle(sized, program(x, kernel), x, kernel)
     assert counter.frame_count == 1
 
 
 @each_call
 @pytest.mark.parametrize("pass_", params.PASSES)
-def test_f22_operation_is_what_pytorch_asks_of_one(pass_, call):
+def test_f22_custom_op_passes_opcheck(pass_, call):
     a, b = ARGUMENTS[pass_](*leaves(call, 3))
     window = Window(**call.arguments)
     encoded = params.encode(pass_, window, call.sizes, a, b)
@@ -130,7 +130,7 @@ def test_f22_operation_is_what_pytorch_asks_of_one(pass_, call):
     assert set(outcome.values()) == {"SUCCESS"}
 
 
-def test_f22_exported_for_any_batch():
+def test_f22_export_with_dynamic_batch():
     class Module(torch.nn.Module):
         def forward(self, x, kernel):
             return operation(CALL, None)(x, kernel)
@@ -139,20 +139,20 @@ def test_f22_exported_for_any_batch():
     arguments = tuple(tensors(CALL.arrays()[:2], "float64"))
     program = torch.export.export(Module(), arguments, dynamic_shapes=({0: batch}, {0: batch}))
     assert "involution.native" in str(program.graph)
-    more = dataclasses.replace(CALL, batch=5)
-    x, kernel = tensors(more.arrays()[:2], "float64")
-    assert_equals_oracle(more, program.module()(x, kernel), x, kernel)
+    larger = dataclasses.replace(CALL, batch=5)
+    x, kernel = tensors(larger.arrays()[:2], "float64")
+    assert_equals_oracle(larger, program.module()(x, kernel), x, kernel)
 
 
-# What Keras asks of shapes, the tracer takes for constants, as it says.
+# The tracer warns that Keras's conditions on shapes become constants.
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("strides", [1, 2])
-def test_traced_by_the_reference_for_every_batch(strides):
+def test_traced_with_the_reference_for_every_batch_size(strides):
     layer = involution.Involution2D(3, strides=strides)
-    x, more = torch.rand(1, 7, 9, 16), torch.rand(3, 7, 9, 16)
+    x, larger = torch.rand(1, 7, 9, 16), torch.rand(3, 7, 9, 16)
     layer(x)
     program = torch.jit.trace(layer, x)
-    torch.testing.assert_close(program(more), layer(more), rtol=0, atol=1e-5)
+    torch.testing.assert_close(program(larger), layer(larger), rtol=0, atol=1e-5)
     with (
         involution.ops.force_implementation("native"),
         pytest.raises(ValueError, match=r"native: torch\.jit\.trace"),
@@ -164,14 +164,14 @@ def test_traced_by_the_reference_for_every_batch(strides):
 
 
 @each_call
-def test_f17_gradients_of_first_and_second_order_are_differences(call):
+def test_f17_first_and_second_order_gradients_equal_finite_differences(call):
     call = dataclasses.replace(call, batch=1)
-    of = operation(call, "native")
-    assert torch.autograd.gradcheck(of, leaves(call), check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(of, leaves(call), check_batched_grad=True)
+    operator = operation(call, "native")
+    assert torch.autograd.gradcheck(operator, leaves(call), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(operator, leaves(call), check_batched_grad=True)
 
 
-def test_only_the_gradients_that_are_asked_for_are_made(monkeypatch):
+def test_only_required_gradients_are_computed(monkeypatch):
     ran = []
     execute = library.execute
 
@@ -190,27 +190,27 @@ def test_only_the_gradients_that_are_asked_for_are_made(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:-1])
-@pytest.mark.parametrize("recorded", [False, True])
-def test_f23_dual_numbers_have_the_tangent(recorded, implementation):
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_f23_tangents_of_dual_tensors(requires_grad, implementation):
     x, kernel = tensors(CALL.arrays()[:2], "float64")
-    x.requires_grad_(recorded)
+    x.requires_grad_(requires_grad)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, 2 * x.detach())
         y = torch.autograd.forward_ad.unpack_dual(operation(CALL, implementation)(dual, kernel))
     torch.testing.assert_close(y.tangent, 2 * y.primal, rtol=0, atol=1e-12)
 
 
-# PyTorch's compiler deprecates what it calls itself.
+# PyTorch's compiler calls its own deprecated functions.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:-1])
-def test_f23_a_compiled_tangent_is_that_of_the_reference(implementation, fresh):
+def test_f23_compiled_tangent_equals_that_of_the_reference(implementation, fresh_compiler):
     arguments = tuple(tensors(CALL.arrays()[:2], "float64"))
 
-    def of(x, kernel):
+    def tangent(x, kernel):
         apply = operation(CALL, implementation)
         return torch.func.jvp(apply, (x, kernel), (kernel.mean() * x, kernel))[1]
 
-    program = torch.compile(of, fullgraph=True, backend="eager")
+    program = torch.compile(tangent, fullgraph=True, backend="eager")
     y = operation(CALL, "reference")(*arguments)
     want = (arguments[1].mean() + 1) * y
     torch.testing.assert_close(program(*arguments), want, rtol=0, atol=1e-11)
@@ -221,7 +221,7 @@ def test_f23_a_compiled_tangent_is_that_of_the_reference(implementation, fresh):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:-1])
 @pytest.mark.parametrize("changed", [0, 1])
-def test_f28_an_input_changed_before_the_backward_pass_raises(changed, implementation):
+def test_f28_input_changed_before_the_backward_pass_raises(changed, implementation):
     inputs = [t * 1 for t in leaves(CALL)]
     y = operation(CALL, implementation)(*inputs)
     inputs[changed].add_(1)
@@ -230,8 +230,8 @@ def test_f28_an_input_changed_before_the_backward_pass_raises(changed, implement
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_f28_no_result_is_an_input(implementation):
-    """Even where a window has one position and the kernel is 1."""
+def test_f28_no_result_shares_memory_with_an_input(implementation):
+    """Even if the result equals the input: the window has one position and the kernel is 1."""
     call = Call(1, (5,), 4, (1,), (1,), "valid", (1,))
     x = tensors(call.arrays()[:1], "float64")[0].requires_grad_()
     kernel = torch.ones(call.kernel_shape, dtype=x.dtype, requires_grad=True)
@@ -264,16 +264,16 @@ def test_f10_views(view):
     assert_equals_oracle(call, y, x.resolve_neg(), kernel.resolve_neg())
 
 
-def test_f10_sizes_of_one_with_strange_strides():
+def test_f10_arbitrary_strides_of_axes_of_size_one():
     call = Call(1, (1, 5), 4, (1, 3), (1, 1), "same", (1, 1))
     x, kernel = tensors(call.arrays()[:2], "float64")
-    strange = torch.as_strided(x, x.shape, (1, 7, 4, 1))
-    assert strange.is_contiguous()
-    assert_equals_oracle(call, operation(call, "native")(strange, kernel), x, kernel)
+    strided = torch.as_strided(x, x.shape, (1, 7, 4, 1))
+    assert strided.is_contiguous()
+    assert_equals_oracle(call, operation(call, "native")(strided, kernel), x, kernel)
 
 
 @pytest.mark.parametrize("kind", ["expanded", "transposed", "every second", "negative"])
-def test_f09_non_contiguous_gradient(kind):
+def test_f09_non_contiguous_output_gradient(kind):
     x, kernel, dy = CALL.arrays()
     given = {
         "expanded": lambda: torch.tensor(dy[:1, :1, :1, :1]).expand(dy.shape),
@@ -290,7 +290,7 @@ def test_f09_non_contiguous_gradient(kind):
         np.testing.assert_allclose(value.numpy(), want, rtol=0, atol=1e-12)
 
 
-def test_inference_mode_gives_the_same():
+def test_inference_mode():
     x, kernel = tensors(CALL.arrays()[:2], "float64")
     with torch.inference_mode():
         y = operation(CALL, "native")(x, kernel)
@@ -303,7 +303,7 @@ def test_inference_mode_gives_the_same():
 
 @each_call
 @pytest.mark.parametrize("pass_", params.PASSES)
-def test_f16_shapes_alone_on_the_device_that_has_no_memory(pass_, call):
+def test_f16_shapes_on_the_meta_device(pass_, call):
     a, b = (t.to("meta") for t in ARGUMENTS[pass_](*tensors(call.arrays(), "float32")))
     window = Window(**call.arguments)
     result = native_torch.call(pass_, window, call.sizes, a, b)
@@ -312,7 +312,7 @@ def test_f16_shapes_alone_on_the_device_that_has_no_memory(pass_, call):
     assert tuple(result.shape) == params.result_shape(pass_, window, call.sizes, a, b)
 
 
-def test_f16_another_device_is_refused_by_name():
+def test_f16_other_device_raises():
     x, _ = tensors(CALL.arrays()[:2], "float32")
     problem = problem_of(Window(**CALL.arguments), x)
     assert problem.device == "cpu"
@@ -324,7 +324,7 @@ def test_f16_another_device_is_refused_by_name():
     assert dispatch.select(elsewhere).name == "taps"
 
 
-def test_the_core_uses_the_threads_that_pytorch_is_set_to(monkeypatch):
+def test_core_uses_the_thread_count_of_pytorch(monkeypatch):
     thread_counts = []
     execute = library.execute
 
@@ -348,35 +348,35 @@ LARGE = Call(2, (24, 25), 128, (3, 3), (1, 1), "same", (1, 1), 2)
 
 
 def threads_of_a_process():
-    """Prints how many threads the core adds to PyTorch's own, and what came of forked children."""
+    """Prints, as JSON, threads that the core adds to PyTorch's, and codes of forked children."""
 
-    def tasks():
+    def thread_count():
         return len(os.listdir("/proc/self/task"))
 
     torch.set_num_threads(3)
     torch.ones(10**7).exp().sum()
-    before = tasks()
+    before = thread_count()
     x, kernel, dy = (a.astype("float32") for a in LARGE.arrays())
     values = native_core.results(LARGE, x, kernel, dy, threads=3)
-    added = tasks() - before
+    added = thread_count() - before
     library.set_openmp(None)
     by_pool = native_core.results(LARGE, x, kernel, dy, threads=3)
-    added_by_pool = tasks() - before
+    added_by_pool = thread_count() - before
     library.set_openmp(native_torch._openmp())
     assert all((values[m] == by_pool[m]).all() for m in values)
-    codes = []
+    exit_codes = []
     for _ in range(3):
         child = os.fork()
         if child == 0:
             signal.alarm(20)  # A child that waits for its parent's threads would wait forever.
             again = native_core.results(LARGE, x, kernel, dy, threads=3)
             os._exit(0 if all((values[m] == again[m]).all() for m in values) else 1)
-        codes.append(os.waitpid(child, 0)[1])
-    print(json.dumps({"added": added, "by_pool": added_by_pool, "children": codes}))
+        exit_codes.append(os.waitpid(child, 0)[1])
+    print(json.dumps({"added": added, "by_pool": added_by_pool, "children": exit_codes}))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_core_works_in_pytorchs_own_threads():
-    """Others would wait for processors that these keep; after a fork there are only others."""
+def test_core_runs_on_the_threads_of_pytorch():
+    """They spin between ops and would compete with others for CPUs. A forked child has its own."""
     code = "import tests.native.test_torch as t; t.threads_of_a_process()"
     assert json.loads(fresh_process(code)) == {"added": 0, "by_pool": 2, "children": [0, 0, 0]}

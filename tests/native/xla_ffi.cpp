@@ -10,8 +10,8 @@ using namespace involution::xla;
 #define SAME(ours, theirs, field) SAME_FIELD(ours, field, theirs, field)
 #define SAME_VALUE(ours, theirs) static_assert(int(ours) == int(theirs), #ours)
 
-// Another version of the API may have other fields: review it, then add it here and to NEWEST_MINOR in
-// ops/native/jax.py.
+// Another version of the API may have other fields: review it, then add it here and to
+// NEWEST_MINOR in ops/native/jax.py.
 static_assert(MAJOR == XLA_FFI_API_MAJOR && XLA_FFI_API_MINOR >= 1 && XLA_FFI_API_MINOR <= 3,
               "an unreviewed version of the API");
 

@@ -1,4 +1,4 @@
-"""On a CUDA device, and nowhere else: ``benchmarks/gpu.sh`` runs these."""
+"""Tests that require a CUDA device; ``benchmarks/gpu.sh`` runs them."""
 
 import functools
 
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.cuda
 
 @pytest.fixture(autouse=True)
 def untuned(monkeypatch):
-    """Block sizes are of speed alone."""
+    """Skips autotuning: the configuration affects only speed."""
     from involution.ops.triton import kernels
 
-    for program in (*kernels.KERNELS.values(), kernels.FUSED):
-        monkeypatch.setattr(program, "configs", program.configs[:1])
+    for triton_kernel in (*kernels.KERNELS.values(), kernels.FUSED):
+        monkeypatch.setattr(triton_kernel, "configs", triton_kernel.configs[:1])
 
 
 CALL = Call(2, (9, 11), 24, (3, 5), (2, 1), "same", (1, 2), 3)
@@ -34,7 +34,7 @@ def on_device(arrays, dtype, device="cuda"):
 
 
 def passes(call, dtype, device="cuda"):
-    """Functions without arguments, one for each member and each fused one."""
+    """A function without arguments for each pass, unfused and fused."""
     from involution.ops.triton import launch
 
     window = Window(**call.arguments)
@@ -42,10 +42,10 @@ def passes(call, dtype, device="cuda"):
     for pass_, arguments in ARGUMENTS.items():
         a, b = arguments(x, kernel, dy)
         yield functools.partial(launch.operations.call, pass_, window, call.sizes, a, b)
-    given = on_device(native_core.fused_arrays(call), dtype, device)
+    fused_tensors = on_device(native_core.fused_arrays(call), dtype, device)
     for pass_, arguments in FUSED_ARGUMENTS.items():
-        of = launch.operations.call_fused
-        yield functools.partial(of, pass_, window, call.sizes, *arguments(*given))
+        call_fused = launch.operations.call_fused
+        yield functools.partial(call_fused, pass_, window, call.sizes, *arguments(*fused_tensors))
 
 
 def tensors(results):
@@ -53,7 +53,7 @@ def tensors(results):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_thousand_repeats_are_the_same_bits(dtype):
+def test_a_thousand_runs_are_bitwise_equal(dtype):
     for call in (CALL, STAGE):
         for run in passes(call, dtype):
             first = tensors(run())
@@ -61,16 +61,16 @@ def test_a_thousand_repeats_are_the_same_bits(dtype):
                 assert all(map(torch.equal, first, tensors(run())))
 
 
-def test_more_than_2_to_the_31_numbers():
-    """The last sample, of which every offset is beyond, is as it is alone."""
+def test_more_than_2_to_the_31_elements():
+    """The last sample, whose offsets are 2**31 and more, equals a batch of that sample."""
     batch, side, channels, groups = 33, 1024, 64, 2
     from involution.ops.triton import launch
 
     window = Window((7, 7), (1, 1), "same", (1, 1), groups, "contiguous", "channels_last")
     generator = torch.Generator("cuda").manual_seed(0)
-    made = functools.partial(torch.randn, device="cuda", dtype=torch.float16, generator=generator)
-    x, dy = (made(batch, side, side, channels) for _ in range(2))
-    kernel = made(batch, side, side, 49, groups)
+    randn = functools.partial(torch.randn, device="cuda", dtype=torch.float16, generator=generator)
+    x, dy = (randn(batch, side, side, channels) for _ in range(2))
+    kernel = randn(batch, side, side, 49, groups)
     assert min(x.numel(), kernel.numel()) > 2**31
     for pass_, arguments in ARGUMENTS.items():
         a, b = arguments(x, kernel, dy)
@@ -79,16 +79,16 @@ def test_more_than_2_to_the_31_numbers():
 
 
 @pytest.mark.parametrize("device", range(torch.cuda.device_count()))
-def test_tensors_may_be_on_a_device_that_is_not_the_current_one(device):
+def test_tensors_on_a_device_other_than_the_current_one(device):
     others = [d for d in range(torch.cuda.device_count()) if d != device] or [device]
-    here = [tensors(run()) for run in passes(CALL, "float32", f"cuda:{device}")]
+    expected = [tensors(run()) for run in passes(CALL, "float32", f"cuda:{device}")]
     with torch.cuda.device(others[0]):
-        there = [tensors(run()) for run in passes(CALL, "float32", f"cuda:{device}")]
-    for one, other in zip(here, there, strict=True):
-        assert all(map(torch.equal, one, other))
+        results = [tensors(run()) for run in passes(CALL, "float32", f"cuda:{device}")]
+    for want, result in zip(expected, results, strict=True):
+        assert all(map(torch.equal, want, result))
 
 
-def test_a_graph_of_the_device_holds_them():
+def test_cuda_graph_captures_every_pass():
     for run in passes(CALL, "float32"):
         want = tensors(run())
         graph = torch.cuda.CUDAGraph()
@@ -101,22 +101,22 @@ def test_a_graph_of_the_device_holds_them():
             assert all(map(torch.equal, want, results))
 
 
-def test_torch_compile_makes_them_part_of_its_graph():
-    x, *given = (
+def test_torch_compile_has_no_graph_breaks():
+    arguments = [
         t.requires_grad_() for t in on_device(native_core.fused_arrays(CALL)[:-1], "float32")
-    )
-    of = functools.partial(involution.ops.fused_involution, **CALL.arguments)
-    for run in (of, torch.compile(of, fullgraph=True)):
-        y = run(x, *given)
-        gradients = torch.autograd.grad(y.pow(2).sum(), [x, *given])
-        if run is of:
+    ]
+    eager = functools.partial(involution.ops.fused_involution, **CALL.arguments)
+    for run in (eager, torch.compile(eager, fullgraph=True)):
+        y = run(*arguments)
+        gradients = torch.autograd.grad(y.pow(2).sum(), arguments)
+        if run is eager:
             want = y, *gradients
-    for one, other in zip(want, (y, *gradients), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    for expected, result in zip(want, (y, *gradients), strict=True):
+        torch.testing.assert_close(expected, result, rtol=1e-4, atol=1e-4)
 
 
-def test_the_benchmark_measures_here(monkeypatch):
-    case = Case("small", 4, (28, 28), 64, 4, 7, padding="symmetric")
+def test_benchmark_runs_on_cuda(monkeypatch):
+    case = Case.of("small", 4, (28, 28), 64, 4, 7, padding="symmetric")
     monkeypatch.setattr(runner, "CASES", (case,))
     plan = runner.Plan(
         cases=("small",),
@@ -127,9 +127,9 @@ def test_the_benchmark_measures_here(monkeypatch):
         memory=True,
     )
     runner.check(plan)
-    told = []
-    rows = list(runner.run(plan, told.append))
-    assert not told
+    messages = []
+    rows = list(runner.run(plan, messages.append))
+    assert not messages
     assert len(rows) == 5 * 2 * 2
     assert all(row.median_ms > 0 and row.peak_mb > 0 for row in rows)
     assert devices.DEVICES["cuda"].copy_bandwidth(2**28) > 1e10

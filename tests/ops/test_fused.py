@@ -1,4 +1,4 @@
-"""Kernels that are generated where they are used: the core, the operator, and the layers."""
+"""Fused involution, which stores no kernels: the core, the operator, and the layers."""
 
 import dataclasses
 import functools
@@ -38,14 +38,14 @@ from tests.support.oracle import Call, error_bound, not_finite, random_calls
 pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
 
 TARGETS = library.targets()
-# Of bfloat16, even numbers are multiplied in pairs where the processor does.
+# Odd and even: processors with bfloat16 dot products multiply even counts in pairs.
 HIDDEN = (1, 2, 3, 8, 16, 17, 33)
 CALL = Call(2, (5, 7), 12, (3, 3), (2, 1), "same", (1, 2), 3)
 NAMES = ("x", "hidden", "weight", "bias")
 
 
 def apply(call, implementation="fused"):
-    """``generate_and_apply`` with a call's arguments."""
+    """``fused_involution`` with the arguments of a call."""
     return functools.partial(
         involution.ops.fused_involution, **call.arguments, implementation=implementation
     )
@@ -56,8 +56,8 @@ def apply(call, implementation="fused"):
 
 @functools.cache
 def random_values(dtype):
-    """Calls with their arrays, and what each member gives and how far off it may be."""
-    found = []
+    """Random calls with their arrays, and for each pass the expected results and error bounds."""
+    cases = []
     for n, call in enumerate(random_calls(96, seed=3)):
         call = dataclasses.replace(call, data_format="channels_last")
         hidden = HIDDEN[n % len(HIDDEN)]
@@ -65,27 +65,27 @@ def random_values(dtype):
         wide = [a.astype("float64") for a in arrays]
         truth = native_core.expected_fused(call, *wide)
         magnitude = native_core.expected_fused(call, *map(np.abs, wide))
-        # Each sum is one of sums: of hidden channels, taps, a group's channels, places.
+        # Nested sums: over hidden channels, taps, the channels of a group, and positions.
         terms = sum((hidden + 1, call.taps, call.channels // call.groups, call.taps * call.groups))
-        places = terms + call.batch * math.prod(call.output_sizes)
+        weight_terms = terms + call.batch * math.prod(call.output_sizes)
         kinds = dtype, "float64" if dtype == "float64" else "float32"
         bounds = {
             pass_: [
                 (t, error_bound(t, m, n, kind))
                 for t, m, n, kind in zip(
-                    truth[pass_], magnitude[pass_], (terms, places), kinds, strict=True
+                    truth[pass_], magnitude[pass_], (terms, weight_terms), kinds, strict=True
                 )
                 if t is not None
             ]
             for pass_ in truth
         }
-        found.append((call, arrays, bounds))
-    return found
+        cases.append((call, arrays, bounds))
+    return cases
 
 
 @each_target
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_member_equals_the_oracle(dtype, target):
+def test_passes_of_random_calls_equal_the_oracle(dtype, target):
     for n, (call, arrays, bounds) in enumerate(random_values(dtype)):
         for pass_, arguments in native_core.FUSED_ARGUMENTS.items():
             first, second = native_core.execute_fused(
@@ -97,7 +97,7 @@ def test_every_member_equals_the_oracle(dtype, target):
                 assert (error <= bound).all(), (pass_, call)
 
 
-# Of these sizes a sample is divided into many pieces, and the groups of the input's gradient too.
+# Large enough that samples are split into many tiles, and the groups of the input gradient too.
 LARGE = [
     Call(2, (30, 31), 64, (7, 7), (1, 1), "same", (1, 1), 4),
     Call(1, (70, 130), 32, (5, 5), (2, 1), "same", (1, 2), 16, "interleaved"),
@@ -111,18 +111,18 @@ LARGE = [
     ("dtype", "channels", "error"), [("float64", 19, 1e-12), ("bfloat16", 20, 2.0**-8)]
 )
 @pytest.mark.parametrize("call", LARGE, ids=str)
-def test_large_calls_equal_two_steps(call, dtype, channels, error, target):
+def test_large_calls_equal_the_unfused_results(call, dtype, channels, error, target):
     given = [a.astype(DTYPES[dtype]) for a in native_core.fused_arrays(call, hidden=channels)]
     arrays = [a.astype("float64") for a in given]
     x, hidden, weight, bias, dy = arrays
     kernel = native_core.generated(hidden, weight, bias, call.groups)
-    two = native_core.results(call, x, kernel, dy)
-    flat = two[KERNEL_GRAD].reshape(call.batch, -1, call.taps * call.groups)
+    unfused = native_core.results(call, x, kernel, dy)
+    flat = unfused[KERNEL_GRAD].reshape(call.batch, -1, call.taps * call.groups)
     rows = hidden.reshape(call.batch, -1, hidden.shape[-1])
     by_sample = [np.concatenate([h.T @ k, k.sum(0)[None]]) for h, k in zip(rows, flat, strict=True)]
     expected = {
-        FORWARD: [two[FORWARD]],
-        INPUT_GRAD: [two[INPUT_GRAD]],
+        FORWARD: [unfused[FORWARD]],
+        INPUT_GRAD: [unfused[INPUT_GRAD]],
         KERNEL_GRAD: [(flat @ weight.T).reshape(hidden.shape), by_sample],
     }
     for pass_, arguments in native_core.FUSED_ARGUMENTS.items():
@@ -134,24 +134,25 @@ def test_large_calls_equal_two_steps(call, dtype, channels, error, target):
 
 @pytest.mark.parametrize(("dtype", "hidden"), [("float32", 5), ("bfloat16", 5), ("bfloat16", 6)])
 @pytest.mark.parametrize("call", LARGE[:2], ids=str)
-def test_f18_threads_and_other_samples_change_no_bit(call, dtype, hidden):
+def test_f18_bits_do_not_depend_on_threads_or_other_samples(call, dtype, hidden):
     call = dataclasses.replace(call, batch=3)
-    alone = dataclasses.replace(call, batch=1)
+    single = dataclasses.replace(call, batch=1)
     arrays = [a.astype(DTYPES[dtype]) for a in native_core.fused_arrays(call, hidden)]
     for pass_, arguments in native_core.FUSED_ARGUMENTS.items():
         given = arguments(*arrays)
         results = native_core.execute_fused(pass_, call, given, threads=1)
         again = native_core.execute_fused(pass_, call, given, threads=4)
         last = [
-            a[-1:] if has else a for a, has in zip(given, params.HAS_BATCH_AXIS[pass_], strict=True)
+            a[-1:] if has_batch else a
+            for a, has_batch in zip(given, params.HAS_BATCH_AXIS[pass_], strict=True)
         ]
-        own = native_core.execute_fused(pass_, alone, last, threads=2)
-        for r, a, o in zip(results, again, own, strict=True):
-            assert r.tobytes() == a.tobytes()
-            assert r[-1:].tobytes() == o.tobytes()
+        of_last = native_core.execute_fused(pass_, single, last, threads=2)
+        for result, same, last_result in zip(results, again, of_last, strict=True):
+            assert result.tobytes() == same.tobytes()
+            assert result[-1:].tobytes() == last_result.tobytes()
 
 
-def test_a_nan_stays_within_windows_that_contain_it():
+def test_nan_affects_only_windows_that_contain_it():
     x, hidden, weight, bias, _ = native_core.fused_arrays(CALL)
     x[0, 2, 3, 4] = np.nan
     hidden[1, 1, 1, 0] = np.nan
@@ -162,7 +163,7 @@ def test_a_nan_stays_within_windows_that_contain_it():
 
 
 @each_target
-def test_f20_what_is_not_finite_spreads_as_in_the_formula(target):
+def test_f20_non_finite_values_propagate_as_in_the_formula(target):
     for n, call in enumerate(random_calls(48, seed=20)):
         call = dataclasses.replace(call, data_format="channels_last")
         arrays = native_core.fused_arrays(call, HIDDEN[n % len(HIDDEN)], seed=n)
@@ -178,8 +179,8 @@ def test_f20_what_is_not_finite_spreads_as_in_the_formula(target):
                         np.testing.assert_allclose(value, truth, atol=1e-11, err_msg=what)
 
 
-# Outputs of padding alone.
-NOTHING = [
+# All windows contain only padding.
+PADDING_ONLY = [
     Call(2, (0,), 6, (3,), (1,), ((2, 1),), (1,), 2),
     Call(2, (0, 5), 4, (3, 3), (1, 1), ((2, 2), (1, 1)), (1, 1), 2),
     Call(1, (5, 0), 16, (2, 3), (2, 1), ((1, 1), (3, 3)), (1, 1), 8, "interleaved"),
@@ -190,48 +191,48 @@ NOTHING = [
 
 @each_target
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("call", NOTHING, ids=str)
-def test_f13_windows_that_meet_nothing_are_zero(call, dtype, target):
+@pytest.mark.parametrize("call", PADDING_ONLY, ids=str)
+def test_f13_windows_of_padding_only_give_zeros(call, dtype, target):
     arrays = [a.astype(DTYPES[dtype]) for a in native_core.fused_arrays(call)]
     for pass_, arguments in native_core.FUSED_ARGUMENTS.items():
         for result in native_core.execute_fused(pass_, call, arguments(*arrays), threads=2):
             assert not result.any(), pass_
 
 
-def test_f13_without_outputs_the_gradients_are_zero():
-    """As where a traced size is 0."""
+def test_f13_gradients_without_outputs_are_zero():
+    """In a traced program an output size may be 0."""
     call = Call(2, (5,), 6, (3,), (1,), "valid", (1,), 2)
     window = native_core.Window(**call.arguments)
     arrays = native_core.fused_arrays(call)
-    nothing = np.zeros(0)
+    empty = np.zeros(0)
     for pass_, shape in ((INPUT_GRAD, call.x_shape), (KERNEL_GRAD, (2, 6, 6))):
         given = native_core.FUSED_ARGUMENTS[pass_](*arrays)
         encoded = params.encode_fused(pass_, window, call.sizes, given)
         encoded = native_core.without_outputs(encoded)
         result = np.full(shape, np.nan)
-        # The weight and the bias have elements; of the rest, x alone.
-        results = (result, nothing) if pass_ == INPUT_GRAD else (nothing, result)
+        # Besides the weight and the bias, only x has elements.
+        results = (result, empty) if pass_ == INPUT_GRAD else (empty, result)
         library.execute_fused(encoded, call.batch, 2, *(a.ctypes.data for a in (*given, *results)))
         assert not result.any()
 
 
 @pytest.mark.parametrize("implementation", ["fused", "native", "taps"])
-def test_f13_an_input_without_positions(implementation):
-    call = NOTHING[1]
+def test_f13_input_without_positions_gives_zeros(implementation):
+    call = PADDING_ONLY[1]
     x, hidden, weight, bias, dy = native_core.fused_arrays(call)
     arguments = x, hidden, weight, bias
-    of = apply(call, implementation)
-    y = numpy(of(*tensors(arguments, "float64")))
+    operator = apply(call, implementation)
+    y = numpy(operator(*tensors(arguments, "float64")))
     assert y.shape == call.output_shape
     assert not y.any()
-    for gradient, argument in zip(gradients(of, arguments, dy), arguments, strict=True):
+    for gradient, argument in zip(gradients(operator, arguments, dy), arguments, strict=True):
         assert gradient.shape == argument.shape
         assert not gradient.any()
 
 
 @pytest.mark.parametrize("implementation", ["fused", "native", "taps"])
-def test_f20_one_rule_for_taps_outside(implementation):
-    """The kernels of a corner and the gradient of another."""
+def test_f20_taps_outside_the_input_are_multiplied_by_zero(implementation):
+    """Non-finite: the kernels of one corner, and the output gradient of another."""
     arrays = native_core.fused_arrays(CALL)
     arrays[1][0, 0, 0, 0] = np.inf
     arrays[4][1, -1, -1, 3] = np.nan
@@ -239,15 +240,15 @@ def test_f20_one_rule_for_taps_outside(implementation):
     truths = native_core.expected_fused(CALL, *arrays)
     both = truths[KERNEL_GRAD][1]
     expected = truths[INPUT_GRAD][0], truths[KERNEL_GRAD][0], both[:-1], both[-1]
-    of = apply(CALL, implementation)
-    y = numpy(of(*tensors(arguments, "float64")))
+    operator = apply(CALL, implementation)
+    y = numpy(operator(*tensors(arguments, "float64")))
     np.testing.assert_allclose(y, truths[FORWARD][0], atol=1e-12)
     assert 0 < np.isnan(y).sum() < y.size / 2
-    for value, truth in zip(gradients(of, arguments, dy), expected, strict=True):
+    for value, truth in zip(gradients(operator, arguments, dy), expected, strict=True):
         np.testing.assert_allclose(value, truth, atol=1e-11)
 
 
-def test_f13_an_empty_batch():
+def test_f13_empty_batch():
     call = dataclasses.replace(CALL, batch=0)
     arrays = native_core.fused_arrays(call)
     for pass_, arguments in native_core.FUSED_ARGUMENTS.items():
@@ -280,23 +281,23 @@ def test_output_and_gradients_equal_the_oracle(call):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_have_the_types_of_what_they_are_for(dtype):
+def test_gradients_have_the_dtypes_of_their_arguments(dtype):
     *arrays, dy = native_core.fused_arrays(CALL)
     given = tensors(arrays, dtype)
     y = apply(CALL)(*given)
     assert keras.backend.standardize_dtype(y.dtype) == dtype
     dy = tensors([dy], dtype)[0]
-    found = grad(lambda *t: keras.ops.sum(apply(CALL)(*t) * dy))(*given)
-    assert [keras.backend.standardize_dtype(g.dtype) for g in found] == [dtype] * 4
-    two = grad(lambda *t: keras.ops.sum(apply(CALL, IMPLEMENTATIONS)(*t) * dy))(*given)
+    fused_grads = grad(lambda *t: keras.ops.sum(apply(CALL)(*t) * dy))(*given)
+    assert [keras.backend.standardize_dtype(g.dtype) for g in fused_grads] == [dtype] * 4
+    expected = grad(lambda *t: keras.ops.sum(apply(CALL, IMPLEMENTATIONS)(*t) * dy))(*given)
     digits = {"float64": 53, "float32": 24, "bfloat16": 8, "float16": 11}[dtype]
-    for one, other in zip(found, two, strict=True):
-        scale = np.abs(exact(other)).max()
-        np.testing.assert_allclose(exact(one), exact(other), rtol=0, atol=64 * scale / 2**digits)
+    for value, want in zip(fused_grads, expected, strict=True):
+        scale = np.abs(exact(want)).max()
+        np.testing.assert_allclose(exact(value), exact(want), rtol=0, atol=64 * scale / 2**digits)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_f17_second_derivatives_are_those_of_two_steps(compiled):
+def test_f17_second_derivatives_equal_the_unfused_ones(compiled):
     *arrays, dy = native_core.fused_arrays(CALL, hidden=3)
     given, (dy,) = tensors(arrays, "float64"), tensors([dy], "float64")
 
@@ -305,17 +306,17 @@ def test_f17_second_derivatives_are_those_of_two_steps(compiled):
         both = grad(lambda *t: sum(keras.ops.sum(g**2) for g in first(*t)))
         return (in_graph(both) if compiled else both)(*given)
 
-    for name, one, other in zip(NAMES, second("fused"), second("native"), strict=True):
-        scale = np.abs(exact(other)).max()
-        np.testing.assert_allclose(exact(one), exact(other), atol=1e-11 * scale, err_msg=name)
+    for name, value, want in zip(NAMES, second("fused"), second("native"), strict=True):
+        scale = np.abs(exact(want)).max()
+        np.testing.assert_allclose(exact(value), exact(want), atol=1e-11 * scale, err_msg=name)
 
 
 def modes(implementation, directions):
-    """Derivatives along directions, of first to third order, forward and reverse mode mixed."""
-    of = apply(CALL, implementation)
+    """Directional derivatives of first to third order, by nestings of forward and reverse mode."""
+    operator = apply(CALL, implementation)
 
     def scalar(*arguments):
-        return keras.ops.sum(of(*arguments) ** 3)
+        return keras.ops.sum(operator(*arguments) ** 3)
 
     def along(function):
         return lambda *arguments: forward_mode(function, arguments, directions)
@@ -327,10 +328,10 @@ def modes(implementation, directions):
         )
 
     return {
-        "forward": along(of),
+        "forward": along(operator),
         "forward over reverse": along(lambda *a: tuple(grad_of(scalar)(*a))),
         "reverse over forward": grad_of(along(scalar)),
-        "forward over forward": along(along(of)),
+        "forward over forward": along(along(operator)),
         "forward over reverse over reverse": along(lambda *a: tuple(grad_of(product)(*a))),
     }
 
@@ -343,18 +344,18 @@ def grad_of(function):
     return grad(function)
 
 
-# PyTorch itself calls what it has deprecated.
+# PyTorch calls its own deprecated function.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-@pytest.mark.skipif(BACKEND == "jax", reason="refused by jax.custom_vjp")
+@pytest.mark.skipif(BACKEND == "jax", reason="jax.custom_vjp has no forward mode")
 @pytest.mark.parametrize("implementation", ["fused", *IMPLEMENTATIONS[:-1]])
-def test_f23_forward_mode_mixed_with_reverse_mode_is_that_of_the_reference(implementation):
+def test_f23_nested_forward_and_reverse_mode_equals_the_reference(implementation):
     given, directions = (
         tuple(tensors(native_core.fused_arrays(CALL, hidden=3, seed=seed)[:-1], "float64"))
         for seed in (1, 2)
     )
     wanted = modes("reference", directions)
-    for name, of in modes(implementation, directions).items():
-        values, truth = of(*given), wanted[name](*given)
+    for name, derivative in modes(implementation, directions).items():
+        values, truth = derivative(*given), wanted[name](*given)
         pairs = (
             zip(values, truth, strict=True)
             if isinstance(truth, tuple | list)
@@ -366,9 +367,9 @@ def test_f23_forward_mode_mixed_with_reverse_mode_is_that_of_the_reference(imple
             np.testing.assert_allclose(exact(value), exact(want), atol=1e-11 * scale, err_msg=name)
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="refused by jax.custom_vjp")
+@pytest.mark.skipif(BACKEND == "jax", reason="jax.custom_vjp has no forward mode")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-def test_f23_forward_mode_through_a_layer_on_default_settings(runs):
+def test_f23_forward_mode_through_a_layer_with_default_settings(runs):
     layer = Involution2D(3, strides=1, group_channels=4)
     x = keras.ops.convert_to_tensor(IMAGES)
     layer(x)
@@ -384,9 +385,9 @@ def test_f23_forward_mode_through_a_layer_on_default_settings(runs):
     np.testing.assert_allclose(numpy(value), numpy(want), rtol=0, atol=1e-4)
 
 
-@pytest.mark.skipif(BACKEND == "tensorflow", reason="vectorized_map knows no custom operation")
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="vectorized_map does not support custom ops")
 @pytest.mark.parametrize("axes", [(0, 0, None, None), (1, None, None, None), (None, 0, 0, None)])
-def test_f23_a_mapped_axis(axes):
+def test_f23_vmap(axes):
     *arrays, _ = native_core.fused_arrays(CALL)
     given = tensors(arrays, "float64")
     doubled = [
@@ -395,24 +396,24 @@ def test_f23_a_mapped_axis(axes):
     ]
     y = mapped(apply(CALL), axes)(*doubled)
     for n in (0, 1):
-        own = [t if axis is None else (n + 1) * t for t, axis in zip(given, axes, strict=True)]
-        np.testing.assert_allclose(exact(y[n]), exact(apply(CALL)(*own)), rtol=0, atol=1e-12)
+        scaled = [t if axis is None else (n + 1) * t for t, axis in zip(given, axes, strict=True)]
+        np.testing.assert_allclose(exact(y[n]), exact(apply(CALL)(*scaled)), rtol=0, atol=1e-12)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's compiler")
-def test_f22_torch_compile_has_no_breaks():
+def test_f22_torch_compile_has_no_graph_breaks():
     import torch
 
     *arrays, dy = native_core.fused_arrays(CALL)
     given = [torch.tensor(a, requires_grad=True) for a in arrays]
     y = torch.compile(apply(CALL), fullgraph=True, backend="aot_eager")(*given)
-    found = torch.autograd.grad(y, given, torch.tensor(dy))
-    for one, other in zip(found, gradients(apply(CALL), arrays, dy), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+    values = torch.autograd.grad(y, given, torch.tensor(dy))
+    for value, want in zip(values, gradients(apply(CALL), arrays, dy), strict=True):
+        np.testing.assert_allclose(value, want, rtol=0, atol=1e-12)
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's custom operations")
-def test_the_custom_operation_is_as_pytorch_wants_it():
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's custom ops")
+def test_custom_op_passes_opcheck():
     import torch
 
     from involution.ops.native import torch as native_torch
@@ -425,36 +426,37 @@ def test_the_custom_operation_is_as_pytorch_wants_it():
 
 
 def sharded():
-    """Prints what two devices made of a batch that they share."""
+    """Prints, as JSON, how two devices compute the gradients of a sharded batch."""
     import jax
 
     devices = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
-    over = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("batch"))
-    same = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
+    sharded_batch = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("batch"))
+    replicated = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
     *arrays, dy = native_core.fused_arrays(dataclasses.replace(CALL, batch=4))
     derive = jax.grad(lambda *t: (apply(CALL)(*t) * dy).sum(), range(4))
-    program = jax.jit(derive, in_shardings=(over, over, same, same))
-    given = [jax.device_put(a, s) for a, s in zip(arrays, (over, over, same, same), strict=True)]
+    shardings = sharded_batch, sharded_batch, replicated, replicated
+    program = jax.jit(derive, in_shardings=shardings)
+    given = [jax.device_put(a, s) for a, s in zip(arrays, shardings, strict=True)]
     text = program.lower(*given).compile().as_text()
-    found, alone = program(*given), jax.jit(derive)(*arrays)
-    told = {word: text.count(f" {word}(") for word in ("all-gather", "all-to-all")}
-    told["fused"] = text.count('custom_call_target="involution_fused"')
-    told["parts"] = [g.addressable_shards[0].data.shape[0] for g in found[:2]]
-    told["apart"] = [float(np.abs(f - a).max()) for f, a in zip(found, alone, strict=True)]
-    print(json.dumps(told))
+    grads, unsharded = program(*given), jax.jit(derive)(*arrays)
+    report = {word: text.count(f" {word}(") for word in ("all-gather", "all-to-all")}
+    report["fused"] = text.count('custom_call_target="involution_fused"')
+    report["shard_sizes"] = [g.addressable_shards[0].data.shape[0] for g in grads[:2]]
+    report["errors"] = [float(np.abs(g - u).max()) for g, u in zip(grads, unsharded, strict=True)]
+    print(json.dumps(report))
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX's partitioner")
-def test_a_batch_shared_by_two_devices_stays_where_it_is(monkeypatch):
+def test_sharded_batch_is_not_gathered(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    told = json.loads(fresh_process("import tests.ops.test_fused as t; t.sharded()"))
-    # The output is not needed, but for its gradients.
-    assert (told["all-gather"], told["all-to-all"], told["fused"]) == (0, 0, 2)
-    assert told["parts"] == [2, 2]
-    assert max(told["apart"]) <= 1e-12
+    report = json.loads(fresh_process("import tests.ops.test_fused as t; t.sharded()"))
+    # The two gradients: XLA removes the forward pass, whose result is unused.
+    assert (report["all-gather"], report["all-to-all"], report["fused"]) == (0, 0, 2)
+    assert report["shard_sizes"] == [2, 2]
+    assert np.max(report["errors"]) <= 1e-12
 
 
-def test_sizes_that_are_known_only_when_it_runs():
+def test_sizes_unknown_until_run_time():
     shapes = [(None, None, None, 12), (None, None, None, 5), (5, 27), (27,)]
     *arrays, _ = native_core.fused_arrays(CALL)
     run = in_graph(apply(CALL), shapes)
@@ -464,7 +466,7 @@ def test_sizes_that_are_known_only_when_it_runs():
     )
 
 
-def test_a_functional_model_holds_it(tmp_path):
+def test_in_a_functional_model(tmp_path):
     inputs = [keras.Input((6, 8, 4)), keras.Input((6, 8, 3))]
     weight, bias = np.ones((3, 18), "float32"), np.zeros(18, "float32")
     y = involution.ops.fused_involution(*inputs, weight, bias, 3, groups=2, padding="same")
@@ -475,7 +477,7 @@ def test_a_functional_model_holds_it(tmp_path):
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_other_names_make_kernels_first(data_format):
+def test_other_implementations_store_the_kernels(data_format):
     *arrays, _ = native_core.fused_arrays(CALL)
     x, hidden, weight, bias = tensors(arrays, "float32")
     expected = numpy(apply(CALL)(x, hidden, weight, bias))
@@ -488,7 +490,7 @@ def test_other_names_make_kernels_first(data_format):
         np.testing.assert_allclose(y, expected, rtol=0, atol=1e-4)
 
 
-def test_channels_first_are_refused_by_name():
+def test_channels_first_raises():
     call = dataclasses.replace(CALL, data_format="channels_first")
     *arrays, _ = native_core.fused_arrays(CALL)
     x, hidden, *rest = tensors(arrays, "float32")
@@ -497,15 +499,15 @@ def test_channels_first_are_refused_by_name():
         apply(call)(x, hidden, *rest)
 
 
-def test_kernels_that_are_given_are_refused_by_name():
+def test_fused_with_a_kernel_argument_raises():
     x, kernel, _ = CALL.arrays()
     with pytest.raises(
-        ValueError, match="fused: it generates the kernels itself, and kernels are given"
+        ValueError, match="fused: it generates the kernels itself, but this call has stored kernels"
     ):
         involution.ops.involution(x, kernel, **CALL.arguments, implementation="fused")
 
 
-def test_what_is_forced_is_taken(monkeypatch):
+def test_force_implementation_overrides_fused(monkeypatch):
     *arrays, _ = native_core.fused_arrays(CALL)
     monkeypatch.setattr(fused, "apply", None)
     with involution.ops.force_implementation("reference"):
@@ -514,19 +516,19 @@ def test_what_is_forced_is_taken(monkeypatch):
         apply(CALL, None)(*tensors(arrays, "float32"))
 
 
-def test_few_places_are_done_in_two_steps(monkeypatch):
+def test_fewer_positions_than_hidden_channels_are_not_fused(monkeypatch):
     call = dataclasses.replace(CALL, strides=(1, 1))
     monkeypatch.setattr(fused, "apply", lambda x, generator, problem: "fused")
-    fits, more = (
+    fused_result, unfused_result = (
         apply(call, None)(*tensors(native_core.fused_arrays(call, hidden=n)[:-1], "float32"))
         for n in (35, 36)
     )
-    assert fits == "fused"
-    assert tuple(more.shape) == call.output_shape
+    assert fused_result == "fused"
+    assert tuple(unfused_result.shape) == call.output_shape
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"hidden": np.ones((2, 3, 7, 5, 1))}, "`hidden` must have the shape"),
         ({"hidden": np.ones((2, 3, 6, 5))}, "`hidden` must have the shape"),
@@ -542,10 +544,10 @@ def test_few_places_are_done_in_two_steps(monkeypatch):
         ({"bias": np.ones(27, "float32")}, "`bias` must have the dtype of `x`, float64"),
     ],
 )
-def test_p14_what_does_not_fit_is_told_before_anything_runs(change, said):
+def test_p14_mismatched_arguments_raise_before_anything_runs(change, message):
     given = dict(zip(NAMES, native_core.fused_arrays(CALL), strict=False)) | change
     given = {name: tensors([array], array.dtype.name)[0] for name, array in given.items()}
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         apply(CALL, None)(**given)
     assert "Received: " in str(error.value)
     assert "\n" not in str(error.value)
@@ -556,18 +558,18 @@ def test_p14_what_does_not_fit_is_told_before_anything_runs(change, said):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """A list that gets an entry for each involution that is fused."""
-    found = []
-    take = fused.apply
-    monkeypatch.setattr(fused, "apply", lambda *given: found.append(given) or take(*given))
-    return found
+    """The arguments of every fused involution that ran."""
+    calls = []
+    original = fused.apply
+    monkeypatch.setattr(fused, "apply", lambda *given: calls.append(given) or original(*given))
+    return calls
 
 
 IMAGES = np.random.default_rng(0).standard_normal((2, 9, 8, 16)).astype("float32")
 
 
-def call_anew(layer, training):
-    """What a layer gives, and the weights that it has then; it gets back those that it had."""
+def call_and_restore(layer, training):
+    """The output of a layer and its weights after the call; restores the earlier weights."""
     before = layer.get_weights()
     result = layer(IMAGES, training=training)
     after = layer.get_weights()
@@ -575,42 +577,42 @@ def call_anew(layer, training):
     return result, after
 
 
-def assert_same(one, other):
-    """Of two results of ``call_anew``."""
-    np.testing.assert_allclose(numpy(one[0]), numpy(other[0]), rtol=0, atol=1e-5)
-    # Batch normalization has seen the same.
-    for weight, same in zip(one[1], other[1], strict=True):
+def assert_same(first, second):
+    """Compares two results of ``call_and_restore``."""
+    np.testing.assert_allclose(numpy(first[0]), numpy(second[0]), rtol=0, atol=1e-5)
+    # Including the moving statistics of batch normalization.
+    for weight, same in zip(first[1], second[1], strict=True):
         np.testing.assert_array_equal(weight, same)
 
 
 @pytest.mark.parametrize("kernel_generator", ["bottleneck", "contextual", "linear"])
 @pytest.mark.parametrize("training", [False, True])
-def test_layers_take_it_and_give_the_same_numbers(kernel_generator, training, runs):
+def test_layers_are_fused_and_equal_the_unfused_result(kernel_generator, training, runs):
     layer = Involution2D(
         3, strides=2, group_channels=4, kernel_generator=kernel_generator, filters=6
     )
     layer.build(IMAGES.shape)
     with involution.ops.force_implementation("native"):
-        two_steps = call_anew(layer, training)
+        unfused = call_and_restore(layer, training)
     assert not runs
-    assert_same(call_anew(layer, training), two_steps)
+    assert_same(call_and_restore(layer, training), unfused)
     assert len(runs) == 1
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_the_drop_in_layer_gives_what_two_steps_give(stride, training, runs):
+def test_drop_in_layer_equals_the_unfused_result(stride, training, runs):
     layer = involution.Involution(8, 4, 3, stride, 2, return_kernel=False)
     layer.build(IMAGES.shape)
     layer.return_kernel = True
-    (y, _), weights = call_anew(layer, training)
+    (y, _), weights = call_and_restore(layer, training)
     assert not runs
     layer.return_kernel = False
-    assert_same(call_anew(layer, training), (y, weights))
+    assert_same(call_and_restore(layer, training), (y, weights))
     assert len(runs) == 1
 
 
-def test_the_drop_in_layer_makes_kernels_where_they_are_recorded_or_made_otherwise(runs):
+def test_drop_in_layer_is_unfused_if_kernels_are_recorded_or_overridden(runs):
     class Negative(involution.Involution):
         def generate_kernel(self, inputs):
             return -super().generate_kernel(inputs)
@@ -626,7 +628,7 @@ def test_the_drop_in_layer_makes_kernels_where_they_are_recorded_or_made_otherwi
     assert len(runs) == 1
 
 
-def test_all_weights_of_a_layer_are_trained(runs):
+def test_training_updates_all_weights(runs):
     layer = Involution2D(3, group_channels=4)
     model = keras.Sequential([keras.Input((9, 8, 16)), layer, keras.layers.GlobalMaxPooling2D()])
     model.compile(keras.optimizers.SGD(0.1), "mse")
@@ -663,12 +665,12 @@ class Sine(kernel_generators.Linear):
     ],
     ids=str,
 )
-def test_where_somebody_asks_for_the_kernels_they_are_made(options, runs):
+def test_options_that_require_stored_kernels_are_unfused(options, runs):
     Involution2D(3, **{"groups": 4, **options})(IMAGES)
     assert not runs
 
 
-def test_a_subclass_may_make_kernels_of_its_own(runs):
+def test_overridden_generate_kernel_is_unfused(runs):
     class Negative(Involution2D):
         def generate_kernel(self, inputs):
             return -super().generate_kernel(inputs)
@@ -683,7 +685,7 @@ def test_a_subclass_may_make_kernels_of_its_own(runs):
     assert len(runs) == 1
 
 
-def test_where_kernels_are_recorded_they_are_made(runs):
+def test_recorded_involutions_are_unfused(runs):
     layer = Involution2D(3, groups=4)
     with record_involutions() as calls:
         layer(IMAGES)
@@ -691,12 +693,12 @@ def test_where_kernels_are_recorded_they_are_made(runs):
     assert tuple(calls[0].kernel.shape) == (2, 9, 8, 9, 4)
 
 
-def test_a_layer_may_ask_for_it_and_is_told_why_not(runs):
+def test_layer_with_fused_by_name_runs_or_raises(runs):
     Involution2D(3, groups=4, implementation=("fused", "native"))(IMAGES)
     assert len(runs) == 1
     layer = Involution2D(3, groups=4, implementation="fused", return_kernel=True)
     with pytest.raises(
-        ValueError, match="fused: it generates the kernels itself, and kernels are given"
+        ValueError, match="fused: it generates the kernels itself, but this call has stored kernels"
     ):
         layer(IMAGES)
 
@@ -718,7 +720,7 @@ def selected(x, hidden=None, implementation=None, **arguments):
     return dispatch.select(problem, implementation).name
 
 
-def test_what_is_taken_is_told():
+def test_chosen_implementation_is_reported():
     x = keras.KerasTensor((2, 9, 8, 16))
     call = {"kernel_size": 3, "groups": 4}
     first = selected(x, **call)
@@ -726,7 +728,7 @@ def test_what_is_taken_is_told():
     assert first == possible[0]
     assert selected(x, 4, **call) == "fused"
     assert api.implementations(x, None, hidden_channels=4, **call)[0] == ("fused", None)
-    # Fewer places than hidden channels.
+    # Fewer positions than hidden channels.
     assert selected(x, 73, **call) == first
     assert api.implementations(x, None, hidden_channels=73, **call)[-1] == ("fused", None)
     assert selected(x, 73, implementation="fused", **call) == "fused"

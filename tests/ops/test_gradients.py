@@ -1,4 +1,4 @@
-"""The gradients of both inputs, of any order, against differences of the float64 oracle."""
+"""Gradients of both inputs, of any order, against differences of the float64 oracle."""
 
 import hashlib
 
@@ -31,7 +31,7 @@ def relative(value, expected):
 
 
 def worst_errors(call, implementation):
-    """Of the two gradients, and of <dy, y> = <dx, x> = <dkernel, kernel>."""
+    """The errors of both gradients, and of the identity <dy, y> = <dx, x> = <dkernel, kernel>."""
     x, kernel, dy = call.arrays(seed=3)
     apply = operation(call, implementation)
     y, (dx, dkernel) = numpy(apply(x, kernel)), gradients(apply, (x, kernel), dy)
@@ -49,8 +49,9 @@ def worst_errors(call, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("count", [48, pytest.param(300, marks=pytest.mark.slow)])
 def test_gradients_of_random_calls(count, implementation):
-    if count == 48 and implementation == "reference":
-        count = 4  # The framework differentiates it: a few tell that it does.
+    if count == 48:
+        # The framework differentiates `reference`; XLA compiles each shape for about a second.
+        count = 4 if implementation == "reference" else 12 if BACKEND == "jax" else 48
     worst = dict.fromkeys(("input", "kernel", "adjoint"), (0.0, None))
     for call in random_calls(count, seed=1):
         for name, error in worst_errors(call, implementation).items():
@@ -83,20 +84,20 @@ def test_gradients_in_low_precision(dtype, call, implementation):
 
 
 def scalar(call, implementation):
-    """A function that is not linear in anything, so that its derivatives have many terms."""
+    """A scalar function, nonlinear in both inputs, so that its derivatives have many terms."""
 
-    def of(x, kernel):
+    def function(x, kernel):
         y = operation(call, implementation)(x, kernel)
         return keras.ops.sum(y * y * y)
 
-    return of
+    return function
 
 
-def derivative(of, directions):
-    """The scalar function <gradient of ``of``, directions>."""
+def derivative(function, directions):
+    """The scalar function <gradient of ``function``, directions>."""
 
     def along(*tensors):
-        products = zip(grad(of)(*tensors), directions, strict=True)
+        products = zip(grad(function)(*tensors), directions, strict=True)
         return sum(keras.ops.sum(g * d) for g, d in products)
 
     return along
@@ -104,15 +105,15 @@ def derivative(of, directions):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("order", ["expanded", "reversed", "strided"])
-def test_f09_a_gradient_that_does_not_lie_in_order(order, implementation):
-    """It is a view, where a framework has them: of a single number, or of another tensor."""
+def test_f09_non_contiguous_output_gradient(order, implementation):
+    """On frameworks with views: a view of a single number, or of another tensor."""
     x, kernel, _ = STRIDED.arrays()
     y, _ = STRIDED.involution(x, kernel)
     weights = np.arange(2.0 * y.size).reshape(*y.shape, 2)[..., 0]
     if order == "expanded":
         weights = np.full_like(y, 3)
 
-    def of(x, kernel):
+    def function(x, kernel):
         y = operation(STRIDED, implementation)(x, kernel)
         if order == "expanded":
             return 3 * keras.ops.sum(y)
@@ -124,11 +125,11 @@ def test_f09_a_gradient_that_does_not_lie_in_order(order, implementation):
         return keras.ops.sum(pairs[..., 0])
 
     wanted = STRIDED.gradients(x, kernel, weights)
-    for value, want in zip(grad(of)(*tensors((x, kernel), "float64")), wanted, strict=True):
+    for value, want in zip(grad(function)(*tensors((x, kernel), "float64")), wanted, strict=True):
         assert relative(numpy(value), want) < 1e-12
 
 
-def test_the_oracles_two_ways_to_a_gradient_agree():
+def test_oracle_gradients_equal_central_differences():
     for call in random_calls(24, seed=7):
         arrays = call.arrays()
         pairs = zip(call.gradients(*arrays), call.central_differences(*arrays), strict=True)
@@ -136,17 +137,17 @@ def test_the_oracles_two_ways_to_a_gradient_agree():
             np.testing.assert_allclose(value, want, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("order", [2, pytest.param(3, marks=pytest.mark.any_backend)])
 @pytest.mark.parametrize("call", [STRIDED, DILATED])
-def test_f17_derivatives_of_higher_order(call, order):
-    """Those written by hand, by their own rules, are those of the autodiffed formula."""
+def test_f17_higher_order_derivatives(call, order):
+    """Custom gradients equal those that the framework derives from the reference."""
     arguments = tensors(call.arrays(seed=5)[:2], "float64")
     results = {}
     for implementation in IMPLEMENTATIONS:
-        of = scalar(call, implementation)
+        function = scalar(call, implementation)
         for seed in range(1, order):
-            of = derivative(of, tensors(call.arrays(seed)[:2], "float64"))
-        results[implementation] = [numpy(g) for g in in_graph(grad(of))(*arguments)]
+            function = derivative(function, tensors(call.arrays(seed)[:2], "float64"))
+        results[implementation] = [numpy(g) for g in in_graph(grad(function))(*arguments)]
     truth = results.pop("reference")
     assert all(np.abs(expected).max() > 0.1 for expected in truth)
     for name, values in results.items():
@@ -157,9 +158,7 @@ def test_f17_derivatives_of_higher_order(call, order):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("padding", ["same", "valid"])
-def test_f02_gradients_in_a_program_that_does_not_know_the_sizes(
-    padding, data_format, implementation
-):
+def test_f02_gradients_in_a_graph_of_unknown_sizes(padding, data_format, implementation):
     def call(sizes):
         return Call(2, sizes, 6, (2, 2), (2, 3), padding, (1, 2), 3, "contiguous", data_format)
 
@@ -169,17 +168,17 @@ def test_f02_gradients_in_a_program_that_does_not_know_the_sizes(
         shapes = (None, 6, None, None), (None, 4, 3, None, None)
     program = in_graph(grad(scalar(call((5, 7)), implementation)), shapes)
     for sizes in [(5, 7), (6, 4), (7, 9)]:
-        this = call(sizes)
-        x, kernel, _ = this.arrays(seed=6)
-        y, _ = this.involution(x, kernel)
-        expected = this.central_differences(x, kernel, 3 * y * y)
+        sized = call(sizes)
+        x, kernel, _ = sized.arrays(seed=6)
+        y, _ = sized.involution(x, kernel)
+        expected = sized.central_differences(x, kernel, 3 * y * y)
         results = program(*tensors((x, kernel), "float64"))
         for value, want in zip(results, expected, strict=True):
             assert relative(numpy(value), want) < 1e-12
 
 
-def own_gradient(apply, x, kernel):
-    """Whether the framework's record of the call holds a gradient written by hand."""
+def has_custom_gradient(apply, x, kernel):
+    """Whether the framework's graph of the call contains a custom gradient."""
     if BACKEND == "torch":
         import torch
 
@@ -200,21 +199,21 @@ def own_gradient(apply, x, kernel):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_the_gradient_written_by_hand_is_the_one_that_runs(implementation):
+def test_every_implementation_but_the_reference_has_a_custom_gradient(implementation):
     x, kernel, _ = STRIDED.arrays()
-    own = own_gradient(operation(STRIDED, implementation), x, kernel)
-    assert own == (implementation != "reference")
+    custom = has_custom_gradient(operation(STRIDED, implementation), x, kernel)
+    assert custom == (implementation != "reference")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_f21_a_zero_gradient_gives_exactly_zero(implementation):
+def test_f21_zero_output_gradient_gives_exactly_zero(implementation):
     x, kernel, dy = STRIDED.arrays()
     for g in gradients(operation(STRIDED, implementation), (x, kernel), 0 * dy):
         assert (g == 0).all()
 
 
 def digests(implementation, runs):
-    """Of both gradients, which hold the output, at sizes that several threads share."""
+    """Hashes of both gradients, which depend on the output, for a call split among threads."""
     call = Call(8, (33, 47), 48, (3, 3), (2, 2), "same", (1, 1), 3)
     arguments = tensors(call.arrays(seed=7)[:2], "float32")
     program = in_graph(grad(scalar(call, implementation)))
@@ -222,20 +221,20 @@ def digests(implementation, runs):
         yield hashlib.sha256(b"".join(numpy(g).tobytes() for g in program(*arguments))).hexdigest()
 
 
-# Gradients that TensorFlow itself derives are not equal to the bit.
-EXACT = IMPLEMENTATIONS[:-1]
+# Not the reference: TensorFlow's own gradients are not bitwise reproducible.
+REPRODUCIBLE = IMPLEMENTATIONS[:-1]
 
 
 @pytest.fixture(scope="module")
-def digests_elsewhere():
-    """Those of another process, by implementation."""
+def digests_of_another_process():
+    """By implementation."""
     code = (
         "import tests.ops.test_gradients as t;"
-        "print(*(d for name in t.EXACT for d in t.digests(name, 1)))"
+        "print(*(d for name in t.REPRODUCIBLE for d in t.digests(name, 1)))"
     )
-    return dict(zip(EXACT, fresh_process(code).split(), strict=True))
+    return dict(zip(REPRODUCIBLE, fresh_process(code).split(), strict=True))
 
 
-@pytest.mark.parametrize("implementation", EXACT)
-def test_f18_same_bits_in_every_run_and_every_process(implementation, digests_elsewhere):
-    assert {*digests(implementation, 2)} == {digests_elsewhere[implementation]}
+@pytest.mark.parametrize("implementation", REPRODUCIBLE)
+def test_f18_same_bits_in_every_run_and_every_process(implementation, digests_of_another_process):
+    assert {*digests(implementation, 2)} == {digests_of_another_process[implementation]}

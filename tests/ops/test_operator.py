@@ -1,4 +1,4 @@
-"""The operator's values, shapes, choices and errors. The names hold the failure cases' numbers."""
+"""The operator: values, shapes, selection and errors. Test names contain failure cases."""
 
 import concurrent.futures
 import dataclasses
@@ -43,7 +43,7 @@ each_format = pytest.mark.parametrize("data_format", ["channels_last", "channels
 
 
 def plane(sizes, kernel_size, **changes):
-    """A call in two dimensions, ordinary but for what is named."""
+    """A two-dimensional call, plain except for ``changes``."""
     call = Call(2, sizes, 6, kernel_size, (1, 1), "same", (1, 1), 2)
     return dataclasses.replace(call, **changes)
 
@@ -64,7 +64,7 @@ def test_f01_size_not_divisible_by_stride(strides, padding, implementation):
 
 
 @each_implementation
-def test_f01_same_has_the_ceiling_of_size_over_stride(implementation):
+def test_f01_same_output_size_is_the_ceiling_of_size_over_stride(implementation):
     call = Call(1, (33,), 2, (3,), (2,), "same", (1,))
     assert call.output_shape == (1, 17, 2)
     check(call, implementation)
@@ -73,9 +73,7 @@ def test_f01_same_has_the_ceiling_of_size_over_stride(implementation):
 @each_implementation
 @each_format
 @pytest.mark.parametrize("padding", PADDINGS)
-def test_f02_sizes_that_a_program_does_not_know_and_that_change(
-    padding, data_format, implementation
-):
+def test_f02_graph_of_unknown_sizes_that_change(padding, data_format, implementation):
     call = plane((5, 7), (3, 2), strides=(2, 3), padding=padding, data_format=data_format)
     if data_format == "channels_last":
         shapes = (None, None, None, 6), (None, None, None, 6, 2)
@@ -83,9 +81,9 @@ def test_f02_sizes_that_a_program_does_not_know_and_that_change(
         shapes = (None, 6, None, None), (None, 6, 2, None, None)
     program = in_graph(operation(call, implementation), shapes)
     for sizes in [(5, 7), (8, 6)]:
-        this = dataclasses.replace(call, sizes=sizes)
-        x, kernel = tensors(this.arrays()[:2], "float64")
-        assert_equals_oracle(this, program(x, kernel), x, kernel)
+        sized = dataclasses.replace(call, sizes=sizes)
+        x, kernel = tensors(sized.arrays()[:2], "float64")
+        assert_equals_oracle(sized, program(x, kernel), x, kernel)
 
 
 @each_implementation
@@ -99,9 +97,9 @@ def test_f02_functional_model_of_unknown_sizes(implementation):
     assert y.shape == (None, None, None, 6)
     model = keras.Model(inputs, y)
     for sizes in [(5, 7), (8, 6)]:
-        this = dataclasses.replace(call, sizes=sizes)
-        x, kernel = tensors(this.arrays()[:2], "float64")
-        assert_equals_oracle(this, model([x, kernel]), x, kernel)
+        sized = dataclasses.replace(call, sizes=sizes)
+        x, kernel = tensors(sized.arrays()[:2], "float64")
+        assert_equals_oracle(sized, model([x, kernel]), x, kernel)
 
 
 @each_implementation
@@ -137,14 +135,15 @@ def test_f04_height_is_not_width(sizes, data_format, implementation):
 @pytest.mark.parametrize("kernel_size", [(2, 4), (4, 1), (6, 7), (1, 1)])
 def test_f05_even_unequal_large_and_single_windows(kernel_size, padding, implementation):
     if padding == "symmetric" and kernel_size == (6, 7):
-        kernel_size = (5, 7)  # An even window wider than the input finds no place.
+        # For a symmetric even window wider than the input there is no position.
+        kernel_size = (5, 7)
     call = plane((3, 5), kernel_size, padding=padding, strides=(1, 2))
     check(call, implementation)
 
 
 @each_implementation
 @pytest.mark.parametrize(("channels", "groups"), [(6, 4), (2, 3), (0, 1)])
-def test_f06_channels_that_groups_do_not_divide(channels, groups, implementation):
+def test_f06_channels_not_divisible_by_groups_raise(channels, groups, implementation):
     with pytest.raises(ValueError, match=rf"divisible by `groups`\. Received: groups={groups}"):
         involution.ops.involution(
             np.ones((1, 4, channels)),
@@ -157,7 +156,7 @@ def test_f06_channels_that_groups_do_not_divide(channels, groups, implementation
 
 @each_implementation
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_f08_sums_that_leave_half_precision_and_come_back(dtype, implementation):
+def test_f08_partial_sums_beyond_half_precision(dtype, implementation):
     """300 * 200 * (1 + 1 - 1): two terms overflow float16. 256 + 1 - 256: bfloat16 has no 257."""
     terms = [300.0, 300.0, -300.0] if dtype == "float16" else [256.0, 1.0, -256.0]
     factor, result = (200.0, 60000.0) if dtype == "float16" else (1.0, 1.0)
@@ -167,7 +166,7 @@ def test_f08_sums_that_leave_half_precision_and_come_back(dtype, implementation)
     assert keras.backend.standardize_dtype(y.dtype) == dtype
     assert exact(y).ravel().tolist() == [result]
 
-    # The kernel gradient is such a sum over the channels.
+    # The kernel gradient has the same partial sums, over the channels.
     def apply(x, kernel):
         x, kernel = keras.ops.cast(x, dtype), keras.ops.cast(kernel, dtype)
         return keras.ops.cast(involution.ops.involution(x, kernel, **arguments), "float32")
@@ -179,7 +178,7 @@ def test_f08_sums_that_leave_half_precision_and_come_back(dtype, implementation)
 
 @each_implementation
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_f08_input_gradients_that_leave_half_precision_and_come_back(dtype, implementation):
+def test_f08_partial_sums_of_input_gradients_beyond_half_precision(dtype, implementation):
     """One position, read by three taps: the same sums as above."""
     terms = [300.0, 300.0, -300.0] if dtype == "float16" else [256.0, 1.0, -256.0]
     factor, result = (200.0, 60000.0) if dtype == "float16" else (1.0, 1.0)
@@ -198,13 +197,13 @@ def test_f08_input_gradients_that_leave_half_precision_and_come_back(dtype, impl
 
 @each_implementation
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_f08_every_type(dtype, implementation):
+def test_f08_low_precision_dtypes(dtype, implementation):
     check(SMALL, implementation, dtype)
 
 
 @each_implementation
-def test_f10_inputs_that_do_not_lie_in_order(implementation):
-    """Transposed, expanded, and with a transposed gradient: views, where a framework has them."""
+def test_f10_non_contiguous_inputs(implementation):
+    """Transposed and expanded inputs, transposed gradient: views on frameworks that have them."""
     x, kernel, dy = SMALL.arrays()
     x, kernel, dy = x[:, :, :, :1], kernel[:1], dy.transpose(3, 2, 1, 0)
 
@@ -248,7 +247,7 @@ def test_f12_absurd_steps(changes, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["taps", "reference"])
-def test_f12_a_padding_that_no_memory_holds_is_refused(implementation):
+def test_f12_padding_larger_than_memory_raises(implementation):
     call = Call(1, (5,), 2, (3,), (10**15,), ((10**15, 10**15),), (1,))
     arguments = tensors(call.arrays()[:2], "float64")
     reason = f"a padded input would have {2 * 10**15 + 5} positions, more than {2**31}"
@@ -257,34 +256,33 @@ def test_f12_a_padding_that_no_memory_holds_is_refused(implementation):
 
 
 @pytest.mark.parametrize("padding", ["same", "symmetric"])
-def test_steps_cut_short_reach_the_same_positions(padding):
-    """Every tap of every window, where it meets the input."""
-
+def test_clamped_steps_read_the_same_positions(padding):
     def read(g, n):
+        """The input position of each window and tap inside the input."""
         before = g.pads((n,))[0][0]
         windows = range(g.output_sizes((n,))[0])
         taps = range(g.kernel_size[0])
-        places = {
+        positions = {
             (p, k): p * g.strides[0] - before + k * g.dilation_rate[0]
             for p, k in itertools.product(windows, taps)
         }
-        return {at: place for at, place in places.items() if 0 <= place < n}
+        return {at: position for at, position in positions.items() if 0 <= position < n}
 
-    cut = 0
+    changed = 0
     for n, k, s, d in itertools.product(range(1, 7), range(1, 6), range(1, 9), range(1, 25)):
         g = Window((k,), (s,), padding, (d,), 1, "contiguous", "channels_last")
         if g.output_sizes((n,))[0] < 1:
             continue
-        nearer = g.clamp_steps((n,))
-        assert nearer.output_sizes((n,)) == g.output_sizes((n,))
-        assert read(nearer, n) == read(g, n), g
-        cut += nearer != g
-    assert cut > 1000
+        clamped = g.clamp_steps((n,))
+        assert clamped.output_sizes((n,)) == g.output_sizes((n,))
+        assert read(clamped, n) == read(g, n), g
+        changed += clamped != g
+    assert changed > 1000
 
 
 @each_implementation
 @pytest.mark.parametrize("name", ["kernel_size", "padding"])
-def test_f12_absurd_sizes_do_not_fit_the_kernel(name, implementation):
+def test_f12_absurd_sizes_raise(name, implementation):
     arguments = {"kernel_size": 3, "implementation": implementation, name: 10**15}
     with pytest.raises(ValueError, match="`kernel` must have the shape"):
         involution.ops.involution(np.ones((1, 5, 2)), np.ones((1, 5, 3, 1)), **arguments)
@@ -294,20 +292,20 @@ each_axes = pytest.mark.parametrize("axes", [(0, 0), (1, 2), (0, None), (None, 0
 
 
 def stacked(axes):
-    """Arguments of SMALL with an axis of three more where there is one, and the three pairs."""
+    """Three pairs of arguments of SMALL: stacked along the given axes, and as a list."""
     x, kernel, _ = SMALL.arrays()
     factors = [[1 if axis is None else n for n in (1, 2, 3)] for axis in axes]
     parts = [[a * n for n in by] for a, by in zip((x, kernel), factors, strict=True)]
     arguments = [
-        some[0] if axis is None else np.stack(some, axis)
-        for some, axis in zip(parts, axes, strict=True)
+        copies[0] if axis is None else np.stack(copies, axis)
+        for copies, axis in zip(parts, axes, strict=True)
     ]
     return tensors(arguments, "float64"), list(zip(*parts, strict=True))
 
 
 @each_implementation
 @each_axes
-def test_f23_mapped_over_an_axis_of_either_argument_or_both(axes, implementation):
+def test_f23_vmap_over_either_argument_or_both(axes, implementation):
     arguments, pairs = stacked(axes)
     y = numpy(mapped(operation(SMALL, implementation), axes)(*arguments))
     for value, pair in zip(y, pairs, strict=True):
@@ -316,7 +314,7 @@ def test_f23_mapped_over_an_axis_of_either_argument_or_both(axes, implementation
 
 @each_implementation
 @each_axes
-def test_f23_a_mapped_gradient(axes, implementation):
+def test_f23_vmap_of_the_gradient(axes, implementation):
     arguments, pairs = stacked(axes)
 
     def scalar(x, kernel):
@@ -326,35 +324,35 @@ def test_f23_a_mapped_gradient(axes, implementation):
     if BACKEND == "torch":
         import torch
 
-        # Its other gradients cannot be mapped.
+        # vmap supports only the gradients of torch.func.
         gradient = torch.func.grad(scalar, (0, 1))
-    together = [numpy(g) for g in mapped(gradient, axes)(*arguments)]
+    values = [numpy(g) for g in mapped(gradient, axes)(*arguments)]
     for i, pair in enumerate(pairs):
         wanted = SMALL.gradients(*pair, 2 * SMALL.involution(*pair)[0])
-        for value, want in zip(together, wanted, strict=True):
+        for value, want in zip(values, wanted, strict=True):
             np.testing.assert_allclose(value[i], want, rtol=1e-11, atol=1e-11)
 
 
 @each_implementation
 @each_axes
-def test_f23_the_gradient_of_what_is_mapped(axes, implementation):
+def test_f23_gradient_of_vmap(axes, implementation):
     arguments, pairs = stacked(axes)
 
     def scalar(x, kernel):
         return keras.ops.sum(mapped(operation(SMALL, implementation), axes)(x, kernel) ** 2)
 
-    together = [numpy(g) for g in grad(scalar)(*arguments)]
+    values = [numpy(g) for g in grad(scalar)(*arguments)]
     wanted = [SMALL.gradients(*pair, 2 * SMALL.involution(*pair)[0]) for pair in pairs]
-    for value, wants, axis in zip(together, zip(*wanted, strict=True), axes, strict=True):
+    for value, wants, axis in zip(values, zip(*wanted, strict=True), axes, strict=True):
         want = sum(wants) if axis is None else np.stack(wants, axis)
         np.testing.assert_allclose(value, want, rtol=1e-11, atol=1e-11)
 
 
-# PyTorch itself calls what it has deprecated.
+# PyTorch calls its own deprecated function.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @each_implementation
-def test_f23_forward_mode_is_right_or_refused_and_never_zero(implementation):
-    """Along (x, kernel) the derivative of what is linear in each is twice the output."""
+def test_f23_forward_mode_is_correct_or_raises(implementation):
+    """The operator is bilinear: its derivative along (x, kernel) is twice the output."""
     arguments = tuple(tensors(SMALL.arrays()[:2], "float64"))
     apply = operation(SMALL, implementation)
     if BACKEND != "jax" or implementation == "reference":
@@ -387,8 +385,8 @@ def test_f13_empty_dimension(implementation):
 @pytest.mark.parametrize(
     ("sizes", "data_format"), [((0, 5), "channels_last"), ((2, 0, 3), "channels_first")]
 )
-def test_f13_an_input_without_positions(sizes, data_format, implementation):
-    """Its padding makes outputs: zeros, as the gradient of the kernel is."""
+def test_f13_input_without_positions_gives_zeros(sizes, data_format, implementation):
+    """Its padding gives outputs, which are zero, as is the kernel gradient."""
     rank = len(sizes)
     call = Call(2, sizes, 6, (3, 3, 2)[:rank], (1, 2, 1)[:rank], ((2, 2),) * rank, (1,) * rank, 2)
     call = dataclasses.replace(call, data_format=data_format)
@@ -414,8 +412,8 @@ def products_of(call, implementation):
 @pytest.mark.parametrize(
     ("compiled", "data_format"), [(False, "channels_last"), (True, "channels_first")]
 )
-def test_f20_one_rule_for_taps_outside(compiled, data_format, implementation):
-    """They are multiplied by 0, which of what is not finite makes NaN."""
+def test_f20_taps_outside_the_input_are_multiplied_by_zero(compiled, data_format, implementation):
+    """The product of 0 and a non-finite value is NaN."""
     call = plane((5, 7), (3, 4), strides=(2, 1), channels=10, data_format=data_format)
     x, kernel, dy = not_finite(call.arrays(), seed=2)
     first_tap = (0, 0, 0, 0) if data_format == "channels_last" else (0, 0, slice(None), 0, 0)
@@ -435,8 +433,8 @@ def test_f20_one_rule_for_taps_outside(compiled, data_format, implementation):
 @each_implementation
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_f20_nothing_leaks_from_around_the_input(compiled, padding, implementation):
-    """The arrays lie inside larger ones full of NaN, infinities before them."""
+def test_f20_memory_around_the_arrays_has_no_effect(compiled, padding, implementation):
+    """The arrays are slices of larger ones, full of NaN and infinity."""
     call = plane((5, 7), (3, 2), strides=(2, 2), padding=padding)
     x, kernel, dy = call.arrays()
     buffers = []
@@ -459,7 +457,7 @@ def test_f20_nothing_leaks_from_around_the_input(compiled, padding, implementati
 
 
 @each_implementation
-def test_f24_symbolic_shape_is_the_eager_shape(implementation):
+def test_f24_symbolic_shape_equals_the_eager_shape(implementation):
     for call in random_calls(8, seed=2):
         x, kernel = (keras.KerasTensor(a.shape, "float64") for a in call.arrays()[:2])
         symbolic = operation(call, implementation)(x, kernel)
@@ -469,7 +467,7 @@ def test_f24_symbolic_shape_is_the_eager_shape(implementation):
 
 
 @each_format
-def test_f24_sizes_unknown_in_a_symbolic_shape_stay_unknown(data_format):
+def test_f24_unknown_symbolic_sizes_stay_unknown(data_format):
     call = plane((5, 7), (3, 2), strides=(2, 2), data_format=data_format)
     shapes = [
         tuple(
@@ -485,7 +483,7 @@ def test_f24_sizes_unknown_in_a_symbolic_shape_stay_unknown(data_format):
 
 @each_implementation
 def test_f30_eight_threads(implementation, ran):
-    """Every thread gets its own result, and its own choice of an implementation."""
+    """``force_implementation`` in one thread does not affect the others."""
     arrays = [tensors(SMALL.arrays(seed)[:2], "float64") for seed in range(8)]
     expected = [numpy(operation(SMALL, implementation)(*a)) for a in arrays]
     force = involution.ops.force_implementation
@@ -501,17 +499,17 @@ def test_f30_eight_threads(implementation, ran):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_named_cases(case, implementation):
     case = case.small()
-    rank = len(case.sizes)
+    window = case.window
     call = Call(
         case.batch,
         case.sizes,
         case.channels,
-        (case.kernel_size,) * rank,
-        (case.strides,) * rank,
-        case.padding,
-        (case.dilation_rate,) * rank,
-        case.groups,
-        case.group_layout,
+        window.kernel_size,
+        window.strides,
+        window.padding,
+        window.dilation_rate,
+        window.groups,
+        window.group_layout,
     )
     assert (case.x_shape, case.kernel_shape) == (call.x_shape, call.kernel_shape)
     x, kernel = tensors(call.arrays()[:2], "float32")
@@ -520,14 +518,14 @@ def test_named_cases(case, implementation):
 
 
 @each_implementation
-def test_one_number_stands_for_every_dimension(implementation):
+def test_integers_apply_to_every_dimension(implementation):
     call = plane((5, 7), (3, 3), strides=(2, 2), padding=((2, 2), (2, 2)), dilation_rate=(2, 2))
     x, kernel = tensors(call.arrays()[:2], "float64")
     y = involution.ops.involution(x, kernel, 3, 2, 2, 2, groups=2, implementation=implementation)
     assert_equals_oracle(call, y, x, kernel)
 
 
-def test_data_format_is_that_of_keras_unless_told():
+def test_data_format_defaults_to_that_of_keras():
     call = dataclasses.replace(SMALL, data_format="channels_first")
     x, kernel = tensors(call.arrays()[:2], "float64")
     keras.config.set_image_data_format("channels_first")
@@ -540,7 +538,7 @@ def test_data_format_is_that_of_keras_unless_told():
 
 @each_implementation
 @each_format
-def test_in_a_functional_model_saved_and_loaded(data_format, implementation, tmp_path):
+def test_functional_model_is_saved_and_loaded(data_format, implementation, tmp_path):
     call = plane(
         (5, 7),
         (3, 2),
@@ -558,7 +556,7 @@ def test_in_a_functional_model_saved_and_loaded(data_format, implementation, tmp
     assert_equals_oracle(call, loaded([x, kernel]), x, kernel)
 
 
-def test_a_saved_model_keeps_the_data_format_that_keras_had(tmp_path):
+def test_saved_model_keeps_the_default_data_format(tmp_path):
     call = dataclasses.replace(SMALL, data_format="channels_first")
     inputs = [keras.Input(s[1:], dtype="float64") for s in (call.x_shape, call.kernel_shape)]
     keras.config.set_image_data_format("channels_first")
@@ -572,11 +570,11 @@ def test_a_saved_model_keeps_the_data_format_that_keras_had(tmp_path):
     assert_equals_oracle(call, loaded([x, kernel]), x, kernel)
 
 
-def test_these_tests_know_every_implementation():
+def test_known_implementations_are_complete():
     assert dispatch.PREFERENCE == KNOWN
 
 
-def test_native_is_there_or_the_installation_says_why_not():
+def test_native_is_built_or_has_the_reason_of_the_installation():
     reasons = dict(involution.ops.implementations(*SMALL.arrays()[:2], (3, 2), groups=2))
     if missing() is None:
         print("native was built, for the instructions", *library.targets())
@@ -590,12 +588,12 @@ def test_native_is_there_or_the_installation_says_why_not():
 
 
 @each_implementation
-def test_f29_the_implementation_named_is_the_one_that_runs(implementation, ran):
+def test_f29_named_implementation_runs(implementation, ran):
     check(SMALL, implementation)
     assert ran == [implementation]
 
 
-def test_the_first_that_can_run_is_the_default(ran, monkeypatch):
+def test_first_supported_implementation_is_the_default(ran, monkeypatch):
     check(SMALL, None)
     monkeypatch.setattr(native, "BINDINGS", ())
     check(SMALL, None)
@@ -604,7 +602,7 @@ def test_the_first_that_can_run_is_the_default(ran, monkeypatch):
     assert ran == [IMPLEMENTATIONS[0], "taps", "reference"]
 
 
-def test_implementations_are_listed_with_what_hinders_them(monkeypatch):
+def test_implementations_are_listed_with_unsupported_reasons(monkeypatch):
     arguments = *SMALL.arrays()[:2], (3, 2)
     pairs = involution.ops.implementations(*arguments, groups=2)
     assert pairs[0][0] == "triton"
@@ -619,15 +617,15 @@ def test_implementations_are_listed_with_what_hinders_them(monkeypatch):
 
 
 @pytest.mark.parametrize("channels", [3, 4])
-def test_native_yields_where_xla_makes_faster_code(channels):
+def test_taps_precedes_native_where_xla_is_faster(channels):
     x, kernel = keras.KerasTensor((None, 8, 8, channels)), keras.KerasTensor((None, 8, 8, 9, 1))
     first, *names = (name for name, _ in involution.ops.implementations(x, kernel, 3))
     assert first == "triton"
-    yields = BACKEND == "jax" and channels == 3
-    assert names == (["taps", "native"] if yields else ["native", "taps"]) + ["reference"]
+    taps_first = BACKEND == "jax" and channels == 3
+    assert names == (["taps", "native"] if taps_first else ["native", "taps"]) + ["reference"]
 
 
-def test_f29_an_implementation_that_cannot_run_is_refused_not_replaced(ran, monkeypatch):
+def test_f29_unsupported_implementation_raises(ran, monkeypatch):
     monkeypatch.setattr(taps, "CUSTOM_GRADIENT", {})
     with pytest.raises(ValueError, match=rf"taps: .*{BACKEND}.*Received: "):
         check(SMALL, "taps")
@@ -636,7 +634,7 @@ def test_f29_an_implementation_that_cannot_run_is_refused_not_replaced(ran, monk
     assert ran == ["reference"]
 
 
-def test_use_forces_nests_and_restores(ran):
+def test_force_implementation_nests_and_restores(ran):
     with involution.ops.force_implementation("reference"):
         check(SMALL, "taps")
         with involution.ops.force_implementation(("taps", "reference")):
@@ -651,7 +649,7 @@ def test_use_forces_nests_and_restores(ran):
 
 
 @pytest.mark.parametrize("implementation", ["fast", (), ("taps", "fast"), ""])
-def test_unknown_names_of_implementations_raise(implementation, ran):
+def test_unknown_implementation_raises(implementation, ran):
     message = r"`implementation` must be one of .*taps.*reference.*Received: implementation="
     with pytest.raises(ValueError, match=message):
         check(SMALL, implementation)
@@ -673,17 +671,17 @@ def test_unknown_names_of_implementations_raise(implementation, ran):
         ((1, 5, 2), (1, 5, 3), "must have the shape (1, 5, 3, 1)", "kernel.shape=(1, 5, 3)"),
     ],
 )
-def test_shapes_that_do_not_fit(x, kernel, rule, received, implementation, ran):
+def test_mismatched_shapes_raise(x, kernel, rule, received, implementation, ran):
     with pytest.raises(ValueError, match="Received: ") as caught:
         involution.ops.involution(np.ones(x), np.ones(kernel), 3, implementation=implementation)
-    told, got = str(caught.value).split("Received: ")
-    assert rule in told
-    assert got.startswith(received)
+    message, values = str(caught.value).split("Received: ")
+    assert rule in message
+    assert values.startswith(received)
     assert ran == []
 
 
 @pytest.mark.parametrize(("x", "kernel"), [("float32", "float64"), ("int32", "int32")])
-def test_types_that_do_not_fit(x, kernel, ran):
+def test_mismatched_dtypes_raise(x, kernel, ran):
     message = {
         "float32": "`kernel` must have the dtype of `x`, float32. Received: kernel.dtype=float64",
         "int32": "`x` must have one of the dtypes .* Received: x.dtype=int32",
@@ -693,16 +691,16 @@ def test_types_that_do_not_fit(x, kernel, ran):
     assert ran == []
 
 
-def test_a_window_that_does_not_fit_raises(ran):
+def test_window_larger_than_the_input_raises(ran):
     message = r"must fit into the padded input.*Received: output sizes \(-1,\), .*\(1, 5, 2\)"
     with pytest.raises(ValueError, match=message):
         involution.ops.involution(np.ones((1, 5, 2)), np.ones((1, 1, 7, 1)), 7, padding="valid")
     assert ran == []
 
 
-def unfolded(x, kernel, case):
-    """The usual way: all windows stored, multiplied, summed."""
-    k, groups, channels = case.kernel_size, case.groups, case.channels
+def im2col(x, kernel, case):
+    """The usual implementation: stores all windows, multiplies and sums them."""
+    k, groups, channels = case.window.kernel_size[0], case.window.groups, case.channels
     if BACKEND == "torch":
         import torch
 
@@ -711,7 +709,7 @@ def unfolded(x, kernel, case):
     elif BACKEND == "jax":
         import jax.numpy as jnp
 
-        # Its own function for this, conv_general_dilated_patches, takes 17 GB here.
+        # conv_general_dilated_patches takes 17 GB here.
         h, w = case.sizes
         padded = jnp.pad(x, [(0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)])
         corners = np.ndindex(k, k)
@@ -726,25 +724,25 @@ def unfolded(x, kernel, case):
     return keras.ops.reshape(y, case.x_shape)
 
 
-def test_unfolding_is_the_same_operator():
+def test_im2col_equals_the_operator():
     (case,) = (c.small() for c in CASES if c.name == "red1")
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(s) for s in (case.x_shape, case.kernel_shape)]
     y = involution.ops.involution(*arrays, **case.arguments)
-    other = unfolded(*tensors(arrays, "float64"), case)
-    np.testing.assert_allclose(numpy(other), numpy(y), rtol=0, atol=1e-12)
+    stored = im2col(*tensors(arrays, "float64"), case)
+    np.testing.assert_allclose(numpy(stored), numpy(y), rtol=0, atol=1e-12)
 
 
 def peak_memory(*names):
-    """Prints the bytes that each run, forward and backward, adds to those of its inputs."""
+    """Prints the peak memory of each implementation, forward and backward, without the inputs."""
     (case,) = (c for c in CASES if c.name == "red1")
     rng = np.random.default_rng(0)
     shapes = case.x_shape, case.kernel_shape, case.x_shape
     *arrays, dy = (rng.standard_normal(s, "float32") for s in shapes)
 
     def apply(name, x, kernel):
-        if name == "unfold":
-            return unfolded(x, kernel, case)
+        if name == "im2col":
+            return im2col(x, kernel, case)
         return involution.ops.involution(x, kernel, **case.arguments, implementation=name)
 
     def bytes_of(field):
@@ -754,20 +752,21 @@ def peak_memory(*names):
 
     for name in names:
         gc.collect()
-        # The most begins anew.
+        # Resets VmHWM, the peak.
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         before = bytes_of("VmRSS")
         gradients(functools.partial(apply, name), arrays, dy)
         print(bytes_of("VmHWM") - before)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measured as Linux tells it")
-def test_peak_memory_is_at_most_a_quarter_of_unfolds(monkeypatch):
-    # Arrays go back to the system when they are freed: what comes next does not find them.
+@pytest.mark.any_backend
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+def test_peak_memory_is_at_most_a_quarter_of_im2col(monkeypatch):
+    # Freed arrays return to the system: reused ones would not count towards the next peak.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    names = *IMPLEMENTATIONS[:-1], "unfold"
-    told = fresh_process(f"import tests.ops.test_operator as t; t.peak_memory(*{names})")
-    used = dict(zip(names, map(int, told.split()), strict=True))
+    names = *IMPLEMENTATIONS[:-1], "im2col"
+    output = fresh_process(f"import tests.ops.test_operator as t; t.peak_memory(*{names})")
+    used = dict(zip(names, map(int, output.split()), strict=True))
     print(BACKEND, {name: f"{count / 1e6:.0f} MB" for name, count in used.items()})
     for name in IMPLEMENTATIONS[:-1]:
-        assert used[name] <= used["unfold"] / 4, used
+        assert used[name] <= used["im2col"] / 4, used

@@ -1,4 +1,4 @@
-"""The formula by rows of taps, which exporters write, against the float64 oracle."""
+"""``rows``, the implementation for exporters, against the float64 oracle."""
 
 import itertools
 
@@ -20,15 +20,15 @@ from tests.support.oracle import Call, random_calls
 CALLS = [call for call in random_calls(48, seed=5) if len(call.sizes) < 3]
 
 
-# XLA compiles each call for some seconds: `make test` has every third.
-EACH = [
-    pytest.param(call, marks=pytest.mark.slow if BACKEND == "jax" and i % 3 else ())
+# XLA takes seconds to compile each call: `make test` runs every sixth on JAX.
+PARAMETERS = [
+    pytest.param(call, marks=pytest.mark.slow if BACKEND == "jax" and i % 6 else ())
     for i, call in enumerate(CALLS)
 ]
 
 
-@pytest.mark.parametrize("call", EACH, ids=range(len(CALLS)))
-def test_rows_are_the_formula(call):
+@pytest.mark.parametrize("call", PARAMETERS, ids=range(len(CALLS)))
+def test_rows_equal_the_oracle(call):
     x, kernel, dy = call.arrays(seed=5)
     apply = operation(call, "rows")
     assert_equals_oracle(call, apply(*tensors([x, kernel], "float64")), x, kernel)
@@ -42,7 +42,7 @@ def test_rows_are_the_formula(call):
     assert relative(numpy(products), expected_dkernel) < 1e-12
 
 
-def test_the_calls_are_of_every_kind():
+def test_calls_cover_every_kind():
     kinds = {(len(c.sizes), c.group_layout, c.data_format) for c in CALLS}
     formats = "channels_last", "channels_first"
     assert kinds == set(itertools.product((1, 2), ("contiguous", "interleaved"), formats))
@@ -51,21 +51,21 @@ def test_the_calls_are_of_every_kind():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_rows_sum_in_float32(dtype):
+def test_rows_accumulate_in_float32(dtype):
     call = CALLS[-1]
     x, kernel = tensors(call.arrays()[:2], dtype)
     assert_equals_oracle(call, operation(call, "rows")(x, kernel), x, kernel)
 
 
-def test_volumes_are_refused_and_left_to_the_next_named():
+def test_three_dimensions_raise_or_select_the_next_name():
     call = Call(3, (3, 4, 5), 2, (2, 3, 1), (1, 1, 1), "same", (1, 1, 1), 1)
     x, kernel = tensors(call.arrays()[:2], "float64")
-    with pytest.raises(ValueError, match="rows in three dimensions crashes"):
+    with pytest.raises(ValueError, match="crashes when it compiles three-dimensional rows"):
         operation(call, "rows")(x, kernel)
     assert_equals_oracle(call, operation(call, ("rows", "reference"))(x, kernel), x, kernel)
 
 
-def test_rows_are_taken_only_where_they_are_named():
+def test_rows_are_selected_by_name_only():
     x, kernel = keras.KerasTensor((1, 8, 8, 6)), keras.KerasTensor((1, 8, 8, 9, 1))
     names = [name for name, _ in involution.ops.implementations(x, kernel, 3)]
     assert sorted(names) == ["native", "reference", "taps", "triton"]

@@ -1,4 +1,4 @@
-"""``triton`` and its part of ``fused``: on a CUDA device where there is one, else interpreted."""
+"""``triton`` and its part of ``fused``, on a CUDA device or else in Triton's interpreter."""
 
 import dataclasses
 import functools
@@ -23,19 +23,19 @@ from tests.support.oracle import Call, error_bound, ieee, not_finite, random_cal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with pytest.MonkeyPatch.context() as patch:
-    # Whether programs are interpreted is settled when they are defined.
+    # Triton chooses between compiler and interpreter when a kernel is defined.
     if DEVICE == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")
     from involution.ops.triton import kernels
     from involution.ops.triton import launch as triton_torch
 
-# Block sizes are of speed alone: on a device too one of them shows what is computed.
-for program in (*kernels.KERNELS.values(), kernels.FUSED):
-    program.configs = program.configs[:1]
+# Skips autotuning, on a device too: the configuration affects only speed.
+for triton_kernel in (*kernels.KERNELS.values(), kernels.FUSED):
+    triton_kernel.configs = triton_kernel.configs[:1]
 
 CALL = Call(2, (4, 5), 6, (3, 2), (2, 1), "same", (1, 2), 3)
 FIRST = dataclasses.replace(CALL, data_format="channels_first", group_layout="interleaved")
-# More members, groups, hidden channels and taps than a block has.
+# More channels per group, groups, hidden channels and taps than a block has.
 MANY = Call(1, (5, 6), 130, (5, 5), (1, 1), "same", (1, 1), 1)
 GROUPS = Call(1, (5, 3), 70, (1, 3), (1, 2), "symmetric", (1, 1), 70, "interleaved")
 HIDDEN = (1, 3, 8, 17, 70)
@@ -48,10 +48,10 @@ def interpreted(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-def tensor(array, dtype, strange=False):
-    """On the device, with NaN on all sides; ``strange``: in memory in another order."""
+def tensor(array, dtype, permuted=False):
+    """On the device, between NaN; ``permuted``: with the axes in reverse order in memory."""
     values = torch.tensor(np.asarray(array, "float64")).to(getattr(torch, dtype))
-    axes = range(values.dim())[::-1] if strange else range(values.dim())
+    axes = range(values.dim())[::-1] if permuted else range(values.dim())
     memory = torch.full((values.numel() + 2 * MARGIN,), math.nan, dtype=values.dtype)
     inside = memory[MARGIN : MARGIN + values.numel()]
     inside.view([values.shape[i] for i in axes])[...] = values.permute(*axes)
@@ -60,7 +60,7 @@ def tensor(array, dtype, strange=False):
 
 
 def run(launch, shapes, types):
-    """Results of these shapes, in memory with NaN on all sides, which is left as it was."""
+    """The results that ``launch`` writes, in memory between NaN that it must not overwrite."""
     memory = [
         torch.full((math.prod(shape) + 2 * MARGIN,), math.nan, dtype=dtype, device=DEVICE)
         for shape, dtype in zip(shapes, types, strict=True)
@@ -74,21 +74,21 @@ def run(launch, shapes, types):
 
 
 def bound(truth, magnitude, terms, dtype):
-    # The interpreter cuts numbers off to make bfloat16 of them; devices round.
-    cut = 2 if DEVICE == "cpu" and dtype == "bfloat16" else 1
-    return cut * error_bound(truth, magnitude, terms, dtype)
+    # The interpreter truncates to bfloat16; devices round.
+    factor = 2 if DEVICE == "cpu" and dtype == "bfloat16" else 1
+    return factor * error_bound(truth, magnitude, terms, dtype)
 
 
 def is_near(value, truth, limit):
-    """Equal where the truth is not finite."""
+    """Within the limit; a non-finite truth must be reproduced, its finite values to 1e-4."""
     if np.isfinite(truth).all():
         return (np.abs(value - truth) <= limit).all()
     return np.isclose(value, truth, rtol=0, atol=1e-4, equal_nan=True).all()
 
 
 @ieee
-def check(call, dtype, strange=False, seed=0, change=list):
-    given = [tensor(a, dtype, strange) for a in change(call.arrays(seed))]
+def check(call, dtype, permuted=False, seed=0, change=list):
+    given = [tensor(a, dtype, permuted) for a in change(call.arrays(seed))]
     wide = [t.double().cpu().numpy() for t in given]
     truth, magnitude = (
         native_core.expected(call, *wide),
@@ -106,8 +106,8 @@ def check(call, dtype, strange=False, seed=0, change=list):
         assert is_near(result, truth[pass_], limit), (pass_, call)
 
 
-# Each rank, padding, layout and format. The interpreter takes seconds a call, so the dtypes divide
-# these among themselves; in `make test-long` each dtype has all.
+# Every rank, padding, layout and format. The interpreter takes seconds for each call: `make test`
+# divides the calls among the dtypes, `make test-long` runs all of them for each.
 KINDS = 48
 SUBSET_OR_ALL = pytest.mark.parametrize(
     "every", [False, pytest.param(True, marks=pytest.mark.slow)]
@@ -123,13 +123,13 @@ def calls_for(dtype, dtypes, every, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @SUBSET_OR_ALL
-def test_every_member_equals_the_oracle(dtype, every):
+def test_passes_equal_the_oracle(dtype, every):
     for n, call in calls_for(dtype, DTYPES, every, seed=0):
-        check(call, dtype, strange=n % 3 == 2, seed=n)
+        check(call, dtype, permuted=n % 3 == 2, seed=n)
 
 
-def test_f20_what_is_not_finite_spreads_as_in_the_formula():
-    """One of a call's arrays at a time has a number that is not."""
+def test_f20_non_finite_values_propagate_as_in_the_formula():
+    """One array at a time contains a non-finite value."""
 
     def changing(which, seed, arrays):
         return [not_finite([a], seed)[0] if i == which else a for i, a in enumerate(arrays)]
@@ -142,7 +142,7 @@ def test_f20_what_is_not_finite_spreads_as_in_the_formula():
         check_fused(call, HIDDEN[n % len(HIDDEN)], "float32", seed=n, change=change)
 
 
-def test_f13_an_input_without_positions_gives_zeros():
+def test_f13_input_without_positions_gives_zeros():
     last = Call(2, (0, 5), 6, (3, 3), (1, 2), ((2, 2), (1, 1)), (1, 1), 2)
     for call in (last, dataclasses.replace(last, data_format="channels_first")):
         check(call, "float32")
@@ -150,7 +150,7 @@ def test_f13_an_input_without_positions_gives_zeros():
 
 
 @pytest.mark.parametrize("call", [MANY, GROUPS], ids=["channels", "groups"])
-def test_more_than_a_block_has(call):
+def test_more_than_one_block(call):
     check(call, "float32")
 
 
@@ -161,7 +161,7 @@ def check_fused(call, hidden, dtype, seed=0, change=list):
     truth = native_core.expected_fused(call, *wide)
     magnitude = native_core.expected_fused(call, *map(np.abs, wide))
     terms = hidden + 1 + call.taps + call.channels // call.groups + call.taps * call.groups
-    places = terms + call.batch * math.prod(call.output_sizes)
+    weight_terms = terms + call.batch * math.prod(call.output_sizes)
     window = Window(**call.arguments)
     for pass_, arguments in FUSED_ARGUMENTS.items():
         tensors = arguments(*given)
@@ -169,11 +169,11 @@ def check_fused(call, hidden, dtype, seed=0, change=list):
         shapes = params.fused_result_shapes(pass_, window, call.sizes, tensors)
         launch = functools.partial(_run_fused, encoded, window.rank, tensors)
         first, second = run(launch, shapes, (tensors[0].dtype, torch.float32))
-        # In two steps kernels, and their gradients, are rounded in between.
+        # Unfused steps round the kernels and their gradients too.
         rounding = {"float32": 0, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
         results = (first, second.sum(0))
         for result, want, size, count in zip(
-            results, truth[pass_], magnitude[pass_], (terms, places), strict=True
+            results, truth[pass_], magnitude[pass_], (terms, weight_terms), strict=True
         ):
             if want is not None:
                 limit = bound(want, size, count, dtype) + rounding * size
@@ -189,25 +189,25 @@ FUSED_DTYPES = "float32", "float16", "bfloat16"
 
 @pytest.mark.parametrize("dtype", FUSED_DTYPES)
 @SUBSET_OR_ALL
-def test_every_fused_member_equals_the_oracle(dtype, every):
+def test_fused_passes_equal_the_oracle(dtype, every):
     for n, call in calls_for(dtype, FUSED_DTYPES, every, seed=7):
         call = dataclasses.replace(call, data_format="channels_last")
         check_fused(call, HIDDEN[n % len(HIDDEN)], dtype, seed=n)
 
 
 @pytest.mark.parametrize("call", [MANY, GROUPS], ids=["channels", "groups"])
-def test_more_than_a_fused_block_has(call):
+def test_more_than_one_fused_block(call):
     check_fused(call, 5, "float32")
 
 
-def test_a_few_samples_at_a_time(monkeypatch):
+def test_fused_gradients_a_few_samples_at_a_time(monkeypatch):
     monkeypatch.setattr(triton_torch, "CHUNK_BYTES", 2 * 4 * 3 * 4 * 6 * 5 * 3 // 2)
     check_fused(dataclasses.replace(CALL, batch=5), 3, "float32")
 
 
 def test_offsets_have_64_bits():
-    """Samples, taps, groups or channels that lie 2**31 elements apart, or half as many. The
-    interpreter forgives products of 32 bits; devices do not."""
+    """Samples, taps, groups or channels with strides of up to 2**31 elements. 32-bit offsets fail
+    on devices only: the interpreter tolerates them."""
     call = Call(2, (3,), 4, (3,), (1,), "same", (1,), 2)
     arrays = call.arrays()
     x, kernel, dy = (tensor(a, "float16") for a in arrays)
@@ -224,16 +224,16 @@ def test_offsets_have_64_bits():
         (2, (13, 4, 2**29 + 9)),
     ):
         tensors = [x, kernel, dy]
-        apart = memory.as_strided(tensors[given].shape, strides)
-        apart[...] = tensors[given]
-        tensors[given] = apart
+        strided = memory.as_strided(tensors[given].shape, strides)
+        strided[...] = tensors[given]
+        tensors[given] = strided
         for pass_, arguments in ARGUMENTS.items():
             a, b = arguments(*tensors)
             y = triton_torch.operations.call(pass_, window, call.sizes, a, b)
             np.testing.assert_allclose(y.double().cpu().numpy(), want[pass_], rtol=0, atol=1e-2)
 
 
-# --- As the operator takes it ---------------------------------------------------------------------
+# --- The operator ---------------------------------------------------------------------------------
 
 
 def leaves(call, dtype="float64", arrays=None):
@@ -242,11 +242,11 @@ def leaves(call, dtype="float64", arrays=None):
 
 
 @pytest.mark.parametrize("call", [CALL, FIRST])
-def test_gradients_of_first_and_second_order_are_differences(call):
+def test_first_and_second_order_gradients_equal_finite_differences(call):
     call = dataclasses.replace(call, batch=1, sizes=(3, 3), channels=3)
-    of = operation(call, "triton")
-    assert torch.autograd.gradcheck(of, leaves(call), fast_mode=True)
-    assert torch.autograd.gradgradcheck(of, leaves(call), fast_mode=True)
+    operator = operation(call, "triton")
+    assert torch.autograd.gradcheck(operator, leaves(call), fast_mode=True)
+    assert torch.autograd.gradgradcheck(operator, leaves(call), fast_mode=True)
 
 
 def fused(call):
@@ -255,24 +255,24 @@ def fused(call):
     )
 
 
-def test_fused_gradients_are_those_of_two_steps(monkeypatch):
+def test_fused_gradients_equal_the_oracle(monkeypatch):
     ran = []
     call_fused = triton.call_fused
     monkeypatch.setattr(triton, "call_fused", lambda *a: ran.append(a[0]) or call_fused(*a))
     *arrays, dy = native_core.fused_arrays(CALL)
     given = leaves(CALL, "float32", arrays)
-    found = torch.autograd.grad(fused(CALL)(*given), given, tensor(dy, "float32"))
+    gradients = torch.autograd.grad(fused(CALL)(*given), given, tensor(dy, "float32"))
     assert ran == [FORWARD]
     truth = native_core.expected_fused(CALL, *arrays, dy)
     dhidden, dweights = truth[KERNEL_GRAD]
     unstacked = dhidden, dweights[:-1], dweights[-1]
     want = truth[INPUT_GRAD][0], *unstacked
-    for one, other in zip(found, want, strict=True):
-        np.testing.assert_allclose(one.cpu().numpy(), other, rtol=1e-4, atol=1e-4)
+    for value, expected in zip(gradients, want, strict=True):
+        np.testing.assert_allclose(value.cpu().numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "interleaved"])
-def test_a_layer_takes_it(layout):
+def test_layer_selects_triton(layout):
     layer = involution.Involution2D(3, groups=2, group_layout=layout)
     x = tensor(np.random.default_rng(0).standard_normal((2, 7, 5, 8)), "float32")
     layer.to(DEVICE)(x)
@@ -293,24 +293,25 @@ def test_a_layer_takes_it(layout):
     )
 
 
-def given(call):
+def unfused(call):
     return operation(call, "triton")
 
 
-@pytest.mark.parametrize("of", [given, fused])
-def test_f22_torch_compile_has_no_breaks(of):
+@pytest.mark.parametrize("operator", [unfused, fused])
+def test_f22_torch_compile_has_no_graph_breaks(operator):
     torch.compiler.reset()
-    arrays = native_core.fused_arrays(CALL)[:-1] if of is fused else CALL.arrays()[:2]
+    arrays = native_core.fused_arrays(CALL)[:-1] if operator is fused else CALL.arrays()[:2]
     results = []
-    for function in (of(CALL), torch.compile(of(CALL), fullgraph=True, backend="aot_eager")):
+    eager = operator(CALL)
+    for function in (eager, torch.compile(eager, fullgraph=True, backend="aot_eager")):
         tensors = leaves(CALL, "float32", arrays)
         y = function(*tensors)
         results.append((y, *torch.autograd.grad(y.pow(2).sum(), tensors)))
-    for eager, whole in zip(*results, strict=True):
-        assert torch.equal(eager, whole)
+    for expected, compiled in zip(*results, strict=True):
+        assert torch.equal(expected, compiled)
 
 
-def test_operations_are_what_pytorch_asks_of_them():
+def test_custom_ops_pass_opcheck():
     window = Window(**CALL.arguments)
     for pass_, arguments in ARGUMENTS.items():
         given = [tensor(a, "float32") for a in arguments(*CALL.arrays())]
@@ -322,7 +323,7 @@ def test_operations_are_what_pytorch_asks_of_them():
         torch.library.opcheck(triton_torch.operations.fused, (*given, encoded, window.rank))
 
 
-# --- Where it does not run ------------------------------------------------------------------------
+# --- Unsupported calls ----------------------------------------------------------------------------
 
 
 def problem(dtype="float32", device="cuda"):
@@ -330,7 +331,7 @@ def problem(dtype="float32", device="cuda"):
     return dataclasses.replace(problem_of(Window(3, rank=2), x), device=device)
 
 
-def test_it_says_why_it_does_not_run(monkeypatch):
+def test_unsupported_reasons(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     elsewhere = "it requires CUDA tensors; the device is"
     assert triton.unsupported_reason(problem(device="cpu")) == f"{elsewhere} cpu"

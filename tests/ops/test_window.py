@@ -1,4 +1,4 @@
-"""Where windows lie, without tensors: against the oracle, and what the oracle does not ask for."""
+"""Window positions, without tensors: against the oracle, and cases the oracle does not cover."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ from tests.support import oracle
 
 pytestmark = pytest.mark.any_backend
 
-# Of two dimensions that have nothing in common.
+# Every argument differs between the two dimensions.
 WIDE = Window((3, 4), (2, 1), "valid", (2, 5), 3, "contiguous", "channels_last")
 FIRST = dataclasses.replace(WIDE, data_format="channels_first", group_layout="interleaved")
 
@@ -20,14 +20,14 @@ def line(kernel, stride, dilation, padding):
 
 
 @pytest.mark.parametrize("padding", ["same", "valid", "symmetric", ((2, 1),)])
-def test_pads_and_sizes_are_the_oracles(padding):
+def test_pads_and_output_sizes_equal_the_oracle(padding):
     for n, k, s, d in itertools.product(range(1, 9), range(1, 5), range(1, 7), range(1, 4)):
         g = line(k, s, d, padding)
         assert g.pads((n,)) == (oracle.pads(n, k, s, d, padding),), (g, n)
         assert g.output_sizes((n,)) == (oracle.output_size(n, k, s, d, padding),), (g, n)
 
 
-def test_every_dimension_has_its_own():
+def test_dimensions_are_independent():
     assert (WIDE.rank, WIDE.taps) == (2, 12)
     assert WIDE.tap_offsets == list(itertools.product((0, 2, 4), (0, 5, 10, 15)))
     assert WIDE.output_sizes((9, 20)) == (3, 5)
@@ -47,33 +47,33 @@ def test_axes_and_shapes():
     assert FIRST.shape(2, (5, 6), 7, 8) == (2, 7, 8, 5, 6)
 
 
-def test_the_channel_axis_as_two():
+def test_split_channels():
     assert WIDE.split_channels(12) == (3, 4)
     assert FIRST.split_channels(12) == (4, 3)
     assert all(isinstance(n, int) for n in WIDE.split_channels(12))
-    # Of (B, *spatial, groups, members), and of (B, members, groups, *spatial).
+    # In (B, *spatial, groups, group channels) and (B, group channels, groups, *spatial).
     assert (WIDE.group_channel_axis, FIRST.group_channel_axis) == (4, 1)
 
 
-def test_where_the_first_centre_lies():
-    for padding, centre in (
+def test_first_center():
+    for padding, center in (
         ("same", (0, 0)),
         ("valid", (2, 7)),
         ("symmetric", (0, 0)),
         (((1, 0), (9, 0)), (1, -2)),
     ):
-        assert dataclasses.replace(WIDE, padding=padding).first_center == centre
+        assert dataclasses.replace(WIDE, padding=padding).first_center == center
 
 
-def test_sizes_that_are_not_known():
+def test_pads_of_unknown_sizes():
     assert line(4, 1, 3, "same").pads((None,)) == ((4, 5),)
     rule = "'same' padding with strides above 1 depends on the input's size"
     with pytest.raises(ValueError, match=f"^{rule}$"):
         line(4, 2, 3, "same").pads((None,))
-    # What stands for a size may need a maximum of its own.
-    asked = []
-    line(1, 3, 1, "same").pads((1,), lambda a, b: asked.append((a, b)) or 7)
-    assert asked == [(0, 0)]
+    # Tensors standing for unknown sizes need their own maximum.
+    calls = []
+    line(1, 3, 1, "same").pads((1,), lambda a, b: calls.append((a, b)) or 7)
+    assert calls == [(0, 0)]
     assert line(1, 3, 1, "same").pads((4,), lambda a, b: 7) == ((3, 4),)
     assert line(3, 3, 1, "same").pads((4,), None) == ((1, 1),)
 
@@ -81,35 +81,35 @@ def test_sizes_that_are_not_known():
 @pytest.mark.parametrize(
     ("g", "n", "stride", "rate"),
     [
-        # A step longer than this leads from either end of the input beyond the other one.
+        # From either end of the input, a longer step goes beyond the other end.
         (line(2, 1, 99, "same"), 5, 1, 13),
         (line(2, 1, 98, "symmetric"), 5, 1, 12),
         (line(2, 1, 13, "same"), 5, 1, 13),
         (line(2, 1, 11, "same"), 5, 1, 11),
-        # There is one window alone.
+        # A single window.
         (line(1, 99, 1, "same"), 5, 5, 1),
         (line(1, 99, 1, "valid"), 5, 5, 1),
         (line(1, 99, 1, ((1, 2),)), 5, 8, 1),
         (line(1, 4, 1, "same"), 4, 4, 1),
-        # There are two.
+        # Two windows.
         (line(1, 4, 1, "same"), 5, 4, 1),
-        # Without one of these paddings, and without a size, all is as it was.
+        # Unchanged: another padding, and an unknown size.
         (line(2, 1, 99, "valid"), 100, 1, 99),
         (line(2, 99, 99, "same"), None, 99, 99),
     ],
 )
-def test_steps_that_lead_far_beyond_the_input_are_cut_short(g, n, stride, rate):
-    nearer = dataclasses.replace(g, strides=(stride,), dilation_rate=(rate,))
-    assert g.clamp_steps((n,)) == nearer
-    # Beside a dimension of no known size.
+def test_clamp_steps_shortens_steps_beyond_the_input(g, n, stride, rate):
+    clamped = dataclasses.replace(g, strides=(stride,), dilation_rate=(rate,))
+    assert g.clamp_steps((n,)) == clamped
+    # After a dimension of unknown size.
     two = {"kernel_size": g.kernel_size * 2, "strides": g.strides * 2, "rank": 2}
     pads = g.padding * 2 if isinstance(g.padding, tuple) else g.padding
     g = dataclasses.replace(g, **two, padding=pads, dilation_rate=g.dilation_rate * 2)
-    nearer = dataclasses.replace(
+    clamped = dataclasses.replace(
         g, strides=(g.strides[0], stride), dilation_rate=(g.dilation_rate[0], rate)
     )
-    assert g.clamp_steps((None, n)) == nearer
+    assert g.clamp_steps((None, n)) == clamped
 
 
-def test_strides_that_cover_a_size():
+def test_ceil_div_counts_strides_that_cover_a_size():
     assert [ceil_div(n, 3) for n in range(8)] == [0, 1, 1, 1, 2, 2, 2, 3]

@@ -23,13 +23,13 @@ from tests.support.images import write_image
 
 METADATA = {"class_names": ["a", "말"], "image_shape": [4, 6, 3], "scaling": "pixels / 255"}
 NO_CLASSIFIER = (
-    "A model must be a .keras file or a folder with class names and an image shape, as `involution "
-    "compare` and `train` write them, or one of cnn-cifar10, inn-cifar10, rednet_tiny-cifar10. "
+    "A model must be a .keras file or a folder with class names and an image shape, written by "
+    "`involution compare` or `train`, or one of cnn-cifar10, inn-cifar10, rednet_tiny-cifar10. "
     "Received: "
 )
 NO_KERAS = (
-    "A model must be a .keras file that loads without code of its own (load one with custom layers "
-    "by keras.saving.load_model(file, custom_objects=...)). Received: "
+    "A model must be a valid .keras file of Keras's and registered layers (for custom layers use "
+    "keras.saving.load_model(file, custom_objects=...)). Received: "
 )
 
 

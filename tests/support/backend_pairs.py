@@ -47,7 +47,7 @@ def main(framework, folder):
         got = model.predict(inputs if len(inputs) > 1 else inputs[0], verbose=0)
         got = got if isinstance(got, list) else [got]
         errors = [relative_error(a, b) for a, b in zip(got, outputs, strict=True)]
-        print(path.stem, max(errors))
+        print(path.stem, np.max(errors))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def involution(x, kernel, kernel_size, strides, padding, dilation_rate, group_la
     Returns (y, magnitude): the output, and the sum of |kernel * x|, which bounds rounding errors.
     """
     x, kernel = np.asarray(x, "float64"), np.asarray(kernel, "float64")
-    out, pairs = meetings(x.shape[1:-1], kernel_size, strides, padding, dilation_rate)
+    out, pairs = tap_pairs(x.shape[1:-1], kernel_size, strides, padding, dilation_rate)
     assert kernel.shape[1:-2] == out
     group_of = groups_of(x.shape[-1], kernel.shape[-1], group_layout)
     y = np.zeros((x.shape[0], *out, x.shape[-1]))
@@ -57,7 +57,7 @@ def gradients(
 ):
     """(dx, dkernel) of sum(y * dy): the same loops, each term given to what it was made of."""
     x, kernel, dy = (np.asarray(a, "float64") for a in (x, kernel, dy))
-    out, pairs = meetings(x.shape[1:-1], kernel_size, strides, padding, dilation_rate)
+    out, pairs = tap_pairs(x.shape[1:-1], kernel_size, strides, padding, dilation_rate)
     group_of = groups_of(x.shape[-1], kernel.shape[-1], group_layout)
     in_group = np.eye(kernel.shape[-1])[group_of]
     dx, dkernel = np.zeros_like(x), np.zeros_like(kernel)
@@ -86,7 +86,7 @@ def meets(out, taps, pairs):
     return found
 
 
-def meetings(sizes, kernel_size, strides, padding, dilation_rate):
+def tap_pairs(sizes, kernel_size, strides, padding, dilation_rate):
     """The output's sizes, and (output position, tap, input position) wherever the three meet."""
     dimensions = list(zip(sizes, kernel_size, strides, dilation_rate, strict=True))
     before = [pads(*d, padding, i)[0] for i, d in enumerate(dimensions)]

@@ -146,7 +146,7 @@ def test_failed_verification(store, monkeypatch):
     with pytest.raises(WriteError) as caught:
         store.save({}, {"n": 2})
     assert re.fullmatch(
-        rf"A file must be written whole\. Received: {store.folder}/0{{11}}2-\w{{64}}\.safetensors: "
+        rf"Could not write {store.folder}/0{{11}}2-\w{{64}}\.safetensors: "
         "the file differs from what was written",
         str(caught.value),
     )

@@ -220,13 +220,13 @@ def check_shared(folder, shapes):
 
 @on_jax
 def test_distributed_training_equals_one_device(tmp_path):
-    check_shared(tmp_path, ((2, 1), (1, 2), (2, 2)))
+    check_shared(tmp_path, ((2, 2),))
 
 
 @on_jax
 @pytest.mark.slow
-def test_training_on_four_hosts_equals_one_device(tmp_path):
-    check_shared(tmp_path, ((1, 4), (4, 1)))
+def test_other_numbers_of_devices_and_hosts_equal_one_device(tmp_path):
+    check_shared(tmp_path, ((2, 1), (1, 2), (1, 4), (4, 1)))
 
 
 @on_jax
@@ -296,6 +296,7 @@ def test_hosts_with_different_runs_are_rejected(tmp_path):
         )
 
 
+@pytest.mark.slow
 @on_jax
 def test_hosts_with_different_checkpoints_are_rejected(tmp_path):
     (alone,) = hosts(tmp_path, 1, "--epochs", "1", run="run0")
@@ -311,7 +312,8 @@ def test_hosts_with_different_checkpoints_are_rejected(tmp_path):
 
 
 @on_jax
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_run_resumes_after_a_lost_host_on_fewer_hosts(tmp_path, victim):
     more = "--epochs", "40", "--checkpoint-every", "5"
     processes = list(hosts(tmp_path, 2, *more))
@@ -328,7 +330,7 @@ def test_a_run_resumes_after_a_lost_host_on_fewer_hosts(tmp_path, victim):
             process.wait()
     time.sleep(1)  # what is said last
     said = (tmp_path / f"host{1 - victim}.txt").read_text(encoding="utf-8")
-    assert "a host was lost" in said, said
+    assert "A host was lost" in said, said
     assert "--resume" in said
     (alone,) = hosts(tmp_path, 1, "--epochs", "40", "--resume", "--checkpoint-every", "5")
     try:

@@ -22,6 +22,8 @@ from involution.utils.progress import NullProgress
 from tests.support.backends import numpy
 from tests.support.images import write_folder, write_image
 
+pytestmark = pytest.mark.any_backend
+
 FILES = {
     ".lock",
     "config.json",
@@ -66,13 +68,11 @@ def run(folder, tmp_path_factory):
     return compare(config, output, console, command="involution compare"), output, console
 
 
-@pytest.mark.any_backend
 def test_files_of_a_run(run):
     _, output, _ = run
     assert {f.name for f in output.iterdir()} == FILES
 
 
-@pytest.mark.any_backend
 def test_metrics(run):
     _, output, _ = run
     metrics = json.loads((output / "metrics.json").read_text())
@@ -101,7 +101,6 @@ def test_metrics(run):
     assert inn["seconds"] >= inn["seconds_per_epoch"] > 0
 
 
-@pytest.mark.any_backend
 def test_history_holds_every_epoch(run):
     result, output, _ = run
     rows = list(csv.DictReader((output / "history.csv").read_text().splitlines()))
@@ -114,7 +113,6 @@ def test_history_holds_every_epoch(run):
     assert float(rows[-1]["test_loss"]) == result.metrics["models"]["inn"]["test_loss"]
 
 
-@pytest.mark.any_backend
 def test_progress_moves_within_an_epoch(run):
     _, _, console = run
     # 24 training and 12 test images in batches of 10, two epochs; 36 files are read first.
@@ -153,7 +151,6 @@ def test_bfloat16_computes_with_float32_weights(folder, tmp_path):
     np.testing.assert_allclose(scores.sum(-1), 1, atol=1e-5)
 
 
-@pytest.mark.any_backend
 def test_unknown_precision_is_rejected():
     with pytest.raises(InputError, match=r"one of float32, bfloat16\. Received: float16"):
         Config(precision="float16")
@@ -169,7 +166,6 @@ def test_equal_seeds_give_equal_history(run, folder, tmp_path):
     assert other.results[0].rows[0]["train_loss"] != again.results[0].rows[0]["train_loss"]
 
 
-@pytest.mark.any_backend
 def test_a_model_does_not_depend_on_those_before_it(run, folder, tmp_path):
     result, _, _ = run
     alone = compare(Config(str(folder), "inn", 2, 10), tmp_path / "alone")
@@ -186,7 +182,6 @@ def test_preprocessing_equals_that_of_training(run, folder):
     np.testing.assert_array_equal(read, transforms.to_unit_float(dataset.x_test[6:7]))
 
 
-@pytest.mark.any_backend
 def test_a_saved_model_has_no_optimizer(run):
     _, output, _ = run
     model = keras.saving.load_model(output / "inn.keras")
@@ -198,7 +193,6 @@ def test_a_saved_model_has_no_optimizer(run):
     ]
 
 
-@pytest.mark.any_backend
 def test_an_interruption_writes_the_report(folder, tmp_path):
     class Impatient(Recorder):
         def advance(self):
@@ -216,7 +210,6 @@ def test_an_interruption_writes_the_report(folder, tmp_path):
     assert "was interrupted" in (output / "report.html").read_text()
 
 
-@pytest.mark.any_backend
 def test_ctrl_c_takes_effect_after_the_current_step(folder, tmp_path):
     class Signalled(Recorder):
         def advance(self):
@@ -235,7 +228,6 @@ def test_ctrl_c_takes_effect_after_the_current_step(folder, tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.any_backend
 def test_divergence_stops_and_is_reported(folder, tmp_path):
     def broken(input_shape, classes):
         model = models.inn(input_shape, classes)
@@ -255,7 +247,6 @@ def test_divergence_stops_and_is_reported(folder, tmp_path):
     assert "This run was stopped." in (tmp_path / "run" / "report.html").read_text()
 
 
-@pytest.mark.any_backend
 def test_non_square_windows(folder, tmp_path):
     def oblong(input_shape, classes):
         inputs = keras.Input(input_shape)
@@ -269,7 +260,6 @@ def test_non_square_windows(folder, tmp_path):
     assert (tmp_path / "run" / "words.png").is_file()
 
 
-@pytest.mark.any_backend
 def test_an_interruption_before_any_epoch(folder, tmp_path):
     class AtOnce(Recorder):
         def advance(self):
@@ -299,7 +289,6 @@ class Subclassed(keras.Model):
         return self.dense(self.flatten(inputs))
 
 
-@pytest.mark.any_backend
 def test_custom_models_from_python_and_from_a_file(folder, tmp_path):
     config = Config(str(folder), epochs=1, batch_size=12)
     result = compare(config, tmp_path / "object", builders={"mine": own_model})
@@ -322,7 +311,6 @@ def test_custom_models_from_python_and_from_a_file(folder, tmp_path):
     )
 
 
-@pytest.mark.any_backend
 def test_model_options():
     builders = specs.parse("cnn, inn:kernel_size=5:kernel_generator=linear")
     model = builders["inn:kernel_size=5:kernel_generator=linear"]((8, 8, 3), 10)
@@ -330,7 +318,6 @@ def test_model_options():
     assert type(model.get_layer("inv_1").kernel_generator).__name__ == "Linear"
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("text", "match"),
     [
@@ -347,7 +334,6 @@ def test_invalid_model_specs(text, match):
         specs.parse(text)
 
 
-@pytest.mark.any_backend
 def test_a_file_without_the_function(tmp_path):
     file = tmp_path / "own.py"
     file.write_text("x = 1\n")
@@ -358,7 +344,6 @@ def test_a_file_without_the_function(tmp_path):
         specs.parse(f"{file}:f")
 
 
-@pytest.mark.any_backend
 def test_a_file_with_classes_and_colons_in_its_name(tmp_path):
     file = tmp_path / "a:b.py"
     file.write_text(
@@ -370,7 +355,6 @@ def test_a_file_with_classes_and_colons_in_its_name(tmp_path):
     assert builder(None, 7) == (3, 7, 2)
 
 
-@pytest.mark.any_backend
 def test_files_import_neighbors(tmp_path, monkeypatch):
     """Each file imports its own module of the same name, at import and during building."""
     for folder in ("a", "b"):
@@ -402,7 +386,6 @@ def test_files_import_neighbors(tmp_path, monkeypatch):
     assert "installed_once" not in specs._imported[f"{tmp_path}/a"]
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -422,7 +405,6 @@ def test_a_file_that_fails(content, reason, tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.any_backend
 def test_a_model_name_that_is_not_utf8():
     with pytest.raises(InputError) as caught:
         specs.parse("cnn,caf\udce9.py")
@@ -431,7 +413,6 @@ def test_a_model_name_that_is_not_utf8():
     )
 
 
-@pytest.mark.any_backend
 def test_command_lines_can_be_pasted(monkeypatch):
     words = ("involution", pathlib.Path("a b/$x's.keras"), pathlib.Path("-x"), "-y", "z")
     line = specs.command_line(*words)
@@ -456,7 +437,6 @@ def test_other_floatx_is_rejected(run, folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.any_backend
 def test_keras_settings_are_recorded_and_checked_on_resume(run, folder, tmp_path):
     _, output, _ = run
     config = Config(str(folder), epochs=2, batch_size=10)
@@ -480,7 +460,6 @@ def test_keras_settings_are_recorded_and_checked_on_resume(run, folder, tmp_path
     assert [len(result.rows) for result in again.results] == [2, 2]
 
 
-@pytest.mark.any_backend
 def test_skipped_images_are_reported(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "pets")
     (tmp_path / "pets" / "train" / "ant" / "x.bmp").write_bytes(b"")
@@ -490,7 +469,6 @@ def test_skipped_images_are_reported(folder, tmp_path):
     assert console.lines == [description]
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("builder", "match"),
     [
@@ -506,7 +484,6 @@ def test_an_unsuitable_model_is_rejected_before_writing(folder, tmp_path, builde
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("option", "value"),
     [("epochs", 0), ("batch_size", -1), ("seed", -1), ("seed", 2**32), ("learning_rate", 0.0)],
@@ -516,7 +493,6 @@ def test_options_out_of_range(option, value):
         Config(**{option: value})
 
 
-@pytest.mark.any_backend
 def test_an_output_that_cannot_be_written(folder, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "used").mkdir()
@@ -531,15 +507,14 @@ def test_an_output_that_cannot_be_written(folder, tmp_path):
     assert (tmp_path / "used" / "x").read_text() == "kept"
 
 
-@pytest.mark.any_backend
 def test_invalid_classifier_files(tmp_path):
     (tmp_path / "x.keras").write_bytes(b"no zip")
     plain = own_model((8, 8, 3), 2)
     plain.save(tmp_path / "plain.keras")
     for name, match in (
         ("missing.keras", "missing.keras, which does not exist"),
-        ("x.keras", "as `involution compare` and `train` write them"),
-        ("plain.keras", "as `involution compare` and `train` write them"),
+        ("x.keras", "written by `involution compare` or `train`"),
+        ("plain.keras", "written by `involution compare` or `train`"),
     ):
         with pytest.raises(InputError, match=match):
             saved_model.load(tmp_path / name)

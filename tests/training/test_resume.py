@@ -21,6 +21,8 @@ from involution.utils.errors import InputError, WriteError
 from involution.utils.progress import NullProgress
 from tests.support.images import write_folder
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -119,7 +121,6 @@ def test_resumed_run_equals_uninterrupted(folder, tmp_path, uninterrupted, stops
     assert state.stat().st_size < 5000
 
 
-@pytest.mark.any_backend
 def test_a_corrupt_checkpoint_falls_back_to_the_one_before(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(4), BUILDERS, checkpoint_every=2)
@@ -131,7 +132,6 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(folder, tmp_path, uni
     assert outcome(output) == uninterrupted
 
 
-@pytest.mark.any_backend
 def test_a_modified_model_file_is_trained_again(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(10), BUILDERS)
@@ -146,7 +146,6 @@ def test_a_modified_model_file_is_trained_again(folder, tmp_path, uninterrupted)
     assert outcome(output) == uninterrupted
 
 
-@pytest.mark.any_backend
 def test_only_a_missing_model_is_trained_again(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, builders=BUILDERS)
@@ -158,7 +157,6 @@ def test_only_a_missing_model_is_trained_again(folder, tmp_path, uninterrupted):
     assert outcome(output) == uninterrupted
 
 
-@pytest.mark.any_backend
 def test_settings_of_trained_models_must_not_change(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, builders=ONE)
@@ -180,7 +178,6 @@ def test_settings_of_trained_models_must_not_change(folder, tmp_path):
     assert [len(result.rows) for result in run.results] == [2, 2]
 
 
-@pytest.mark.any_backend
 def test_secondary_hosts_only_read(folder, tmp_path, monkeypatch):
     class Another(distributed.Distribution):
         def shard(self, indices):
@@ -197,7 +194,6 @@ def test_secondary_hosts_only_read(folder, tmp_path, monkeypatch):
         compare(config(folder), output, builders=ONE)
 
 
-@pytest.mark.any_backend
 def test_too_few_images_are_rejected_before_writing(folder, tmp_path):
     with pytest.raises(InputError, match=r"at least 50 images, for one batch\. Received: 24"):
         compare(
@@ -208,7 +204,6 @@ def test_too_few_images_are_rejected_before_writing(folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("lacking", ["lock", "folder"])
 def test_a_full_disk_at_the_start(lacking, folder, tmp_path, monkeypatch):
     def refuse(*arguments, **more):
@@ -228,7 +223,6 @@ def test_a_full_disk_at_the_start(lacking, folder, tmp_path, monkeypatch):
         compare(config(folder), tmp_path / "run", builders=ONE)
 
 
-@pytest.mark.any_backend
 def test_a_signal_loses_no_step(folder, tmp_path, uninterrupted):
     output, number = tmp_path / "run", signal.SIGTERM
     before = signal.getsignal(number)
@@ -241,7 +235,6 @@ def test_a_signal_loses_no_step(folder, tmp_path, uninterrupted):
     assert outcome(output) == uninterrupted
 
 
-@pytest.mark.any_backend
 def test_a_signal_while_writing(folder, tmp_path, monkeypatch, uninterrupted):
     output = tmp_path / "run"
     real, left = os.fsync, 9
@@ -264,7 +257,6 @@ def test_a_signal_while_writing(folder, tmp_path, monkeypatch, uninterrupted):
     assert outcome(output) == uninterrupted
 
 
-@pytest.mark.any_backend
 def test_a_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path, monkeypatch):
     """The disk is full for each file of a run in turn."""
     output, left = tmp_path / "run", 0
@@ -297,7 +289,6 @@ def test_a_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path
     assert outcome(output, ONE) == outcome(tmp_path / "whole", ONE)
 
 
-@pytest.mark.any_backend
 def test_temporary_files_of_killed_processes_are_removed(folder, tmp_path):
     output = tmp_path / "run"
     (output / checkpoint.FOLDER).mkdir(parents=True)
@@ -305,7 +296,7 @@ def test_temporary_files_of_killed_processes_are_removed(folder, tmp_path):
         (place / f"{atomic_files.TMP_PREFIX}000000000001-1234.safetensors").write_bytes(b"half")
     run = compare(config(folder, epochs=1), output, builders=ONE, resume=True)
     assert run.exit_code == 0
-    assert not list(output.rglob(f"{atomic_files.PART}*"))
+    assert not list(output.rglob(f"{atomic_files.TMP_PREFIX}*"))
     # Other folders are not modified.
     other = tmp_path / "other"
     other.mkdir()
@@ -316,7 +307,6 @@ def test_temporary_files_of_killed_processes_are_removed(folder, tmp_path):
     assert (other / f"{atomic_files.TMP_PREFIX}x").read_bytes() == b"mine"
 
 
-@pytest.mark.any_backend
 def test_changed_settings_are_rejected_by_name(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
@@ -342,7 +332,6 @@ def test_changed_settings_are_rejected_by_name(folder, tmp_path):
     assert [len(result.rows) for result in run.results] == [3]
 
 
-@pytest.mark.any_backend
 def test_changed_images_are_rejected(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
@@ -351,7 +340,6 @@ def test_changed_images_are_rejected(folder, tmp_path):
         compare(config(other), output, builders=ONE, resume=True)
 
 
-@pytest.mark.any_backend
 def test_another_model_is_always_rejected(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
@@ -365,7 +353,6 @@ def test_another_model_is_always_rejected(folder, tmp_path):
         )
 
 
-@pytest.mark.any_backend
 def test_a_folder_without_checkpoints(folder, tmp_path):
     output = tmp_path / "run"
     run = compare(config(folder, epochs=1), output, builders=ONE, resume=True)
@@ -380,7 +367,6 @@ def test_a_folder_without_checkpoints(folder, tmp_path):
         compare(config(folder), tmp_path, builders=ONE, resume=True)
 
 
-@pytest.mark.any_backend
 def test_checkpoint_every(folder, tmp_path, monkeypatch):
     saved = []
     real = CheckpointManager.save

@@ -95,7 +95,7 @@ def test_invalid_search_spaces(text, planned):
 
 
 def test_invalid_sweeps(planned, network):
-    with pytest.raises(InputError, match="name each value once"):
+    with pytest.raises(InputError, match="contain each name once"):
         planned(search=("width=1,2", "width=3,4"))
     with pytest.raises(InputError, match="vary at least one value"):
         planned(search=())

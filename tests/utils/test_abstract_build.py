@@ -19,6 +19,8 @@ from tests.support import hostile_configs
 from tests.support.backends import numpy
 from tests.support.syscall_watch import memory_bytes
 
+pytestmark = pytest.mark.any_backend
+
 L = keras.layers
 MAX_GROWTH = 64 * 2**20
 

@@ -9,6 +9,8 @@ from involution.visualize import activations
 from involution.visualize.activations import capture, has_involutions, kernel_maps
 from tests.support.backends import in_graph, numpy
 
+pytestmark = pytest.mark.any_backend
+
 images = np.random.default_rng(0).random((3, 10, 13, 4), "float32")
 
 
@@ -112,7 +114,7 @@ def test_nearest_position_inverts_window_centers(arguments):
 
 
 def window_center(g, sizes, position):
-    """By the operator's definition, from its first and its last tap."""
+    """The midpoint of the window's first and last tap, relative to the image."""
     ends = []
     for tap in (0, g.taps - 1):
         k = np.unravel_index(tap, g.kernel_size)
@@ -189,35 +191,40 @@ def test_involutions_in_nested_models_are_captured():
     assert not has_involutions(models.cnn((32, 32, 3), 4))
 
 
-class Holder(keras.layers.Layer):
-    """A layer that holds others in any structure."""
+class Container(keras.layers.Layer):
+    """A layer with an attribute of any structure."""
 
-    def __init__(self, held):
+    def __init__(self, content):
         super().__init__()
-        self.held = held
+        self.content = content
 
 
 @pytest.mark.parametrize("make", [Involution2D, Involution, Involution1D])
 def test_has_involutions_in_any_structure(make):
     layer = make()
-    for held in (
+    for content in (
         layer,
-        Holder(layer),
-        Holder([keras.layers.Dense(1), (layer,)]),
-        Holder({"a": {"b": [layer]}}),
+        Container(layer),
+        Container([keras.layers.Dense(1), (layer,)]),
+        Container({"a": {"b": [layer]}}),
         keras.layers.TimeDistributed(layer),
-        keras.layers.TimeDistributed(Holder(keras.layers.TimeDistributed(layer))),
-        keras.Sequential([keras.layers.Flatten(), Holder(keras.Sequential([layer]))]),
+        keras.layers.TimeDistributed(Container(keras.layers.TimeDistributed(layer))),
+        keras.Sequential([keras.layers.Flatten(), Container(keras.Sequential([layer]))]),
     ):
-        assert has_involutions(held)
+        assert has_involutions(content)
 
 
 def test_has_no_involutions():
-    cycle = Holder(keras.layers.Dense(1))
+    cycle = Container(keras.layers.Dense(1))
     cycle.back = [cycle]
     dense = keras.layers.Dense(1, name="involution")
-    for held in (cycle, Holder([dense, None, "text", 3]), keras.Sequential([dense]), Holder({})):
-        assert not has_involutions(held)
+    for content in (
+        cycle,
+        Container([dense, None, "text", 3]),
+        keras.Sequential([dense]),
+        Container({}),
+    ):
+        assert not has_involutions(content)
 
 
 def test_dropin_layer_and_batches():
@@ -271,7 +278,11 @@ def test_renamed_attributes_and_arguments():
     with pytest.warns(DeprecationWarning, match="now InvolutionRecord.is_attention"):
         assert record.shares is False
     with pytest.warns(DeprecationWarning, match="now InvolutionRecord.nearest_position"):
-        assert record.position(place=(0, 1)) == record.nearest_position((0, 1)) == (0, 12)
+        assert record.position((0, 1)) == record.nearest_position((0, 1)) == (0, 12)
+    with pytest.warns(DeprecationWarning, match=r"Argument `place` of .*\) is now `point`"):
+        assert record.nearest_position(place=(0, 1)) == (0, 12)
+    with pytest.raises(TypeError, match="both `point` and its old name `place`"):
+        record.nearest_position(place=(0, 1), point=(0, 1))
     with pytest.raises(AttributeError, match="'InvolutionRecord' object has no attribute 'color'"):
         record.color  # noqa: B018
     for module, names in RENAMED.items():

@@ -44,7 +44,7 @@ def test_a_constant_map_is_drawn_in_one_color():
     assert len(colorbars(figure)) == 4
 
 
-def test_nonfinite_maps_are_titled():
+def test_nonfinite_maps_are_marked_in_titles():
     values = np.linspace(0, 1, 16).reshape(1, 4, 4)
     values[0, 0, 0] = np.nan
     figure = figures.heat_maps(images[:1], {"m": values, "none": values * np.nan})
@@ -65,15 +65,15 @@ def test_columns_share_a_scale(inn):
             assert drawn.get_clim() == pytest.approx(
                 (values.sum(-1).min(), values.sum(-1).max()), rel=1e-6
             )
-    own = figures.heat_maps(images, maps, share_scale=False)
-    grid = [ax for ax in own.axes if ax not in colorbars(own)]
+    unshared = figures.heat_maps(images, maps, share_scale=False)
+    grid = [ax for ax in unshared.axes if ax not in colorbars(unshared)]
     for row in range(3):
         (drawn,) = grid[4 * row + 1].images
         assert drawn.get_clim() == (drawn.get_array().min(), drawn.get_array().max())
-    assert len(colorbars(own)) == 9
+    assert len(colorbars(unshared)) == 9
 
 
-def test_activations_are_drawn_beside_the_maps():
+def test_activations_are_drawn_next_to_the_maps():
     values = np.linspace(-3, 7, 16).reshape(1, 4, 4)
     figure = figures.heat_maps(images[:1], {"m": values}, ["a title"], activations={"m": values**2})
     assert panel(figure, "m (4x4)")[1] == (-3, 7)

@@ -14,14 +14,15 @@ def im2col(x, kernel, window, pads=None):
 
     Patches are extracted by ``tf.image.extract_patches``, JAX's ``conv_general_dilated_patches`` or
     PyTorch's ``unfold``. Padding is ``"same"`` unless ``pads`` has (before, after) of height and
-    width. Tensors are channels last; the window is square, as are its steps.
+    width. Tensors are channels last; kernel size, strides and dilation rate are equal in both
+    dimensions.
     """
     batch, *_, channels = ops.shape(x)
     out = ops.shape(kernel)[1:3]
     taps, groups, group_channels = window.taps, window.groups, channels // window.groups
-    steps = (window.kernel_size[0], window.strides[0], window.dilation_rate[0])
+    parameters = (window.kernel_size[0], window.strides[0], window.dilation_rate[0])
     patches = ops.reshape(
-        _EXTRACT_PATCHES[keras.config.backend()](x, out, *steps, pads),
+        _EXTRACT_PATCHES[keras.config.backend()](x, out, *parameters, pads),
         (batch, *out, taps, channels),
     )
     if window.group_layout == CONTIGUOUS:

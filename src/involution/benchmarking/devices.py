@@ -30,7 +30,7 @@ class Cpu:
     """The machine's CPUs, timed by the wall clock."""
 
     name = "cpu"
-    # Memory that earlier candidates freed would be reused without being counted.
+    # In one process, memory that earlier candidates freed would be reused without being counted.
     measures_memory_in_subprocess = True
 
     def unavailable_reason(self) -> str | None:
@@ -59,7 +59,7 @@ class Cpu:
     def copy_bandwidth(self, total: int) -> float:
         """Bytes per second, read plus written, of copies by all CPUs.
 
-        Measured with tensors of ``total`` bytes: those that fit into a cache get its bandwidth.
+        Measured with ``total`` bytes; if they fit into a cache, it is the cache's bandwidth.
         """
         return _cpu_copy_bandwidth(total)
 
@@ -68,7 +68,7 @@ class Cpu:
         return _cpu_peak() / (2 if dtype == "float64" else 1)
 
     def peak_bytes(self, load: Run, prepare: Callable[[], Run]) -> int | None:
-        """Peak memory of the prepared run with its arguments; ``load`` runs first, uncounted."""
+        """Peak memory of the prepared run with its arguments; ``load`` runs first, not counted."""
         if not os.path.exists("/proc/self/clear_refs"):
             return None
         load()

@@ -12,7 +12,7 @@ from involution import backend, ops
 from involution.ops.cases import CASES
 from involution.utils.environment import versions
 
-# Maximum relative error in float32; sums have up to some hundred terms.
+# Maximum relative error in float32, for sums of about a hundred terms.
 TOLERANCE = 1e-5
 EXTRAS = {"matplotlib": "figures", "jinja2": "reports", "scikit-learn": "digits"}
 

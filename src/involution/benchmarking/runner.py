@@ -62,13 +62,13 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 DRAM_BYTES = 2**28
 # 1 GiB in float32, and as much for each gradient.
 MAX_IM2COL_ELEMENTS = 2**28
-# Maximum relative error against `reference` in float32.
+# Maximum relative error against `reference`, which is computed in at least float32.
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to measure, and for how long. Renamed candidates are accepted."""
+    """What to measure, and for how long. Earlier names of candidates are accepted."""
 
     cases: tuple[str, ...] = tuple(case.name for case in CASES)
     candidates: tuple[str, ...] = CANDIDATES
@@ -137,7 +137,8 @@ def check(plan: Plan, output: pathlib.Path | None = None) -> None:
 
 
 def run(plan: Plan, log=lambda line: None) -> Iterator[Row]:
-    """Yields the measurements. ``log`` gets a line for each skipped candidate, with the reason."""
+    """Yields the measurements; ``log`` receives a line for each skipped candidate, with the
+    reason."""
     for name in plan.cases:
         case = next(case for case in CASES if case.name == name)
         if plan.batch is not None:
@@ -292,8 +293,8 @@ def _compiled_taps(case):
     call = autodiff.differentiable(torch.compile(taps.compute, fullgraph=True))
 
     def apply(x, kernel):
-        g = problem_of(case.window, x).window
-        return call(autodiff.FORWARD, g, spatial_shape(x, g), x, kernel)
+        window = problem_of(case.window, x).window
+        return call(autodiff.FORWARD, window, spatial_shape(x, window), x, kernel)
 
     return apply
 
@@ -313,13 +314,20 @@ def max_relative_error(candidate: Candidate, dtype) -> float:
     """Error of the output and the gradients against ``reference`` in at least float32, relative to
     the largest absolute value of each; infinite for nonfinite values."""
     wide = "float64" if dtype == "float64" else "float32"
+
+    def to_numpy(tensor):
+        return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(tensor, wide)))
+
     arguments = [keras.ops.cast(a, wide) for a in candidate.arguments]
-    want = repeat(candidate.reference, arguments, keras.ops.cast(candidate.cotangent, wide))()
-    have = candidate.program(backward=True)()
-    worst = 0.0
-    for w, h in zip(want, have, strict=True):
-        w, h = (np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(t, wide))) for t in (w, h))
-        worst = max(worst, float(np.abs(h - w).max() / np.abs(w).max()))
+    cotangent = keras.ops.cast(candidate.cotangent, wide)
+    expected = repeat(candidate.reference, arguments, cotangent)()
+    results = candidate.program(backward=True)()
+    errors = [
+        np.abs(result - want).max() / np.abs(want).max()
+        for want, result in zip(map(to_numpy, expected), map(to_numpy, results), strict=True)
+    ]
+    # NumPy's maximum propagates NaN.
+    worst = float(np.max(errors))
     return worst if math.isfinite(worst) else math.inf
 
 

@@ -1,7 +1,7 @@
 """Repeated calls in one compiled program, for timing.
 
-A single call would be timed with the framework's dispatch overhead. Here calls run in sequence
-inside one compiled program (on PyTorch in a loop), each dependent on the previous one.
+The time of a single call would include the framework's dispatch overhead. Here calls run in
+sequence inside one compiled program (on PyTorch in a loop), each dependent on the previous one.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def repeat(function, arguments, cotangent=None, calls: int = 1) -> Callable[[], 
 
     Args:
         function: From tensors to a tensor.
-        arguments: Its tensors.
+        arguments: Its arguments.
         cotangent: The output's gradient; if given, the results are the output and the gradients of
             all arguments, otherwise the output.
         calls: Number of calls per run.

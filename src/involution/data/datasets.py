@@ -1,7 +1,6 @@
 """Data sets for image classification: scikit-learn's digits, CIFAR-10, or a folder of images.
 
-Images are uint8 (N, height, width, 3); ``transforms.to_unit_float`` makes them the input of a
-model.
+Images are uint8 (N, height, width, 3); ``transforms.to_unit_float`` converts them to model inputs.
 """
 
 import concurrent.futures
@@ -37,7 +36,7 @@ CIFAR10_CLASSES = [
     "ship",
     "truck",
 ]  # in the order of the archive's labels
-# The archive in Keras's cache, under the name that Keras gives it.
+# File name of the archive in Keras's cache.
 CIFAR10_KERAS = "cifar-10-batches-py-target_archive"
 CIFAR10_KERAS_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CIFAR10_BINARY_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -93,7 +92,7 @@ class Dataset:
         return digest.hexdigest()
 
     def validation_split(self, count) -> "Dataset":
-        """The training data, with ``count`` of its images as test data instead of the real ones.
+        """Holds out ``count`` training images, which replace the test images.
 
         The split does not depend on a seed.
 
@@ -140,7 +139,7 @@ def load(
         progress: Called with the numbers of decoded images and of all images.
         crop_fraction: The center crop of a folder's images that is resized, see
             ``decode.read_image``. The images are decoded on access then, and
-            ``x_train.random_crops`` returns random crops. None: the whole images are resized.
+            ``x_train.random_crops`` returns random crops. None: images are not cropped.
 
     Raises:
         InputError: The data set is unknown, incomplete or damaged, or an argument does not apply
@@ -181,10 +180,10 @@ def _digits() -> Dataset:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise InputError(
-            "The data set digits needs scikit-learn: pip install 'involution[compare]'"
+            "The data set digits requires scikit-learn: pip install 'involution[compare]'"
         ) from error
     bundle = load_digits()
-    # Three involutions with pooling do not learn from 8x8 images; from 32x32 they do.
+    # The inn, three involutions with pooling, does not learn from 8x8 images.
     small = np.round(bundle.images * (255 / 16)).astype("uint8")
     enlarged = [resize(Image.fromarray(i), (32, 32)) for i in small]
     images = np.repeat(np.stack(enlarged)[..., None], 3, axis=-1)
@@ -220,7 +219,7 @@ def _keras_archive(download) -> pathlib.Path:
         downloaded = keras.utils.get_file(
             fname=CIFAR10_KERAS, origin=CIFAR10_ORIGIN, file_hash=CIFAR10_KERAS_SHA256
         )
-    except Exception as error:  # Keras raises a bare one without a network
+    except Exception as error:  # without a network Keras raises Exception itself
         raise InputError(f"CIFAR-10 could not be downloaded: {error}") from error
     return pathlib.Path(downloaded)
 
@@ -233,7 +232,7 @@ def _cifar10(path) -> Dataset:
         names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
     else:
         raise InputError(
-            "A data set that is a file must be an unmodified CIFAR-10 archive. "
+            "The file of a data set must be an unmodified CIFAR-10 archive. "
             f"Received: {path}, with a different hash"
         )
     return _cifar10_from(path, read, names)
@@ -276,7 +275,7 @@ def _binary_batch(content):
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Unpickles the arrays of CIFAR-10's batches, and refuses every other global."""
+    """Unpickles the NumPy arrays of CIFAR-10's batches; every other global is rejected."""
 
     ALLOWED: ClassVar = {
         "ndarray": np.ndarray,
@@ -288,7 +287,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if module.split(".")[0] == "numpy" and name in self.ALLOWED:
             return self.ALLOWED[name]
-        raise InputError(f"A CIFAR-10 batch must hold arrays only. Received: {module}.{name}")
+        raise InputError(f"A CIFAR-10 batch must contain only arrays. Received: {module}.{name}")
 
 
 def _pickled_batch(content):
@@ -337,9 +336,10 @@ def _folder(root, image_size, crop_fraction, progress) -> Dataset:
 def _decode_all(
     sources, exceeds_decode_limit, image_size, crop_fraction, progress
 ) -> np.ndarray | LazyImages:
-    """The images of a folder, each decoded once to find damaged ones, unless that takes too long.
+    """The images of a folder.
 
-    They are kept in memory if they take at most a quarter of it and are not cropped at random.
+    Unless ``exceeds_decode_limit``, each is decoded once to detect damaged files. The images are
+    kept in memory if they take at most a quarter of it and are not randomly cropped.
     """
 
     def lazy(shape):

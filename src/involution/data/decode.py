@@ -1,4 +1,4 @@
-"""Image files as uint8 arrays: the one decoder of training and inference."""
+"""Decodes image files to uint8 arrays, for training and for inference."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from involution.data import transforms
 from involution.utils.errors import InputError
 
 PATH_TYPES = (str, bytes, os.PathLike)
-# The transpose that undoes an EXIF orientation; 1 is upright.
+# By EXIF orientation, the transpose that undoes it; 1 is upright.
 ORIENTATION_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -25,9 +25,8 @@ ORIENTATION_TRANSPOSES = {
 def read_image(file, size=None, crop_fraction=None, rng=None) -> np.ndarray:
     """Decodes an image file to uint8 (height, width, 3) in its EXIF orientation.
 
-    The orientation is taken from the EXIF or XMP data. Other metadata is ignored. If the
-    orientation is missing, unreadable or not a number from 2 to 8, the image is left as stored, as
-    image viewers do.
+    The orientation comes from the EXIF or XMP data; other metadata is ignored. Without a readable
+    orientation from 2 to 8 the image is not transposed, as in image viewers.
 
     Args:
         file: A path, which error messages contain, or an open file.
@@ -53,7 +52,7 @@ def read_image(file, size=None, crop_fraction=None, rng=None) -> np.ndarray:
             image = upright.convert("RGB")
     except MemoryError:  # not the file's fault: its pixels are within the limit
         raise
-    except Exception as error:  # Pillow raises many kinds for a damaged file
+    except Exception as error:  # Pillow raises many exception types for damaged files
         where = f". Received: {os.fsdecode(file)}" if isinstance(file, PATH_TYPES) else ""
         raise InputError(
             f"An image must be a valid PNG, JPEG or WebP file: {_reason(error)}{where}"
@@ -70,7 +69,7 @@ def read_image(file, size=None, crop_fraction=None, rng=None) -> np.ndarray:
 
 
 def resize(image, size, box=None) -> np.ndarray:
-    """A Pillow image, or a box of it, resized bilinearly to (height, width)."""
+    """Resizes a Pillow image, or a box of it, bilinearly to (height, width)."""
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
 
 
@@ -78,16 +77,16 @@ def _orientation_transpose(image) -> Image.Transpose | None:
     """The transpose that makes an image upright; None if it is upright or its orientation cannot be
     read.
 
-    Not ``ImageOps.exif_transpose``: that writes all EXIF tags back, and fails on a damaged one.
+    Not ``ImageOps.exif_transpose``, which rewrites all EXIF tags and fails on damaged ones.
     """
     try:
         return ORIENTATION_TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # noqa: BLE001 - Pillow raises many kinds for damaged EXIF data
+    except Exception:  # noqa: BLE001 - Pillow raises many exception types for damaged EXIF data
         return None
 
 
 def _reason(error) -> str:
-    """The message of an error without the file, which Pillow shows by its memory address."""
+    """The message of an error, without Pillow's representation of the file object."""
     if isinstance(error, UnidentifiedImageError):
         return "its format is not recognized"
     message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

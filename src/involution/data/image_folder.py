@@ -1,7 +1,7 @@
 """The images of a folder by class: image files, or members of tar files.
 
-One rule holds for both: a class is a folder directly in ``train/``, and its images are the files
-directly in that folder. ``_group_by_class`` applies it.
+The same rule applies to both: a class is a folder directly in ``train/``, and its images are the
+files directly in that folder. ``_group_by_class`` implements it.
 
 Tar files are not unpacked: the offsets of their members are read once, and an image is read at its
 offset. Links are not followed.
@@ -20,22 +20,22 @@ from collections.abc import Iterable, Iterator
 from involution.utils.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
-# Counted and not decoded: SECURITY.md limits decoding to three formats, and some of these hold
+# Counted but not decoded: SECURITY.md limits decoding to three formats, and some of these contain
 # several images or vector graphics.
 UNSUPPORTED_SUFFIXES = (
     *(".bmp", ".dib", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".psd", ".svg", ".dng", ".cr2", ".nef"),
 )
-# Created by file servers and operating systems among the folders of users.
+# Created by file servers and operating systems; ignored.
 SYSTEM_FOLDERS = (
     *("@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"),
     *("lost+found", "__MACOSX"),
 )
-# WebDataset: a file beside an image that holds its class.
+# In WebDataset, a file with this suffix and an image's base name contains the image's class.
 LABEL_SUFFIX = ".cls"
 MAX_LABEL_BYTES = 1000
 SPLITS = {"train": ("train",), "test": ("test", "val")}
-# Bytes of images above which a folder is not read as a whole, which would take minutes.
+# Folders of at least this many bytes are not decoded or hashed up front, which would take minutes.
 MAX_DECODED_BYTES = 2**32
 
 
@@ -85,7 +85,7 @@ Source = FileSource | TarMember
 SourcesByClass = dict[str, list[Source]]
 # A relative path: the names of folders, then of the file.
 PathParts = tuple[str, ...]
-# Why images are skipped.
+# Reasons for skipping images.
 UNSUPPORTED, NESTED, STRAY = "{} files", "in subfolders of a class", "outside of any class"
 
 
@@ -125,8 +125,9 @@ def scan(root) -> ScanResult:
     class, or outside of any class are skipped and counted in ``ScanResult.skipped``.
 
     Tar files follow the same rule. Their ``train/`` is the folder of this name that contains all
-    images, or, without one, the folder that contains all folders of images. An image with a
-    ``.cls`` file beside it, as in WebDataset, belongs to the class written there, in any folder.
+    images, or, without one, the folder that contains all folders of images. An image that has a
+    ``.cls`` file of the same base name, as in WebDataset, belongs to the class in that file,
+    whatever its folder.
 
     Args:
         root: A folder with ``train/<class>/`` and ``test/<class>/`` or, as in ImageNet,
@@ -163,7 +164,7 @@ def _scan_split(root, split, names, skipped) -> SourcesByClass:
 
 def _scan_folder(folder, skipped) -> SourcesByClass:
     names = [entry.name for entry in _visible(folder) if entry.is_dir()]
-    # Without classes, as ImageNet's test images, it is no split: val/ is tried next.
+    # A folder without classes, such as ImageNet's test/, is not a split: val/ is tried next.
     return _group_by_class(names, _walk(folder), (), folder, skipped) if names else {}
 
 
@@ -290,7 +291,7 @@ def _scan_archives(archives, split_names, skipped) -> SourcesByClass:
     def classes(folders):
         return {f[depth] for f in folders if len(f) > depth and f[:depth] == root}
 
-    # A folder of labeled images is no class, and with labeled images only there is none.
+    # Folders of labeled images are not classes; if all images are labeled, no folder is one.
     folders = classes(contents.folders) - classes(contents.labeled_folders) if in_folders else set()
     by_path = (
         (path[depth:] if path[:depth] == root else path[-1:], image)
@@ -308,7 +309,7 @@ def _scan_archives(archives, split_names, skipped) -> SourcesByClass:
 def _unlabeled(image) -> InputError:
     return InputError(
         f"An image in a tar file must be in a folder named after its class, or have a "
-        f"{LABEL_SUFFIX} file beside it. Received: {image}"
+        f"{LABEL_SUFFIX} file of the same base name. Received: {image}"
     )
 
 
@@ -330,14 +331,14 @@ def _read_archive(archive, split_names, contents):
     labels, images, previous = {}, [], -1
     with tarfile.open(archive, "r:") as opened:
         for member in opened:
-            # It would keep all members in memory.
+            # TarFile would keep all members in memory.
             opened.members = []  # type: ignore[attr-defined]  # not in its stubs
             if member.offset <= previous or member.size < 0:
                 raise tarfile.ReadError("its members do not follow each other")
             previous = member.offset
             name = pathlib.PurePosixPath(member.name)
             path = name.parts[bool(name.anchor) :]
-            # Hidden folders above the split do not count.
+            # Hidden folders above the split are allowed.
             begin = next((n for n, part in enumerate(path) if part in split_names), 0)
             if any(map(_is_hidden, path[begin:])):
                 continue
@@ -354,7 +355,7 @@ def _read_archive(archive, split_names, contents):
             elif suffix in (*SUFFIXES, *UNSUPPORTED_SUFFIXES):
                 image = TarMember(str(archive), member.name, member.offset_data, member.size)
                 images.append((name, path, image))
-        # At a damaged header the reader stops as if at the end.
+        # TarFile treats a damaged header as the end of the archive.
         with open(archive, "rb") as raw:
             raw.seek(opened.offset)
             if raw.read(512) != bytes(512):
@@ -369,7 +370,7 @@ def _read_archive(archive, split_names, contents):
 
 
 def exceeds_decode_limit(sources: list[Source]) -> bool:
-    """Whether the images together have ``MAX_DECODED_BYTES`` bytes or more."""
+    """Whether the total size of the image files is at least ``MAX_DECODED_BYTES``."""
     total = 0
     for source in sources:
         total += source.size

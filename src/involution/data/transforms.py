@@ -1,4 +1,4 @@
-"""Image transforms: crop boxes, flips and scaling. A random one is a function of its seed."""
+"""Image transforms: crop boxes, flips and scaling. Random transforms depend only on their seed."""
 
 import math
 
@@ -43,19 +43,19 @@ def random_resized_crop(width, height, aspect_ratio, rng: np.random.Generator) -
 def _box(width, height, crop_width, crop_height, x, y) -> Box:
     """The box at relative position (x, y), both from 0 to 1."""
     left, top = x * (width - crop_width), y * (height - crop_height)
-    # Rounding may leave the image.
+    # Rounding may exceed the bounds of the image.
     left, top = max(left, 0), max(top, 0)
     return left, top, min(left + crop_width, width), min(top + crop_height, height)
 
 
 def flip_mask(count, seed, epoch) -> np.ndarray:
-    """Which of ``count`` training images an epoch flips horizontally: booleans, a function of the
-    arguments only."""
+    """For each of ``count`` training images, whether the epoch flips it horizontally: booleans, a
+    function of the arguments only."""
     return np.random.default_rng([seed, epoch, 1]).random(count) < 0.5
 
 
 def to_unit_float(images) -> np.ndarray:
-    """The input of a model: uint8 images as float32 in [0, 1]."""
+    """Converts uint8 images to model inputs: float32 in [0, 1]."""
     scaled = images.astype("float32")
     scaled /= np.float32(255)
     return scaled
@@ -66,7 +66,7 @@ def check_floatx():
     computes metrics in floatx, whatever the dtype policy of the layers.
 
     Raises:
-        InputError: It is another dtype.
+        InputError: The floatx is another dtype.
     """
     import keras
 

@@ -18,7 +18,7 @@ import keras
 from PIL import Image
 
 from involution.models import pretrained
-from involution.saving import classifier as saved_model
+from involution.saving import classifier
 from involution.utils.errors import InputError, escape_controls
 from involution.visualize.activations import capture_with_outputs
 
@@ -37,12 +37,12 @@ except ImportError as error:
 
 MAX_BYTES = 8 * 2**20
 MAX_PIXELS = 16 * 10**6
-# Maximum number of queued requests; further ones get status 503.
+# Maximum number of queued requests; further requests get status 503.
 QUEUE = 32
 # Seconds between deletions of uploads, and the minimum age of deleted ones, which browsers may
 # still display.
 CLEANUP_INTERVAL, UPLOAD_TTL = 60, 60
-# Sessions whose last explanation is kept in memory, to answer clicks.
+# Maximum number of sessions whose last explanation is kept in memory for clicks.
 MAX_SESSIONS = 64
 
 STYLE = pathlib.Path(__file__).with_name("app.css")
@@ -64,10 +64,10 @@ show the kernels that they generate."""
 
 
 def _validate_upload(image):
-    """Makes a Gradio image component pass on the path of a valid upload.
+    """Configures a Gradio image component to validate an upload and to pass on its path.
 
     By default it decodes a file before its size can be checked, accepts other formats, and fetches
-    URLs. (Gradio would write a file next to this module for a subclass.)
+    URLs. Not a subclass, for which Gradio would write a file next to this module.
     """
     move_to_cache = image.async_move_resource_to_block_cache
 
@@ -107,25 +107,25 @@ def check(path):
         )
 
 
-def load(names) -> dict[str, saved_model.Classifier]:
-    """Loads classifiers by display name, and runs each once: first calls are slow."""
+def load(names) -> dict[str, classifier.Classifier]:
+    """Loads classifiers by display name, and runs each once because first calls are slow."""
     classifiers = {}
     for name in names or pretrained.available():
         title = pathlib.Path(name).stem.removesuffix("-cifar10")
         if title in classifiers:
             raise InputError(f"Model names must be unique. Received: {title} twice")
-        classifiers[title] = saved_model.load(name)
-    for classifier in classifiers.values():
-        height, width, channels = classifier.image_shape
+        classifiers[title] = classifier.load(name)
+    for loaded in classifiers.values():
+        height, width, channels = loaded.image_shape
         image = keras.ops.convert_to_numpy(keras.ops.zeros((1, height, width, channels)))
-        classifier.predict_proba(image)
-        capture_with_outputs(classifier.model, image)
+        loaded.predict_proba(image)
+        capture_with_outputs(loaded.model, image)
     return classifiers
 
 
 def explain(classifiers, file) -> list:
     """Outputs of the page for an upload: scores of each model, heat maps, the kernels at the
-    center, the time taken, and the state from which clicks are answered."""
+    center, the elapsed time, and the state for later clicks."""
     if file is None:
         return [*(None for _ in classifiers), "", "", "", None]
     explanation = _as_gradio_error(render.Explanation, classifiers, file)

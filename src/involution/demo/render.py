@@ -43,7 +43,7 @@ def _read(classifiers, file) -> dict[str, np.ndarray]:
                     decoded[preprocessing] = classifier.read(opened)
     except OSError as error:
         raise InputError(
-            f"An image must be uploaded again after its deletion. Received: {error.strerror}"
+            f"The uploaded image must exist; upload it again. Received: {error.strerror}"
         ) from error
     return {name: decoded[c.image_shape, c.crop_fraction] for name, c in classifiers.items()}
 

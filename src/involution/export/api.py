@@ -1,7 +1,7 @@
 """``export``: writes a model as ONNX, SavedModel or PT2, then verifies the file.
 
 Involutions are traced with the implementation ``rows``, in three dimensions ``reference``, which
-consist of standard operations: the file runs where involution is not installed.
+consist of standard operations: the file runs without this package.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ REQUIREMENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "pt2": {"torch": ()},
 }
 
-# Extras that install them, by backend; otherwise "export".
+# Extras that install these packages, by backend; "export" for all others.
 EXTRAS = {"jax": "export-jax"}
 
 # Implementations that consist of standard operations.
@@ -182,7 +182,9 @@ def _check_static_sizes(spec, backend):
 
 
 def _convert(spec, path, format, backend):
-    remedy = "give `input_shape`" if spec.has_unknown_sizes else "another backend's may work"
+    remedy = (
+        "give `input_shape`" if spec.has_unknown_sizes else "another backend's exporter may work"
+    )
     with as_export_error(f"The exporter of {backend} cannot write the model as {format}; {remedy}"):
         if format == "onnx":
             onnx.write(spec, path, backend)

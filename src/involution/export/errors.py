@@ -1,4 +1,4 @@
-"""Errors of an export, and the guard around third-party exporters and runtimes."""
+"""Errors of an export, and the handling of those of third-party exporters and runtimes."""
 
 import contextlib
 import warnings
@@ -19,7 +19,7 @@ def ignore_warnings():
 
 @contextlib.contextmanager
 def as_export_error(message):
-    """Runs third-party code without its warnings; its exceptions become an ``ExportError``."""
+    """Suppresses the warnings of third-party code; its exceptions become an ``ExportError``."""
     try:
         with ignore_warnings():
             yield

@@ -1,6 +1,6 @@
 """Export to ONNX by tf2onnx, jax2onnx or PyTorch's exporter.
 
-``api.py`` selects the operations of an involution: those of ``ops/rows.py``.
+``api.py`` selects the implementation of the involutions, ``ops/rows.py``.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ OPSET = 18
 
 
 def write(spec, path, backend):
-    # Not ``keras.Model.export``, which calls the same exporters: it does not name outputs, refuses
+    # Not ``keras.Model.export``, which calls the same exporters: it does not name outputs, rejects
     # nested outputs on TensorFlow, writes weights to a second file on JAX, and on PyTorch uses the
     # deprecated exporter, whose files do not load.
     import onnx
@@ -60,7 +60,7 @@ def _from_jax(spec):
         opset=OPSET,
     )
     _reduce_pooling_rank(proto.graph)
-    # Constant folding removes some 80 % of the nodes.
+    # Constant folding removes about 80 % of the nodes.
     return onnxscript.optimizer.optimize(proto)
 
 

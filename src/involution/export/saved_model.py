@@ -4,7 +4,7 @@ import keras
 
 
 def write(spec, path):
-    # ``keras.Model.export`` refuses nested outputs; this is the API below it.
+    # Not ``keras.Model.export``, which uses this API but rejects nested outputs.
     archive = keras.export.ExportArchive()
     archive.track(spec.model)
     archive.add_endpoint("serve", *function_and_signature(spec))
@@ -19,5 +19,5 @@ def function_and_signature(spec):
         tf.TensorSpec(input_spec.shape, input_spec.dtype, name=name)
         for input_spec, name in zip(spec.specs, spec.inputs, strict=True)
     ]
-    # A new function: the model's own ones may be traced with another implementation.
+    # A new function: the model's may have been traced with another implementation.
     return lambda *tensors: spec.call(*tensors), signature

@@ -9,7 +9,7 @@ from keras import tree
 
 from involution.utils.errors import InputError
 
-# Sizes of unknown dimensions, by batch: each verified batch has other ones.
+# Sizes of unknown dimensions by batch size, different for each verified batch.
 UNKNOWN_SIZES = {1: 33, 5: 40}
 
 
@@ -44,7 +44,7 @@ class ExportSpec:
         return dict(zip(names, values, strict=True))
 
     def shapes(self, batch) -> list[tuple[int, ...]]:
-        """A shape for each input; unknown dimensions of an input differ in size."""
+        """The shape of each input; unknown dimensions of an input get different sizes."""
         return [
             tuple(
                 batch if axis == 0 else UNKNOWN_SIZES.get(batch, 35) + 3 * axis if n is None else n

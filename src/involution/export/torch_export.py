@@ -4,7 +4,7 @@ import keras
 
 
 def write(spec, path):
-    # ``keras.Model.export`` traces unknown sizes as 2, which is smaller than a window.
+    # Not ``keras.Model.export``, which traces unknown sizes as 2, smaller than a window.
     import torch
 
     torch.export.save(exported_program(spec), path)

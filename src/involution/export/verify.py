@@ -14,7 +14,7 @@ from involution.export.onnx import all_nodes
 # Verified batch sizes.
 BATCHES = (1, 5)
 
-# Maximum error relative to the largest absolute output; a reordered summation stays below.
+# Maximum error relative to the largest absolute output; a reordered summation stays below it.
 TOLERANCE = 1e-4
 
 # Executed in a process that has not imported this package.
@@ -72,8 +72,8 @@ def max_relative_error(spec, outputs, expected) -> float:
     """
     maximum = 0.0
     for batch, actual, model_outputs in zip(BATCHES, outputs, expected, strict=True):
-        for name, want in model_outputs.items():
-            error = _relative_error(actual.get(name), want)
+        for name, model_output in model_outputs.items():
+            error = _relative_error(actual.get(name), model_output)
             if error > TOLERANCE:
                 remedy = (
                     "give `input_shape`"

@@ -2,11 +2,11 @@
 
 A generator is any layer that turns features (B, *spatial, C) into a kernel map
 (B, *out_spatial, taps * groups), or both with the channels on axis 1 for ``"channels_first"``. The
-channels of the map are tap-major: ``tap * groups + group``. Where an attribute ``kernel_size``,
-``groups``, ``strides``, ``padding``, ``dilation_rate`` or ``data_format`` is None, the involution
-layer fills it in when built, and again when a layer of the same configuration is built; the
-configuration has None. Features begin at the first window's center; a generator with a true
-attribute ``uses_full_input`` gets the layer's input as it is.
+channels of the map are tap-major: ``tap * groups + group``. The involution layer, when built, sets
+those attributes ``kernel_size``, ``groups``, ``strides``, ``padding``, ``dilation_rate`` and
+``data_format`` that are None; the configuration keeps None, so that a layer built from it sets them
+again. Features begin at the first window's center; if the generator's attribute ``uses_full_input``
+is true, they are the layer's full input.
 
 The last convolution of ``Linear`` and its subclasses may be applied without being called, so that
 no kernels are stored: see ``final_projection``.

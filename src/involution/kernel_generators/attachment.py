@@ -1,4 +1,4 @@
-"""The relation of a generator and its involution layer: inherited arguments, names, ownership."""
+"""Relation of a generator to its involution layer: inherited arguments, names, ownership."""
 
 import gc
 import weakref
@@ -8,13 +8,13 @@ import keras
 from involution.kernel_generators.base import INHERITED_ARGUMENTS
 from involution.utils.layer_names import base_name, has_automatic_name
 
-# By generator, the names of the attributes inherited from its involution layer.
+# From a generator to the names of the attributes inherited from its involution layer.
 _inherited: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 # Generators built by an involution layer.
 _built: weakref.WeakSet = weakref.WeakSet()
 
-# By generator and by each layer inside it, a weak reference to its involution layer.
+# From a generator, and from each layer inside it, to a weak reference to its involution layer.
 _owners: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -24,7 +24,7 @@ def layers_within(layer) -> list[keras.layers.Layer]:
     Keras has a public list of sublayers for models only.
     """
     found: list[keras.layers.Layer] = []
-    seen: dict[int, object] = {}  # holds the objects, so that identities stay unique
+    seen: dict[int, object] = {}  # keeps the objects alive: their ids must stay unique
 
     def visit(value):
         if id(value) in seen:
@@ -32,9 +32,13 @@ def layers_within(layer) -> list[keras.layers.Layer]:
         seen[id(value)] = value
         if isinstance(value, keras.layers.Layer):
             found.append(value)
-            held = vars(value)
-            # A model's own order first; PyTorch keeps modules before everything else.
-            parts = [getattr(value, "layers", None), *(held[name] for name in sorted(held))]
+            attributes = vars(value)
+            # First a model's layers in their order. The order of ``vars`` differs on PyTorch, which
+            # stores modules first.
+            parts = [
+                getattr(value, "layers", None),
+                *(attributes[name] for name in sorted(attributes)),
+            ]
         elif isinstance(value, dict):
             parts = list(value.values())
         elif isinstance(value, (list, tuple, set)):
@@ -52,12 +56,12 @@ def inherit_arguments(generator, layer):
     """Sets the attributes of ``INHERITED_ARGUMENTS`` that are None in a generator to its layer's.
 
     Raises:
-        ValueError: It was built with different values of another layer.
+        ValueError: The generator was built with different values, of another layer.
     """
     inherited = _inherited.setdefault(generator, set())
     for name in INHERITED_ARGUMENTS:
         value = getattr(layer, name)
-        # A value that was given is kept: a Conv2D has strides of its own.
+        # Values that were not inherited are kept: a Conv2D has its own strides.
         if name not in inherited and getattr(generator, name, generator) is not None:
             continue
         if not generator.built:
@@ -74,7 +78,7 @@ def inherit_arguments(generator, layer):
 def serialized(generator) -> dict:
     """The configuration of a generator, without attributes set by its involution layer."""
     stored = keras.saving.serialize_keras_object(generator)
-    # Keras would build it before its layer sets its attributes.
+    # Keras would build the generator before its layer sets the attributes.
     stored.pop("build_config", None)
     _remove_inherited(generator, stored["config"])
     return stored
@@ -95,11 +99,12 @@ def _remove_inherited(generator, config):
         if name in config:
             config[name] = None
     if generator in _built and isinstance(generator, keras.Sequential):
-        # Keras stores the shape it was built with, and would build it before its layer.
+        # From these shapes Keras would build the generator before its layer sets the attributes.
         config.pop("build_input_shape", None)
-        own = [part for part in config["layers"] if part["class_name"] != "InputLayer"]
         config["layers"] = [
-            {key: value for key, value in part.items() if key != "build_config"} for part in own
+            {key: value for key, value in part.items() if key != "build_config"}
+            for part in config["layers"]
+            if part["class_name"] != "InputLayer"
         ]
 
 
@@ -123,7 +128,7 @@ def check_unshared(generator, layer):
 
 
 def build(generator, layer, input_shape):
-    """Builds a generator, unless it is built, and records its layer."""
+    """Builds a generator if necessary, and records its layer."""
     if not generator.built:
         generator.build(input_shape)
         _built.add(generator)

@@ -40,7 +40,7 @@ class PairwiseAttention(Linear):
     Call arguments:
         features: The involution's whole input, (B, *spatial, C) or (B, C, *spatial).
 
-    Source: Li et al., arXiv:2103.06255, section 3.3, relates the two.
+    Source: Li et al., arXiv:2103.06255, section 3.3, on self-attention and involution.
 
     Example:
 

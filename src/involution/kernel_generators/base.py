@@ -21,7 +21,7 @@ INHERITED_ARGUMENTS = tuple(name for name, _ in STANDARDIZE if name != "group_la
 
 
 class _Training(threading.local):
-    """The ``training`` of the call that runs in this thread, None where there is none."""
+    """The ``training`` argument of the call that runs in this thread; None outside of calls."""
 
     value: bool | None = None
 
@@ -33,9 +33,10 @@ _training = _Training()
 def training_scope(training):
     """Sets ``current_training()`` within the block, unless ``training`` is None.
 
-    ``stateless_call``, and wrappers such as ``TimeDistributed``, call ``layer.call`` itself,
-    without the context by which Keras passes ``training`` to inner layers, so they get it by name.
-    A parameter of every method would break subclasses that override one.
+    ``stateless_call``, and wrappers such as ``TimeDistributed``, call ``layer.call`` directly,
+    without the context by which Keras passes ``training`` to inner layers. Inner layers therefore
+    get ``current_training()`` as an argument; a parameter of every method would break subclasses
+    that override one.
     """
     before = _training.value
     if training is not None:
@@ -52,8 +53,8 @@ def current_training() -> bool | None:
 
 
 def uses_full_input(generator) -> bool:
-    """Whether a generator reads the layer's input from its first position, not from the first
-    window's center. ``whole_input`` is the attribute's deprecated name."""
+    """Whether a generator's features are the layer's full input, not the part from the first
+    window's center on. ``whole_input`` is the attribute's deprecated name."""
     return bool(
         getattr(generator, "uses_full_input", False) or getattr(generator, "whole_input", False)
     )
@@ -66,9 +67,9 @@ class KernelGenerator(keras.layers.Layer):
     ``_generate``.
     """
 
-    # Whether it reads the layer's input from its first position, not from the first center.
+    # Whether the features are the layer's full input: see the function of this name.
     uses_full_input = False
-    # Whether other initial values, such as those of ``near_depthwise_init``, are meaningful.
+    # Whether initializers such as those of ``near_depthwise_init`` apply.
     accepts_initializers = False
 
     def __init__(self, kernel_size=None, groups=None, strides=None, data_format=None, **kwargs):
@@ -77,7 +78,7 @@ class KernelGenerator(keras.layers.Layer):
         self.groups = groups
         self.strides = strides
         self.data_format = data_format
-        # As given: the attributes also hold values inherited from the layer.
+        # The arguments: the attributes may be inherited from the layer.
         self._given = {
             "kernel_size": kernel_size,
             "groups": groups,
@@ -134,7 +135,7 @@ class KernelGenerator(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         if not self.built:
-            # Not this one's own attributes: an involution layer may still set them.
+            # On a copy: an involution layer may still set this generator's attributes.
             standardized = type(self).from_config(self.get_config())
             standardized._standardize_attributes(input_shape)
             standardized.built = True

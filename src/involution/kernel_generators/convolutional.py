@@ -22,7 +22,7 @@ def _normal(scale):
     }
 
 
-# The paper's code: Kaiming's normal distribution over the outputs of a layer.
+# As in the paper's code: Kaiming (He) normal initialization, fan-out mode.
 KAIMING = _normal(2.0)
 
 
@@ -41,7 +41,7 @@ class Linear(KernelGenerator):
 
     Call arguments:
         features: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
-        training: As for any Keras layer; here for ``Bottleneck``, which normalizes.
+        training: As for any Keras layer; used by the batch normalization of ``Bottleneck``.
 
     Returns:
         Tensor (B, *out_spatial, taps * groups), or (B, taps * groups, *out_spatial), with

@@ -3,7 +3,7 @@
 On PyTorch, Keras transposes channels-last images before and after a convolution, which doubles the
 time of RedNet's 1x1 convolutions. On the other backends it makes no difference.
 
-``affine`` is the only place where weights are read in order to skip a layer's call.
+Only ``affine`` reads weights in order to skip a layer's call.
 """
 
 import keras
@@ -88,7 +88,7 @@ def has_plain_call(layer) -> bool:
 
 
 def _hooked(layer) -> bool:
-    """Also true if a release of PyTorch stores its hooks elsewhere."""
+    """Whether a layer has PyTorch hooks; also true if PyTorch stores hooks under other names."""
     if keras.config.backend() != "torch":
         return False
     from torch.nn.modules import module

@@ -29,7 +29,7 @@ def average_pool(x, strides, centered=False):
             padded = pad(to_accumulation_dtype(values), [(0, 0), *padding, (0, 0)])
         else:
             # PyTorch's exporter specializes on whether padding is zero and whether a slice ends
-            # where its tensor does: the padding exceeds the need, and a slice removes the rest.
+            # where its tensor does: so it is padded by more than needed, then sliced.
             max_pad = [s - 1 if centered else 0 for s in strides]
             padding = [(a, s) for a, s in zip(max_pad, strides, strict=True)]
             padded = pad(to_accumulation_dtype(values), [(0, 0), *padding, (0, 0)])
@@ -40,8 +40,9 @@ def average_pool(x, strides, centered=False):
             padded = padded[(slice(None), *parts)]
         # One dimension at a time: TensorFlow takes five times as long for all at once.
         for axis, (count, stride) in enumerate(zip(counts, strides, strict=True), start=1):
-            lead, behind = ops.shape(padded)[:axis], ops.shape(padded)[axis + 1 :]
-            padded = ops.sum(ops.reshape(padded, (*lead, count, stride, *behind)), axis=axis + 1)
+            before_axis, after_axis = ops.shape(padded)[:axis], ops.shape(padded)[axis + 1 :]
+            windows = ops.reshape(padded, (*before_axis, count, stride, *after_axis))
+            padded = ops.sum(windows, axis=axis + 1)
         return padded
 
     if known and not any(missing):

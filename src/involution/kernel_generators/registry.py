@@ -17,10 +17,10 @@ GENERATORS: dict[str, type[KernelGenerator]] = {
 
 
 def get(identifier, reduction_ratio=4, dtype=None, initial=None):
-    """A generator from its name, its configuration or itself; None is ``"bottleneck"``.
+    """A generator from its name, its configuration or itself; None means ``"bottleneck"``.
 
-    ``reduction_ratio``, ``dtype`` and ``initial`` (as of ``near_depthwise_init``) apply only to
-    generators given by name that accept them.
+    ``reduction_ratio``, ``dtype`` and ``initial`` (initializers such as those of
+    ``near_depthwise_init``) apply only to generators created by name, and only where accepted.
     """
     if isinstance(identifier, dict):
         return keras.saving.deserialize_keras_object(identifier)

@@ -31,6 +31,6 @@ __getattr__ = renamed.attributes(
 
 
 def involutions(layer) -> list[keras.layers.Layer]:
-    """The involution layers in a layer or model, each once: itself, those of nested models, and
-    those that other layers hold in attributes, as wrappers do."""
-    return [held for held in layers_within(layer) if isinstance(held, BaseInvolution)]
+    """The involution layers in a layer or model, each once: the layer itself, and those in nested
+    models and in attributes of other layers, such as wrappers."""
+    return [sublayer for sublayer in layers_within(layer) if isinstance(sublayer, BaseInvolution)]

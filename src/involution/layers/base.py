@@ -16,7 +16,7 @@ from involution.ops.window import Window
 class BaseInvolution(keras.layers.Layer):
     """One call: select an implementation, generate the kernels, apply them.
 
-    A subclass sets ``window`` by the time it is built, and implements ``generate_kernel``,
+    A subclass sets ``window`` in ``__init__`` or ``build``, and implements ``generate_kernel``,
     ``_generator_projection`` and ``_generator_hidden``.
     """
 
@@ -25,7 +25,7 @@ class BaseInvolution(keras.layers.Layer):
     return_kernel = False
 
     def generate_kernel(self, inputs):
-        """The kernels for ``inputs``, as ``involution.ops.involution`` takes them."""
+        """The kernels for ``inputs``, in the layout of ``involution.ops.involution``."""
         raise NotImplementedError
 
     def _generator_projection(self, inputs):
@@ -53,7 +53,7 @@ class BaseInvolution(keras.layers.Layer):
 
     def call(self, inputs, training=None):
         with training_scope(training):
-            # A stateless call passes arrays as they are.
+            # ``stateless_call`` passes arrays unconverted.
             return self._call(as_tensor(inputs))
 
     def _call(self, inputs):
@@ -61,7 +61,7 @@ class BaseInvolution(keras.layers.Layer):
         projection = None if is_recording() else self._generator_projection(inputs)
         selection = self._select(inputs, projection)
         if selection.name == "fused" and projection is not None:
-            # Calling the last layer would cast its input and its weights.
+            # The call of the last layer, which is skipped, would cast its input and its weights.
             operands = (self._generator_hidden(inputs), *projection)
             operands = tuple(ops.cast(operand, inputs.dtype) for operand in operands)
             check_generator(selection.problem, *operands)
@@ -84,7 +84,7 @@ class BaseInvolution(keras.layers.Layer):
 def check_groups(name, value, channels):
     """ValueError unless ``value`` divides the input's channels."""
     if channels % value:
-        # A file may claim any number of channels: the list is bounded.
+        # Bounded, because a file may declare any number of channels.
         divisors = (str(d) for d in range(1, min(channels, 2**16) + 1) if channels % d == 0)
         raise ValueError(
             f"`{name}` must divide the input's channels: for {channels} channels one of "

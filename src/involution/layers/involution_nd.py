@@ -25,7 +25,7 @@ from involution.ops.window import Window
 class _KernelDropout(keras.layers.Dropout):
     """Dropout that creates its state when built, in the scope of its layer.
 
-    Keras's creates it at once, with a name that depends on a process-wide count.
+    Keras's layer creates it in ``__init__``, with a name that depends on a process-wide count.
     """
 
     def __init__(self, rate, **kwargs):
@@ -41,7 +41,7 @@ class _KernelDropout(keras.layers.Dropout):
 
 
 class InvolutionND(BaseInvolution):
-    """The paper's layer in ``rank`` dimensions: everything about Involution1D, 2D and 3D."""
+    """The paper's layer in ``rank`` dimensions: the base of Involution1D, 2D and 3D."""
 
     rank: int
 
@@ -78,7 +78,7 @@ class InvolutionND(BaseInvolution):
         for name, value in window.arguments().items():
             setattr(self, name, value)
         self.window = window
-        # As given: ``build`` sets ``groups`` by the input's channels.
+        # The argument: ``build`` sets ``groups`` from the input's channels.
         self._groups = self.groups = None if groups is None else window.groups
         self.group_channels = standardize_tuple("group_channels", group_channels, 1)[0]
         self.reduction_ratio = standardize_tuple("reduction_ratio", reduction_ratio, 1)[0]
@@ -111,7 +111,7 @@ class InvolutionND(BaseInvolution):
         generator = self.kernel_generator
         attachment.check_unshared(generator, self)
         attachment.inherit_arguments(generator, self)
-        # It may be built already: by users, or in files of earlier releases.
+        # It may be built already: by the user, or in files of earlier releases.
         attachment.build(generator, self, self.generator_input_shape(input_shape))
         if self.kernel_dropout is not None:
             self.kernel_dropout.build(None)
@@ -169,10 +169,10 @@ class InvolutionND(BaseInvolution):
     def _features(self, inputs):
         """The generator's input: starts at the first window's center."""
         window = self.window
-        odd = not any(last % 2 for last in window.last_offset)
-        if self.padding == SAME or (self.padding == SYMMETRIC and odd):
-            # All positions, unsliced: PyTorch's exporter specializes on whether a slice reaches
-            # the end.
+        is_odd = not any(last % 2 for last in window.last_offset)
+        if self.padding == SAME or (self.padding == SYMMETRIC and is_odd):
+            # All positions, without a slice: PyTorch's exporter specializes on whether a slice
+            # reaches the end.
             return inputs
         parts = tuple(
             slice(center, center + out * s)
@@ -186,7 +186,7 @@ class InvolutionND(BaseInvolution):
         return inputs[(slice(None),) * window.spatial_axis + parts]
 
     def generate_kernel(self, inputs):
-        """The kernels for ``inputs``, as ``involution.ops.involution`` takes them:
+        """The kernels for ``inputs``, in the layout of ``involution.ops.involution``:
         (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial)."""
         full = uses_full_input(self.kernel_generator)
         features = inputs if full else self._features(inputs)
@@ -266,8 +266,8 @@ class InvolutionND(BaseInvolution):
         }
 
     def _generator_config(self):
-        """``kernel_generator`` as given: a name if the generator still equals what ``get`` returns
-        for it, so that a changed ``reduction_ratio`` or ``dtype`` takes effect."""
+        """The argument ``kernel_generator``: the name if the generator still equals what ``get``
+        returns for it, so that a changed ``reduction_ratio`` or ``dtype`` takes effect."""
         stored = attachment.serialized(self.kernel_generator)
         if self._named:
             fresh = registry.get(self._generator_name, self.reduction_ratio, self.dtype_policy)
@@ -316,9 +316,9 @@ _SHARED_DOC = """
         groups, *out_spatial).
 
     Raises:
-        ValueError: An argument is out of its range, the channels do not divide, the generator's
-            map does not fit the output, a generator with weights belongs to another layer, or the
-            input has too few or too many axes.
+        ValueError: An argument is out of its range, the groups do not divide the channels, the
+            generator's map does not fit the output, a generator with weights belongs to another
+            layer, or the input has too few or too many axes.
 
     Source: Li et al., arXiv:2103.06255.
     """

@@ -16,9 +16,9 @@ from involution.ops.window import Window
 class Involution(BaseInvolution):
     """The layer of the keras.io example "Involutional neural networks", as a drop-in.
 
-    Same arguments in the same order, same weights in the same order, same numbers; ``.keras`` and
-    ``.weights.h5`` files of the example load into it. It also works where the original does not:
-    unknown and changing sizes, odd sizes with strides, every backend, saving and loading.
+    It has the same arguments and weights in the same order, and computes the same numbers;
+    ``.keras`` and ``.weights.h5`` files of the example load into it. Unlike the original, it
+    supports unknown and changing sizes, odd sizes with strides, every backend, saving and loading.
 
     It differs from the paper's layer (``Involution2D``) as the example does: channel c belongs to
     group c % group_number, padding and the strided average pooling are ``"same"``, the first
@@ -109,7 +109,7 @@ class Involution(BaseInvolution):
             ],
             name="sequential",
         )
-        # A Sequential casts its input to its own policy's type.
+        # A Sequential casts its input to its own policy's dtype.
         self.kernel_gen.dtype_policy = self.dtype_policy
         self.kernel_gen.build((None, None, None, channels))
 
@@ -118,8 +118,8 @@ class Involution(BaseInvolution):
         pooled = self._pooled(inputs)
         if pooled.shape[0] == 0:
             # TensorFlow's convolution of an empty batch has a wrong shape on some processors.
-            one = ops.zeros((1, *ops.shape(pooled)[1:]), pooled.dtype)
-            kernel = self.kernel_gen(one, training=False)[:0]
+            sample = ops.zeros((1, *ops.shape(pooled)[1:]), pooled.dtype)
+            kernel = self.kernel_gen(sample, training=False)[:0]
         else:
             kernel = self.kernel_gen(pooled, training=current_training())
         batch, height, width, _ = ops.shape(kernel)
@@ -131,7 +131,7 @@ class Involution(BaseInvolution):
             getattr(self.generate_kernel, "__func__", None) is not Involution.generate_kernel
         )
         generator = self.kernel_gen
-        # A subclass may have any layer there.
+        # A subclass may set any layer as its generator.
         if self.return_kernel or overridden or type(generator) is not keras.Sequential:
             return None
         dtype = keras.backend.standardize_dtype(inputs.dtype)

@@ -16,7 +16,7 @@ class InvolutionTrace(NamedTuple):
         layer: The layer.
         window: Its window.
         inputs: Its input.
-        kernel: The kernels, as ``involution.ops.involution`` takes them.
+        kernel: The kernels, in the layout of ``involution.ops.involution``.
         outputs: Its output, without the kernels.
     """
 

@@ -15,7 +15,7 @@ from involution.layers.keras_io import Involution
 from involution.ops.validation import CHANNELS_LAST, standardize_tuple
 
 HEADS = ("dense", "convolutional")
-# The example's visualization model: no classes, the kernels of the involutions.
+# The head of the example's visualization model: no logits, the kernels of the involutions.
 KERNELS = "kernels"
 
 

@@ -14,8 +14,8 @@ def conv_counterpart(model, kind="convolution"):
     """A copy of a network with convolutions instead of ``Involution1D``, ``2D`` and ``3D``.
 
     A convolution has the kernel size, strides, dilation rate, filters, ``trainable`` and activity
-    regularizer of the involution that it replaces, and no bias. All weights are initialized anew. A
-    convolution has more parameters than an involution: for equal sizes, pass a narrower model.
+    regularizer of the involution that it replaces, and no bias. All weights are new. A convolution
+    has more parameters than an involution: for models of equal size, pass a narrower model.
 
     Args:
         model: A functional or Sequential ``keras.Model``; nested models are converted too.

@@ -1,6 +1,6 @@
 """Conversion of public checkpoints to this package's models.
 
-The names of tensors come from these files, of which nothing else is used:
+The names of tensors are those of these files; nothing else is taken from them:
 
 * d-li14/involution, classification: ``cls/mmcls/models/backbones/rednet.py`` and
   ``cls/mmcls/models/utils/involution_naive.py``; the classifier's ``head.fc``: mmclassification,
@@ -33,7 +33,7 @@ STATISTICS = {
     checkpoint_readers.PADDLE: ("_mean", "_variance"),
 }
 COUNTER = ".num_batches_tracked"
-# The parts of detection and segmentation models besides the backbone.
+# The parts of detection and segmentation models other than the backbone.
 DETECTION_HEADS = (
     "neck.",
     "rpn_head.",
@@ -58,7 +58,7 @@ KERAS_IO_VARIABLES = (
     ("layer_with_weights-1/moving_mean", "batch_normalization/moving_mean"),
     ("layer_with_weights-1/moving_variance", "batch_normalization/moving_variance"),
 )
-# Variables besides the model's, in bundles saved during training.
+# Variables that do not belong to the model, in bundles saved during training.
 IGNORED = ("save_counter", "optimizer/", "keras_api/")
 
 POLICIES = ("float32", "float64")
@@ -153,7 +153,7 @@ def convert(source, destination) -> Conversion:
 
     Raises:
         CheckpointError: The file is damaged or of an unknown format; tensors are missing, unknown,
-            of other shapes or not finite; the folder is not empty; Keras's dtype policy is neither
+            of wrong shape or not finite; the folder is not empty; Keras's dtype policy is neither
             float32 nor float64; or the outputs differ.
     """
     destination = pathlib.Path(destination)
@@ -319,7 +319,7 @@ def _rednet_plan(checkpoint, source) -> ConversionPlan:
     if top:
         arguments["classes"] = shapes["fc.bias"][0] if shapes["fc.bias"] else 0
         matrix = (TOP_CHANNELS, arguments["classes"])
-        # Before memory is allocated for as many classes.
+        # Checked before memory is allocated for this number of classes.
         expected = {"fc.weight": weight_maps["fc.weight"][1].source_shape(matrix)}
         expected["fc.bias"] = matrix[1:]
         weights.check_tensors(expected, {name: shapes[name] for name in expected}, source)

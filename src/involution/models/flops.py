@@ -41,8 +41,8 @@ def count_multiply_adds(model, input_shape=None, involutions=True) -> int:
 
     Args:
         model: A functional ``keras.Model`` or ``keras.Sequential`` with one input.
-        input_shape: Shape of one input, as (height, width, channels); required if the model's has
-            None.
+        input_shape: Shape of one input, as (height, width, channels); required if the model's
+            contains None.
         involutions: Whether to count the products of generated kernels and their windows. Counters
             based on module hooks miss them in implementations with unfold and sum.
 
@@ -72,8 +72,8 @@ def count_multiply_adds(model, input_shape=None, involutions=True) -> int:
         calls.append((layer, args[0], output))
         return output
 
-    # The same layers, with all sizes known. clone_model takes no call_function for a Sequential,
-    # which calls each layer once.
+    # The same layers, with all sizes known. clone_model supports no call_function for a Sequential
+    # model, which calls each layer once.
     sequential = isinstance(model, keras.Sequential)
     options = {} if sequential else {"call_function": call}
     sized = keras.models.clone_model(model, input_tensors=keras.Input(shape), **options)
@@ -107,7 +107,7 @@ def _weight_macs(layer, names) -> int:
 
 
 def _inherited_call(layer, kinds):
-    """The one of these classes whose ``call`` the layer inherits; None if it overrides it."""
+    """The class in ``kinds`` whose ``call`` the layer inherits; None if it overrides ``call``."""
     return next(
         (k for k in kinds if isinstance(layer, k) and type(layer).call is k.call),
         None,

@@ -29,7 +29,7 @@ def path(name) -> pathlib.Path:
 def load(name) -> keras.Model:
     """Loads a pretrained model of the package.
 
-    Its model card in the folder ``involution/models/trained`` has data, recipe, command and
+    Its model card, in the folder ``involution/models/trained``, documents data, recipe, command and
     metrics.
 
     Args:

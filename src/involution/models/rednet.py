@@ -113,7 +113,7 @@ def _block(x, variant, width, stride, first, name):
     x = _involution(variant, variant.kernel_size, stride, f"{name}_2_involution")(x)
     x = _bn_relu(x, f"{name}_2")
     x = _convolution(variant.expansion * width, 1, 1, f"{name}_3_conv")(x)
-    # Every block is initialized as its shortcut.
+    # With a gamma of zero, every block is initially its shortcut.
     x = _bn(f"{name}_3_bn", gamma_initializer="zeros")(x)
     x = layers.Add(name=f"{name}_add")([x, shortcut])
     return layers.ReLU(name=f"{name}_relu")(x)

@@ -110,7 +110,7 @@ def _function_from(file, function) -> Builder:
     if module_spec is None or module_spec.loader is None:
         raise InputError(f"The file of a model must be a Python file. Received: {file}")
     module = importlib.util.module_from_spec(module_spec)
-    # Classes in the file look up their module here.
+    # Classes in the file, such as dataclasses, look up their module in sys.modules.
     sys.modules[module_spec.name] = module
     folder = str(pathlib.Path(file).absolute().parent)
     try:
@@ -142,7 +142,7 @@ _imported: dict[str, dict[str, types.ModuleType]] = {}
 @contextlib.contextmanager
 def _importing_from(folder):
     """Makes modules in a folder importable in the block, as for a script there. Modules imported
-    from the folders of other model files, which may have the same names, are set aside."""
+    from the folders of other model files are hidden, because they may have the same names."""
     own = _imported.setdefault(folder, {})
     for others in _imported.values():
         for name, module in others.items():

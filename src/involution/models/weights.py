@@ -1,7 +1,7 @@
 """The folder format of models: ``config.json`` and the weights, ``model.safetensors``.
 
-The format has no code, and loading executes none: the configuration has the name of a function of
-``involution.models.MODELS`` and its arguments. The folder loads on every backend.
+The format contains no code, and loading executes none: the configuration has the name of a function
+of ``involution.models.MODELS`` and its arguments. A folder can be loaded on every backend.
 """
 
 import json
@@ -41,7 +41,7 @@ def save(folder, name, arguments, model, extra=None):
             such as class names or the source of the weights.
 
     Raises:
-        ValueError: ``name`` is no such function, or two weights have one name.
+        ValueError: ``name`` is not in ``MODELS``, or two weights have the same name.
 
     Example:
 
@@ -59,7 +59,7 @@ def save(folder, name, arguments, model, extra=None):
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_files.atomic_write(folder / WEIGHTS) as temporary:
         temporary.write_bytes(save_arrays(tensors))
-    # Last: a folder with a configuration is a model.
+    # Written last: a folder with a configuration is a complete model.
     atomic_files.write_json(
         folder / CONFIG,
         {
@@ -84,7 +84,8 @@ def load(folder) -> keras.Model:
         The model, not compiled.
 
     Raises:
-        CheckpointError: It is no such folder, or tensors are missing, unknown or of other shapes.
+        CheckpointError: The folder has no such model, or tensors are missing, unknown or of wrong
+            shape.
     """
     folder = pathlib.Path(folder)
     config = read_config(folder)
@@ -92,7 +93,7 @@ def load(folder) -> keras.Model:
         with safe_open(folder / WEIGHTS, framework="numpy") as file:
             shapes = {key: _shape(file, key) for key in file.keys()}  # noqa: SIM118 - no mapping
             build = _builder(folder, config, shapes)
-            # Before memory is allocated for the model.
+            # Checked before memory is allocated for the model.
             stored = sum(map(math.prod, shapes.values()))
             expected = named_weights(build_abstract(build, stored))
             check_tensors(
@@ -148,7 +149,7 @@ def named_weights(model) -> dict:
         A dictionary from names to ``keras.Variable``, in the order of the layers.
 
     Raises:
-        ValueError: Two weights have one name.
+        ValueError: Two weights have the same name.
 
     Example:
 
@@ -219,7 +220,7 @@ def format_names(names, shown=MAX_SHOWN) -> str:
 
 
 def _builder(folder, config, shapes) -> Callable[[], keras.Model]:
-    """A function that builds the model, after a check that its arguments bound the work."""
+    """A function that builds the model; CheckpointError if its arguments could exhaust memory."""
     arguments = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in config["arguments"].items()

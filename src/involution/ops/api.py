@@ -22,21 +22,21 @@ def involution(
     data_format=None,
     implementation=None,
 ):
-    """Applies to every position of ``x`` a kernel of its own, shared by the channels of a group.
+    """Applies a separate kernel at each position of ``x``, shared by the channels of a group.
 
-    With the taps k of a window, the output position p and the group g(c) of channel c,
+    For output position p and the group g(c) of channel c, with a sum over the taps k of the window,
 
         y[b, p, c] = sum over k of
             kernel[b, p, k, g(c)] * x[b, p * strides - pad + k * dilation_rate, c]
 
-    where ``x`` is 0 outside. Sums are accumulated in float32 (float64 inputs: float64). Both
+    where ``x`` is 0 out of bounds. Sums are accumulated in float32 (float64 inputs: float64). Both
     gradients are exact, and reverse mode supports any order. On JAX, ``native``, ``taps`` and
     ``fused`` do not support forward mode, and raise an error.
 
-    Infinities and NaN follow IEEE arithmetic, in every implementation. A tap outside the input is a
-    product with 0: where its kernel value is infinite or NaN, the output is NaN, and where the
-    output's gradient is, so is the kernel's gradient at that tap. The gradient of ``x`` has no such
-    terms. Non-finite values affect only the windows that contain them.
+    Infinities and NaN follow IEEE arithmetic, in every implementation. A tap outside the input
+    multiplies its kernel value by 0: if that value is infinite or NaN, the output is NaN; if the
+    output's gradient is infinite or NaN, the kernel's gradient at that tap is NaN. The gradient of
+    ``x`` has no such terms. Non-finite values affect only the windows that contain them.
 
     Args:
         x: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``, with one, two or
@@ -116,7 +116,7 @@ def window_products(
         groups, group_layout, data_format, implementation: As for ``involution``.
 
     Returns:
-        Tensor (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial), of the type of
+        Tensor (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial), of the dtype of
         ``x``: the shape of a kernel of ``involution``.
 
     Raises:
@@ -159,13 +159,13 @@ def fused_involution(
 
     Kernels have taps * groups elements at every position, often many times the size of the
     features. The implementation ``fused``, preferred where available, computes them where they are
-    used and never stores them, also in the gradients. Otherwise they are computed first.
+    used and never stores them, in the gradients too. The others compute and store them first.
     Infinities and NaN follow the rule of ``involution``: a kernel value at a tap outside the input
     is multiplied by 0.
 
     Args:
         x: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
-        hidden: Features that kernels are computed from: tensor (B, *out_spatial, H) or (B, H,
+        hidden: Features from which the kernels are computed: tensor (B, *out_spatial, H) or (B, H,
             *out_spatial).
         weight: Tensor (H, taps * groups), channels tap-major.
         bias: Tensor (taps * groups,).
@@ -274,7 +274,7 @@ def implementations(x, kernel, kernel_size, hidden_channels=None, **arguments):
         **arguments: The other arguments of ``involution``, without ``implementation``.
 
     Returns:
-        List of (name, reason): the reason why it cannot run, or None. The first
+        List of (name, reason): why the implementation cannot compute the call, or None. The first
         without a reason is selected.
 
     Example:

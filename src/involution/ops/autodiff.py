@@ -38,8 +38,8 @@ class PassSpec:
 
 def _gradients(call, pass_, window, sizes, operands, needs_grad=(True, True)):
     return tuple(
-        call(rule, window, sizes, *(operands[i] for i in arguments)) if need else None
-        for (rule, arguments), need in zip(VJP_RULES[pass_], needs_grad, strict=True)
+        call(rule, window, sizes, *(operands[i] for i in indices)) if needed else None
+        for (rule, indices), needed in zip(VJP_RULES[pass_], needs_grad, strict=True)
     )
 
 
@@ -76,7 +76,7 @@ def _tensorflow(compute, composite):
     import tensorflow as tf
 
     def call(pass_, window, sizes, a, b):
-        # Reads variables now: they may change before the gradient is computed.
+        # Variables are read here: they may change before the gradient is computed.
         a, b = tf.convert_to_tensor(a), tf.convert_to_tensor(b)
         if _has_tangents(a, b):
             # In a graph, reverse mode over forward mode would add the derivatives of the ops and
@@ -179,7 +179,7 @@ def tracing_reason() -> str | None:
         return None
     import torch
 
-    # First: torch.compile cannot trace ``is_tracing``.
+    # Checked first, because torch.compile cannot trace ``is_tracing``.
     if torch.compiler.is_compiling() or not torch.jit.is_tracing():
         return None
     return (

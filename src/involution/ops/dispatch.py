@@ -44,8 +44,8 @@ class Selection(NamedTuple):
 
 
 class _Override(threading.local):
-    """What ``force_implementation`` sets in this thread. torch.compile cannot trace a context
-    variable."""
+    """The setting of ``force_implementation`` in this thread. Not a context variable, which
+    torch.compile cannot trace."""
 
     names: tuple[str, ...] | None = None
 
@@ -83,7 +83,7 @@ use = force_implementation
 
 
 def select(problem: Problem, implementation=None) -> Selection:
-    """The implementation of a call; ValueError, with the reasons, if none named supports it."""
+    """The implementation of a call; ValueError with the reasons if none supports it."""
     names = _override.names or (
         preferred(problem) if implementation is None else standardize_implementation(implementation)
     )
@@ -95,7 +95,7 @@ def select(problem: Problem, implementation=None) -> Selection:
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     arguments = problem.window.arguments().items()
     raise ValueError(
-        f"`implementation` must name one that supports the call ({why}). Received: "
+        f"`implementation` must support the call ({why}). Received: "
         f"x.shape={problem.x_shape}, x.dtype={problem.dtype}, "
         + ", ".join(f"{name}={value!r}" for name, value in arguments)
     )

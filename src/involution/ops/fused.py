@@ -1,4 +1,4 @@
-"""Fused implementation: generates the kernels tile by tile where they are applied, stores none."""
+"""Fused implementation: generates kernels tile by tile where they are applied, and stores none."""
 
 import math
 

@@ -1,15 +1,15 @@
 """Registers derivatives of any order of fused involution, whose kernels are never stored.
 
-With the kernels bias + hidden * weight, each pass has four arguments and two results, of which the
-second is empty except in the kernel gradient:
+With the kernels hidden @ weight + bias, each pass has four arguments and two results. The second
+result is empty except in the kernel gradient:
 
     forward(x, hidden, weight, bias) -> y
     input_grad(hidden, weight, bias, dy) -> dx
     kernel_grad(x, hidden, weight, dy) -> dhidden, dweights
 
-``dweights`` is a gradient for each sample: that of the weight, and below it that of the bias. The
-derivative of the forward pass is given by the other two passes. Their own derivatives, which are
-rarely needed, are those of ``unfused``, which stores the kernels.
+``dweights`` has, for each sample, the gradient of the weight and, as its last row, that of the
+bias. The derivative of the forward pass is given by the other two passes. The derivatives of those
+two are rarely needed, and are computed by ``unfused``, which stores the kernels.
 """
 
 import functools
@@ -23,7 +23,7 @@ from involution.ops.tensor_utils import matmul
 
 
 def unfused(call, pass_, window, sizes, *arguments):
-    """A fused pass with stored kernels, by the ``call`` of the passes of ``autodiff.py``."""
+    """A fused pass with stored kernels; ``call`` computes the passes of ``autodiff.py``."""
     if pass_ == FORWARD:
         x, hidden, weight, bias = arguments
         return call(FORWARD, window, sizes, x, _kernel(window, hidden, weight, bias)), _empty(x)
@@ -34,7 +34,6 @@ def unfused(call, pass_, window, sizes, *arguments):
         )
     x, hidden, weight, dy = arguments
     dkernel = call(KERNEL_GRAD, window, sizes, x, dy)
-    # One row per position.
     shape = ops.shape(hidden)
     dkernel = ops.reshape(dkernel, (shape[0], -1, window.taps * window.groups))
     dhidden = ops.reshape(matmul(dkernel, ops.transpose(weight)), shape)
@@ -56,8 +55,8 @@ def _empty(like):
 
 
 def output_gradients(call, window, sizes, arguments, dy, needs_grad=(True,) * 4):
-    """Gradients of the forward pass with respect to x, hidden, weight and bias, by the ``call`` of
-    the fused passes. None if not needed; the last three are computed together."""
+    """Gradients of the forward pass with respect to x, hidden, weight and bias, computed with
+    ``call`` for the fused passes. None if not needed; the last three are computed together."""
     x, hidden, weight, bias = arguments
     dx = dhidden = dweight = dbias = None
     if needs_grad[0]:
@@ -84,9 +83,9 @@ def input_gradients(call, window, sizes, arguments, c):
 
 
 def kernel_gradients(call, window, sizes, arguments, cotangents):
-    """Gradients of the kernel gradient with respect to x, hidden, weight and dy, by the ``call`` of
-    the passes of ``autodiff.py``: its cotangent defines new kernels for each sample, which are
-    stored."""
+    """Gradients of the kernel gradient with respect to x, hidden, weight and dy, computed with
+    ``call`` for the passes of ``autodiff.py``: its cotangent defines new kernels for each sample,
+    which are stored."""
     x, hidden, weight, dy = arguments
     c_hidden, c_weights = cotangents
     dkernel = call(KERNEL_GRAD, window, sizes, x, dy)
@@ -111,7 +110,7 @@ def kernel_gradients(call, window, sizes, arguments, cotangents):
 
 
 def output_tangent(call, arguments, tangents):
-    """Tangents of the results of the forward pass, by its ``call``; None is a tangent of zero."""
+    """Tangents of the results of ``call``, the forward pass; None is a tangent of zero."""
     x, hidden, weight, bias = arguments
     t_x, t_hidden, t_weight, t_bias = tangents
     zero = ops.zeros_like(bias)

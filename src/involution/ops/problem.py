@@ -22,8 +22,8 @@ class Problem:
         window: The window, its steps clamped to the input's sizes.
         x_shape: Shape of the input; None for each unknown size, here and below.
         dtype: Dtype of all tensors.
-        device: Kind of device, such as "cpu" or "cuda"; None if the tensor does not say.
-        hidden_channels: Channels that kernels are generated from; None if kernels are given.
+        device: Device type, such as "cpu" or "cuda"; None if the tensor has no device.
+        hidden_channels: Channels from which kernels are generated; None if kernels are given.
         output_shape: Shape of the output.
         kernel_shape: Shape of the kernel tensor.
     """
@@ -131,7 +131,7 @@ def check_output(problem: Problem, y):
 
 
 def check_generator(problem: Problem, hidden, weight, bias):
-    """ValueError unless the operands that kernels are generated from fit the problem."""
+    """ValueError unless the generator's operands have the problem's shapes and dtype."""
     window, count = problem.window, problem.hidden_channels
     kernels = window.taps * window.groups
     sizes = window.spatial(problem.output_shape)

@@ -29,8 +29,8 @@ def apply(x, kernel, problem):
     )
     y = 0.0
     for tap, offset in enumerate(window.tap_offsets):
-        here = strided_slice(padded, offset, window.strides, window.output_sizes(x_sizes), window)
-        y = y + tap_kernel(weights, tap, window) * here
+        values = strided_slice(padded, offset, window.strides, window.output_sizes(x_sizes), window)
+        y = y + tap_kernel(weights, tap, window) * values
     return ops.cast(merge_groups(y, window), x.dtype)
 
 
@@ -38,13 +38,13 @@ def kernel_grad(x, dy, problem):
     """P[b, p, tap, group] = sum over channels of Y[b, p, c] * X[b, window of p at tap, c]."""
     window = problem.window
     x_sizes = spatial_shape(x, window)
-    padded, seen = (
+    padded, grouped_dy = (
         pad_and_split(to_accumulation_dtype(x), x_sizes, window),
         split_groups(to_accumulation_dtype(dy), window),
     )
     taps = [
         ops.sum(
-            seen
+            grouped_dy
             * strided_slice(padded, offset, window.strides, window.output_sizes(x_sizes), window),
             axis=window.group_channel_axis,
         )

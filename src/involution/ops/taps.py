@@ -1,8 +1,8 @@
 """Shift-and-multiply implementation: portable, with gradients written in the same form.
 
 Each sum is a chain of additions over slices, which XLA and inductor fuse into one loop; no tensor
-of taps x channels elements is stored. The input gradient gathers: each input position collects
-from the windows that contain it, so nothing is scattered.
+of taps x channels elements is stored. The input gradient is a gather, not a scatter: each input
+position sums over the windows that contain it.
 """
 
 import functools
@@ -118,13 +118,13 @@ def _input_gradient(kernel, dy, x_sizes, window):
     Padded input position s*u + r is read by output u - offset // s at every tap whose offset has
     the remainder r modulo the stride s. Each remainder gives one sum over slices, as in the output.
     """
-    around = pads(x_sizes, window)
+    padding = pads(x_sizes, window)
     count = tuple(
         -(-(n + before + after) // s)
-        for n, (before, after), s in zip(x_sizes, around, window.strides, strict=True)
+        for n, (before, after), s in zip(x_sizes, padding, window.strides, strict=True)
     )
     reach = tuple(o // s for o, s in zip(window.last_offset, window.strides, strict=True))
-    # For unknown sizes, the most positions that can follow the last output.
+    # For unknown sizes, an upper bound of the positions after the last output.
     margin = [
         (r, n - out if isinstance(n, int) and isinstance(out, int) else r + 2)
         for r, n, out in zip(reach, count, window.output_sizes(x_sizes), strict=True)
@@ -146,18 +146,19 @@ def _input_gradient(kernel, dy, x_sizes, window):
             for tap, start in taps
         )
 
-    whole = _interleave_phases(
+    padded_gradient = _interleave_phases(
         {remainder: phase_sum(taps) for remainder, taps in terms.items()}, window
     )
     return merge_groups(
-        strided_slice(whole, [before for before, _ in around], ones, x_sizes, window), window
+        strided_slice(padded_gradient, [before for before, _ in padding], ones, x_sizes, window),
+        window,
     )
 
 
 def _interleave_phases(phases, window):
     """The full tensor from its polyphase components, zero at remainders without one.
 
-    Each component holds every s-th position; the keys are remainders in each dimension.
+    Each component contains every s-th position; its key is its remainder in each dimension.
     """
     for i in reversed(range(window.rank)):
         rows: dict = {}
@@ -181,9 +182,9 @@ def _interleave_axis(parts, stride, axis):
         piece = ops.expand_dims(parts[r], axis + 1)
         missing = (0 if pieces else r, end - r - 1)
         if any(missing):
-            around = [(0, 0)] * len(piece.shape)
-            around[axis + 1] = missing
-            piece = ops.pad(piece, around)
+            pad_width = [(0, 0)] * len(piece.shape)
+            pad_width[axis + 1] = missing
+            piece = ops.pad(piece, pad_width)
         pieces.append(piece)
     shape[axis] *= stride
     return ops.reshape(ops.concatenate(pieces, axis + 1), shape)
@@ -205,8 +206,9 @@ def _kernel_gradient(x, dy, x_sizes, window):
 
 
 def _group_channels(grouped, window):
-    """The channels of every group as at most ``MAX_UNROLL`` tensors to be summed over: each
-    (parts, B, *spatial, groups) or (parts, B, groups, *spatial), to be summed over parts too."""
+    """Splits the channels of every group into at most ``MAX_UNROLL`` tensors (parts, B, *spatial,
+    groups) or (parts, B, groups, *spatial). A sum over the channels of a group is a sum over these
+    tensors and over their first axis."""
     axis = window.group_channel_axis
     channels = grouped.shape[axis]
     if channels <= SMALL_GROUP_CHANNELS:
@@ -224,6 +226,6 @@ def _sum(terms):
     terms = iter(terms)
     total = next(terms)
     for term in terms:
-        # In place on PyTorch: no caller holds the first term.
+        # In place on PyTorch: no caller uses the first term again.
         total += term
     return total

@@ -61,11 +61,11 @@ def merge_groups(grouped, window):
 
 def pad_and_split(x, x_sizes, window):
     """The zero-padded ``x``, grouped; for unknown sizes with one more position at the end."""
-    around = pads(x_sizes, window)
+    padding = pads(x_sizes, window)
     if not all(isinstance(n, int) for n in x_sizes):
-        # PyTorch's exporter specializes on whether a slice ends where its tensor does. None does.
-        around = tuple((before, after + 1) for before, after in around)
-    return pad_spatial(split_groups(x, window), around, window)
+        # PyTorch's exporter specializes on whether a slice ends where its tensor does: here, none.
+        padding = tuple((before, after + 1) for before, after in padding)
+    return pad_spatial(split_groups(x, window), padding, window)
 
 
 def pads(x_sizes, window) -> tuple:
@@ -73,7 +73,8 @@ def pads(x_sizes, window) -> tuple:
     return window.pads(x_sizes, _maximum)
 
 
-# Positions of a padded input. More are a mistake, or need an implementation without padding.
+# Maximum positions of a padded input. A larger input is a mistake, or needs an implementation that
+# does not pad.
 MAX_PADDED_POSITIONS = 2**31
 
 
@@ -81,7 +82,7 @@ def unsupported_reason(problem) -> str | None:
     """Why the input cannot be padded, or None."""
     window = problem.window
     known = [n or 1 for n in window.spatial(problem.x_shape)]
-    # A list: PyTorch's compiler takes no generator here.
+    # A list: PyTorch's compiler supports no generator here.
     padded = math.prod([n + sum(p) for n, p in zip(known, window.pads(known), strict=True)])
     if padded > MAX_PADDED_POSITIONS:
         return f"a padded input would have {padded} positions, more than {MAX_PADDED_POSITIONS}"
@@ -89,22 +90,22 @@ def unsupported_reason(problem) -> str | None:
 
 
 def pad_spatial(grouped, pads, window):
-    """Zeros around the spatial axes of a grouped tensor or a kernel tensor."""
+    """Pads the spatial axes of a grouped tensor or a kernel tensor with zeros."""
     if all(isinstance(p, int) and p == 0 for pair in pads for p in pair):
         return grouped
-    around = [(0, 0)] * spatial_axis(window) + list(pads)
-    return pad(grouped, around + [(0, 0)] * (len(grouped.shape) - len(around)))
+    pad_width = [(0, 0)] * spatial_axis(window) + list(pads)
+    return pad(grouped, pad_width + [(0, 0)] * (len(grouped.shape) - len(pad_width)))
 
 
-def pad(x, around):
+def pad(x, pad_width):
     """``keras.ops.pad`` with (before, after) for every axis."""
     if keras.config.backend() == "torch":
         import torch
 
         # Keras branches on whether the padding is 0, which is unknown in a program exported for
         # all sizes.
-        return torch.nn.functional.pad(x, [n for pair in reversed(around) for n in pair])
-    return ops.pad(x, around)
+        return torch.nn.functional.pad(x, [n for pair in reversed(pad_width) for n in pair])
+    return ops.pad(x, pad_width)
 
 
 def strided_slice(grouped, start, strides, count, window, first=None):
@@ -127,13 +128,13 @@ def tap_kernel(kernel, tap, window):
 
 
 def matmul(a, b):
-    """``keras.ops.matmul``, except for float64, which it computes in float32 on PyTorch."""
-    wide = keras.backend.standardize_dtype(a.dtype) == "float64"
-    return a @ b if wide else ops.matmul(a, b)
+    """``keras.ops.matmul``; for float64 ``@``, because on PyTorch Keras computes in float32."""
+    is_float64 = keras.backend.standardize_dtype(a.dtype) == "float64"
+    return a @ b if is_float64 else ops.matmul(a, b)
 
 
 def softmax(x, axis):
-    """``keras.ops.softmax`` for any rank: TensorFlow's with oneDNN takes at most five axes."""
+    """``keras.ops.softmax`` for any rank: TensorFlow's, with oneDNN, supports at most five axes."""
     if keras.config.backend() != "tensorflow":
         return ops.softmax(x, axis=axis)
     shape = ops.shape(x)

@@ -58,7 +58,7 @@ def register_ops(name, execute, execute_fused, device_types=None) -> Operations:
     def compute_fused(pass_, window, x_sizes, *arguments):
         return fused(*arguments, encode_fused(pass_, window, x_sizes, arguments), window.rank)
 
-    # The gradients of a custom op serve compiled programs: torch.func rejects them.
+    # Compiled programs use the gradients registered with the op; torch.func does not support them.
     eager = differentiable(compute)
     eager_fused = fused_autodiff.differentiable(compute_fused, eager)
 
@@ -80,8 +80,8 @@ def register_ops(name, execute, execute_fused, device_types=None) -> Operations:
 
 
 def _requires_composite() -> bool:
-    """Whether PyTorch would find no derivative of a custom op, or silently a derivative of zero:
-    it can differentiate ``taps``, a composition of its own ops."""
+    """Whether PyTorch would raise an error for the derivative of a custom op, or silently treat it
+    as zero. ``taps``, a composition of PyTorch's own ops, is differentiated correctly."""
     if torch.compiler.is_compiling():
         try:
             from torch._C._functorch import get_dynamic_layer_stack_depth
@@ -215,7 +215,7 @@ def _fused_op(name, execute, device_types):
         ]
         mapped = [axis is not None for axis in in_dims[: len(arguments)]]
         if any(m and not b for m, b in zip(mapped, has_batch_axis, strict=True)):
-            # The weights are mapped too: a loop.
+            # A pass has one weight for the whole batch: a mapped weight needs a loop.
             each = [
                 operation(
                     *(t[n] if m else t for t, m in zip(tensors, mapped, strict=True)), params, rank

@@ -73,8 +73,7 @@ def static_shape(name, x) -> tuple[int | None, ...]:
 def is_shape_compatible(expected, shape) -> bool:
     """Whether two shapes have equal rank and no two known sizes differ."""
     return len(expected) == len(shape) and all(
-        want is None or have is None or want == have
-        for want, have in zip(expected, shape, strict=True)
+        e is None or n is None or e == n for e, n in zip(expected, shape, strict=True)
     )
 
 

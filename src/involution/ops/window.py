@@ -4,7 +4,7 @@ Output position ``p`` reads, at tap ``k`` of its window, the input position
 
     p * strides - pad_before + k * dilation_rate
 
-in every spatial dimension. Taps are counted row-major (the last dimension runs fastest), the
+in every spatial dimension. Taps are in row-major order (the last dimension varies fastest), the
 kernel's channels are tap-major (``tap * groups + group``), and positions outside the input are 0.
 """
 
@@ -26,7 +26,7 @@ from involution.ops.validation import (
     standardize_tuple,
 )
 
-# Given as an integer or a sequence, held as a tuple.
+# Passed as an integer or a sequence, stored as a tuple.
 Ints = Any
 
 
@@ -40,11 +40,11 @@ def _layout(name, value, rank):
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The operator's arguments, validated: all of a call except its tensors.
+    """The operator's validated arguments: all of a call except its tensors.
 
-    Each argument is given as the public functions take it and held in its standard form: a tuple
-    of one integer for each spatial dimension, a padding mode or pairs, a data format. A field's
-    metadata has its check, ``standardize(name, value, rank)``.
+    Arguments are passed in any form that the public functions accept, and stored in standard form:
+    a tuple of one integer for each spatial dimension, a padding mode or pairs, a data format. The
+    metadata of a field contains its check, ``standardize(name, value, rank)``.
 
     Args:
         rank: Number of spatial dimensions; None: as many as ``kernel_size`` has integers.
@@ -111,7 +111,7 @@ class Window:
         return tuple(shape[self.spatial_axis : self.spatial_axis + self.rank])
 
     def shape(self, batch, spatial, *channels) -> tuple:
-        """A whole shape, in this data format."""
+        """A shape in this data format."""
         if self.data_format == CHANNELS_LAST:
             return (batch, *spatial, *channels)
         return (batch, *channels, *spatial)
@@ -129,7 +129,7 @@ class Window:
     def pads(self, sizes, maximum=max) -> tuple:
         """(before, after) for every spatial dimension of an input of these sizes.
 
-        ``maximum`` compares two sizes; tensors standing for unknown sizes need their own.
+        ``maximum`` returns the larger of two sizes; sizes that are tensors need a framework's.
         """
         if isinstance(self.padding, tuple):
             return self.padding
@@ -167,21 +167,21 @@ class Window:
     def clamp_steps(self, sizes) -> "Window":
         """An equivalent window for inputs of these sizes, whose steps stay near the input.
 
-        Taps that meet only padding may lie anywhere outside, and the stride to a second window
-        that does not exist has no effect. Memory and time would grow with both.
+        Taps that read only padding may be at any distance from the input, and with one window the
+        stride has no effect. Without this limit, memory and time would grow with both.
         """
         strides, rates = list(self.strides), list(self.dilation_rate)
         for i, n in enumerate(sizes):
             if n is None:
                 continue
             if self.padding in (SAME, SYMMETRIC):
-                # The taps next to a window's middle are at least half a step away from it: with
-                # this rate, beyond either end of the input. Half of the change, which must be even,
-                # moves into the padding.
+                # The taps nearest to a window's center are at least half a step from it: with this
+                # rate, beyond either end of the input. The rate changes by an even number, because
+                # the padding is half of the window's extent.
                 rates[i] = min(rates[i], 2 * n + 2 + rates[i] % 2)
             if self._output_size(i, n) == 1:
-                around = self.padding[i] if isinstance(self.padding, tuple) else (0, 0)
-                strides[i] = min(strides[i], n + sum(around))
+                pair = self.padding[i] if isinstance(self.padding, tuple) else (0, 0)
+                strides[i] = min(strides[i], n + sum(pair))
         if (*strides, *rates) == (*self.strides, *self.dilation_rate):
             return self
         return dataclasses.replace(self, strides=tuple(strides), dilation_rate=tuple(rates))
@@ -196,8 +196,8 @@ STANDARDIZE = tuple(
 
 
 def ceil_div(n, stride):
-    """How many strides cover a size n, which may be a tensor."""
-    # Not -(-n // stride): in ONNX the division of a negative integer rounds towards zero.
+    """The number of strides that cover a size ``n``, which may be a tensor."""
+    # Not -(-n // stride): in ONNX the division of a negative integer rounds toward zero.
     return (n + stride - 1) // stride
 
 

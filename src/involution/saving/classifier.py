@@ -23,9 +23,9 @@ from involution.utils.atomic_files import atomic_write
 from involution.utils.errors import InputError
 
 SCALING = "pixels / 255"
-# Of an input image: some 50 MB in float32.
+# Maximum size of an input image: 50 MB in float32.
 MAX_PIXELS = 2**22
-# The model of commands that are given none.
+# Default model of `involution predict` and `explain`.
 DEFAULT = "rednet_tiny-cifar10"
 
 
@@ -37,7 +37,7 @@ class Classifier:
         model: From images (B, height, width, channels) to logits (B, classes).
         class_names: One name for each class.
         image_shape: (height, width, channels).
-        crop_fraction: The center crop of its images, see ``decode.read_image``; None: none.
+        crop_fraction: The center crop of its images, see ``decode.read_image``; None: no crop.
     """
 
     model: keras.Model
@@ -113,10 +113,10 @@ def load(path) -> Classifier:
         crop_fraction = None if metadata.get("crop") is None else float(metadata["crop"])
         if crop_fraction is not None and not 0 < crop_fraction <= 1:
             raise ValueError(crop_fraction)
-    except Exception as error:  # a damaged archive raises many kinds
+    except Exception as error:  # damaged archives raise many exception types
         raise InputError(
-            "A model must be a .keras file or a folder with class names and an image shape, as "
-            "`involution compare` and `train` write them, or one of "
+            "A model must be a .keras file or a folder with class names and an image shape, "
+            "written by `involution compare` or `train`, or one of "
             f"{', '.join(pretrained.available())}. Received: {path}"
         ) from error
     model = load_model(path)
@@ -125,7 +125,7 @@ def load(path) -> Classifier:
 
 
 def _check_shapes(model, path, image_shape, classes):
-    # A user's own subclass of Model may not know its shapes.
+    # Subclassed models may have no symbolic shapes.
     input_shape = getattr(model, "input_shape", (None,) * 4)
     output_shape = getattr(model, "output_shape", (None, classes))
     is_image = isinstance(input_shape, tuple) and len(input_shape) == 4
@@ -177,7 +177,7 @@ def load_weights(model, path):
     """Sets a model's weights from a ``.keras`` file of the same architecture.
 
     Raises:
-        InputError: It is no such file.
+        InputError: The file is invalid, or its architecture differs.
     """
     with _as_input_error(path):
         keras_archive.check(path)
@@ -205,9 +205,9 @@ def _plain(error) -> str:
 def _as_input_error(path):
     try:
         yield
-    except Exception as error:  # Keras raises many kinds for an invalid file
+    except Exception as error:  # Keras raises many exception types for invalid files
         raise InputError(
-            "A model must be a .keras file that loads without code of its own (load one with "
-            "custom layers by keras.saving.load_model(file, custom_objects=...)). "
+            "A model must be a valid .keras file of Keras's and registered layers (for custom "
+            "layers use keras.saving.load_model(file, custom_objects=...)). "
             f"Received: {path}: {' '.join(_plain(error).split())[:1000]}"
         ) from error

@@ -1,11 +1,12 @@
 """Validates a ``.keras`` file before Keras reads it.
 
-Keras's safe mode rejects code, but it imports whatever a configuration names, and allocates what
-the weights declare. Accepted here is only what Keras writes for models of numerical layers:
+Keras's safe mode rejects code, but imports any object that a configuration names, and allocates the
+memory that the weights declare. This module accepts only what Keras writes for models of numerical
+layers:
 
 * an archive of at most the four known members, uncompressed;
 * a configuration of objects in the tables below, or registered in this process with
-  ``keras.saving.register_keras_serializable``: those run the user's code, not the file's;
+  ``keras.saving.register_keras_serializable``, whose code is the user's, not the file's;
 * weights in contiguous arrays whose bytes are in the file.
 """
 
@@ -21,12 +22,12 @@ import keras
 
 METADATA_ENTRY = "involution.json"
 CONFIG, WEIGHTS = "config.json", "model.weights.h5"
-# Bytes. RedNet152's configuration has 0.6 MB, and its Python objects some twenty times as much.
+# Maximum bytes by member. RedNet152's configuration has 0.6 MB, and takes about 12 MB when parsed.
 LIMITS = {"metadata.json": 2**16, CONFIG: 2**21, METADATA_ENTRY: 2**20, WEIGHTS: math.inf}
 MAX_DEPTH = 64
-# Excluded are layers that contain code (Lambda, wrappers of other frameworks' models), read files
-# (lookups, TextVectorization), or create arrays of any size besides their weights (Normalization,
-# spectrograms).
+# Excludes layers that contain code (Lambda, wrappers of other frameworks' models), read files
+# (lookups, TextVectorization), or create arrays of arbitrary size that are not weights
+# (Normalization, spectrograms).
 LAYERS = """
     Activation ActivityRegularization Add AdditiveAttention AlphaDropout Attention Average
     AveragePooling1D AveragePooling2D AveragePooling3D BatchNormalization Bidirectional CenterCrop
@@ -86,7 +87,7 @@ def check(path) -> tuple[dict, int]:
         Exception: The file is damaged.
     """
     path = pathlib.Path(path)
-    # Keras chooses the reader by suffix, and checks HDF5 files less.
+    # Keras selects the reader by suffix; its HDF5 reader has fewer checks.
     if path.suffix != ".keras":
         raise ValueError(f"a name that ends with {path.suffix!a}")
     with zipfile.ZipFile(path) as archive:
@@ -109,7 +110,7 @@ def member(archive, name) -> bytes:
     """
     found = archive.getinfo(name)
     if found.compress_type != zipfile.ZIP_STORED or found.file_size != found.compress_size:
-        raise ValueError(f"{name}, compressed, which Keras never does")
+        raise ValueError(f"{name}, compressed; Keras does not compress it")
     if found.file_size > LIMITS[name]:
         raise ValueError(f"{name} of {found.file_size:,} bytes")
     return archive.read(name)
@@ -162,7 +163,7 @@ def _check_object(value, registered):
 def _check_graph(model):
     """Checks that every layer of a functional model leads to an output, as Keras writes it.
 
-    Keras would build unused layers too, and compute calls of constants.
+    Keras would also build unused layers, and execute calls of constants.
     """
     names = [layer["name"] for layer in model["layers"]]
     if len(set(names)) != len(names):
@@ -206,7 +207,7 @@ def _check_weights(file, size) -> int:
     while groups:
         group = groups.pop()
         for name in group:
-            # Other links lead to other files or form loops.
+            # Soft and external links may refer to other files or form loops.
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
                 raise ValueError(f"a link in the weights, {name[:200]!a}")
             found = group[name]

@@ -42,7 +42,7 @@ class Checkpoint:
     """A saved checkpoint.
 
     Attributes:
-        number: Its position among the checkpoints of the run.
+        number: Its number in the run, from 1.
         arrays: Arrays by name.
         state: A JSON-serializable dictionary.
     """
@@ -54,7 +54,7 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def exclusive_lock(folder) -> Iterator[None]:
-    """Within the block no other process can lock the folder.
+    """Locks the folder for the block.
 
     Raises:
         InputError: Another process holds the lock. The lock of a dead process is released.

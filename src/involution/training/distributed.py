@@ -17,17 +17,18 @@ import numpy as np
 
 from involution.utils.errors import InputError
 
-# Seconds: to wait for all hosts at the start, and without a heartbeat until a host counts as lost.
+# Seconds to wait for all hosts at the start, and for a heartbeat before a host counts as lost.
 CONNECT_TIMEOUT, HEARTBEAT_TIMEOUT = 60, 30
 # Keras's environment variables for the same settings.
 JOB_ADDRESSES, NUM_PROCESSES, PROCESS_ID = (
     f"KERAS_DISTRIBUTION_{name}" for name in ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")
 )
-# JAX's errors after the loss of a host name the communication layer.
+# After the loss of a host, JAX's errors name the communication layer.
 LOST_HOST_PATTERN = re.compile(
     "[Gg]loo|NCCL|nccl|UNAVAILABLE:|DEADLINE_EXCEEDED|oordination service|Connection (reset|closed)"
 )
-# Environment variables of other launchers, by backend: each process would train its own model.
+# By backend, the environment variable and the name of a launcher whose processes would each train
+# their own model.
 LAUNCHERS = {"torch": ("WORLD_SIZE", "torchrun"), "tensorflow": ("TF_CONFIG", "TF_CONFIG")}
 
 
@@ -203,7 +204,7 @@ def from_environment(
     process_id=None,
     environment=os.environ,
 ) -> Distribution:
-    """A distribution; arguments of hosts that are None come from Keras's environment variables."""
+    """Creates a distribution; host arguments default to Keras's environment variables."""
     numbers = {}
     for name, given, variable, default in (
         ("num_processes", num_processes, NUM_PROCESSES, 1),
@@ -221,7 +222,7 @@ def from_environment(
 
 
 def check_launchers(distribution, environment=os.environ):
-    """Raises InputError where several processes would silently train a model each."""
+    """Raises InputError if several processes would silently train separate models."""
     backend = keras.config.backend()
     if not distribution.is_single and backend != "jax":
         raise InputError(

@@ -38,7 +38,7 @@ __all__ = ["Config", "NullProgress", "Result", "Run", "build", "compare", "finge
 
 @dataclasses.dataclass
 class Result:
-    """One model of a run, as far as it is trained."""
+    """A model of a run and its training results so far."""
 
     label: str
     classifier: Classifier
@@ -54,7 +54,7 @@ class Result:
 
     @functools.cached_property
     def parameters(self) -> dict[str, int]:
-        """Numbers of parameters, and the bytes of all variables with the optimizer's."""
+        """Numbers of parameters, and the bytes of all variables, including the optimizer's."""
         model = self.classifier.model
         kinds = (model.trainable_variables, model.non_trainable_variables)
         counts = [*(num_parameters(variables) for variables in kinds), self.optimizer[0]]
@@ -68,7 +68,7 @@ class Result:
 
     @functools.cached_property
     def multiply_adds(self) -> int | None:
-        """Multiply-adds for one image; None where the model has a layer that cannot be counted."""
+        """Multiply-adds for one image; None if those of a layer cannot be counted."""
         try:
             return count_multiply_adds(self.classifier.model)
         except ValueError:
@@ -83,7 +83,7 @@ class Result:
             "multiply_adds": self.multiply_adds,
             **{metric: last.get(metric) for metric in METRICS},
             "best_test_accuracy": max((r["test_accuracy"] for r in self.rows), default=None),
-            # Without the first epoch, which compiles, if there are others.
+            # Excludes the first epoch, which compiles, unless it is the only one.
             "seconds_per_epoch": _median([r["seconds"] for r in self.rows[1:] or self.rows]),
             "seconds": self.seconds,
             "epochs": len(self.rows),
@@ -92,7 +92,7 @@ class Result:
 
 @dataclasses.dataclass
 class Run:
-    """A run, as far as it is complete: the content of its report."""
+    """A run and its results so far, as shown in its report."""
 
     config: Config
     dataset: datasets.Dataset
@@ -122,7 +122,7 @@ class Run:
 
     @property
     def description(self) -> dict:
-        """The content of config.json: all that is needed to repeat the run, and the machine."""
+        """The content of config.json: everything needed to repeat the run, and the machine."""
         return {
             **stored(self.config),
             "training": stored(self.recipe),
@@ -167,12 +167,12 @@ def compare(
         checkpoint_every: Steps between checkpoints within an epoch; None: only after epochs.
         allow_config_change: Whether to resume despite changed settings, images or versions.
         distribution: Devices and hosts that split each batch, after ``distributed.initialize``.
-            All hosts get the same folder, which all can read and the first writes. Their number may
-            change when a run resumes.
+            All hosts use the same folder; all must be able to read it, and the first writes it. The
+            number of hosts may change when a run resumes.
 
     Raises:
         InputError: An argument is invalid, another process uses the folder, or the run to resume
-            differs; nothing has been written then. Or a host was lost.
+            differs (nothing is written in these cases); or a host was lost.
     """
     from involution.training import report  # requires the extra `compare`
 
@@ -233,13 +233,13 @@ def compare(
     return run
 
 
-# Changes that do not affect how a model is trained; images may have been repaired.
+# Settings that may change although models are already trained; images may have been repaired.
 RESUMABLE_CHANGES = ("dataset", "images", "models", "backend")
 # Prefixes of a fingerprint's keys, which checkpoints store.
 VERSION = "version of "
 KERAS_SETTING = "Keras's "
 RECIPE_SETTING = "recipe: "
-# What a checkpoint stores of a result, besides the label.
+# Attributes of a result that a checkpoint stores, in addition to the label.
 PERSISTED_FIELDS = ("digest", "optimizer", "rows", "seconds")
 
 
@@ -302,7 +302,7 @@ class RunState:
         self.progress.log(f"Resuming from checkpoint {found.number}.")
 
     def _check_trained_models(self, changed):
-        """Raises InputError where a folder would mix models trained with different settings."""
+        """Raises InputError if the folder would mix models trained with different settings."""
         trained = [label for label, saved in self._saved.items() if saved["digest"] is not None]
         relevant = [
             text
@@ -412,7 +412,7 @@ class RunState:
             }
             for r in self.run.results
         ]
-        # Models that were trained before the run resumed, and that come later in this run.
+        # Models that were trained before the run resumed and that it has not reached again.
         labels = {result["label"] for result in results}
         results += [
             saved
@@ -433,7 +433,7 @@ def _last_checkpoint(saved) -> str:
 
 
 def fingerprint(run) -> dict:
-    """All that determines the result of a run, as JSON has it, by the keys in checkpoints."""
+    """Everything that determines the result of a run: JSON values by the keys in checkpoints."""
     config = stored(run.config)
     del config["download"]
     values = {
@@ -460,7 +460,7 @@ def load(config, progress) -> datasets.Dataset:
     """The images of a run.
 
     Raises:
-        InputError: They cannot be used, or Keras's floatx is not float32.
+        InputError: The data set is invalid, or Keras's floatx is not float32.
     """
     transforms.check_floatx()
 
@@ -480,7 +480,7 @@ def load(config, progress) -> datasets.Dataset:
 
 
 def build(label, builder, dataset, config) -> keras.Model:
-    """The model of a builder for these images, with weights that depend only on the seed.
+    """Builds a model for these images, with initial weights that depend only on the seed.
 
     Raises:
         InputError: The builder fails, or returns no suitable model.
@@ -511,7 +511,7 @@ def build(label, builder, dataset, config) -> keras.Model:
 
 
 def keras_settings() -> dict[str, str | float]:
-    """Keras's settings that affect results, besides the backend."""
+    """Keras's settings that affect results, except the backend."""
     names = ("floatx", "epsilon", "image_data_format")
     return {name: getattr(keras.config, name)() for name in names}
 

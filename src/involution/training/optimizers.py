@@ -8,7 +8,7 @@ def make_optimizer(recipe, steps) -> keras.optimizers.Optimizer:
 
     Args:
         recipe: The recipe.
-        steps: Optimizer steps of the whole training.
+        steps: Total number of optimizer steps.
     """
     accumulation = recipe.gradient_accumulation_steps
     rate = recipe.learning_rate
@@ -39,7 +39,7 @@ def make_optimizer(recipe, steps) -> keras.optimizers.Optimizer:
 
 
 class _PerBatchSchedule(keras.optimizers.schedules.LearningRateSchedule):
-    """A schedule over batches, where Keras counts accumulation steps."""
+    """A schedule over batches; Keras calls it with the number of accumulation steps."""
 
     def __init__(self, schedule, accumulation):
         self.schedule, self.accumulation = schedule, accumulation
@@ -51,8 +51,8 @@ class _PerBatchSchedule(keras.optimizers.schedules.LearningRateSchedule):
 class NesterovSGD(keras.optimizers.SGD):
     """SGD with a Nesterov momentum of 0.9 and the weight decay of PyTorch's SGD.
 
-    The decay is added to the gradient, so that the momentum includes it. Keras subtracts its own
-    from the weights, with a tenth of the effect at a momentum of 0.9.
+    The decay is added to the gradient, so that the momentum includes it. Keras's weight decay is
+    subtracted from the weights, with a tenth of the effect at a momentum of 0.9.
 
     Args:
         learning_rate: A number or a schedule.

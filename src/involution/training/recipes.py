@@ -1,4 +1,4 @@
-"""Training configuration: hyperparameters, the named recipes, and what a run consists of.
+"""Training configuration: hyperparameters, named recipes, and the settings of a run.
 
 Each setting is declared once, with its help text and its valid range. The command line derives its
 options from this file, which it executes by path because importing the package loads Keras: at
@@ -16,13 +16,13 @@ class Rule:
     """Valid values of a setting.
 
     Attributes:
-        text: What a value must be, for messages.
-        holds: Whether a value is valid.
+        text: The rule in words, for messages.
+        is_valid: Whether a value satisfies the rule.
         choices: All valid values, if there are finitely many.
     """
 
     text: str
-    holds: Callable[[Any], bool]
+    is_valid: Callable[[Any], bool]
     choices: tuple[str, ...] = ()
 
 
@@ -40,13 +40,13 @@ SEED = Rule("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
 
 
 def setting(help, rule=None, default: Any = dataclasses.MISSING, stored=None) -> Any:
-    """A field with its documentation.
+    """A dataclass field with its help text and valid values.
 
     Args:
         help: One line, for docstrings and for the command line.
         rule: Valid values; None, which means unset, is always valid.
         default: The default; without one the field is required.
-        stored: The name in run folders, checkpoints and studies, if it differs from the field's.
+        stored: The name in run folders, checkpoints and studies, if not the field's name.
     """
     metadata = {"help": help, "rule": rule, "stored": stored}
     return dataclasses.field(default=default, metadata=metadata)
@@ -56,14 +56,14 @@ def validate(settings):
     """Raises InputError unless all settings of a dataclass are valid."""
     for field in dataclasses.fields(settings):
         value, rule = getattr(settings, field.name), field.metadata["rule"]
-        if value is not None and rule is not None and not rule.holds(value):
+        if value is not None and rule is not None and not rule.is_valid(value):
             from involution.utils.errors import InputError
 
             raise InputError(f"`{field.name}` must be {rule.text}. Received: {value}")
 
 
 def stored(settings) -> dict[str, Any]:
-    """The settings under the names of files, which releases do not change."""
+    """The settings by their names in files, which stay the same across releases."""
     values = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -136,21 +136,21 @@ class Recipe:
         "Fraction of each training label spread over all classes", FRACTION, 0.0
     )
     gradient_accumulation_steps: int = setting(
-        "Parts that a batch is processed in; batch normalization uses the statistics of each",
+        "Parts that each batch is split into; batch normalization uses the statistics of each part",
         POSITIVE_INTEGER,
         1,
         stored="accumulate",
     )
     ema_momentum: float | None = setting(
-        "Momentum of the exponential moving average of the weights, which is tested and saved "
-        "instead of them; None: no average",
+        "Momentum of an exponential moving average of the weights, which replaces the weights in "
+        "evaluation and in the saved model; None: no average",
         MOMENTUM,
         None,
         stored="ema",
     )
     epochs: int = setting("Training epochs", POSITIVE_INTEGER, 20)
     image_size: tuple[int, int] | None = setting(
-        "(height, width) to which the images of a folder are resized; None: their own size",
+        "(height, width) to which the images of a folder are resized; None: not resized",
         default=None,
     )
 
@@ -211,7 +211,7 @@ class Config:
         default="digits",
     )
     models: str = setting(
-        "Model specs, comma-separated: names with options, as cnn,inn:kernel_size=5, or "
+        "Model specs, comma-separated: names with options, such as cnn,inn:kernel_size=5, or "
         "my_file.py:my_function",
         default="cnn,inn",
     )
@@ -223,9 +223,11 @@ class Config:
     learning_rate: float | None = _override("learning_rate")
     weight_decay: float | None = _override("weight_decay")
     image_size: tuple[int, int] | None = _inherited("image_size", None)
-    download: bool = setting("Download CIFAR-10 (163 MB) if Keras's cache lacks it", default=False)
+    download: bool = setting(
+        "Download CIFAR-10 (163 MB) if it is not in Keras's cache", default=False
+    )
     precision: str = setting(
-        "Compute dtype; weights are float32 in any case", one_of(PRECISIONS), "float32"
+        "Compute dtype; weights are always float32", one_of(PRECISIONS), "float32"
     )
     recipe: str = setting(
         "Named hyperparameters: example (the keras.io example), one-cycle (AdamW, one-cycle "

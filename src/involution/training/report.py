@@ -180,14 +180,16 @@ def _figures(run) -> dict:
 def _kernel_figure(record, filters):
     kernel = record.kernels[0, ..., 0]
     height, width, _ = kernel.shape
-    places = [(y, x) for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
+    positions = [
+        (y, x) for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)
+    ]
     return visualize.compare_kernels(
-        kernel.reshape(height, width, *record.window.kernel_size), filters, places
+        kernel.reshape(height, width, *record.window.kernel_size), filters, positions
     )
 
 
 def _first_filters(run) -> np.ndarray | None:
-    """Three filters of the first convolution with a window among the models: (K, K, 3)."""
+    """Three filters of the models' first convolution larger than 1x1, (K, K, 3)."""
     for result in run.results:
         for layer in result.classifier.model.layers:
             if isinstance(layer, keras.layers.Conv2D) and layer.kernel.shape[0] > 1:

@@ -1,4 +1,4 @@
-"""The folder of a run: whether it can be written, resumed, and what its history holds."""
+"""The folder of a run: checks before writing and resuming, and the content of history.csv."""
 
 import os
 
@@ -30,8 +30,8 @@ def check_folder(folder, resume=False, is_primary=True):
 
 
 def is_resumable(folder) -> bool:
-    """Whether the folder holds a run; a process killed before its first checkpoint leaves only a
-    lock and temporary files."""
+    """Whether the folder contains a run. A process killed before its first checkpoint leaves only a
+    lock file and temporary files."""
     return any(
         file.is_file() and file.name != checkpoint.LOCK and not file.name.startswith(TMP_PREFIX)
         for file in folder.rglob("*")
@@ -49,7 +49,7 @@ def make_folder(folder):
 
 
 def history(results) -> str:
-    """history.csv. It contains no times, so that equal seeds give equal files."""
+    """The content of history.csv, without times, so that equal seeds produce equal files."""
     columns = ("model", "epoch", *METRICS)
     rows = [{"model": result.label, **row} for result in results for row in result.rows]
     return csv_text(columns, rows)

@@ -1,7 +1,7 @@
 """Hyperparameter search with Optuna: processes that share one study, in a resumable folder.
 
-Each process runs one trial after another until the study has the requested number. A trial whose
-process was killed is detected by the next process that looks, and repeated.
+Each process runs one trial after another until the study has the requested number. Before each
+trial a process detects the trials of killed processes, which are repeated.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ TEMPLATE = pathlib.Path(__file__).with_name("sweep.html.j2")
 
 JOURNAL, TRIALS = "study.journal", "trials.csv"
 STUDY_NAME = "involution"
-# Names in a search space that are settings of the training, not options of the model.
+# Names in a search space that are settings of the training; all others are options of the model.
 TRAINING = ("learning_rate", "weight_decay", "batch_size")
 # Trials that count towards the requested number.
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -57,7 +57,7 @@ REJECTED, FAILED, WORKER, CONFIG = "refused", "failed", "worker", "plan"
 
 @dataclasses.dataclass(frozen=True)
 class Categorical:
-    """One of several values, as text, because Optuna's storages accept no tuples."""
+    """A choice of values, stored as text because Optuna's storages accept no tuples."""
 
     values: tuple[str, ...]
 
@@ -88,7 +88,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
-    """A search.
+    """The configuration of a sweep.
 
     Attributes:
         config: The model, without the options that vary, and its training. Trials are evaluated on
@@ -133,7 +133,7 @@ class SweepConfig:
         space = dict(map(_dimension, self.search))
         if len(space) < len(self.search):
             raise InputError(
-                f"A search must name each value once. Received: {', '.join(self.search)}"
+                f"A search must contain each name once. Received: {', '.join(self.search)}"
             )
         return space
 
@@ -217,7 +217,7 @@ def run(sweep, folder, study_url=None, progress=None, command="") -> SweepResult
     Args:
         sweep: The search. For an existing study all but the number of trials must be unchanged.
         folder: The folder, new or of the same search.
-        study_url: Database URL, as Optuna and SQLAlchemy take it; None: a journal in the folder.
+        study_url: Database URL in the format of SQLAlchemy; None: a journal in the folder.
         progress: Receives progress; None: none is reported.
         command: The command line, for the report.
 
@@ -275,7 +275,7 @@ def _redact_password(text, url) -> str:
 
 
 def _check_folder(folder, url):
-    """Raises InputError where the folder holds something else, as a run."""
+    """Raises InputError if the folder contains anything but a sweep, such as a run."""
     marker = JOURNAL if url is None else TRIALS
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     if not all(n.startswith(TMP_PREFIX) for n in names) and not any(
@@ -288,14 +288,14 @@ def _check_folder(folder, url):
 
 
 def _open(sweep, folder, url) -> optuna.Study:
-    """The study, created if it does not exist; InputError if it is of another search."""
+    """Opens or creates the study; raises InputError if it belongs to another search."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file = folder / JOURNAL
     try:
         study = _create_or_load(file, url)
         # With equal seeds all processes would propose the same values.
         seed = sweep.config.seed + len(study.trials) + os.getpid()
-    except Exception as error:  # database drivers raise their own
+    except Exception as error:  # database drivers raise their own exception types
         received = f"{url or file}: {' '.join(str(error).split())}"
         raise InputError(
             "A study must be a readable journal or the URL of a database. "
@@ -310,7 +310,7 @@ def _open(sweep, folder, url) -> optuna.Study:
     elif before != now:
         changed = sorted(k for k in now if now[k] != before.get(k))
         raise InputError(
-            "A study must resume with unchanged settings; for others use a new folder. Received: "
+            "A study must resume with unchanged settings; otherwise use a new folder. Received: "
             + "; ".join(f"`{current_name(k)}` was {before.get(k)} and is {now[k]}" for k in changed)
         )
     return study
@@ -325,7 +325,7 @@ def _create_or_load(file, url, attempts=3) -> optuna.Study:
         return optuna.create_study(
             storage=storage, study_name=STUDY_NAME, direction="maximize", load_if_exists=True
         )
-    except Exception:  # database drivers raise their own
+    except Exception:  # database drivers raise their own exception types
         # When several processes create the tables of a new database, only one succeeds.
         if url is None or attempts == 1:
             raise
@@ -342,7 +342,7 @@ def _fingerprint(sweep) -> dict[str, str]:
 
 
 def _needs_trial(study, sweep, progress) -> bool:
-    """Whether the study needs another trial, after requeueing those of dead processes."""
+    """Requeues the trials of dead processes; returns whether the study needs another trial."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if _is_orphaned(trial.user_attrs.get(WORKER), trial.datetime_start):
             progress.log(f"The process of trial {trial.number} died: the trial will be repeated.")
@@ -427,16 +427,16 @@ def _finish_or_requeue(study, trial, progress):
         yield
     except Exception as error:
         progress.end()
-        shortage = out_of_memory_reason(error)
-        reason = shortage or f"{type(error).__name__}: {error}"
+        memory_reason = out_of_memory_reason(error)
+        reason = memory_reason or f"{type(error).__name__}: {error}"
         # The storage itself may fail, and the trial may be finished.
         with contextlib.suppress(Exception):
             trial.set_user_attr(FAILED, True)
             trial.set_user_attr(REJECTED, " ".join(reason.split())[:200])
             study.tell(trial, state=TrialState.FAIL)
-        if shortage is None:
+        if memory_reason is None:
             raise
-        progress.log(f"trial {trial.number}: out of memory: {shortage}")
+        progress.log(f"trial {trial.number}: out of memory: {memory_reason}")
     except BaseException:
         _requeue(study, trial.number, trial.params)
         raise
@@ -466,7 +466,7 @@ def _start_time(pid) -> str | None:
 
 
 def _is_orphaned(worker, started) -> bool:
-    """Whether the process of a trial is known to be dead; other machines' never are."""
+    """Whether the process of a trial is dead; those of other machines are assumed to be alive."""
     if worker is None:  # killed before it stored its id, or about to store it
         now = datetime.datetime.now()
         return started is not None and now - started > datetime.timedelta(minutes=1)

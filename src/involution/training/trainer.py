@@ -62,7 +62,7 @@ class TrainerState:
 
     Attributes:
         epoch: The current epoch, from 1.
-        images: Images of the epoch already processed, of training and then of testing.
+        images: Images processed in the epoch: first the training images, then the test images.
         train_images, train_loss, train_accuracy: Number of images trained on, and sums over them.
         test_images, test_loss, test_accuracy: The same for testing.
         seconds: Duration of the epoch so far.
@@ -81,7 +81,7 @@ class TrainerState:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """The part of a batch on this host: images as the model takes them, labels as the loss does."""
+    """This host's part of a batch: model inputs, and labels in the format of the loss."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -107,8 +107,8 @@ class Trainer:
 
     Attributes:
         step_size: Images per step: with gradient accumulation a part of the batch.
-        steps: Steps of all epochs, of training and of testing. Training can be interrupted after
-            each.
+        steps: Number of training and test steps in all epochs. Training can be interrupted after
+            each step.
         state: The progress of the training.
     """
 
@@ -159,7 +159,7 @@ class Trainer:
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All that training changes, except ``state``, for ``restore``."""
+        """Everything that training changes, except ``state``, for ``restore``."""
         return {n: _to_numpy(v) for n, v in self._variables().items()} | random_state()
 
     def restore(self, arrays, state: TrainerState):
@@ -183,7 +183,7 @@ class Trainer:
             (self._compiled.test_on_batch, self._eval_batch, len(self.dataset.x_test)),
         ):
             self._run_step(step, make_batch(np.arange(min(self.step_size, images))))
-        # During testing the model holds the averages.
+        # During testing the model has the averaged weights.
         self._swap_ema(state.images > len(self.dataset.x_train))
         for name, variable in variables.items():
             variable.assign(arrays[name])
@@ -194,7 +194,8 @@ class Trainer:
         """Trains epoch by epoch; yields the metrics and the seconds of each.
 
         ``on_step`` is called after each step, when ``state`` and ``arrays`` are consistent. With
-        several devices the model gets its weights when the iteration ends, for whatever reason.
+        several devices the trained weights are copied to the model when the iteration ends, for any
+        reason.
 
         Raises:
             DivergenceError: The loss of a batch is not finite.
@@ -229,7 +230,7 @@ class Trainer:
             state = self.state
             row = {
                 "epoch": epoch,
-                # Not the order's length: before a resumption the number of devices may differ.
+                # Not len(order), which may differ if the run resumed with more or fewer devices.
                 "train_loss": state.train_loss / state.train_images,
                 "train_accuracy": state.train_accuracy / state.train_images,
                 "test_loss": state.test_loss / state.test_images,
@@ -240,11 +241,11 @@ class Trainer:
             yield row
 
     def train(self, order, flip=None, on_step=lambda: None) -> tuple[float, float]:
-        """Trains once on the images of this order; the mean loss and accuracy.
+        """Trains on these images once; returns the mean loss and accuracy.
 
         Args:
-            order: Indices of training images.
-            flip: For each training image, whether it is flipped horizontally; None: none is.
+            order: Indices of the training images, in order.
+            flip: For each training image, whether it is flipped horizontally; None: no flips.
             on_step: Called after each step.
         """
         self.state = TrainerState()
@@ -288,7 +289,7 @@ class Trainer:
         self._swap_ema(False)
 
     def _run_phase(self, phase, step, batches, on_step):
-        """Trains or tests on batches, and adds to the sums of the phase."""
+        """Trains or tests on batches, and updates the sums of the phase."""
         with contextlib.closing(batches):
             for batch in batches:
                 result, count = self._run_finite_step(step, batch), batch.shard.count
@@ -330,7 +331,7 @@ class Trainer:
         return Batch(transforms.to_unit_float(self.dataset.x_test[shard.indices]), labels, shard)
 
     def _labels(self, y, smoothing) -> np.ndarray:
-        """Class indices; if training smooths labels, probabilities of all classes."""
+        """Class indices, or class probabilities if the recipe smooths labels."""
         if not self.recipe.label_smoothing:
             return y
         classes = len(self.dataset.class_names)
@@ -348,7 +349,7 @@ class Trainer:
         return {name: float(value) for name, value in result.items()}
 
     def _run_step(self, step, batch):
-        """Loss and accuracy, means over the images of all hosts."""
+        """Runs a step; returns the mean loss and accuracy over the images of all hosts."""
         if self._distribution.is_single:
             return step(batch.images, batch.labels, return_dict=True)
         with self._distribution.scope(), self._distribution.detect_lost_hosts():

@@ -1,1 +1,1 @@
-"""Utilities without knowledge of involution."""
+"""Utilities that do not depend on the operator."""

@@ -1,4 +1,4 @@
-"""Abstract builds: models with shapes but no values, to check a file before memory is used."""
+"""Builds models with shapes but no values, to check a file before memory is allocated."""
 
 import concurrent.futures
 import contextlib
@@ -12,16 +12,16 @@ import keras
 
 Built = TypeVar("Built")
 
-# RedNet152 has 728, including those inside its involutions. A layer takes some 50 KB, and a chain
+# RedNet152 has 728, including those inside its involutions. A layer takes about 50 KB, and a chain
 # of layers takes time quadratic in its length.
 MAX_LAYERS = 2000
-# RedNet152 makes 522. A call takes some 2 KB. A Sequential calls all its layers again for every
-# layer added: 10,000 times for 140 layers.
+# RedNet152 has 522. A call takes about 2 KB. A Sequential calls all its layers again for each layer
+# added: 10,000 times for 140 layers.
 MAX_CALLS = 10_000
 # Variables that are not stored, such as those of LoRA, are at most as large as the stored ones plus
 # this number of elements (16 MiB in float32).
 EXTRA_ELEMENTS = 2**22
-# By thread.
+# By thread identifier.
 _budgets: dict[int, "_Budget"] = {}
 _restorers: list[Callable[[], None]] = []
 _patching = threading.Lock()
@@ -31,15 +31,16 @@ def build_abstract(build: Callable[[], Built], stored: float = math.inf) -> Buil
     """Calls a function that builds a model, without values for its variables (compare
     ``jax.eval_shape``).
 
-    The backend traces the function instead of computing it, so that tensors take no memory. The
-    function runs in its own thread, because Keras records per thread which variables await their
-    initialization: nothing of this record survives the thread.
+    The backend traces the function instead of executing it, so that tensors take no memory. The
+    function runs in a separate thread: Keras records uninitialized variables by thread, and the
+    record ends with the thread.
 
     Args:
         build: A function without arguments.
         stored: Number of elements stored for the variables. The build is stopped at more than
-            twice as many elements plus four million. The default sets no limit. Limits that always
-            hold are 2,000 layers and 10,000 layer calls, including layers that end up in no model.
+            twice as many elements plus four million. The default sets no limit. Independently, at
+            most 2,000 layers and 10,000 layer calls are allowed, including those outside of the
+            resulting model.
 
     Returns:
         The function's result. Only names, dtypes and shapes of its variables may be used.
@@ -65,7 +66,7 @@ def build_abstract(build: Callable[[], Built], stored: float = math.inf) -> Buil
 
 
 class _Budget:
-    """Raises when a thread exceeds its layers, layer calls or elements of variables."""
+    """Limits the layers, layer calls and elements of variables that a thread creates."""
 
     def __init__(self, stored):
         self.stored = stored
@@ -92,7 +93,7 @@ class _Budget:
 
 @contextlib.contextmanager
 def _limited(budget):
-    """Counts the layers and variables that this thread makes in the block.
+    """Applies the budget to the layers, layer calls and variables of this thread in the block.
 
     Counting those of the resulting model would miss unused layers, which take memory too.
     """
@@ -116,7 +117,7 @@ def _limited(budget):
 
 
 def _hook(cls, method, counter) -> Callable[[], None]:
-    """Counts calls of a method; returns a function that undoes this."""
+    """Counts calls of a method; returns a function that restores the method."""
     own, original = vars(cls).get(method), getattr(cls, method)
 
     def counted(self, *args, **kwargs):

@@ -12,7 +12,7 @@ import tempfile
 
 from involution.utils.errors import WriteError, escape_controls
 
-# Temporary files; a killed process leaves its own.
+# Prefix of temporary files, which killed processes leave behind.
 TMP_PREFIX = ".part-"
 
 
@@ -41,7 +41,7 @@ def as_write_error(path):
 
 def remove_temporaries(folder):
     """Removes the temporary files that killed processes left in a folder and its subfolders. No
-    other process may write there."""
+    other process may be writing to the folder."""
     for path in pathlib.Path(folder).rglob(f"{TMP_PREFIX}*"):
         path.unlink()
 

@@ -2,17 +2,17 @@
 
 import re
 
-# C0 and C1 controls, DEL, line and paragraph separators, bidirectional marks and lone surrogates. A
-# terminal obeys them, they make one line look like another, or no encoding has them.
+# C0 and C1 controls, DEL, line and paragraph separators, bidirectional marks and lone surrogates:
+# they control the terminal, disguise text as other text, or cannot be encoded.
 CONTROL = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]"
 )
 
 
 def escape_controls(text, keep="") -> str:
-    """A text with its control characters as JSON escapes.
+    """Replaces control characters by JSON escapes.
 
-    Names in untrusted files must not move a terminal's cursor or begin a line.
+    Names in untrusted files must not move a terminal's cursor or begin a new line.
 
     Args:
         text: The text.
@@ -38,12 +38,12 @@ class WriteError(OSError):
         return f"Could not write {self.filename}: {self.strerror}"
 
 
-# In messages of TensorFlow and JAX, of PyTorch on CPUs, and of PyTorch on CUDA devices.
+# Parts of the out-of-memory messages of TensorFlow, JAX, and PyTorch on CPUs and CUDA devices.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "allocate memory", "out of memory", "OOM when allocating")
 
 
 def out_of_memory_reason(error) -> str | None:
-    """The line of an out-of-memory error's message that says so; None for other errors."""
+    """The line of the message that reports an out-of-memory error; None for other errors."""
     lines = (n for n in str(error).splitlines() if any(text in n for text in OUT_OF_MEMORY))
     found = next(lines, None)
     if found is None and isinstance(error, MemoryError):

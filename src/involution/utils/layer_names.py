@@ -21,6 +21,6 @@ def has_automatic_name(layer) -> bool:
     >>> has_automatic_name(keras.layers.ReLU()), has_automatic_name(keras.layers.ReLU(name="act"))
     (True, False)
     """
-    # Snake case puts an underscore before capitals, besides those of the class name.
+    # Snake case adds underscores before capitals; a class name may contain others.
     class_name = type(layer).__name__.replace("_", "").lower()
     return base_name(layer.name).replace("_", "") == class_name

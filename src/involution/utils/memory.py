@@ -11,9 +11,9 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
 
 def disable_malloc_trim() -> bool:
-    """Makes the allocator keep freed memory instead of returning it to the system.
+    """Configures the allocator to keep freed memory instead of returning it to the system.
 
-    Returned memory costs page faults and clearing at the next step: up to half of a training step's
+    Returned memory costs page faults and clearing in the next step: up to half of a training step's
     time with JAX. The resident size stays at its peak. False if the C library is not GNU's.
     """
     library = _glibc()
@@ -23,14 +23,14 @@ def disable_malloc_trim() -> bool:
 
 
 def malloc_trim() -> bool:
-    """Returns freed memory to the system, for measurements: whether there was any."""
+    """Returns freed memory to the system, for measurements; True if there was any."""
     library = _glibc()
     return library is not None and bool(library.malloc_trim(0))
 
 
 def memory_limit() -> float:
-    """Bytes that this process may use: the machine's memory, or the lowest limit of process and
-    container; infinity if unknown."""
+    """Bytes that this process may use: the minimum of the machine's memory and the limits of
+    process and container; infinity if unknown."""
     limits = [math.inf]
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -1,8 +1,7 @@
 """Figures: learning curves, sample images, and heat maps of involution kernels.
 
 Every function returns a new ``matplotlib.figure.Figure``; nothing is shown, and Matplotlib's global
-state is not modified. The colors keep their order in grayscale and for
-color-blind readers.
+state is not modified. Color scales keep their order in grayscale and for color-blind readers.
 """
 
 from typing import Any
@@ -44,7 +43,7 @@ _renamed = renamed.attributes(
 )
 
 
-# Figures require Matplotlib, records do not: it is imported on first use.
+# Only figures require Matplotlib, which is imported on first use.
 def __getattr__(name) -> Any:
     if name not in __all__:
         return _renamed(name)

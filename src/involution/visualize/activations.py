@@ -66,18 +66,19 @@ class InvolutionRecord:
     @property
     def attention_received(self) -> np.ndarray:
         """Sum of the weights of all windows on each input position, (N, *sizes, groups)."""
-        g = self.window
+        window = self.window
         count, *out, _, groups = self.kernels.shape
         before = [pair[0] for pair in self._pads]
         extent = [
-            (n - 1) * s + last + 1 for n, s, last in zip(out, g.strides, g.last_offset, strict=True)
+            (n - 1) * s + last + 1
+            for n, s, last in zip(out, window.strides, window.last_offset, strict=True)
         ]
         ends = [b + n for b, n in zip(before, self.sizes, strict=True)]
         padded = np.zeros((count, *map(max, extent, ends), groups), "float32")
-        for tap, offsets in enumerate(g.tap_offsets):
+        for tap, offsets in enumerate(window.tap_offsets):
             source = tuple(
                 slice(o, o + (n - 1) * s + 1, s)
-                for o, n, s in zip(offsets, out, g.strides, strict=True)
+                for o, n, s in zip(offsets, out, window.strides, strict=True)
             )
             padded[(slice(None), *source)] += self.kernels[..., tap, :]
         unpadded = tuple(slice(b, end) for b, end in zip(before, ends, strict=True))
@@ -91,11 +92,11 @@ class InvolutionRecord:
             point: Relative coordinates: (0, 0) is the top left corner of an image, (1, 1) the
                 bottom right one.
         """
-        g = self.window
+        window = self.window
         centers = (
             round((coordinate * n - 0.5 - (last / 2 - pair[0])) / s)
             for coordinate, n, s, last, pair in zip(
-                point, self.sizes, g.strides, g.last_offset, self._pads, strict=True
+                point, self.sizes, window.strides, window.last_offset, self._pads, strict=True
             )
         )
         return tuple(
@@ -115,14 +116,14 @@ class InvolutionRecord:
 
         The kernel applies to this window; its generator's receptive field may be larger.
         """
-        g = self.window
+        window = self.window
+        position = self.nearest_position(point)
         begins = (
-            p * s - pair[0]
-            for p, s, pair in zip(self.nearest_position(point), g.strides, self._pads, strict=True)
+            p * s - pair[0] for p, s, pair in zip(position, window.strides, self._pads, strict=True)
         )
         return tuple(
             (begin / n, (begin + last + 1) / n)
-            for begin, last, n in zip(begins, g.last_offset, self.sizes, strict=True)
+            for begin, last, n in zip(begins, window.last_offset, self.sizes, strict=True)
         )
 
     @property
@@ -180,19 +181,19 @@ def capture_with_outputs(model, images):
         while name in records:
             number += 1
             name = f"{call.layer.name}#{number}"
-        g = call.window
+        window = call.window
         try:
-            kernels = _channels_last(call.kernel, g, 2)
-            layer_outputs = _channels_last(call.outputs, g, 1)
-        except Exception as error:  # frameworks raise exceptions of their own
+            kernels = _channels_last(call.kernel, window, 2)
+            layer_outputs = _channels_last(call.outputs, window, 1)
+        except Exception as error:  # frameworks raise their own exception types
             raise ValueError(
                 "Involutions must run eagerly to be recorded: values inside compiled functions are "
                 f"not accessible. Received: {call.layer.name} in a compiled function"
             ) from error
         records[name] = InvolutionRecord(
             name,
-            dataclasses.replace(g, data_format=CHANNELS_LAST),
-            g.spatial(call.inputs.shape),
+            dataclasses.replace(window, data_format=CHANNELS_LAST),
+            window.spatial(call.inputs.shape),
             kernels,
             layer_outputs,
             _is_attention(kernels),
@@ -226,29 +227,30 @@ def kernel_maps(model, images) -> dict[str, np.ndarray]:
     for i in range(0, len(images), BATCH):
         _, records = capture_with_outputs(model, images[i : i + BATCH])
         for name, record in records.items():
-            # The first batch decides, so that all images of a layer have the same kind of map.
-            decided = is_attention.setdefault(name, record.is_attention)
-            record = dataclasses.replace(record, is_attention=decided)
+            # As in the first batch, so that all maps of a layer are of the same kind.
+            of_layer = is_attention.setdefault(name, record.is_attention)
+            record = dataclasses.replace(record, is_attention=of_layer)
             batches.setdefault(name, []).append(record.heat_map)
     return {name: np.concatenate(maps) for name, maps in batches.items()}
 
 
 def has_involutions(model) -> bool:
-    """Whether a model or layer is an involution or contains one at any depth: in a layer or model
-    held as an attribute, or in a list, tuple, set or dictionary held as one."""
+    """Whether a model or layer is an involution or contains one at any depth, as an attribute or in
+    a list, tuple, set or dictionary that is an attribute."""
     return bool(involutions(model))
 
 
 def _is_attention(kernels) -> bool:
-    """Judged by the values, to bfloat16's precision: a subclass may ignore a layer's settings."""
+    """Determined from the values, to bfloat16's precision, because a subclass may ignore the
+    layer's settings."""
     sums = kernels.sum(axis=-2)
     return bool(kernels.size and kernels.min() >= 0 and np.abs(sums - 1).max() < 0.02)
 
 
-def _channels_last(tensor, g, axes) -> np.ndarray:
+def _channels_last(tensor, window, axes) -> np.ndarray:
     """A tensor with ``axes`` channel axes as float32."""
     array = keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32"))
-    if g.data_format == CHANNELS_LAST:
+    if window.data_format == CHANNELS_LAST:
         return array
     return np.moveaxis(array, range(1, 1 + axes), range(-axes, 0))
 

@@ -1,4 +1,4 @@
-"""Heat maps and kernels for given images: ``involution explain``."""
+"""Figures of the kernels generated for images: ``involution explain``."""
 
 import collections
 import pathlib
@@ -15,11 +15,11 @@ TEMPLATE = pathlib.Path(__file__).with_name("explain.html.j2")
 
 # Captions by figure, in the order of a page.
 FIGURES = {
-    "heatmap": "Sum of the generated kernel's weights at each position, over all groups; beside "
-    "the image and as an overlay.",
-    "activations": "The same, beside the root mean square of the involution's output over its "
+    "heatmap": "Sum of the generated kernel's weights at each position, over all groups: next to "
+    "the image, and as an overlay.",
+    "activations": "The same sum, and the root mean square of the involution's output over its "
     "channels.",
-    "point": "The window at one point of the image, and the kernel there as the mean over its "
+    "point": "The window at one point of the image, and the mean of the kernel there over its "
     "groups: before training (the same network with newly initialized weights) and after training.",
     "groups": "Sum of the generated kernel's weights at each position, by group of channels.",
 }
@@ -123,14 +123,14 @@ def _check(output, figure, point, images):
 
 
 class _Figures:
-    """Draws the figures of some of the images from one forward pass."""
+    """Draws figures of any of the images from one forward pass over all of them."""
 
     def __init__(self, classifier, pixels, point):
         self.model, self.pixels, self.point = classifier.model, pixels, point
         self.records = _capture_2d(self.model, pixels)
         if not self.records:
             raise InputError(
-                "The explained model must have an involution over images. "
+                "The model must have an involution with two spatial dimensions. "
                 f"Received: {self.model.name}, which has none"
             )
 

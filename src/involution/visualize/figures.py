@@ -123,10 +123,10 @@ def heat_maps(
             or (N, height, width).
         titles: A title for each image.
         overlay: Whether to draw each map also over its image.
-        activations: By the same titles, maps to draw beside the kernels': (N, height, width), as
+        activations: By the same titles, maps to draw next to the kernels': (N, height, width), as
             ``InvolutionRecord.activations``.
         share_scale: Whether all maps of a column share a color scale, to compare images; otherwise
-            each map has its own, as in the example.
+            each map has its own, as in the keras.io example.
 
     Raises:
         ValueError: A map is not two-dimensional, as those of sequences and volumes.
@@ -175,7 +175,7 @@ def group_maps(maps, image=None, columns=8) -> Figure:
 
     Args:
         maps: By title, (height, width, groups), as ``kernel_maps`` returns for each image.
-        image: An image to draw each map over; None: none.
+        image: An image to draw each map over; None: maps only.
         columns: Maximum number of maps in a row.
     """
     rows = {name: -(-values.shape[-1] // columns) for name, values in maps.items()}
@@ -237,7 +237,7 @@ def kernels_at(image, point, kernels, windows) -> Figure:
 
 
 def _limits(values) -> tuple[float, float]:
-    """Minimum and maximum of the finite values; zeros without any, as after divergence."""
+    """Minimum and maximum of the finite values; zeros if there are none, as after divergence."""
     finite = values[np.isfinite(values)]
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
 

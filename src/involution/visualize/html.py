@@ -20,8 +20,8 @@ except ImportError as error:
 
 
 def write(path, template: pathlib.Path, **values):
-    """Renders a template to a file. Values are HTML-escaped, control characters in them shown as
-    escape sequences. The template may include files of its own folder and of this one."""
+    """Renders a template to a file. Values are HTML-escaped, and control characters in them become
+    escape sequences. The template may include files from its folder and from this one."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, pathlib.Path(__file__).parent]),
         autoescape=True,

@@ -1,5 +1,5 @@
 """Readers of checkpoints from other projects. They need no framework, execute no code from a file,
-and allocate memory only after checking sizes against the file's."""
+and check sizes against the size of the file before they allocate memory."""
 
 import dataclasses
 import pathlib

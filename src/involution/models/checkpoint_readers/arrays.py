@@ -1,4 +1,4 @@
-"""Arrays on the bytes of a file, created after a check of their sizes."""
+"""Arrays that view the bytes of a file, created after a check of their sizes."""
 
 import math
 
@@ -8,7 +8,7 @@ from involution.models.checkpoint_readers.errors import CheckpointError
 
 
 def array(data, dtype, shape, what, order="C") -> np.ndarray:
-    """An array on all bytes of ``data``, without a copy.
+    """An array that views all bytes of ``data``.
 
     Args:
         data: Bytes, or a view of them.
@@ -43,5 +43,6 @@ def is_shape(value) -> bool:
 
 
 def format_shape(value) -> str:
-    """A shape from a file for a message; the type's name if it is none, as its text may be long."""
+    """A shape from a file, for a message; for any other value, whose text may be long, the name of
+    its type."""
     return str(value) if is_shape(value) else f"{type(value).__name__}"

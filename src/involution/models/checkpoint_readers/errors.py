@@ -4,4 +4,4 @@ from involution.utils.errors import InputError
 
 
 class CheckpointError(InputError):
-    """A checkpoint is damaged, of an unknown format or not accepted."""
+    """A checkpoint is damaged, of an unknown format or unsupported."""

@@ -56,7 +56,7 @@ def _value(name, entry):
 
 
 class _Type:
-    """A NumPy dtype as unpickled: a type code, then its state with the byte order."""
+    """A NumPy dtype in a pickle: created from a type code; ``build`` sets the byte order."""
 
     def __init__(self, code, *_):
         if code not in TYPES:
@@ -74,7 +74,7 @@ class _Type:
 
 
 class _Array:
-    """An array as unpickled: empty, then its state."""
+    """An array in a pickle: created empty; ``build`` sets its value."""
 
     value = None
 

@@ -76,7 +76,7 @@ def read_zip(file) -> dict[str, np.ndarray]:
     if start + "byteorder" in members:
         _check_order(bytes(_member(mapped, members[start + "byteorder"])) == b"little")
     pickled = io.BytesIO(_member(mapped, members[start + "data.pkl"]))
-    tensors = _tensors(_unpickled(pickled))
+    tensors = _tensors(_unpickle(pickled))
     used = {
         key: members[f"{start}data/{key}"]
         for key in {tensor.storage.key for tensor in tensors.values()}
@@ -95,7 +95,7 @@ def read_legacy(file) -> dict[str, np.ndarray]:
     """Like ``read_zip``, for the legacy format of PyTorch before 1.6."""
     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     used: dict[str, Storage] = {}
-    _, protocol, system, value, keys = (_unpickled(mapped, used) for _ in range(5))
+    _, protocol, system, value, keys = (_unpickle(mapped, used) for _ in range(5))
     if protocol != LEGACY_PROTOCOL:
         raise CheckpointError(
             f"The legacy format must have protocol {LEGACY_PROTOCOL}. Received: another"
@@ -146,7 +146,7 @@ def _member(mapped, member) -> memoryview:
     return data
 
 
-def _unpickled(file, used=None):
+def _unpickle(file, used=None):
     """A pickle's value with ``Tensor`` objects; storages are added to ``used`` by key."""
 
     def storage(identifier):
@@ -173,7 +173,7 @@ def _unpickled(file, used=None):
 
 
 def _tensor(storage, offset, sizes, strides, *_):
-    """A tensor inside the bounds of its storage, with at most as many elements."""
+    """A tensor inside the bounds of its storage, with no more elements than the storage."""
     if not isinstance(storage, Storage):
         raise TypeError("a tensor without a storage")
     valid = is_shape(sizes) and is_shape(strides) and is_shape((offset,))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 from involution.models.checkpoint_readers.errors import CheckpointError
 
-# RedNet-152 takes some 60,000, with the state of an optimizer three times as many.
+# RedNet-152 needs some 60,000, and three times as many with an optimizer's state.
 MAX_INSTRUCTIONS = 1_000_000
 
 LITERALS = {
@@ -56,7 +56,7 @@ def read(file, functions: Mapping[str, Callable | None], persistent=None):
 
     Returns:
         Dictionaries, lists, tuples, strings, bytes, numbers, ``GlobalRef`` and results of the
-        functions. A result with a method ``build`` gets the state that the pickle has for it.
+        functions. If a result has a method ``build``, it is called with the result's state.
 
     Raises:
         CheckpointError: The pickle has another global or instruction, or is too long.

@@ -97,7 +97,7 @@ def _table(data):
     (magic,) = struct.unpack("<Q", data[-8:])
     if len(data) < FOOTER or magic != MAGIC:
         raise CheckpointError(
-            "The index of a TensorFlow bundle must end with its magic number. Received: another"
+            "The index of a TensorFlow bundle must end with its magic number. Received: other bytes"
         )
     _, position = _handle(data, len(data) - FOOTER)  # the unused meta index
     index, _ = _handle(data, position)
@@ -106,7 +106,9 @@ def _table(data):
         handle, _ = _handle(value, 0)
         # Overlapping blocks would multiply the data read.
         if handle[0] < end:
-            raise CheckpointError("The blocks of a table must be in order. Received: others")
+            raise CheckpointError(
+                "The blocks of a table must be in order. Received: unordered or overlapping blocks"
+            )
         end = sum(handle)
         for key, entry in _block(data, handle):
             count += 1
@@ -140,7 +142,9 @@ def _block(data, handle):
         own, position = _varint(block, position)
         length, position = _varint(block, position)
         if shared > len(key) or shared + own > KEY_LIMIT or position + own + length > end:
-            raise CheckpointError("A table's keys must be inside their block. Received: another")
+            raise CheckpointError(
+                "A table's keys must be inside their block. Received: an invalid key"
+            )
         key = key[:shared] + block[position : position + own]
         position += own + length
         yield key, block[position - length : position]

@@ -1,4 +1,4 @@
-"""Compiled CPU kernels, called by each framework's own mechanism for foreign code.
+"""Compiled CPU kernels, called through each framework's interface for custom ops.
 
 The core (``csrc``) computes the three passes of ``autodiff.py`` and their fused forms. A binding is
 a module with ``unsupported_reason(problem)``, ``call(pass_, window, sizes, a, b)`` for the passes

@@ -24,7 +24,7 @@ from involution.ops.native.params import (
 from involution.ops.validation import CHANNELS_LAST
 
 TARGET, FUSED_TARGET = "involution", "involution_fused"
-# Versions 0.1 to this one of XLA's FFI agree in all that csrc/xla_ffi.h declares.
+# csrc/xla_ffi.h matches versions 0.1 to 0.NEWEST_MINOR of XLA's FFI.
 NEWEST_MINOR = 3
 
 
@@ -100,7 +100,7 @@ class _BatchSharded:
     """Partitions ``compute(pass_, window, sizes, *arguments)`` along the batch axis.
 
     Each device computes its own shard of the batch; all other axes are replicated.
-    ``has_batch_axis(pass_)`` gives, for the arguments and for the results, which have a batch axis.
+    ``has_batch_axis(pass_)`` returns which arguments and which results have a batch axis.
     """
 
     def __init__(self, compute, has_batch_axis):
@@ -116,21 +116,21 @@ class _BatchSharded:
         # The first argument of every pass has a batch axis.
         first = arguments[0].sharding
         leaves, tree = jax.tree.flatten(results)
-        of_arguments, of_results = (
+        argument_shardings, result_shardings = (
             [_sharding(first, *pair) for pair in zip(tensors, has_batch, strict=True)]
             for tensors, has_batch in zip(
                 (arguments, leaves), self.has_batch_axis(pass_), strict=True
             )
         )
-        return tuple(of_arguments), jax.tree.unflatten(tree, of_results)
+        return tuple(argument_shardings), jax.tree.unflatten(tree, result_shardings)
 
     def result_sharding(self, pass_, window, x_sizes, mesh, arguments, results):
         return self._shardings(pass_, arguments, results)[1]
 
     def partition(self, pass_, window, x_sizes, mesh, arguments, results):
-        of_arguments, of_results = self._shardings(pass_, arguments, results)
+        argument_shardings, result_shardings = self._shardings(pass_, arguments, results)
         compute = functools.partial(self.compute, pass_, window, x_sizes)
-        return mesh, compute, of_results, of_arguments
+        return mesh, compute, result_shardings, argument_shardings
 
     def sharding_rule(self, pass_, window, x_sizes, mesh, arguments, results):
         names = (f"axis{n}" for n in itertools.count())
@@ -170,7 +170,7 @@ def _with_batching_rule(compute, has_batch_axis):
     """``compute`` with a rule for ``jax.vmap``, which merges the mapped axis into the batch."""
 
     def call(pass_, window, x_sizes, *arguments):
-        of_arguments, of_results = has_batch_axis(pass_)
+        argument_has_batch, result_has_batch = has_batch_axis(pass_)
 
         @jax.custom_batching.custom_vmap
         def run(*arguments):
@@ -178,8 +178,8 @@ def _with_batching_rule(compute, has_batch_axis):
 
         @run.def_vmap
         def _(size, mapped, *arguments):
-            if any(m and not b for m, b in zip(mapped, of_arguments, strict=True)):
-                # The weights are mapped too: a loop.
+            if any(m and not b for m, b in zip(mapped, argument_has_batch, strict=True)):
+                # A pass has one weight for the whole batch: a mapped weight needs a loop.
                 def run_one(mapped_arguments):
                     values = iter(mapped_arguments)
                     return run(
@@ -197,14 +197,14 @@ def _with_batching_rule(compute, has_batch_axis):
                 )
                 if b
                 else a
-                for a, m, b in zip(arguments, mapped, of_arguments, strict=True)
+                for a, m, b in zip(arguments, mapped, argument_has_batch, strict=True)
             )
             results, tree = jax.tree.flatten(run(*merged))
             unstacked = [
                 r.reshape(size, batch, *r.shape[1:]) if b else r
-                for r, b in zip(results, of_results, strict=True)
+                for r, b in zip(results, result_has_batch, strict=True)
             ]
-            return jax.tree.unflatten(tree, unstacked), jax.tree.unflatten(tree, of_results)
+            return jax.tree.unflatten(tree, unstacked), jax.tree.unflatten(tree, result_has_batch)
 
         return run(*arguments)
 

@@ -23,7 +23,7 @@ def find(name: str) -> pathlib.Path | None:
 
 
 def why_missing(binding: str | None = None) -> str | None:
-    """Why the installation has no core, or no binding for a backend; None if it does."""
+    """Why the installation has no core, or no binding for a backend; None if it has one."""
     file = find(f"missing_{binding}.txt" if binding else "missing.txt")
     return file.read_text(encoding="utf-8").strip() if file else None
 

@@ -1,7 +1,7 @@
 """The parameters of a call of the native core, and the shapes of its results.
 
-``Params`` mirrors ``InvolutionParams`` of ``csrc/params.h``. JAX's FFI attribute, TensorFlow's and
-PyTorch's ops and ctypes carry it as a list of 64-bit integers, ``Params.encode``.
+``Params`` mirrors ``InvolutionParams`` of ``csrc/params.h``. JAX's FFI, the custom ops of
+TensorFlow and PyTorch, and ctypes pass it as a list of 64-bit integers, ``Params.encode``.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ HAS_BATCH_AXIS = {
 FEATURES_ARG = {FORWARD: 0, INPUT_GRAD: 3, KERNEL_GRAD: 0}
 HIDDEN_ARG = {FORWARD: 1, INPUT_GRAD: 0, KERNEL_GRAD: 1}
 
-# Integers, or tensors where TensorFlow does not know sizes yet.
+# Integers, or tensors for sizes that TensorFlow knows at run time only.
 Int = Any
 Spatial = tuple[Int, Int, Int]
 
@@ -119,7 +119,7 @@ def encode_fused(pass_, window: Window, x_sizes, arguments) -> list:
 
 
 def _encode(pass_, window, x_sizes, features, hidden_channels) -> list:
-    # Steps between taps that do not exist are 1.
+    # With one tap the dilation rate has no effect, and may be too large for the core: 1.
     dilation_rate = [
         d if k > 1 else 1 for k, d in zip(window.kernel_size, window.dilation_rate, strict=True)
     ]
@@ -158,7 +158,7 @@ def fused_result_shapes(pass_, window: Window, x_sizes, arguments) -> tuple[tupl
     """Shapes of the two results of a fused pass.
 
     The second result is empty except in the kernel gradient: there it has, for each sample, the
-    gradient of the generator's weight and below it that of the bias.
+    gradient of the generator's weight and, as its last row, that of the bias.
     """
     features, hidden = arguments[FEATURES_ARG[pass_]], arguments[HIDDEN_ARG[pass_]]
     batch, channels = features.shape[0], features.shape[window.channel_axis]
@@ -170,5 +170,5 @@ def fused_result_shapes(pass_, window: Window, x_sizes, arguments) -> tuple[tupl
 
 
 def accumulation_dtype(dtype) -> str:
-    """The data type of sums."""
+    """The dtype of sums."""
     return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"

@@ -23,7 +23,7 @@ def unsupported_reason(problem) -> str | None:
     if tf.config.list_physical_devices("GPU"):
         return "it runs on CPUs, and TensorFlow sees a GPU"
     if _in_xla():
-        return "code compiled by jit_compile=True can call no custom operation"
+        return "code compiled with jit_compile=True cannot call custom ops"
     return _op_library()[1]
 
 
@@ -48,7 +48,7 @@ def _in_xla() -> bool:
 
         return bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
     except (ImportError, AttributeError):
-        # Not public. Without it, TensorFlow's own error names the op that XLA cannot compile.
+        # Private API. Without it, TensorFlow's own error names the op that XLA cannot compile.
         return False
 
 
@@ -92,9 +92,9 @@ def _gradient(operation, c):
     operands = (a, b, c)
     rules = VJP_RULES[PASSES[operation.get_attr("pass_index")]]
     gradients = [
-        _run_pass(rule, params, None, *(operands[i] for i in where)) for rule, where in rules
+        _run_pass(rule, params, None, *(operands[i] for i in indices)) for rule, indices in rules
     ]
-    return *_like(gradients, (a, b)), None
+    return *_set_shapes(gradients, (a, b)), None
 
 
 @tf.RegisterGradient("Involution>NativeFused")
@@ -115,10 +115,10 @@ def _fused_gradient(operation, *cotangents):
             # Forward mode may trace tensors of unknown rank.
             tensor.set_shape([None] * hidden.shape.rank)
         gradients = fused_autodiff.kernel_gradients(_run_pass, params, None, arguments, cotangents)
-    return *_like(gradients, arguments), None
+    return *_set_shapes(gradients, arguments), None
 
 
-def _like(gradients, arguments):
+def _set_shapes(gradients, arguments):
     for gradient, argument in zip(gradients, arguments, strict=True):
         gradient.set_shape(argument.shape)
     return gradients
@@ -139,7 +139,7 @@ def _with_static_shape(result, shape):
 
 def call(pass_, window, x_sizes, a, b):
     _block_saved_model()
-    # Reads variables now: they may change before the gradient is computed.
+    # Variables are read here: they may change before the gradient is computed.
     a, b = tf.convert_to_tensor(a), tf.convert_to_tensor(b)
     params = _as_tensor(encode(pass_, window, x_sizes, a, b))
     result = _run_pass(pass_, params, None, a, b)
@@ -156,9 +156,10 @@ def call_fused(pass_, window, x_sizes, *arguments):
 
 
 def _block_saved_model():
+    """Makes saving a graph fail: a model saved with a custom op could be loaded only where
+    involution is installed."""
     if not tf.executing_eagerly():
-        # The result is unused. The op captures a tensor that cannot be saved: a model saved with a
-        # custom op could be loaded only where involution is installed.
+        # Captures a tensor that cannot be saved; the result is unused.
         tf.raw_ops.OptionalHasValue(optional=_unsavable_tensor(), name="involution_native")
 
 
@@ -172,7 +173,7 @@ def _unsavable_tensor():
     with tf.init_scope(), tf.device("CPU"):
         tensor = tf.raw_ops.OptionalFromValue(components=[tf.constant(text)])
 
-    def refuse():
+    def raise_error():
         raise NotImplementedError(
             "A graph that is frozen, as for ONNX, must not contain native ops: export within "
             '`with involution.ops.force_implementation(("rows", "reference")):`, or with '
@@ -181,5 +182,5 @@ def _unsavable_tensor():
         )
 
     # Freezing a graph reads the values of captured tensors.
-    tensor.numpy = refuse
+    tensor.numpy = raise_error
     return tensor

@@ -1,8 +1,8 @@
 """CUDA kernels on PyTorch, compiled by Triton at their first call.
 
-The fused forward pass generates the involution kernels in registers. The fused gradients are
-unfused for a chunk of the batch at a time: cuBLAS computes the matrix products, and the
-intermediate kernels stay in L2.
+The fused forward pass generates the involution kernels in registers. The fused gradients store the
+involution kernels of one chunk of the batch at a time: cuBLAS computes the matrix products, and the
+stored kernels stay in L2.
 """
 
 import importlib.util

@@ -165,7 +165,7 @@ def kernel_grad(
     ACC_DTYPE: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # A loop over all channels of a group: they are reduced.
+    # Channels are reduced: a program loops over all channels of a group.
     start_p, start_g, _ = _block(count, groups, 1, BLOCK_P, BLOCK_G, BLOCK_C)
     p, g, c = _axes(
         start_p + tl.arange(0, BLOCK_P),
@@ -267,7 +267,7 @@ def _autotuned(function, key, positions):
     configs = [
         triton.Config({"BLOCK_P": p}, num_warps=warps) for p in positions for warps in (4, 8)
     ]
-    # The interpreter has no speed worth measuring.
+    # Times in the interpreter are meaningless.
     chosen = configs[:1] if IS_INTERPRETER else configs
     return triton.autotune(chosen, key=key, cache_results=True)(function)
 

@@ -70,7 +70,7 @@ def _strides(tensor, channels_first, rank):
 
 
 def _device(tensor):
-    """Makes the tensor's device current: Triton launches kernels there."""
+    """Makes the tensor's device current: Triton launches kernels on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
