@@ -200,6 +200,7 @@ def test_a_failed_capture_is_logged_for_each_pass(fake_cuda, monkeypatch):
     assert lines == [f"small taps float32 {passes}: skipped: it waits" for passes in runner.PASSES]
 
 
+@pytest.mark.slow
 def test_compiled_taps_match_the_reference():
     candidate = runner.make_candidate(
         "compiled-taps", Case.of("small", 2, (5, 4), 6, 2, 3), "float32"

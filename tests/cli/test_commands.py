@@ -241,6 +241,7 @@ def test_convert_and_export(call, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "folder.onnx"]
 
 
+@pytest.mark.slow
 def test_export_of_a_trained_model(call, trained, tmp_path):
     format = {"tensorflow": "saved_model", "jax": "onnx", "torch": "pt2"}[BACKEND]
     code, lines = call("export", trained[0] / "inn.keras", "--format", format)

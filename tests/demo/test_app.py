@@ -255,6 +255,7 @@ def test_duplicate_model_names_raise():
         app.load(("inn-cifar10", "inn-cifar10"))
 
 
+@pytest.mark.slow
 def test_a_port_in_use_gives_an_error_of_one_line(page):
     port = page.address.rsplit(":", 1)[1]
     result = subprocess.run(

@@ -19,7 +19,7 @@ from involution.export import (
     verify,
 )
 from involution.utils.errors import InputError
-from tests.support.backends import BACKEND, fresh_process, missing, numpy
+from tests.support.backends import BACKEND, fresh_process, missing, numpy, slow_except
 from tests.support.keras_io_formula import randomize, relative_error
 
 SUPPORTED = {
@@ -91,6 +91,7 @@ def sequence():
 # --- ONNX ----------------------------------------------------------------------------------------
 
 
+@slow_except("tensorflow")
 def test_onnx_of_the_inn_matches(tmp_path):
     model = randomized(involution.models.inn())
     result = export(model, tmp_path / "inn.onnx")
@@ -160,12 +161,9 @@ LAYERS = {
 }
 
 
-# PyTorch's exporter takes about 20 s for each layer: the others run in `make test-long` only.
-REGULAR = ("channels first", "custom generator", "local attention", "the example's layer")
-EACH = [
-    pytest.param(name, marks=pytest.mark.slow if BACKEND == "torch" and name not in REGULAR else ())
-    for name in LAYERS
-]
+# Exporters take up to 20 s for each layer: the others run in `make test-long` only.
+REGULAR = ("channels first", "local attention", "the example's layer")
+EACH = [pytest.param(name, marks=() if name in REGULAR else pytest.mark.slow) for name in LAYERS]
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -190,6 +188,7 @@ def test_onnx_of_a_layer_matches(tmp_path, name):
             assert relative_error(got, numpy(expected)) < 1e-5
 
 
+@slow_except("tensorflow")
 @pytest.mark.parametrize(
     "generator", ["bottleneck", pytest.param("contextual", marks=pytest.mark.slow)]
 )
@@ -226,6 +225,7 @@ def test_rednet26_matches(tmp_path, format):
         assert relative_error(got, numpy(model(x, training=False))) < TOLERANCE
 
 
+@slow_except("jax")
 def test_input_and_output_names_are_kept(tmp_path):
     left, right = keras.Input((6, 5, 4), name="left"), keras.Input((6, 5, 4), name="right")
     both = keras.layers.Add()([left, right])
@@ -257,6 +257,7 @@ def test_outputs_without_keys_are_numbered(tmp_path):
 # --- Unknown sizes -------------------------------------------------------------------------------
 
 
+@slow_except("tensorflow")
 def test_unknown_sizes_stay_dynamic(tmp_path):
     model = randomized(involution.models.inn((None, None, 3), head="convolutional"))
     if BACKEND == "jax":
@@ -270,6 +271,7 @@ def test_unknown_sizes_stay_dynamic(tmp_path):
         assert relative_error(got, numpy(model(x, training=False))) < 1e-5
 
 
+@slow_except("tensorflow")
 @pytest.mark.parametrize("format", SUPPORTED)
 def test_strides_with_unknown_sizes(tmp_path, format):
     model = model_of(involution.Involution2D(3, 2, kernel_generator="linear"), None, None, 4)
@@ -363,6 +365,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 # --- No custom operations ------------------------------------------------------------------------
 
 
+@slow_except("tensorflow")
 @pytest.mark.skipif(missing() is not None, reason="installed without native")
 def test_functions_traced_with_native_are_not_exported(tmp_path):
     if BACKEND == "tensorflow":
@@ -504,6 +507,7 @@ def test_invalid_targets_raise(tmp_path, format):
             export(sequence(), folder / "kept", format)
 
 
+@slow_except("tensorflow")
 def test_a_file_is_replaced_and_readable_by_others(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"old")
@@ -516,6 +520,7 @@ def test_a_file_is_replaced_and_readable_by_others(tmp_path):
 # --- The model -----------------------------------------------------------------------------------
 
 
+@slow_except("tensorflow")
 def test_the_model_is_not_modified(tmp_path):
     model = sequence()
     if BACKEND == "torch":

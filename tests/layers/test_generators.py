@@ -200,6 +200,7 @@ def test_pairwise_attention_matches_local_self_attention(rank, arguments):
     assert relative_error(numpy(kernel), want[1]) < 1e-5
 
 
+@pytest.mark.any_backend
 def test_pairwise_attention_over_the_full_map_matches_multi_head_attention():
     # On JAX, Keras requires values to be as wide as keys.
     height, width, channels, heads, head_width = 5, 4, 12, 3, 4
@@ -395,6 +396,7 @@ for name in {list(ALL_GENERATORS)}:
     assert all(float(error) < 1e-5 for error in errors.values()), errors
 
 
+@pytest.mark.any_backend
 def test_generators_in_bfloat16_match_float32():
     for name in GENERATORS:
         layer = Involution2D(3, groups=2, kernel_generator=name, dtype="mixed_bfloat16")

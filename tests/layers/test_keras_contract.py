@@ -79,6 +79,7 @@ def network(generator):
     return model
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("name", ["bottleneck", "Bottleneck", "Sequential", "user's"])
 def test_equal_models_have_equal_paths_and_exchange_state_trees(name):
     generator = FACTORIES[name]
@@ -98,6 +99,7 @@ def test_equal_models_have_equal_paths_and_exchange_state_trees(name):
         np.testing.assert_array_equal(numpy(got.value), numpy(want.value))
 
 
+@pytest.mark.any_backend
 @pytest.mark.skipif(BACKEND != "torch", reason="requires PyTorch's state_dict")
 @pytest.mark.parametrize("name", ["Sequential", "user's"])
 def test_state_dict_loads_into_an_equal_model(name):
@@ -110,6 +112,7 @@ def test_state_dict_loads_into_an_equal_model(name):
         np.testing.assert_array_equal(numpy(got.value), numpy(want.value))
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -132,6 +135,7 @@ def test_registered_models_have_reproducible_paths(name, arguments):
     assert [layer.name for layer in first.layers[1:]] == [layer.name for layer in second.layers[1:]]
 
 
+@pytest.mark.any_backend
 def test_explicit_names_in_a_generator_are_kept():
     generator = keras.Sequential(
         [keras.layers.Conv2D(4, 1), keras.layers.Conv2D(9, 1, name="last"), keras.layers.ReLU()],
@@ -143,6 +147,7 @@ def test_explicit_names_in_a_generator_are_kept():
     assert [w.path for w in layer.weights] == [f"a/mine/{name}" for name in names]
 
 
+@pytest.mark.any_backend
 def test_automatic_names_in_a_generator_are_unique():
     built = keras.layers.Conv2D(4, 1, name="conv2d")
     built.build((None, None, None, 8))
@@ -176,6 +181,7 @@ def legacy_config(layer):
     return {**layer.get_config(), "groups": layer.groups, "kernel_generator": generator}
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("generator", [*GENERATORS, "user's"])
 def test_legacy_configurations_load(generator):
     layer = Involution2D(3, 1, "valid", kernel_generator=FACTORIES[generator](), group_channels=4)
@@ -190,6 +196,7 @@ def test_legacy_configurations_load(generator):
     assert loaded.groups == 2
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("generator", FACTORIES.values(), ids=FACTORIES)
 def test_build_does_not_change_the_config(generator):
     layer = Involution2D(3, 1, "valid", (1, 2), kernel_generator=generator(), group_channels=4)
@@ -200,6 +207,7 @@ def test_build_does_not_change_the_config(generator):
     assert layer.get_config()["groups"] is None
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("name", GENERATORS)
 def test_build_does_not_change_the_config_of_a_standalone_generator(name):
     generator = GENERATORS[name](kernel_size=3, groups=2)
@@ -213,6 +221,7 @@ def test_build_does_not_change_the_config_of_a_standalone_generator(name):
     assert (generator.kernel_size, generator.strides) == ((3, 3), (1, 1))
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("generator", [*GENERATORS, "Bottleneck", "user's"])
 def test_clone_model_accepts_other_channels(generator):
     model = keras.Sequential(
@@ -223,6 +232,7 @@ def test_clone_model_accepts_other_channels(generator):
     assert (model.layers[0].groups, clone.layers[0].groups) == (1, 3)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("change", "hidden_channels", "kernel_shape"),
     [
@@ -243,6 +253,7 @@ def test_edited_config_takes_effect(change, hidden_channels, kernel_shape):
     assert edited.kernel_generator.dtype_policy == edited.dtype_policy
 
 
+@pytest.mark.any_backend
 def test_config_keeps_changes_to_a_named_generator():
     layer = Involution2D(3)
     layer.kernel_generator.trainable = False
@@ -251,6 +262,7 @@ def test_config_keeps_changes_to_a_named_generator():
     assert copy.trainable
 
 
+@pytest.mark.any_backend
 def test_failed_build_leaves_inherited_arguments_unset():
     layer = Involution2D(3, group_channels=2, reduction_ratio=5)
     with pytest.raises(ValueError, match="reduction_ratio=5, channels=4"):
@@ -262,6 +274,7 @@ def test_failed_build_leaves_inherited_arguments_unset():
 # --- Shared generators ---------------------------------------------------------------------------
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("generator", [two_convolutions, lambda: Bottleneck(2), Sized])
 def test_f27_generators_with_weights_cannot_be_shared(generator):
     shared = generator()
@@ -281,6 +294,7 @@ def test_f27_generators_with_weights_cannot_be_shared(generator):
     second(x)
 
 
+@pytest.mark.any_backend
 def test_f27_sublayers_with_weights_cannot_be_shared():
     shared = keras.layers.Conv2D(4, 1)
     first, second = (
@@ -304,6 +318,7 @@ class Ones(keras.layers.Layer):
         return (*input_shape[:-1], 9 * self.groups)
 
 
+@pytest.mark.any_backend
 def test_generators_without_weights_can_be_shared():
     ones = keras.layers.AveragePooling2D(1)
     x = random(1, 5, 6, 9)
@@ -311,6 +326,7 @@ def test_generators_without_weights_can_be_shared():
         Involution2D(3, groups=1, kernel_generator=ones)(x)
 
 
+@pytest.mark.any_backend
 def test_sharing_a_generator_requires_equal_groups():
     ones = Ones()
     first, second = (Involution2D(3, groups=g, kernel_generator=ones) for g in (1, 2))
@@ -418,6 +434,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(("rank", "make"), LAYERS.values(), ids=LAYERS)
 def test_wrong_number_of_axes_raises(rank, make):
     built = make()
@@ -440,6 +457,7 @@ def test_wrong_number_of_axes_raises(rank, make):
                 layer(random(*shape))
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("shape", [(8, 8), (2, 3, 4, 5, 6, 7)])
 def test_generators_require_one_to_three_spatial_axes(shape):
     with pytest.raises(ValueError, match=rf"expected ndim=3, 4 or 5, found ndim={len(shape)}"):

@@ -93,6 +93,7 @@ def from_format(x, data_format):
     return np.moveaxis(numpy(x), 1, -1) if data_format == "channels_first" else numpy(x)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("make", [Linear, Bottleneck])
 def test_computed_symbolic_and_eager_shapes_are_equal(make, data_format):
@@ -108,6 +109,7 @@ def test_computed_symbolic_and_eager_shapes_are_equal(make, data_format):
     assert computed.count(None) == 3
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("make", [Linear, Bottleneck])
 def test_config_round_trip(make):
     generator = make(
@@ -178,6 +180,7 @@ def test_weights_of_equal_shape_are_initialized_differently():
     assert not np.array_equal(numpy(generator.reduce.kernel), numpy(generator.expand.kernel))
 
 
+@pytest.mark.any_backend
 def test_initial_values_are_reproducible():
     def initial_weights():
         keras.utils.set_random_seed(1)
@@ -189,6 +192,7 @@ def test_initial_values_are_reproducible():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.any_backend
 def test_custom_initializers():
     generator = Linear(3, 2, kernel_initializer="zeros", bias_initializer="ones")
     assert (numpy(generator(features(2))) == 1).all()

@@ -74,6 +74,7 @@ def test_drop_in_pooling_matches_keras_at_stride_3(recorded_errors, sides):
     compare(recorded_errors, "the drop-in", layer(x), want)
 
 
+@pytest.mark.any_backend
 def test_drop_in_signature_matches_the_example():
     parameters = list(inspect.signature(Involution).parameters.values())[:6]
     assert [(p.name, p.default) for p in parameters] == [
@@ -91,6 +92,7 @@ def test_drop_in_signature_matches_the_example():
 EXAMPLE_SHAPES = [(3, 1, 1, 256, 3), (3, 2, 1, 128, 3), (16, 1, 2, 256, 8)]
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("batch", [2, pytest.param(32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("channel", "stride", "ratio", "side", "hidden"), EXAMPLE_SHAPES)
 def test_drop_in_shapes_match_the_example(batch, channel, stride, ratio, side, hidden):
@@ -106,6 +108,7 @@ def test_drop_in_shapes_match_the_example(batch, channel, stride, ratio, side, h
     ]
 
 
+@pytest.mark.any_backend
 def test_drop_in_generator_is_the_examples_sequential():
     layer = Involution()
     layer.build((None, None, None, 3))
@@ -271,6 +274,7 @@ def test_f24_unknown_sizes_stay_unknown(rank, arguments):
     assert [s.count(None) for s in computed] == [rank + 1] * 2
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("return_kernel", [True, False])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_f24_shapes_of_the_drop_in(stride, return_kernel):
@@ -320,6 +324,7 @@ def test_f02_one_model_accepts_every_size(layer):
 # --- Groups --------------------------------------------------------------------------------------
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("channels", "arguments", "groups"),
     [
@@ -400,6 +405,7 @@ def test_kernels_are_generated_at_window_centers(arguments, want):
     assert numpy(kernel)[0, :, 0, 0].tolist() == want
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("size", "dilation"), [((4,), (1,)), ((3, 4), (2, 1)), ((2, 5, 2), (1, 1, 1))]
 )
@@ -626,6 +632,7 @@ def test_f08_mixed_precision_training_step_is_finite(make, dtype):
     assert not np.array_equal(before[0], after[0])
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("make", "without_gradient"),
     [
@@ -695,6 +702,7 @@ SAVED = {
 every_saved = pytest.mark.parametrize(("rank", "make"), SAVED.values(), ids=SAVED)
 
 
+@pytest.mark.any_backend
 def test_f27_config_has_every_argument():
     arguments = {
         "kernel_size": (3, 5),
@@ -719,6 +727,7 @@ def test_f27_config_has_every_argument():
     assert set(config) == {*arguments, "kernel_generator", "dtype"}
 
 
+@pytest.mark.any_backend
 @every_saved
 def test_f27_config_round_trip(rank, make):
     layer = make()

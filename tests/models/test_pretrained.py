@@ -79,6 +79,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.any_backend
 def test_a_run_is_packaged(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrained, "ROOT", tmp_path)

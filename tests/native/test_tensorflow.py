@@ -169,7 +169,7 @@ def _reverse(function):
 
 
 # "rf" is reverse mode over forward mode. Other nestings contain one of these.
-@pytest.mark.parametrize("modes", ["fr", "rf", "ff"])
+@pytest.mark.parametrize("modes", ["fr", "rf", pytest.param("ff", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("implementation", ["native", "taps", "fused"])
 def test_f23_nested_modes_in_a_graph_equal_the_reference(implementation, modes):
     call = Call(1, (5, 4), 4, (3, 3), (2, 2), "same", (1, 1), 2)

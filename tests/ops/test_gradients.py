@@ -235,6 +235,7 @@ def digests_of_another_process():
     return dict(zip(REPRODUCIBLE, fresh_process(code).split(), strict=True))
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("implementation", REPRODUCIBLE)
 def test_f18_same_bits_in_every_run_and_every_process(implementation, digests_of_another_process):
     assert {*digests(implementation, 2)} == {digests_of_another_process[implementation]}

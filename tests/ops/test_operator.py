@@ -536,6 +536,7 @@ def test_data_format_defaults_to_that_of_keras():
     assert_equals_oracle(call, y, x, kernel)
 
 
+@pytest.mark.any_backend
 @each_implementation
 @each_format
 def test_functional_model_is_saved_and_loaded(data_format, implementation, tmp_path):

@@ -23,6 +23,11 @@ each_other_backend = pytest.mark.parametrize(
 )
 
 
+def slow_except(*backends):
+    """Marks a test as slow on other backends: `make test` runs it on these only."""
+    return pytest.mark.slow if BACKEND not in backends else lambda test: test
+
+
 def missing():
     """Why the package was installed without ``native``; None where it was built.
 

@@ -351,7 +351,7 @@ def process(folder, images, network, killed_at=0, url=None):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="processes are told apart as POSIX does")
-@pytest.mark.parametrize("storage", ["journal", "database"])
+@pytest.mark.parametrize("storage", ["journal", pytest.param("database", marks=pytest.mark.slow)])
 def test_two_processes_share_a_study_and_one_is_killed(storage, images, network, tmp_path):
     url = None if storage == "journal" else f"sqlite:///{tmp_path / 'study.db'}"
     killed = process(tmp_path, images, network, killed_at=36 + 3, url=url)

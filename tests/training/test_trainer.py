@@ -121,6 +121,7 @@ def without_normalization():
     return keras.Sequential([keras.Input((4, 5, 3)), layers.Flatten(), layers.Dense(2)])
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("name", ["example", "one-cycle", "sgd"])
 def test_gradient_accumulation_equals_one_batch(name):
     recipe = RECIPES.get(
@@ -166,6 +167,7 @@ def test_averaged_weights_are_tested_and_kept(accumulation):
         np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.any_backend
 def test_training_resumes_exactly_from_any_step(tmp_path):
     """Including accumulation steps within a batch, and test steps."""
     pets = write_folder(tmp_path / "pets", size=(12, 9), train=4, test=3)

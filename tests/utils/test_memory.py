@@ -29,6 +29,7 @@ def faults(how):
     return int(run.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of the GNU C library")
 def test_freed_memory_causes_no_page_faults():
     assert faults("keep") < 100 < faults("default")
