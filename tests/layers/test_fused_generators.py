@@ -34,7 +34,7 @@ class Wide(kg.Bottleneck):
     def _build_generator(self, channels):
         super()._build_generator(channels)
         hidden = channels // self.reduction_ratio
-        self.expand = self._convolution("wide", self._kernel_channels, hidden, kernel_size=3)
+        self.expand = self.make_convolution("wide", self.kernel_channels, hidden, kernel_size=3)
 
 
 class Squared(kg.Linear):

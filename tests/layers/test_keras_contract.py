@@ -331,7 +331,7 @@ def test_sharing_a_generator_requires_equal_groups():
     ones = Ones()
     first, second = (Involution2D(3, groups=g, kernel_generator=ones) for g in (1, 2))
     first(random(1, 5, 6, 8))
-    with pytest.raises(ValueError, match=r"one `groups`.*groups=1, in layer .* groups=2"):
+    with pytest.raises(ValueError, match=r"equal `groups`.*groups=1, in layer .* groups=2"):
         second(random(1, 5, 6, 8))
 
 

@@ -69,8 +69,8 @@ class PairwiseAttention(Linear):
             "dilation_rate": dilation_rate,
         }
 
-    def _standardize_attributes(self, input_shape):
-        super()._standardize_attributes(input_shape)
+    def standardize_attributes(self, input_shape):
+        super().standardize_attributes(input_shape)
         rank = len(self.kernel_size)
         self.padding = standardize_padding("padding", self.padding or SAME, rank)
         self.dilation_rate = standardize_tuple("dilation_rate", self.dilation_rate or 1, rank)
@@ -82,10 +82,10 @@ class PairwiseAttention(Linear):
         if self.key_channels is None:
             self.key_channels = max(channels // self.groups, 1)
         width = self.groups * self.key_channels
-        self.query = self._convolution("query", width, channels)
-        self.key = self._convolution("key", width, channels)
+        self.query = self.make_convolution("query", width, channels)
+        self.key = self.make_convolution("key", width, channels)
 
-    def _output_sizes(self, sizes):
+    def output_sizes(self, sizes):
         return self.window.output_sizes(sizes)
 
     def _generate(self, features):
@@ -102,7 +102,7 @@ class PairwiseAttention(Linear):
         )
         scores = ops.where(inside > 0.5, scores, MASK_VALUE)
         kernel = ops.cast(softmax(scores, -2), self.compute_dtype)
-        return ops.reshape(kernel, (shape[0], *sizes, self._kernel_channels))
+        return ops.reshape(kernel, (shape[0], *sizes, self.kernel_channels))
 
     def _products(self, x, y, groups):
         window = dataclasses.replace(self.window, groups=groups)

@@ -87,11 +87,11 @@ class KernelGenerator(keras.layers.Layer):
         }
 
     def build(self, input_shape):
-        self._standardize_attributes(input_shape)
+        self.standardize_attributes(input_shape)
         self._build_generator(input_shape[-1 if self.data_format == CHANNELS_LAST else 1])
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape))
 
-    def _standardize_attributes(self, input_shape):
+    def standardize_attributes(self, input_shape):
         """Standardizes the attributes for inputs of this shape."""
         rank = len(input_shape) - 2
         size = self.kernel_size
@@ -118,13 +118,15 @@ class KernelGenerator(keras.layers.Layer):
         """The kernel map of features (B, *spatial, C): (B, *out_spatial, taps * groups)."""
         raise NotImplementedError  # each generator has its own
 
-    def _output_sizes(self, sizes) -> tuple:
+    def output_sizes(self, sizes) -> tuple:
+        """Spatial sizes of the kernel map; None where those of the features are None."""
         return tuple(
             None if n is None else ceil_div(n, s) for n, s in zip(sizes, self.strides, strict=True)
         )
 
     @property
-    def _kernel_channels(self) -> int:
+    def kernel_channels(self) -> int:
+        """Channels of the kernel map: taps * groups."""
         return math.prod(self.kernel_size) * self.groups
 
     def call(self, features, training=None):
@@ -137,15 +139,15 @@ class KernelGenerator(keras.layers.Layer):
         if not self.built:
             # On a copy: an involution layer may still set this generator's attributes.
             standardized = type(self).from_config(self.get_config())
-            standardized._standardize_attributes(input_shape)
+            standardized.standardize_attributes(input_shape)
             standardized.built = True
             return standardized.compute_output_shape(input_shape)
         check_axes(self, input_shape, len(self.kernel_size))
         first = self.data_format == CHANNELS_FIRST
-        sizes = self._output_sizes(tuple(input_shape[2:] if first else input_shape[1:-1]))
+        sizes = self.output_sizes(tuple(input_shape[2:] if first else input_shape[1:-1]))
         if first:
-            return (input_shape[0], self._kernel_channels, *sizes)
-        return (input_shape[0], *sizes, self._kernel_channels)
+            return (input_shape[0], self.kernel_channels, *sizes)
+        return (input_shape[0], *sizes, self.kernel_channels)
 
     def get_config(self):
         return {**super().get_config(), **self._given}

@@ -76,7 +76,7 @@ class Linear(KernelGenerator):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
 
     def _build_generator(self, channels):
-        self.expand = self._convolution("expand", self._kernel_channels, channels)
+        self.expand = self.make_convolution("expand", self.kernel_channels, channels)
 
     def _generate(self, features):
         return self.expand(self.hidden(features))
@@ -90,7 +90,7 @@ class Linear(KernelGenerator):
         """Multiply-adds of the convolutions, for each output position."""
         return math.prod(self.expand.kernel.shape)
 
-    def _convolution(self, name, filters, channels, use_bias=True, kernel_size=1):
+    def make_convolution(self, name, filters, channels, use_bias=True, kernel_size=1):
         """A channels-last convolution, which every backend supports on every device."""
         rank = len(self.kernel_size)
         layer = conv_class(rank, kernel_size)(
@@ -158,14 +158,14 @@ class Bottleneck(Linear):
                 "`reduction_ratio` must leave at least one hidden channel. "
                 f"Received: reduction_ratio={self.reduction_ratio}, channels={channels}"
             )
-        self.reduce = self._convolution(
+        self.reduce = self.make_convolution(
             "reduce", hidden, channels, use_bias=False, kernel_size=self._context_size
         )
         self.normalization = keras.layers.BatchNormalization(
             momentum=0.9, epsilon=1e-5, dtype=self.dtype_policy, name="normalization"
         )
         self.normalization.build((None,) * (len(self.kernel_size) + 1) + (hidden,))
-        self.expand = self._convolution("expand", self._kernel_channels, hidden)
+        self.expand = self.make_convolution("expand", self.kernel_channels, hidden)
 
     def hidden(self, features):
         pooled = average_pool(features, self.strides)
@@ -225,7 +225,7 @@ def final_projection(generator, dtype):
     # A subclass may have replaced the last layer.
     if "_generate" in vars(generator) or generator.compute_dtype != dtype:
         return None
-    return projection_of(generator.expand, dtype, generator._kernel_channels)
+    return projection_of(generator.expand, dtype, generator.kernel_channels)
 
 
 def projection_of(layer, dtype, channels):

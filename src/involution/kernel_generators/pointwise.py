@@ -70,10 +70,13 @@ AFFINE = (
     keras.layers.Conv3D,
 )
 # Attributes of an instance that replace its class's methods.
-OVERRIDES = ("call", "forward", "convolution_op")
-# PyTorch's hooks around ``forward``: of a module under these names, of all modules with the prefix
-# ``_global``. PyTorch has no public function to list them.
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+OVERRIDES = frozenset(("call", "forward", "convolution_op"))
+# Attributes with PyTorch's hooks around ``forward``, of a module and of all modules. PyTorch has no
+# public function to list them.
+HOOKS = tuple(
+    (f"_{name}_hooks", f"_global_{name}_hooks")
+    for name in ("forward", "forward_pre", "backward", "backward_pre")
+)
 
 
 def has_plain_call(layer) -> bool:
@@ -82,7 +85,7 @@ def has_plain_call(layer) -> bool:
     return (
         layer.activity_regularizer is None
         and layer.quantization_mode is None
-        and not any(name in vars(layer) for name in OVERRIDES)
+        and OVERRIDES.isdisjoint(vars(layer))
         and not _hooked(layer)
     )
 
@@ -93,9 +96,10 @@ def _hooked(layer) -> bool:
         return False
     from torch.nn.modules import module
 
-    return any(
-        getattr(layer, name, True) or getattr(module, f"_global{name}", True) for name in HOOKS
-    )
+    for name, global_name in HOOKS:  # a loop: it runs in every call
+        if getattr(layer, name, True) or getattr(module, global_name, True):
+            return True
+    return False
 
 
 def affine(layer):

@@ -52,10 +52,10 @@ class Static(KernelGenerator):
 
     def _generate(self, features):
         batch, *sizes, _ = ops.shape(features)
-        kernel = ops.reshape(self.kernel, (self._kernel_channels,))
+        kernel = ops.reshape(self.kernel, (self.kernel_channels,))
         return ops.broadcast_to(
             ops.cast(kernel, self.compute_dtype),
-            (batch, *self._output_sizes(sizes), self._kernel_channels),
+            (batch, *self.output_sizes(sizes), self.kernel_channels),
         )
 
     def count_multiply_adds(self) -> int:

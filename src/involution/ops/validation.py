@@ -72,9 +72,12 @@ def static_shape(name, x) -> tuple[int | None, ...]:
 
 def is_shape_compatible(expected, shape) -> bool:
     """Whether two shapes have equal rank and no two known sizes differ."""
-    return len(expected) == len(shape) and all(
-        e is None or n is None or e == n for e, n in zip(expected, shape, strict=True)
-    )
+    if len(expected) != len(shape):
+        return False
+    for e, n in zip(expected, shape, strict=True):  # a loop: it runs in every call
+        if e is not None and n is not None and e != n:
+            return False
+    return True
 
 
 def check_axes(layer, input_shape, rank):

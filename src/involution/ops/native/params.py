@@ -12,6 +12,7 @@ from typing import Any
 import keras
 
 from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD
+from involution.ops.problem import cached
 from involution.ops.tensor_utils import pads
 from involution.ops.validation import CHANNELS_FIRST, INTERLEAVED
 from involution.ops.window import Window
@@ -109,7 +110,7 @@ def with_pass(encoded, pass_) -> list:
 
 def encode(pass_, window: Window, x_sizes, a, b) -> list:
     """The encoded parameters of a pass with the arguments ``a`` and ``b``."""
-    return _encode(pass_, window, x_sizes, b if pass_ == INPUT_GRAD else a, 0)
+    return _encode(pass_, window, x_sizes, b if pass_ == INPUT_GRAD else a)
 
 
 def encode_fused(pass_, window: Window, x_sizes, arguments) -> list:
@@ -118,7 +119,14 @@ def encode_fused(pass_, window: Window, x_sizes, arguments) -> list:
     return _encode(pass_, window, x_sizes, arguments[FEATURES_ARG[pass_]], hidden_channels)
 
 
-def _encode(pass_, window, x_sizes, features, hidden_channels) -> list:
+def _encode(pass_, window, x_sizes, features, hidden_channels=0) -> list:
+    dtype = keras.backend.standardize_dtype(features.dtype)
+    channels = features.shape[window.channel_axis]
+    return list(_encode_sizes(window, tuple(x_sizes), pass_, dtype, channels, hidden_channels))
+
+
+@cached
+def _encode_sizes(window, x_sizes, pass_, dtype, channels, hidden_channels) -> list:
     # With one tap the dilation rate has no effect, and may be too large for the core: 1.
     dilation_rate = [
         d if k > 1 else 1 for k, d in zip(window.kernel_size, window.dilation_rate, strict=True)
@@ -129,10 +137,10 @@ def _encode(pass_, window, x_sizes, features, hidden_channels) -> list:
 
     return Params(
         pass_=PASSES.index(pass_),
-        dtype=DTYPES.index(keras.backend.standardize_dtype(features.dtype)),
+        dtype=DTYPES.index(dtype),
         channels_first=int(window.data_format == CHANNELS_FIRST),
         interleaved=int(window.group_layout == INTERLEAVED),
-        channels=features.shape[window.channel_axis],
+        channels=channels,
         groups=window.groups,
         input_size=pad_rank(x_sizes, 1),
         output_size=pad_rank(window.output_sizes(x_sizes), 1),

@@ -25,11 +25,11 @@ def is_interpreter() -> bool:
 def unsupported_reason(problem) -> str | None:
     if keras.config.backend() != "torch":
         return "it requires the PyTorch backend"
-    if reason := tracing_reason():
-        return reason
     # The cheapest check first: it runs in every call.
     if problem.device != "cuda" and not is_interpreter():
         return f"it requires CUDA tensors; the device is {problem.device or 'unknown'}"
+    if reason := tracing_reason():
+        return reason
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if is_interpreter():
