@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, with a local server that implements its protocol."""
+"""The Hugging Face Hub, simulated by a local server."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def pushed(run, server, tmp_path):
-    """(the Hub, options for it, the commit) of an uploaded model."""
+    """(server state, options of ``hub.load``, commit hash) of an uploaded model."""
     folder = tmp_path / "folder"
     hub.save(run, LABEL, folder, name="small inn")
     (folder / "secret.txt").write_text("mine")
@@ -109,7 +109,7 @@ def test_changed_cache_is_rejected(pushed):
         hub.load("me/small", revision, offline=True, **options)
 
 
-def test_missing_repositories_and_models(pushed, tmp_path):
+def test_missing_repositories_and_models_are_input_errors(pushed, tmp_path):
     server_state, options, _ = pushed
     none = "0" * 40
     for repo, reason in (
@@ -129,7 +129,7 @@ def test_missing_repositories_and_models(pushed, tmp_path):
 
 
 def test_hosted_model_is_converted(server, tmp_path):
-    """The format of keras-io/involution: a SavedModel, of which no code is executed."""
+    """The format of keras-io/involution: a SavedModel, of which only the variables are read."""
     server_state, url = server
     files = {
         f"variables/{file.name}": file.read_bytes() for file in (HOSTED / "variables").iterdir()
@@ -145,7 +145,7 @@ def test_hosted_model_is_converted(server, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.pb"))
 
 
-def test_push_needs_a_token_and_a_complete_folder(run, server, tmp_path):
+def test_push_requires_a_token_and_a_complete_folder(run, server, tmp_path):
     server_state, url = server
     folder = tmp_path / "folder"
     hub.save(run, LABEL, folder)
@@ -168,9 +168,9 @@ def test_untested_model_is_rejected(run, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_models_that_cannot_be_saved(run, tmp_path):
-    mine = next(name for name in json.loads((run / "metrics.json").read_text())["models"])
-    assert mine == LABEL
+def test_unsupported_models_are_not_saved(run, tmp_path):
+    label = next(name for name in json.loads((run / "metrics.json").read_text())["models"])
+    assert label == LABEL
     own = f"{run.parent / 'own.py'}:net"
     for source, label, reason in (
         (run, own, "a model from a Python file cannot be built"),

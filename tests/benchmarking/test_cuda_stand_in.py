@@ -1,6 +1,6 @@
-"""The benchmark on CUDA without a device, by fakes of ``torch.cuda`` and CuPy.
+"""The CUDA benchmark without a device: fakes replace ``torch.cuda`` and CuPy.
 
-``ops/test_cuda.py`` runs on a device.
+``ops/test_cuda.py`` requires a device.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ CUDA = devices.DEVICES["cuda"]
 
 
 class FakeCuda:
-    """Of ``torch.cuda``: captures run eagerly, replays are counted."""
+    """Fake of ``torch.cuda``: captures run eagerly, replays are counted."""
 
     clock, replays = 0.0, 0
     fails_capture = False
@@ -103,7 +103,7 @@ def test_peak_memory_of_a_device_excludes_earlier_allocations(monkeypatch):
 
 
 class Cupy(types.ModuleType):
-    """Compiles with the C++ compiler of this machine."""
+    """Fake of CuPy, which compiles with the host's C++ compiler."""
 
     def __init__(self, folder):
         super().__init__("cupy")
@@ -114,7 +114,7 @@ class Cupy(types.ModuleType):
         self.compiled += 1
         text, library = self.folder / f"{self.compiled}.cu", self.folder / f"{self.compiled}.so"
         text.write_text(code)
-        here = pathlib.Path(__file__).with_name("paper_cuda.cpp")
+        source = pathlib.Path(__file__).with_name("paper_cuda.cpp")
         subprocess.run(
             [
                 shutil.which("c++"),
@@ -122,7 +122,7 @@ class Cupy(types.ModuleType):
                 "-fPIC",
                 *options,
                 f'-DPAPER_CUDA="{text}"',
-                here,
+                source,
                 "-o",
                 library,
             ],
@@ -163,13 +163,13 @@ def cupy(tmp_path, monkeypatch):
     ids=lambda case: case.name,
 )
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_paper_cuda_code_matches_the_reference(case, dtype, cupy):
+def test_paper_cuda_matches_the_reference(case, dtype, cupy):
     candidate = runner.make_candidate("paper-cuda", case, dtype)
     assert runner.max_relative_error(candidate, dtype) < {"float32": 1e-5, "float64": 1e-13}[dtype]
     assert cupy.compiled == 1  # once per case
 
 
-def test_unsupported_cases_of_the_paper_cuda_code(cupy, monkeypatch):
+def test_paper_cuda_names_the_unsupported_property_of_a_case(cupy, monkeypatch):
     small = Case.of("small", 1, (5, 4), 6, 2, 3)
     line = Case.of("line", 1, (9,), 4, 1, 3)
     alternating = Case.of("alternating", 1, (9, 9), 4, 2, 3, group_layout="interleaved")
@@ -190,14 +190,16 @@ def test_unsupported_cases_of_the_paper_cuda_code(cupy, monkeypatch):
 
 def test_a_failed_capture_is_logged_for_each_pass(fake_cuda, monkeypatch):
     def fail(run):
-        raise devices.CaptureError("it waits")
+        raise devices.CaptureError("it synchronizes")
 
     monkeypatch.setattr(devices.DEVICES["cpu"], "timer", fail)
     monkeypatch.setattr(runner, "CASES", (Case.of("small", 1, (5, 4), 6, 2, 3),))
     lines = []
     plan = runner.Plan(cases=("small",), candidates=("taps",))
     assert list(runner.run(plan, lines.append)) == []
-    assert lines == [f"small taps float32 {passes}: skipped: it waits" for passes in runner.PASSES]
+    assert lines == [
+        f"small taps float32 {passes}: skipped: it synchronizes" for passes in runner.PASSES
+    ]
 
 
 @pytest.mark.slow

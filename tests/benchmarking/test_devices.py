@@ -1,4 +1,4 @@
-"""Rates measured on the machine, and unavailable devices."""
+"""Measured rates of the CPU, and errors of unavailable devices."""
 
 import keras
 import pytest
@@ -9,7 +9,7 @@ from involution.utils.errors import InputError
 from tests.support.backends import BACKEND
 
 
-def test_rates_of_the_cpu():
+def test_measured_rates_of_the_cpu_are_plausible():
     cpu = devices.DEVICES["cpu"]
     assert cpu.unavailable_reason() is None
     assert cpu.description().endswith(" CPUs")
@@ -29,7 +29,7 @@ def test_an_unavailable_device_raises(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["paper-cuda", "compiled-taps"])
-def test_candidates_that_require_pytorch(name, monkeypatch):
+def test_candidates_that_require_pytorch_raise_on_jax(name, monkeypatch):
     case = Case.of("small", 1, (4, 5), 4, 2, 3)
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
     with pytest.raises(NotImplementedError, match="requires the PyTorch backend"):

@@ -64,7 +64,7 @@ def test_csv_contains_the_environment(small):
 
 
 @pytest.mark.parametrize(("factor", "error"), [(1.01, "1.0e-02"), (np.nan, "inf")])
-def test_wrong_candidates_are_not_measured(small, monkeypatch, factor, error):
+def test_wrong_results_are_not_measured(small, monkeypatch, factor, error):
     apply = taps.apply
     monkeypatch.setattr(taps, "apply", lambda *arguments: apply(*arguments) * factor)
     message = rf"must match `reference` to 1e-04\. Received: small .* error of {error}"
@@ -148,7 +148,7 @@ def test_memory_is_measured_in_a_subprocess(small):
 
 
 def test_peak_memory_excludes_earlier_allocations(small):
-    """In this process, where freed memory may be reused: without a lower bound."""
+    """There is no lower bound: this process may reuse freed memory."""
     if not os.path.exists("/proc/self/clear_refs"):
         return
     (case,) = (case for case in CASES if case.name == "red2")
@@ -189,7 +189,7 @@ def pure(function, x):
     ],
     ids=["whole", "part"],
 )
-def test_repeat_makes_all_calls(use, number, want):
+def test_repeat_executes_every_call(use, number, want):
     calls = []
 
     def count(x):

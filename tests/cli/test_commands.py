@@ -1,4 +1,4 @@
-"""The commands, called as by the console script; one in a process of its own."""
+"""Commands, run in this process as the console script runs them; `compare` in a subprocess."""
 
 import json
 import os
@@ -37,8 +37,8 @@ HOSTED = FILES / "hosted"
 
 @pytest.fixture
 def call(monkeypatch, capfd, tmp_path):
-    """Runs a command line in an empty folder: (exit code, output lines). Standard error has only
-    the command's own error; the output of frameworks is in the log."""
+    """Returns a function that runs a command line in an empty folder and returns (exit code, output
+    lines). Standard error contains only the command's own error; frameworks write to the log."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -62,7 +62,7 @@ def pets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(pets, tmp_path_factory):
-    """The folder of a short run of `compare`, and its process."""
+    """The output folder of a short run of `compare`, and its completed process."""
     output = tmp_path_factory.mktemp("cli") / "the $run"
     command = ["compare", "--dataset", pets, "--epochs", "1", "--output", output]
     result = subprocess.run(
@@ -76,7 +76,7 @@ def trained(pets, tmp_path_factory):
     return output, result
 
 
-def test_output_of_compare(trained):
+def test_compare_prints_a_table_and_the_next_commands(trained):
     output, result = trained
     lines = result.stdout.splitlines()
     assert lines[0].startswith("involution: Comparing cnn,inn on ")
@@ -96,7 +96,7 @@ def test_output_of_compare(trained):
     assert command.startswith("involution compare --dataset")
 
 
-def test_train(call, pets, tmp_path):
+def test_train_writes_a_model(call, pets, tmp_path):
     code, lines = call("train", "--model", "cnn", "--dataset", pets, "--epochs", "1")
     assert code == 0
     (folder,) = (tmp_path / "runs").iterdir()
@@ -108,7 +108,7 @@ def test_train(call, pets, tmp_path):
     )
 
 
-def test_predict(call, trained, pets):
+def test_predict_prints_the_most_probable_classes(call, trained, pets):
     image = pets / "test" / "cat" / "0.png"
     code, lines = call("predict", trained[0] / "cnn.keras", image, image, "--top", "2")
     assert code == 0
@@ -137,7 +137,7 @@ def test_predict(call, trained, pets):
         (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"), "CUDA out of memory. Tried"),
     ],
 )
-def test_out_of_memory(error, received, tmp_path):
+def test_out_of_memory_has_its_own_exit_code(error, received, tmp_path):
     message, code = session.explain_error(error, tmp_path / "log.txt")
     assert code == 7
     assert message.startswith("Out of memory; ")
@@ -145,8 +145,8 @@ def test_out_of_memory(error, received, tmp_path):
     assert not (tmp_path / "log.txt").exists()
 
 
-def test_out_of_memory_importing_keras(tmp_path):
-    """The package, which classifies errors, is not fully imported then."""
+def test_out_of_memory_in_the_import_of_keras(tmp_path):
+    """Handling the error must not require the package, which is only partly imported."""
     code = (
         "import sys, involution_cli\n"
         "class Full:\n"
@@ -163,7 +163,7 @@ def test_out_of_memory_importing_keras(tmp_path):
     assert done.stderr.endswith("Received: Unable to allocate 5 GiB\n")
 
 
-def test_missing_permissions(tmp_path):
+def test_permission_errors_name_the_path(tmp_path):
     log = tmp_path / "log.txt"
     rule = "Files and folders must be accessible to this user. Received: "
     for error, received in (
@@ -174,11 +174,11 @@ def test_missing_permissions(tmp_path):
     assert not log.exists()
 
 
-def test_no_temporary_folder(call, monkeypatch):
-    def refuse(**more):
+def test_missing_temporary_folder_is_an_error(call, monkeypatch):
+    def fail(**_):
         raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
 
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("tempfile.mkdtemp", fail)
     code, lines = call("doctor")
     assert code == 5
     assert lines[-1].startswith(
@@ -186,7 +186,7 @@ def test_no_temporary_folder(call, monkeypatch):
     )
 
 
-def test_explain(call, trained, pets, tmp_path):
+def test_explain_prints_the_layers_and_writes_a_figure(call, trained, pets, tmp_path):
     image = pets / "test" / "ant" / "1.png"
     code, lines = call("explain", trained[0] / "inn.keras", image)
     assert code == 0
@@ -197,7 +197,7 @@ def test_explain(call, trained, pets, tmp_path):
 
 
 @pytest.mark.parametrize("figure", ["heatmap", "activations", "point", "groups"])
-def test_explain_figures(call, trained, pets, tmp_path, figure):
+def test_figures_are_reproducible(call, trained, pets, tmp_path, figure):
     image = pets / "test" / "ant" / "1.png"
     arguments = ("explain", trained[0] / "inn.keras", image, "--figure", figure, "--point", "0,1")
     for file in ("a.svg", "b.svg"):
@@ -209,7 +209,7 @@ def test_explain_figures(call, trained, pets, tmp_path, figure):
     assert a == b
 
 
-def test_explain_page(call, trained, pets, tmp_path):
+def test_html_page_is_self_contained(call, trained, pets, tmp_path):
     images = [pets / "test" / "ant" / f"{i}.png" for i in range(2)]
     code, lines = call("explain", trained[0] / "inn.keras", *images, "--output", "page.html")
     assert code == 0
@@ -221,7 +221,7 @@ def test_explain_page(call, trained, pets, tmp_path):
     assert not re.search(r"https?://|<script", page)
 
 
-def test_convert_and_export(call, tmp_path):
+def test_converted_model_can_be_exported(call, tmp_path):
     code, lines = call("convert", HOSTED, "folder")
     assert code == 0
     assert lines[1].startswith("inn from a TensorFlow checkpoint: 24 tensors, ")
@@ -242,7 +242,7 @@ def test_convert_and_export(call, tmp_path):
 
 
 @pytest.mark.slow
-def test_export_of_a_trained_model(call, trained, tmp_path):
+def test_trained_model_can_be_exported(call, trained, tmp_path):
     format = {"tensorflow": "saved_model", "jax": "onnx", "torch": "pt2"}[BACKEND]
     code, lines = call("export", trained[0] / "inn.keras", "--format", format)
     assert code == 0
@@ -251,22 +251,22 @@ def test_export_of_a_trained_model(call, trained, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
-def test_doctor(call):
+def test_doctor_prints_the_selected_implementations(call):
     code, lines = call("doctor")
     assert code == 0
     assert f"backend in use: {BACKEND}" in lines
-    taken = [
+    selected = [
         m[1]
         for line in lines
         if (m := re.search(r"(\w+) +error \d\.\de[+-]\d\d \(selected\)", line))
     ]
     few_channels = "taps" if BACKEND == "jax" else IMPLEMENTATIONS[0]
-    assert taken == [few_channels] + (len(CASES) - 1) * [IMPLEMENTATIONS[0]]
+    assert selected == [few_channels] + (len(CASES) - 1) * [IMPLEMENTATIONS[0]]
     fused = [line for line in lines if " fused " in line]
     assert len(fused) == len(CASES)
-    there = "native" in IMPLEMENTATIONS
-    assert all(("error" if there else "unavailable") in line for line in fused)
-    assert any("(selected for generated kernels)" in line for line in fused) == there
+    has_native = "native" in IMPLEMENTATIONS
+    assert all(("error" if has_native else "unavailable") in line for line in fused)
+    assert any("(selected for generated kernels)" in line for line in fused) == has_native
 
 
 def test_doctor_fails_on_a_wrong_implementation(call, monkeypatch):
@@ -292,14 +292,14 @@ def test_doctor_fails_on_a_wrong_implementation(call, monkeypatch):
 
 
 def bad_inputs(root, trained):
-    """(command line, text in the error) of invalid inputs."""
+    """Pairs of an invalid command line and a part of its error."""
     ok = ["--dataset", write_folder(root / "ok")]
     empty = root / "empty"
     empty.mkdir()
     broken = write_folder(root / "broken")
     write_image(broken / "train" / "ant" / "bad.jpg", size=(64, 64))
-    whole = (broken / "train" / "ant" / "bad.jpg").read_bytes()
-    (broken / "train" / "ant" / "bad.jpg").write_bytes(whole[: len(whole) // 2])
+    image_bytes = (broken / "train" / "ant" / "bad.jpg").read_bytes()
+    (broken / "train" / "ant" / "bad.jpg").write_bytes(image_bytes[: len(image_bytes) // 2])
     untested = root / "untested"
     write_image(untested / "train" / "ant" / "0.png")
     single = write_folder(root / "single", classes=("ant",))
@@ -346,7 +346,7 @@ def bad_inputs(root, trained):
         (["convert", HOSTED, root / "text.png" / "x"], "writable"),
         (["export", root / "none.keras"], "which does not exist"),
         (["export", root / "text.png"], "must be a .keras file"),
-        (["export", root / "used"], "must hold config.json and model.safetensors"),
+        (["export", root / "used"], "must contain config.json and model.safetensors"),
         (["export", cnn, "--image-size", "9"], "Received: a model for images of (16, 16, 3)"),
         (["export", cnn, "--output", root / "none" / "x.onnx"], "none/x.onnx"),
         (["export", cnn, "--format", "tflite"], "tflite"),
@@ -365,7 +365,7 @@ def test_invalid_input_is_one_line_and_writes_nothing(call, trained, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before, arguments
 
 
-def test_unknown_backend_and_a_stale_configuration(tmp_path, trained):
+def test_unknown_backend_is_an_error_and_stale_configuration_a_warning(tmp_path, trained):
     def run(code, **environment):
         env = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
         env |= {"KERAS_HOME": str(tmp_path), "TMPDIR": str(tmp_path), **environment}
@@ -388,7 +388,7 @@ def test_unknown_backend_and_a_stale_configuration(tmp_path, trained):
     assert [f.name for f in tmp_path.iterdir()] == ["keras.json"]
 
 
-def test_names_that_the_terminal_cannot_encode(trained, pets):
+def test_names_that_the_terminal_cannot_encode_are_escaped(trained, pets):
     image = pets / "猫.png"
     image.write_bytes((pets / "test" / "ant" / "0.png").read_bytes())
     result = subprocess.run(
@@ -402,9 +402,9 @@ def test_names_that_the_terminal_cannot_encode(trained, pets):
     assert "\\u732b.png: " in result.stdout
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
-def test_paths_that_are_not_utf8(call, pets, tmp_path):
-    """In config.json, the report, and the command to resume."""
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
+def test_paths_that_are_not_utf8_are_escaped(call, pets, tmp_path):
+    """The paths are in config.json, in the report and in the printed command."""
     data, output = (tmp_path / os.fsdecode(name) for name in (b"p\xe9ts", b"r\xfcn"))
     data.symlink_to(pets)
     arguments = ("train", "--model", "cnn", "--dataset", data, "--epochs", "1", "--output", output)
@@ -419,7 +419,7 @@ def test_paths_that_are_not_utf8(call, pets, tmp_path):
     code, lines = call("predict", output / "cnn.keras", image)
     assert code == 0
     assert lines[-1].startswith(f"{tmp_path}/\\udce9.png: ")
-    # A class name would be stored in the model.
+    # A class name is stored in the model, so it must be valid UTF-8.
     for part in ("train", "test"):
         write_image(tmp_path / "latin" / part / os.fsdecode(b"\xe9") / "0.png")
     code, lines = call("train", "--dataset", tmp_path / "latin", "--output", "new")
@@ -467,7 +467,7 @@ def test_help_does_not_import_the_package():
         assert "Usage: involution" in result.stdout
 
 
-def test_version(call):
+def test_version_is_printed(call):
     code, lines = call("--version")
     assert (code, lines) == (0, [involution.__version__])
 
@@ -475,9 +475,9 @@ def test_version(call):
 def test_no_backend_installed_is_one_line(tmp_path):
     code = (
         "import importlib.util, sys\n"
-        "found = importlib.util.find_spec\n"
+        "find_spec = importlib.util.find_spec\n"
         "names = ('tensorflow', 'jax', 'torch')\n"
-        "importlib.util.find_spec = lambda n, *a: None if n in names else found(n, *a)\n"
+        "importlib.util.find_spec = lambda n, *a: None if n in names else find_spec(n, *a)\n"
         "import involution_cli; sys.argv = ['involution', 'doctor']; involution_cli.main()\n"
     )
     env = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}

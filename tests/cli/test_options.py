@@ -1,4 +1,4 @@
-"""Options: their declaration in the library, deprecated names, and commands of version 0.1."""
+"""Options: their declarations in the package, deprecated names, and commands of version 0.1."""
 
 import ast
 import dataclasses
@@ -35,7 +35,7 @@ def help_of(monkeypatch, capsys):
     return print_help
 
 
-def test_the_declaration_needs_only_the_standard_library():
+def test_recipes_import_only_the_standard_library():
     with open(recipes.__file__, encoding="utf-8") as file:
         tree = ast.parse(file.read())
     for node in tree.body:
@@ -62,7 +62,7 @@ def test_every_setting_is_an_option_with_its_help():
         ("precision", "float16", "float32.*bfloat16"),
     ],
 )
-def test_choices_are_those_of_the_rule(field, value, text):
+def test_error_lists_the_choices(field, value, text):
     with pytest.raises(cyclopts.CycloptsError, match=text):
         parse(["train", f"--{field}", value])
 
@@ -108,17 +108,17 @@ def test_every_deprecated_value_works_and_is_hidden(command, option, old, new, c
         assert capsys.readouterr().err == line
         parse([command, *want])
     text = help_of(command).split(f" {option} ")[1]
-    # Of an option with choices only their list counts: its help may contain the words.
+    # Only the list of choices is searched: the rest of the help may contain the old value.
     text = text.split("choices:")[1].split("]")[0] if command == "explain" else text
     words = re.findall(r"[\w-]+", text)
     assert new in words
     assert old not in words
 
 
-def test_current_names_and_positional_words_stay():
+def test_current_names_and_positional_arguments_are_kept():
     words = ["train", "--model", "inn", "--ema-momentum", "0.9", "--resume"]
     assert replace_deprecated(words) == words
-    # Values of other options, files, and all after `--`.
+    # Values of other options, file names, and everything after `--`.
     words = ["explain", "maps", "--output", "maps", "--", "--show", "maps"]
     assert replace_deprecated(words) == words
     assert replace_deprecated([]) == []
@@ -129,7 +129,7 @@ def test_current_names_and_positional_words_stay():
     ]
 
 
-def test_an_error_names_the_option(monkeypatch, capfd, tmp_path):
+def test_error_names_the_current_option(monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["involution", "train", "--accumulate", "0"])
     with pytest.raises(SystemExit) as end:
@@ -141,7 +141,7 @@ def test_an_error_names_the_option(monkeypatch, capfd, tmp_path):
     ]
 
 
-def test_only_options_of_the_command_are_named():
+def test_only_the_commands_own_options_are_renamed_in_messages():
     message = "`batch_size` must suit `filters` and `resume`"
     assert session.with_options(message, option_names("train")) == (
         "--batch-size must suit `filters` and --resume"

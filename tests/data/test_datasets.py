@@ -1,3 +1,5 @@
+"""Data sets: digits, image folders and CIFAR-10 archives; and decoding of images."""
+
 import hashlib
 import io
 import os
@@ -38,7 +40,7 @@ def test_epoch_permutation_depends_on_seed_and_epoch():
         assert (first != other).any()
 
 
-def test_folder_without_image_size(tmp_path):
+def test_folder_without_image_size_keeps_the_size(tmp_path):
     loaded = datasets.load(str(write_folder(tmp_path / "pets", size=(12, 20))))
     assert loaded.name == "pets"
     assert loaded.class_names == ("ant", "bee", "cat")
@@ -59,8 +61,8 @@ def test_folder_decodes_png_jpeg_and_webp_upright_and_resizes(tmp_path):
     rotated.putpixel((0, 0), (255, 255, 255))
     exif = rotated.getexif()
     exif[274] = 6  # rotated by 90 degrees
-    rotated.save(tmp_path / "turned.png", exif=exif)
-    read = decode.read_image(tmp_path / "turned.png")
+    rotated.save(tmp_path / "rotated.png", exif=exif)
+    read = decode.read_image(tmp_path / "rotated.png")
     assert read.shape == (10, 20, 3)
     assert read[0, 19].tolist() == [255, 255, 255]
 
@@ -221,7 +223,7 @@ def test_format_is_detected_by_content_and_hidden_files_are_ignored(tmp_path):
     assert len(datasets.load(str(root)).x_train) == 24
 
 
-def test_folder_errors(tmp_path):
+def test_incomplete_folders_are_rejected(tmp_path):
     def fails(root, match):
         with pytest.raises(InputError, match=match):
             datasets.load(str(root))
@@ -239,7 +241,7 @@ def test_folder_errors(tmp_path):
     fails(tmp_path, "Every class must have images.*yak")
 
 
-def test_unknown_data_set_and_inapplicable_image_size(tmp_path):
+def test_unknown_data_sets_and_inapplicable_options_are_rejected(tmp_path):
     with pytest.raises(InputError, match="Received: mnist"):
         datasets.load("mnist")
     with pytest.raises(InputError, match=r"image folders only.*8x8 for digits"):
@@ -271,12 +273,12 @@ def check_cifar10(loaded):
     assert loaded.class_names[9] == "truck"
     for i, (_, rows, labels) in enumerate(truth[:-1]):
         np.testing.assert_array_equal(loaded.y_train[3 * i : 3 * i + 3], labels)
-        # The archive's rows hold 1,024 red, then green, then blue values, row-major.
+        # A row of the archive is 1,024 red, then green, then blue values, in row-major order.
         assert loaded.x_train[3 * i, 2, 5, 1] == rows[0, 1024 + 2 * 32 + 5]
     np.testing.assert_array_equal(loaded.y_test, truth[-1][2])
 
 
-def test_cifar10_binary_archive(tmp_path, monkeypatch):
+def test_cifar10_binary_archive_is_loaded(tmp_path, monkeypatch):
     members = [
         (f"{name}.bin", np.c_[labels.astype("uint8"), rows].tobytes())
         for name, rows, labels in batches()
@@ -297,7 +299,7 @@ def keras_archive(home, monkeypatch, content):
     return path
 
 
-def test_cifar10_from_keras_cache(tmp_path, monkeypatch):
+def test_cifar10_is_loaded_from_the_keras_cache(tmp_path, monkeypatch):
     path = keras_archive(
         tmp_path,
         monkeypatch,
@@ -310,14 +312,14 @@ def test_cifar10_from_keras_cache(tmp_path, monkeypatch):
 
 
 def test_batch_with_code_is_rejected(tmp_path, monkeypatch):
-    class Harm:
+    class Exploit:
         def __reduce__(self):
-            return (open, (str(tmp_path / "harm"), "w"))
+            return (open, (str(tmp_path / "marker"), "w"))
 
-    keras_archive(tmp_path / "home", monkeypatch, lambda *_: pickle.dumps({b"data": Harm()}))
-    with pytest.raises(InputError, match=r"arrays only. Received: .*open"):
+    keras_archive(tmp_path / "home", monkeypatch, lambda *_: pickle.dumps({b"data": Exploit()}))
+    with pytest.raises(InputError, match=r"must contain only arrays. Received: .*open"):
         datasets.load("cifar10")
-    assert not (tmp_path / "harm").exists()
+    assert not (tmp_path / "marker").exists()
 
 
 def test_cifar10_is_downloaded_only_on_request(tmp_path, monkeypatch):
@@ -337,13 +339,13 @@ def test_cifar10_is_downloaded_only_on_request(tmp_path, monkeypatch):
     assert requests[0]["file_hash"] == datasets.CIFAR10_KERAS_SHA256
 
 
-def test_to_unit_float():
+def test_to_unit_float_divides_by_255():
     scaled = transforms.to_unit_float(np.array([[0, 51, 255]], "uint8"))
     assert scaled.dtype == np.float32
     np.testing.assert_array_equal(scaled, np.array([[0, 0.2, 1]], "float32"))
 
 
-def test_batch_pickled_by_python_2():
+def test_batch_pickled_by_python_2_is_read():
     def text(content):
         return b"U" + bytes([len(content)]) + content
 
@@ -364,6 +366,6 @@ def test_batch_pickled_by_python_2():
     ("old", "new"),
     [("order", "epoch_permutation"), ("mirrored", "flip_mask"), ("scale", "to_unit_float")],
 )
-def test_deprecated_names(old, new):
+def test_deprecated_names_warn(old, new):
     with pytest.warns(DeprecationWarning, match=rf"involution\.data\.{old} is now .*{new}"):
         assert getattr(data, old) is getattr(data, new)

@@ -71,7 +71,7 @@ def test_tar_files_are_read_in_place(pets, tmp_path, monkeypatch):
         stored.x_train[:3]
 
 
-def test_webdataset_shards(pets, tmp_path):
+def test_webdataset_shards_are_read(pets, tmp_path):
     """The label is a number in a file of the same name."""
     expected = datasets.load(str(pets))
     (tmp_path / "tar").mkdir()
@@ -122,12 +122,12 @@ def test_other_files_are_ignored(pets, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda whole: b"hello", "be complete and uncompressed. Received: .*train.tar"),
-        (lambda whole: b"", "be complete and uncompressed. Received: .*train.tar"),
-        (lambda whole: whole[: len(whole) // 2 + 700], "be complete and uncompressed"),
+        (lambda valid: b"hello", "be complete and uncompressed. Received: .*train.tar"),
+        (lambda valid: b"", "be complete and uncompressed. Received: .*train.tar"),
+        (lambda valid: valid[: len(valid) // 2 + 700], "be complete and uncompressed"),
     ],
 )
-def test_invalid_tar_files(pets, tmp_path, content, message):
+def test_invalid_tar_files_are_rejected(pets, tmp_path, content, message):
     folder = pack(pets, tmp_path / "tar")
     path = folder / "train.tar"
     path.write_bytes(content(path.read_bytes()))
@@ -150,14 +150,14 @@ def test_dangling_links_are_named(pets):
         datasets.load(str(pets))
 
 
-@pytest.mark.parametrize("place", ["header", "boundary"])
-def test_damaged_header_is_not_the_end_of_the_archive(pets, tmp_path, place):
+@pytest.mark.parametrize("damage", ["header", "boundary"])
+def test_damaged_header_is_not_the_end_of_the_archive(pets, tmp_path, damage):
     folder = pack(pets, tmp_path / "tar")
     path = folder / "train.tar"
     with tarfile.open(path) as archive:
         header = archive.getmembers()[5].offset
     content = bytearray(path.read_bytes())
-    if place == "header":
+    if damage == "header":
         content[header + 3] ^= 1
     else:
         del content[header:]
@@ -179,7 +179,7 @@ def test_tar_members_are_sorted_by_name(pets, tmp_path):
 
 
 def test_members_with_decreasing_offsets_are_rejected(pets, tmp_path, monkeypatch):
-    """As in CVE-2025-8194, where Python's reader loops forever."""
+    """As in CVE-2025-8194: Python's reader looped forever."""
     folder = str(pack(pets, tmp_path / "tar"))
     from_buffer, from_file = tarfile.TarInfo.frombuf, tarfile.TarInfo.fromtarfile.__func__
     reason = r"train\.tar: its members do not follow each other$"
@@ -191,7 +191,7 @@ def test_members_with_decreasing_offsets_are_rejected(pets, tmp_path, monkeypatc
 
     before = []
 
-    def again(*arguments):
+    def repeated(*arguments):
         info = from_file(*arguments)
         if info.name.endswith("1.png"):
             info.offset = before[-1]
@@ -202,7 +202,7 @@ def test_members_with_decreasing_offsets_are_rejected(pets, tmp_path, monkeypatc
         changed.setattr(tarfile.TarInfo, "frombuf", negative)
         with pytest.raises(InputError, match=reason):
             datasets.load(folder)
-    monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", classmethod(again))
+    monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", classmethod(repeated))
     with pytest.raises(InputError, match=reason):
         datasets.load(folder)
 
@@ -211,7 +211,7 @@ def test_members_with_decreasing_offsets_are_rejected(pets, tmp_path, monkeypatc
     ("content", "reason"),
     [(b"\xff\xfe", "'utf-8' codec"), (b"x" * 1001, r"train/ant/0\.cls has more than 1000 bytes")],
 )
-def test_invalid_labels(content, reason, pets, tmp_path):
+def test_invalid_labels_are_rejected(content, reason, pets, tmp_path):
     folder = pack(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "a") as archive:
         member(archive, "train/ant/0.cls", content)
@@ -219,7 +219,7 @@ def test_invalid_labels(content, reason, pets, tmp_path):
         datasets.load(str(folder))
 
 
-def test_label_of_maximum_length(pets, tmp_path):
+def test_label_of_maximum_length_is_accepted(pets, tmp_path):
     folder = pack(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "a") as archive:
         member(archive, "x.png", (pets / "train" / "ant" / "0.png").read_bytes())
@@ -243,7 +243,7 @@ def test_hidden_files_are_ignored(pets):
     assert datasets.load(str(pets)).fingerprint() == before
 
 
-def test_missing_split_or_images(pets):
+def test_missing_splits_and_images_are_rejected(pets):
     for image in (pets / "test" / "bee").iterdir():
         image.unlink()
     with pytest.raises(InputError) as caught:
@@ -341,7 +341,7 @@ TREES = {
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("prefix", ["", "./", "some/", ".cache/x/", "../", "/"])
-def test_folders_and_tar_files_follow_one_rule(tree, prefix, tmp_path):
+def test_folders_and_tar_files_are_scanned_alike(tree, prefix, tmp_path):
     more, expected = TREES[tree]
     usual = [f"{split}/{name}/a.png" for split in ("train", "test") for name in ("cat", "dog")]
     root = write_tree(tmp_path / "folder", *usual, *more)
@@ -357,14 +357,13 @@ def test_folders_and_tar_files_follow_one_rule(tree, prefix, tmp_path):
     assert outcome(tmp_path / "tar") == found
 
 
-def test_tar_file_without_its_split_folder(tmp_path):
-    """Without train/, as ``tar -C train`` packs it; also inside another folder."""
+def test_tar_files_need_no_split_folder(tmp_path):
+    """Without train/, as ``tar -C train`` packs it, or in another folder; .x/ is hidden."""
     usual = ["cat/a.png", "dog/b.png", "dog/1/c.png", "cat/.x/d.png"]
     for prefix in ("", "./", "pets/", "a/b/"):
         root = tmp_path / f"tar{len(prefix)}"
         root.mkdir()
         for split, names in (("train", usual), ("test", ["cat/a.png", "cat/1/a.png"])):
-            # A hidden folder is ignored.
             with tarfile.open(root / f"{split}.tar", "w") as archive:
                 for name in [*names, *(["cover.png"] if split == "train" else [])]:
                     member(archive, name if name == "cover.png" else prefix + name)
@@ -430,8 +429,8 @@ def test_link_loops_are_not_followed(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
-def test_names_that_are_not_utf_8(pets, tmp_path):
-    """A class name is in models and reports; a file name is in errors only."""
+def test_only_class_names_must_be_utf_8(pets, tmp_path):
+    """Class names are stored in models and reports; file names appear in errors only."""
     image = (pets / "train" / "ant" / "0.png").read_bytes()
     (pets / "train" / "ant" / os.fsdecode(b"caf\xe9.png")).write_bytes(image)
     tar = pack(pets, tmp_path / "tar")
@@ -458,7 +457,7 @@ def test_exceeds_decode_limit(monkeypatch):
         )
 
 
-def test_digest_of_contents_or_of_names_and_sizes(tmp_path):
+def test_digest_is_of_contents_or_of_names_and_sizes(tmp_path):
     content = np.random.default_rng(0).bytes(2 * 2100)
     (tmp_path / "x.tar").write_bytes(content)
     records = [TarMember(str(tmp_path / "x.tar"), f"{n}.png", 2 * n, 2) for n in range(2100)]
@@ -468,21 +467,21 @@ def test_digest_of_contents_or_of_names_and_sizes(tmp_path):
     assert image_folder.digest(records, True) == hashlib.sha256(names).hexdigest()
 
 
-def test_unreadable_folder(pets, monkeypatch):
-    def refuse(path):
+def test_unreadable_folder_is_rejected(pets, monkeypatch):
+    def fail(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("os.scandir", refuse)
+    monkeypatch.setattr("os.scandir", fail)
     with pytest.raises(InputError, match=rf"must be readable. Received: {pets}/train: Permission"):
         datasets.load(str(pets))
 
 
-def test_compressed_tar_files(pets, tmp_path):
+def test_compressed_tar_files_are_rejected(pets, tmp_path):
     with pytest.raises(InputError, match=r"uncompressed. Received: .*train\.tar: invalid header$"):
         datasets.load(str(pack(pets, tmp_path / "tar", mode="w:gz")))
 
 
-def test_tar_files_without_images_or_classes(pets, tmp_path):
+def test_tar_files_without_images_or_classes_are_rejected(pets, tmp_path):
     folder = pack(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "w") as archive:
         member(archive, "train/ant/notes.txt", b"notes")

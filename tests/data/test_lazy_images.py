@@ -27,16 +27,16 @@ def pets(tmp_path):
 
 @pytest.fixture
 def pair(pets, monkeypatch):
-    """The same folder, in memory and lazy."""
+    """Two data sets of the same folder: in memory, and lazy."""
     loaded = datasets.load(str(pets))
     assert isinstance(loaded.x_train, np.ndarray)
-    # A quarter of it is less than the images take.
+    # Images are lazy if they take more than a quarter of the memory limit.
     size = 3 * (loaded.x_train.nbytes + loaded.x_test.nbytes)
     monkeypatch.setattr(memory, "memory_limit", lambda: size)
-    stored = datasets.load(str(pets))
-    assert isinstance(stored.x_train, LazyImages)
-    assert isinstance(stored.x_test, LazyImages)
-    return loaded, stored
+    lazy = datasets.load(str(pets))
+    assert isinstance(lazy.x_train, LazyImages)
+    assert isinstance(lazy.x_test, LazyImages)
+    return loaded, lazy
 
 
 def test_indexing_matches_an_array(pair):
@@ -52,8 +52,8 @@ def test_indexing_matches_an_array(pair):
 
 def test_fingerprints_match_those_in_memory(pair, monkeypatch):
     monkeypatch.setattr(datasets, "CHUNK_SIZE", 5)
-    loaded, stored = pair
-    assert stored.fingerprint() == loaded.fingerprint()
+    loaded, lazy = pair
+    assert lazy.fingerprint() == loaded.fingerprint()
     held_out = [dataset.validation_split(7) for dataset in pair]
     assert isinstance(held_out[1].x_test, LazyImages)
     assert held_out[1].fingerprint() == held_out[0].fingerprint() != loaded.fingerprint()
@@ -70,7 +70,7 @@ def test_training_matches_images_in_memory(pair):
     assert rows(pair[1]) == rows(pair[0])
 
 
-def test_files_changed_after_loading(pair):
+def test_files_changed_after_loading_raise(pair):
     images = pair[1].x_train
     first, third = (pathlib.Path(images.sources[n].path) for n in (0, 2))
     third.write_bytes(b"hello")
@@ -89,21 +89,21 @@ def test_random_crops_depend_on_seed_epoch_and_image(tmp_path):
     pets = write_folder(tmp_path / "pets", size=(20, 14))
     images = datasets.load(str(pets), (6, 8), crop_fraction=0.875).x_train
     index = np.array([3, 0, 3])
-    seen = images.random_crops(index, 1, 1)
-    assert (seen.shape, seen.dtype) == ((3, 6, 8, 3), np.uint8)
-    np.testing.assert_array_equal(seen[0], seen[2])
-    np.testing.assert_array_equal(images.random_crops(np.arange(5), 1, 1)[[3, 0, 3]], seen)
+    crops = images.random_crops(index, 1, 1)
+    assert (crops.shape, crops.dtype) == ((3, 6, 8, 3), np.uint8)
+    np.testing.assert_array_equal(crops[0], crops[2])
+    np.testing.assert_array_equal(images.random_crops(np.arange(5), 1, 1)[[3, 0, 3]], crops)
     for seed, epoch in ((1, 2), (2, 1)):
-        assert (images.random_crops(index, seed, epoch) != seen).any()
-    assert (images[index] != seen).any()
+        assert (images.random_crops(index, seed, epoch) != crops).any()
+    assert (images[index] != crops).any()
     with images.sources[3].open() as file:
         expected = decode.read_image(file, (6, 8), rng=np.random.default_rng([1, 1, 2, 3]))
-    np.testing.assert_array_equal(seen[0], expected)
+    np.testing.assert_array_equal(crops[0], expected)
 
 
 def test_cropped_folders_are_lazy(tmp_path):
     pets = write_folder(tmp_path / "pets")
-    # Different sizes are accepted.
+    # Crops have one size, whatever the sizes of the images.
     write_image(pets / "train" / "ant" / "0.png", size=(31, 17))
     loaded = datasets.load(str(pets), (8, 8), crop_fraction=0.5)
     assert isinstance(loaded.x_test, LazyImages)
@@ -145,7 +145,7 @@ def test_folders_above_the_decode_limit_are_not_decoded(tmp_path, monkeypatch):
         datasets.load(str(pets))
 
 
-def test_memory_limit(monkeypatch):
+def test_memory_limit_respects_rlimits(monkeypatch):
     resource = pytest.importorskip("resource")
     before = memory.memory_limit()
     assert 0 < before < math.inf

@@ -1,4 +1,4 @@
-"""Crops: center and random."""
+"""Center crops and random crops."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_distribution_of_random_crops():
     assert np.quantile(areas, 0.25) == pytest.approx(0.08 + 0.25 * 0.92, abs=0.05)
     assert abs(changes.mean()) < 0.01
     assert changes.max() == pytest.approx(math.log(4 / 3), abs=0.01)
-    # Relative to the requested aspect ratio.
+    # The aspect ratio varies around the requested one.
     landscape = np.array(
         [transforms.random_resized_crop(500, 250, 2.0, rng) for _ in range(20_000)]
     )
@@ -78,18 +78,18 @@ def test_read_image_crops(tmp_path):
     ramp[..., 0] = np.arange(160)
     ramp[..., 1] = np.arange(80)[:, None]
     Image.fromarray(ramp).save(tmp_path / "x.png")
-    whole = decode.read_image(tmp_path / "x.png", (8, 8))
-    middle = decode.read_image(tmp_path / "x.png", (8, 8), crop_fraction=0.5)
+    uncropped = decode.read_image(tmp_path / "x.png", (8, 8))
+    center = decode.read_image(tmp_path / "x.png", (8, 8), crop_fraction=0.5)
     # 40 x 40 pixels at the center: their centers are 5 pixels apart.
-    np.testing.assert_allclose(middle[0, :, 0], 60 + 2 + 5 * np.arange(8), atol=1)
-    np.testing.assert_allclose(middle[:, 0, 1], 20 + 2 + 5 * np.arange(8), atol=1)
+    np.testing.assert_allclose(center[0, :, 0], 60 + 2 + 5 * np.arange(8), atol=1)
+    np.testing.assert_allclose(center[:, 0, 1], 20 + 2 + 5 * np.arange(8), atol=1)
     wide = decode.read_image(tmp_path / "x.png", (4, 16), crop_fraction=0.5)
     np.testing.assert_allclose(wide[0, :, 0], 40 + 2 + 5 * np.arange(16), atol=1)
     np.testing.assert_allclose(wide[:, 0, 1], 30 + 2 + 5 * np.arange(4), atol=1)
-    assert whole[0, 0, 0] < 15 < 145 < whole[0, -1, 0]
-    part = decode.read_image(tmp_path / "x.png", (8, 8), rng=np.random.default_rng(3))
+    assert uncropped[0, 0, 0] < 15 < 145 < uncropped[0, -1, 0]
+    random = decode.read_image(tmp_path / "x.png", (8, 8), rng=np.random.default_rng(3))
     left, top, right, bottom = transforms.random_resized_crop(
         160, 80, 1.0, np.random.default_rng(3)
     )
-    np.testing.assert_allclose(part[..., 0].mean(), (left + right) / 2, atol=1.5)
-    np.testing.assert_allclose(part[..., 1].mean(), (top + bottom) / 2, atol=1.5)
+    np.testing.assert_allclose(random[..., 0].mean(), (left + right) / 2, atol=1.5)
+    np.testing.assert_allclose(random[..., 1].mean(), (top + bottom) / 2, atol=1.5)

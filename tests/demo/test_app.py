@@ -22,7 +22,7 @@ import pytest
 
 from involution.demo import app, render
 from involution.models import pretrained
-from involution.saving import classifier as saved_model
+from involution.saving.classifier import Classifier
 from involution.utils.errors import InputError
 from tests.support import hostile_images
 from tests.support.demo_client import demo
@@ -52,7 +52,7 @@ def folder_of(page):
     return pathlib.Path(page.upload("a.png", hostile_images.good()).json()[0]).parents[1]
 
 
-def test_it_binds_the_loopback_address(page):
+def test_demo_binds_only_127_0_0_1(page):
     assert page.first_lines[0] == "involution: Starting the demo."
     assert page.address.startswith("http://127.0.0.1:")
     port = int(page.address.rsplit(":", 1)[1])
@@ -62,7 +62,7 @@ def test_it_binds_the_loopback_address(page):
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning", "ignore:Truncated File:UserWarning")
-def test_scores_equal_those_of_predict(page, classifiers, tmp_path):
+def test_scores_equal_predict_proba(page, classifiers, tmp_path):
     for name, content in {"a.png": hostile_images.good(), **hostile_images.unusual()}.items():
         kind, scores = page.classify(name, content)
         assert kind == "complete", (name, scores)
@@ -81,17 +81,17 @@ def test_scores_are_deterministic(page):
     assert results[0] == results[1] == results[2]
 
 
-def test_other_files_get_an_error_of_one_line(page):
+def test_invalid_files_get_an_error_of_one_line(page):
     page.reset_peak()
     before = page.memory
     for name, content in hostile_images.invalid().items():
-        kind, said = page.classify(name, content)
+        kind, output = page.classify(name, content)
         if len(content) > 8 * MEGABYTE:
             assert kind == "413"
             continue
-        assert kind == "error", (name, said)
-        text = said["error"]
-        assert text.startswith("An image must "), (name, said)
+        assert kind == "error", (name, output)
+        text = output["error"]
+        assert text.startswith("An image must "), (name, output)
         assert "\n" not in text
         assert str(folder_of(page)) not in text
     assert page.peak_memory - before < 200 * MEGABYTE
@@ -102,8 +102,8 @@ def test_damaged_images_are_decoded_or_get_an_error(page):
     page.reset_peak()
     before = page.memory
     found = [page.classify(*item) for item in hostile_images.damaged(200).items()]
-    for kind, said in found:
-        assert kind == "complete" or said["error"].startswith("An image must "), said
+    for kind, output in found:
+        assert kind == "complete" or output["error"].startswith("An image must "), output
     assert {kind for kind, _ in found} == {"complete", "error"}
     assert page.peak_memory - before < 300 * MEGABYTE
 
@@ -115,10 +115,10 @@ def test_memory_of_the_largest_images_is_bounded(page):
     assert page.classify("a.png", wide)[0] == "complete"
     assert page.peak_memory - before < 300 * MEGABYTE
     larger = hostile_images.png(4001, 4000)
-    kind, said = page.classify("a.png", larger)
+    kind, output = page.classify("a.png", larger)
     assert kind == "error"
     expected = "An image must have at most 16,000,000 pixels. Received: 4001x4000"
-    assert said["error"] == expected
+    assert output["error"] == expected
 
 
 def test_no_url_is_fetched_and_no_other_file_is_read(page, tmp_path):
@@ -147,10 +147,10 @@ def test_no_url_is_fetched_and_no_other_file_is_read(page, tmp_path):
             {"path": "file:///etc/passwd"},
         ]
         for request in requests:
-            kind, said = page.result(page.request(**request))
+            kind, output = page.result(page.request(**request))
             # A URL next to an upload's path is ignored.
-            assert kind == ("complete" if request["path"] == real else "error"), (request, said)
-            assert "Traceback" not in str(said)
+            assert kind == ("complete" if request["path"] == real else "error"), (request, output)
+            assert "Traceback" not in str(output)
     assert connections == []
     for path in ("/etc/passwd", str(own), __file__):
         assert page.client.get(f"/file={path}").status_code in (403, 404)
@@ -167,7 +167,7 @@ def test_a_full_queue_returns_503(page):
     assert page.result(response)[0] == "complete"
 
 
-def test_malformed_requests(page):
+def test_malformed_requests_get_an_error(page):
     for content in (b"", b"{", b"[]", b'{"data": 3}', b'{"data": []}', b'{"data": [1, 2, 3]}'):
         response = page.client.post(
             "/call/classify", content=content, headers={"content-type": "application/json"}
@@ -202,7 +202,7 @@ def test_one_decode_per_preprocessing_and_one_forward_pass_per_model(
 ):
     decodes, calls = [], collections.Counter()
     names = {id(c.model): name for name, c in classifiers.items()}
-    read, call = saved_model.Classifier.read, keras.layers.Layer.__call__
+    read, call = Classifier.read, keras.layers.Layer.__call__
 
     def counted_read(self, file):
         decodes.append((self.image_shape, self.crop_fraction))
@@ -213,7 +213,7 @@ def test_one_decode_per_preprocessing_and_one_forward_pass_per_model(
             calls[names[id(self)]] += 1
         return call(self, *args, **kwargs)
 
-    monkeypatch.setattr(saved_model.Classifier, "read", counted_read)
+    monkeypatch.setattr(Classifier, "read", counted_read)
     monkeypatch.setattr(keras.layers.Layer, "__call__", counted_call)
     file = tmp_path / "a.png"
     file.write_bytes(hostile_images.good())
@@ -223,7 +223,7 @@ def test_one_decode_per_preprocessing_and_one_forward_pass_per_model(
     assert calls == dict.fromkeys(classifiers, 1)
     app.kernels(state, 0.2, 0.9)
     assert (len(decodes), calls.total()) == (1, len(classifiers))
-    # Another center crop is another input.
+    # Another crop fraction requires another decode.
     cropped = dataclasses.replace(classifiers["inn"], crop_fraction=0.5)
     decodes.clear()
     images = render._read({**classifiers, "cropped": cropped}, file)
@@ -270,11 +270,11 @@ def test_a_port_in_use_gives_an_error_of_one_line(page):
     assert "Traceback" not in result.stderr
 
 
-def test_private_events(page):
+def test_events_of_the_page(page):
     path = page.upload("a.png", hostile_images.good()).json()[0]
     image = {"path": path, "meta": {"_type": "gradio.FileData"}}
 
-    def ask(index, *data, **more):
+    def submit(index, *data, **more):
         body = {"data": data, "fn_index": index, "session_hash": "me", **more}
         assert page.client.post("/queue/join", json=body).status_code == 200
         text = page.client.get("/queue/data", params={"session_hash": "me"}).text
@@ -285,28 +285,28 @@ def test_private_events(page):
     change, click, _, slide, _, classify = range(6)
     point = {"event_data": {"row": 0.25, "column": 0.75}}
     # Before an upload.
-    ok, said = ask(click, None, **point)
+    ok, output = submit(click, None, **point)
     assert not ok
-    assert said["error"] == "A point of an uploaded image is required."
-    assert ask(slide, None, 0.1, 0.2)[1]["data"] == [""]
-    assert ask(classify, None)[1]["data"] == [None]
-    ok, output = ask(change, image)
+    assert output["error"] == "A point of an uploaded image is required."
+    assert submit(slide, None, 0.1, 0.2)[1]["data"] == [""]
+    assert submit(classify, None)[1]["data"] == [None]
+    ok, output = submit(change, image)
     assert ok
     before = output["data"][-3]
-    ok, output = ask(click, None, **point)
+    ok, output = submit(click, None, **point)
     assert ok
     assert output["data"][:2] == [0.25, 0.75]
-    assert ask(slide, None, 0.25, 0.75)[1]["data"] == [output["data"][2]] != [before]
-    assert not ask(click, None, event_data={"row": 7, "column": "a"})[0]
-    assert ask(change, None)[0]
-    assert ask(slide, None, 0.1, 0.2)[1]["data"] == [""]
+    assert submit(slide, None, 0.25, 0.75)[1]["data"] == [output["data"][2]] != [before]
+    assert not submit(click, None, event_data={"row": 7, "column": "a"})[0]
+    assert submit(change, None)[0]
+    assert submit(slide, None, 0.1, 0.2)[1]["data"] == [""]
 
 
 def test_outputs_of_the_page_for_an_upload(classifiers, tmp_path):
     file = tmp_path / "a.png"
     file.write_bytes(hostile_images.good())
     *found, maps, kernels, timing, state = app.explain(classifiers, str(file))
-    # The API's scores are computed without recording.
+    # The API computes its scores without recording kernels.
     for of_page, of_api in zip(found, app.scores(classifiers, file).values(), strict=True):
         assert of_page == pytest.approx(of_api, rel=1e-4)
         assert sum(of_page.values()) == pytest.approx(1)
@@ -332,7 +332,7 @@ def test_outputs_of_the_page_for_an_upload(classifiers, tmp_path):
 
 @pytest.fixture
 def built(classifiers):
-    """The page without a server. Gradio leaves an event loop open."""
+    """The page, without a server. Gradio leaves an event loop open, hence the filter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         page = app.build(classifiers, "a card")
@@ -349,13 +349,13 @@ def test_an_upload_is_checked_before_it_is_decoded(built, tmp_path):
     payload = types.SimpleNamespace(path=str(file))
     assert image.preprocess(payload) == str(file)
     assert image.preprocess(None) is None
-    for content, said in (
+    for content, message in (
         (bytes(9 * MEGABYTE), "at most 8,388,608 bytes. Received: 9,437,184"),
         (hostile_images.png(4001, 4000), "16,000,000 pixels. Received: 4001x4000"),
         (b"GIF89a", "a PNG, JPEG or WebP file"),
     ):
         file.write_bytes(content)
-        with pytest.raises(gradio.Error, match=said):
+        with pytest.raises(gradio.Error, match=message):
             image.preprocess(payload)
     fetching = image.async_move_resource_to_block_cache("http://127.0.0.1:9/a.png")
     with pytest.raises(gradio.Error, match="must be uploaded"):

@@ -36,12 +36,12 @@ def browser():
 
 
 @pytest.fixture
-def tab(browser, page):
-    """Opens the page; after the test, no external URL was requested, and the console has only
-    expected errors."""
+def open_tab(browser, page):
+    """Returns a function that opens the page in a new tab. After the test no external URL was
+    requested, and the console has no errors."""
     outside, errors, contexts = [], [], []
 
-    def opened(**options):
+    def new_tab(**options):
         contexts.append(browser.new_context(**options))
         tab = contexts[-1].new_page()
         tab.on("request", lambda request: outside.append(request.url))
@@ -53,8 +53,8 @@ def tab(browser, page):
         print(f"page shown in {time.perf_counter() - start:.1f} s")
         return tab
 
-    opened.errors = errors
-    yield opened
+    new_tab.errors = errors
+    yield new_tab
     for context in contexts:
         context.close()
     assert [url for url in outside if not url.startswith((page.address, "data:", "blob:"))] == []
@@ -76,83 +76,83 @@ def upload(tab, file):
     print(f"answered in {time.perf_counter() - start:.1f} s")
 
 
-def test_scores_maps_and_a_click(tab, image):
-    shown = tab()
-    upload(shown, image)
+def test_upload_shows_scores_and_a_click_selects_a_point(open_tab, image):
+    tab = open_tab()
+    upload(tab, image)
     for name in ("cnn", "inn"):
-        assert shown.get_by_text(name, exact=True).count() >= 1
-    assert shown.locator(".explanation figcaption", has_text="inv_1, 32").count() == 1
-    row, column = (shown.get_by_role("slider", name=re.compile(n)) for n in ("Row", "Column"))
-    heat_map = shown.get_by_role("img", name="heat map of inv_2", exact=True)
+        assert tab.get_by_text(name, exact=True).count() >= 1
+    assert tab.locator(".explanation figcaption", has_text="inv_1, 32").count() == 1
+    row, column = (tab.get_by_role("slider", name=re.compile(n)) for n in ("Row", "Column"))
+    heat_map = tab.get_by_role("img", name="heat map of inv_2", exact=True)
     heat_map.click(position={"x": 64, "y": 32})
     row.wait_for(state="visible")
     assert float(row.input_value()) == pytest.approx(0.25, abs=0.02)
     assert float(column.input_value()) == pytest.approx(0.5, abs=0.02)
-    # Click in a window of that tab.
-    shown.get_by_role("img", name="window of inv_3").click(position={"x": 115, "y": 115})
-    shown.wait_for_function(
+    # The first click selected the tab of kernels; a click in a window moves the point.
+    tab.get_by_role("img", name="window of inv_3").click(position={"x": 115, "y": 115})
+    tab.wait_for_function(
         "row => Math.abs(row.value - 0.9) < 0.02", arg=row.element_handle(), timeout=10_000
     )
 
 
-def test_the_keyboard_reaches_everything(tab, image):
-    shown = tab()
-    upload(shown, image)
-    shown.get_by_role("tab", name="Heat maps").focus()
-    shown.keyboard.press("Tab")
-    shown.keyboard.press("Enter")
-    row = shown.get_by_role("slider", name=re.compile("Row"))
+def test_page_is_usable_by_keyboard(open_tab, image):
+    tab = open_tab()
+    upload(tab, image)
+    tab.get_by_role("tab", name="Heat maps").focus()
+    tab.keyboard.press("Tab")
+    tab.keyboard.press("Enter")
+    row = tab.get_by_role("slider", name=re.compile("Row"))
     row.wait_for(state="visible")
-    before = shown.locator(".explanation").last.inner_html()
+    before = tab.locator(".explanation").last.inner_html()
     row.focus()
     for _ in range(40):
-        shown.keyboard.press("ArrowRight")
-    shown.wait_for_function(
+        tab.keyboard.press("ArrowRight")
+    tab.wait_for_function(
         "before => [...document.querySelectorAll('.explanation')].at(-1).innerHTML !== before",
         arg=before,
     )
     assert float(row.input_value()) == pytest.approx(0.7)
 
 
-def test_every_image_and_control_has_a_name(tab, image):
-    shown = tab()
-    upload(shown, image)
-    assert shown.locator("img:not([alt])").count() == 0
-    unnamed = shown.evaluate(
+def test_every_image_and_control_has_an_accessible_name(open_tab, image):
+    tab = open_tab()
+    upload(tab, image)
+    assert tab.locator("img:not([alt])").count() == 0
+    unnamed = tab.evaluate(
         """() => [...document.querySelectorAll('button, input:not([type=file]), [role=tab]')]
         .filter(e => e.offsetParent && !(e.getAttribute('aria-label') || e.innerText.trim()
             || e.title || e.labels?.length || e.getAttribute('aria-labelledby')))
         .map(e => e.outerHTML.slice(0, 200))"""
     )
     assert unnamed == []
-    assert shown.title() == "Involution"
+    assert tab.title() == "Involution"
 
 
-def test_invalid_and_too_large_files_show_an_error(tab, tmp_path):
-    shown = tab()
+def test_invalid_and_too_large_files_show_an_error(open_tab, tmp_path):
+    tab = open_tab()
     file = tmp_path / "text.png"
     file.write_bytes(b"hello")
-    shown.set_input_files("input[type=file]", str(file))
-    shown.wait_for_selector("text=An image must be a PNG, JPEG or WebP file")
-    shown.reload()
-    shown.wait_for_selector("input[type=file]", state="attached")
+    tab.set_input_files("input[type=file]", str(file))
+    tab.wait_for_selector("text=An image must be a PNG, JPEG or WebP file")
+    tab.reload()
+    tab.wait_for_selector("input[type=file]", state="attached")
     file.write_bytes(hostile_images.good() + bytes(9 * 2**20))
-    shown.set_input_files("input[type=file]", str(file))
-    shown.wait_for_selector("text=/exceed the maximum allowed size of 8.0 Mb/")
-    # Gradio's client logs a rejected upload.
-    assert len(tab.errors) <= 2
-    tab.errors.clear()
+    tab.set_input_files("input[type=file]", str(file))
+    tab.wait_for_selector("text=/exceed the maximum allowed size of 8.0 Mb/")
+    # Gradio's client logs rejected uploads to the console.
+    assert len(open_tab.errors) <= 2
+    open_tab.errors.clear()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [375, 1200])
-def test_light_and_dark_narrow_and_wide(tab, image, tmp_path, scheme, width):
-    shown = tab(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    upload(shown, image)
-    assert shown.evaluate("document.documentElement.scrollWidth") <= width
-    color = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+def test_page_follows_the_color_scheme_and_fits_the_width(open_tab, image, tmp_path, scheme, width):
+    tab = open_tab(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    upload(tab, image)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    color = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     light = sum(map(int, re.findall(r"\d+", color)[:3])) > 380
     assert light == (scheme == "light")
     folder = pathlib.Path(tmp_path)
-    shown.screenshot(path=folder / "page.png", full_page=True)
+    tab.screenshot(path=folder / "page.png", full_page=True)
     print(folder / "page.png")

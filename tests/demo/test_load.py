@@ -1,4 +1,4 @@
-"""The web demo under load, by `make test-long`; prints its measurements."""
+"""The web demo under load; prints its measurements. `make test-long` runs it."""
 
 import collections
 import itertools
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 CLIENTS, SECONDS, REQUESTS = 16, 60, 2000
 
 
-def test_sixteen_clients_and_two_thousand_requests(tmp_path):
+def test_concurrent_scores_are_correct_and_memory_does_not_grow(tmp_path):
     files = [tmp_path / f"{number}.png" for number in range(8)]
     for number, file in enumerate(files):
         file.write_bytes(hostile_images.good(size=(100 + number, 80), seed=number))
@@ -28,15 +28,15 @@ def test_sixteen_clients_and_two_thousand_requests(tmp_path):
 
     def classify(page, file):
         """Uploads and classifies one image."""
-        uploaded = page.upload(file.name, file.read_bytes())
-        codes[uploaded.status_code] += 1
-        if uploaded.status_code != 200:
+        upload = page.upload(file.name, file.read_bytes())
+        codes[upload.status_code] += 1
+        if upload.status_code != 200:
             return
-        asked = page.request(uploaded.json()[0])
-        codes[asked.status_code] += 1
-        if asked.status_code != 200:
+        response = page.request(upload.json()[0])
+        codes[response.status_code] += 1
+        if response.status_code != 200:
             return
-        kind, scores = page.result(asked)
+        kind, scores = page.result(response)
         assert kind == "complete", scores
         for name, values in expected[file].items():
             np.testing.assert_allclose(list(scores[name].values()), values, rtol=1e-5)
@@ -53,7 +53,7 @@ def test_sixteen_clients_and_two_thousand_requests(tmp_path):
                     if time.monotonic() > end:
                         return
                     classify(page, file)
-            except Exception as error:  # noqa: BLE001 - of a thread
+            except Exception as error:  # noqa: BLE001 - asserted below
                 failures.append(error)
 
         threads = [threading.Thread(target=client, args=(n,)) for n in range(CLIENTS)]

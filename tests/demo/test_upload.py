@@ -37,7 +37,7 @@ def message(function, *arguments):
     return str(caught.value)
 
 
-def saved(image, format="PNG", **options):
+def encoded(image, format="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
@@ -48,24 +48,24 @@ def saved(image, format="PNG", **options):
 
 def test_sizes_up_to_the_limits_are_accepted(file, monkeypatch):
     path = file(hostile_images.good(size=(40, 30)))
-    bytes_ = path.stat().st_size
-    monkeypatch.setattr(app, "MAX_BYTES", bytes_)
+    size = path.stat().st_size
+    monkeypatch.setattr(app, "MAX_BYTES", size)
     monkeypatch.setattr(app, "MAX_PIXELS", 1200)
     app.check(path)
     monkeypatch.setattr(app, "MAX_PIXELS", 1199)
     assert message(app.check, path) == ("An image must have at most 1,199 pixels. Received: 40x30")
-    monkeypatch.setattr(app, "MAX_BYTES", bytes_ - 1)
+    monkeypatch.setattr(app, "MAX_BYTES", size - 1)
     assert message(app.check, path) == (
-        f"An image must have at most {bytes_ - 1:,} bytes. Received: {bytes_:,}"
+        f"An image must have at most {size - 1:,} bytes. Received: {size:,}"
     )
 
 
-def test_the_limits():
+def test_limits_of_size_and_pixels():
     assert (app.MAX_BYTES, app.MAX_PIXELS) == (8_388_608, 16_000_000)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_only_three_formats_are_accepted(format, file):
+def test_only_png_jpeg_and_webp_are_accepted(format, file):
     app.check(file(hostile_images.good(format)))
     for content in (b"", b"hello", *(hostile_images.good(other) for other in ("GIF", "BMP"))):
         expected = "An image must be a PNG, JPEG or WebP file. Received: another format"
@@ -113,13 +113,13 @@ def test_only_input_errors_are_shown_to_visitors():
     assert app._as_gradio_error(divmod, 7, 2) == (3, 1)
 
 
-# --- To pixels -----------------------------------------------------------------------------------
+# --- Decoding ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
-def test_pixels_come_as_they_were_written(format, file):
+def test_lossless_pixels_are_decoded_exactly(format, file):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), "uint8")
-    path = file(saved(Image.fromarray(pixels), format, lossless=True))
+    path = file(encoded(Image.fromarray(pixels), format, lossless=True))
     read = decode.read_image(path)
     assert read.dtype == np.uint8
     np.testing.assert_array_equal(read, pixels)
@@ -127,10 +127,10 @@ def test_pixels_come_as_they_were_written(format, file):
     np.testing.assert_array_equal(decode.read_image(str(path), (4, 3)), np.asarray(small))
 
 
-def test_every_kind_of_pixels_becomes_three_bytes(file):
+def test_every_pixel_format_becomes_rgb(file):
     ramp = np.arange(0, 65536, 256, "uint16").reshape(16, 16)
     np.testing.assert_array_equal(
-        decode.read_image(file(saved(Image.fromarray(ramp + 255)))),
+        decode.read_image(file(encoded(Image.fromarray(ramp + 255)))),
         np.repeat(np.arange(256, dtype="uint8").reshape(16, 16, 1), 3, -1),
     )
     for mode, color, expected in (
@@ -140,16 +140,16 @@ def test_every_kind_of_pixels_becomes_three_bytes(file):
         ("RGBA", (1, 2, 3, 0), [1, 2, 3]),
         ("P", 0, [0, 0, 0]),
     ):
-        read = decode.read_image(file(saved(Image.new(mode, (2, 1), color))))
+        read = decode.read_image(file(encoded(Image.new(mode, (2, 1), color))))
         assert read.tolist() == [[expected] * 2]
 
 
-def test_an_image_is_set_upright(file):
+def test_exif_orientation_is_applied(file):
     image = Image.new("RGB", (3, 2))
     image.putpixel((0, 0), (255, 255, 255))
     exif = image.getexif()
     exif[0x0112] = 6
-    read = decode.read_image(file(saved(image, exif=exif)))
+    read = decode.read_image(file(encoded(image, exif=exif)))
     assert read.shape == (3, 2, 3)
     assert read[..., 0].tolist() == [[0, 255], [0, 0], [0, 0]]
 
@@ -167,15 +167,15 @@ def test_pixels_up_to_the_limit_are_decoded(file, monkeypatch):
     assert message(decode.read_image, path).startswith(f"{INVALID}Image size (1200 pixels) exceeds")
 
 
-def test_a_warning_of_too_many_pixels_is_a_refusal(file, monkeypatch):
+def test_decompression_bomb_warning_is_an_error(file, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
-    said = message(decode.read_image, file(hostile_images.good(size=(40, 30))))
-    assert said.startswith(f"{INVALID}Image size (1200 pixels) exceeds")
+    error = message(decode.read_image, file(hostile_images.good(size=(40, 30))))
+    assert error.startswith(f"{INVALID}Image size (1200 pixels) exceeds")
 
 
-def test_what_no_image_comes_of(file, tmp_path):
+def test_invalid_images_are_rejected(file, tmp_path):
     for name, content in hostile_images.invalid().items():
-        # The page refuses these by their size, before anyone opens them.
+        # The page rejects these by their size, before they are decoded.
         if "mega" not in name and "million" not in name:
             assert message(decode.read_image, file(content)).startswith(INVALID), name
     text = file(b"hello")
@@ -204,7 +204,7 @@ def test_errors_do_not_contain_the_path_of_an_upload(file, tmp_path):
     assert pixels.shape == (30, 40, 3)
 
 
-def test_pixels_are_scaled_to_one():
+def test_to_unit_float_is_exact_for_every_byte():
     scaled = transforms.to_unit_float(np.arange(256, dtype="uint8"))
     assert scaled.dtype == np.float32
     np.testing.assert_array_equal(scaled, np.arange(256, dtype="float32") / np.float32(255))

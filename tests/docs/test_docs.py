@@ -1,4 +1,4 @@
-"""The pages of the documentation: their code runs, and what they point to is there."""
+"""The documentation: code runs, links resolve, and translations match the English pages."""
 
 import hashlib
 import re
@@ -24,7 +24,7 @@ def english(page):
 
 
 def code(page):
-    """The Python of a page, each line where it stands there."""
+    """The Python code of a page, with the line numbers of the page."""
     lines, inside = [], False
     for line in page.read_text(encoding="utf-8").splitlines():
         if line.startswith("```"):
@@ -36,7 +36,7 @@ def code(page):
 
 
 def check_printed(text, output):
-    """What code says in a comment that a line prints is printed."""
+    """Asserts that the output has the lines in comments after ``print`` calls."""
     lines = re.sub(r"torch\.Size\(\[(.*?)\]\)", r"(\1)", output).splitlines()
     for expected in re.findall(r"print\(.*\)  # (.+)", text):
         assert expected in lines, (expected, lines)
@@ -49,7 +49,7 @@ def check_printed(text, output):
     [p for p in PAGES if code(p).strip() and "ko" not in p.parts and p.stem != "tutorial"],
     ids=name_of,
 )
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
+def test_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")
     text = code(page)
@@ -59,7 +59,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.any_backend
-def test_the_tutorial_says_what_involution_is_in_twenty_lines():
+def test_tutorial_defines_involution_in_twenty_lines():
     block = re.search(
         r"class SmallInvolution.*?```", (DOCS / "en" / "tutorial.md").read_text(), re.S
     )
@@ -69,7 +69,7 @@ def test_the_tutorial_says_what_involution_is_in_twenty_lines():
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.ko.md"], ids=name_of)
-def test_what_a_page_points_to_is_there(page):
+def test_local_links_resolve(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if not target.startswith("http"):
@@ -85,18 +85,18 @@ TRANSLATIONS = [
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize("page", TRANSLATIONS, ids=name_of)
-def test_a_translation_is_of_the_page_as_it_is(page):
-    """The first line of a translation names the English text that it says the same as."""
-    now = hashlib.sha256(english(page).read_bytes()).hexdigest()[:16]
+def test_translation_is_up_to_date(page):
+    """The first line of a translation contains the hash of the English page."""
+    digest = hashlib.sha256(english(page).read_bytes()).hexdigest()[:16]
     first = page.read_text(encoding="utf-8").splitlines()[0]
-    assert first in (f"% english: {now}", f"<!-- english: {now} -->"), (
-        f"translate what changed, then write {now}"
+    assert first in (f"% english: {digest}", f"<!-- english: {digest} -->"), (
+        f"translate the changes, then write {digest} in the first line"
     )
 
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize("page", TRANSLATIONS, ids=name_of)
-def test_a_translation_has_the_same_code_and_parts(page):
+def test_translation_has_the_same_code_and_headings(page):
     assert code(page).split() == code(english(page)).split()
     headings = [
         [line.split()[0] for line in p.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
@@ -107,9 +107,9 @@ def test_a_translation_has_the_same_code_and_parts(page):
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize("page", TRANSLATIONS, ids=name_of)
-def test_a_translation_has_the_same_figures(page):
-    figures = [
+def test_translation_has_the_same_numbers(page):
+    numbers = [
         sorted(re.findall(r"\d+[.,]\d+", p.read_text(encoding="utf-8")))
         for p in (page, english(page))
     ]
-    assert figures[0] == figures[1]
+    assert numbers[0] == numbers[1]

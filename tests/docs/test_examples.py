@@ -1,4 +1,4 @@
-"""The examples run as they are, with a moment's training."""
+"""The examples run, with little training."""
 
 import re
 import runpy
@@ -14,18 +14,18 @@ FOLDER = ROOT / "examples"
 EXAMPLES = sorted(f.stem for f in FOLDER.glob("*.py") if f.stem != "common")
 
 
-def test_there_are_examples():
+def test_examples_are_found():
     assert {"denoising", "segmentation", "series"} <= set(EXAMPLES)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_runs(name, monkeypatch, tmp_path, capsys):
+def test_example_runs(name, monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(FOLDER)
     monkeypatch.setattr(sys, "argv", [name, "--quick", "--output", str(tmp_path / "picture.png")])
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| ([\d.]+) \|$", capsys.readouterr().out, re.M)
     found = {row[0]: (int(row[1].replace(",", "")), float(row[2])) for row in rows}
     involution, convolution = found["involution"], found["convolution"]
-    # Of equal size, as far as whole channels allow in networks as small as these.
+    # Sizes differ because numbers of channels are integers, and the networks are small.
     assert involution[0] == pytest.approx(convolution[0], rel=0.3)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

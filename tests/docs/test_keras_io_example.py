@@ -1,8 +1,8 @@
-"""The keras.io example's own text, with our layer in the place of its own.
+"""The code of the keras.io example, with this package's layer instead of its own.
 
     INVOLUTION_EXAMPLE=involution.md pytest -m example tests/docs/test_keras_io_example.py
 
-The variable names the Markdown of the example. What must be printed is read there too.
+The variable is the path of the example's Markdown file, which also has the expected output.
 """
 
 import os
@@ -20,7 +20,7 @@ from tests.support.backends import BACKEND
 pytestmark = [
     pytest.mark.example,
     pytest.mark.skipif(BACKEND != "tensorflow", reason="the example runs on TensorFlow only"),
-    # Keras and Matplotlib remark on how the example is written and that no window is open.
+    # Keras warns of the example's style, and Matplotlib that there is no window.
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
@@ -56,7 +56,7 @@ def totals(text):
 def text():
     path = os.environ.get("INVOLUTION_EXAMPLE")
     if not path:
-        pytest.fail("INVOLUTION_EXAMPLE must name the Markdown of the keras.io example")
+        pytest.fail("INVOLUTION_EXAMPLE must be the path of the keras.io example in Markdown")
     return pathlib.Path(path).read_text(encoding="utf-8")
 
 
@@ -75,12 +75,12 @@ def test_every_block_runs_unchanged(text, monkeypatch, capsys):
     assert len(others) == len(blocks) - 1
     names = {"Involution": involution.Involution}
     for block in others:
-        exec(compile(block, "example", "exec"), names)  # noqa: S102 - what the test is about
+        exec(compile(block, "example", "exec"), names)  # noqa: S102 - the example
     printed = capsys.readouterr().out
 
-    told = [block for language, block in fenced if not language]
-    lines = [line for block in told for line in block.splitlines() if line.strip()]
-    # All but the times.
+    outputs = [block for language, block in fenced if not language]
+    lines = [line for block in outputs for line in block.splitlines() if line.strip()]
+    # Times differ between runs.
     lines = [line for line in lines if "/step" not in line]
     assert len(lines) >= 50
     assert [line for line in lines if line not in printed.splitlines()] == []

@@ -1,4 +1,4 @@
-"""The architecture, and what documents promise."""
+"""The architecture, banned calls, and statements of the documentation."""
 
 import ast
 import doctest
@@ -18,7 +18,7 @@ from tests.support.paths import ROOT
 PACKAGE = ROOT / "src" / "involution"
 COMMAND_LINE = sorted((ROOT / "src" / "involution_cli").glob("*.py"))
 
-# Reading order: a module imports only what stands above it.
+# Reading order: a module imports only modules above it.
 ORDER = [
     "renamed",
     "benchmarking",
@@ -152,7 +152,7 @@ def imports(file):
 
 
 @pytest.mark.any_backend
-def test_every_module_has_its_place():
+def test_order_lists_every_module():
     assert sorted(ORDER) == sorted(name for name in modules if name)
 
 
@@ -173,7 +173,7 @@ specification.loader.exec_module(packages)
 
 
 @pytest.mark.any_backend
-def test_the_figure_of_the_packages_is_up_to_date():
+def test_package_figure_is_up_to_date():
     drawn = packages.draw(packages.imports())
     assert packages.FILE.read_text(encoding="utf-8") == drawn, "python docs/figures/packages.py"
 
@@ -187,7 +187,7 @@ def test_packages_import_only_packages_in_lower_rows():
 
 
 @pytest.mark.any_backend
-def test_a_cycle_of_packages_is_an_error():
+def test_cyclic_imports_of_packages_raise():
     with pytest.raises(ValueError, match=r"no cycle\. Received: a -> b -> a$"):
         packages.ranks({"a": {"b"}, "b": {"a"}})
 
@@ -201,26 +201,26 @@ def test_contributing_names_existing_files():
     assert [f for f in files if not (ROOT / f).exists() and not (PACKAGE / f).exists()] == []
 
 
-# Where dependencies keep what they do not publish, besides names that begin with an underscore.
+# Private modules of dependencies whose names do not begin with an underscore.
 INTERNAL = ("keras.src", "tensorflow.python")
 
 
-def private(name):
+def is_private(name):
     return re.fullmatch("_[^_].*", name)
 
 
-def foreign(path):
-    """Whether a module comes with a dependency."""
+def is_third_party(path):
+    """Whether a module belongs to a dependency."""
     first = path.split(".")[0]
     return first not in sys.stdlib_module_names and not first.startswith("involution")
 
 
 def private_uses(code):
-    """What code takes of its dependencies though they do not publish it, and what it takes of
-    itself by no name of its own; but for what it can do without."""
+    """Private names of dependencies in a text. Names that the text defines are allowed, and imports
+    whose ``ImportError`` it catches."""
     nodes = list(ast.walk(ast.parse(code)))
     tries = [node for node in nodes if isinstance(node, ast.Try)]
-    spared = {
+    optional = {
         node
         for attempt in tries
         if any("ImportError" in ast.unparse(h.type) for h in attempt.handlers if h.type)
@@ -229,25 +229,25 @@ def private_uses(code):
     }
     paths, own = {}, set()
     for node in nodes:
-        if isinstance(node, ast.Import | ast.ImportFrom) and node not in spared:
+        if isinstance(node, ast.Import | ast.ImportFrom) and node not in optional:
             prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             paths |= {a.asname or a.name.split(".")[0]: prefix + a.name for a in node.names}
         elif isinstance(node, ast.FunctionDef):
             own.add(node.name)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             own.add(node.attr)
-    for path in filter(foreign, paths.values()):
-        if path.startswith(INTERNAL) or any(map(private, path.split("."))):
+    for path in filter(is_third_party, paths.values()):
+        if path.startswith(INTERNAL) or any(map(is_private, path.split("."))):
             yield path
     for node in nodes:
-        if isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in own:
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
             name = ast.unparse(node)
-            if foreign(paths.get(name.split(".")[0], "dependency")):
+            if is_third_party(paths.get(name.split(".")[0], "dependency")):
                 yield name
 
 
 @pytest.mark.any_backend
-def test_f15_dependencies_are_used_as_they_are_published():
+def test_f15_no_private_names_of_dependencies_are_used():
     for file in (*modules.values(), *COMMAND_LINE):
         assert list(private_uses(file.read_text(encoding="utf-8"))) == [], file
 
@@ -267,19 +267,19 @@ def test_f15_dependencies_are_used_as_they_are_published():
         "try:\n  import jax._src\nexcept KeyError:\n  pass",
     ],
 )
-def test_f15_what_is_private_is_found(code):
+def test_f15_private_names_are_found(code):
     assert len(list(private_uses(code))) == 1
 
 
 @pytest.mark.any_backend
-def test_f15_what_code_can_do_without_and_what_is_its_own_may_be_private():
-    spared = "try:\n  from jax import _src\nexcept (ImportError, AttributeError):\n  pass"
+def test_f15_optional_imports_and_own_private_names_are_allowed():
+    optional = "try:\n  from jax import _src\nexcept (ImportError, AttributeError):\n  pass"
     own = "class Own:\n  def _f(self):\n    self._x = 1\n    return self._x, self._f"
     ours = "import involution as i\nimport os\ni._f(), os._exit(0), i.__name__"
-    assert list(private_uses("\n".join((spared, own, ours)))) == []
+    assert list(private_uses("\n".join((optional, own, ours)))) == []
 
 
-# What makes code of data, or may be told to. Subclasses of pickle.Unpickler refuse what they read.
+# Functions that may execute data. Subclasses of pickle.Unpickler must be reviewed.
 UNSAFE_CALLS = (
     "eval",
     "exec",
@@ -302,7 +302,7 @@ UNSAFE_OPTIONS = {"weights_only": False, "allow_pickle": True, "safe_mode": Fals
 
 
 def unsafe(code):
-    """What in a text makes code of data, by the names that its imports give."""
+    """Calls and options in a text that may execute data; names are resolved by its imports."""
     nodes = list(ast.walk(ast.parse(code)))
     names = {}
     for node in nodes:
@@ -321,12 +321,12 @@ def unsafe(code):
                 yield f"{node.arg}={ast.unparse(node.value)}"
 
 
-# Its subclass accepts the names of NumPy's arrays only.
+# This subclass resolves only the names in pickles of NumPy arrays.
 REVIEWED = {"data.datasets": ["pickle.Unpickler"]}
 
 
 @pytest.mark.any_backend
-def test_no_code_is_made_of_data():
+def test_no_data_is_executed():
     for name, file in modules.items():
         assert list(unsafe(file.read_text(encoding="utf-8"))) == REVIEWED.get(name, []), file
     for file in COMMAND_LINE:
@@ -357,12 +357,12 @@ def test_no_code_is_made_of_data():
         "import os\nos.system(text)",
     ],
 )
-def test_what_makes_code_of_data_is_found(code):
+def test_unsafe_calls_and_options_are_found(code):
     assert len(list(unsafe(code))) == 1
 
 
 @pytest.mark.any_backend
-def test_what_makes_no_code_of_data_is_not_found():
+def test_safe_calls_and_options_are_allowed():
     assert list(unsafe("np.load(p, allow_pickle=False)\nyaml.safe_load(t)\nre.compile('x')")) == []
 
 
@@ -384,13 +384,11 @@ if BACKEND != "torch" or importlib.util.find_spec("triton") is None:
     OTHERS += ["ops.triton.kernels", "ops.triton.launch"]
 
 
-# Examples of bindings, of the operator and of the layers run on every backend.
+# Examples of the operator and of its bindings run on every backend.
 EXAMPLES = [
     pytest.param(
         name,
-        marks=()
-        if name.startswith(("ops", "layers", "kernel_generators"))
-        else pytest.mark.any_backend,
+        marks=() if name.startswith("ops") else pytest.mark.any_backend,
     )
     for name in ["", *(name for name in ORDER if name not in OTHERS)]
 ]
@@ -409,16 +407,17 @@ def test_public_docstrings_have_examples():
     models = involution.models
     public += [models.cnn, models.inn, models.RedNet26, models.rednet_tiny]
     public += [models.count_multiply_adds, *involution.kernel_generators.GENERATORS.values()]
-    for thing in public:
-        if isinstance(thing, type(sys)):
+    for member in public:
+        if isinstance(member, type(sys)):
             continue
-        assert ">>> " in thing.__doc__, thing
+        assert ">>> " in member.__doc__, member
 
 
 def readme():
     return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.any_backend
 def test_readme_is_short_and_its_python_runs():
     text = readme()
     assert text.count("\n") < 180
@@ -426,7 +425,7 @@ def test_readme_is_short_and_its_python_runs():
     assert text[: text.index("print(layer(images).shape)")].count("\n") < 40
     scope: dict = {}
     for block in blocks:
-        # What a line prints stands behind it.
+        # A comment after a `print` call is its output.
         printed = []
         scope["print"] = lambda *values, printed=printed: printed.append(
             " ".join(map(plain, values))
@@ -462,6 +461,6 @@ def test_citation_names_the_paper():
 
 
 @pytest.mark.any_backend
-def test_version_is_one(pytestconfig):
+def test_version_matches_pyproject(pytestconfig):
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'version = "{involution.__version__}"' in text

@@ -1,4 +1,4 @@
-"""The notebooks: in step with their pages, executed, and of use where there is no checkout."""
+"""The notebooks: they match their pages, are executed, and run without a checkout."""
 
 import importlib.util
 
@@ -26,16 +26,16 @@ def printed(cell):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_notebook_is_its_page(page):
-    now = [(cell.cell_type, cell.source) for cell in notebooks.notebook(page).cells]
-    assert [(cell.cell_type, cell.source) for cell in committed(page).cells] == now, (
-        "make notebooks, after a change of the tutorial"
+def test_notebook_matches_its_page(page):
+    expected = [(cell.cell_type, cell.source) for cell in notebooks.notebook(page).cells]
+    assert [(cell.cell_type, cell.source) for cell in committed(page).cells] == expected, (
+        "run `make notebooks` after a change of the tutorial"
     )
     nbformat.validate(committed(page))
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_committed_results_are_those_of_cifar10(page):
+def test_committed_outputs_are_from_cifar10(page):
     code = notebooks.code_cells(committed(page))
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     lines = [line for cell in code for line in printed(cell).splitlines()]
@@ -52,17 +52,17 @@ def test_all_notebooks_have_the_same_code():
     assert others == [first] * len(others)
 
 
-# It is the same code: of a whole test run, each is executed.
+# All pages have the same code: JAX runs the second, the other backends the first.
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES[keras.backend.backend() == "jax" :][:1])
-def test_a_notebook_runs_top_to_bottom_outside_the_checkout(page, tmp_path, monkeypatch):
+def test_notebook_runs_outside_the_checkout(page, tmp_path, monkeypatch):
     monkeypatch.setenv("INVOLUTION_EPOCHS", "1")
-    made = notebooks.notebook(page)
-    install = notebooks.code_cells(made)[0]
+    notebook = notebooks.notebook(page)
+    install = notebooks.code_cells(notebook)[0]
     assert install.source.startswith("%pip install")
     if keras.backend.backend() != "tensorflow":  # the others need not be installed
         install.source = install.source.replace("tensorflow-cpu", keras.backend.backend())
-    notebooks.execute(made, tmp_path)
-    for cell in notebooks.code_cells(made):
+    notebooks.execute(notebook, tmp_path)
+    for cell in notebooks.code_cells(notebook):
         check_printed(cell.source, printed(cell))
     assert not list(tmp_path.iterdir())

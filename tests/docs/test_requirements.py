@@ -1,7 +1,8 @@
-"""The failure cases and the properties, and that a test of each carries its name.
+"""Numbered requirements, each of which must have a test.
 
-``test_f09_...`` tests case f09, ``test_f03_f26_...`` two. The cases are what broke other
-implementations of involution, or of operators like it.
+``test_f09_...`` covers requirement f09, ``test_f03_f26_...`` covers f03 and f26. f01 to f30 are
+failure cases, known from other implementations of involution or of similar operators; p01 to p14
+are properties of the operator.
 """
 
 import ast
@@ -15,59 +16,59 @@ from involution.ops import native
 from tests.support.backends import BACKEND
 from tests.support.paths import TESTS
 
-CASES = {
-    "f01": "a stride does not divide the height or the width",
-    "f02": "sizes are unknown when a model is built, or change from call to call",
-    "f03": "converted weights have every shape right and the channels in other groups",
-    "f04": "the height is not the width",
-    "f05": "windows are even, not square, larger than the input, or one position",
-    "f06": "groups do not divide the channels, or a group has more channels than there are",
-    "f07": "the drop-in's `channel` is not the number of the input's channels",
-    "f08": "half precision, also mixed; a sum leaves its range and comes back",
-    "f09": "the gradient that arrives does not lie in memory in order",
-    "f10": "inputs do not lie in order: transposed, expanded, views, axes of one",
-    "f11": "there are more than 2**31 elements",
-    "f12": "a window, a dilation, a stride or a padding is absurd",
-    "f13": "the batch is empty, or a dimension",
-    "f14": "a new batch size needs a new program",
-    "f15": "something private of a dependency is used, and goes away",
-    "f16": "tensors lie on a device that an implementation does not know",
-    "f17": "a derivative of second order is lost in silence",
-    "f18": "the bits differ from run to run",
-    "f19": "threads meet in a way that only many repeats show",
-    "f20": "what is not finite gets in from outside the window",
-    "f21": "a gradient of zero gives something else than zero",
-    "f22": "PyTorch's compiler breaks the graph, or is told wrong or fixed shapes",
-    "f23": "mapped over an axis, or differentiated forwards",
-    "f24": "the shape told before a call is not the shape of its result",
-    "f25": "batch normalization in half precision, frozen, of one place, on another axis",
-    "f26": "converted weights get other epsilons, momenta, paddings, pooling or statistics",
-    "f27": "a saved layer loads with another configuration or type, or not by itself",
-    "f28": "an input changes before its gradient is taken, or the output shares its memory",
-    "f29": "another implementation runs than the one named",
-    "f30": "eight threads call one layer",
-    "p01": "it equals the oracle to half an ulp and what the sum's rounding may lose",
-    "p02": "a kernel that is the same at all places makes a depthwise convolution",
-    "p03": "a window of one position makes a product",
-    "p04": "it is linear in both inputs, and its gradients are adjoint",
+REQUIREMENTS = {
+    "f01": "the stride does not divide the height or the width",
+    "f02": "sizes are unknown when a model is built, or differ between calls",
+    "f03": "converted weights have the right shapes, but the channels are in the wrong groups",
+    "f04": "the height differs from the width",
+    "f05": "window sizes are even, not square, larger than the input, or one",
+    "f06": "`groups` does not divide the channels, or `group_channels` exceeds them",
+    "f07": "the drop-in's `channel` differs from the input's channels",
+    "f08": "half and mixed precision; a partial sum exceeds the range of the dtype",
+    "f09": "the output gradient is not contiguous",
+    "f10": "inputs are not contiguous: transposed, expanded, views, axes of size one",
+    "f11": "tensors have more than 2**31 elements",
+    "f12": "a window, dilation, stride or padding is absurdly large",
+    "f13": "the batch or another dimension is empty",
+    "f14": "a new batch size causes a recompilation",
+    "f15": "a private name of a dependency is used and later removed",
+    "f16": "tensors are on a device that an implementation does not support",
+    "f17": "a second-order derivative is silently dropped",
+    "f18": "results are not bitwise reproducible",
+    "f19": "a race condition that shows only in many repetitions",
+    "f20": "non-finite values outside the window affect the output",
+    "f21": "an output gradient of zero gives nonzero input gradients",
+    "f22": "graph breaks, wrong shapes or static shapes in PyTorch's compiler",
+    "f23": "vmap and forward-mode differentiation",
+    "f24": "the symbolic output shape differs from the shape of the result",
+    "f25": "batch normalization in half precision, frozen, of one position, on another axis",
+    "f26": "converted weights get the wrong epsilon, momentum, padding, pooling or statistics",
+    "f27": "a saved layer loads with another configuration or dtype, or needs `custom_objects`",
+    "f28": "an input changes before the backward pass, or shares memory with the output",
+    "f29": "another implementation runs than the requested one",
+    "f30": "eight threads call one layer concurrently",
+    "p01": "the error against the oracle is at most half an ulp plus the rounding error of the sum",
+    "p02": "a kernel that is equal at all positions gives a depthwise convolution",
+    "p03": "a window of one position gives an elementwise product",
+    "p04": "the operator is linear in each input, and its gradients are the adjoints",
     "p05": "shifting the input and the kernel shifts the output",
     "p06": "permuting groups permutes channels",
-    "p07": "a sample alone has the bits that it has in a batch",
-    "p08": "channels_first is channels_last, transposed",
-    "p09": "dilation is subsampling of the input",
-    "p10": "a stride is subsampling of the output",
-    "p11": "a side of one is a dimension less",
-    "p12": "another backend computes the same",
-    "p13": "what is not finite stays within the windows that hold it",
-    "p14": "invalid arguments raise before anything runs",
+    "p07": "the result of a sample does not depend on the batch, bit for bit",
+    "p08": "channels_first equals channels_last, transposed",
+    "p09": "dilation equals subsampling of the input",
+    "p10": "a stride equals subsampling of the output",
+    "p11": "a dimension of size one can be removed",
+    "p12": "backends compute the same",
+    "p13": "non-finite values affect only the windows that contain them",
+    "p14": "invalid arguments raise before any computation",
 }
-# PyTorch's compiler is PyTorch's.
-HERE = [case for case in CASES if case != "f22" or BACKEND == "torch"]
+# f22 concerns PyTorch's compiler.
+APPLICABLE = [number for number in REQUIREMENTS if number != "f22" or BACKEND == "torch"]
 
 
 @functools.cache
-def functions():
-    """Those of all tests that this backend runs, by the syntax trees of their files."""
+def collected_tests():
+    """Syntax trees of the test functions that run on this backend."""
     others = {f"native/test_{name}.py" for name in native.BINDINGS if name != BACKEND}
     files = TESTS.rglob("test_*.py")
     trees = (
@@ -80,7 +81,7 @@ def functions():
     return [node for node in defined if node.name.startswith("test_")]
 
 
-def cases_of(function):
+def requirements_of(function):
     (numbers,) = re.match(r"test((?:_[fp]\d+(?=_))*)", function.name).groups()
     return numbers.split("_")[1:]
 
@@ -89,13 +90,13 @@ def is_slow(function):
     return any(ast.unparse(d) == "pytest.mark.slow" for d in function.decorator_list)
 
 
-@pytest.mark.parametrize("case", HERE)
-def test_every_case_has_a_test_in_the_regular_run(case):
-    names = [f.name for f in functions() if case in cases_of(f) and not is_slow(f)]
-    print(f"{case}, {CASES[case]}: {', '.join(names)}")
+@pytest.mark.parametrize("number", APPLICABLE)
+def test_every_requirement_has_a_test_that_is_not_slow(number):
+    names = [f.name for f in collected_tests() if number in requirements_of(f) and not is_slow(f)]
+    print(f"{number}, {REQUIREMENTS[number]}: {', '.join(names)}")
     assert names
 
 
-def test_every_test_of_a_case_names_one_that_there_is():
-    for function in functions():
-        assert set(cases_of(function)) <= set(CASES), function.name
+def test_every_numbered_test_names_an_existing_requirement():
+    for function in collected_tests():
+        assert set(requirements_of(function)) <= set(REQUIREMENTS), function.name

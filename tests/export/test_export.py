@@ -162,7 +162,7 @@ LAYERS = {
 
 
 # Exporters take up to 20 s for each layer: the others run in `make test-long` only.
-REGULAR = ("channels first", "local attention", "the example's layer")
+REGULAR = ("channels first", "the example's layer")
 EACH = [pytest.param(name, marks=() if name in REGULAR else pytest.mark.slow) for name in LAYERS]
 
 
@@ -272,7 +272,7 @@ def test_unknown_sizes_stay_dynamic(tmp_path):
 
 
 @slow_except("tensorflow")
-@pytest.mark.parametrize("format", SUPPORTED)
+@pytest.mark.parametrize("format", BACKEND_FORMATS or SUPPORTED)
 def test_strides_with_unknown_sizes(tmp_path, format):
     model = model_of(involution.Involution2D(3, 2, kernel_generator="linear"), None, None, 4)
     input_shape = (19, 16, 4) if BACKEND == "jax" else None
@@ -482,6 +482,7 @@ def test_an_interrupted_export_keeps_the_old_file(tmp_path, monkeypatch, error):
     assert (tmp_path / "model.onnx").read_bytes() == b"old"
 
 
+@slow_except("jax")
 def test_an_unreadable_file_is_deleted(tmp_path, fast_exporter):
     for format in SUPPORTED:
         with pytest.raises(ExportError, match=rf"runtime of the format {format} .* Received: \w"):

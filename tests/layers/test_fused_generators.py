@@ -18,7 +18,7 @@ from involution import kernel_generators as kg
 from involution.kernel_generators import convolutional, pointwise
 from involution.layers import keras_io
 from involution.ops import fused
-from tests.support.backends import BACKEND, IMPLEMENTATIONS, exact, missing
+from tests.support.backends import BACKEND, IMPLEMENTATIONS, exact, missing, thin
 
 pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
 
@@ -375,7 +375,7 @@ def cases(draw):
 
 
 @given(cases())
-@settings(max_examples=8 if BACKEND == "jax" else 25, deadline=None, derandomize=True)
+@settings(max_examples=4 if BACKEND == "jax" else 25, deadline=None, derandomize=True)
 def test_random_generators_match_stored_kernels(case):
     assert_matches_stored(case)
 
@@ -420,14 +420,7 @@ FUSIBLE = {
 }
 
 
-# XLA compiles each case for a second: `make test` runs every third on JAX.
-REGULAR_CASES = [
-    pytest.param(case, marks=pytest.mark.slow if BACKEND == "jax" and i % 3 else ())
-    for i, case in enumerate(SINGLE_CASES)
-]
-
-
-@pytest.mark.parametrize("case", REGULAR_CASES, ids=str)
+@pytest.mark.parametrize("case", thin(SINGLE_CASES, 3), ids=str)
 def test_only_affine_last_layers_are_fused(case):
     assert assert_matches_stored(case) == (case in FUSIBLE)
 

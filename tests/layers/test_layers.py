@@ -745,6 +745,7 @@ def json_config(layer):
     return json.loads(json.dumps(layer.get_config()))
 
 
+@pytest.mark.any_backend
 @every_saved
 def test_f27_saved_models_load_without_custom_objects_twice(rank, make, tmp_path):
     layer = make()

@@ -319,7 +319,11 @@ assert not any(name.split(".")[0] == "involution" for name in sys.modules)
 """
 
 
-@each_saver
+@pytest.mark.parametrize(
+    "save",
+    [pytest.param(SAVERS["export"], marks=pytest.mark.slow), SAVERS["saved_model"]],
+    ids=["export", "saved_model"],
+)
 def test_model_saved_with_the_reference_runs_without_this_package(save, tmp_path):
     model = functional_model()
     with involution.ops.force_implementation("reference"):

@@ -347,7 +347,10 @@ def grad_of(function):
 # PyTorch calls its own deprecated function.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.skipif(BACKEND == "jax", reason="jax.custom_vjp has no forward mode")
-@pytest.mark.parametrize("implementation", ["fused", *IMPLEMENTATIONS[:-1]])
+@pytest.mark.parametrize(
+    "implementation",
+    [pytest.param("fused", marks=pytest.mark.any_backend), *IMPLEMENTATIONS[:-1]],
+)
 def test_f23_nested_forward_and_reverse_mode_equals_the_reference(implementation):
     given, directions = (
         tuple(tensors(native_core.fused_arrays(CALL, hidden=3, seed=seed)[:-1], "float64"))

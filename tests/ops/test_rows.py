@@ -8,26 +8,19 @@ import pytest
 import involution
 from tests.ops.test_gradients import relative
 from tests.support.backends import (
-    BACKEND,
     assert_equals_oracle,
     gradients,
     numpy,
     operation,
     tensors,
+    thin,
 )
 from tests.support.oracle import Call, random_calls
 
 CALLS = [call for call in random_calls(48, seed=5) if len(call.sizes) < 3]
 
 
-# XLA takes seconds to compile each call: `make test` runs every sixth on JAX.
-PARAMETERS = [
-    pytest.param(call, marks=pytest.mark.slow if BACKEND == "jax" and i % 6 else ())
-    for i, call in enumerate(CALLS)
-]
-
-
-@pytest.mark.parametrize("call", PARAMETERS, ids=range(len(CALLS)))
+@pytest.mark.parametrize("call", thin(CALLS, 12), ids=range(len(CALLS)))
 def test_rows_equal_the_oracle(call):
     x, kernel, dy = call.arrays(seed=5)
     apply = operation(call, "rows")

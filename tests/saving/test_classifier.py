@@ -22,12 +22,12 @@ from involution.utils.errors import InputError
 from tests.support.images import write_image
 
 METADATA = {"class_names": ["a", "말"], "image_shape": [4, 6, 3], "scaling": "pixels / 255"}
-NO_CLASSIFIER = (
+INVALID_CLASSIFIER = (
     "A model must be a .keras file or a folder with class names and an image shape, written by "
     "`involution compare` or `train`, or one of cnn-cifar10, inn-cifar10, rednet_tiny-cifar10. "
     "Received: "
 )
-NO_KERAS = (
+INVALID_KERAS_FILE = (
     "A model must be a valid .keras file of Keras's and registered layers (for custom layers use "
     "keras.saving.load_model(file, custom_objects=...)). Received: "
 )
@@ -40,8 +40,8 @@ def classifier():
 
 
 @pytest.fixture
-def unread(monkeypatch):
-    """Replaces loading of models by a stand-in that matches any metadata."""
+def stub_model(monkeypatch):
+    """Replaces model loading by a stub whose shapes match any metadata."""
     monkeypatch.setattr(
         classifiers,
         "load_model",
@@ -52,8 +52,8 @@ def unread(monkeypatch):
 
 
 def archive(path, entry=None, name="involution.json", compression=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", compression) as made:
-        made.writestr(name, json.dumps(METADATA) if entry is None else entry)
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.writestr(name, json.dumps(METADATA) if entry is None else entry)
     return path
 
 
@@ -64,19 +64,19 @@ def message(function, *arguments):
     return str(caught.value)
 
 
-def test_round_trip(classifier, tmp_path):
-    # Optimizer state would not load on another backend.
+def test_saved_classifier_round_trips(classifier, tmp_path):
+    # The optimizer is not saved: its state would not load on another backend.
     classifier.model.compile("adam", "mse")
     classifier.save(tmp_path / "x.keras")
     assert os.listdir(tmp_path) == ["x.keras"]
-    with zipfile.ZipFile(tmp_path / "x.keras") as made:
-        assert json.loads(made.read("involution.json")) == METADATA
-    again = classifiers.load(str(tmp_path / "x.keras"))
-    assert again.metadata == classifier.metadata
-    assert (again.class_names, again.image_shape) == (("a", "말"), (4, 6, 3))
-    for got, want in zip(again.model.get_weights(), classifier.model.get_weights(), strict=True):
+    with zipfile.ZipFile(tmp_path / "x.keras") as file:
+        assert json.loads(file.read("involution.json")) == METADATA
+    loaded = classifiers.load(str(tmp_path / "x.keras"))
+    assert loaded.metadata == classifier.metadata
+    assert (loaded.class_names, loaded.image_shape) == (("a", "말"), (4, 6, 3))
+    for got, want in zip(loaded.model.get_weights(), classifier.model.get_weights(), strict=True):
         np.testing.assert_array_equal(got, want)
-    assert not again.model.compiled
+    assert not loaded.model.compiled
     assert classifiers.load_model(str(tmp_path / "x.keras")).output_shape == (None, 2)
 
 
@@ -88,34 +88,34 @@ def test_images_are_preprocessed_as_in_training(classifier, tmp_path):
     np.testing.assert_array_equal(read[0], want)
 
 
-def test_crop_fraction(classifier, tmp_path):
+def test_crop_fraction_is_saved_and_applied(classifier, tmp_path):
     cropped = dataclasses.replace(classifier, crop_fraction=0.5)
     cropped.save(tmp_path / "x.keras")
-    with zipfile.ZipFile(tmp_path / "x.keras") as made:
-        assert json.loads(made.read("involution.json")) == {**METADATA, "crop": 0.5}
-    again = classifiers.load(tmp_path / "x.keras")
-    assert again.crop_fraction == 0.5
+    with zipfile.ZipFile(tmp_path / "x.keras") as file:
+        assert json.loads(file.read("involution.json")) == {**METADATA, "crop": 0.5}
+    loaded = classifiers.load(tmp_path / "x.keras")
+    assert loaded.crop_fraction == 0.5
     write_image(tmp_path / "x.png", size=(40, 30))
     want = transforms.to_unit_float(
         decode.read_image(tmp_path / "x.png", (4, 6), crop_fraction=0.5)
     )
-    np.testing.assert_array_equal(again.read(tmp_path / "x.png")[0], want)
+    np.testing.assert_array_equal(loaded.read(tmp_path / "x.png")[0], want)
     assert (classifier.read(tmp_path / "x.png")[0] != want).any()
 
 
-def test_load_weights(classifier, tmp_path, monkeypatch):
+def test_load_weights_checks_the_archive(classifier, tmp_path, monkeypatch):
     path = tmp_path / "x.keras"
-    model, again = (keras.models.clone_model(classifier.model) for _ in range(2))
+    model, target = (keras.models.clone_model(classifier.model) for _ in range(2))
     dataclasses.replace(classifier, model=model).save(path)
-    classifiers.load_weights(again, path)
-    for got, want in zip(again.get_weights(), model.get_weights(), strict=True):
+    classifiers.load_weights(target, path)
+    for got, want in zip(target.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_array_equal(got, want)
     checked = []
     monkeypatch.setattr(keras_archive, "check", checked.append)
-    classifiers.load_weights(again, path)
+    classifiers.load_weights(target, path)
     assert checked == [path]
     missing = tmp_path / "missing.keras"
-    assert f"Received: {missing}: " in message(classifiers.load_weights, again, missing)
+    assert f"Received: {missing}: " in message(classifiers.load_weights, target, missing)
 
 
 def test_probabilities_of_large_logits():
@@ -128,7 +128,7 @@ def test_probabilities_of_large_logits():
     np.testing.assert_allclose(scores, [[0.5, 0.5, 0], [0.25, 0.75, 0]], rtol=1e-7)
 
 
-def test_lookup_of_classifiers(unread, tmp_path, monkeypatch):
+def test_load_accepts_files_folders_and_names(stub_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert classifiers.load("inn-cifar10").model.path == pretrained.path("inn-cifar10")
     assert classifiers.load(archive(tmp_path / "x.keras")).class_names == ("a", "말")
@@ -138,7 +138,7 @@ def test_lookup_of_classifiers(unread, tmp_path, monkeypatch):
     assert (read.model.path, read.class_names, read.image_shape) == (folder, ("a", "말"), (4, 6, 3))
     # Local folders take precedence over pretrained models.
     (tmp_path / "inn-cifar10").mkdir()
-    assert message(classifiers.load, "inn-cifar10") == NO_CLASSIFIER + "inn-cifar10"
+    assert message(classifiers.load, "inn-cifar10") == INVALID_CLASSIFIER + "inn-cifar10"
     assert message(classifiers.load, "magic") == (
         "A model must be a .keras file, a folder, or one of cnn-cifar10, inn-cifar10, "
         "rednet_tiny-cifar10. Received: magic, which does not exist"
@@ -159,16 +159,16 @@ def test_metadata_must_match_the_model(tmp_path):
     assert load().image_shape == (8, 12, 3)
     any_size = {"input_shape": (None, None, 3), "classes": 2, "head": "convolutional"}
     assert load(arguments=any_size, image_shape=[1, 2**22, 3]).image_shape == (1, 2**22, 3)
-    rule = "A model's input shape must match its metadata, "
+    prefix = "A model's input shape must match its metadata, "
     assert message(lambda: load(image_shape=[12, 8, 3])) == (
-        f"{rule}(None, 12, 8, 3). Received: {folder}, with input shape (None, 8, 12, 3)"
+        f"{prefix}(None, 12, 8, 3). Received: {folder}, with input shape (None, 8, 12, 3)"
     )
-    rule = "A model's output shape must match its "
+    prefix = "A model's output shape must match its "
     assert message(lambda: load(class_names="abc")) == (
-        f"{rule}3 classes, (None, 3). Received: {folder}, with output shape (None, 2)"
+        f"{prefix}3 classes, (None, 3). Received: {folder}, with output shape (None, 2)"
     )
     kernels = {"input_shape": (8, 12, 3), "head": "kernels"}
-    assert message(lambda: load("inn", kernels)).startswith(rule)
+    assert message(lambda: load("inn", kernels)).startswith(prefix)
 
 
 def test_is_model(tmp_path):
@@ -207,69 +207,69 @@ def test_is_model(tmp_path):
                 {"image_shape": [4, 6, 1]},
                 {"scaling": "pixels"},
                 {"scaling": None},
-                # Larger than the limit.
+                # Larger than the size limit of the metadata.
                 {"x": "y" * 2**21},
             )
         ),
     ],
     ids=range(24),
 )
-def test_invalid_metadata(entry, unread, tmp_path):
+def test_invalid_metadata_is_rejected(entry, stub_model, tmp_path):
     path = archive(tmp_path / "x.keras", entry)
-    assert message(classifiers.load, path) == f"{NO_CLASSIFIER}{path}"
+    assert message(classifiers.load, path) == f"{INVALID_CLASSIFIER}{path}"
 
 
-def test_invalid_archives(unread, tmp_path):
+def test_invalid_archives_are_rejected(stub_model, tmp_path):
     path = archive(tmp_path / "x.keras", json.dumps({**METADATA, "x": "y" * 99}))
-    whole = path.read_bytes()
-    listed = whole.index(b"PK\1\2")
+    valid = path.read_bytes()
+    directory_entry = valid.index(b"PK\1\2")
 
-    def changed(place, size, number):
-        content = bytearray(whole)
-        for start in (place[0], listed + place[1]):
+    def changed(offsets, size, number):
+        content = bytearray(valid)
+        for start in (offsets[0], directory_entry + offsets[1]):
             content[start : start + size] = number.to_bytes(size, "little")
         return bytes(content)
 
     for content in (
         b"",
         b"no zip",
-        whole[:-30],
+        valid[:-30],
         archive(tmp_path / "y.keras", name="other.json").read_bytes(),
         archive(tmp_path / "y.keras", compression=zipfile.ZIP_LZMA).read_bytes(),
         changed((6, 8), 2, 1),  # encrypted
         changed((8, 10), 2, 77),  # an unknown compression
         changed((14, 16), 4, 0),  # another checksum
-        whole[:60] + bytes(20) + whole[80:],  # other data
-        changed((18, 20), 4, struct.unpack("<I", whole[18:22])[0] - 5),  # truncated
+        valid[:60] + bytes(20) + valid[80:],  # other data
+        changed((18, 20), 4, struct.unpack("<I", valid[18:22])[0] - 5),  # truncated
     ):
         path.write_bytes(content)
-        assert message(classifiers.load, path) == f"{NO_CLASSIFIER}{path}"
+        assert message(classifiers.load, path) == f"{INVALID_CLASSIFIER}{path}"
 
 
 def test_code_in_a_keras_file_is_not_executed(tmp_path):
     path, marker = tmp_path / "x.keras", str(tmp_path / "ran")
     inputs = keras.Input((2,))
-    harm = keras.layers.Lambda(lambda x: (open(marker, "w").close(), x)[1], output_shape=(2,))
-    keras.Model(inputs, harm(inputs)).save(path)
+    layer = keras.layers.Lambda(lambda x: (open(marker, "w").close(), x)[1], output_shape=(2,))
+    keras.Model(inputs, layer(inputs)).save(path)
     if os.path.exists(marker):
         os.unlink(marker)
     text = message(classifiers.load_model, path)
-    assert text.startswith(f"{NO_KERAS}{path}: ")
+    assert text.startswith(f"{INVALID_KERAS_FILE}{path}: ")
     assert "Lambda" in text
     assert not os.path.exists(marker)
-    # With safe_mode=False Keras does execute it, which the test notices.
+    # Control: with safe_mode=False, Keras executes the code and the marker appears.
     keras.saving.load_model(path, compile=False, safe_mode=False)(np.ones((1, 2), "float32"))
     assert os.path.exists(marker)
 
 
-def test_files_that_are_not_models(tmp_path):
+def test_files_that_are_not_models_are_rejected(tmp_path):
     file = tmp_path / "x.keras"
     assert message(classifiers.load_model, str(file)) == (
         "A model must be a .keras file, or a folder written by `involution convert`. "
         f"Received: {file}, which does not exist"
     )
     file.write_bytes(b"no zip")
-    assert message(classifiers.load_model, file).startswith(f"{NO_KERAS}{file}: ")
+    assert message(classifiers.load_model, file).startswith(f"{INVALID_KERAS_FILE}{file}: ")
     assert "config.json and model.safetensors" in message(classifiers.load_model, tmp_path)
 
 
@@ -280,4 +280,4 @@ def test_keras_errors_become_one_line(classifier, tmp_path, monkeypatch):
     classifier.save(tmp_path / "x.keras")
     monkeypatch.setattr(keras.saving, "load_model", fail)
     text = message(classifiers.load_model, tmp_path / "x.keras")
-    assert text == f"{NO_KERAS}{tmp_path / 'x.keras'}: {('a b ' * 250)}"
+    assert text == f"{INVALID_KERAS_FILE}{tmp_path / 'x.keras'}: {('a b ' * 250)}"

@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 MAX_GROWTH = 64 * 2**20
-# An image within Pillow's limit of pixels takes four bytes per pixel.
+# Decoding takes four bytes per pixel of an image within Pillow's limit.
 EXPECTED = {"image_bomb_of_64_million_black_pixels": 4 * 64 * 10**6}
 REVISION = "0" * 40
 
@@ -74,7 +74,7 @@ def resume(place, path):
     return latest
 
 
-# What commands do with a file; explain and demo do the same as predict.
+# How each command reads a file; explain and demo read it as predict does.
 ENTRIES = {
     "export": lambda place, path: lambda: classifier.load_model(path),
     "predict": predict,
@@ -87,8 +87,8 @@ ENTRIES = {
 CASES = [(name, entry) for name, (_, entries) in FILES.items() for entry in entries]
 
 
-class Written(Place):
-    """A place with a folder that readers may write to."""
+class WritablePlace(Place):
+    """With a folder that readers may write to."""
 
     @property
     def written(self) -> pathlib.Path:
@@ -97,14 +97,15 @@ class Written(Place):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    made = Written(tmp_path / "given", tmp_path / "elsewhere" / "secret.h5", tmp_path / "marker")
-    for folder in (made.given, made.written, made.secret.parent):
+    secret = tmp_path / "elsewhere" / "secret.h5"
+    place = WritablePlace(tmp_path / "given", secret, tmp_path / "marker")
+    for folder in (place.given, place.written, secret.parent):
         folder.mkdir()
-    with h5py.File(made.secret, "w") as file:
+    with h5py.File(secret, "w") as file:
         file["x"] = np.ones((48, 2), "f4")
-    # Modules beside a file are importable, as in the current folder.
-    monkeypatch.syspath_prepend(made.given)
-    return made
+    # Modules in the folder of the file are importable, as in the current folder.
+    monkeypatch.syspath_prepend(place.given)
+    return place
 
 
 @keras.saving.register_keras_serializable("test_hostile")
@@ -123,7 +124,7 @@ def own_file(place):
     x = keras.layers.Conv2D(3, 3, padding="same", activation="gelu")(x) + x
     x = keras.ops.mean(keras.layers.RandomFlip()(x)[:, 1:], axis=(1, 2))
     model = keras.Model(inputs, Own()(keras.layers.Dropout(0.5)(x)))
-    model.compile("adam", "mse")  # is ignored in loading
+    model.compile("adam", "mse")  # loading ignores it
     classifier.Classifier(model, ("a", "b"), (4, 4, 3)).save(place.given / "own.keras")
     return place.given / "own.keras"
 
@@ -152,7 +153,7 @@ HONEST = {
 
 
 def observed(place, work):
-    """(result or exception, observed events by kind, growth of memory)."""
+    """(result or exception, observed events by kind, growth of peak memory in bytes)."""
     monitor = FileOpenMonitor(place.secret)
     with observe(place.given, paths.FILES, place.written) as watch:
         try:
@@ -178,13 +179,13 @@ def warm(tmp_path_factory):
     """Runs every honest case once: frameworks load modules lazily."""
     for number, (name, entry) in enumerate(HONEST_CASES):
         folder = tmp_path_factory.mktemp(f"warm{number}")
-        made = Written(folder / "given", folder / "secret", folder / "marker")
-        made.given.mkdir()
-        made.written.mkdir()
-        ENTRIES[entry](made, HONEST[name][0](made))()
-    # The model of commands that name none.
+        place = WritablePlace(folder / "given", folder / "secret", folder / "marker")
+        place.given.mkdir()
+        place.written.mkdir()
+        ENTRIES[entry](place, HONEST[name][0](place))()
+    # The model of commands without a model argument.
     classifier.load(classifier.DEFAULT)
-    # Pillow loads all its plugins at its first failure.
+    # Pillow imports all its plugins at the first unrecognized file.
     with contextlib.suppress(InputError):
         decode.read_image(io.BytesIO(b"x"))
 
@@ -222,12 +223,12 @@ def test_hostile_files_are_rejected(name, entry, place, warm):
     assert grown <= MAX_GROWTH + EXPECTED.get(name, 0)
 
 
-def test_number_of_hostile_files():
+def test_every_entry_point_has_hostile_files():
     assert len(FILES) >= 60
     assert {entry for _, entry in CASES} == set(ENTRIES)
 
 
-# The observation itself.
+# Controls: the observation detects each kind of attack.
 
 
 def open_secret(place):
@@ -254,7 +255,7 @@ def unpickle(place):
     pickle.loads(content)  # noqa: S301 - from this test
 
 
-def start(place):
+def start_process(place):
     subprocess.run([sys.executable, "-c", ""], check=True)
 
 
@@ -268,8 +269,8 @@ def execute_a_file(place):
 
 
 def connect(place):
-    with socket.socket() as made:
-        made.connect_ex(("127.0.0.1", 1))
+    with socket.socket() as client:
+        client.connect_ex(("127.0.0.1", 1))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +281,7 @@ def connect(place):
         (write_outside, {"opened"}),
         (run_lambda, {"ran", "marker"}),
         (unpickle, {"ran", "marker"}),
-        (start, {"ran"}),
+        (start_process, {"ran"}),
         (import_canary, {"ran"}),
         (execute_a_file, {"ran"}),
         (connect, {"sockets"}),
@@ -293,18 +294,18 @@ def test_attacks_are_observed(attack, kinds, place, warm):
 
 
 def test_memory_is_observed(place):
-    def take():
+    def allocate():
         ctypes.memset(ctypes.create_string_buffer(100 * 2**20), 1, 100 * 2**20)
 
-    *_, grown = observed(place, take)
+    *_, grown = observed(place, allocate)
     assert 95 * 2**20 <= grown < 160 * 2**20
-    # The memory is free again, and an earlier peak does not count.
+    # Neither freed memory nor an earlier peak counts.
     *_, grown = observed(place, lambda: None)
     assert grown < 10 * 2**20
 
 
-def test_memory_without_validation(place):
-    """Without validation the bomb does take memory."""
+def test_keras_alone_exceeds_the_memory_limit(place):
+    """Control: without validation, the bomb is decompressed."""
     path = hostile_files.compressed_array(place)
     *_, grown = observed(place, lambda: keras.saving.load_model(path, compile=False))
     assert grown > MAX_GROWTH

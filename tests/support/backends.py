@@ -23,6 +23,15 @@ each_other_backend = pytest.mark.parametrize(
 )
 
 
+def thin(cases, step):
+    """Parameters of a test. On JAX all but every ``step``-th are slow: XLA compiles each for about a
+    second."""
+    return [
+        pytest.param(case, marks=pytest.mark.slow if BACKEND == "jax" and i % step else ())
+        for i, case in enumerate(cases)
+    ]
+
+
 def slow_except(*backends):
     """Marks a test as slow on other backends: `make test` runs it on these only."""
     return pytest.mark.slow if BACKEND not in backends else lambda test: test

@@ -28,7 +28,7 @@ ARRAYS = {
 STATE = {"at": 3, "loss": float("nan"), "text": "말"}
 
 
-def no_word(line):
+def fail_on_log(line):
     raise AssertionError(line)
 
 
@@ -37,34 +37,34 @@ def store(tmp_path):
     return CheckpointManager(str(tmp_path))
 
 
-def content(store):
+def file_names(store):
     return sorted(path.name for path in store.folder.iterdir())
 
 
-def test_name_and_metadata_of_a_checkpoint(store, tmp_path):
+def test_checkpoint_name_and_metadata(store, tmp_path):
     arrays = {"turned": np.arange(6.0).reshape(2, 3).T, "list": [1, 2]}
     saved = store.save(arrays, {"at": float("inf")})
     assert (saved.number, saved.arrays, saved.state) == (1, arrays, {"at": float("inf")})
     (path,) = (tmp_path / "checkpoints").iterdir()
-    written = path.read_bytes()
-    assert path.name == f"000000000001-{hashlib.sha256(written).hexdigest()}.safetensors"
-    header = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])
+    data = path.read_bytes()
+    assert path.name == f"000000000001-{hashlib.sha256(data).hexdigest()}.safetensors"
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert header["__metadata__"] == {"state": '{"format": 1, "at": Infinity}'}
-    found = store.latest(no_word).arrays
+    found = store.latest(fail_on_log).arrays
     np.testing.assert_array_equal(found["turned"], arrays["turned"])
     np.testing.assert_array_equal(found["list"], [1, 2])
 
 
-def test_numbers_continue_from_the_newest(store):
+def test_checkpoint_numbers_continue_from_the_newest(store):
     store.folder.mkdir()
-    whole = save_arrays({}, {"state": '{"format": 1, "n": 9}'})
+    data = save_arrays({}, {"state": '{"format": 1, "n": 9}'})
     for number in (2, 10**9):
-        name = f"{number:012d}-{hashlib.sha256(whole).hexdigest()}.safetensors"
-        (store.folder / name).write_bytes(whole)
-    found = store.latest(no_word)
+        name = f"{number:012d}-{hashlib.sha256(data).hexdigest()}.safetensors"
+        (store.folder / name).write_bytes(data)
+    found = store.latest(fail_on_log)
     assert (found.number, found.state) == (10**9, {"n": 9})
     assert store.save({}, {}).number == 10**9 + 1
-    assert [name[:12] for name in content(store)] == ["001000000000", "001000000001"]
+    assert [name[:12] for name in file_names(store)] == ["001000000000", "001000000001"]
 
 
 @pytest.mark.parametrize(
@@ -76,24 +76,24 @@ def test_numbers_continue_from_the_newest(store):
         (None, "'state'"),
     ],
 )
-def test_foreign_metadata(store, text, reason):
+def test_invalid_metadata_is_corrupt(store, text, reason):
     store.folder.mkdir()
-    made = save_arrays({}, {"x": "y"} if text is None else {"state": text})
-    name = f"000000000007-{hashlib.sha256(made).hexdigest()}.safetensors"
-    (store.folder / name).write_bytes(made)
+    data = save_arrays({}, {"x": "y"} if text is None else {"state": text})
+    name = f"000000000007-{hashlib.sha256(data).hexdigest()}.safetensors"
+    (store.folder / name).write_bytes(data)
     lines = []
     assert store.latest(lines.append) is None
-    rule = "Checkpoint 7 is corrupt, using the one before it: "
-    assert lines == [rule + reason]
+    prefix = "Checkpoint 7 is corrupt, using the one before it: "
+    assert lines == [prefix + reason]
     (store.folder / name).write_bytes(b"")
     assert store.latest(lines.append) is None
-    assert lines[1:] == [f"{rule}its content does not match the hash in its name"]
+    assert lines[1:] == [f"{prefix}its content does not match the hash in its name"]
 
 
-def test_other_file_names(store):
+def test_invalid_file_names_are_ignored(store):
     store.folder.mkdir()
-    whole = save_arrays({}, {"state": '{"format": 1}'})
-    digest = hashlib.sha256(whole).hexdigest()
+    data = save_arrays({}, {"state": '{"format": 1}'})
+    digest = hashlib.sha256(data).hexdigest()
     for name in (
         f"{1:011d}-{digest}.safetensors",
         f"{1:012d}-{digest}.safetensors.x",
@@ -102,8 +102,8 @@ def test_other_file_names(store):
         f"{1:012d}-{digest.upper()}.safetensors",
         f"{1:012d}-{digest[:-1]}.safetensors",
     ):
-        (store.folder / name).write_bytes(whole)
-    assert store.latest(no_word) is None
+        (store.folder / name).write_bytes(data)
+    assert store.latest(fail_on_log) is None
 
 
 def test_exclusive_lock(tmp_path):
@@ -115,7 +115,7 @@ def test_exclusive_lock(tmp_path):
         "The output folder must not be in use by another process. "
         f"Received: {tmp_path}, which another process has locked"
     )
-    # Exceptions release it too.
+    # An exception releases the lock.
     with pytest.raises(KeyboardInterrupt), checkpoint.exclusive_lock(tmp_path):
         raise KeyboardInterrupt
     with checkpoint.exclusive_lock(tmp_path):
@@ -125,16 +125,16 @@ def test_exclusive_lock(tmp_path):
 def test_max_to_keep(store):
     for number in range(1, 5):
         store.save({}, {"n": number})
-        assert [int(name[:12]) for name in content(store)] == [
+        assert [int(name[:12]) for name in file_names(store)] == [
             *range(max(1, number - 1), number + 1)
         ]
     store.remove_older()
-    assert [name[:12] for name in content(store)] == ["000000000004"]
+    assert [name[:12] for name in file_names(store)] == ["000000000004"]
     store.remove_older()
-    assert store.latest(no_word).state == {"n": 4}
+    assert store.latest(fail_on_log).state == {"n": 4}
 
 
-def test_failed_verification(store, monkeypatch):
+def test_save_verifies_the_written_file(store, monkeypatch):
     store.save({}, {"n": 1})
     real = pathlib.Path.replace
 
@@ -150,14 +150,14 @@ def test_failed_verification(store, monkeypatch):
         "the file differs from what was written",
         str(caught.value),
     )
-    assert store.latest(no_word).state == {"n": 1}
-    assert len(content(store)) == 1
+    assert store.latest(fail_on_log).state == {"n": 1}
+    assert len(file_names(store)) == 1
 
 
 def test_round_trip_is_exact(store):
-    assert store.latest(no_word) is None
+    assert store.latest(fail_on_log) is None
     assert store.save(ARRAYS, STATE).number == 1
-    found = store.latest(no_word)
+    found = store.latest(fail_on_log)
     assert found.number == 1
     assert repr(found.state) == repr(STATE)
     assert {k: (v.dtype, v.shape) for k, v in found.arrays.items()} == {
@@ -174,27 +174,27 @@ def test_older_checkpoint_survives_a_failed_save(store, monkeypatch):
     def faulty(path):
         return real(path.with_name("elsewhere"))
 
-    before = content(store)
+    before = file_names(store)
     monkeypatch.setattr(atomic_files, "atomic_write", faulty)
     with pytest.raises(OSError, match="No such file"):
         store.save(ARRAYS, {"number": 3})
-    assert set(before) < set(content(store))
-    assert store.latest(no_word).state == {"number": 2}
+    assert set(before) < set(file_names(store))
+    assert store.latest(fail_on_log).state == {"number": 2}
 
 
 @pytest.mark.parametrize("flips", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_truncation_and_bit_flips_are_detected(store, flips):
     store.save(ARRAYS, {"number": 1})
     store.save(ARRAYS, {"number": 2})
-    newest = store.folder / content(store)[-1]
-    whole = newest.read_bytes()
+    newest = store.folder / file_names(store)[-1]
+    intact = newest.read_bytes()
     rng = np.random.default_rng(0)
 
     def damaged():
-        for length in range(len(whole)):
-            yield whole[:length]
-        for bit in rng.integers(8 * len(whole), size=flips):
-            changed = bytearray(whole)
+        for length in range(len(intact)):
+            yield intact[:length]
+        for bit in rng.integers(8 * len(intact), size=flips):
+            changed = bytearray(intact)
             changed[bit // 8] ^= 1 << (bit % 8)
             yield bytes(changed)
 
@@ -204,15 +204,15 @@ def test_truncation_and_bit_flips_are_detected(store, flips):
         assert store.latest(lines.append).state == {"number": 1}
         assert len(lines) == 1
         assert lines[0].startswith("Checkpoint 2 is corrupt, using the one before it: ")
-    newest.write_bytes(whole)
-    assert store.latest(no_word).state == {"number": 2}
+    newest.write_bytes(intact)
+    assert store.latest(fail_on_log).state == {"number": 2}
 
 
-def test_valid_hash_of_invalid_content(store):
+def test_invalid_content_with_valid_hash_is_corrupt(store):
     store.save(ARRAYS, {"number": 1})
-    for number, made in enumerate((b"", b"hello", bytes(8) + b"{}", b"\2" + bytes(7) + b"{}"), 2):
-        name = f"{number:012d}-{hashlib.sha256(made).hexdigest()}.safetensors"
-        (store.folder / name).write_bytes(made)
+    for number, data in enumerate((b"", b"hello", bytes(8) + b"{}", b"\2" + bytes(7) + b"{}"), 2):
+        name = f"{number:012d}-{hashlib.sha256(data).hexdigest()}.safetensors"
+        (store.folder / name).write_bytes(data)
     lines = []
     assert store.latest(lines.append).state == {"number": 1}
     assert len(lines) == 4
@@ -222,15 +222,15 @@ def test_unrelated_files_are_ignored(store):
     store.save(ARRAYS, {"number": 1})
     for name in (f"{atomic_files.TMP_PREFIX}1-2.safetensors", "notes.txt"):
         (store.folder / name).write_bytes(b"x")
-    assert store.latest(no_word).number == 1
+    assert store.latest(fail_on_log).number == 1
     store.remove_older()
-    assert store.latest(no_word).number == 1
-    assert len(content(store)) == 3
+    assert store.latest(fail_on_log).number == 1
+    assert len(file_names(store)) == 3
 
 
 def test_lock_excludes_other_processes(tmp_path):
     with checkpoint.exclusive_lock(tmp_path):
-        # A process that starts quickly: it does not import Keras.
+        # A process without Keras starts quickly.
         code = (
             "import filelock, sys\n"
             "try:\n    filelock.FileLock(sys.argv[1]).acquire(blocking=False); print('in')\n"
@@ -250,30 +250,32 @@ def test_lock_excludes_other_processes(tmp_path):
         pass
 
 
-def start(folders, barrier, wins):
+def compete_for_locks(folders, barrier, wins):
     for folder in folders:
         barrier.wait()
         try:
             with checkpoint.exclusive_lock(folder):
                 wins.put(str(folder))
-                barrier.wait()  # the other has been refused
+                barrier.wait()  # the other process failed to acquire the lock
         except InputError:
             barrier.wait()
 
 
-@pytest.mark.slow  # both import Keras
-def test_only_one_of_two_concurrent_processes_gets_the_lock(tmp_path):
+@pytest.mark.slow  # processes context import Keras
+def test_only_one_of_two_processes_acquires_the_lock(tmp_path):
     folders = [tmp_path / str(number) for number in range(100)]
     for folder in folders:
         folder.mkdir()
-    processes = multiprocessing.get_context("spawn")
-    barrier, wins = processes.Barrier(2, timeout=120), processes.SimpleQueue()
-    both = [processes.Process(target=start, args=(folders, barrier, wins)) for _ in range(2)]
-    for process in both:
+    context = multiprocessing.get_context("spawn")
+    barrier, wins = context.Barrier(2, timeout=120), context.SimpleQueue()
+    processes = [
+        context.Process(target=compete_for_locks, args=(folders, barrier, wins)) for _ in range(2)
+    ]
+    for process in processes:
         process.start()
-    for process in both:
+    for process in processes:
         process.join()
-    assert [process.exitcode for process in both] == [0, 0]
+    assert [process.exitcode for process in processes] == [0, 0]
     won = []
     while not wins.empty():
         won.append(wins.get())

@@ -1,4 +1,4 @@
-"""Distributed training: equality with one device, and invalid settings."""
+"""Distributed training: equivalence to one device, invalid settings, lost hosts."""
 
 import json
 import os
@@ -25,7 +25,7 @@ on_jax = pytest.mark.skipif(BACKEND != "jax", reason="only JAX shards batches")
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         ({"devices": 0}, "`devices` must be at least 1. Received: 0"),
         ({"num_processes": 0}, "`num_processes` must be at least 1. Received: 0"),
@@ -40,12 +40,12 @@ on_jax = pytest.mark.skipif(BACKEND != "jax", reason="only JAX shards batches")
         ),
     ],
 )
-def test_invalid_distributions_are_rejected(given, message):
+def test_invalid_distribution_is_rejected(arguments, message):
     with pytest.raises(InputError, match=message):
-        distributed.from_environment(**given, environment={})
+        distributed.from_environment(**arguments, environment={})
 
 
-def test_keras_environment_variables():
+def test_distribution_from_keras_environment_variables():
     variables = {
         "KERAS_DISTRIBUTION_JOB_ADDRESSES": "one:12,two:12",
         "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
@@ -65,7 +65,7 @@ def test_keras_environment_variables():
         distributed.from_environment(environment={"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"})
 
 
-def test_other_backends_are_rejected(monkeypatch):
+def test_backend_other_than_jax_is_rejected(monkeypatch):
     distributed.initialize(distributed.SINGLE_PROCESS)
     backend = "torch" if BACKEND == "jax" else BACKEND
     monkeypatch.setattr(keras.config, "backend", lambda: backend)
@@ -85,14 +85,14 @@ def test_devices_must_be_set_before_jax_starts():
 @pytest.mark.parametrize(
     ("backend", "variable"), [("torch", "WORLD_SIZE"), ("tensorflow", "TF_CONFIG")]
 )
-def test_other_launchers_are_rejected(backend, variable, monkeypatch):
+def test_torch_and_tensorflow_launchers_are_rejected(backend, variable, monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: backend)
     with pytest.raises(InputError, match=f"would train its own model.* Received: {variable}=2"):
         distributed.check_launchers(distributed.SINGLE_PROCESS, {variable: "2"})
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own strategies")
-def test_tensorflow_strategies_are_rejected():
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute requires TensorFlow")
+def test_tensorflow_strategy_is_rejected():
     import tensorflow as tf
 
     with (
@@ -102,18 +102,18 @@ def test_tensorflow_strategies_are_rejected():
         distributed.check_launchers(distributed.SINGLE_PROCESS, {})
 
 
-def test_shards_of_hosts(monkeypatch):
+def test_shard_splits_and_pads_the_batch(monkeypatch):
     monkeypatch.setattr(distributed.Distribution, "num_devices", 6)
-    whole, last = np.arange(20, 32), np.arange(40, 50)
-    shards = [distributed.Distribution(2, "a:1", 3, n).shard(whole) for n in range(3)]
+    full_batch, last_batch = np.arange(20, 32), np.arange(40, 50)
+    shards = [distributed.Distribution(2, "a:1", 3, n).shard(full_batch) for n in range(3)]
     assert [list(s.indices) for s in shards] == [
         [20, 21, 22, 23],
         [24, 25, 26, 27],
         [28, 29, 30, 31],
     ]
     assert all(s.weights.min() == 1 and (s.count, s.padded_count) == (12, 12) for s in shards)
-    # Ten images for six devices: two pad the batch, with weight 0.
-    shards = [distributed.Distribution(2, "a:1", 3, n).shard(last) for n in range(3)]
+    # Ten images on six devices: two padding images have weight 0.
+    shards = [distributed.Distribution(2, "a:1", 3, n).shard(last_batch) for n in range(3)]
     assert [list(s.indices) for s in shards] == [
         [40, 41, 42, 43],
         [44, 45, 46, 47],
@@ -123,14 +123,14 @@ def test_shards_of_hosts(monkeypatch):
     assert all((s.count, s.padded_count) == (10, 12) for s in shards)
 
 
-def test_shard_of_a_single_device():
+def test_shard_on_one_device_is_the_batch():
     shard = distributed.SINGLE_PROCESS.shard(np.array([5, 3, 4]))
     assert list(shard.indices) == [5, 3, 4]
     assert (list(shard.weights), shard.count, shard.padded_count) == ([1, 1, 1], 3, 3)
 
 
 @pytest.mark.parametrize(
-    ("total", "size", "accumulation", "message"),
+    ("num_devices", "batch_size", "accumulation", "message"),
     [
         (3, 16, 1, r"`batch_size` must be a multiple of the number of devices \(3\). Received: 16"),
         (2, 16, 4, None),
@@ -140,9 +140,11 @@ def test_shard_of_a_single_device():
         (48, 48, 1, "at least 48 images, one for each device. Received: 40 training images"),
     ],
 )
-def test_indivisible_batches_are_rejected(total, size, accumulation, message, monkeypatch):
-    monkeypatch.setattr(distributed.Distribution, "num_devices", total)
-    recipe = Recipe(0.1, batch_size=size, gradient_accumulation_steps=accumulation)
+def test_indivisible_batches_are_rejected(
+    num_devices, batch_size, accumulation, message, monkeypatch
+):
+    monkeypatch.setattr(distributed.Distribution, "num_devices", num_devices)
+    recipe = Recipe(0.1, batch_size=batch_size, gradient_accumulation_steps=accumulation)
     if message is None:
         Trainer(distributed_runs.network(), distributed_runs.dataset(), recipe, 1, 0)
         return
@@ -151,24 +153,24 @@ def test_indivisible_batches_are_rejected(total, size, accumulation, message, mo
 
 
 def test_lost_hosts_are_distinguished_from_other_errors():
-    pair = distributed.Distribution(1, "a:1", 2, 0)
+    two_hosts = distributed.Distribution(1, "a:1", 2, 0)
 
-    def error(hosts, raised):
+    def caught_error(distribution, raised):
         try:
-            with hosts.detect_lost_hosts(), hosts.detect_lost_hosts():
+            with distribution.detect_lost_hosts(), distribution.detect_lost_hosts():
                 raise raised
         except ValueError as caught:
             return caught
 
-    silent = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer\nmore")
-    lost = error(pair, silent)
+    gloo_error = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer\nmore")
+    lost = caught_error(two_hosts, gloo_error)
     assert isinstance(lost, distributed.LostHostError)
     assert str(lost) == (
         "A host was lost: UNKNOWN: Gloo AllGather failed: Connection reset by peer"
     )
-    assert error(distributed.SINGLE_PROCESS, silent) is silent
+    assert caught_error(distributed.SINGLE_PROCESS, gloo_error) is gloo_error
     for other in (ValueError("Shapes must be equal"), InputError("The connection must be ...")):
-        assert error(pair, other) is other
+        assert caught_error(two_hosts, other) is other
 
 
 def environment():
@@ -176,8 +178,8 @@ def environment():
     return {**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": path}
 
 
-def trained(folder, devices, hosts, flags=""):
-    """(rows, weights by name) of each host."""
+def train(folder, devices, hosts, flags=""):
+    """Returns (metrics of each epoch, weights by name) for each host."""
     port = free_port()
     files = [folder / f"{devices}-{hosts}-{host}.npz" for host in range(hosts)]
     processes = [
@@ -194,45 +196,45 @@ def trained(folder, devices, hosts, flags=""):
         )
         for host, file in enumerate(files)
     ]
-    found = []
+    results = []
     for process, file in zip(processes, files, strict=True):
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         with np.load(file) as weights:
-            found.append((json.loads(output.splitlines()[-1]), dict(weights)))
-    return found
+            results.append((json.loads(output.splitlines()[-1]), dict(weights)))
+    return results
 
 
-def check_shared(folder, shapes):
-    """Compares training on (devices, hosts) with training on one device."""
-    ((want, weights),) = trained(folder, 1, 1)
-    assert len(want) == 3
-    assert sum("moving" in name for name in weights) == 6
-    for devices, hosts in shapes:
-        for rows, found in trained(folder, devices, hosts):
-            for row, expected in zip(rows, want, strict=True):
+def check_equal_to_one_device(folder, layouts):
+    """Compares training on each layout, (devices per host, hosts), with training on one device."""
+    ((expected_rows, expected_weights),) = train(folder, 1, 1)
+    assert len(expected_rows) == 3
+    assert sum("moving" in name for name in expected_weights) == 6
+    for devices, hosts in layouts:
+        for rows, weights in train(folder, devices, hosts):
+            for row, expected in zip(rows, expected_rows, strict=True):
                 # Keras computes losses in float32.
                 assert row == pytest.approx(expected, rel=1e-6)
-            assert found.keys() == weights.keys()
-            for name, other in weights.items():
-                np.testing.assert_allclose(found[name], other, rtol=0, atol=1e-6, err_msg=name)
+            assert weights.keys() == expected_weights.keys()
+            for name, value in expected_weights.items():
+                np.testing.assert_allclose(weights[name], value, rtol=0, atol=1e-6, err_msg=name)
 
 
 @on_jax
 def test_distributed_training_equals_one_device(tmp_path):
-    check_shared(tmp_path, ((2, 2),))
+    check_equal_to_one_device(tmp_path, ((2, 2),))
 
 
 @on_jax
 @pytest.mark.slow
-def test_other_numbers_of_devices_and_hosts_equal_one_device(tmp_path):
-    check_shared(tmp_path, ((2, 1), (1, 2), (1, 4), (4, 1)))
+def test_other_device_and_host_counts_equal_one_device(tmp_path):
+    check_equal_to_one_device(tmp_path, ((2, 1), (1, 2), (1, 4), (4, 1)))
 
 
 @on_jax
-def test_only_all_reduce_communicates(tmp_path):
+def test_all_reduce_is_the_only_collective(tmp_path):
     """The native and the fused operator compute on the local shard only."""
-    trained(tmp_path, 2, 1, f"--xla_dump_to={tmp_path}/dump --xla_dump_hlo_as_text")
+    train(tmp_path, 2, 1, f"--xla_dump_to={tmp_path}/dump --xla_dump_hlo_as_text")
     texts = [f.read_text() for f in (tmp_path / "dump").glob("*after_optimizations.txt")]
     step = max(texts, key=lambda text: text.count(" all-reduce("))
     assert step.count(" all-reduce(") > 10
@@ -254,10 +256,13 @@ COMMAND = (
 )
 
 
-def hosts(folder, count, *more, run="run"):
-    """Processes of a run, with their output in files; {host} in an argument becomes the index."""
+def start_hosts(folder, count, *options, run="run"):
+    """Starts the processes of a run, which write their output to host0.txt, host1.txt, ...
+
+    `{host}` in an argument is replaced by the index of the host.
+    """
     command = [sys.executable, "-m", "involution_cli", *COMMAND]
-    more += ("--output", f"{folder}/{run}")
+    options += ("--output", f"{folder}/{run}")
     if count > 1:
         command += [
             "--coordinator-address",
@@ -268,7 +273,12 @@ def hosts(folder, count, *more, run="run"):
     for host in range(count):
         with open(folder / f"host{host}.txt", "w", encoding="utf-8") as file:
             yield subprocess.Popen(
-                [*command, *(m.format(host=host) for m in more), "--process-id", str(host)],
+                [
+                    *command,
+                    *(option.format(host=host) for option in options),
+                    "--process-id",
+                    str(host),
+                ],
                 env={**environment(), "JAX_ENABLE_X64": "0"},
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -284,14 +294,15 @@ def wait_for(folder, text, seconds=240):
     raise AssertionError((folder / "host0.txt").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @on_jax
-def test_hosts_with_different_runs_are_rejected(tmp_path):
-    processes = list(hosts(tmp_path, 2, "--epochs", "1", "--seed", "{host}"))
+def test_hosts_with_different_settings_are_rejected(tmp_path):
+    processes = list(start_hosts(tmp_path, 2, "--epochs", "1", "--seed", "{host}"))
     codes = [process.wait(240) for process in processes]
     assert codes == [2, 2]
     for host in range(2):
         assert (tmp_path / f"host{host}.txt").read_text(encoding="utf-8").splitlines()[-1] == (
-            "involution: error: All hosts must have the same images, settings and versions. "
+            "involution: error: All start_hosts must have the same images, settings and versions. "
             "Received: host 1 differs from host 0"
         )
 
@@ -299,13 +310,13 @@ def test_hosts_with_different_runs_are_rejected(tmp_path):
 @pytest.mark.slow
 @on_jax
 def test_hosts_with_different_checkpoints_are_rejected(tmp_path):
-    (alone,) = hosts(tmp_path, 1, "--epochs", "1", run="run0")
-    assert alone.wait(240) == 0
-    processes = list(hosts(tmp_path, 2, "--epochs", "1", "--resume", run="run{host}"))
+    (single,) = start_hosts(tmp_path, 1, "--epochs", "1", run="run0")
+    assert single.wait(240) == 0
+    processes = list(start_hosts(tmp_path, 2, "--epochs", "1", "--resume", run="run{host}"))
     assert [process.wait(240) for process in processes] == [2, 2]
     for host in range(2):
         assert (tmp_path / f"host{host}.txt").read_text(encoding="utf-8").splitlines()[-1] == (
-            "involution: error: All hosts must start from the same checkpoint of one folder. "
+            "involution: error: All start_hosts must start from the same checkpoint of one folder. "
             "Received: host 1 differs from host 0"
         )
     assert not (tmp_path / "run1").exists()
@@ -314,31 +325,31 @@ def test_hosts_with_different_checkpoints_are_rejected(tmp_path):
 @on_jax
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_run_resumes_after_a_lost_host_on_fewer_hosts(tmp_path, victim):
-    more = "--epochs", "40", "--checkpoint-every", "5"
-    processes = list(hosts(tmp_path, 2, *more))
+def test_run_resumes_on_fewer_hosts_after_host_loss(tmp_path, victim):
+    options = "--epochs", "40", "--checkpoint-every", "5"
+    processes = list(start_hosts(tmp_path, 2, *options))
     try:
         wait_for(tmp_path, "epoch 1/40")
         processes[victim].kill()
-        begun = time.monotonic()
-        survivor = processes[1 - victim].wait(60)
-        assert survivor not in (0, -signal.SIGKILL), survivor
-        assert time.monotonic() - begun < 60
+        killed_at = time.monotonic()
+        exit_code = processes[1 - victim].wait(60)
+        assert exit_code not in (0, -signal.SIGKILL), exit_code
+        assert time.monotonic() - killed_at < 60
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    time.sleep(1)  # what is said last
-    said = (tmp_path / f"host{1 - victim}.txt").read_text(encoding="utf-8")
-    assert "A host was lost" in said, said
-    assert "--resume" in said
-    (alone,) = hosts(tmp_path, 1, "--epochs", "40", "--resume", "--checkpoint-every", "5")
+    time.sleep(1)  # what is output last
+    output = (tmp_path / f"host{1 - victim}.txt").read_text(encoding="utf-8")
+    assert "A host was lost" in output, output
+    assert "--resume" in output
+    (single,) = start_hosts(tmp_path, 1, "--epochs", "40", "--resume", "--checkpoint-every", "5")
     try:
         wait_for(tmp_path, "Resuming from checkpoint")
-        alone.send_signal(signal.SIGTERM)
-        assert alone.wait(240) == 143
+        single.send_signal(signal.SIGTERM)
+        assert single.wait(240) == 143
     finally:
-        alone.kill()
-        alone.wait()
+        single.kill()
+        single.wait()
     history = (pathlib.Path(tmp_path) / "run" / "history.csv").read_text(encoding="utf-8")
     assert re.search(r"^inn,1,", history, re.MULTILINE)

@@ -14,7 +14,7 @@ import pytest
 from involution import Involution2D, models
 from involution.data import datasets, transforms
 from involution.models import specs
-from involution.saving import classifier as saved_model
+from involution.saving import classifier as classifiers
 from involution.training import checkpoint, experiment
 from involution.training.experiment import Config, compare
 from involution.utils.errors import InputError
@@ -68,12 +68,12 @@ def run(folder, tmp_path_factory):
     return compare(config, output, console, command="involution compare"), output, console
 
 
-def test_files_of_a_run(run):
+def test_run_writes_its_files(run):
     _, output, _ = run
     assert {f.name for f in output.iterdir()} == FILES
 
 
-def test_metrics(run):
+def test_metrics_json(run):
     _, output, _ = run
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["dataset"] == "pets"
@@ -96,12 +96,12 @@ def test_metrics(run):
     assert inn["non_trainable_params"] == 6
     assert inn["optimizer_params"] == 2 * inn["trainable_params"] + 2
     assert inn["total_params"] == 6 + 3 * inn["trainable_params"] + 2
-    # The optimizer's step counter is an integer of 4 or 8 bytes.
+    # The optimizer's step counter has 4 or 8 bytes.
     assert inn["bytes"] - 4 * inn["total_params"] in (0, 4)
     assert inn["seconds"] >= inn["seconds_per_epoch"] > 0
 
 
-def test_history_holds_every_epoch(run):
+def test_history_has_every_epoch(run):
     result, output, _ = run
     rows = list(csv.DictReader((output / "history.csv").read_text().splitlines()))
     assert [(r["model"], r["epoch"]) for r in rows] == [
@@ -113,7 +113,7 @@ def test_history_holds_every_epoch(run):
     assert float(rows[-1]["test_loss"]) == result.metrics["models"]["inn"]["test_loss"]
 
 
-def test_progress_moves_within_an_epoch(run):
+def test_progress_advances_every_step(run):
     _, _, console = run
     # 24 training and 12 test images in batches of 10, two epochs; 36 files are read first.
     assert console.totals == [("reading images", 36), ("cnn", 10), ("inn", 10)]
@@ -124,12 +124,12 @@ def test_progress_moves_within_an_epoch(run):
 def test_metrics_are_means_over_all_images(run, folder):
     """Recomputes the last row's test metrics from the saved model with NumPy."""
     result, output, _ = run
-    loaded = saved_model.load(output / "cnn.keras")
+    loaded = classifiers.load(output / "cnn.keras")
     dataset = datasets.load(str(folder))
     scores = loaded.predict_proba(transforms.to_unit_float(dataset.x_test))
-    right = scores[np.arange(12), dataset.y_test]
+    label_scores = scores[np.arange(12), dataset.y_test]
     metrics = result.metrics["models"]["cnn"]
-    assert metrics["test_loss"] == pytest.approx(-np.log(right).mean(), rel=1e-4)
+    assert metrics["test_loss"] == pytest.approx(-np.log(label_scores).mean(), rel=1e-4)
     assert metrics["test_accuracy"] == pytest.approx(
         (scores.argmax(-1) == dataset.y_test).mean(), abs=1e-6
     )
@@ -146,7 +146,7 @@ def test_bfloat16_computes_with_float32_weights(folder, tmp_path):
         assert all(np.isfinite(row["test_loss"]) for row in one.rows)
     assert {f.name for f in (tmp_path / "run").iterdir()} == FILES
     assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == "bfloat16"
-    loaded = saved_model.load(tmp_path / "run" / "inn.keras")
+    loaded = classifiers.load(tmp_path / "run" / "inn.keras")
     scores = loaded.predict_proba(transforms.to_unit_float(datasets.load(str(folder)).x_test))
     np.testing.assert_allclose(scores.sum(-1), 1, atol=1e-5)
 
@@ -166,23 +166,23 @@ def test_equal_seeds_give_equal_history(run, folder, tmp_path):
     assert other.results[0].rows[0]["train_loss"] != again.results[0].rows[0]["train_loss"]
 
 
-def test_a_model_does_not_depend_on_those_before_it(run, folder, tmp_path):
+def test_training_is_independent_of_earlier_models(run, folder, tmp_path):
     result, _, _ = run
-    alone = compare(Config(str(folder), "inn", 2, 10), tmp_path / "alone")
+    single = compare(Config(str(folder), "inn", 2, 10), tmp_path / "single")
     expected = {k: v for k, v in result.results[1].rows[-1].items() if k != "seconds"}
-    assert {k: v for k, v in alone.results[0].rows[-1].items() if k != "seconds"} == expected
+    assert {k: v for k, v in single.results[0].rows[-1].items() if k != "seconds"} == expected
 
 
-def test_preprocessing_equals_that_of_training(run, folder):
+def test_classifier_preprocessing_equals_training(run, folder):
     _, output, _ = run
-    classifier = saved_model.load(output / "inn.keras")
+    classifier = classifiers.load(output / "inn.keras")
     assert classifier.class_names == ("ant", "bee", "cat")
     dataset = datasets.load(str(folder))
     read = classifier.read(folder / "test" / "bee" / "2.png")
     np.testing.assert_array_equal(read, transforms.to_unit_float(dataset.x_test[6:7]))
 
 
-def test_a_saved_model_has_no_optimizer(run):
+def test_saved_model_has_no_optimizer(run):
     _, output, _ = run
     model = keras.saving.load_model(output / "inn.keras")
     assert getattr(model, "optimizer", None) is None
@@ -193,15 +193,15 @@ def test_a_saved_model_has_no_optimizer(run):
     ]
 
 
-def test_an_interruption_writes_the_report(folder, tmp_path):
-    class Impatient(Recorder):
+def test_interrupted_run_writes_the_report(folder, tmp_path):
+    class Interrupting(Recorder):
         def advance(self):
             super().advance()
             if self.steps == 36 + 10 + 7:  # in the second epoch of the second model
                 raise KeyboardInterrupt
 
     output = tmp_path / "run"
-    result = compare(Config(str(folder), "cnn,inn", 2, 10), output, Impatient())
+    result = compare(Config(str(folder), "cnn,inn", 2, 10), output, Interrupting())
     assert result.interrupted
     assert {f.name for f in output.iterdir()} == FILES
     metrics = json.loads((output / "metrics.json").read_text())
@@ -211,14 +211,14 @@ def test_an_interruption_writes_the_report(folder, tmp_path):
 
 
 def test_ctrl_c_takes_effect_after_the_current_step(folder, tmp_path):
-    class Signalled(Recorder):
+    class SendSigint(Recorder):
         def advance(self):
             super().advance()
             if self.steps == 40:
                 signal.raise_signal(signal.SIGINT)
                 self.after = self.steps
 
-    console = Signalled()
+    console = SendSigint()
     before = signal.getsignal(signal.SIGINT)
     result = compare(Config(str(folder), epochs=2, batch_size=10), tmp_path / "run", console)
     assert result.interrupted
@@ -228,7 +228,7 @@ def test_ctrl_c_takes_effect_after_the_current_step(folder, tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_divergence_stops_and_is_reported(folder, tmp_path):
+def test_divergence_stops_the_run_and_is_reported(folder, tmp_path):
     def broken(input_shape, classes):
         model = models.inn(input_shape, classes)
         model.set_weights([np.full_like(w, np.nan) for w in model.get_weights()])
@@ -247,7 +247,7 @@ def test_divergence_stops_and_is_reported(folder, tmp_path):
     assert "This run was stopped." in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_non_square_windows(folder, tmp_path):
+def test_run_with_non_square_windows(folder, tmp_path):
     def oblong(input_shape, classes):
         inputs = keras.Input(input_shape)
         x = Involution2D((3, 5), reduction_ratio=1)(inputs)
@@ -260,21 +260,21 @@ def test_non_square_windows(folder, tmp_path):
     assert (tmp_path / "run" / "words.png").is_file()
 
 
-def test_an_interruption_before_any_epoch(folder, tmp_path):
-    class AtOnce(Recorder):
+def test_interruption_before_the_first_epoch(folder, tmp_path):
+    class InterruptFirstStep(Recorder):
         def advance(self):
             super().advance()
             if self.steps == 37:
                 raise KeyboardInterrupt
 
-    result = compare(Config(str(folder), "inn", 2, 10), tmp_path / "run", AtOnce())
+    result = compare(Config(str(folder), "inn", 2, 10), tmp_path / "run", InterruptFirstStep())
     assert result.interrupted
     page = (tmp_path / "run" / "report.html").read_text()
     assert "no epoch completed" in page
     assert "0 of 1 models completed an epoch" in page
 
 
-def own_model(input_shape, classes, width=4):
+def custom_model(input_shape, classes, width=4):
     inputs = keras.Input(input_shape)
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(width, 3)(inputs))
     return keras.Model(inputs, keras.layers.Dense(classes)(x))
@@ -289,9 +289,9 @@ class Subclassed(keras.Model):
         return self.dense(self.flatten(inputs))
 
 
-def test_custom_models_from_python_and_from_a_file(folder, tmp_path):
+def test_custom_models_from_builders_and_files(folder, tmp_path):
     config = Config(str(folder), epochs=1, batch_size=12)
-    result = compare(config, tmp_path / "object", builders={"mine": own_model})
+    result = compare(config, tmp_path / "object", builders={"mine": custom_model})
     file = tmp_path / "own.py"
     file.write_text(
         "import keras\n"
@@ -311,7 +311,7 @@ def test_custom_models_from_python_and_from_a_file(folder, tmp_path):
     )
 
 
-def test_model_options():
+def test_model_spec_options():
     builders = specs.parse("cnn, inn:kernel_size=5:kernel_generator=linear")
     model = builders["inn:kernel_size=5:kernel_generator=linear"]((8, 8, 3), 10)
     assert model.get_layer("inv_1").kernel_size == (5, 5)
@@ -329,12 +329,12 @@ def test_model_options():
         ("missing.py:f", "must exist. Received: missing.py"),
     ],
 )
-def test_invalid_model_specs(text, match):
+def test_invalid_model_spec_is_rejected(text, match):
     with pytest.raises(InputError, match=match):
         specs.parse(text)
 
 
-def test_a_file_without_the_function(tmp_path):
+def test_model_file_without_builder_is_rejected(tmp_path):
     file = tmp_path / "own.py"
     file.write_text("x = 1\n")
     with pytest.raises(InputError, match="must define build"):
@@ -344,7 +344,7 @@ def test_a_file_without_the_function(tmp_path):
         specs.parse(f"{file}:f")
 
 
-def test_a_file_with_classes_and_colons_in_its_name(tmp_path):
+def test_model_file_with_dataclass_and_colon_in_name(tmp_path):
     file = tmp_path / "a:b.py"
     file.write_text(
         "from __future__ import annotations\nimport dataclasses\n"
@@ -355,8 +355,8 @@ def test_a_file_with_classes_and_colons_in_its_name(tmp_path):
     assert builder(None, 7) == (3, 7, 2)
 
 
-def test_files_import_neighbors(tmp_path, monkeypatch):
-    """Each file imports its own module of the same name, at import and during building."""
+def test_model_files_import_sibling_modules(tmp_path, monkeypatch):
+    """Modules of one name resolve to the folder of each file, at import and in the builder."""
     for folder in ("a", "b"):
         (tmp_path / folder / "parts").mkdir(parents=True)
         (tmp_path / folder / "blocks.py").write_text(f"WHERE = {folder!r}\n")
@@ -368,7 +368,7 @@ def test_files_import_neighbors(tmp_path, monkeypatch):
             "    import late, blocks as again\n"
             "    return blocks is again, blocks.WHERE, late.WHERE, parts.deep.W, width\n"
         )
-    # Packages of an environment below the folder of a file are imported once.
+    # Packages in a virtual environment inside the folder are imported once.
     installed = tmp_path / "a" / ".venv" / "installed_once.py"
     installed.parent.mkdir()
     installed.write_text("")
@@ -395,7 +395,7 @@ def test_files_import_neighbors(tmp_path, monkeypatch):
         ("import sys\nsys.path.clear()\nimport blocks_of_none", "No module named 'blocks_of_none'"),
     ],
 )
-def test_a_file_that_fails(content, reason, tmp_path, monkeypatch):
+def test_model_file_that_raises_is_rejected(content, reason, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "own.py").write_text(content)
     with pytest.raises(InputError) as caught:
@@ -405,7 +405,7 @@ def test_a_file_that_fails(content, reason, tmp_path, monkeypatch):
     )
 
 
-def test_a_model_name_that_is_not_utf8():
+def test_model_spec_that_is_not_utf8_is_rejected():
     with pytest.raises(InputError) as caught:
         specs.parse("cnn,caf\udce9.py")
     assert str(caught.value) == (
@@ -413,7 +413,7 @@ def test_a_model_name_that_is_not_utf8():
     )
 
 
-def test_command_lines_can_be_pasted(monkeypatch):
+def test_command_line_is_quoted_for_the_shell(monkeypatch):
     words = ("involution", pathlib.Path("a b/$x's.keras"), pathlib.Path("-x"), "-y", "z")
     line = specs.command_line(*words)
     assert shlex.split(line) == ["involution", "a b/$x's.keras", "./-x", "-y", "z"]
@@ -422,8 +422,8 @@ def test_command_lines_can_be_pasted(monkeypatch):
     assert specs.command_line(*words) == ("""involution "a b/$x's.keras" .\\-x -y z""")
 
 
-def test_other_floatx_is_rejected(run, folder, tmp_path):
-    """It would be the dtype of the inputs, while config.json says float32."""
+def test_floatx_other_than_float32_is_rejected(run, folder, tmp_path):
+    """Inputs would have that dtype, while config.json records float32."""
     classifier = run[0].results[0].classifier
     try:
         for floatx in ("float16", "bfloat16", "float64"):
@@ -447,7 +447,7 @@ def test_keras_settings_are_recorded_and_checked_on_resume(run, folder, tmp_path
         keras.config.set_epsilon(1e-5)
         with pytest.raises(InputError, match=r"Received: Keras's epsilon was 1e-07 and is 1e-05$"):
             compare(config, tmp_path / "run", resume=True)
-        # Checkpoints of early releases lack them.
+        # Checkpoints of early releases lack these settings.
         store = checkpoint.CheckpointManager(tmp_path / "run")
         saved = store.latest(print)
         identity = saved.state["identity"]
@@ -473,12 +473,12 @@ def test_skipped_images_are_reported(folder, tmp_path):
     ("builder", "match"),
     [
         (lambda input_shape, classes: 3, "a int, not a Keras model"),
-        (lambda input_shape, classes: own_model(input_shape, 7), r"shape \(None, 7\)"),
+        (lambda input_shape, classes: custom_model(input_shape, 7), r"shape \(None, 7\)"),
         (lambda input_shape, classes: 1 / 0, "division by zero"),
         (lambda input_shape, classes: Subclassed(classes), "neither functional nor Sequential"),
     ],
 )
-def test_an_unsuitable_model_is_rejected_before_writing(folder, tmp_path, builder, match):
+def test_unsuitable_model_is_rejected_before_writing(folder, tmp_path, builder, match):
     with pytest.raises(InputError, match=match):
         compare(Config(str(folder)), tmp_path / "run", builders={"mine": builder})
     assert not (tmp_path / "run").exists()
@@ -488,12 +488,12 @@ def test_an_unsuitable_model_is_rejected_before_writing(folder, tmp_path, builde
     ("option", "value"),
     [("epochs", 0), ("batch_size", -1), ("seed", -1), ("seed", 2**32), ("learning_rate", 0.0)],
 )
-def test_options_out_of_range(option, value):
+def test_option_out_of_range_is_rejected(option, value):
     with pytest.raises(InputError, match=f"`{option}` must be .*Received: {value}"):
         Config(**{option: value})
 
 
-def test_an_output_that_cannot_be_written(folder, tmp_path):
+def test_unusable_output_folder_is_rejected(folder, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "x").write_text("kept")
@@ -507,9 +507,9 @@ def test_an_output_that_cannot_be_written(folder, tmp_path):
     assert (tmp_path / "used" / "x").read_text() == "kept"
 
 
-def test_invalid_classifier_files(tmp_path):
+def test_invalid_classifier_file_is_rejected(tmp_path):
     (tmp_path / "x.keras").write_bytes(b"no zip")
-    plain = own_model((8, 8, 3), 2)
+    plain = custom_model((8, 8, 3), 2)
     plain.save(tmp_path / "plain.keras")
     for name, match in (
         ("missing.keras", "missing.keras, which does not exist"),
@@ -517,11 +517,11 @@ def test_invalid_classifier_files(tmp_path):
         ("plain.keras", "written by `involution compare` or `train`"),
     ):
         with pytest.raises(InputError, match=match):
-            saved_model.load(tmp_path / name)
+            classifiers.load(tmp_path / name)
 
 
-def test_scores_are_probabilities(tmp_path):
-    classifier = saved_model.Classifier(own_model((8, 8, 3), 3), ("a", "b", "c"), (8, 8, 3))
+def test_predict_proba_is_the_softmax_of_logits(tmp_path):
+    classifier = classifiers.Classifier(custom_model((8, 8, 3), 3), ("a", "b", "c"), (8, 8, 3))
     write_image(tmp_path / "x.png", size=(20, 30))
     image = classifier.read(tmp_path / "x.png")
     scores = classifier.predict_proba(image)

@@ -1,8 +1,11 @@
-"""Files of version 0.1 under `tests/support/files/version_0_1`: names in them do not change.
+"""Compatibility with version 0.1: its runs and studies resume, and stored names stay the same.
 
-Written on PyTorch by version 0.1, before settings were renamed: `run`, interrupted during its
-second model, with the `history.csv` of the same run without interruption beside it; `sweep`, a
-study with two trials; and `identities.json`, what checkpoints and studies store of settings.
+Version 0.1 wrote `tests/support/files/version_0_1` on PyTorch, before settings were renamed:
+
+- `run`: a run interrupted during its second model
+- `history.csv`: the history of the same run without the interruption
+- `sweep`: a study with two trials
+- `identities.json`: settings as checkpoints and studies store them
 """
 
 import csv
@@ -23,13 +26,13 @@ from tests.training.test_experiment import Recorder
 
 pytestmark = pytest.mark.any_backend
 
-BEFORE = FILES / "version_0_1"
+VERSION_0_1 = FILES / "version_0_1"
 RENAMED = {
     "accumulate": "gradient_accumulation_steps",
     "ema": "ema_momentum",
     "validation": "validation_images",
 }
-# Keys whose values depend on where the files were written.
+# Keys whose values depend on the environment that wrote the files.
 ENVIRONMENT = re.compile("version of .*|backend")
 
 
@@ -41,25 +44,25 @@ def pets(tmp_path, monkeypatch):
     return tmp_path
 
 
-def renamed(config):
+def to_current_config(config):
     settings = {RENAMED.get(name, name): value for name, value in config.items()}
     if "image_size" in settings:
         settings["image_size"] = tuple(settings["image_size"])
     return Config(**settings)
 
 
-@pytest.mark.parametrize("case", json.loads((BEFORE / "identities.json").read_text()), ids=str)
-def test_settings_are_stored_under_the_same_names(case, pets):
-    config = renamed(case["config"])
+@pytest.mark.parametrize("case", json.loads((VERSION_0_1 / "identities.json").read_text()), ids=str)
+def test_stored_setting_names_are_unchanged(case, pets):
+    config = to_current_config(case["config"])
     dataset = experiment.load(Config("pets", validation_images=3), NullProgress())
     run = experiment.Run(config, dataset, config.recipe_for(dataset), [], "", "")
     assert stored(run.recipe) == {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in case["training"].items()
     }
-    found, want = fingerprint(run), case["identity"]
+    found, expected = fingerprint(run), case["identity"]
     assert {k: v for k, v in found.items() if not ENVIRONMENT.fullmatch(k)} == {
-        k: v for k, v in want.items() if not ENVIRONMENT.fullmatch(k)
+        k: v for k, v in expected.items() if not ENVIRONMENT.fullmatch(k)
     }
     if case["plan"] is not None:
         search = sweep.SweepConfig(config, ("learning_rate=0.1,0.2",), 3)
@@ -77,8 +80,8 @@ def history(file):
     return list(csv.DictReader(file.read_text().splitlines()))
 
 
-def test_a_run_of_the_previous_version_resumes(pets):
-    shutil.copytree(BEFORE / "run", pets / "run")
+def test_run_of_version_0_1_resumes(pets):
+    shutil.copytree(VERSION_0_1 / "run", pets / "run")
     config = Config(
         "pets",
         epochs=2,
@@ -91,7 +94,7 @@ def test_a_run_of_the_previous_version_resumes(pets):
         learning_rate=0.02,
     )
     progress = Recorder()
-    # Versions may differ. Changed settings are an error in any case, because a model is trained.
+    # `allow_config_change` permits other versions, but no other settings: a model is trained.
     compare(
         config,
         "run",
@@ -101,25 +104,28 @@ def test_a_run_of_the_previous_version_resumes(pets):
         allow_config_change=True,
     )
     assert "Resuming from checkpoint 5." in progress.lines
-    # 36 images are read, and 20 of the 28 steps of both models were done.
+    # 36 images are read, and 8 of the 28 steps of both models remain.
     assert progress.steps == 36 + 8
-    rows, want = history(pets / "run" / "history.csv"), history(BEFORE / "history.csv")
-    assert rows[:2] == want[:2]
-    for row, expected in zip(rows, want, strict=True):
+    rows, expected_rows = (
+        history(pets / "run" / "history.csv"),
+        history(VERSION_0_1 / "history.csv"),
+    )
+    assert rows[:2] == expected_rows[:2]
+    for row, expected_row in zip(rows, expected_rows, strict=True):
         assert (row.pop("model"), row.pop("epoch")) == (
-            expected.pop("model"),
-            expected.pop("epoch"),
+            expected_row.pop("model"),
+            expected_row.pop("epoch"),
         )
-        for name, value in expected.items():
+        for name, value in expected_row.items():
             assert float(row[name]) == pytest.approx(float(value), rel=1e-3)
     saved = checkpoint.CheckpointManager(pets / "run").latest(print)
     assert set(saved.state) == {"identity", "results", "at"}
     assert saved.state["identity"].keys() >= {"accumulate", "ema", "validation", "recipe: warm_up"}
 
 
-def test_a_study_of_the_previous_version_resumes(pets):
-    shutil.copytree(BEFORE / "sweep", pets / "sweep")
-    shutil.copy(BEFORE / "network.py", pets)
+def test_study_of_version_0_1_resumes(pets):
+    shutil.copytree(VERSION_0_1 / "sweep", pets / "sweep")
+    shutil.copy(VERSION_0_1 / "network.py", pets)
     config = Config(
         "pets",
         "network.py",
@@ -133,7 +139,7 @@ def test_a_study_of_the_previous_version_resumes(pets):
     assert sweep.run(search, pets / "sweep").trials == 3
     before, after = (
         {r["trial"]: r for r in history(f / "trials.csv")}
-        for f in (BEFORE / "sweep", pets / "sweep")
+        for f in (VERSION_0_1 / "sweep", pets / "sweep")
     )
     assert len(after) == 3
     assert {number: after[number] for number in before} == before

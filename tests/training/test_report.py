@@ -25,7 +25,7 @@ def result(label, test_accuracy, seconds):
 def run():
     images = np.zeros((4, 8, 8, 3), "uint8")
     labels = np.array([0, 1, 0, 1])
-    # Names as in an untrusted folder.
+    # Class names are names of folders, which may be untrusted.
     names = ("<script>alert(1)</script>", r"b & $\no$")
     dataset = datasets.Dataset("<b>pets</b>", "", images, labels, images, labels, names)
     return experiment.Run(
@@ -71,7 +71,7 @@ def test_markdown_table(run):
     )
 
 
-def test_single_model(run):
+def test_summary_of_a_single_model(run):
     del run.results[1]
     assert report.summary_sentence(run) == (
         "On the test images of <b>pets</b>, one reaches an accuracy of 0.750 "

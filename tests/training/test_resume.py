@@ -1,4 +1,4 @@
-"""Runs that resume from their checkpoints."""
+"""Resuming runs after interruptions, signals, full disks and corrupt files."""
 
 import errno
 import functools
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def builder(input_shape, classes, width=4):
-    """A model with all kinds of state: batch normalization, and a random generator."""
+    """A model with every kind of state: weights, moving statistics, and a seed generator."""
     inputs = keras.Input(input_shape)
     x = keras.layers.Conv2D(width, 3)(inputs)
     x = keras.layers.BatchNormalization()(x)
@@ -40,14 +40,14 @@ def builder(input_shape, classes, width=4):
 
 
 @pytest.fixture(autouse=True)
-def unreported(monkeypatch):
-    """Reports take longer than these runs, and have tests of their own."""
+def skip_reports(monkeypatch):
+    """A report takes longer than these runs; test_report.py tests it."""
     monkeypatch.setattr(report, "write", lambda run, output: None)
 
 
 BUILDERS = {"one": builder, "other": functools.partial(builder, width=5)}
 ONE = {"one": builder}
-STEPS = 20  # of both models, after 36 images were read
+STEPS = 20  # of both models; progress also counts the 36 images read before
 
 
 def config(folder, **more):
@@ -55,7 +55,7 @@ def config(folder, **more):
 
 
 def outcome(output, builders=BUILDERS):
-    """All results that must not depend on interruptions."""
+    """The results that must not depend on interruptions."""
     weights = {
         label: [w.tobytes() for w in classifier.load(output / f"{label}.keras").model.get_weights()]
         for label in builders
@@ -121,7 +121,7 @@ def test_resumed_run_equals_uninterrupted(folder, tmp_path, uninterrupted, stops
     assert state.stat().st_size < 5000
 
 
-def test_a_corrupt_checkpoint_falls_back_to_the_one_before(folder, tmp_path, uninterrupted):
+def test_corrupt_checkpoint_falls_back_to_the_previous_one(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(4), BUILDERS, checkpoint_every=2)
     newest = max((output / checkpoint.FOLDER).iterdir())
@@ -132,7 +132,7 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(folder, tmp_path, uni
     assert outcome(output) == uninterrupted
 
 
-def test_a_modified_model_file_is_trained_again(folder, tmp_path, uninterrupted):
+def test_model_with_modified_file_is_retrained(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(10), BUILDERS)
     compare(config(folder), output, StopAfter(1), BUILDERS, resume=True)
@@ -146,7 +146,7 @@ def test_a_modified_model_file_is_trained_again(folder, tmp_path, uninterrupted)
     assert outcome(output) == uninterrupted
 
 
-def test_only_a_missing_model_is_trained_again(folder, tmp_path, uninterrupted):
+def test_only_the_missing_model_is_retrained(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, builders=BUILDERS)
     (output / "one.keras").unlink()
@@ -157,33 +157,33 @@ def test_only_a_missing_model_is_trained_again(folder, tmp_path, uninterrupted):
     assert outcome(output) == uninterrupted
 
 
-def test_settings_of_trained_models_must_not_change(folder, tmp_path):
+def test_changed_settings_of_trained_models_are_rejected(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, builders=ONE)
     before = sorted(p.read_bytes() for p in output.rglob("*") if p.is_file())
-    more = {"resume": True, "allow_config_change": True}
+    options = {"resume": True, "allow_config_change": True}
     message = (
         "The settings of a folder with trained models must not change; use a new folder. "
         "Received: one, already trained; `epochs` was 2 and is 3"
     )
     with pytest.raises(InputError, match=f"^{message}"):
-        compare(config(folder, epochs=3), output, builders=BUILDERS, **more)
+        compare(config(folder, epochs=3), output, builders=BUILDERS, **options)
     assert sorted(p.read_bytes() for p in output.rglob("*") if p.is_file()) == before
     # Other models can be added, with the same images in another folder.
     moved = folder.rename(tmp_path / folder.name)
     try:
-        run = compare(config(moved), output, builders=BUILDERS, **more)
+        run = compare(config(moved), output, builders=BUILDERS, **options)
     finally:
         moved.rename(folder)
     assert [len(result.rows) for result in run.results] == [2, 2]
 
 
-def test_secondary_hosts_only_read(folder, tmp_path, monkeypatch):
-    class Another(distributed.Distribution):
+def test_secondary_hosts_write_no_files(folder, tmp_path, monkeypatch):
+    class SecondaryHost(distributed.Distribution):
         def shard(self, indices):
             return distributed.SINGLE_PROCESS.shard(indices)
 
-    distribution = Another()
+    distribution = SecondaryHost()
     object.__setattr__(distribution, "process_id", 1)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     output = tmp_path / "run"
@@ -204,26 +204,26 @@ def test_too_few_images_are_rejected_before_writing(folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("lacking", ["lock", "folder"])
-def test_a_full_disk_at_the_start(lacking, folder, tmp_path, monkeypatch):
-    def refuse(*arguments, **more):
+@pytest.mark.parametrize("unwritable", ["lock", "folder"])
+def test_full_disk_at_start_raises_write_error(unwritable, folder, tmp_path, monkeypatch):
+    def raise_no_space(*arguments, **more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     store = tmp_path / "run" / checkpoint.FOLDER
     make = pathlib.Path.mkdir
-    if lacking == "lock":
-        monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    if unwritable == "lock":
+        monkeypatch.setattr("filelock.FileLock.acquire", raise_no_space)
     else:
         monkeypatch.setattr(
             "pathlib.Path.mkdir",
-            lambda path, *a, **more: refuse() if path == store else make(path, *a, **more),
+            lambda path, *a, **more: raise_no_space() if path == store else make(path, *a, **more),
         )
-    place = store if lacking == "folder" else tmp_path / "run" / checkpoint.LOCK
-    with pytest.raises(WriteError, match=rf"Could not write {place}: No space left"):
+    path = store if unwritable == "folder" else tmp_path / "run" / checkpoint.LOCK
+    with pytest.raises(WriteError, match=rf"Could not write {path}: No space left"):
         compare(config(folder), tmp_path / "run", builders=ONE)
 
 
-def test_a_signal_loses_no_step(folder, tmp_path, uninterrupted):
+def test_signal_loses_no_step(folder, tmp_path, uninterrupted):
     output, number = tmp_path / "run", signal.SIGTERM
     before = signal.getsignal(number)
     run = compare(config(folder), output, StopAfter(3, number), BUILDERS)
@@ -235,7 +235,7 @@ def test_a_signal_loses_no_step(folder, tmp_path, uninterrupted):
     assert outcome(output) == uninterrupted
 
 
-def test_a_signal_while_writing(folder, tmp_path, monkeypatch, uninterrupted):
+def test_signal_during_a_write_loses_no_step(folder, tmp_path, monkeypatch, uninterrupted):
     output = tmp_path / "run"
     real, left = os.fsync, 9
 
@@ -257,11 +257,11 @@ def test_a_signal_while_writing(folder, tmp_path, monkeypatch, uninterrupted):
     assert outcome(output) == uninterrupted
 
 
-def test_a_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path, monkeypatch):
-    """The disk is full for each file of a run in turn."""
+def test_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path, monkeypatch):
+    """Each write of a run fails in turn."""
     output, left = tmp_path / "run", 0
-    one = config(folder, epochs=1)
-    compare(one, tmp_path / "whole", builders=ONE)
+    one_epoch = config(folder, epochs=1)
+    compare(one_epoch, tmp_path / "whole", builders=ONE)
     real = os.fsync
 
     def sync(handle):
@@ -275,7 +275,7 @@ def test_a_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path
     for number in range(1, 100):
         left, console, failure = number, StopAfter(10**6), None
         try:
-            compare(one, output, console, ONE, resume=True, checkpoint_every=3)
+            compare(one_epoch, output, console, ONE, resume=True, checkpoint_every=3)
         except WriteError as error:
             failure = str(error)
         assert not list(output.rglob(f"{atomic_files.TMP_PREFIX}*"))
@@ -283,7 +283,7 @@ def test_a_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path
             break
         assert failure.startswith("Could not write ")
         assert failure.endswith(": No space left on device")
-        if number > 2:  # 1 and 2 are of the first checkpoint
+        if number > 2:  # writes 1 and 2 belong to the first checkpoint
             assert re.fullmatch(r"Stopped: the last checkpoint is number \d+\.", console.lines[-1])
     assert 4 < number < 99
     assert outcome(output, ONE) == outcome(tmp_path / "whole", ONE)
@@ -292,8 +292,8 @@ def test_a_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path
 def test_temporary_files_of_killed_processes_are_removed(folder, tmp_path):
     output = tmp_path / "run"
     (output / checkpoint.FOLDER).mkdir(parents=True)
-    for place in (output, output / checkpoint.FOLDER):
-        (place / f"{atomic_files.TMP_PREFIX}000000000001-1234.safetensors").write_bytes(b"half")
+    for directory in (output, output / checkpoint.FOLDER):
+        (directory / f"{atomic_files.TMP_PREFIX}000000000001-1234.safetensors").write_bytes(b"half")
     run = compare(config(folder, epochs=1), output, builders=ONE, resume=True)
     assert run.exit_code == 0
     assert not list(output.rglob(f"{atomic_files.TMP_PREFIX}*"))
@@ -307,21 +307,21 @@ def test_temporary_files_of_killed_processes_are_removed(folder, tmp_path):
     assert (other / f"{atomic_files.TMP_PREFIX}x").read_bytes() == b"mine"
 
 
-def test_changed_settings_are_rejected_by_name(folder, tmp_path):
+def test_changed_settings_are_named_and_rejected(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
     before = sorted(p.read_bytes() for p in output.rglob("*") if p.is_file())
-    for changed, said in (
+    for changed, message in (
         ({"seed": 1}, "`seed` was 42 and is 1"),
         ({"learning_rate": 0.5}, "the recipe's `learning_rate` was 0.018 and is 0.5"),
         ({"batch_size": 5}, "`batch_size` was 10 and is 5"),
         ({"epochs": 3}, "`epochs` was 2 and is 3"),
     ):
-        with pytest.raises(InputError, match="unless `allow_config_change` is set") as refusal:
+        with pytest.raises(InputError, match="unless `allow_config_change` is set") as error:
             compare(config(folder, **changed), output, builders=ONE, resume=True)
-        assert said in str(refusal.value)
+        assert message in str(error.value)
         assert sorted(p.read_bytes() for p in output.rglob("*") if p.is_file()) == before
-    # The batch size does not affect the shapes of weights.
+    # Weight shapes depend on neither the batch size nor the number of epochs.
     run = compare(
         config(folder, **{"batch_size": 5, "epochs": 3}),
         output,
@@ -340,7 +340,7 @@ def test_changed_images_are_rejected(folder, tmp_path):
         compare(config(other), output, builders=ONE, resume=True)
 
 
-def test_another_model_is_always_rejected(folder, tmp_path):
+def test_different_model_is_always_rejected(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
     with pytest.raises(InputError, match="A checkpoint must match the model and the recipe"):
@@ -353,7 +353,7 @@ def test_another_model_is_always_rejected(folder, tmp_path):
         )
 
 
-def test_a_folder_without_checkpoints(folder, tmp_path):
+def test_resume_without_checkpoints(folder, tmp_path):
     output = tmp_path / "run"
     run = compare(config(folder, epochs=1), output, builders=ONE, resume=True)
     assert len(run.results[0].rows) == 1
@@ -377,7 +377,7 @@ def test_checkpoint_every(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(CheckpointManager, "save", save)
     compare(config(folder, epochs=1), tmp_path / "a", builders=ONE)
-    assert saved == [None, 0, None]  # at the beginning, after the epoch, after the model
+    assert saved == [None, 0, None]  # at the start, after the epoch, after the model
     saved.clear()
     compare(config(folder, epochs=1), tmp_path / "b", builders=ONE, checkpoint_every=2)
     # 24 training and 12 test images in batches of 10.

@@ -1,4 +1,4 @@
-"""Sweeps with models so small that a trial takes a moment."""
+"""Hyperparameter sweeps: search spaces, trials, resuming, reports. Models are tiny, for speed."""
 
 import csv
 import json
@@ -49,10 +49,10 @@ def network(tmp_path_factory):
 
 
 @pytest.fixture
-def planned(images, network):
+def make_plan(images, network):
     def plan(search=SEARCH, trials=3, max_parameters=None, **config):
-        given = {"dataset": str(images), "models": network, "epochs": 2, "batch_size": 10}
-        return SweepConfig(Config(**given | config), search, trials, max_parameters)
+        defaults = {"dataset": str(images), "models": network, "epochs": 2, "batch_size": 10}
+        return SweepConfig(Config(**defaults | config), search, trials, max_parameters)
 
     return plan
 
@@ -65,8 +65,8 @@ def values(row):
     return {k: row[k] for k in ("width", "learning_rate") if k in row}
 
 
-def test_search_space(planned):
-    plan = planned(search=("width=3,5-6, 7", "learning_rate=1e-3..0.1", "batch_size=4..8"))
+def test_search_space_is_parsed(make_plan):
+    plan = make_plan(search=("width=3,5-6, 7", "learning_rate=1e-3..0.1", "batch_size=4..8"))
     assert plan.space == {
         "width": Categorical(("3", "5-6", "7")),
         "learning_rate": Interval(0.001, 0.1),
@@ -89,22 +89,22 @@ def test_search_space(planned):
         "learning_rate=0.1..True",
     ],
 )
-def test_invalid_search_spaces(text, planned):
+def test_invalid_search_space_is_rejected(text, make_plan):
     with pytest.raises(InputError, match=r"name=a,b,c or name=low\.\.high.* Received: "):
-        planned(search=(text,))
+        make_plan(search=(text,))
 
 
-def test_invalid_sweeps(planned, network):
+def test_invalid_sweep_settings_are_rejected(make_plan, network):
     with pytest.raises(InputError, match="contain each name once"):
-        planned(search=("width=1,2", "width=3,4"))
+        make_plan(search=("width=1,2", "width=3,4"))
     with pytest.raises(InputError, match="vary at least one value"):
-        planned(search=())
+        make_plan(search=())
     with pytest.raises(InputError, match=r"An option of .* must be one of .* depth=0"):
-        planned(search=("depth=1,2",))
+        make_plan(search=("depth=1,2",))
     with pytest.raises(InputError, match="A sweep must have one model"):
-        planned(models=f"inn,{network}")
+        make_plan(models=f"inn,{network}")
     with pytest.raises(InputError, match=r"`trials` must be at least 1\. Received: 0"):
-        planned(trials=0)
+        make_plan(trials=0)
 
 
 @pytest.mark.parametrize(
@@ -119,109 +119,109 @@ def test_invalid_sweeps(planned, network):
         ("batch_size=0..8", "`batch_size` must be at least 1. Received: 0"),
     ],
 )
-def test_invalid_training_values(text, received, planned):
+def test_invalid_hyperparameter_values_are_rejected(text, received, make_plan):
     with pytest.raises(InputError, match=received):
-        planned(search=(text,))
+        make_plan(search=(text,))
 
 
-def test_the_largest_seed(planned, tmp_path):
-    plan = planned(seed=2**32 - 1, trials=1, epochs=1)
+def test_largest_seed_is_accepted(make_plan, tmp_path):
+    plan = make_plan(seed=2**32 - 1, trials=1, epochs=1)
     assert sweep.run(plan, tmp_path).trials == 1
 
 
-def test_other_folders_are_rejected(planned, tmp_path):
+def test_folder_without_a_sweep_is_rejected(make_plan, tmp_path):
     (tmp_path / "report.html").write_text("of a run")
     for url in (None, f"sqlite:///{tmp_path / 'study.db'}"):
         with pytest.raises(
             InputError, match=r"must be new, empty or of a sweep\. Received: .*, wit"
         ):
-            sweep.run(planned(), tmp_path, url)
+            sweep.run(make_plan(), tmp_path, url)
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_out_of_memory_fails_only_the_trial(planned, tmp_path, monkeypatch):
+def test_out_of_memory_fails_only_the_trial(make_plan, tmp_path, monkeypatch):
     errors = {4: MemoryError("Unable to allocate 5 GiB"), 5: RuntimeError("of another kind")}
     trainer = sweep.Trainer
 
-    def failing(model, *rest):
+    def failing_trainer(model, *rest):
         error = errors.get(model.layers[-2].units)
         if error is not None:
             raise error
         return trainer(model, *rest)
 
-    monkeypatch.setattr(sweep, "Trainer", failing)
+    monkeypatch.setattr(sweep, "Trainer", failing_trainer)
     console = Recorder()
 
     def search(widths):
-        plan = planned(search=(f"width={widths}",), trials=9, epochs=1)
+        plan = make_plan(search=(f"width={widths}",), trials=9, epochs=1)
         return sweep.run(plan, tmp_path / "run", progress=console).trials
 
     with pytest.raises(RuntimeError, match="of another kind"):
         search("3,4,5,6")
-    # The trial is not repeated.
+    # Resuming does not repeat the trial.
     assert search("3,4,5,6") == 2
     assert {row["width"] for row in rows(tmp_path / "run")} == {"3", "6"}
-    lacks = [line for line in console.lines if "out of memory: Unable to all" in line]
-    assert len(lacks) == 1
+    oom_lines = [line for line in console.lines if "out of memory: Unable to all" in line]
+    assert len(oom_lines) == 1
 
 
-def test_passwords_are_redacted(planned, tmp_path):
+def test_passwords_are_redacted(make_plan, tmp_path):
     url = "nonsense://me:s3cret@host/name"
-    with pytest.raises(InputError, match=r"Received: nonsense://me:\*\*\*@host/name") as refusal:
-        sweep.run(planned(), tmp_path, url)
-    assert "s3cret" not in str(refusal.value)
+    with pytest.raises(InputError, match=r"Received: nonsense://me:\*\*\*@host/name") as error:
+        sweep.run(make_plan(), tmp_path, url)
+    assert "s3cret" not in str(error.value)
     for text in (f"involution sweep --study {url}", "x://host/name", None):
-        hidden = sweep._redact_password(text or "", url if text else None)
-        assert hidden == (text or "").replace("s3cret", "***")
+        redacted = sweep._redact_password(text or "", url if text else None)
+        assert redacted == (text or "").replace("s3cret", "***")
 
 
-def test_a_sweep_and_its_report(planned, images, network, tmp_path):
+def test_sweep_writes_trials_and_report(make_plan, images, network, tmp_path):
     console = Recorder()
-    plan = planned(trials=4, recipe="one-cycle")
-    done = sweep.run(
+    plan = make_plan(trials=4, recipe="one-cycle")
+    result = sweep.run(
         plan, tmp_path / "new" / "folder", progress=console, command="involution sweep"
     )
     folder = tmp_path / "new" / "folder"
     found = rows(folder)
-    assert done.trials == len(found) == 4
-    assert done.exit_code == 0
+    assert result.trials == len(found) == 4
+    assert result.exit_code == 0
     accuracies = [float(r["accuracy"]) for r in found if r["state"] == "complete"]
-    assert done.accuracy == pytest.approx(max(accuracies), abs=1e-4)
+    assert result.accuracy == pytest.approx(max(accuracies), abs=1e-4)
     assert accuracies == sorted(accuracies, reverse=True)
-    assert values(found[0]) == {k: str(v) for k, v in done.best.items()}
+    assert values(found[0]) == {k: str(v) for k, v in result.best.items()}
     for row in found:
         width = int(row["width"])
         assert int(row["parameters"]) == 3 * width + width + 3 * width + 3
         assert 0.001 <= float(row["learning_rate"]) <= 0.1
     page = (folder / "report.html").read_text()
-    # 24 training images, of which 2 are held out.
+    # 2 of the 24 training images are held out.
     assert "on the 2 training" in page.replace("\n", " ")
     assert page.count("data:image/png;base64,") >= 2
     assert sum("accuracy" in line for line in console.lines) == 4
-    command = plan.command(done.best)
+    command = plan.command(result.best)
     assert command.replace("&#39;", "'") in page.replace("&#39;", "'")
     function, bound, _ = involution_cli.app.parse_args(
         command.split()[1:], exit_on_error=False, print_error=False
     )
     assert function is commands.train
     options = bound.arguments["training"]
-    assert bound.arguments["model"] == f"{network}:width={done.best['width']}"
-    assert options.learning_rate == done.best["learning_rate"]
+    assert bound.arguments["model"] == f"{network}:width={result.best['width']}"
+    assert options.learning_rate == result.best["learning_rate"]
     assert (options.dataset, options.recipe, options.batch_size) == (str(images), "one-cycle", 10)
     assert options.validation_images is None
     assert options.backend == keras.config.backend()
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "widths", "drawn"),
+    ("accuracies", "widths", "figure_count"),
     [
         ((0.5,), (3,), 0),
-        ((0.5, 0.5, 0.5), (3, 4, 5), 2),  # nothing mattered
-        ((0.5, 0.6, 0.7), (3, 3, 3), 2),  # nothing was varied
+        ((0.5, 0.5, 0.5), (3, 4, 5), 2),  # equal accuracies
+        ((0.5, 0.6, 0.7), (3, 3, 3), 2),  # equal parameters
         ((0.5, 0.6, 0.7), (3, 4, 5), 4),
     ],
 )
-def test_figures_of_a_study(accuracies, widths, drawn):
+def test_study_figures(accuracies, widths, figure_count):
     study = optuna.create_study(direction="maximize")
     distributions = {
         "width": optuna.distributions.IntDistribution(2, 9),
@@ -236,30 +236,30 @@ def test_figures_of_a_study(accuracies, widths, drawn):
         )
         study.add_trial(trial)
     figures = sweep._figures(study, study.trials)
-    assert len(figures) == drawn
+    assert len(figures) == figure_count
     assert all(f.startswith("data:image/png;base64,") for f in figures.values())
 
 
-def test_a_sweep_resumes(planned, tmp_path):
-    sweep.run(planned(trials=2), tmp_path)
+def test_sweep_resumes_unless_settings_changed(make_plan, tmp_path):
+    sweep.run(make_plan(trials=2), tmp_path)
     first = rows(tmp_path)
     console = Recorder()
-    assert sweep.run(planned(trials=2), tmp_path, progress=console).trials == 2
+    assert sweep.run(make_plan(trials=2), tmp_path, progress=console).trials == 2
     assert not any(label.startswith("trial") for label, _ in console.totals)
-    sweep.run(planned(trials=5), tmp_path)
+    sweep.run(make_plan(trials=5), tmp_path)
     later = {r["trial"]: r for r in rows(tmp_path)}
     assert len(later) == 5
     assert all(later[r["trial"]] == r for r in first)
-    # Whether images may be downloaded is not a setting of the study.
-    assert sweep.run(planned(trials=5, download=True), tmp_path).trials == 5
+    # `download` does not affect results, so the study does not record it.
+    assert sweep.run(make_plan(trials=5, download=True), tmp_path).trials == 5
     with pytest.raises(InputError, match="Received: `epochs` was 2 and is 3"):
-        sweep.run(planned(epochs=3), tmp_path)
+        sweep.run(make_plan(epochs=3), tmp_path)
     assert len(rows(tmp_path)) == 5
 
 
-def test_trials_are_distinct_until_the_space_is_exhausted(planned, tmp_path):
+def test_trials_are_distinct_until_the_space_is_exhausted(make_plan, tmp_path):
     console = Recorder()
-    plan = planned(search=("width=2,3", "kind=relu,tanh"), trials=30, epochs=1)
+    plan = make_plan(search=("width=2,3", "kind=relu,tanh"), trials=30, epochs=1)
     assert sweep.run(plan, tmp_path, progress=console).trials == 4
     assert {(r["width"], r["kind"]) for r in rows(tmp_path)} == {
         (w, k) for w in "23" for k in ("relu", "tanh")
@@ -267,24 +267,24 @@ def test_trials_are_distinct_until_the_space_is_exhausted(planned, tmp_path):
     assert "exhausted" in console.lines[-1]
 
 
-def test_too_large_and_invalid_models_are_rejected(planned, tmp_path, monkeypatch):
+def test_oversized_and_invalid_models_are_skipped(make_plan, tmp_path, monkeypatch):
     build = mock.Mock(wraps=experiment.build)
     monkeypatch.setattr(experiment, "build", build)
-    # 7 w + 3 parameters; the activation `nothing` does not exist.
-    plan = planned(
+    # Models have 7 * width + 3 parameters; the activation `nothing` does not exist.
+    plan = make_plan(
         search=("width=4,5,6", "kind=relu,nothing"), trials=9, max_parameters=38, epochs=1
     )
     sweep.run(plan, tmp_path)
-    # Repeated proposals of a model do not build it again.
+    # A model that is proposed again is not rebuilt.
     labels = [call.args[0] for call in build.call_args_list]
     assert len(labels) == len(set(labels))
     assert sorted((r["width"], r["kind"]) for r in rows(tmp_path)) == [("4", "relu"), ("5", "relu")]
     assert "proposals were not tried" in (tmp_path / "report.html").read_text()
 
 
-def test_indivisible_batch_sizes_are_rejected(planned, tmp_path):
-    # Of 24 training images 2 are held out.
-    plan = planned(
+def test_indivisible_batch_sizes_are_skipped(make_plan, tmp_path):
+    # 22 training images: 2 of the 24 are held out.
+    plan = make_plan(
         search=("batch_size=4,6,8,24",),
         models="cnn",
         trials=4,
@@ -295,21 +295,21 @@ def test_indivisible_batch_sizes_are_rejected(planned, tmp_path):
     assert sorted(r["batch_size"] for r in rows(tmp_path)) == ["4", "8"]
 
 
-def test_an_interruption_requeues_the_trial(planned, tmp_path):
-    class Impatient(Recorder):
+def test_interrupted_trial_is_requeued(make_plan, tmp_path):
+    class Interrupting(Recorder):
         def advance(self):
             super().advance()
             if self.steps == 36 + 7 + 3:
                 raise KeyboardInterrupt
 
-    console = Impatient()
-    assert sweep.run(planned(), tmp_path, progress=console).exit_code == 130
-    begun = [line for line in console.lines if "width" in line]
+    console = Interrupting()
+    assert sweep.run(make_plan(), tmp_path, progress=console).exit_code == 130
+    started = [line for line in console.lines if "width" in line]
     again = Recorder()
-    assert sweep.run(planned(), tmp_path, progress=again).trials == 3
+    assert sweep.run(make_plan(), tmp_path, progress=again).trials == 3
     repeated = [line for line in again.lines if "width" in line]
-    # The values of the interrupted trial.
-    assert begun[-1].split(": ")[1] == repeated[0].split(": ")[1]
+    # The trial is repeated with the same values.
+    assert started[-1].split(": ")[1] == repeated[0].split(": ")[1]
     assert len({tuple(values(r).items()) for r in rows(tmp_path)}) == 3
 
 
@@ -333,7 +333,7 @@ sweep.run(sweep.SweepConfig(config, {search!r}, 6), {folder!r}, {url!r}, Console
 """
 
 
-def process(folder, images, network, killed_at=0, url=None):
+def start_process(folder, images, network, killed_at=0, url=None):
     code = PROCESS.format(
         images=str(images),
         network=network,
@@ -350,43 +350,45 @@ def process(folder, images, network, killed_at=0, url=None):
     )
 
 
-@pytest.mark.skipif(os.name != "posix", reason="processes are told apart as POSIX does")
+@pytest.mark.skipif(os.name != "posix", reason="dead processes are detected on POSIX only")
 @pytest.mark.parametrize("storage", ["journal", pytest.param("database", marks=pytest.mark.slow)])
-def test_two_processes_share_a_study_and_one_is_killed(storage, images, network, tmp_path):
+def test_processes_share_a_study_and_repeat_a_killed_trial(storage, images, network, tmp_path):
     url = None if storage == "journal" else f"sqlite:///{tmp_path / 'study.db'}"
-    killed = process(tmp_path, images, network, killed_at=36 + 3, url=url)
-    other = process(tmp_path, images, network, url=url)
-    begun = killed.communicate()[0]
+    killed = start_process(tmp_path, images, network, killed_at=36 + 3, url=url)
+    other = start_process(tmp_path, images, network, url=url)
+    killed_output = killed.communicate()[0]
     assert killed.returncode == -signal.SIGKILL
-    lost = begun.splitlines()[-1].split(": ")[1]
-    restarted = process(tmp_path, images, network, url=url)
-    said = other.communicate()[0] + restarted.communicate()[0]
+    lost_values = killed_output.splitlines()[-1].split(": ")[1]
+    restarted = start_process(tmp_path, images, network, url=url)
+    output = other.communicate()[0] + restarted.communicate()[0]
     assert (other.returncode, restarted.returncode) == (0, 0)
-    assert said.count("died: the trial will be repeated") == 1
-    assert sum(lost in line for line in said.splitlines()) == 1
+    assert output.count("died: the trial will be repeated") == 1
+    assert sum(lost_values in line for line in output.splitlines()) == 1
     found = rows(tmp_path)
     assert len(found) == 6
     assert len({tuple(values(r).items()) for r in found}) == 6
 
 
-def test_a_study_that_cannot_be_opened(planned, tmp_path):
+def test_unreadable_study_is_rejected(make_plan, tmp_path):
     for url in ("nonsense", f"sqlite:///{tmp_path}/no/folder/study.db", "postgres://host/name"):
         with pytest.raises(InputError, match=r"A study must be a readable journal .* Received: "):
-            sweep.run(planned(), tmp_path / "run", url)
+            sweep.run(make_plan(), tmp_path / "run", url)
     (tmp_path / "run" / sweep.JOURNAL).write_text(json.dumps({"not": "a journal"}) + "\n")
     with pytest.raises(InputError, match="A study must be a readable journal"):
-        sweep.run(planned(), tmp_path / "run")
+        sweep.run(make_plan(), tmp_path / "run")
 
 
-def test_the_command(planned, images, network, tmp_path, capsys):
-    output = pathlib.Path(tmp_path, "run")
-    words = ["sweep", *SEARCH, "--model", network, "--trials", "2", "--epochs", "1"]
-    words += ["--dataset", str(images), "--output", str(output)]
-    involution_cli.app(words, exit_on_error=False, print_error=False, result_action="return_value")
-    said = capsys.readouterr().out
-    assert f"Report: {output / 'report.html'}" in said
-    assert "involution train" in said
-    assert {f.name for f in output.iterdir()} == {
+def test_sweep_command_writes_its_files(make_plan, images, network, tmp_path, capsys):
+    folder = pathlib.Path(tmp_path, "run")
+    arguments = ["sweep", *SEARCH, "--model", network, "--trials", "2", "--epochs", "1"]
+    arguments += ["--dataset", str(images), "--output", str(folder)]
+    involution_cli.app(
+        arguments, exit_on_error=False, print_error=False, result_action="return_value"
+    )
+    output = capsys.readouterr().out
+    assert f"Report: {folder / 'report.html'}" in output
+    assert "involution train" in output
+    assert {f.name for f in folder.iterdir()} == {
         "log.txt",
         "report.html",
         "study.journal",

@@ -53,7 +53,7 @@ def test_imagenet_learning_rate():
     for epoch, rate in ((0, 0.2), (2.5, 0.5), (5, 0.8), (67.5, 0.4), (130, 0)):
         optimizer.iterations.assign(round(epoch * 626))
         assert float(numpy(optimizer.learning_rate)) == pytest.approx(rate, abs=1e-6)
-    # The same with gradient accumulation, whose steps Keras counts.
+    # With gradient accumulation, Keras's step counter counts accumulation steps.
     recipe = dataclasses.replace(recipe, gradient_accumulation_steps=8)
     optimizer = make_optimizer(recipe, 130 * 626)
     optimizer._iterations.assign(round(67.5 * 626) * 8 + 7)
@@ -61,42 +61,42 @@ def test_imagenet_learning_rate():
 
 
 def test_training_metrics_include_images_before_a_resume():
-    """With more devices the epoch may skip images that were trained on before."""
+    """On more devices, an epoch may have fewer images than the run already trained on."""
 
     class BreakError(Exception):
         pass
 
     def step():
-        if one.state.test_images:
+        if interrupted.state.test_images:
             raise BreakError
 
     recipe = dataclasses.replace(RECIPES["example"], batch_size=5)
-    one, other = (Trainer(network(), dataset(), recipe, 1, 0) for _ in range(2))
+    interrupted, resumed = (Trainer(network(), dataset(), recipe, 1, 0) for _ in range(2))
     with pytest.raises(BreakError):
-        list(one.epochs(step))
-    other._images_per_epoch = 8
-    other.restore(one.arrays(), dataclasses.replace(one.state))
-    (row,) = other.epochs()
-    assert row["train_loss"] == one.state.train_loss / 10
-    assert row["train_accuracy"] == one.state.train_accuracy / 10
+        list(interrupted.epochs(step))
+    resumed._images_per_epoch = 8
+    resumed.restore(interrupted.arrays(), dataclasses.replace(interrupted.state))
+    (row,) = resumed.epochs()
+    assert row["train_loss"] == interrupted.state.train_loss / 10
+    assert row["train_accuracy"] == interrupted.state.train_accuracy / 10
 
 
 def test_nesterov_sgd_equals_pytorch():
-    """PyTorch's formula: decay of all weights, added to the gradient; Nesterov momentum."""
+    """PyTorch adds the decay of all weights, biases included, to the gradient."""
     random = np.random.default_rng(0)
     variable = keras.Variable(random.normal(size=(3, 2)), dtype="float64", name="bias")
-    want, velocity = numpy(variable.value).copy(), 0.0
+    expected, velocity = numpy(variable.value).copy(), 0.0
     optimizer = make_optimizer(dataclasses.replace(RECIPES["imagenet"], warmup_fraction=None), 10)
     for _ in range(4):
         gradient = random.normal(size=(3, 2))
         optimizer.apply([keras.ops.convert_to_tensor(gradient, "float64")], [variable])
-        decayed = gradient + 1e-4 * want
+        decayed = gradient + 1e-4 * expected
         velocity = 0.9 * velocity + decayed
-        want = want - 0.8 * (decayed + 0.9 * velocity)
-    np.testing.assert_allclose(numpy(variable.value), want, atol=1e-6)
+        expected = expected - 0.8 * (decayed + 0.9 * velocity)
+    np.testing.assert_allclose(numpy(variable.value), expected, atol=1e-6)
 
 
-def test_only_training_smooths_labels():
+def test_labels_are_smoothed_only_in_training():
     images = dataset()
     recipe = Recipe(1e-3, label_smoothing=0.1)
     trainer = Trainer(network(), images, recipe, 1, 0)
@@ -106,8 +106,8 @@ def test_only_training_smooths_labels():
     np.testing.assert_allclose(trainer._eval_batch(np.array([1, 0])).labels, [[0, 1], [1, 0]])
     (row,) = trainer.epochs()
     logits = trainer.model(transforms.to_unit_float(images.x_test), training=False)
-    odds = keras.ops.log_softmax(logits)
-    loss = -np.mean(numpy(odds)[np.arange(3), images.y_test])
+    log_probabilities = keras.ops.log_softmax(logits)
+    loss = -np.mean(numpy(log_probabilities)[np.arange(3), images.y_test])
     assert row["test_loss"] == pytest.approx(loss, rel=1e-5)
 
 
@@ -127,49 +127,54 @@ def test_gradient_accumulation_equals_one_batch(name):
     recipe = RECIPES.get(
         name, Recipe(0.1, 0.01, warmup_fraction=0.5, optimizer="sgd", clip_norm=0.3)
     )
-    found = []
+    results = []
     for accumulation in (1, 4):
-        asked = dataclasses.replace(recipe, batch_size=8, gradient_accumulation_steps=accumulation)
-        trainer = Trainer(without_normalization(), dataset(16), asked, 3, 0)
+        accumulating = dataclasses.replace(
+            recipe, batch_size=8, gradient_accumulation_steps=accumulation
+        )
+        trainer = Trainer(without_normalization(), dataset(16), accumulating, 3, 0)
         assert trainer.step_size == 8 // accumulation
         rows = list(trainer.epochs())
-        found.append((rows, weights(trainer.model)))
-    (rows, one), (others, parts) = found
-    for a, b in zip(one, parts, strict=True):
+        results.append((rows, weights(trainer.model)))
+    (rows, expected), (other_rows, values) = results
+    for a, b in zip(expected, values, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    for row, other in zip(rows, others, strict=True):
+    for row, other in zip(rows, other_rows, strict=True):
         assert row["test_loss"] == pytest.approx(other["test_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_averaged_weights_are_tested_and_kept(accumulation):
+def test_averaged_weights_are_evaluated_and_kept(accumulation):
     images = dataset(12)
     recipe = Recipe(0.05, batch_size=4, ema_momentum=0.8, gradient_accumulation_steps=accumulation)
     trainer = Trainer(without_normalization(), images, recipe, 2, 0)
-    passes, mean, tested = 0, None, []
+    steps, average, evaluated = 0, None, []
 
-    def follow():
-        nonlocal passes, mean
+    def check_average():
+        nonlocal steps, average
         values = weights(trainer._trained)
         if trainer.state.images > len(images.x_train):
-            tested.append(values)
-            for own, expected in zip(values, mean, strict=True):
+            evaluated.append(values)
+            for own, expected in zip(values, average, strict=True):
                 np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-7)
             return
         # The first complete batch initializes the average.
-        passes += 1
-        keep = 0.8 ** (1 / accumulation) if passes > accumulation else 0.0
-        mean = [keep * m + (1 - keep) * v for m, v in zip(mean or values, values, strict=True)]
+        steps += 1
+        momentum = 0.8 ** (1 / accumulation) if steps > accumulation else 0.0
+        average = [
+            momentum * a + (1 - momentum) * v
+            for a, v in zip(average or values, values, strict=True)
+        ]
 
-    list(trainer.epochs(follow))
-    assert len(tested) == 2 * -(-3 // trainer.step_size)
-    for own, expected in zip(weights(trainer.model), mean, strict=True):
+    list(trainer.epochs(check_average))
+    assert len(evaluated) == 2 * -(-3 // trainer.step_size)
+    for own, expected in zip(weights(trainer.model), average, strict=True):
         np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.any_backend
 def test_training_resumes_exactly_from_any_step(tmp_path):
-    """Including accumulation steps within a batch, and test steps."""
+    """Steps include accumulation steps within a batch, and test steps."""
     pets = write_folder(tmp_path / "pets", size=(12, 9), train=4, test=3)
     images = datasets.load(str(pets), (6, 8), crop_fraction=0.875)
     recipe = dataclasses.replace(
@@ -181,7 +186,7 @@ def test_training_resumes_exactly_from_any_step(tmp_path):
         clip_norm=1.0,
     )
 
-    def made():
+    def make_trainer():
         keras.utils.set_random_seed(2)
         layers = keras.layers
         model = keras.Sequential(
@@ -195,28 +200,28 @@ def test_training_resumes_exactly_from_any_step(tmp_path):
         )
         return Trainer(model, images, recipe, 2, 1)
 
-    saved = []
-    whole = made()
+    checkpoints = []
+    uninterrupted = make_trainer()
 
     def save():
-        arrays = {name: array.copy() for name, array in whole.arrays().items()}
-        saved.append((dataclasses.replace(whole.state), arrays))
+        arrays = {name: array.copy() for name, array in uninterrupted.arrays().items()}
+        checkpoints.append((dataclasses.replace(uninterrupted.state), arrays))
 
     def without_time(rows):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
-    rows = without_time(whole.epochs(save))
-    expected = weights(whole.model)
-    assert len(saved) == whole.steps == 2 * (6 + 5)
-    for at, arrays in saved[::3]:
-        again = made()
-        again.restore(arrays, dataclasses.replace(at))
-        assert without_time(again.epochs())[-1] == rows[-1]
-        for own, other in zip(weights(again.model), expected, strict=True):
+    rows = without_time(uninterrupted.epochs(save))
+    expected = weights(uninterrupted.model)
+    assert len(checkpoints) == uninterrupted.steps == 2 * (6 + 5)
+    for state, arrays in checkpoints[::3]:
+        resumed = make_trainer()
+        resumed.restore(arrays, dataclasses.replace(state))
+        assert without_time(resumed.epochs())[-1] == rows[-1]
+        for own, other in zip(weights(resumed.model), expected, strict=True):
             np.testing.assert_array_equal(own, other)
 
 
-def test_example_has_constant_rate_and_no_decay():
+def test_example_recipe_has_constant_rate_and_no_decay():
     optimizer = make_optimizer(RECIPES["example"], 100)
     assert isinstance(optimizer, keras.optimizers.Adam)
     assert not isinstance(optimizer, keras.optimizers.AdamW)
@@ -224,7 +229,7 @@ def test_example_has_constant_rate_and_no_decay():
     assert optimizer.weight_decay is None
 
 
-def test_biases_and_normalizations_do_not_decay():
+def test_only_kernels_decay():
     model = network()
     for variable in model.trainable_variables:
         variable.assign(np.ones(variable.shape))
@@ -237,24 +242,24 @@ def test_biases_and_normalizations_do_not_decay():
         np.testing.assert_allclose(value, 1 - 0.5 * 0.1 if name == "kernel" else 1, rtol=1e-6)
 
 
-def test_random_flips():
+def test_images_are_flipped_by_mask():
     images = dataset()
     before = images.x_train.copy()
     trainer = Trainer(network(), images, Recipe(1e-3, batch_size=4), 1, 0)
-    seen = []
+    batches = []
 
     class Compiled:
         def train_on_batch(self, x, y, return_dict):
-            seen.append(x)
+            batches.append(x)
             return {"loss": 0.5, "accuracy": 1.0}
 
     trainer._compiled = Compiled()
-    order, mirrored = np.random.default_rng(1).permutation(10), np.arange(10) % 3 == 0
-    assert trainer.train(order, mirrored) == (0.5, 1.0)
+    order, flip_mask = np.random.default_rng(1).permutation(10), np.arange(10) % 3 == 0
+    assert trainer.train(order, flip_mask) == (0.5, 1.0)
     expected = before[order] / np.float32(255)
-    turned = mirrored[order]
-    expected[turned] = expected[turned][:, :, ::-1]
-    np.testing.assert_array_equal(np.concatenate(seen), expected)
+    flipped = flip_mask[order]
+    expected[flipped] = expected[flipped][:, :, ::-1]
+    np.testing.assert_array_equal(np.concatenate(batches), expected)
     np.testing.assert_array_equal(images.x_train, before)
 
 
@@ -268,17 +273,17 @@ def test_flips_depend_on_seed_and_epoch():
 
 
 @pytest.mark.any_backend
-def test_validation_images():
+def test_validation_split():
     images = dataset()
-    held = images.validation_split(3)
-    assert len(held.x_train) == 7
-    assert len(held.x_test) == 3
-    both = np.concatenate([held.x_train, held.x_test])
+    split = images.validation_split(3)
+    assert len(split.x_train) == 7
+    assert len(split.x_test) == 3
+    both = np.concatenate([split.x_train, split.x_test])
     assert {x.tobytes() for x in both} == {x.tobytes() for x in images.x_train}
-    np.testing.assert_array_equal(held.x_test, dataset().validation_split(3).x_test)
+    np.testing.assert_array_equal(split.x_test, dataset().validation_split(3).x_test)
     labels = dict(zip([x.tobytes() for x in images.x_train], images.y_train, strict=True))
-    assert [labels[x.tobytes()] for x in held.x_test] == list(held.y_test)
-    assert held.name == "noise, 3 of its training images held out"
+    assert [labels[x.tobytes()] for x in split.x_test] == list(split.y_test)
+    assert split.name == "noise, 3 of its training images split out"
     for count in (0, 10):
         with pytest.raises(InputError, match=rf"from 1 to 9\. Received: {count}"):
             images.validation_split(count)
@@ -303,13 +308,13 @@ def test_invalid_values_are_rejected(arguments, received):
 
 
 @pytest.mark.any_backend
-def test_a_recipe_with_changes():
+def test_config_overrides_the_recipe():
     images = dataset()
-    asked = experiment.Config(recipe="one-cycle", weight_decay=0.0, batch_size=5)
-    assert asked.recipe_for(images) == dataclasses.replace(
+    config = experiment.Config(recipe="one-cycle", weight_decay=0.0, batch_size=5)
+    assert config.recipe_for(images) == dataclasses.replace(
         RECIPES["one-cycle"], weight_decay=0.0, batch_size=5
     )
-    # The data set's batch size if the recipe has none.
+    # A recipe without a batch size uses that of the data set.
     assert experiment.Config().recipe_for(images) == Recipe(1e-3, batch_size=images.batch_size)
 
 

@@ -1,4 +1,4 @@
-"""Abstract builds, and their limits."""
+"""Abstract builds, and their limits on layers and variables."""
 
 import contextlib
 import json
@@ -40,10 +40,10 @@ def test_unused_variables_are_counted():
     fits = (2 * stored + EXTRA_ELEMENTS) // 1001
     build_abstract(lambda: dense(fits), stored)
     assert message(lambda: dense(fits + 1), stored).endswith("of which 1,000,000 are stored")
-    # The sum counts, for every kind of layer.
+    # The limit applies to the sum over all layers, of every class.
     assert "of which 0 are" in message(lambda: [dense(1000) for _ in range(9)], 0)
     assert "of which 0 are" in message(lambda: L.Embedding(10**6, 10).build(), 0)
-    # Without `stored` there is no limit, and none after the build.
+    # There is no limit without `stored`, nor after the build.
     build_abstract(lambda: dense(10**9))
     assert keras.Variable.__init__.__name__ == keras.Operation.__init__.__name__ == "__init__"
     dense(10)
@@ -56,16 +56,16 @@ def test_unused_layers_are_counted():
 
 
 def test_counts_are_per_thread():
-    def with_others():
+    def nested_and_threaded():
         # A nested abstract build has its own counts.
         build_abstract(lambda: dense(5000))
-        other = threading.Thread(target=lambda: [L.ReLU() for _ in range(MAX_LAYERS + 1)])
-        other.start()
-        other.join()
+        thread = threading.Thread(target=lambda: [L.ReLU() for _ in range(MAX_LAYERS + 1)])
+        thread.start()
+        thread.join()
         dense(10)
         return "built"
 
-    assert build_abstract(with_others, 0) == "built"
+    assert build_abstract(nested_and_threaded, 0) == "built"
 
 
 def test_operations_are_not_computed():
@@ -76,7 +76,7 @@ def test_operations_are_not_computed():
 
 
 @pytest.mark.parametrize("generator", [None, "PairwiseAttention"])
-def test_large_kernel_sizes_take_no_memory_before_use(generator):
+def test_large_kernel_sizes_allocate_no_memory_before_use(generator):
     if generator is not None:
         generator = getattr(involution.kernel_generators, generator)()
     tracemalloc.start()
@@ -90,12 +90,12 @@ def test_large_kernel_sizes_take_no_memory_before_use(generator):
     assert peak < 2**22
 
 
-def test_error_for_many_channels_takes_no_time():
+def test_error_for_many_channels_is_immediate():
     with pytest.raises(ValueError, match="one of 1, 2, 4, 5"):
         involution.Involution2D(3, groups=3).build((None, 8, 8, 10**15))
 
 
-# Layers that create variables in special ways, or none; all others together are slow.
+# Layers that create variables in unusual ways, or none. The other layers are tested by slow tests.
 KINDS = [
     "Dense",
     "EinsumDense",
@@ -114,7 +114,7 @@ KINDS = [
     "name",
     [pytest.param(n, marks=[pytest.mark.slow] * (n not in KINDS)) for n in hostile_configs.NAMES],
 )
-def test_no_number_in_a_file_takes_memory(name, tmp_path):
+def test_memory_is_bounded_for_any_number_in_a_file(name, tmp_path):
     parts = hostile_configs.parts(hostile_configs.honest(name), tmp_path)
     classifier.load_model(tmp_path / "honest.keras")
     config = json.loads(parts["config.json"])
@@ -163,11 +163,12 @@ def recurrent():
 
 
 @pytest.mark.parametrize("make", [lora, cells, shared, nested, recurrent])
-def test_ordinary_models_are_read(make, tmp_path):
+def test_ordinary_models_are_loaded(make, tmp_path):
     model = make()
     model.save(tmp_path / "x.keras")
-    again = classifier.load_model(tmp_path / "x.keras")
+    loaded = classifier.load_model(tmp_path / "x.keras")
     random = np.random.default_rng(0)
     x = [random.random((2, *each.shape[1:]), "float32") for each in model.inputs]
-    got, want = (numpy(made(x if len(x) > 1 else x[0], training=False)) for made in (again, model))
+    x = x if len(x) > 1 else x[0]
+    got, want = (numpy(network(x, training=False)) for network in (loaded, model))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

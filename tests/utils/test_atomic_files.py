@@ -57,7 +57,7 @@ def test_write_errors_have_one_line(tmp_path, cause, number, reason):
     assert os.listdir(tmp_path) == []
 
 
-def test_name_of_the_temporary_file(tmp_path):
+def test_temporary_file_is_named_after_its_target(tmp_path):
     with atomic_write(tmp_path / ("n" * 50 + ".keras")) as temporary:
         assert temporary.parent == tmp_path
         assert temporary.name.startswith(".part-" + "n" * 40 + "-")
@@ -115,7 +115,7 @@ def test_folder_handle_is_closed_on_error(tmp_path, monkeypatch):
         atomic_files._sync_folder("missing")
 
 
-def test_remove_temporaries(tmp_path):
+def test_remove_temporaries_deletes_only_temporary_files(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in (".part-1", "a/.part-x.keras", "a/b/.part-", "a/part-1", ".parts", "a/x.part-"):
         (tmp_path / name).write_bytes(b"x")

@@ -18,23 +18,23 @@ def layers(class_name, count=3, **arguments):
 
 @pytest.mark.parametrize("class_name", CLASSES)
 def test_generated_names_are_automatic(class_name):
-    """The first of a class, those with a number, and underscores in the name of the class."""
-    made = layers(class_name)
-    assert len({layer.name for layer in made}) == 3
-    assert all(map(has_automatic_name, made)), [layer.name for layer in made]
-    assert len({base_name(layer.name) for layer in made}) == 1
+    """Keras numbers all but the first layer of a class, whose name may contain underscores."""
+    instances = layers(class_name)
+    assert len({layer.name for layer in instances}) == 3
+    assert all(map(has_automatic_name, instances)), [layer.name for layer in instances]
+    assert len({base_name(layer.name) for layer in instances}) == 1
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
 @pytest.mark.parametrize("name", ["mine", "mine_3", "two_word", "plain_3_x", "3"])
-def test_names_of_a_user_are_not(class_name, name):
+def test_user_names_are_not_automatic(class_name, name):
     assert not any(map(has_automatic_name, layers(class_name, 1, name=name)))
 
 
-def test_built_in_layers():
+def test_names_of_built_in_layers_are_automatic():
     automatic = [L.Conv2D(1, 1), L.ReLU(), L.GlobalAveragePooling2D(), L.LSTM(1), L.ELU()]
     assert all(map(has_automatic_name, automatic))
-    # As Keras numbers its own; and the name of another class.
+    # A name that Keras could generate for this class, and one for another class.
     assert has_automatic_name(L.Conv2D(1, 1, name="conv2d_7"))
     assert not has_automatic_name(L.Conv2DTranspose(1, 1, name="conv2d_7"))
 

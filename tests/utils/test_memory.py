@@ -1,4 +1,4 @@
-"""The allocator, in subprocesses: its settings cannot be undone."""
+"""Settings of the C allocator, in subprocesses: they cannot be undone."""
 
 import platform
 import subprocess
@@ -23,13 +23,13 @@ print(faults())
 """
 
 
-def faults(how):
-    command = [sys.executable, "-c", SCRIPT, how]
+def faults(setting):
+    command = [sys.executable, "-c", SCRIPT, setting]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(run.stdout)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of the GNU C library")
-def test_freed_memory_causes_no_page_faults():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="requires glibc")
+def test_reuse_of_freed_memory_causes_no_page_faults():
     assert faults("keep") < 100 < faults("default")
