@@ -24,8 +24,8 @@ each_other_backend = pytest.mark.parametrize(
 
 
 def thin(cases, step):
-    """Parameters of a test. On JAX all but every ``step``-th are slow: XLA compiles each for about a
-    second."""
+    """Parameters of a test. On JAX all but every ``step``-th are slow: XLA compiles each for about
+    a second."""
     return [
         pytest.param(case, marks=pytest.mark.slow if BACKEND == "jax" and i % step else ())
         for i, case in enumerate(cases)

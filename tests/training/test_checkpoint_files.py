@@ -256,12 +256,12 @@ def compete_for_locks(folders, barrier, wins):
         try:
             with checkpoint.exclusive_lock(folder):
                 wins.put(str(folder))
-                barrier.wait()  # the other process failed to acquire the lock
+                barrier.wait()  # until the other process fails to acquire the lock
         except InputError:
             barrier.wait()
 
 
-@pytest.mark.slow  # processes context import Keras
+@pytest.mark.slow  # both processes import Keras
 def test_only_one_of_two_processes_acquires_the_lock(tmp_path):
     folders = [tmp_path / str(number) for number in range(100)]
     for folder in folders:

@@ -302,7 +302,7 @@ def test_hosts_with_different_settings_are_rejected(tmp_path):
     assert codes == [2, 2]
     for host in range(2):
         assert (tmp_path / f"host{host}.txt").read_text(encoding="utf-8").splitlines()[-1] == (
-            "involution: error: All start_hosts must have the same images, settings and versions. "
+            "involution: error: All hosts must have the same images, settings and versions. "
             "Received: host 1 differs from host 0"
         )
 
@@ -316,7 +316,7 @@ def test_hosts_with_different_checkpoints_are_rejected(tmp_path):
     assert [process.wait(240) for process in processes] == [2, 2]
     for host in range(2):
         assert (tmp_path / f"host{host}.txt").read_text(encoding="utf-8").splitlines()[-1] == (
-            "involution: error: All start_hosts must start from the same checkpoint of one folder. "
+            "involution: error: All hosts must start from the same checkpoint of one folder. "
             "Received: host 1 differs from host 0"
         )
     assert not (tmp_path / "run1").exists()
@@ -339,7 +339,7 @@ def test_run_resumes_on_fewer_hosts_after_host_loss(tmp_path, victim):
         for process in processes:
             process.kill()
             process.wait()
-    time.sleep(1)  # what is output last
+    time.sleep(1)  # the last lines may arrive late
     output = (tmp_path / f"host{1 - victim}.txt").read_text(encoding="utf-8")
     assert "A host was lost" in output, output
     assert "--resume" in output

@@ -356,7 +356,7 @@ def test_model_file_with_dataclass_and_colon_in_name(tmp_path):
 
 
 def test_model_files_import_sibling_modules(tmp_path, monkeypatch):
-    """Modules of one name resolve to the folder of each file, at import and in the builder."""
+    """Each file imports modules from its own folder, at import and when it builds a model."""
     for folder in ("a", "b"):
         (tmp_path / folder / "parts").mkdir(parents=True)
         (tmp_path / folder / "blocks.py").write_text(f"WHERE = {folder!r}\n")

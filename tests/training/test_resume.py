@@ -50,8 +50,8 @@ ONE = {"one": builder}
 STEPS = 20  # of both models; progress also counts the 36 images read before
 
 
-def config(folder, **more):
-    return Config(str(folder), **{"recipe": "one-cycle", "epochs": 2, "batch_size": 10} | more)
+def config(folder, **overrides):
+    return Config(str(folder), **{"recipe": "one-cycle", "epochs": 2, "batch_size": 10} | overrides)
 
 
 def outcome(output, builders=BUILDERS):
@@ -258,7 +258,7 @@ def test_signal_during_a_write_loses_no_step(folder, tmp_path, monkeypatch, unin
 
 
 def test_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path, monkeypatch):
-    """Each write of a run fails in turn."""
+    """Fails each write of a run in turn, as on a full disk."""
     output, left = tmp_path / "run", 0
     one_epoch = config(folder, epochs=1)
     compare(one_epoch, tmp_path / "whole", builders=ONE)

@@ -53,7 +53,7 @@ def test_imagenet_learning_rate():
     for epoch, rate in ((0, 0.2), (2.5, 0.5), (5, 0.8), (67.5, 0.4), (130, 0)):
         optimizer.iterations.assign(round(epoch * 626))
         assert float(numpy(optimizer.learning_rate)) == pytest.approx(rate, abs=1e-6)
-    # With gradient accumulation, Keras's step counter counts accumulation steps.
+    # With gradient accumulation, `_iterations` counts accumulation steps.
     recipe = dataclasses.replace(recipe, gradient_accumulation_steps=8)
     optimizer = make_optimizer(recipe, 130 * 626)
     optimizer._iterations.assign(round(67.5 * 626) * 8 + 7)
@@ -283,7 +283,7 @@ def test_validation_split():
     np.testing.assert_array_equal(split.x_test, dataset().validation_split(3).x_test)
     labels = dict(zip([x.tobytes() for x in images.x_train], images.y_train, strict=True))
     assert [labels[x.tobytes()] for x in split.x_test] == list(split.y_test)
-    assert split.name == "noise, 3 of its training images split out"
+    assert split.name == "noise, 3 of its training images held out"
     for count in (0, 10):
         with pytest.raises(InputError, match=rf"from 1 to 9\. Received: {count}"):
             images.validation_split(count)
