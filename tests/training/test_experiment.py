@@ -472,7 +472,7 @@ def test_skipped_images_are_reported(folder, tmp_path):
 @pytest.mark.parametrize(
     ("builder", "match"),
     [
-        (lambda input_shape, classes: 3, "a int, not a Keras model"),
+        (lambda input_shape, classes: 3, "int, not a Keras model"),
         (lambda input_shape, classes: custom_model(input_shape, 7), r"shape \(None, 7\)"),
         (lambda input_shape, classes: 1 / 0, "division by zero"),
         (lambda input_shape, classes: Subclassed(classes), "neither functional nor Sequential"),

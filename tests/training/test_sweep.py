@@ -133,7 +133,7 @@ def test_folder_without_a_sweep_is_rejected(make_plan, tmp_path):
     (tmp_path / "report.html").write_text("of a run")
     for url in (None, f"sqlite:///{tmp_path / 'study.db'}"):
         with pytest.raises(
-            InputError, match=r"must be new, empty or of a sweep\. Received: .*, wit"
+            InputError, match=r"must be new, empty or the folder of a sweep\. Received: .*, wit"
         ):
             sweep.run(make_plan(), tmp_path, url)
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]

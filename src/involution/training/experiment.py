@@ -494,7 +494,7 @@ def build(label, builder, dataset, config) -> keras.Model:
         keras.config.set_dtype_policy(PRECISIONS[config.precision])
         model = builder(input_shape=dataset.image_shape, classes=classes)
         if not isinstance(model, keras.Model):
-            raise TypeError(f"a {type(model).__name__}, not a Keras model")
+            raise TypeError(f"{type(model).__name__}, not a Keras model")
         shape = model(keras.KerasTensor((None, *dataset.image_shape))).shape
         if tuple(shape) != (None, classes):
             raise ValueError(f"outputs of shape {tuple(shape)}, not {(None, classes)}")

@@ -282,7 +282,7 @@ def _check_folder(folder, url):
         n.startswith(marker) for n in names
     ):
         raise InputError(
-            "The output folder must be new, empty or of a sweep. "
+            "The output folder must be new, empty or the folder of a sweep. "
             f"Received: {folder}, without {marker}"
         )
 
