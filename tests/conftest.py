@@ -12,8 +12,8 @@ from hypothesis import settings
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 if os.environ.get("KERAS_BACKEND") == "jax":
-    # Compilation is most of the time of the tests. Programs are cached for one run, by all its
-    # processes; LLVM's optimizations are for `make test-long`, which sets this to 0.
+    # Tests spend most of their time compiling. LLVM optimizes only in `make test-long`, which sets
+    # this to 0, and all processes of a run share one compilation cache.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = tempfile.mkdtemp(prefix="involution-tests-jax-")
@@ -23,25 +23,25 @@ if os.environ.get("KERAS_BACKEND") == "jax":
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     import jax
 
-    # The oracle is in float64, and so are the finite differences.
+    # The oracle and finite differences need float64.
     jax.config.update("jax_enable_x64", True)
 
 if os.environ.get("KERAS_BACKEND") == "torch":
     import torch
 
-    # Whether Triton's own functions can be interpreted is settled when it is imported, which
-    # PyTorch does at some time. Without a device ops/test_triton.py interprets.
+    # Without a CUDA device, ops/test_triton.py uses Triton's interpreter. It runs Triton's own
+    # functions only if the variable is set while Triton is imported, which PyTorch may do later.
     if importlib.util.find_spec("triton") and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
-        import triton.language  # noqa: F401 - imported now, as told
+        import triton.language  # noqa: F401 - imported for its side effect
 
         del os.environ["TRITON_INTERPRET"]
 
-import involution  # noqa: F401 - settles the backend before a test imports Keras
+import involution  # noqa: F401 - selects the backend before a test imports Keras
 from involution.ops import dispatch
 from involution.ops.native import library
 
-# What a framework alone has is tested where it runs. Elsewhere there is nothing to skip.
+# Tests of one framework are not collected on other backends, where every run would skip them.
 collect_ignore = [
     f"native/test_{backend}.py"
     for backend in ("jax", "tensorflow", "torch")
@@ -53,7 +53,7 @@ if os.environ["KERAS_BACKEND"] != "torch":
         "ops/test_cuda.py",
         "ops/test_triton.py",
     ]
-# Triton is released for Linux alone.
+# Triton has wheels for Linux only.
 elif importlib.util.find_spec("triton") is None:
     collect_ignore += ["ops/test_cuda.py", "ops/test_triton.py"]
 
@@ -88,13 +88,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 def seed():
-    """Keras draws the seeds of its initializers from Python's generator."""
-    random.seed(0)
+    random.seed(0)  # Keras draws the seeds of its initializers from it
     if os.environ["KERAS_BACKEND"] == "torch":
         torch.manual_seed(0)
 
 
-# The weights are the same in every run, whatever the order of the tests is.
+# Weights must not depend on the order of tests.
 @pytest.hookimpl(tryfirst=True)
 def pytest_fixture_setup():
     seed()
@@ -105,37 +104,37 @@ def pytest_runtest_call():
     seed()
 
 
-# `--hypothesis-profile=long -m slow`: what has no number of examples of its own gets this one.
+# For `--hypothesis-profile=long -m slow`; tests with their own `max_examples` ignore it.
 settings.register_profile("long", max_examples=5000)
 
 
 @pytest.fixture
-def ran(monkeypatch):
-    """The names of the implementations that ran, in order."""
+def executed(monkeypatch):
+    """Names of the executed implementations, in order."""
     names = []
 
-    def recorded(name, module):
-        def telling(function):
+    def spy_on(name, module):
+        def record(function):
             def call(*arguments):
                 names.append(name)
                 return function(*arguments)
 
             return call
 
-        kept = ("unsupported_reason", "deprioritize_reason")
-        of = {n: getattr(module, n) for n in kept if hasattr(module, n)}
-        run = ("apply", "kernel_grad")
-        of |= {n: telling(getattr(module, n)) for n in run if hasattr(module, n)}
-        return types.SimpleNamespace(**of)
+        queries = ("unsupported_reason", "deprioritize_reason")
+        attributes = {n: getattr(module, n) for n in queries if hasattr(module, n)}
+        passes = ("apply", "kernel_grad")
+        attributes |= {n: record(getattr(module, n)) for n in passes if hasattr(module, n)}
+        return types.SimpleNamespace(**attributes)
 
-    modules = {n: recorded(n, module) for n, module in dispatch.IMPLEMENTATIONS.items()}
+    modules = {n: spy_on(n, module) for n, module in dispatch.IMPLEMENTATIONS.items()}
     monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", modules)
     return names
 
 
 @pytest.fixture
 def target(request):
-    """Runs the native core on this target."""
+    """Sets the instruction set of the native core."""
     library.set_target(request.param)
     yield request.param
     highest = library.targets()[-1]

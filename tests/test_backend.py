@@ -1,4 +1,4 @@
-"""Selection of the backend, in subprocesses: Keras cannot change it after its import."""
+"""Selection of the backend, in subprocesses: it cannot change after Keras is imported."""
 
 import json
 import os
@@ -34,7 +34,7 @@ SELECT = "from involution_select import select; print(select())"
 
 @pytest.fixture
 def select(tmp_path, monkeypatch):
-    """Runs ``backend.select`` without the package, which imports Keras."""
+    """Runs a copy of ``backend.select``: importing the package would import Keras."""
     source = tmp_path / "code"
     source.mkdir()
     shutil.copy(backend.__file__, source / "involution_select.py")
@@ -93,13 +93,13 @@ def test_no_installed_backend_is_an_error(select):
     assert "pip install 'involution[jax]'" in last
 
 
-def test_inference_backends_are_left_to_keras(select):
+def test_requested_inference_only_backend_is_kept(select):
     assert select(KERAS_BACKEND="numpy").stdout.strip() == "numpy"
 
 
 @pytest.mark.any_backend
 def test_import_loads_no_optional_dependency(tmp_path):
-    # Modules that Keras and its backend import do not count.
+    # Keras and its backend may import other modules.
     code = (
         "import sys, keras, numpy; before = set(sys.modules); import involution;"
         "loaded = {m.split('.')[0] for m in set(sys.modules) - before};"

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, simulated by a local server."""
+"""``involution.hub`` against a local server that simulates the Hugging Face Hub."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def run(tmp_path_factory):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    with hub_server.served() as pair:
+    with hub_server.serve() as pair:
         yield pair
 
 
@@ -68,11 +68,12 @@ def test_push_and_load(pushed, run):
 
 def test_revision_must_be_a_commit(pushed):
     _, options, revision = pushed
-    for wrong in (None, "main", revision[:7], revision.upper() + "x", "v1"):
+    for invalid in (None, "main", revision[:7], revision.upper() + "x", "v1"):
         with pytest.raises(InputError, match="must be a commit hash, 40 hexadecimal digits"):
-            hub.load("me/small", wrong, **options)
-    for right in (None, "main", revision):
-        assert hub.load("me/small", right, allow_unpinned=True, **options).output_shape == (None, 3)
+            hub.load("me/small", invalid, **options)
+    for unpinned in (None, "main", revision):
+        model = hub.load("me/small", unpinned, allow_unpinned=True, **options)
+        assert model.output_shape == (None, 3)
 
 
 def test_offline_uses_the_cache_only(pushed):
@@ -90,7 +91,7 @@ def test_changed_download_is_rejected(pushed, file):
     server_state, options, revision = pushed
     content = bytearray(server_state.repositories["me/small"][revision][file])
     content[-3] ^= 1
-    server_state.changed[file] = bytes(content)
+    server_state.replaced_content[file] = bytes(content)
     with pytest.raises(InputError, match=rf"must match the Hub's hash .*{file} with"):
         hub.load("me/small", revision, **options)
     # The cache is verified too.
@@ -109,7 +110,7 @@ def test_changed_cache_is_rejected(pushed):
         hub.load("me/small", revision, offline=True, **options)
 
 
-def test_missing_repositories_and_models_are_input_errors(pushed, tmp_path):
+def test_missing_repositories_revisions_and_models_raise(pushed, tmp_path):
     server_state, options, _ = pushed
     none = "0" * 40
     for repo, reason in (
@@ -129,7 +130,7 @@ def test_missing_repositories_and_models_are_input_errors(pushed, tmp_path):
 
 
 def test_hosted_model_is_converted(server, tmp_path):
-    """The format of keras-io/involution: a SavedModel, of which only the variables are read."""
+    """keras-io/involution is a SavedModel; only its variables are read."""
     server_state, url = server
     files = {
         f"variables/{file.name}": file.read_bytes() for file in (HOSTED / "variables").iterdir()

@@ -330,7 +330,7 @@ def bench(
         photo (red1 on a large image), odd (sizes that the stride does not divide), line (1D),
         cube (3D).
     candidates
-        Comma-separated: native, taps, reference, rows, triton (implementations); im2col (the
+        Comma-separated: native, taps, reference, triton (implementations); im2col (the
         formula of the keras.io example); conv3 (Keras's 3x3 convolution); depthwise (Keras's
         depthwise convolution with the window of the involution); fused, unfused (generated
         kernels); on PyTorch compiled-taps, and on CUDA devices paper-cuda (the formula of the

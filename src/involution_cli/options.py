@@ -35,7 +35,7 @@ def _declared(config) -> Any:
     """A dataclass of command-line options: the settings of a configuration, except the models."""
     # Settings whose type or default on the command line is not the field's.
     changed = {
-        "epochs": (int | None, "Training epochs (default: the recipe's)"),
+        "epochs": (int | None, "Training epochs (default: the recipe's; in a sweep 5)"),
         "image_size": (
             str | None,
             "Side, or HEIGHTxWIDTH, to which the images of a folder are resized (default: the "
@@ -71,7 +71,7 @@ class TrainingOptions(_Declared):
     """Options of ``compare``, ``train`` and ``sweep``; see ``involution.training.recipes``."""
 
     output: pathlib.Path | None = None
-    """Output folder, new or empty (default: runs/<dataset>-<time>)."""
+    """Output folder: new or empty, or with --resume the run's (default: runs/<dataset>-<time>)."""
     backend: Backend = None
 
 

@@ -1,6 +1,6 @@
 """The CUDA benchmark without a device: fakes replace ``torch.cuda`` and CuPy.
 
-``ops/test_cuda.py`` requires a device.
+Tests on a device are in ``ops/test_cuda.py``.
 """
 
 import contextlib
@@ -69,14 +69,14 @@ def fake_cuda(monkeypatch):
 
 
 def test_cuda_events_time_a_graph_replay(fake_cuda):
-    ran = []
-    timer = CUDA.timer(lambda: ran.append(1))
-    assert len(ran) == 2  # warmup and capture
+    calls = []
+    timer = CUDA.timer(lambda: calls.append(1))
+    assert len(calls) == 2  # warmup and capture
     assert [timer(), timer()] == [0.25, 0.25]
-    assert (len(ran), fake_cuda.replays) == (2, 2)
+    assert (len(calls), fake_cuda.replays) == (2, 2)
 
 
-def test_a_failed_capture_raises(fake_cuda, monkeypatch):
+def test_failed_capture_raises(fake_cuda, monkeypatch):
     monkeypatch.setattr(fake_cuda, "fails_capture", True)
     with pytest.raises(
         devices.CaptureError, match="capture failed: CUDA error: operation not permit"
@@ -84,7 +84,7 @@ def test_a_failed_capture_raises(fake_cuda, monkeypatch):
         CUDA.timer(lambda: None)
 
 
-def test_peak_memory_of_a_device_excludes_earlier_allocations(monkeypatch):
+def test_device_peak_memory_excludes_earlier_allocations(monkeypatch):
     allocated = [100]
     peak = []
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated[0])
@@ -102,7 +102,7 @@ def test_peak_memory_of_a_device_excludes_earlier_allocations(monkeypatch):
     assert CUDA.peak_bytes(lambda: None, prepare) == 42
 
 
-class Cupy(types.ModuleType):
+class FakeCupy(types.ModuleType):
     """Fake of CuPy, which compiles with the host's C++ compiler."""
 
     def __init__(self, folder):
@@ -112,28 +112,29 @@ class Cupy(types.ModuleType):
 
     def RawModule(self, code, options):  # noqa: N802 - CuPy's name
         self.compiled += 1
-        text, library = self.folder / f"{self.compiled}.cu", self.folder / f"{self.compiled}.so"
-        text.write_text(code)
-        source = pathlib.Path(__file__).with_name("paper_cuda.cpp")
+        cuda_file = self.folder / f"{self.compiled}.cu"
+        shared_library = cuda_file.with_suffix(".so")
+        cuda_file.write_text(code)
+        wrapper = pathlib.Path(__file__).with_name("paper_cuda.cpp")
         subprocess.run(
             [
                 shutil.which("c++"),
                 "-shared",
                 "-fPIC",
                 *options,
-                f'-DPAPER_CUDA="{text}"',
-                source,
+                f'-DPAPER_CUDA="{cuda_file}"',
+                wrapper,
                 "-o",
-                library,
+                shared_library,
             ],
             check=True,
         )
-        loaded = ctypes.CDLL(library)
+        library = ctypes.CDLL(shared_library)
 
         def function(name):
             def call(blocks, threads, pointers):
-                loaded.launch(
-                    getattr(loaded, name), *blocks, *threads, *map(ctypes.c_void_p, pointers)
+                library.launch(
+                    getattr(library, name), *blocks, *threads, *map(ctypes.c_void_p, pointers)
                 )
 
             return call
@@ -143,7 +144,7 @@ class Cupy(types.ModuleType):
 
 @pytest.fixture
 def cupy(tmp_path, monkeypatch):
-    fake = Cupy(tmp_path)
+    fake = FakeCupy(tmp_path)
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: fake)
     monkeypatch.setattr(torch.cuda, "current_stream", FakeCuda.Stream)
@@ -169,7 +170,7 @@ def test_paper_cuda_matches_the_reference(case, dtype, cupy):
     assert cupy.compiled == 1  # once per case
 
 
-def test_paper_cuda_names_the_unsupported_property_of_a_case(cupy, monkeypatch):
+def test_paper_cuda_reports_why_a_case_is_unsupported(cupy, monkeypatch):
     small = Case.of("small", 1, (5, 4), 6, 2, 3)
     line = Case.of("line", 1, (9,), 4, 1, 3)
     alternating = Case.of("alternating", 1, (9, 9), 4, 2, 3, group_layout="interleaved")
@@ -188,7 +189,7 @@ def test_paper_cuda_names_the_unsupported_property_of_a_case(cupy, monkeypatch):
     assert paper_cuda.unsupported_reason(small, "float32") == "requires a CUDA device"
 
 
-def test_a_failed_capture_is_logged_for_each_pass(fake_cuda, monkeypatch):
+def test_failed_capture_is_logged_for_each_pass(fake_cuda, monkeypatch):
     def fail(run):
         raise devices.CaptureError("it synchronizes")
 

@@ -17,7 +17,7 @@ def test_measured_rates_of_the_cpu_are_plausible():
     assert cpu.peak("float32") == cpu.peak("bfloat16") == 2 * cpu.peak("float64")
 
 
-def test_an_unavailable_device_raises(monkeypatch):
+def test_unavailable_device_raises(monkeypatch):
     reason = "cuda requires the PyTorch backend"
     if BACKEND == "torch":
         import torch

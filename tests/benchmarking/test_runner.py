@@ -33,8 +33,8 @@ def small(monkeypatch):
 
 def test_every_candidate_is_measured_forward_and_backward(small):
     # torch.compile takes 30 s per case, so compiled-taps is measured on one case.
-    others = tuple(n for n in runner.CANDIDATES if n != runner.COMPILED_TAPS)
-    for case, candidates in (("small", runner.CANDIDATES), ("strided", others)):
+    uncompiled = tuple(n for n in runner.CANDIDATES if n != runner.COMPILED_TAPS)
+    for case, candidates in (("small", runner.CANDIDATES), ("strided", uncompiled)):
         messages = []
         plan = dataclasses.replace(small, cases=(case,), candidates=candidates)
         rows = list(runner.run(plan, messages.append))
@@ -75,8 +75,8 @@ def test_wrong_results_are_not_measured(small, monkeypatch, factor, error):
 @pytest.mark.parametrize("case", [SMALL, STRIDED], ids=lambda case: case.name)
 def test_im2col_matches_the_reference(case):
     candidate = runner.make_candidate("im2col", case, "float32")
-    have, want = candidate.function(*candidate.arguments), candidate.reference(*candidate.arguments)
-    np.testing.assert_allclose(numpy(have), numpy(want), rtol=1e-5, atol=1e-5)
+    got, want = candidate.function(*candidate.arguments), candidate.reference(*candidate.arguments)
+    np.testing.assert_allclose(numpy(got), numpy(want), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_invalid_plans_raise(changes, message):
         runner.check(runner.Plan(**changes))
 
 
-def test_default_candidates_exist_and_output_must_be_a_file(tmp_path):
+def test_default_candidates_exist_and_output_folder_is_rejected(tmp_path):
     for device, names in runner.DEFAULT_CANDIDATES.items():
         assert device in devices.DEVICES
         assert set(names) <= set(runner.CANDIDATES)
@@ -123,7 +123,7 @@ def test_the_roofline_counts_taps_inside_the_input():
     assert runner.tensor_bytes(SMALL, "float32", False, "fused") == 4 * fused
     assert runner.tensor_bytes(SMALL, "float32", True, "unfused") == 2 * 4 * (fused + 720)
 
-    class Slow(devices.Cpu):
+    class SlowCpu(devices.Cpu):
         def peak(self, dtype):
             return {"float32": 1e3, "bfloat16": 2e3, "float64": 5e2}[dtype]
 
@@ -131,12 +131,12 @@ def test_the_roofline_counts_taps_inside_the_input():
     for dtype, backward, generated, want in (
         ("float32", False, False, forward),
         ("float32", True, True, 3 * (forward + generation)),
-        # Half types speed up matrix products only.
+        # Half precision speeds up matrix products only.
         ("bfloat16", False, True, forward + generation / 2),
         ("float64", False, True, 2 * (forward + generation)),
     ):
-        slow = runner.roofline_ms(SMALL, dtype, backward, Slow(), generated=generated)
-        assert slow == pytest.approx(want)
+        roofline = runner.roofline_ms(SMALL, dtype, backward, SlowCpu(), generated=generated)
+        assert roofline == pytest.approx(want)
 
 
 def test_memory_is_measured_in_a_subprocess(small):
@@ -159,12 +159,12 @@ def test_peak_memory_excludes_earlier_allocations(small):
         assert 0 <= peak < 6 * tensors
 
 
-def test_batch_replaces_the_cases_batch(small):
+def test_batch_of_the_plan_overrides_the_case(small):
     plan = dataclasses.replace(small, cases=("small",), candidates=("reference",), batch=3)
     rows = list(runner.run(plan))
     assert [row.batch for row in rows] == [3, 3]
-    sizes = runner.tensor_bytes(dataclasses.replace(SMALL, batch=3), "float32", False, "taps")
-    assert rows[0].tensors_mb == sizes / 1e6
+    size = runner.tensor_bytes(dataclasses.replace(SMALL, batch=3), "float32", False, "taps")
+    assert rows[0].tensors_mb == size / 1e6
 
 
 def pure(function, x):
@@ -181,15 +181,15 @@ def pure(function, x):
 
 
 @pytest.mark.parametrize(
-    ("use", "number", "want"),
+    ("use", "argument_count", "want"),
     [
         (lambda count, x: pure(count, x), 1, 2.0),
-        # Operations that depend on one argument only are not hoisted out of the loop.
+        # An operation on `other` alone is not hoisted out of the loop.
         (lambda count, x, other: x + pure(count, other), 2, 3.0),
     ],
-    ids=["whole", "part"],
+    ids=["one-argument", "two-arguments"],
 )
-def test_repeat_executes_every_call(use, number, want):
+def test_repeat_executes_every_call(use, argument_count, want):
     calls = []
 
     def count(x):
@@ -197,7 +197,7 @@ def test_repeat_executes_every_call(use, number, want):
         return np.asarray(x) * 2
 
     x = keras.ops.ones((3,), "float32")
-    run = repeat(functools.partial(use, count), [x] * number, calls=5)
+    run = repeat(functools.partial(use, count), [x] * argument_count, calls=5)
     (y,) = run()
     np.testing.assert_allclose(numpy(y), want)
     calls.clear()

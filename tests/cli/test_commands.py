@@ -145,36 +145,36 @@ def test_out_of_memory_has_its_own_exit_code(error, received, tmp_path):
     assert not (tmp_path / "log.txt").exists()
 
 
-def test_out_of_memory_in_the_import_of_keras(tmp_path):
+def test_out_of_memory_while_importing_keras_has_its_own_exit_code(tmp_path):
     """Handling the error must not require the package, which is only partly imported."""
     code = (
         "import sys, involution_cli\n"
-        "class Full:\n"
+        "class OutOfMemoryFinder:\n"
         "    def find_spec(self, name, *rest):\n"
         "        if name == 'keras': raise MemoryError('Unable to allocate 5 GiB')\n"
-        "sys.meta_path.insert(0, Full())\n"
+        "sys.meta_path.insert(0, OutOfMemoryFinder())\n"
         "sys.argv = ['involution', 'doctor']\n"
         "involution_cli.main()"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
     )
-    assert done.returncode == 7, done.stderr
-    assert done.stderr.endswith("Received: Unable to allocate 5 GiB\n")
+    assert result.returncode == 7, result.stderr
+    assert result.stderr.endswith("Received: Unable to allocate 5 GiB\n")
 
 
 def test_permission_errors_name_the_path(tmp_path):
     log = tmp_path / "log.txt"
-    rule = "Files and folders must be accessible to this user. Received: "
+    prefix = "Files and folders must be accessible to this user. Received: "
     for error, received in (
         (PermissionError(13, "Permission denied", "/x/y"), "/x/y: Permission denied"),
         (PermissionError("not here"), "not here"),
     ):
-        assert session.explain_error(error, log) == (rule + received, 2)
+        assert session.explain_error(error, log) == (prefix + received, 2)
     assert not log.exists()
 
 
-def test_missing_temporary_folder_is_an_error(call, monkeypatch):
+def test_missing_temporary_folder_is_a_write_error(call, monkeypatch):
     def fail(**_):
         raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
 
@@ -279,10 +279,10 @@ def test_doctor_fails_on_a_wrong_implementation(call, monkeypatch):
     class Absent:
         unsupported_reason = staticmethod(lambda problem: "no such machine")
 
-    members = {"absent": Absent, "taps": Wrong, "reference": reference}
-    members = dispatch.IMPLEMENTATIONS | members
-    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", members)
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", members)
+    implementations = {"absent": Absent, "taps": Wrong, "reference": reference}
+    implementations = dispatch.IMPLEMENTATIONS | implementations
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", implementations)
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", implementations)
     monkeypatch.setattr(dispatch, "PREFERENCE", ("absent", "taps", "reference"))
     monkeypatch.setattr("involution.benchmarking.doctor.CASES", CASES[:1])
     code, lines = call("doctor")
@@ -291,8 +291,8 @@ def test_doctor_fails_on_a_wrong_implementation(call, monkeypatch):
     assert any("absent     unavailable: no such machine" in line for line in lines)
 
 
-def bad_inputs(root, trained):
-    """Pairs of an invalid command line and a part of its error."""
+def invalid_commands(root, trained):
+    """(arguments, part of the error message) of invalid commands."""
     ok = ["--dataset", write_folder(root / "ok")]
     empty = root / "empty"
     empty.mkdir()
@@ -353,8 +353,8 @@ def bad_inputs(root, trained):
     ]
 
 
-def test_invalid_input_is_one_line_and_writes_nothing(call, trained, tmp_path):
-    cases = bad_inputs(tmp_path, trained)
+def test_invalid_input_gives_a_one_line_error_and_writes_nothing(call, trained, tmp_path):
+    cases = invalid_commands(tmp_path, trained)
     before = sorted(tmp_path.rglob("*"))
     for arguments, expected in cases:
         code, lines = call(*arguments)
@@ -365,7 +365,7 @@ def test_invalid_input_is_one_line_and_writes_nothing(call, trained, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before, arguments
 
 
-def test_unknown_backend_is_an_error_and_stale_configuration_a_warning(tmp_path, trained):
+def test_unknown_backend_fails_and_stale_keras_json_warns(tmp_path, trained):
     def run(code, **environment):
         env = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
         env |= {"KERAS_HOME": str(tmp_path), "TMPDIR": str(tmp_path), **environment}
@@ -404,7 +404,7 @@ def test_names_that_the_terminal_cannot_encode_are_escaped(trained, pets):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
 def test_paths_that_are_not_utf8_are_escaped(call, pets, tmp_path):
-    """The paths are in config.json, in the report and in the printed command."""
+    """Such paths appear in config.json, the report and the printed command."""
     data, output = (tmp_path / os.fsdecode(name) for name in (b"p\xe9ts", b"r\xfcn"))
     data.symlink_to(pets)
     arguments = ("train", "--model", "cnn", "--dataset", data, "--epochs", "1", "--output", output)
@@ -428,7 +428,7 @@ def test_paths_that_are_not_utf8_are_escaped(call, pets, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_internal_error_is_one_line_and_keeps_its_log(call, trained, pets, monkeypatch):
+def test_internal_error_gives_one_line_and_keeps_the_log(call, trained, pets, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("two\nlines")
 
@@ -441,7 +441,7 @@ def test_internal_error_is_one_line_and_keeps_its_log(call, trained, pets, monke
     assert "RuntimeError: two" in pathlib.Path(log).read_text()
 
 
-def test_an_interruption_is_one_line(call, monkeypatch):
+def test_keyboard_interrupt_gives_a_one_line_error(call, monkeypatch):
     def fail(*_, **__):
         raise KeyboardInterrupt
 
@@ -472,7 +472,7 @@ def test_version_is_printed(call):
     assert (code, lines) == (0, [involution.__version__])
 
 
-def test_no_backend_installed_is_one_line(tmp_path):
+def test_missing_backend_gives_a_one_line_error(tmp_path):
     code = (
         "import importlib.util, sys\n"
         "find_spec = importlib.util.find_spec\n"

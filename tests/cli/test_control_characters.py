@@ -1,4 +1,4 @@
-"""Untrusted names in output: control characters are escaped everywhere."""
+"""Control characters of untrusted names are escaped in all output."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def test_only_control_characters_are_escaped():
         assert escape_controls(chr(code)) == f"\\u{code:04x}"
 
 
-def test_command_line_and_package_escape_alike():
+def test_command_line_and_package_escape_the_same_characters():
     assert session.CONTROL.pattern == errors.CONTROL.pattern
     assert session.escape_controls(HOSTILE + READABLE) == ESCAPED + READABLE
 

@@ -1,4 +1,4 @@
-"""Options: their declarations in the package, deprecated names, and commands of version 0.1."""
+"""Command-line options: declarations, deprecated names, and the commands of version 0.1."""
 
 import ast
 import dataclasses
@@ -24,15 +24,15 @@ def parse(words):
 
 @pytest.fixture
 def help_of(monkeypatch, capsys):
-    """The help text of a command."""
+    """Returns a function that returns the help text of a command."""
     monkeypatch.setenv("COLUMNS", "300")
 
-    def print_help(command):
+    def help_text(command):
         capsys.readouterr()
         app.help_print([command])
         return capsys.readouterr().out
 
-    return print_help
+    return help_text
 
 
 def test_recipes_import_only_the_standard_library():
@@ -45,7 +45,7 @@ def test_recipes_import_only_the_standard_library():
             assert node.module.split(".")[0] in sys.stdlib_module_names
 
 
-def test_every_setting_is_an_option_with_its_help():
+def test_every_config_field_is_an_option_with_its_help():
     fields = {field.name: field for field in dataclasses.fields(recipes.Config)}
     declared = {field.name: field for field in dataclasses.fields(options.TrainingOptions)}
     assert declared.keys() == fields.keys() - {"models"} | {"output", "backend"}
@@ -76,15 +76,15 @@ RENAMED_OPTIONS = [
 
 @pytest.mark.parametrize(("command", "old", "new"), RENAMED_OPTIONS, ids=str)
 def test_every_deprecated_option_works_and_is_hidden(command, old, new, capsys, help_of):
-    flag = "allow" in old
+    is_flag = "allow" in old
     value = {"--show": "groups", "--coordinator": "host:1", "--place": "0,1"}.get(old, "1")
-    rest = [] if flag else [value]
-    for words in ([old, *rest], [old.replace("-", "_").replace("__", "--", 1), *rest]):
-        found = replace_deprecated([command, *words])
+    values = [] if is_flag else [value]
+    for words in ([old, *values], [old.replace("-", "_").replace("__", "--", 1), *values]):
+        replaced = replace_deprecated([command, *words])
         assert capsys.readouterr() == ("", f"involution: warning: {old} is deprecated, use {new}\n")
-        assert found == [command, new, *rest]
-        assert parse(found) == parse([command, new, *rest])
-    if not flag:
+        assert replaced == [command, new, *values]
+        assert parse(replaced) == parse([command, new, *values])
+    if not is_flag:
         assert replace_deprecated([command, f"{old}={value}"]) == [command, f"{new}={value}"]
     names = option_names(command)
     assert new in names
@@ -115,10 +115,10 @@ def test_every_deprecated_value_works_and_is_hidden(command, option, old, new, c
     assert old not in words
 
 
-def test_current_names_and_positional_arguments_are_kept():
+def test_current_names_and_positional_arguments_are_unchanged():
     words = ["train", "--model", "inn", "--ema-momentum", "0.9", "--resume"]
     assert replace_deprecated(words) == words
-    # Values of other options, file names, and everything after `--`.
+    # Unchanged: values of other options, file names, and everything after `--`.
     words = ["explain", "maps", "--output", "maps", "--", "--show", "maps"]
     assert replace_deprecated(words) == words
     assert replace_deprecated([]) == []
@@ -132,16 +132,16 @@ def test_current_names_and_positional_arguments_are_kept():
 def test_error_names_the_current_option(monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["involution", "train", "--accumulate", "0"])
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as exit_info:
         involution_cli.main()
-    assert end.value.code == 2
+    assert exit_info.value.code == 2
     assert capfd.readouterr().err.splitlines() == [
         "involution: warning: --accumulate is deprecated, use --gradient-accumulation-steps",
         "involution: error: --gradient-accumulation-steps must be at least 1. Received: 0",
     ]
 
 
-def test_only_the_commands_own_options_are_renamed_in_messages():
+def test_messages_rename_only_options_of_the_command():
     message = "`batch_size` must suit `filters` and `resume`"
     assert session.with_options(message, option_names("train")) == (
         "--batch-size must suit `filters` and --resume"

@@ -1,4 +1,4 @@
-"""Data sets: digits, image folders and CIFAR-10 archives; and decoding of images."""
+"""Data sets (digits, image folders, CIFAR-10 archives) and image decoding."""
 
 import hashlib
 import io
@@ -40,7 +40,7 @@ def test_epoch_permutation_depends_on_seed_and_epoch():
         assert (first != other).any()
 
 
-def test_folder_without_image_size_keeps_the_size(tmp_path):
+def test_folder_without_image_size_keeps_the_image_size(tmp_path):
     loaded = datasets.load(str(write_folder(tmp_path / "pets", size=(12, 20))))
     assert loaded.name == "pets"
     assert loaded.class_names == ("ant", "bee", "cat")
@@ -62,22 +62,22 @@ def test_folder_decodes_png_jpeg_and_webp_upright_and_resizes(tmp_path):
     exif = rotated.getexif()
     exif[274] = 6  # rotated by 90 degrees
     rotated.save(tmp_path / "rotated.png", exif=exif)
-    read = decode.read_image(tmp_path / "rotated.png")
-    assert read.shape == (10, 20, 3)
-    assert read[0, 19].tolist() == [255, 255, 255]
+    pixels = decode.read_image(tmp_path / "rotated.png")
+    assert pixels.shape == (10, 20, 3)
+    assert pixels[0, 19].tolist() == [255, 255, 255]
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "PNG", "MPO"])
 def test_damaged_exif_tag_does_not_affect_the_orientation(format, tmp_path):
-    """A resolution stored as text, on which Pillow fails when it writes the tags back."""
+    """The resolution is stored as text, which makes Pillow fail to write the tags back."""
     image, file = Image.new("RGB", (21, 16)), io.BytesIO()
     if format == "PNG":
         chunk = hostile_images.png_chunk(b"eXIf", hostile_images.TEXT_RESOLUTION[6:])
         rows = bytes((1 + 3 * 21) * 16)
         file.write(hostile_images.png(21, 16, rows, more=chunk))
     else:
-        more = {"save_all": True, "append_images": [image]} if format == "MPO" else {}
-        image.save(file, format, exif=hostile_images.TEXT_RESOLUTION, **more)
+        options = {"save_all": True, "append_images": [image]} if format == "MPO" else {}
+        image.save(file, format, exif=hostile_images.TEXT_RESOLUTION, **options)
     path = tmp_path / "photo"
     path.write_bytes(file.getvalue())
     assert decode.read_image(path).shape == (21, 16, 3)
@@ -133,8 +133,8 @@ def test_decoding_errors_name_the_file(error, reason, step, tmp_path, monkeypatc
         raise error
 
     write_image(tmp_path / "x.png")
-    kind = ImageFile.ImageFile if step == "load" else Image.Image
-    monkeypatch.setattr(kind, step, fail)
+    cls = ImageFile.ImageFile if step == "load" else Image.Image
+    monkeypatch.setattr(cls, step, fail)
     expected = f"An image must be a valid PNG, JPEG or WebP file: {reason}"
     for name in (tmp_path / "x.png", str(tmp_path / "x.png"), os.fsencode(tmp_path / "x.png")):
         with pytest.raises(InputError) as caught:
@@ -208,8 +208,8 @@ def test_decompression_bomb_is_rejected(tmp_path, monkeypatch, limit):
 def test_16_bit_images_are_scaled_not_clipped(tmp_path):
     ramp = np.arange(0, 65536, 256, "uint16").reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "x.png")
-    read = decode.read_image(tmp_path / "x.png")
-    np.testing.assert_array_equal(read[..., 0], np.arange(256).reshape(16, 16))
+    pixels = decode.read_image(tmp_path / "x.png")
+    np.testing.assert_array_equal(pixels[..., 0], np.arange(256).reshape(16, 16))
 
 
 def test_format_is_detected_by_content_and_hidden_files_are_ignored(tmp_path):
@@ -224,21 +224,21 @@ def test_format_is_detected_by_content_and_hidden_files_are_ignored(tmp_path):
 
 
 def test_incomplete_folders_are_rejected(tmp_path):
-    def fails(root, match):
+    def assert_rejected(root, match):
         with pytest.raises(InputError, match=match):
             datasets.load(str(root))
 
-    fails(tmp_path, "without train/<class>/")
+    assert_rejected(tmp_path, "without train/<class>/")
     (tmp_path / "train").mkdir()
-    fails(tmp_path, "without train/<class>/")
+    assert_rejected(tmp_path, "without train/<class>/")
     write_image(tmp_path / "train" / "ant" / "0.png")
-    fails(tmp_path, "without test/")
+    assert_rejected(tmp_path, "without test/")
     write_image(tmp_path / "test" / "ant" / "0.png")
-    fails(tmp_path, "at least two classes.*only ant")
+    assert_rejected(tmp_path, "at least two classes.*only ant")
     write_image(tmp_path / "test" / "yak" / "0.png")
-    fails(tmp_path, "must have training images.*yak")
+    assert_rejected(tmp_path, "must have training images.*yak")
     (tmp_path / "train" / "yak").mkdir()
-    fails(tmp_path, "Every class must have images.*yak")
+    assert_rejected(tmp_path, "Every class must have images.*yak")
 
 
 def test_unknown_data_sets_and_inapplicable_options_are_rejected(tmp_path):
@@ -267,15 +267,15 @@ def write_archive(path, members):
 
 
 def check_cifar10(loaded):
-    truth = list(batches())
+    expected = list(batches())
     assert loaded.x_train.shape == (15, 32, 32, 3)
     assert loaded.class_names[0] == "airplane"
     assert loaded.class_names[9] == "truck"
-    for i, (_, rows, labels) in enumerate(truth[:-1]):
+    for i, (_, rows, labels) in enumerate(expected[:-1]):
         np.testing.assert_array_equal(loaded.y_train[3 * i : 3 * i + 3], labels)
         # A row of the archive is 1,024 red, then green, then blue values, in row-major order.
         assert loaded.x_train[3 * i, 2, 5, 1] == rows[0, 1024 + 2 * 32 + 5]
-    np.testing.assert_array_equal(loaded.y_test, truth[-1][2])
+    np.testing.assert_array_equal(loaded.y_test, expected[-1][2])
 
 
 def test_cifar10_binary_archive_is_loaded(tmp_path, monkeypatch):
@@ -311,7 +311,7 @@ def test_cifar10_is_loaded_from_the_keras_cache(tmp_path, monkeypatch):
         datasets.load("cifar10")
 
 
-def test_batch_with_code_is_rejected(tmp_path, monkeypatch):
+def test_pickled_batch_with_code_is_rejected(tmp_path, monkeypatch):
     class Exploit:
         def __reduce__(self):
             return (open, (str(tmp_path / "marker"), "w"))

@@ -28,7 +28,7 @@ def pets(tmp_path):
 
 
 def pack(pets, folder, splits=("train", "test"), mode="w", prefix=""):
-    """The folder as tar files, one for each split."""
+    """Writes the folder as tar files, one for each split."""
     folder.mkdir()
     for split in splits:
         with tarfile.open(folder / f"{split}.tar", mode) as archive:
@@ -36,10 +36,10 @@ def pack(pets, folder, splits=("train", "test"), mode="w", prefix=""):
     return folder
 
 
-def member(archive, name, content=b"", **more):
+def add_member(archive, name, content=b"", **attributes):
     info = tarfile.TarInfo(name)
     info.size = len(content)
-    for key, value in more.items():
+    for key, value in attributes.items():
         setattr(info, key, value)
     archive.addfile(info, io.BytesIO(content))
 
@@ -55,24 +55,24 @@ def test_tar_files_give_the_same_data_set(pets, tmp_path):
 def test_tar_files_are_read_in_place(pets, tmp_path, monkeypatch):
     pack(pets, tmp_path / "tar", prefix="./some/")
     monkeypatch.setattr(memory, "memory_limit", lambda: 0)
-    stored = datasets.load(str(tmp_path / "tar"))
-    assert isinstance(stored.x_train, LazyImages)
-    np.testing.assert_array_equal(stored.x_train[:], datasets.load(str(pets)).x_train[:])
-    assert str(stored.x_train.sources[0]) == f"{tmp_path}/tar/train.tar: ./some/train/ant/0.png"
+    loaded = datasets.load(str(tmp_path / "tar"))
+    assert isinstance(loaded.x_train, LazyImages)
+    np.testing.assert_array_equal(loaded.x_train[:], datasets.load(str(pets)).x_train[:])
+    assert str(loaded.x_train.sources[0]) == f"{tmp_path}/tar/train.tar: ./some/train/ant/0.png"
     # Errors name the member.
     path = tmp_path / "tar" / "train.tar"
-    begin = stored.x_train.sources[1].offset
+    offset = loaded.x_train.sources[1].offset
     content = path.read_bytes()
-    path.write_bytes(content[:begin] + b"x" * 20 + content[begin + 20 :])
+    path.write_bytes(content[:offset] + b"x" * 20 + content[offset + 20 :])
     with pytest.raises(InputError, match=r"Received: \S+train\.tar: \./some/train/ant/1\.png"):
-        stored.x_train[:3]
-    path.write_bytes(content[: begin + 20])
+        loaded.x_train[:3]
+    path.write_bytes(content[: offset + 20])
     with pytest.raises(InputError, match=r"train/ant/1\.png"):
-        stored.x_train[:3]
+        loaded.x_train[:3]
 
 
 def test_webdataset_shards_are_read(pets, tmp_path):
-    """The label is a number in a file of the same name."""
+    """The label is a number in a .cls file with the name of the image."""
     expected = datasets.load(str(pets))
     (tmp_path / "tar").mkdir()
     classes = {"ant": "2", "bee": "10", "cat": "9"}
@@ -84,9 +84,9 @@ def test_webdataset_shards_are_read(pets, tmp_path):
             ]
             for count, file in enumerate(sorted((pets / split).rglob("*.png"))):
                 archive = opened[count % shards]
-                member(archive, f"{count:06d}.png", file.read_bytes())
-                member(archive, f"{count:06d}.cls", classes[file.parent.name].encode())
-                member(archive, f"{count:06d}.json", b"{}")
+                add_member(archive, f"{count:06d}.png", file.read_bytes())
+                add_member(archive, f"{count:06d}.cls", classes[file.parent.name].encode())
+                add_member(archive, f"{count:06d}.json", b"{}")
     found = datasets.load(str(tmp_path / "tar"))
     assert found.class_names == ("2", "9", "10")
     assert sorted(x.tobytes() for x in found.x_train) == sorted(
@@ -100,7 +100,7 @@ def test_webdataset_shards_are_read(pets, tmp_path):
         assert found.class_names[y] == classes[names[x.tobytes()]]
 
 
-def test_val_is_a_test_split(pets):
+def test_val_is_accepted_as_the_test_split(pets):
     before = datasets.load(str(pets)).fingerprint()
     (pets / "test").rename(pets / "val")
     assert datasets.load(str(pets)).fingerprint() == before
@@ -112,9 +112,9 @@ def test_val_is_a_test_split(pets):
 def test_other_files_are_ignored(pets, tmp_path):
     folder = pack(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "a") as archive:
-        member(archive, "train/ant/._0.png", b"of another system")
-        member(archive, "train/ant/notes.txt", b"notes")
-        member(archive, "train/ant/link.txt", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add_member(archive, "train/ant/._0.png", b"of another system")
+        add_member(archive, "train/ant/notes.txt", b"notes")
+        add_member(archive, "train/ant/link.txt", type=tarfile.SYMTYPE, linkname="/etc/passwd")
     (pets / "train" / "ant" / "folder.png").mkdir()
     assert datasets.load(str(folder)).fingerprint() == datasets.load(str(pets)).fingerprint()
 
@@ -139,7 +139,7 @@ def test_invalid_tar_files_are_rejected(pets, tmp_path, content, message):
 def test_links_in_tar_files_are_rejected(pets, tmp_path, kind):
     folder = pack(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "a") as archive:
-        member(archive, "train/ant/link.png", type=kind, linkname="train/ant/0.png")
+        add_member(archive, "train/ant/link.png", type=kind, linkname="train/ant/0.png")
     with pytest.raises(InputError, match=r"train/ant/link\.png is a link or special file"):
         datasets.load(str(folder))
 
@@ -184,25 +184,25 @@ def test_members_with_decreasing_offsets_are_rejected(pets, tmp_path, monkeypatc
     from_buffer, from_file = tarfile.TarInfo.frombuf, tarfile.TarInfo.fromtarfile.__func__
     reason = r"train\.tar: its members do not follow each other$"
 
-    def negative(*arguments):
+    def negative_size(*arguments):
         info = from_buffer(*arguments)
         info.size = -512 if info.name.endswith("1.png") else info.size
         return info
 
-    before = []
+    offsets = []
 
-    def repeated(*arguments):
+    def repeated_offset(*arguments):
         info = from_file(*arguments)
         if info.name.endswith("1.png"):
-            info.offset = before[-1]
-        before.append(info.offset)
+            info.offset = offsets[-1]
+        offsets.append(info.offset)
         return info
 
-    with monkeypatch.context() as changed:
-        changed.setattr(tarfile.TarInfo, "frombuf", negative)
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarInfo, "frombuf", negative_size)
         with pytest.raises(InputError, match=reason):
             datasets.load(folder)
-    monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", classmethod(repeated))
+    monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", classmethod(repeated_offset))
     with pytest.raises(InputError, match=reason):
         datasets.load(folder)
 
@@ -214,7 +214,7 @@ def test_members_with_decreasing_offsets_are_rejected(pets, tmp_path, monkeypatc
 def test_invalid_labels_are_rejected(content, reason, pets, tmp_path):
     folder = pack(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "a") as archive:
-        member(archive, "train/ant/0.cls", content)
+        add_member(archive, "train/ant/0.cls", content)
     with pytest.raises(InputError, match=rf"be complete .*Received: .*train\.tar: {reason}"):
         datasets.load(str(folder))
 
@@ -222,8 +222,8 @@ def test_invalid_labels_are_rejected(content, reason, pets, tmp_path):
 def test_label_of_maximum_length_is_accepted(pets, tmp_path):
     folder = pack(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "a") as archive:
-        member(archive, "x.png", (pets / "train" / "ant" / "0.png").read_bytes())
-        member(archive, "x.cls", b"x" * 1000)
+        add_member(archive, "x.png", (pets / "train" / "ant" / "0.png").read_bytes())
+        add_member(archive, "x.cls", b"x" * 1000)
     assert datasets.load(str(folder)).class_names == ("ant", "bee", "cat", "x" * 1000)
 
 
@@ -272,7 +272,7 @@ def write_tree(root, *names):
 
 
 def outcome(root):
-    """The result of a scan, or its error, without the path of the root."""
+    """The result of a scan or its error message, without the path of the root."""
     try:
         found = image_folder.scan(root)
     except InputError as error:
@@ -341,10 +341,10 @@ TREES = {
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("prefix", ["", "./", "some/", ".cache/x/", "../", "/"])
-def test_folders_and_tar_files_are_scanned_alike(tree, prefix, tmp_path):
-    more, expected = TREES[tree]
-    usual = [f"{split}/{name}/a.png" for split in ("train", "test") for name in ("cat", "dog")]
-    root = write_tree(tmp_path / "folder", *usual, *more)
+def test_scans_of_folders_and_tar_files_agree(tree, prefix, tmp_path):
+    extra, expected = TREES[tree]
+    base = [f"{split}/{name}/a.png" for split in ("train", "test") for name in ("cat", "dog")]
+    root = write_tree(tmp_path / "folder", *base, *extra)
     found = outcome(root)
     assert (found if isinstance(found, str) else found[1:]) == expected
     (tmp_path / "tar").mkdir()
@@ -358,15 +358,15 @@ def test_folders_and_tar_files_are_scanned_alike(tree, prefix, tmp_path):
 
 
 def test_tar_files_need_no_split_folder(tmp_path):
-    """Without train/, as ``tar -C train`` packs it, or in another folder; .x/ is hidden."""
-    usual = ["cat/a.png", "dog/b.png", "dog/1/c.png", "cat/.x/d.png"]
+    """Members may omit train/, as with ``tar -C train``, or be in another folder; .x/ is hidden."""
+    members = ["cat/a.png", "dog/b.png", "dog/1/c.png", "cat/.x/d.png"]
     for prefix in ("", "./", "pets/", "a/b/"):
         root = tmp_path / f"tar{len(prefix)}"
         root.mkdir()
-        for split, names in (("train", usual), ("test", ["cat/a.png", "cat/1/a.png"])):
+        for split, names in (("train", members), ("test", ["cat/a.png", "cat/1/a.png"])):
             with tarfile.open(root / f"{split}.tar", "w") as archive:
                 for name in [*names, *(["cover.png"] if split == "train" else [])]:
-                    member(archive, name if name == "cover.png" else prefix + name)
+                    add_member(archive, name if name == "cover.png" else prefix + name)
         found = image_folder.scan(root)
         assert list(found.train) == ["cat", "dog"]
         assert [file.name for file in found.train["cat"]] == [f"{prefix}cat/a.png"]
@@ -377,36 +377,36 @@ def test_tar_files_need_no_split_folder(tmp_path):
         )
 
 
-def test_shards_have_one_class_root(tmp_path):
+def test_shards_share_one_class_root(tmp_path):
     (tmp_path / "tar").mkdir()
     for shard, name in enumerate(("cat", "dog")):
         with tarfile.open(tmp_path / "tar" / f"train-{shard}.tar", "w") as archive:
-            member(archive, f"pets/{name}/a.png")
+            add_member(archive, f"pets/{name}/a.png")
     with tarfile.open(tmp_path / "tar" / "val.tar", "w") as archive:
-        member(archive, "val/cat/a.png")
+        add_member(archive, "val/cat/a.png")
     found = image_folder.scan(tmp_path / "tar")
     assert (list(found.train), list(found.test)) == (["cat", "dog"], ["cat"])
 
 
 def test_labels_take_precedence_over_folders(tmp_path):
-    def found(*members):
+    def scan(*members):
         for split in ("train", "test"):
             with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
                 for name, content in members:
-                    member(archive, name, content)
+                    add_member(archive, name, content)
         return image_folder.scan(tmp_path)
 
     labeled = [("s/1/0.png", b""), ("s/1/0.cls", b"10"), ("s/1/0.json", b""), ("s/x/y", b"")]
-    assert list(found(*labeled).train) == ["10"]
+    assert list(scan(*labeled).train) == ["10"]
     # Folders without labeled images are classes.
-    both = found(*labeled[:3], ("s/cat/a.png", b""), ("0.bmp", b""), ("0.cls", b"2"), ("s/1", b""))
-    assert list(both.train) == ["10", "cat"]
-    assert both.skipped == f"2 .bmp files, such as {tmp_path}/test.tar: 0.bmp"
+    mixed = scan(*labeled[:3], ("s/cat/a.png", b""), ("0.bmp", b""), ("0.cls", b"2"), ("s/1", b""))
+    assert list(mixed.train) == ["10", "cat"]
+    assert mixed.skipped == f"2 .bmp files, such as {tmp_path}/test.tar: 0.bmp"
     for name, content in (("1.png", b""), ("0.cls", b" ")):
         with pytest.raises(
             InputError, match=r"named after its class, or have a .cls .*Received: .*png"
         ):
-            found(*labeled, ("0.png", b""), (name, content))
+            scan(*labeled, ("0.png", b""), (name, content))
 
 
 def test_numeric_classes_are_sorted_as_numbers(tmp_path):
@@ -439,30 +439,30 @@ def test_only_class_names_must_be_utf_8(pets, tmp_path):
     assert loaded[0].fingerprint() == loaded[1].fingerprint()
     (pets / "train" / "ant").rename(pets / "train" / os.fsdecode(b"caf\xe9"))
     (pets / "test" / "ant").rename(pets / "test" / os.fsdecode(b"caf\xe9"))
-    for root, where in ((pets, "train"), (pack(pets, tmp_path / "tar2"), "train.tar")):
+    for root, location in ((pets, "train"), (pack(pets, tmp_path / "tar2"), "train.tar")):
         with pytest.raises(InputError) as caught:
             image_folder.scan(root)
         assert str(caught.value) == (
             "A class name must be valid UTF-8, the encoding of models and reports. "
-            f"Received: caf\\udce9 in {root / where}"
+            f"Received: caf\\udce9 in {root / location}"
         )
 
 
 def test_exceeds_decode_limit(monkeypatch):
     monkeypatch.setattr(image_folder, "MAX_DECODED_BYTES", 100)
-    for sizes, large in (((60, 40), True), ((60, 39), False), ((100,), True), ((), False)):
+    for sizes, expected in (((60, 40), True), ((60, 39), False), ((100,), True), ((), False)):
         assert (
             image_folder.exceeds_decode_limit([TarMember("a", "b", 0, size) for size in sizes])
-            is large
+            is expected
         )
 
 
-def test_digest_is_of_contents_or_of_names_and_sizes(tmp_path):
+def test_digest_covers_contents_or_names_and_sizes(tmp_path):
     content = np.random.default_rng(0).bytes(2 * 2100)
     (tmp_path / "x.tar").write_bytes(content)
     records = [TarMember(str(tmp_path / "x.tar"), f"{n}.png", 2 * n, 2) for n in range(2100)]
-    parts = [hashlib.sha256(content[2 * n : 2 * n + 2]).digest() for n in range(2100)]
-    assert image_folder.digest(records, False) == hashlib.sha256(b"".join(parts)).hexdigest()
+    digests = [hashlib.sha256(content[2 * n : 2 * n + 2]).digest() for n in range(2100)]
+    assert image_folder.digest(records, False) == hashlib.sha256(b"".join(digests)).hexdigest()
     names = "".join(f"{n}.png\0{2}\n" for n in range(2100)).encode()
     assert image_folder.digest(records, True) == hashlib.sha256(names).hexdigest()
 
@@ -484,13 +484,13 @@ def test_compressed_tar_files_are_rejected(pets, tmp_path):
 def test_tar_files_without_images_or_classes_are_rejected(pets, tmp_path):
     folder = pack(pets, tmp_path / "tar")
     with tarfile.open(folder / "train.tar", "w") as archive:
-        member(archive, "train/ant/notes.txt", b"notes")
+        add_member(archive, "train/ant/notes.txt", b"notes")
     with pytest.raises(
         InputError, match=r"images \(\.png, \.jpg, \.jpeg, \.jpe, \.jfif, \.webp\)\. .*train\.tar"
     ):
         datasets.load(str(folder))
     with tarfile.open(folder / "train.tar", "w") as archive:
-        member(archive, "0.png", (pets / "train" / "ant" / "0.png").read_bytes())
+        add_member(archive, "0.png", (pets / "train" / "ant" / "0.png").read_bytes())
     with pytest.raises(
         InputError, match=r"a folder named after its class, or have a .cls .*: 0\.png"
     ):

@@ -27,7 +27,7 @@ def pets(tmp_path):
 
 @pytest.fixture
 def pair(pets, monkeypatch):
-    """Two data sets of the same folder: in memory, and lazy."""
+    """Two data sets of one folder: in memory and lazy."""
     loaded = datasets.load(str(pets))
     assert isinstance(loaded.x_train, np.ndarray)
     # Images are lazy if they take more than a quarter of the memory limit.
@@ -50,7 +50,7 @@ def test_indexing_matches_an_array(pair):
                 np.testing.assert_array_equal(images.subset(index)[:], array[index])
 
 
-def test_fingerprints_match_those_in_memory(pair, monkeypatch):
+def test_lazy_fingerprints_match_arrays(pair, monkeypatch):
     monkeypatch.setattr(datasets, "CHUNK_SIZE", 5)
     loaded, lazy = pair
     assert lazy.fingerprint() == loaded.fingerprint()
@@ -59,7 +59,7 @@ def test_fingerprints_match_those_in_memory(pair, monkeypatch):
     assert held_out[1].fingerprint() == held_out[0].fingerprint() != loaded.fingerprint()
 
 
-def test_training_matches_images_in_memory(pair):
+def test_training_on_lazy_images_matches_arrays(pair):
     def rows(dataset):
         recipe = dataclasses.replace(RECIPES["one-cycle"], batch_size=10)
         keras.utils.set_random_seed(1)
@@ -103,7 +103,7 @@ def test_random_crops_depend_on_seed_epoch_and_image(tmp_path):
 
 def test_cropped_folders_are_lazy(tmp_path):
     pets = write_folder(tmp_path / "pets")
-    # Crops have one size, whatever the sizes of the images.
+    # Crops have one size, so the images may have different sizes.
     write_image(pets / "train" / "ant" / "0.png", size=(31, 17))
     loaded = datasets.load(str(pets), (8, 8), crop_fraction=0.5)
     assert isinstance(loaded.x_test, LazyImages)
@@ -120,7 +120,7 @@ def test_cropped_folders_are_lazy(tmp_path):
 
 def test_folders_above_the_decode_limit_are_not_decoded(tmp_path, monkeypatch):
     pets = write_folder(tmp_path / "pets")
-    small = datasets.load(str(pets)).fingerprint()
+    content_fingerprint = datasets.load(str(pets)).fingerprint()
     monkeypatch.setattr(image_folder, "MAX_DECODED_BYTES", 1000)
     broken = pets / "train" / "bee" / "3.png"
     monkeypatch.setattr(LazyImages, "_decode", lambda *_: pytest.fail("decoded"))
@@ -128,7 +128,7 @@ def test_folders_above_the_decode_limit_are_not_decoded(tmp_path, monkeypatch):
     assert loaded.image_shape == (16, 16, 3)
     assert datasets.load(str(pets), (9, 7)).image_shape == (9, 7, 3)
     before = loaded.fingerprint()
-    assert before != small
+    assert before != content_fingerprint
     content = broken.read_bytes()
     broken.write_bytes(content[:-1] + b"x")
     assert datasets.load(str(pets)).fingerprint() == before

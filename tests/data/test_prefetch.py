@@ -1,4 +1,4 @@
-"""Prefetching in a thread."""
+"""Prefetching in a background thread."""
 
 import threading
 

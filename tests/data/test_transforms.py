@@ -35,33 +35,35 @@ def test_random_crops_are_inside_the_image(width, height, aspect_ratio):
 def test_distribution_of_random_crops():
     rng = np.random.default_rng(0)
     boxes = np.array([transforms.random_resized_crop(500, 500, 1.0, rng) for _ in range(20_000)])
-    wide, high = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    areas, changes = wide * high / 500**2, np.log(wide / high)
+    widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    areas, log_ratios = widths * heights / 500**2, np.log(widths / heights)
     assert areas.min() == pytest.approx(0.08, abs=0.01)
-    # Crops that do not fit are drawn again, so that large ones are rarer.
+    # Crops that exceed the image are drawn again, so large crops are rarer.
     assert 0.85 < areas.max() <= 1
     assert np.quantile(areas, 0.25) == pytest.approx(0.08 + 0.25 * 0.92, abs=0.05)
-    assert abs(changes.mean()) < 0.01
-    assert changes.max() == pytest.approx(math.log(4 / 3), abs=0.01)
-    # The aspect ratio varies around the requested one.
+    assert abs(log_ratios.mean()) < 0.01
+    assert log_ratios.max() == pytest.approx(math.log(4 / 3), abs=0.01)
+    # Aspect ratios vary around `aspect_ratio`.
     landscape = np.array(
         [transforms.random_resized_crop(500, 250, 2.0, rng) for _ in range(20_000)]
     )
-    changes = np.log((landscape[:, 2] - landscape[:, 0]) / (landscape[:, 3] - landscape[:, 1]) / 2)
-    assert abs(changes.mean()) < 0.01
-    assert changes.max() == pytest.approx(math.log(4 / 3), abs=0.01)
+    log_ratios = np.log(
+        (landscape[:, 2] - landscape[:, 0]) / (landscape[:, 3] - landscape[:, 1]) / 2
+    )
+    assert abs(log_ratios.mean()) < 0.01
+    assert log_ratios.max() == pytest.approx(math.log(4 / 3), abs=0.01)
     # Positions are uniform.
-    x = boxes[:, 0] / (500 - wide)
+    x = boxes[:, 0] / (500 - widths)
     assert x.mean() == pytest.approx(0.5, abs=0.01)
     assert x.std() == pytest.approx(math.sqrt(1 / 12), abs=0.01)
 
 
-def test_fallback_is_the_center_crop():
+def test_random_crop_falls_back_to_the_center_crop():
     rng = np.random.default_rng(0)
     assert transforms.random_resized_crop(1000, 10, 1.0, rng) == (495.0, 0.0, 505.0, 10.0)
 
 
-def test_rounding_stays_inside_the_image():
+def test_rounded_random_crops_stay_inside_the_image():
     rng = np.random.default_rng(0)
     for width in range(3000, 6000, 7):
         for aspect_ratio in (16 / 9, 9 / 16, 7 / 3):
@@ -71,7 +73,7 @@ def test_rounding_stays_inside_the_image():
             assert bottom <= 5
 
 
-def test_read_image_crops(tmp_path):
+def test_read_image_applies_center_and_random_crops(tmp_path):
     from PIL import Image
 
     ramp = np.zeros((80, 160, 3), "uint8")
@@ -80,7 +82,7 @@ def test_read_image_crops(tmp_path):
     Image.fromarray(ramp).save(tmp_path / "x.png")
     uncropped = decode.read_image(tmp_path / "x.png", (8, 8))
     center = decode.read_image(tmp_path / "x.png", (8, 8), crop_fraction=0.5)
-    # 40 x 40 pixels at the center: their centers are 5 pixels apart.
+    # The crop has 40 x 40 pixels: pixels of the 8 x 8 result are 5 pixels apart.
     np.testing.assert_allclose(center[0, :, 0], 60 + 2 + 5 * np.arange(8), atol=1)
     np.testing.assert_allclose(center[:, 0, 1], 20 + 2 + 5 * np.arange(8), atol=1)
     wide = decode.read_image(tmp_path / "x.png", (4, 16), crop_fraction=0.5)

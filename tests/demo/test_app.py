@@ -47,9 +47,8 @@ def classifiers():
     return app.load(())
 
 
-def folder_of(page):
-    """The folder of uploads."""
-    return pathlib.Path(page.upload("a.png", hostile_images.good()).json()[0]).parents[1]
+def upload_folder(page):
+    return pathlib.Path(page.upload("a.png", hostile_images.valid()).json()[0]).parents[1]
 
 
 def test_demo_binds_only_127_0_0_1(page):
@@ -63,7 +62,7 @@ def test_demo_binds_only_127_0_0_1(page):
 
 @pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning", "ignore:Truncated File:UserWarning")
 def test_scores_equal_predict_proba(page, classifiers, tmp_path):
-    for name, content in {"a.png": hostile_images.good(), **hostile_images.unusual()}.items():
+    for name, content in {"a.png": hostile_images.valid(), **hostile_images.unusual()}.items():
         kind, scores = page.classify(name, content)
         assert kind == "complete", (name, scores)
         file = tmp_path / "image"
@@ -76,12 +75,12 @@ def test_scores_equal_predict_proba(page, classifiers, tmp_path):
 
 
 def test_scores_are_deterministic(page):
-    image = hostile_images.good("JPEG", (200, 100))
+    image = hostile_images.valid("JPEG", (200, 100))
     results = [page.classify("a.jpg", image) for _ in range(3)]
     assert results[0] == results[1] == results[2]
 
 
-def test_invalid_files_get_an_error_of_one_line(page):
+def test_invalid_files_get_a_one_line_error(page):
     page.reset_peak()
     before = page.memory
     for name, content in hostile_images.invalid().items():
@@ -93,29 +92,29 @@ def test_invalid_files_get_an_error_of_one_line(page):
         text = output["error"]
         assert text.startswith("An image must "), (name, output)
         assert "\n" not in text
-        assert str(folder_of(page)) not in text
+        assert str(upload_folder(page)) not in text
     assert page.peak_memory - before < 200 * MEGABYTE
-    assert page.classify("a.png", hostile_images.good())[0] == "complete"
+    assert page.classify("a.png", hostile_images.valid())[0] == "complete"
 
 
 def test_damaged_images_are_decoded_or_get_an_error(page):
     page.reset_peak()
     before = page.memory
-    found = [page.classify(*item) for item in hostile_images.damaged(200).items()]
-    for kind, output in found:
+    results = [page.classify(*item) for item in hostile_images.damaged(200).items()]
+    for kind, output in results:
         assert kind == "complete" or output["error"].startswith("An image must "), output
-    assert {kind for kind, _ in found} == {"complete", "error"}
+    assert {kind for kind, _ in results} == {"complete", "error"}
     assert page.peak_memory - before < 300 * MEGABYTE
 
 
 def test_memory_of_the_largest_images_is_bounded(page):
-    wide = hostile_images.png(4000, 4000, b"\0" + bytes(3 * 4000) * 4000 + bytes(4000))
+    largest = hostile_images.png(4000, 4000, b"\0" + bytes(3 * 4000) * 4000 + bytes(4000))
     page.reset_peak()
     before = page.memory
-    assert page.classify("a.png", wide)[0] == "complete"
+    assert page.classify("a.png", largest)[0] == "complete"
     assert page.peak_memory - before < 300 * MEGABYTE
-    larger = hostile_images.png(4001, 4000)
-    kind, output = page.classify("a.png", larger)
+    too_large = hostile_images.png(4001, 4000)
+    kind, output = page.classify("a.png", too_large)
     assert kind == "error"
     expected = "An image must have at most 16,000,000 pixels. Received: 4001x4000"
     assert output["error"] == expected
@@ -134,30 +133,30 @@ def test_no_url_is_fetched_and_no_other_file_is_read(page, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=listen, args=(server,), daemon=True).start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}/a.png"
-        own = tmp_path / "a.png"
-        own.write_bytes(hostile_images.good())
-        real = page.upload("a.png", hostile_images.good()).json()[0]
+        local_file = tmp_path / "a.png"
+        local_file.write_bytes(hostile_images.valid())
+        valid = page.upload("a.png", hostile_images.valid()).json()[0]
         requests = [
             {"path": url},
-            {"path": real, "url": url},
-            {"path": str(own)},
+            {"path": valid, "url": url},
+            {"path": str(local_file)},
             {"path": "/etc/passwd"},
-            {"path": f"{folder_of(page)}/../../../../etc/passwd"},
+            {"path": f"{upload_folder(page)}/../../../../etc/passwd"},
             {"path": "", "url": "data:image/png;base64,AAAA"},
             {"path": "file:///etc/passwd"},
         ]
         for request in requests:
             kind, output = page.result(page.request(**request))
             # A URL next to an upload's path is ignored.
-            assert kind == ("complete" if request["path"] == real else "error"), (request, output)
+            assert kind == ("complete" if request["path"] == valid else "error"), (request, output)
             assert "Traceback" not in str(output)
     assert connections == []
-    for path in ("/etc/passwd", str(own), __file__):
+    for path in ("/etc/passwd", str(local_file), __file__):
         assert page.client.get(f"/file={path}").status_code in (403, 404)
 
 
-def test_a_full_queue_returns_503(page):
-    path = page.upload("a.png", hostile_images.good()).json()[0]
+def test_full_queue_rejects_requests(page):
+    path = page.upload("a.png", hostile_images.valid()).json()[0]
     with ThreadPoolExecutor(64) as pool:
         codes = [r.status_code for r in pool.map(lambda _: page.request(path), range(200))]
     assert set(codes) <= {200, 429, 503}
@@ -177,15 +176,15 @@ def test_malformed_requests_get_an_error(page):
             assert page.result(response)[0] == "error"
         else:
             assert 400 <= response.status_code < 500 or response.status_code == 503
-    assert page.classify("a.png", hostile_images.good())[0] == "complete"
+    assert page.classify("a.png", hostile_images.valid())[0] == "complete"
 
 
 # --- In this process -----------------------------------------------------------------------------
 
 
-def test_an_explanation_shows_every_involution(classifiers, tmp_path):
+def test_explanation_shows_every_involution(classifiers, tmp_path):
     file = tmp_path / "a.png"
-    file.write_bytes(hostile_images.good())
+    file.write_bytes(hostile_images.valid())
     explanation = render.Explanation(classifiers, file)
     maps, kernels = explanation.heat_maps(), explanation.kernels((0.2, 0.9))
     assert "cnn has no involutions" in maps
@@ -197,7 +196,7 @@ def test_an_explanation_shows_every_involution(classifiers, tmp_path):
     assert "http" not in maps + kernels
 
 
-def test_one_decode_per_preprocessing_and_one_forward_pass_per_model(
+def test_images_are_decoded_once_per_preprocessing_and_models_run_once(
     classifiers, tmp_path, monkeypatch
 ):
     decodes, calls = [], collections.Counter()
@@ -216,7 +215,7 @@ def test_one_decode_per_preprocessing_and_one_forward_pass_per_model(
     monkeypatch.setattr(Classifier, "read", counted_read)
     monkeypatch.setattr(keras.layers.Layer, "__call__", counted_call)
     file = tmp_path / "a.png"
-    file.write_bytes(hostile_images.good())
+    file.write_bytes(hostile_images.valid())
     *_, state = app.explain(classifiers, str(file))
     assert len(classifiers) >= 3
     assert decodes == [((32, 32, 3), None)]
@@ -233,10 +232,10 @@ def test_one_decode_per_preprocessing_and_one_forward_pass_per_model(
 
 def test_model_names_are_escaped(classifiers, tmp_path):
     file = tmp_path / "a.png"
-    file.write_bytes(hostile_images.good())
-    bad = "<script>alert(1)</script>"
-    text = render.Explanation({bad: classifiers["inn"]}, file).heat_maps()
-    text += render.Explanation({bad: classifiers["cnn"]}, file).heat_maps()
+    file.write_bytes(hostile_images.valid())
+    name = "<script>alert(1)</script>"
+    text = render.Explanation({name: classifiers["inn"]}, file).heat_maps()
+    text += render.Explanation({name: classifiers["cnn"]}, file).heat_maps()
     assert "<script" not in text
     assert text.count("&lt;script&gt;") >= 2
 
@@ -256,7 +255,7 @@ def test_duplicate_model_names_raise():
 
 
 @pytest.mark.slow
-def test_a_port_in_use_gives_an_error_of_one_line(page):
+def test_port_in_use_gives_a_one_line_error(page):
     port = page.address.rsplit(":", 1)[1]
     result = subprocess.run(
         [sys.executable, "-m", "involution_cli", "demo", "--port", port],
@@ -270,8 +269,8 @@ def test_a_port_in_use_gives_an_error_of_one_line(page):
     assert "Traceback" not in result.stderr
 
 
-def test_events_of_the_page(page):
-    path = page.upload("a.png", hostile_images.good()).json()[0]
+def test_page_events_update_the_outputs(page):
+    path = page.upload("a.png", hostile_images.valid()).json()[0]
     image = {"path": path, "meta": {"_type": "gradio.FileData"}}
 
     def submit(index, *data, **more):
@@ -302,14 +301,14 @@ def test_events_of_the_page(page):
     assert submit(slide, None, 0.1, 0.2)[1]["data"] == [""]
 
 
-def test_outputs_of_the_page_for_an_upload(classifiers, tmp_path):
+def test_page_outputs_for_an_upload_match_the_api(classifiers, tmp_path):
     file = tmp_path / "a.png"
-    file.write_bytes(hostile_images.good())
-    *found, maps, kernels, timing, state = app.explain(classifiers, str(file))
+    file.write_bytes(hostile_images.valid())
+    *scores, maps, kernels, timing, state = app.explain(classifiers, str(file))
     # The API computes its scores without recording kernels.
-    for of_page, of_api in zip(found, app.scores(classifiers, file).values(), strict=True):
-        assert of_page == pytest.approx(of_api, rel=1e-4)
-        assert sum(of_page.values()) == pytest.approx(1)
+    for page_scores, api_scores in zip(scores, app.scores(classifiers, file).values(), strict=True):
+        assert page_scores == pytest.approx(api_scores, rel=1e-4)
+        assert sum(page_scores.values()) == pytest.approx(1)
     assert "inv_3" in maps
     assert kernels == app.kernels(state, 0.5, 0.5)
     assert re.match(r"Scores and kernels in \d+ ms \(Keras on ", timing)
@@ -325,14 +324,14 @@ def test_outputs_of_the_page_for_an_upload(classifiers, tmp_path):
     for state_, row in ((None, 0.5), (state, 1.1), (state, float("nan")), (state, "0.5")):
         with pytest.raises(gradio.Error, match="A point of an uploaded image"):
             app.on_click(state_, types.SimpleNamespace(row=row, column=0.5))
-    file.write_bytes(hostile_images.good()[:200])
+    file.write_bytes(hostile_images.valid()[:200])
     with pytest.raises(gradio.Error, match="An image must be a valid PNG"):
         app.explain(classifiers, str(file))
 
 
 @pytest.fixture
-def built(classifiers):
-    """The page, without a server. Gradio leaves an event loop open, hence the filter."""
+def built_page(classifiers):
+    """The page without a server. Gradio leaves an event loop open, hence the warning filter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         page = app.build(classifiers, "a card")
@@ -342,10 +341,10 @@ def built(classifiers):
         gc.collect()
 
 
-def test_an_upload_is_checked_before_it_is_decoded(built, tmp_path):
-    (image,) = (block for block in built.blocks.values() if isinstance(block, gradio.Image))
+def test_upload_is_validated_before_decoding(built_page, tmp_path):
+    (image,) = (block for block in built_page.blocks.values() if isinstance(block, gradio.Image))
     file = tmp_path / "a.png"
-    file.write_bytes(hostile_images.good())
+    file.write_bytes(hostile_images.valid())
     payload = types.SimpleNamespace(path=str(file))
     assert image.preprocess(payload) == str(file)
     assert image.preprocess(None) is None
@@ -357,6 +356,6 @@ def test_an_upload_is_checked_before_it_is_decoded(built, tmp_path):
         file.write_bytes(content)
         with pytest.raises(gradio.Error, match=message):
             image.preprocess(payload)
-    fetching = image.async_move_resource_to_block_cache("http://127.0.0.1:9/a.png")
+    fetch = image.async_move_resource_to_block_cache("http://127.0.0.1:9/a.png")
     with pytest.raises(gradio.Error, match="must be uploaded"):
-        fetching.send(None)
+        fetch.send(None)

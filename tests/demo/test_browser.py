@@ -1,4 +1,4 @@
-"""The web demo in Debian's Chromium, by `make test-browser`."""
+"""The web demo in Debian's Chromium; `make test-browser` runs it."""
 
 import pathlib
 import re
@@ -19,52 +19,52 @@ def page(tmp_path_factory):
     log = tmp_path_factory.mktemp("page") / "log.txt"
     start = time.perf_counter()
     with demo(log) as page:
-        print(f"from the command to its address: {time.perf_counter() - start:.1f} s")
+        print(f"startup: {time.perf_counter() - start:.1f} s")
         yield page
     assert "Traceback" not in log.read_text()
 
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright import sync_api  # which only `make test-browser` installs
+    from playwright import sync_api  # installed by `make test-browser` only
 
     assert CHROMIUM, "apt install chromium"
-    with sync_api.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium
         chromium.close()
 
 
 @pytest.fixture
 def open_tab(browser, page):
-    """Returns a function that opens the page in a new tab. After the test no external URL was
-    requested, and the console has no errors."""
-    outside, errors, contexts = [], [], []
+    """Returns a function that opens the page in a new tab. Teardown asserts that no external URL
+    was requested and that the console has no errors."""
+    urls, errors, contexts = [], [], []
 
     def new_tab(**options):
         contexts.append(browser.new_context(**options))
         tab = contexts[-1].new_page()
-        tab.on("request", lambda request: outside.append(request.url))
+        tab.on("request", lambda request: urls.append(request.url))
         tab.on("console", lambda message: message.type == "error" and errors.append(message.text))
         tab.on("pageerror", lambda error: errors.append(str(error)))
         start = time.perf_counter()
         tab.goto(page.address)
         tab.wait_for_selector("input[type=file]", state="attached")
-        print(f"page shown in {time.perf_counter() - start:.1f} s")
+        print(f"page load: {time.perf_counter() - start:.1f} s")
         return tab
 
     new_tab.errors = errors
     yield new_tab
     for context in contexts:
         context.close()
-    assert [url for url in outside if not url.startswith((page.address, "data:", "blob:"))] == []
+    assert [url for url in urls if not url.startswith((page.address, "data:", "blob:"))] == []
     assert errors == []
 
 
 @pytest.fixture
 def image(tmp_path):
     file = tmp_path / "image.png"
-    file.write_bytes(hostile_images.good(size=(64, 48)))
+    file.write_bytes(hostile_images.valid(size=(64, 48)))
     return file
 
 
@@ -73,7 +73,7 @@ def upload(tab, file):
     tab.set_input_files("input[type=file]", str(file))
     tab.wait_for_selector(".explanation figure img")
     tab.wait_for_selector("text=/Scores and kernels in \\d+ ms/")
-    print(f"answered in {time.perf_counter() - start:.1f} s")
+    print(f"explanation: {time.perf_counter() - start:.1f} s")
 
 
 def test_upload_shows_scores_and_a_click_selects_a_point(open_tab, image):
@@ -136,7 +136,7 @@ def test_invalid_and_too_large_files_show_an_error(open_tab, tmp_path):
     tab.wait_for_selector("text=An image must be a PNG, JPEG or WebP file")
     tab.reload()
     tab.wait_for_selector("input[type=file]", state="attached")
-    file.write_bytes(hostile_images.good() + bytes(9 * 2**20))
+    file.write_bytes(hostile_images.valid() + bytes(9 * 2**20))
     tab.set_input_files("input[type=file]", str(file))
     tab.wait_for_selector("text=/exceed the maximum allowed size of 8.0 Mb/")
     # Gradio's client logs rejected uploads to the console.

@@ -19,28 +19,27 @@ CLIENTS, SECONDS, REQUESTS = 16, 60, 2000
 def test_concurrent_scores_are_correct_and_memory_does_not_grow(tmp_path):
     files = [tmp_path / f"{number}.png" for number in range(8)]
     for number, file in enumerate(files):
-        file.write_bytes(hostile_images.good(size=(100 + number, 80), seed=number))
+        file.write_bytes(hostile_images.valid(size=(100 + number, 80), seed=number))
     expected = {
         file: {name: c.scores(c.read(file))[0] for name, c in app.load(()).items()}
         for file in files
     }
-    codes: collections.Counter = collections.Counter()
+    counts: collections.Counter = collections.Counter()
 
     def classify(page, file):
-        """Uploads and classifies one image."""
         upload = page.upload(file.name, file.read_bytes())
-        codes[upload.status_code] += 1
+        counts[upload.status_code] += 1
         if upload.status_code != 200:
             return
         response = page.request(upload.json()[0])
-        codes[response.status_code] += 1
+        counts[response.status_code] += 1
         if response.status_code != 200:
             return
         kind, scores = page.result(response)
         assert kind == "complete", scores
         for name, values in expected[file].items():
             np.testing.assert_allclose(list(scores[name].values()), values, rtol=1e-5)
-        codes["answers"] += 1
+        counts["completed"] += 1
 
     with demo(tmp_path / "log.txt") as page:
         classify(page, files[0])
@@ -62,10 +61,10 @@ def test_concurrent_scores_are_correct_and_memory_does_not_grow(tmp_path):
         for thread in threads:
             thread.join()
         assert failures == []
-        print(f"{CLIENTS} clients, {SECONDS} s: {dict(codes)}")
-        numbers = {code: count for code, count in codes.items() if isinstance(code, int)}
-        assert set(numbers) <= {200, 429, 503}
-        assert codes[200] >= sum(numbers.values()) / 2
+        print(f"{CLIENTS} clients, {SECONDS} s: {dict(counts)}")
+        status_counts = {code: count for code, count in counts.items() if isinstance(code, int)}
+        assert set(status_counts) <= {200, 429, 503}
+        assert counts[200] >= sum(status_counts.values()) / 2
         classify(page, files[0])
         before = page.memory
         for number in range(REQUESTS):

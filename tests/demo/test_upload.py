@@ -21,7 +21,7 @@ INVALID = "An image must be a valid PNG, JPEG or WebP file: "
 
 @pytest.fixture
 def file(tmp_path):
-    """Writes a file and returns its path."""
+    """Returns a function that writes a file and returns its path."""
 
     def write(content):
         (tmp_path / "image").write_bytes(content)
@@ -47,7 +47,7 @@ def encoded(image, format="PNG", **options):
 
 
 def test_sizes_up_to_the_limits_are_accepted(file, monkeypatch):
-    path = file(hostile_images.good(size=(40, 30)))
+    path = file(hostile_images.valid(size=(40, 30)))
     size = path.stat().st_size
     monkeypatch.setattr(app, "MAX_BYTES", size)
     monkeypatch.setattr(app, "MAX_PIXELS", 1200)
@@ -60,19 +60,19 @@ def test_sizes_up_to_the_limits_are_accepted(file, monkeypatch):
     )
 
 
-def test_limits_of_size_and_pixels():
+def test_default_limits_of_bytes_and_pixels():
     assert (app.MAX_BYTES, app.MAX_PIXELS) == (8_388_608, 16_000_000)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 def test_only_png_jpeg_and_webp_are_accepted(format, file):
-    app.check(file(hostile_images.good(format)))
-    for content in (b"", b"hello", *(hostile_images.good(other) for other in ("GIF", "BMP"))):
+    app.check(file(hostile_images.valid(format)))
+    for content in (b"", b"hello", *(hostile_images.valid(other) for other in ("GIF", "BMP"))):
         expected = "An image must be a PNG, JPEG or WebP file. Received: another format"
         assert message(app.check, file(content)) == expected
 
 
-def test_gradio_gets_the_path_of_a_valid_upload(file):
+def test_gradio_receives_the_path_of_a_valid_upload(file):
     def gradio_error(function, argument):
         with pytest.raises(gradio.Error) as caught:
             function(argument)
@@ -88,7 +88,7 @@ def test_gradio_gets_the_path_of_a_valid_upload(file):
 
     image = types.SimpleNamespace(preprocess=None, async_move_resource_to_block_cache=cache)
     app._validate_upload(image)
-    path = str(file(hostile_images.good()))
+    path = str(file(hostile_images.valid()))
     assert image.preprocess(None) is None
     assert image.preprocess(types.SimpleNamespace(path=path)) == path
     payload = types.SimpleNamespace(path=str(file(b"GIF89a")))
@@ -120,14 +120,14 @@ def test_only_input_errors_are_shown_to_visitors():
 def test_lossless_pixels_are_decoded_exactly(format, file):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), "uint8")
     path = file(encoded(Image.fromarray(pixels), format, lossless=True))
-    read = decode.read_image(path)
-    assert read.dtype == np.uint8
-    np.testing.assert_array_equal(read, pixels)
-    small = Image.fromarray(pixels).resize((3, 4), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(decode.read_image(str(path), (4, 3)), np.asarray(small))
+    decoded = decode.read_image(path)
+    assert decoded.dtype == np.uint8
+    np.testing.assert_array_equal(decoded, pixels)
+    resized = Image.fromarray(pixels).resize((3, 4), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(decode.read_image(str(path), (4, 3)), np.asarray(resized))
 
 
-def test_every_pixel_format_becomes_rgb(file):
+def test_every_pixel_format_is_converted_to_rgb(file):
     ramp = np.arange(0, 65536, 256, "uint16").reshape(16, 16)
     np.testing.assert_array_equal(
         decode.read_image(file(encoded(Image.fromarray(ramp + 255)))),
@@ -140,8 +140,8 @@ def test_every_pixel_format_becomes_rgb(file):
         ("RGBA", (1, 2, 3, 0), [1, 2, 3]),
         ("P", 0, [0, 0, 0]),
     ):
-        read = decode.read_image(file(encoded(Image.new(mode, (2, 1), color))))
-        assert read.tolist() == [[expected] * 2]
+        decoded = decode.read_image(file(encoded(Image.new(mode, (2, 1), color))))
+        assert decoded.tolist() == [[expected] * 2]
 
 
 def test_exif_orientation_is_applied(file):
@@ -149,14 +149,14 @@ def test_exif_orientation_is_applied(file):
     image.putpixel((0, 0), (255, 255, 255))
     exif = image.getexif()
     exif[0x0112] = 6
-    read = decode.read_image(file(encoded(image, exif=exif)))
-    assert read.shape == (3, 2, 3)
-    assert read[..., 0].tolist() == [[0, 255], [0, 0], [0, 0]]
+    decoded = decode.read_image(file(encoded(image, exif=exif)))
+    assert decoded.shape == (3, 2, 3)
+    assert decoded[..., 0].tolist() == [[0, 255], [0, 0], [0, 0]]
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_pixels_up_to_the_limit_are_decoded(file, monkeypatch):
-    path = file(hostile_images.good(size=(40, 30)))
+    path = file(hostile_images.valid(size=(40, 30)))
     for limit in (1200, None):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         assert decode.read_image(path).shape == (30, 40, 3)
@@ -169,7 +169,7 @@ def test_pixels_up_to_the_limit_are_decoded(file, monkeypatch):
 
 def test_decompression_bomb_warning_is_an_error(file, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
-    error = message(decode.read_image, file(hostile_images.good(size=(40, 30))))
+    error = message(decode.read_image, file(hostile_images.valid(size=(40, 30))))
     assert error.startswith(f"{INVALID}Image size (1200 pixels) exceeds")
 
 
@@ -200,7 +200,7 @@ def test_errors_do_not_contain_the_path_of_an_upload(file, tmp_path):
     assert message(render._read, classifiers, tmp_path / "gone.png") == (
         "The uploaded image must exist; upload it again. Received: No such file or directory"
     )
-    pixels = render._read(classifiers, file(hostile_images.good(size=(40, 30))))["reader"]
+    pixels = render._read(classifiers, file(hostile_images.valid(size=(40, 30))))["reader"]
     assert pixels.shape == (30, 40, 3)
 
 

@@ -1,4 +1,4 @@
-"""The documentation: code runs, links resolve, and translations match the English pages."""
+"""The documentation: its code runs, links resolve, and translations match the English pages."""
 
 import hashlib
 import re
@@ -24,7 +24,7 @@ def english(page):
 
 
 def code(page):
-    """The Python code of a page, with the line numbers of the page."""
+    """The Python code of a page; other lines are blank, so that line numbers match the page."""
     lines, inside = [], False
     for line in page.read_text(encoding="utf-8").splitlines():
         if line.startswith("```"):
@@ -36,7 +36,7 @@ def code(page):
 
 
 def check_printed(text, output):
-    """Asserts that the output has the lines in comments after ``print`` calls."""
+    """Asserts that the output contains the comment after each ``print`` call as a line."""
     lines = re.sub(r"torch\.Size\(\[(.*?)\]\)", r"(\1)", output).splitlines()
     for expected in re.findall(r"print\(.*\)  # (.+)", text):
         assert expected in lines, (expected, lines)

@@ -1,4 +1,4 @@
-"""The examples run, with little training."""
+"""The example programs run, with ``--quick``."""
 
 import re
 import runpy
@@ -24,8 +24,8 @@ def test_example_runs(name, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--quick", "--output", str(tmp_path / "picture.png")])
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| ([\d.]+) \|$", capsys.readouterr().out, re.M)
-    found = {row[0]: (int(row[1].replace(",", "")), float(row[2])) for row in rows}
-    involution, convolution = found["involution"], found["convolution"]
-    # Sizes differ because numbers of channels are integers, and the networks are small.
+    results = {row[0]: (int(row[1].replace(",", "")), float(row[2])) for row in rows}
+    involution, convolution = results["involution"], results["convolution"]
+    # Parameter counts of small networks cannot be equal: numbers of channels are integers.
     assert involution[0] == pytest.approx(convolution[0], rel=0.3)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -1,8 +1,8 @@
-"""The code of the keras.io example, with this package's layer instead of its own.
+"""The code of the keras.io example, with this package's layer in place of the example's.
 
     INVOLUTION_EXAMPLE=involution.md pytest -m example tests/docs/test_keras_io_example.py
 
-The variable is the path of the example's Markdown file, which also has the expected output.
+INVOLUTION_EXAMPLE is the path of the example's Markdown file, which includes the expected output.
 """
 
 import os
@@ -20,13 +20,13 @@ from tests.support.backends import BACKEND
 pytestmark = [
     pytest.mark.example,
     pytest.mark.skipif(BACKEND != "tensorflow", reason="the example runs on TensorFlow only"),
-    # Keras warns of the example's style, and Matplotlib that there is no window.
+    # Keras warns about the example's use of its API, and Matplotlib that Agg shows no figures.
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
 
 def digits():
-    """Scikit-learn's digits in the form of CIFAR-10: 32x32x3 bytes, labels (n, 1)."""
+    """Scikit-learn's digits in CIFAR-10's format: uint8 (n, 32, 32, 3), labels (n, 1)."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -36,7 +36,7 @@ def digits():
 
 
 def table(text):
-    """Rows of the summaries in a text, as lists of three cells without spaces or markup."""
+    """Rows of the model summaries in a text: lists of three cells without spaces or markup."""
     rows = []
     for line in re.sub("<[^>]*>|\x1b[^m]*m", "", text).splitlines():
         if line.startswith("│"):
@@ -60,7 +60,7 @@ def text():
     return pathlib.Path(path).read_text(encoding="utf-8")
 
 
-def test_every_block_runs_unchanged(text, monkeypatch, capsys):
+def test_code_blocks_run_unchanged(text, monkeypatch, capsys):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -71,16 +71,16 @@ def test_every_block_runs_unchanged(text, monkeypatch, capsys):
     plt.close("all")
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     blocks = [block for language, block in fenced if language == "python"]
-    others = [block for block in blocks if not re.search(r"^class Involution\b", block, re.M)]
-    assert len(others) == len(blocks) - 1
+    other_blocks = [b for b in blocks if not re.search(r"^class Involution\b", b, re.M)]
+    assert len(other_blocks) == len(blocks) - 1
     names = {"Involution": involution.Involution}
-    for block in others:
+    for block in other_blocks:
         exec(compile(block, "example", "exec"), names)  # noqa: S102 - the example
     printed = capsys.readouterr().out
 
     outputs = [block for language, block in fenced if not language]
     lines = [line for block in outputs for line in block.splitlines() if line.strip()]
-    # Times differ between runs.
+    # Lines of the progress bar have times.
     lines = [line for line in lines if "/step" not in line]
     assert len(lines) >= 50
     assert [line for line in lines if line not in printed.splitlines()] == []

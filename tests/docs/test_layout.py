@@ -1,4 +1,4 @@
-"""The architecture, banned calls, and statements of the documentation."""
+"""The order of imports, banned names and calls, and statements of the documentation."""
 
 import ast
 import doctest
@@ -158,7 +158,7 @@ def test_order_lists_every_module():
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize("name", ORDER)
-def test_imports_point_towards_the_operator(name):
+def test_module_imports_only_modules_above_it(name):
     for other in imports(modules[name]):
         assert ORDER.index(other) < ORDER.index(name), (name, other)
 
@@ -216,8 +216,8 @@ def is_third_party(path):
 
 
 def private_uses(code):
-    """Private names of dependencies in a text. Names that the text defines are allowed, and imports
-    whose ``ImportError`` it catches."""
+    """Yields private names of dependencies in Python code. Allowed are names that the code defines,
+    and imports in a ``try`` with ``except ImportError``."""
     nodes = list(ast.walk(ast.parse(code)))
     tries = [node for node in nodes if isinstance(node, ast.Try)]
     optional = {
@@ -302,7 +302,7 @@ UNSAFE_OPTIONS = {"weights_only": False, "allow_pickle": True, "safe_mode": Fals
 
 
 def unsafe(code):
-    """Calls and options in a text that may execute data; names are resolved by its imports."""
+    """Yields calls and options that may execute data; names are resolved by the code's imports."""
     nodes = list(ast.walk(ast.parse(code)))
     names = {}
     for node in nodes:
@@ -376,12 +376,12 @@ def binding(backend):
     return f"ops.native.{backend}"
 
 
-# A binding imports its framework, which need not be installed.
-OTHERS = [binding(backend) for backend in native.BINDINGS if backend != BACKEND]
+# Modules that import another framework, which need not be installed.
+OTHER_BACKENDS = [binding(backend) for backend in native.BINDINGS if backend != BACKEND]
 if BACKEND != "torch":
-    OTHERS += ["ops.torch_custom_ops", "benchmarking.paper_cuda"]
+    OTHER_BACKENDS += ["ops.torch_custom_ops", "benchmarking.paper_cuda"]
 if BACKEND != "torch" or importlib.util.find_spec("triton") is None:
-    OTHERS += ["ops.triton.kernels", "ops.triton.launch"]
+    OTHER_BACKENDS += ["ops.triton.kernels", "ops.triton.launch"]
 
 
 # Examples of the operator and of its bindings run on every backend.
@@ -390,7 +390,7 @@ EXAMPLES = [
         name,
         marks=() if name.startswith("ops") else pytest.mark.any_backend,
     )
-    for name in ["", *(name for name in ORDER if name not in OTHERS)]
+    for name in ["", *(name for name in ORDER if name not in OTHER_BACKENDS)]
 ]
 
 
@@ -425,12 +425,12 @@ def test_readme_is_short_and_its_python_runs():
     assert text[: text.index("print(layer(images).shape)")].count("\n") < 40
     scope: dict = {}
     for block in blocks:
-        # A comment after a `print` call is its output.
+        # The comment after a `print` call is the expected output.
         printed = []
         scope["print"] = lambda *values, printed=printed: printed.append(
             " ".join(map(plain, values))
         )
-        exec(compile(block, "README.md", "exec"), scope)  # noqa: S102 - our own text
+        exec(compile(block, "README.md", "exec"), scope)  # noqa: S102 - our own README
         assert printed == re.findall(r"print\(.*\)  # (.*)\n", block)
 
 

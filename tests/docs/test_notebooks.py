@@ -1,4 +1,4 @@
-"""The notebooks: they match their pages, are executed, and run without a checkout."""
+"""The notebooks match their pages, have outputs, and run without a checkout."""
 
 import importlib.util
 
@@ -29,7 +29,7 @@ def printed(cell):
 def test_notebook_matches_its_page(page):
     expected = [(cell.cell_type, cell.source) for cell in notebooks.notebook(page).cells]
     assert [(cell.cell_type, cell.source) for cell in committed(page).cells] == expected, (
-        "run `make notebooks` after a change of the tutorial"
+        "run `make notebooks` after changing the tutorial"
     )
     nbformat.validate(committed(page))
 
@@ -52,7 +52,7 @@ def test_all_notebooks_have_the_same_code():
     assert others == [first] * len(others)
 
 
-# All pages have the same code: JAX runs the second, the other backends the first.
+# The notebooks have the same code: JAX runs the second, the other backends the first.
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES[keras.backend.backend() == "jax" :][:1])
 def test_notebook_runs_outside_the_checkout(page, tmp_path, monkeypatch):
@@ -60,7 +60,7 @@ def test_notebook_runs_outside_the_checkout(page, tmp_path, monkeypatch):
     notebook = notebooks.notebook(page)
     install = notebooks.code_cells(notebook)[0]
     assert install.source.startswith("%pip install")
-    if keras.backend.backend() != "tensorflow":  # the others need not be installed
+    if keras.backend.backend() != "tensorflow":  # TensorFlow need not be installed
         install.source = install.source.replace("tensorflow-cpu", keras.backend.backend())
     notebooks.execute(notebook, tmp_path)
     for cell in notebooks.code_cells(notebook):

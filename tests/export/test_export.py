@@ -19,7 +19,7 @@ from involution.export import (
     verify,
 )
 from involution.utils.errors import InputError
-from tests.support.backends import BACKEND, fresh_process, missing, numpy, slow_except
+from tests.support.backends import BACKEND, fresh_process, native_missing_reason, numpy, slow_except
 from tests.support.keras_io_formula import randomize, relative_error
 
 SUPPORTED = {
@@ -366,7 +366,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 
 
 @slow_except("tensorflow")
-@pytest.mark.skipif(missing() is not None, reason="installed without native")
+@pytest.mark.skipif(native_missing_reason() is not None, reason="installed without native")
 def test_functions_traced_with_native_are_not_exported(tmp_path):
     if BACKEND == "tensorflow":
         import tensorflow as tf

@@ -18,9 +18,17 @@ from involution import kernel_generators as kg
 from involution.kernel_generators import convolutional, pointwise
 from involution.layers import keras_io
 from involution.ops import fused
-from tests.support.backends import BACKEND, IMPLEMENTATIONS, exact, missing, thin
+from tests.support.backends import (
+    BACKEND,
+    IMPLEMENTATIONS,
+    mostly_slow_on_jax,
+    native_missing_reason,
+    to_float64,
+)
 
-pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
+pytestmark = pytest.mark.skipif(
+    "native" not in IMPLEMENTATIONS, reason=str(native_missing_reason())
+)
 
 CHANNELS, GROUPS, SIZES = 8, 2, (9, 7)
 TAPS = 9
@@ -319,10 +327,10 @@ def outcome(layer, x, dy, training) -> list[np.ndarray]:
         state = [tf.identity(v.value) for v in others]
     shapes = [x.shape, *(v.shape for v in trainable)]
     gradients = [
-        np.zeros(shape) if g is None else exact(g)
+        np.zeros(shape) if g is None else to_float64(g)
         for g, shape in zip(gradients, shapes, strict=True)
     ]
-    results = [exact(y), exact(loss), *gradients, *map(exact, state)]
+    results = [to_float64(y), to_float64(loss), *gradients, *map(to_float64, state)]
     layer.set_weights(before)
     return results
 
@@ -420,7 +428,7 @@ FUSIBLE = {
 }
 
 
-@pytest.mark.parametrize("case", thin(SINGLE_CASES, 3), ids=str)
+@pytest.mark.parametrize("case", mostly_slow_on_jax(SINGLE_CASES, 3), ids=str)
 def test_only_affine_last_layers_are_fused(case):
     assert assert_matches_stored(case) == (case in FUSIBLE)
 

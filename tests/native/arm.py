@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from tests.support.oracle import Call, error_bound, not_finite, pads, random_calls
+from tests.support.oracle import Call, error_bound, pads, random_calls, with_non_finite
 
 FORWARD, INPUT_GRAD, KERNEL_GRAD = range(3)
 DTYPES = ("float64", "float32")
@@ -127,7 +127,7 @@ def main(path):
     calls = [*random_calls(48, seed=15), *WIDE]
     for n, (call, dtype) in enumerate(itertools.product(calls, DTYPES)):
         check_call(library, call, dtype, call.arrays(n))
-        check_call(library, call, dtype, not_finite(call.arrays(n), n))
+        check_call(library, call, dtype, with_non_finite(call.arrays(n), n))
         check_fused(library, call, (1, 5, 8)[n % 3], dtype)
     target = library.involution_target(0).decode()
     print(f"{platform.machine()}, {target}: {len(calls)} calls match the oracle")

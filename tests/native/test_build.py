@@ -114,7 +114,7 @@ def test_missing_binding_has_the_recorded_reason(monkeypatch, tmp_path):
     # Tests of `native` are skipped for this reason.
     monkeypatch.setattr(library, "core", lambda: (object(), None))
     monkeypatch.setattr(backends, "BACKEND", "jax")
-    assert backends.missing() == message + "jax.cpp:3:1: error: other headers"
+    assert backends.native_missing_reason() == message + "jax.cpp:3:1: error: other headers"
 
 
 def test_windows_has_no_tensorflow_binding(sources):

@@ -30,18 +30,18 @@ from tests.support.backends import (
     grad,
     gradients,
     in_graph,
-    missing,
+    native_missing_reason,
     numpy,
     operation,
     tensors,
 )
 from tests.support.native_core import DTYPES, each_target, without_outputs
-from tests.support.oracle import Call, error_bound, not_finite, random_calls
+from tests.support.oracle import Call, error_bound, random_calls, with_non_finite
 from tests.support.paths import ROOT
 
 pytestmark = [
     pytest.mark.any_backend,
-    pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing())),
+    pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(native_missing_reason())),
 ]
 
 TARGETS = native_library.targets()
@@ -178,7 +178,7 @@ def test_f20_non_finite_values_propagate_as_in_the_formula(target):
     for n, (call, arrays, _) in enumerate(wide_calls()[::9]):
         for which in range(3):
             mixed = list(arrays)
-            (mixed[which],) = not_finite([arrays[which]], seed=n, count=1 + n % 2)
+            (mixed[which],) = with_non_finite([arrays[which]], seed=n, count=1 + n % 2)
             values = native_core.results(call, *(a.astype("float32") for a in mixed), threads=2)
             for pass_, truth in native_core.expected(call, *mixed).items():
                 assert_same(values[pass_], truth, (pass_, which, call))
@@ -207,7 +207,7 @@ def test_f13_windows_of_padding_only_give_zeros(dtype, target):
         for pass_, value in native_core.results(call, *arrays, threads=2).items():
             assert not value.any(), (pass_, call)
         # Non-finite values give NaN there, as products with 0.
-        arrays = not_finite(call.arrays(), count=2)
+        arrays = with_non_finite(call.arrays(), count=2)
         values = native_core.results(call, *arrays)
         for pass_, truth in native_core.expected(call, *arrays).items():
             assert_same(values[pass_], truth, (pass_, call))
@@ -418,7 +418,7 @@ def test_broken_core_is_not_missing(monkeypatch, tmp_path):
     assert library is None
     assert reason.startswith("its library cannot be loaded: ")
     monkeypatch.setattr(native_library, "core", lambda: (library, reason))
-    assert missing() is None
+    assert native_missing_reason() is None
 
 
 def test_backend_without_a_binding_is_a_reason(monkeypatch):

@@ -20,14 +20,16 @@ from tests.support import native_core
 from tests.support.backends import (
     IMPLEMENTATIONS,
     assert_equals_oracle,
-    missing,
+    native_missing_reason,
     numpy,
     operation,
     tensors,
 )
 from tests.support.oracle import Call
 
-pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
+pytestmark = pytest.mark.skipif(
+    "native" not in IMPLEMENTATIONS, reason=str(native_missing_reason())
+)
 
 CALL = Call(2, (5, 7), 12, (3, 2), (2, 1), "same", (1, 2), 3)
 FIRST = dataclasses.replace(CALL, data_format="channels_first", group_layout="interleaved")
@@ -230,18 +232,18 @@ def test_f28_gradients_use_the_values_before_an_assignment(compiled, implementat
 IN_XLA = r"code compiled with jit_compile=True cannot call custom ops"
 
 
-def test_f29_under_xla_taps_runs_and_native_raises(ran):
+def test_f29_under_xla_taps_runs_and_native_raises(executed):
     x, kernel = tensors(CALL.arrays()[:2], "float64")
     y = tf.function(operation(CALL, None), jit_compile=True)(x, kernel)
-    assert ran == ["taps"]
+    assert executed == ["taps"]
     assert_equals_oracle(CALL, y, x, kernel)
-    ran.clear()
+    executed.clear()
     with pytest.raises(ValueError, match=f"native: {IN_XLA}"):
         tf.function(operation(CALL, "native"), jit_compile=True)(x, kernel)
-    assert ran == []
+    assert executed == []
 
 
-def test_f29_nested_graph_under_xla_uses_taps(ran):
+def test_f29_nested_graph_under_xla_uses_taps(executed):
     x, kernel = tensors(CALL.arrays()[:2], "float64")
 
     @tf.function(jit_compile=True)
@@ -250,11 +252,11 @@ def test_f29_nested_graph_under_xla_uses_taps(ran):
         return tf.cond(tf.reduce_sum(x) > -1e9, lambda: inner(x, kernel), lambda: inner(-x, kernel))
 
     assert_equals_oracle(CALL, outer(x, kernel), x, kernel)
-    assert set(ran) == {"taps"}
-    ran.clear()
+    assert set(executed) == {"taps"}
+    executed.clear()
     # Traced outside XLA, the same function is another graph.
     assert_equals_oracle(CALL, tf.function(operation(CALL, None))(x, kernel), x, kernel)
-    assert ran == ["native"]
+    assert executed == ["native"]
 
 
 def test_f15_without_the_private_function_tensorflow_names_the_op(monkeypatch):
@@ -266,14 +268,14 @@ def test_f15_without_the_private_function_tensorflow_names_the_op(monkeypatch):
 
 
 @pytest.mark.parametrize(("jit_compile", "name"), [(False, "fused"), (True, "taps")])
-def test_f29_model_is_trained_with_or_without_xla(jit_compile, name, ran):
+def test_f29_model_is_trained_with_or_without_xla(jit_compile, name, executed):
     model = keras.Sequential([keras.Input((6, 6, 8)), involution.Involution2D(3, groups=2)])
-    ran.clear()
+    executed.clear()
     model.compile("sgd", "mse", jit_compile=jit_compile)
     images = np.ones((4, 6, 6, 8), "float32")
     history = model.fit(images, images, verbose=0)
     assert np.isfinite(history.history["loss"]).all()
-    assert set(ran) == {name}
+    assert set(executed) == {name}
 
 
 # --- Saving ---------------------------------------------------------------------------------------

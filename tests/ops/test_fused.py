@@ -21,21 +21,23 @@ from tests.support import native_core
 from tests.support.backends import (
     BACKEND,
     IMPLEMENTATIONS,
-    exact,
-    forward_mode,
     fresh_process,
     grad,
     gradients,
     in_graph,
-    mapped,
-    missing,
+    jvp,
+    native_missing_reason,
     numpy,
     tensors,
+    to_float64,
+    vmap,
 )
 from tests.support.native_core import DTYPES, each_target
-from tests.support.oracle import Call, error_bound, not_finite, random_calls
+from tests.support.oracle import Call, error_bound, random_calls, with_non_finite
 
-pytestmark = pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(missing()))
+pytestmark = pytest.mark.skipif(
+    "native" not in IMPLEMENTATIONS, reason=str(native_missing_reason())
+)
 
 TARGETS = library.targets()
 # Odd and even: processors with bfloat16 dot products multiply even counts in pairs.
@@ -169,7 +171,7 @@ def test_f20_non_finite_values_propagate_as_in_the_formula(target):
         arrays = native_core.fused_arrays(call, HIDDEN[n % len(HIDDEN)], seed=n)
         for which in range(5):
             mixed = list(arrays)
-            (mixed[which],) = not_finite([arrays[which]], seed=n)
+            (mixed[which],) = with_non_finite([arrays[which]], seed=n)
             truths = native_core.expected_fused(call, *mixed)
             for pass_, arguments in native_core.FUSED_ARGUMENTS.items():
                 first, second = native_core.execute_fused(pass_, call, arguments(*mixed), threads=2)
@@ -271,7 +273,7 @@ def test_output_and_gradients_equal_the_oracle(call):
     *arrays, dy = native_core.fused_arrays(call, hidden=3)
     expected = native_core.expected_fused(call, *arrays, dy)
     y = apply(call)(*tensors(arrays, "float64"))
-    np.testing.assert_allclose(exact(y), expected[FORWARD][0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(to_float64(y), expected[FORWARD][0], rtol=0, atol=1e-12)
     dx, dhidden, dweight, dbias = gradients(apply(call), arrays, dy)
     (dkernel, both) = expected[KERNEL_GRAD]
     np.testing.assert_allclose(dx, expected[INPUT_GRAD][0], rtol=0, atol=1e-12)
@@ -292,8 +294,10 @@ def test_gradients_have_the_dtypes_of_their_arguments(dtype):
     expected = grad(lambda *t: keras.ops.sum(apply(CALL, IMPLEMENTATIONS)(*t) * dy))(*given)
     digits = {"float64": 53, "float32": 24, "bfloat16": 8, "float16": 11}[dtype]
     for value, want in zip(fused_grads, expected, strict=True):
-        scale = np.abs(exact(want)).max()
-        np.testing.assert_allclose(exact(value), exact(want), rtol=0, atol=64 * scale / 2**digits)
+        scale = np.abs(to_float64(want)).max()
+        np.testing.assert_allclose(
+            to_float64(value), to_float64(want), rtol=0, atol=64 * scale / 2**digits
+        )
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -307,8 +311,10 @@ def test_f17_second_derivatives_equal_the_unfused_ones(compiled):
         return (in_graph(both) if compiled else both)(*given)
 
     for name, value, want in zip(NAMES, second("fused"), second("native"), strict=True):
-        scale = np.abs(exact(want)).max()
-        np.testing.assert_allclose(exact(value), exact(want), atol=1e-11 * scale, err_msg=name)
+        scale = np.abs(to_float64(want)).max()
+        np.testing.assert_allclose(
+            to_float64(value), to_float64(want), atol=1e-11 * scale, err_msg=name
+        )
 
 
 def modes(implementation, directions):
@@ -319,7 +325,7 @@ def modes(implementation, directions):
         return keras.ops.sum(operator(*arguments) ** 3)
 
     def along(function):
-        return lambda *arguments: forward_mode(function, arguments, directions)
+        return lambda *arguments: jvp(function, arguments, directions)
 
     def product(*arguments):
         return sum(
@@ -365,9 +371,11 @@ def test_f23_nested_forward_and_reverse_mode_equals_the_reference(implementation
             else [(values, truth)]
         )
         for value, want in pairs:
-            scale = np.abs(exact(want)).max()
+            scale = np.abs(to_float64(want)).max()
             assert scale > 0.1
-            np.testing.assert_allclose(exact(value), exact(want), atol=1e-11 * scale, err_msg=name)
+            np.testing.assert_allclose(
+                to_float64(value), to_float64(want), atol=1e-11 * scale, err_msg=name
+            )
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="jax.custom_vjp has no forward mode")
@@ -381,10 +389,10 @@ def test_f23_forward_mode_through_a_layer_with_default_settings(runs):
         return x + layer(x)
 
     runs.clear()
-    value = forward_mode(residual, (x,), (x,))
+    value = jvp(residual, (x,), (x,))
     assert runs
     with involution.ops.force_implementation("reference"):
-        want = forward_mode(residual, (x,), (x,))
+        want = jvp(residual, (x,), (x,))
     np.testing.assert_allclose(numpy(value), numpy(want), rtol=0, atol=1e-4)
 
 
@@ -397,10 +405,12 @@ def test_f23_vmap(axes):
         t if axis is None else keras.ops.stack([t, 2 * t], axis)
         for t, axis in zip(given, axes, strict=True)
     ]
-    y = mapped(apply(CALL), axes)(*doubled)
+    y = vmap(apply(CALL), axes)(*doubled)
     for n in (0, 1):
         scaled = [t if axis is None else (n + 1) * t for t, axis in zip(given, axes, strict=True)]
-        np.testing.assert_allclose(exact(y[n]), exact(apply(CALL)(*scaled)), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            to_float64(y[n]), to_float64(apply(CALL)(*scaled)), rtol=0, atol=1e-12
+        )
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's compiler")
@@ -465,7 +475,7 @@ def test_sizes_unknown_until_run_time():
     run = in_graph(apply(CALL), shapes)
     y = run(*tensors(arrays, "float64"))
     np.testing.assert_allclose(
-        exact(y), exact(apply(CALL)(*tensors(arrays, "float64"))), rtol=0, atol=0
+        to_float64(y), to_float64(apply(CALL)(*tensors(arrays, "float64"))), rtol=0, atol=0
     )
 
 
@@ -713,9 +723,9 @@ def test_dtype_policies(policy, runs):
     assert len(runs) == 1
     assert keras.backend.standardize_dtype(y.dtype) == layer.compute_dtype
     with involution.ops.force_implementation("native"):
-        expected = exact(layer(IMAGES))
+        expected = to_float64(layer(IMAGES))
     bound = {"float64": 1e-12, "mixed_bfloat16": 0.05}[policy]
-    np.testing.assert_allclose(exact(y), expected, rtol=0, atol=bound * np.abs(expected).max())
+    np.testing.assert_allclose(to_float64(y), expected, rtol=0, atol=bound * np.abs(expected).max())
 
 
 def selected(x, hidden=None, implementation=None, **arguments):

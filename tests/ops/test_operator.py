@@ -18,23 +18,23 @@ from involution.ops.cases import CASES
 from involution.ops.native import library
 from involution.ops.window import Window
 from tests.support.backends import (
+    ALL_IMPLEMENTATIONS,
     BACKEND,
     IMPLEMENTATIONS,
-    KNOWN,
     assert_equals_oracle,
-    exact,
-    forward_mode,
     fresh_process,
     grad,
     gradients,
     in_graph,
-    mapped,
-    missing,
+    jvp,
+    native_missing_reason,
     numpy,
     operation,
     tensors,
+    to_float64,
+    vmap,
 )
-from tests.support.oracle import Call, not_finite, random_calls
+from tests.support.oracle import Call, random_calls, with_non_finite
 
 PADDINGS = ("same", "valid", "symmetric", ((1, 2), (0, 3)))
 
@@ -164,7 +164,7 @@ def test_f08_partial_sums_beyond_half_precision(dtype, implementation):
     x, kernel = tensors([np.reshape(terms, (1, 3, 1)), np.full((1, 1, 3, 1), factor)], dtype)
     y = involution.ops.involution(x, kernel, **arguments)
     assert keras.backend.standardize_dtype(y.dtype) == dtype
-    assert exact(y).ravel().tolist() == [result]
+    assert to_float64(y).ravel().tolist() == [result]
 
     # The kernel gradient has the same partial sums, over the channels.
     def apply(x, kernel):
@@ -307,7 +307,7 @@ def stacked(axes):
 @each_axes
 def test_f23_vmap_over_either_argument_or_both(axes, implementation):
     arguments, pairs = stacked(axes)
-    y = numpy(mapped(operation(SMALL, implementation), axes)(*arguments))
+    y = numpy(vmap(operation(SMALL, implementation), axes)(*arguments))
     for value, pair in zip(y, pairs, strict=True):
         np.testing.assert_allclose(value, SMALL.involution(*pair)[0], rtol=0, atol=1e-12)
 
@@ -326,7 +326,7 @@ def test_f23_vmap_of_the_gradient(axes, implementation):
 
         # vmap supports only the gradients of torch.func.
         gradient = torch.func.grad(scalar, (0, 1))
-    values = [numpy(g) for g in mapped(gradient, axes)(*arguments)]
+    values = [numpy(g) for g in vmap(gradient, axes)(*arguments)]
     for i, pair in enumerate(pairs):
         wanted = SMALL.gradients(*pair, 2 * SMALL.involution(*pair)[0])
         for value, want in zip(values, wanted, strict=True):
@@ -339,7 +339,7 @@ def test_f23_gradient_of_vmap(axes, implementation):
     arguments, pairs = stacked(axes)
 
     def scalar(x, kernel):
-        return keras.ops.sum(mapped(operation(SMALL, implementation), axes)(x, kernel) ** 2)
+        return keras.ops.sum(vmap(operation(SMALL, implementation), axes)(x, kernel) ** 2)
 
     values = [numpy(g) for g in grad(scalar)(*arguments)]
     wanted = [SMALL.gradients(*pair, 2 * SMALL.involution(*pair)[0]) for pair in pairs]
@@ -356,11 +356,11 @@ def test_f23_forward_mode_is_correct_or_raises(implementation):
     arguments = tuple(tensors(SMALL.arrays()[:2], "float64"))
     apply = operation(SMALL, implementation)
     if BACKEND != "jax" or implementation == "reference":
-        tangent = forward_mode(apply, arguments, arguments)
+        tangent = jvp(apply, arguments, arguments)
         np.testing.assert_allclose(numpy(tangent), 2 * numpy(apply(*arguments)), atol=1e-12)
     else:
         with pytest.raises((TypeError, NotImplementedError), match=r"jvp|forward-mode"):
-            forward_mode(apply, arguments, arguments)
+            jvp(apply, arguments, arguments)
 
 
 @each_implementation
@@ -415,7 +415,7 @@ def products_of(call, implementation):
 def test_f20_taps_outside_the_input_are_multiplied_by_zero(compiled, data_format, implementation):
     """The product of 0 and a non-finite value is NaN."""
     call = plane((5, 7), (3, 4), strides=(2, 1), channels=10, data_format=data_format)
-    x, kernel, dy = not_finite(call.arrays(), seed=2)
+    x, kernel, dy = with_non_finite(call.arrays(), seed=2)
     first_tap = (0, 0, 0, 0) if data_format == "channels_last" else (0, 0, slice(None), 0, 0)
     kernel[first_tap] = np.inf
     dy[(slice(None), -1, -1) if data_format == "channels_last" else (..., -1, -1)][1, 3] = np.nan
@@ -482,7 +482,7 @@ def test_f24_unknown_symbolic_sizes_stay_unknown(data_format):
 
 
 @each_implementation
-def test_f30_eight_threads(implementation, ran):
+def test_f30_eight_threads(implementation, executed):
     """``force_implementation`` in one thread does not affect the others."""
     arrays = [tensors(SMALL.arrays(seed)[:2], "float64") for seed in range(8)]
     expected = [numpy(operation(SMALL, implementation)(*a)) for a in arrays]
@@ -492,7 +492,7 @@ def test_f30_eight_threads(implementation, ran):
             results = pool.map(lambda a: operation(SMALL, implementation)(*a), arrays)
             for value, want in zip(results, expected, strict=True):
                 assert (numpy(value) == want).all()
-    assert set(ran) == {implementation}
+    assert set(executed) == {implementation}
 
 
 @each_implementation
@@ -572,47 +572,47 @@ def test_saved_model_keeps_the_default_data_format(tmp_path):
 
 
 def test_known_implementations_are_complete():
-    assert dispatch.PREFERENCE == KNOWN
+    assert dispatch.PREFERENCE == ALL_IMPLEMENTATIONS
 
 
 def test_native_is_built_or_has_the_reason_of_the_installation():
     reasons = dict(involution.ops.implementations(*SMALL.arrays()[:2], (3, 2), groups=2))
-    if missing() is None:
+    if native_missing_reason() is None:
         print("native was built, for the instructions", *library.targets())
         assert reasons["native"] is None
         assert "native" in IMPLEMENTATIONS
     else:
         print("native is missing:", reasons["native"])
-        assert reasons["native"] == missing()
+        assert reasons["native"] == native_missing_reason()
         assert reasons["native"].startswith("the package was installed without it")
         assert "native" not in IMPLEMENTATIONS
 
 
 @each_implementation
-def test_f29_named_implementation_runs(implementation, ran):
+def test_f29_named_implementation_runs(implementation, executed):
     check(SMALL, implementation)
-    assert ran == [implementation]
+    assert executed == [implementation]
 
 
-def test_first_supported_implementation_is_the_default(ran, monkeypatch):
+def test_first_supported_implementation_is_the_default(executed, monkeypatch):
     check(SMALL, None)
     monkeypatch.setattr(native, "BINDINGS", ())
     check(SMALL, None)
     monkeypatch.setattr(taps, "CUSTOM_GRADIENT", {})
     check(SMALL, None)
-    assert ran == [IMPLEMENTATIONS[0], "taps", "reference"]
+    assert executed == [IMPLEMENTATIONS[0], "taps", "reference"]
 
 
 def test_implementations_are_listed_with_unsupported_reasons(monkeypatch):
     arguments = *SMALL.arrays()[:2], (3, 2)
     pairs = involution.ops.implementations(*arguments, groups=2)
     assert pairs[0][0] == "triton"
-    assert pairs[1:] == [("native", missing()), ("taps", None), ("reference", None)]
+    assert pairs[1:] == [("native", native_missing_reason()), ("taps", None), ("reference", None)]
     monkeypatch.setattr(native, "BINDINGS", ())
     monkeypatch.setattr(taps, "CUSTOM_GRADIENT", {})
     pairs = involution.ops.implementations(*arguments, groups=2)
-    assert tuple(name for name, _ in pairs) == KNOWN
-    assert pairs[1][1] == missing() or BACKEND in pairs[1][1]
+    assert tuple(name for name, _ in pairs) == ALL_IMPLEMENTATIONS
+    assert pairs[1][1] == native_missing_reason() or BACKEND in pairs[1][1]
     assert BACKEND in pairs[2][1]
     assert pairs[3][1] is None
 
@@ -626,16 +626,16 @@ def test_taps_precedes_native_where_xla_is_faster(channels):
     assert names == (["taps", "native"] if taps_first else ["native", "taps"]) + ["reference"]
 
 
-def test_f29_unsupported_implementation_raises(ran, monkeypatch):
+def test_f29_unsupported_implementation_raises(executed, monkeypatch):
     monkeypatch.setattr(taps, "CUSTOM_GRADIENT", {})
     with pytest.raises(ValueError, match=rf"taps: .*{BACKEND}.*Received: "):
         check(SMALL, "taps")
-    assert ran == []
+    assert executed == []
     check(SMALL, ("taps", "reference"))
-    assert ran == ["reference"]
+    assert executed == ["reference"]
 
 
-def test_force_implementation_nests_and_restores(ran):
+def test_force_implementation_nests_and_restores(executed):
     with involution.ops.force_implementation("reference"):
         check(SMALL, "taps")
         with involution.ops.force_implementation(("taps", "reference")):
@@ -646,18 +646,18 @@ def test_force_implementation_nests_and_restores(ran):
         raise KeyError
     check(SMALL, None)
     best = IMPLEMENTATIONS[0]
-    assert ran == ["reference", "taps", "reference", best, best]
+    assert executed == ["reference", "taps", "reference", best, best]
 
 
 @pytest.mark.parametrize("implementation", ["fast", (), ("taps", "fast"), ""])
-def test_unknown_implementation_raises(implementation, ran):
+def test_unknown_implementation_raises(implementation, executed):
     message = r"`implementation` must be one of .*taps.*reference.*Received: implementation="
     with pytest.raises(ValueError, match=message):
         check(SMALL, implementation)
     force = involution.ops.force_implementation
     with pytest.raises(ValueError, match=message), force(implementation):
         pass
-    assert ran == []
+    assert executed == []
 
 
 @each_implementation
@@ -672,31 +672,31 @@ def test_unknown_implementation_raises(implementation, ran):
         ((1, 5, 2), (1, 5, 3), "must have the shape (1, 5, 3, 1)", "kernel.shape=(1, 5, 3)"),
     ],
 )
-def test_mismatched_shapes_raise(x, kernel, rule, received, implementation, ran):
+def test_mismatched_shapes_raise(x, kernel, rule, received, implementation, executed):
     with pytest.raises(ValueError, match="Received: ") as caught:
         involution.ops.involution(np.ones(x), np.ones(kernel), 3, implementation=implementation)
     message, values = str(caught.value).split("Received: ")
     assert rule in message
     assert values.startswith(received)
-    assert ran == []
+    assert executed == []
 
 
 @pytest.mark.parametrize(("x", "kernel"), [("float32", "float64"), ("int32", "int32")])
-def test_mismatched_dtypes_raise(x, kernel, ran):
+def test_mismatched_dtypes_raise(x, kernel, executed):
     message = {
         "float32": "`kernel` must have the dtype of `x`, float32. Received: kernel.dtype=float64",
         "int32": "`x` must have one of the dtypes .* Received: x.dtype=int32",
     }[x]
     with pytest.raises(ValueError, match=message):
         involution.ops.involution(np.ones((1, 5, 2), x), np.ones((1, 5, 3, 1), kernel), 3)
-    assert ran == []
+    assert executed == []
 
 
-def test_window_larger_than_the_input_raises(ran):
+def test_window_larger_than_the_input_raises(executed):
     message = r"must fit into the padded input.*Received: output sizes \(-1,\), .*\(1, 5, 2\)"
     with pytest.raises(ValueError, match=message):
         involution.ops.involution(np.ones((1, 5, 2)), np.ones((1, 1, 7, 1)), 7, padding="valid")
-    assert ran == []
+    assert executed == []
 
 
 def im2col(x, kernel, case):

@@ -10,17 +10,17 @@ from tests.ops.test_gradients import relative
 from tests.support.backends import (
     assert_equals_oracle,
     gradients,
+    mostly_slow_on_jax,
     numpy,
     operation,
     tensors,
-    thin,
 )
 from tests.support.oracle import Call, random_calls
 
 CALLS = [call for call in random_calls(48, seed=5) if len(call.sizes) < 3]
 
 
-@pytest.mark.parametrize("call", thin(CALLS, 12), ids=range(len(CALLS)))
+@pytest.mark.parametrize("call", mostly_slow_on_jax(CALLS, 12), ids=range(len(CALLS)))
 def test_rows_equal_the_oracle(call):
     x, kernel, dy = call.arrays(seed=5)
     apply = operation(call, "rows")

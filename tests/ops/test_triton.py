@@ -19,7 +19,7 @@ from involution.ops.window import Window
 from tests.support import native_core
 from tests.support.backends import operation
 from tests.support.native_core import ARGUMENTS, DTYPES, FUSED_ARGUMENTS
-from tests.support.oracle import Call, error_bound, ieee, not_finite, random_calls
+from tests.support.oracle import Call, error_bound, ieee, random_calls, with_non_finite
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with pytest.MonkeyPatch.context() as patch:
@@ -134,7 +134,7 @@ def test_f20_non_finite_values_propagate_as_in_the_formula():
     """One array at a time contains a non-finite value."""
 
     def changing(which, seed, arrays):
-        return [not_finite([a], seed)[0] if i == which else a for i, a in enumerate(arrays)]
+        return [with_non_finite([a], seed)[0] if i == which else a for i, a in enumerate(arrays)]
 
     for n, call in enumerate(random_calls(12, seed=31)):
         check(call, "float32", seed=n, change=functools.partial(changing, n % 3, n))

@@ -41,7 +41,7 @@ def classifier():
 
 @pytest.fixture
 def stub_model(monkeypatch):
-    """Replaces model loading by a stub whose shapes match any metadata."""
+    """Replaces model loading with a stub whose shapes match any metadata."""
     monkeypatch.setattr(
         classifiers,
         "load_model",
@@ -65,7 +65,7 @@ def message(function, *arguments):
 
 
 def test_saved_classifier_round_trips(classifier, tmp_path):
-    # The optimizer is not saved: its state would not load on another backend.
+    # The optimizer is not saved, because its state cannot be loaded on another backend.
     classifier.model.compile("adam", "mse")
     classifier.save(tmp_path / "x.keras")
     assert os.listdir(tmp_path) == ["x.keras"]
@@ -82,10 +82,10 @@ def test_saved_classifier_round_trips(classifier, tmp_path):
 
 def test_images_are_preprocessed_as_in_training(classifier, tmp_path):
     write_image(tmp_path / "x.png", size=(9, 7))
-    read = classifier.read(tmp_path / "x.png")
+    images = classifier.read(tmp_path / "x.png")
     want = transforms.to_unit_float(decode.read_image(tmp_path / "x.png", (4, 6)))
-    assert (read.shape, read.dtype) == ((1, 4, 6, 3), np.float32)
-    np.testing.assert_array_equal(read[0], want)
+    assert (images.shape, images.dtype) == ((1, 4, 6, 3), np.float32)
+    np.testing.assert_array_equal(images[0], want)
 
 
 def test_crop_fraction_is_saved_and_applied(classifier, tmp_path):
@@ -118,7 +118,7 @@ def test_load_weights_checks_the_archive(classifier, tmp_path, monkeypatch):
     assert f"Received: {missing}: " in message(classifiers.load_weights, target, missing)
 
 
-def test_probabilities_of_large_logits():
+def test_predict_proba_of_large_logits_does_not_overflow():
     logits = np.array([[1e4, 1e4, -1e4], [0, np.log(3), -np.inf]], "float32")
     calls = []
     model = types.SimpleNamespace(predict=lambda x, verbose: calls.append((x, verbose)) or logits)
@@ -134,8 +134,12 @@ def test_load_accepts_files_folders_and_names(stub_model, tmp_path, monkeypatch)
     assert classifiers.load(archive(tmp_path / "x.keras")).class_names == ("a", "말")
     folder = tmp_path / "folder"
     weights.save(folder, "cnn", {"classes": 2}, models.cnn(classes=2), METADATA)
-    read = classifiers.load(folder)
-    assert (read.model.path, read.class_names, read.image_shape) == (folder, ("a", "말"), (4, 6, 3))
+    loaded = classifiers.load(folder)
+    assert (loaded.model.path, loaded.class_names, loaded.image_shape) == (
+        folder,
+        ("a", "말"),
+        (4, 6, 3),
+    )
     # Local folders take precedence over pretrained models.
     (tmp_path / "inn-cifar10").mkdir()
     assert message(classifiers.load, "inn-cifar10") == INVALID_CLASSIFIER + "inn-cifar10"
@@ -171,11 +175,11 @@ def test_metadata_must_match_the_model(tmp_path):
     assert message(lambda: load("inn", kernels)).startswith(prefix)
 
 
-def test_is_model(tmp_path):
-    for text in ("x.keras", str(tmp_path), "inn-cifar10"):
-        assert classifiers.is_model(text)
-    for text in ("x.png", "x.kerasx", "missing", "inn", str(archive(tmp_path / "x.zip"))):
-        assert not classifiers.is_model(text)
+def test_is_model_accepts_files_folders_and_pretrained_names(tmp_path):
+    for name in ("x.keras", str(tmp_path), "inn-cifar10"):
+        assert classifiers.is_model(name)
+    for name in ("x.png", "x.kerasx", "missing", "inn", str(archive(tmp_path / "x.zip"))):
+        assert not classifiers.is_model(name)
 
 
 @pytest.mark.parametrize(
@@ -224,10 +228,10 @@ def test_invalid_archives_are_rejected(stub_model, tmp_path):
     valid = path.read_bytes()
     directory_entry = valid.index(b"PK\1\2")
 
-    def changed(offsets, size, number):
+    def patched(offsets, size, value):
         content = bytearray(valid)
         for start in (offsets[0], directory_entry + offsets[1]):
-            content[start : start + size] = number.to_bytes(size, "little")
+            content[start : start + size] = value.to_bytes(size, "little")
         return bytes(content)
 
     for content in (
@@ -236,11 +240,11 @@ def test_invalid_archives_are_rejected(stub_model, tmp_path):
         valid[:-30],
         archive(tmp_path / "y.keras", name="other.json").read_bytes(),
         archive(tmp_path / "y.keras", compression=zipfile.ZIP_LZMA).read_bytes(),
-        changed((6, 8), 2, 1),  # encrypted
-        changed((8, 10), 2, 77),  # an unknown compression
-        changed((14, 16), 4, 0),  # another checksum
+        patched((6, 8), 2, 1),  # encrypted
+        patched((8, 10), 2, 77),  # an unknown compression
+        patched((14, 16), 4, 0),  # another checksum
         valid[:60] + bytes(20) + valid[80:],  # other data
-        changed((18, 20), 4, struct.unpack("<I", valid[18:22])[0] - 5),  # truncated
+        patched((18, 20), 4, struct.unpack("<I", valid[18:22])[0] - 5),  # truncated
     ):
         path.write_bytes(content)
         assert message(classifiers.load, path) == f"{INVALID_CLASSIFIER}{path}"
@@ -273,7 +277,7 @@ def test_files_that_are_not_models_are_rejected(tmp_path):
     assert "config.json and model.safetensors" in message(classifiers.load_model, tmp_path)
 
 
-def test_keras_errors_become_one_line(classifier, tmp_path, monkeypatch):
+def test_keras_errors_are_shortened_to_one_line(classifier, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise ValueError("a\n b " * 1000)
 

@@ -1,9 +1,9 @@
-"""Predicts with saved models in a process where only one framework can be imported.
+"""Loads saved models and predicts, in a process in which only one framework can be imported.
 
     python -m tests.support.backend_pairs FRAMEWORK FOLDER
 
-FOLDER has models NAME.keras, each with NAME.npz: the inputs in order, then the outputs. Prints the
-name and the maximum relative error of each model.
+FOLDER contains models NAME.keras, each with NAME.npz: the inputs in order, then the expected
+outputs. Prints the name and the maximum relative error of each model.
 """
 
 import importlib.machinery

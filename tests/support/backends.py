@@ -1,4 +1,4 @@
-"""What the tests ask of whichever framework runs: arrays in and out, and gradients."""
+"""Backend-independent helpers: conversions to and from NumPy, gradients, vmap, compilation."""
 
 import os
 import subprocess
@@ -15,17 +15,17 @@ from tests.support.oracle import error_bound
 
 BACKEND = keras.config.backend()
 
-# Each against the next: every pair meets once where all three are tested.
-_AROUND = ("tensorflow", "jax", "torch", "tensorflow", "jax")
-_NEXT, _LAST = _AROUND[_AROUND.index(BACKEND) + 1 :][:2]
+# A test run compares its backend with the next one: runs on all three backends cover all pairs.
+_CYCLE = ("tensorflow", "jax", "torch", "tensorflow", "jax")
+_NEXT, _LAST = _CYCLE[_CYCLE.index(BACKEND) + 1 :][:2]
 each_other_backend = pytest.mark.parametrize(
     "other", [_NEXT, pytest.param(_LAST, marks=pytest.mark.slow)]
 )
 
 
-def thin(cases, step):
-    """Parameters of a test. On JAX all but every ``step``-th are slow: XLA compiles each for about
-    a second."""
+def mostly_slow_on_jax(cases, step):
+    """Parameters of a test. On JAX only every ``step``-th is not marked slow: XLA compiles each for
+    about a second."""
     return [
         pytest.param(case, marks=pytest.mark.slow if BACKEND == "jax" and i % step else ())
         for i, case in enumerate(cases)
@@ -33,32 +33,32 @@ def thin(cases, step):
 
 
 def slow_except(*backends):
-    """Marks a test as slow on other backends: `make test` runs it on these only."""
+    """Marks a test as slow on all other backends: `make test` runs it on these only."""
     return pytest.mark.slow if BACKEND not in backends else lambda test: test
 
 
-def missing():
-    """Why the package was installed without ``native``; None where it was built.
+def native_missing_reason():
+    """The build error, if the package was installed without ``native``; otherwise None.
 
-    A library that is there and does not work is built: its tests fail.
+    None for a library that was built and does not load, so that its tests fail.
     """
     _, reason = library.core()
     if reason is None:
         _, reason = library.binding(BACKEND)
-        told = library.why_missing(BACKEND)
+        build_error = library.why_missing(BACKEND)
     else:
-        told = library.why_missing()
-    return reason if reason and told and told in reason else None
+        build_error = library.why_missing()
+    return reason if reason and build_error and build_error in reason else None
 
 
-KNOWN = ("triton", "native", "taps", "reference")
-# Without a CUDA device; test_triton.py has the tests of `triton`.
-IMPLEMENTATIONS = KNOWN[1:] if missing() is None else KNOWN[2:]
+ALL_IMPLEMENTATIONS = ("triton", "native", "taps", "reference")
+# Implementations that run without a CUDA device; test_triton.py tests `triton`.
+IMPLEMENTATIONS = ALL_IMPLEMENTATIONS[1 if native_missing_reason() is None else 2 :]
 
 
 def numpy(tensor):
     with warnings.catch_warnings():
-        # Keras copies PyTorch's tensors in a manner that NumPy 2.4 warns of.
+        # Keras's copy of a PyTorch tensor causes a deprecation warning in NumPy 2.4.
         warnings.simplefilter("ignore", DeprecationWarning)
         return np.asarray(keras.ops.convert_to_numpy(tensor))
 
@@ -67,13 +67,13 @@ def tensors(arrays, dtype):
     return [keras.ops.convert_to_tensor(a, dtype) for a in arrays]
 
 
-def exact(tensor):
-    """As NumPy's float64, whatever the type."""
+def to_float64(tensor):
+    """A float64 NumPy array. The cast is exact; NumPy itself has no bfloat16."""
     return numpy(keras.ops.cast(tensor, "float64"))
 
 
 def operation(call, implementation):
-    """The operator with the arguments of an ``oracle.Call``."""
+    """The operator as a function of x and kernel, with the arguments of an ``oracle.Call``."""
 
     def apply(x, kernel):
         return involution.ops.involution(x, kernel, **call.arguments, implementation=implementation)
@@ -82,15 +82,16 @@ def operation(call, implementation):
 
 
 def assert_equals_oracle(call, y, x, kernel):
-    """To half an ulp and what a sum in float32, or in float64 for float64, may lose.
+    """Asserts that the error of ``y`` is within ``oracle.error_bound``.
 
-    Returns the largest error as a part of what it may be.
+    Returns the largest ratio of the error to its bound.
     """
     dtype = keras.backend.standardize_dtype(x.dtype)
     assert tuple(y.shape) == call.output_shape
     assert keras.backend.standardize_dtype(y.dtype) == dtype
-    expected, magnitude = call.involution(exact(x), exact(kernel))
-    error, bound = np.abs(exact(y) - expected), error_bound(expected, magnitude, call.taps, dtype)
+    expected, magnitude = call.involution(to_float64(x), to_float64(kernel))
+    error = np.abs(to_float64(y) - expected)
+    bound = error_bound(expected, magnitude, call.taps, dtype)
     assert (error <= bound).all()
     return np.divide(error, bound, where=bound > 0, out=error).max(initial=0)
 
@@ -120,7 +121,7 @@ def gradients(function, arguments, cotangent):
 
 
 def grad(function):
-    """The gradient of a scalar function of tensors, as a function that has a gradient in turn."""
+    """The gradient of a scalar function of tensors, as a differentiable function."""
     if BACKEND == "jax":
         import jax
 
@@ -144,8 +145,8 @@ def grad(function):
     return gradient
 
 
-def mapped(function, axes):
-    """``function`` over an axis more of each argument whose axis is not None."""
+def vmap(function, axes):
+    """``function`` mapped over the given axis of each argument, or none if the axis is None."""
     if BACKEND == "jax":
         import jax
 
@@ -157,7 +158,7 @@ def mapped(function, axes):
     import tensorflow as tf
 
     def over_first(*tensors):
-        # TensorFlow maps over first axes alone.
+        # TensorFlow's vectorized_map maps over first axes only.
         first = [
             tf.experimental.numpy.moveaxis(t, axis, 0)
             for t, axis in zip(tensors, axes, strict=True)
@@ -174,8 +175,8 @@ def mapped(function, axes):
     return over_first
 
 
-def forward_mode(function, arguments, tangents):
-    """The derivative of ``function`` along ``tangents``, computed together with its value."""
+def jvp(function, arguments, tangents):
+    """The Jacobian-vector product of ``function``, by forward-mode differentiation."""
     if BACKEND == "jax":
         import jax
 
@@ -192,10 +193,10 @@ def forward_mode(function, arguments, tangents):
 
 
 def in_graph(function, shapes=None):
-    """``function`` as a compiled program where the framework has one: a second way to run it.
+    """``function`` compiled by ``jax.jit`` or ``tf.function``; unchanged on PyTorch.
 
-    ``shapes`` with None for the sizes that the program, in float64, shall not know; TensorFlow
-    alone has such programs.
+    ``shapes``: shapes of float64 arguments, with None for dynamic sizes, which only TensorFlow
+    supports; JAX ignores them.
     """
     if BACKEND == "jax":
         import jax
@@ -209,14 +210,14 @@ def in_graph(function, shapes=None):
 
 
 def fresh_process(code, backend=BACKEND):
-    """Standard output of ``code``, run by itself with the modules that the tests see."""
+    """Standard output of ``code``, which runs in a new process with this process's ``sys.path``."""
     environment = {
         **os.environ,
         "KERAS_BACKEND": backend,
-        "JAX_ENABLE_X64": "1",  # As conftest.py has it.
+        "JAX_ENABLE_X64": "1",  # as in conftest.py
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout

@@ -1,4 +1,4 @@
-"""An HTTP client of the web demo, which runs in a subprocess by ``involution demo``."""
+"""An HTTP client of the web demo, which ``involution demo`` runs in a subprocess."""
 
 import contextlib
 import json
@@ -30,8 +30,8 @@ class DemoClient:
         event = response.json()["event_id"]
         text = self.client.get(f"/call/classify/{event}").text
         kind, data = re.findall(r"event: (\w+)\ndata: (.*)", text)[-1]
-        found = json.loads(data)
-        return kind, found[0] if kind == "complete" else found
+        payload = json.loads(data)
+        return kind, payload[0] if kind == "complete" else payload
 
     def classify(self, name, content) -> tuple[str, object]:
         response = self.upload(name, content)
@@ -73,13 +73,13 @@ def demo(log, *arguments):
         try:
             for line in process.stdout:
                 lines.append(line.strip())
-                if found := re.search(r"Demo: (http://\S+?)/? ", line):
-                    page = DemoClient(process, lines, found[1])
+                if match := re.search(r"Demo: (http://\S+?)/? ", line):
+                    page = DemoClient(process, lines, match[1])
                     with page.client:
                         yield page
                     break
             else:
-                raise AssertionError(f"no page: {lines}, {log.read_text()}")
+                raise AssertionError(f"The demo did not start: {lines}, {log.read_text()}")
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)

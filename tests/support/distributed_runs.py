@@ -46,7 +46,7 @@ def network():
 
 
 def train(distribution):
-    """(model, rows) of three epochs, each with an incomplete last batch."""
+    """(model, metrics of each epoch) of three epochs, each with an incomplete last batch."""
     recipe = dataclasses.replace(
         RECIPES["one-cycle"],
         batch_size=16,

@@ -1,4 +1,4 @@
-"""Configurations of every accepted layer, with one integer made huge."""
+"""Configurations of every accepted layer, in which one integer is replaced by a huge one."""
 
 import copy
 import inspect
@@ -45,7 +45,7 @@ REQUIRED = {
     "width": 2,
     "width_factor": 0.5,
 }
-# Values of optional arguments that are then in the configuration.
+# Optional arguments whose values add integers to the configuration.
 OPTIONAL = {
     "Dense": {"lora_rank": 2},
     "EinsumDense": {"output_shape": (None, 3), "bias_axes": "d", "lora_rank": 2},
@@ -73,21 +73,21 @@ MERGING_LAYERS = (
 )
 
 
-def _value(given):
-    return given() if callable(given) else given
+def _value(argument):
+    return argument() if callable(argument) else argument
 
 
-def honest(name) -> keras.Model:
+def valid_model(name) -> keras.Model:
     """A model with one layer."""
     if name in OWN:
         kind = getattr(involution, name, involution.Involution2D)
-        needed = OWN[name]
+        arguments = OWN[name]
     else:
         kind = getattr(L, name)
         parameters = inspect.signature(kind.__init__).parameters.values()
         required = [p.name for p in parameters if p.name in REQUIRED and p.default is p.empty]
-        needed = {key: REQUIRED[key] for key in required} | OPTIONAL.get(name, {})
-    layer = kind(**{key: _value(value) for key, value in needed.items()})
+        arguments = {key: REQUIRED[key] for key in required} | OPTIONAL.get(name, {})
+    layer = kind(**{key: _value(value) for key, value in arguments.items()})
     if name == "Embedding":
         inputs = [keras.Input((4,), dtype="int32")]
     elif name == "RepeatVector":
@@ -132,9 +132,11 @@ SKIPPED = re.compile(
 )
 
 
-def blown_up(config, within=()) -> Iterator[tuple[str, dict]]:
-    """Pairs (path, configuration) with one integer of a layer made huge; with ``within``, only in
-    these parts of layers, input layers excluded."""
+def with_one_huge_integer(config, within=()) -> Iterator[tuple[str, dict]]:
+    """Yields (path, configuration with ``HUGE`` at this path of a layer).
+
+    With ``within``, paths begin with one of these keys, and input layers are skipped.
+    """
     for index, layer in enumerate(config["config"]["layers"]):
         for path in numbers(layer):
             if any(SKIPPED.fullmatch(str(key)) for key in path) or "kernel_initializer" in path:
@@ -150,8 +152,8 @@ def blown_up(config, within=()) -> Iterator[tuple[str, dict]]:
 
 
 def parts(model, folder) -> dict[str, bytes]:
-    model.save(folder / "honest.keras")
-    with zipfile.ZipFile(folder / "honest.keras") as archive:
+    model.save(folder / "valid.keras")
+    with zipfile.ZipFile(folder / "valid.keras") as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
 

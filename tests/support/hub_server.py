@@ -1,5 +1,5 @@
-"""A local server with the part of the Hugging Face Hub's protocol that the client uses;
-repositories are in memory."""
+"""A local server of the endpoints of the Hugging Face Hub that its client uses; repositories are in
+memory."""
 
 import base64
 import contextlib
@@ -15,14 +15,14 @@ def git_hash(content):
 
 
 class Hub:
-    """The state of the server: for each repository the files of its commits, the last one main."""
+    """State of the server: the files of each commit of each repository; the last commit is main."""
 
     def __init__(self):
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
         self.requests: list[str] = []
         self.tokens: set[str | None] = set()
-        # Content served instead of a file's.
-        self.changed: dict[str, bytes] = {}
+        # Replacements of files' contents in downloads.
+        self.replaced_content: dict[str, bytes] = {}
 
     def commit(self, repo, files) -> str:
         commits = self.repositories.setdefault(repo, {})
@@ -85,11 +85,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             large = match[3].endswith((".safetensors", ".data-00000-of-00001"))
             etag = hashlib.sha256(content).hexdigest() if large else git_hash(content)
             headers = {"X_Linked_Etag" if large else "ETag": f'"{etag}"'}
-            content = self.hub.changed.get(match[3], content)
+            content = self.hub.replaced_content.get(match[3], content)
             return self._send(200, content, X_Repo_Commit=found[0], **headers)
         return self._send(404)
 
-    do_HEAD = do_GET  # noqa: N815 - the base class's name
+    do_HEAD = do_GET  # noqa: N815 - BaseHTTPRequestHandler defines the name
 
     def do_POST(self):
         self.hub.requests.append(f"{self.command} {self.path}")
@@ -99,8 +99,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != "Bearer right":
             return self._send(401, {"error": "Invalid token"})
         if path == "/api/repos/create":
-            given = json.loads(body)
-            repo = f"{given.get('organization') or 'me'}/{given['name']}"
+            request = json.loads(body)
+            repo = f"{request.get('organization') or 'me'}/{request['name']}"
             if repo in self.hub.repositories:
                 return self._send(409, {"url": f"{self.server.url}/{repo}"})
             self.hub.repositories[repo] = {}
@@ -132,8 +132,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def served():
-    """Yields (the Hub, its URL)."""
+def serve():
+    """Yields (``Hub``, URL of the server)."""
     hub = Hub()
     handler = type("Bound", (Handler,), {"hub": hub})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -1,5 +1,5 @@
-"""NumPy references in float64, channels last, of the layers of the keras.io example and the paper's
-code, and the numbers that the example prints. They share no code with the package.
+"""NumPy references, float64 and channels last, for the layer of the keras.io example and that of
+the paper's code, and the tables that the example prints. They share no code with the package.
 
 ``example`` is the layer of the keras.io example, ``paper`` that of the paper's code. Both originals
 reject sizes that the stride does not divide; there the references follow the package: ceil(n /
@@ -15,7 +15,7 @@ def relative_error(got, want):
 
 
 def randomize(layer, seed=0):
-    """Sets random weights; those of moving variances are positive."""
+    """Sets random weights; moving variances are positive."""
     rng = np.random.default_rng(seed)
     for weight in layer.weights:
         values = rng.normal(size=tuple(weight.shape))
@@ -35,7 +35,7 @@ def pooled(x, stride, before):
 
 
 def generated(x, reduce, reduce_bias, gamma, beta, mean, variance, expand, expand_bias, epsilon):
-    """1x1 convolution, batch normalization in inference, ReLU, 1x1 convolution."""
+    """1x1 convolution, batch normalization in inference mode, ReLU, 1x1 convolution."""
     hidden = x @ reduce[0, 0] + reduce_bias
     hidden = (hidden - mean) / np.sqrt(variance + epsilon) * gamma + beta
     return np.maximum(hidden, 0) @ expand[0, 0] + expand_bias
@@ -44,8 +44,8 @@ def generated(x, reduce, reduce_bias, gamma, beta, mean, variance, expand, expan
 def summed(x, kernel, size, stride, before, group_of):
     """kernel (B, H', W', taps, G), applied to windows, the first of which starts at -before."""
     _, rows, columns, taps, _ = kernel.shape
-    far = size + stride
-    padded = np.pad(x, ((0, 0), (before[0], far), (before[1], far), (0, 0)))
+    after = size + stride
+    padded = np.pad(x, ((0, 0), (before[0], after), (before[1], after), (0, 0)))
     y = np.zeros((*kernel.shape[:3], x.shape[-1]))
     for tap in range(taps):
         i, j = divmod(tap, size)
@@ -55,14 +55,14 @@ def summed(x, kernel, size, stride, before, group_of):
 
 
 def example(x, weights, size, stride, groups):
-    """(output, kernel) of the example's layer, from its weights in their order."""
+    """(output, kernel) of the example's layer, from its weights in Keras's order."""
     x, weights = np.float64(x), [np.float64(w) for w in weights]
-    around = [max((-(-n // stride) - 1) * stride + size - n, 0) // 2 for n in x.shape[1:3]]
-    beyond = [(-n % stride) // 2 for n in x.shape[1:3]]
-    kernel = generated(pooled(x, stride, beyond), *weights, epsilon=1e-3)
+    window_before = [max((-(-n // stride) - 1) * stride + size - n, 0) // 2 for n in x.shape[1:3]]
+    pool_before = [(-n % stride) // 2 for n in x.shape[1:3]]
+    kernel = generated(pooled(x, stride, pool_before), *weights, epsilon=1e-3)
     kernel = kernel.reshape(*kernel.shape[:3], size * size, groups)
     group_of = np.arange(x.shape[-1]) % groups
-    return summed(x, kernel, size, stride, around, group_of), kernel[..., None, :]
+    return summed(x, kernel, size, stride, window_before, group_of), kernel[..., None, :]
 
 
 def paper(x, weights, size, stride, groups):
@@ -103,13 +103,13 @@ INN = [
     ("dense_2", "Dense", (None, 64), 12_352),
     ("dense_3", "Dense", (None, 10), 650),
 ]
-# Parameter counts below them: total, trainable, non-trainable, optimizer.
+# Parameter counts below the tables: total, trainable, non-trainable, optimizer.
 CNN_TOTALS = ["957,536 (3.65 MB)", "319,178 (1.22 MB)", "0 (0.00 B)", "638,358 (2.44 MB)"]
 INN_TOTALS = ["39,230 (153.25 KB)", "13,074 (51.07 KB)", "6 (24.00 B)", "26,150 (102.15 KB)"]
 
 
 def rows(model):
-    """The rows of a model's summary, as above."""
+    """The rows of a model's summary, in the form of ``CNN``."""
     return [
         (
             layer.name,
@@ -124,7 +124,7 @@ def rows(model):
 
 
 def totals(model):
-    """The parameter counts below a model's summary, as above."""
+    """The parameter counts below a model's summary, in the form of ``CNN_TOTALS``."""
     printed = []
     model.summary(print_fn=printed.append)
     return [line.split(":")[1].strip() for line in printed[0].splitlines() if " params:" in line]

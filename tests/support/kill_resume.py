@@ -2,8 +2,8 @@
 
     KERAS_BACKEND=jax python -m tests.support.kill_resume --kills 60
 
-kills 60 processes at random moments, and then one before each kind of file operation of a run.
-Each run resumes; only steps after the last checkpoint may be lost or repeated, and the final
+kills 60 processes at random times, and then one before each kind of file operation of a run. Each
+run resumes; only steps after the last checkpoint may be lost or repeated, and the final
 weights, history and list of files must equal those of an uninterrupted run.
 """
 
@@ -24,7 +24,7 @@ CHECKPOINT_EVERY = 10  # steps between checkpoints
 MODELS = "cnn:filters=4-4-4:hidden=8,cnn:filters=2-2-2:hidden=4"
 OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")
 MAX_KILLS = 8  # kills of one run
-# New processes that have the imports already.
+# The server imports these modules once for all processes.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     ["involution.training.experiment", "involution.training.report", "sklearn.datasets"]
@@ -32,32 +32,32 @@ PROCESSES.set_forkserver_preload(
 
 
 class Child:
-    """The process to kill: a run that logs its steps and its file operations, before each.
+    """The process to kill: a run that logs each step, and each file operation before it happens.
 
     Args:
         output: The run's folder.
-        journal: The log.
-        fatal: The operation before which to die: its name, a space, its count; "": none.
+        journal: The log file.
+        fatal: "NAME N": the process kills itself before the N-th operation NAME; "": it does not.
     """
 
     def __init__(self, output, journal, fatal):
         self.output = os.path.abspath(output)
         self.journal = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        self.fatal, _, left = fatal.rpartition(" ")
-        self.left = int(left or 0)
+        self.fatal, _, count = fatal.rpartition(" ")
+        self.remaining = int(count or 0)
 
     def record(self, *words):
         os.write(self.journal, (" ".join(map(str, words)) + "\n").encode())
 
-    def on_operation(self, what, path):
+    def on_operation(self, operation, path):
         if not os.path.abspath(path).startswith(self.output):
             return
         name = re.sub(r"\d{12}-[0-9a-f]+", "checkpoint", os.path.relpath(path, self.output))
-        name = f"{what}:{re.sub(r'-[a-z0-9_]{8}(?=[.])', '', name)}"
+        name = f"{operation}:{re.sub(r'-[a-z0-9_]{8}(?=[.])', '', name)}"
         self.record("change", name)
         if name == self.fatal:
-            self.left -= 1
-            if self.left == 0:
+            self.remaining -= 1
+            if self.remaining == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(self, event, arguments):
@@ -102,7 +102,7 @@ def train(*arguments):
     Child(*arguments).main()
 
 
-class Killed:
+class KilledRun:
     """A run that is killed and resumed until it finishes.
 
     Attributes:
@@ -130,7 +130,7 @@ class Killed:
         self.seconds = time.perf_counter() - start
         code = process.exitcode
         if code not in (0, -signal.SIGKILL):
-            raise SystemExit(f"A run must resume; it ended with status {code}.")
+            raise SystemExit(f"A resumed run must exit with status 0. Received: {code}")
         self.lines = self._read()
         self._check(before, self.lines[len(before) :])
         self.kills += code != 0
@@ -141,25 +141,28 @@ class Killed:
         # A kill may truncate the last line.
         return text[: text.rfind("\n") + 1].splitlines()
 
-    def _check(self, before, now):
-        """No step before a checkpoint is lost or repeated."""
-        start = next((line for line in now if line.startswith("start ")), None)
+    def _check(self, before, after):
+        """Checks that no step before a checkpoint is lost or repeated."""
+        start = next((line for line in after if line.startswith("start ")), None)
         if start is None:
             return
         done, label = start.split(" ")[1:]
         saved = steps = 0
-        here = False
+        same_model = False
         for line in before:
             if line.startswith("start "):
-                begun, of = line.split(" ")[1:]
-                here = of == label
-                saved = steps = int(begun) if here else 0
-            elif here and line == "step":
+                first_step, other_label = line.split(" ")[1:]
+                same_model = other_label == label
+                saved = steps = int(first_step) if same_model else 0
+            elif same_model and line == "step":
                 steps += 1
-            elif here and line == "saved":
+            elif same_model and line == "saved":
                 saved = steps
         if not saved <= int(done) <= steps:
-            raise SystemExit(f"Resumed at step {done} of {steps}, {saved} of them saved")
+            raise SystemExit(
+                f"A run must resume between its last checkpoint, step {saved}, and its last step, "
+                f"{steps}. Received: {done}"
+            )
         self.lost = max(self.lost, steps - int(done))
 
 
@@ -170,54 +173,58 @@ def log(text):
 def main(kills, seed):
     rng = random.Random(seed)  # noqa: S311 - no secret
     lost = total = 0
-    with tempfile.TemporaryDirectory(prefix="crash-") as place:
+    with tempfile.TemporaryDirectory(prefix="crash-") as folder:
 
-        def new() -> Killed:
-            return Killed(pathlib.Path(tempfile.mkdtemp(dir=place)))
+        def new() -> KilledRun:
+            return KilledRun(pathlib.Path(tempfile.mkdtemp(dir=folder)))
 
-        def end(run):
+        def check_result(run):
             nonlocal lost, total
-            if run.lines[-1] != whole.lines[-1]:
-                raise SystemExit(f"It ended as {run.lines[-1]}, not as {whole.lines[-1]}")
+            if run.lines[-1] != uninterrupted.lines[-1]:
+                raise SystemExit(
+                    f"A resumed run must have the result {uninterrupted.lines[-1]}. Received: "
+                    f"{run.lines[-1]}"
+                )
             lost, total = max(lost, run.lost), total + run.kills
 
-        whole = new()
-        whole.resume()
+        uninterrupted = new()
+        uninterrupted.resume()
+        lines = uninterrupted.lines
         changes = collections.Counter(
-            line.removeprefix("change ") for line in whole.lines if line.startswith("change ")
+            line.removeprefix("change ") for line in lines if line.startswith("change ")
         )
         log(
-            f"uninterrupted: {whole.lines.count('step')} steps, {whole.seconds:.1f} s, "
+            f"uninterrupted: {lines.count('step')} steps, {uninterrupted.seconds:.1f} s, "
             f"{changes.total()} file operations, of {len(changes)} kinds"
         )
-        log(whole.lines[-1])
+        log(lines[-1])
         while total < kills:
             run = new()
             while run.kills < min(MAX_KILLS, kills - total):
-                if run.resume(after=rng.uniform(0, whole.seconds)):
+                if run.resume(after=rng.uniform(0, uninterrupted.seconds)):
                     break
             else:
                 run.resume()
-            end(run)
-            log(f"{total} kills at random moments, {lost} steps lost at most")
+            check_result(run)
+            log(f"{total} kills at random times, at most {lost} steps lost")
         total = 0
         run = new()
         for kind, count in changes.items():
             # The first checkpoint is deleted after the third is written.
-            for time_ in range(1, min(count, 3) + 1):
-                if run.resume(f"{kind} {time_}"):
-                    end(run)
+            for occurrence in range(1, min(count, 3) + 1):
+                if run.resume(f"{kind} {occurrence}"):
+                    check_result(run)
                     run = new()
-                    if run.resume(f"{kind} {time_}"):
-                        raise SystemExit(f"A run must reach an operation: {kind} {time_}")
+                    if run.resume(f"{kind} {occurrence}"):
+                        raise SystemExit(f"A run must reach the operation {kind} {occurrence}.")
             log(f"{total + run.kills} kills, one of them before {kind}")
         run.resume()
-        end(run)
-        log(f"{total} kills before file operations, {lost} steps lost at most")
+        check_result(run)
+        log(f"{total} kills before file operations, at most {lost} steps lost")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=60, help="at random moments")
+    parser.add_argument("--kills", type=int, default=60, help="number of kills at random times")
     parser.add_argument("--seed", type=int, default=0)
     main(**vars(parser.parse_args()))

@@ -1,11 +1,11 @@
-"""Kills one of two hosts, and checks that the resumed run has the same result.
+"""Kills one of two hosts, and checks that the resumed run gives the same result.
 
     python -m tests.support.multihost --kills 10
 
-kills one of two processes ten times, each at a random moment after its first checkpoint. The other
-must exit by itself, with one line, within a minute. The run resumes with two hosts and with one in
-turn, and its final weights must equal those of an uninterrupted run to 1e-5. Everything is float64,
-so that the comparison does not depend on the rounding of sums. JAX only.
+kills one of two processes ten times, each at a random time after the first checkpoint. The other
+must exit within a minute, with a one-line error. The run is resumed with two hosts and with one
+alternately, and its final weights and losses must equal those of an uninterrupted run to 1e-5. All
+values are float64, so that the order of sums does not matter. JAX only.
 """
 
 import argparse
@@ -28,8 +28,8 @@ EXIT_TIMEOUT = 60
 
 
 def network(input_shape, classes):
-    """A model without batch normalization: XLA's square roots on CPUs are rounded differently for
-    different shapes, by 1e-7 for every dtype, after which two runs diverge."""
+    """A model without batch normalization: on CPUs the error of XLA's square root depends on the
+    shape, is 1e-7 in every dtype, and would make the runs diverge."""
     import keras
 
     from involution import Involution2D, kernel_generators
@@ -50,13 +50,13 @@ def network(input_shape, classes):
 
 
 def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def start(output, count, log):
-    """The processes of a run, with their output in files."""
+    """The processes of a run, whose output goes to files."""
     command = [
         sys.executable,
         "-m",
@@ -132,45 +132,49 @@ def difference(one, other) -> float:
 def main(kills, seed):
     rng = random.Random(seed)  # noqa: S311 - no secret
     worst = slowest = 0.0
-    with tempfile.TemporaryDirectory(prefix="hosts-") as place:
-        folder = pathlib.Path(place)
-        seconds = finish(folder / "whole", 2, folder / "whole")
-        expected = result(folder / "whole")
+    with tempfile.TemporaryDirectory(prefix="hosts-") as name:
+        folder = pathlib.Path(name)
+        seconds = finish(folder / "uninterrupted", 2, folder / "uninterrupted")
+        expected = result(folder / "uninterrupted")
         print(
             f"uninterrupted: {seconds:.1f} s of training, last losses {expected[1][-4:]}",
             flush=True,
         )
         for number in range(kills):
             output, log = folder / f"run{number}", folder / f"log{number}"
-            victim, moment = rng.randrange(2), rng.uniform(0, 0.9) * seconds
+            victim, delay = rng.randrange(2), rng.uniform(0, 0.9) * seconds
             processes = start(output, 2, log)
             wait_for_checkpoint(output, processes)
-            time.sleep(moment)
+            time.sleep(delay)
             processes[victim].kill()
-            killed = time.monotonic()
-            other = processes[1 - victim].wait(EXIT_TIMEOUT)
-            ended = time.monotonic() - killed
+            start_time = time.monotonic()
+            status = processes[1 - victim].wait(EXIT_TIMEOUT)
+            exit_seconds = time.monotonic() - start_time
             processes[victim].wait()
             time.sleep(1)  # for the watchdog's message
             last = (read(log, 1 - victim).splitlines() or [""])[-1]
-            if other == 0 or "A host was lost" not in last:
-                raise SystemExit(f"Host {1 - victim} must say why it ended, {other}: {last}")
+            if status == 0 or "A host was lost" not in last:
+                raise SystemExit(
+                    f"Host {1 - victim} must exit with an error that a host was lost. Received: "
+                    f"status {status}: {last}"
+                )
             count = 1 + number % 2
-            finish(output, count, f"{log}-again")
-            again = read(f"{log}-again", 0)
-            found = difference(result(output), expected)
-            worst, slowest = max(worst, found), max(slowest, ended)
-            from_where = [line for line in again.splitlines() if "Resuming" in line] or [
+            finish(output, count, f"{log}-resumed")
+            resumed = read(f"{log}-resumed", 0)
+            error = difference(result(output), expected)
+            worst, slowest = max(worst, error), max(slowest, exit_seconds)
+            start_lines = [line for line in resumed.splitlines() if "Resuming" in line] or [
                 "restarted"
             ]
             print(
-                f"host {victim} killed after {moment:.1f} s: the other ended {ended:.1f} s later, "
-                f"{other}: {last[:60]}...; {count} host(s): {from_where[0]}: {found:.1e}",
+                f"host {victim} killed after {delay:.1f} s: the other exited {exit_seconds:.1f} s "
+                f"later, status {status}: {last[:60]}...; resumed on {count} host(s): "
+                f"{start_lines[0]}: difference {error:.1e}",
                 flush=True,
             )
-            if not found <= 1e-5:  # also for NaN
+            if not error <= 1e-5:  # also for NaN
                 raise SystemExit("The result must equal that of an uninterrupted run.")
-    print(f"{kills} kills: the other ended within {slowest:.1f} s; largest difference {worst:.1e}")
+    print(f"{kills} kills: the other exited within {slowest:.1f} s; max difference {worst:.1e}")
 
 
 def child(arguments):
@@ -178,7 +182,7 @@ def child(arguments):
 
     from involution.training import experiment
 
-    # For the losses.
+    # Keras computes losses in floatx.
     keras.config.set_floatx("float64")
     experiment.PRECISIONS["float32"] = "float64"
     import involution_cli

@@ -1,4 +1,4 @@
-"""The native core on NumPy arrays: without a framework, new shapes need no compilation."""
+"""Calls the native core on NumPy arrays, without a framework: new shapes need no compilation."""
 
 import dataclasses
 
@@ -17,22 +17,21 @@ DTYPES = {
     "bfloat16": ml_dtypes.bfloat16,
     "float16": np.float16,
 }
-# The fixture `target` selects a target.
 each_target = pytest.mark.parametrize("target", library.targets(), indirect=True)
-# The arguments of each pass, from x, kernel and dy.
+# Selects the arguments of each pass from x, kernel and dy.
 ARGUMENTS = {
     FORWARD: lambda x, kernel, dy: (x, kernel),
     INPUT_GRAD: lambda x, kernel, dy: (kernel, dy),
     KERNEL_GRAD: lambda x, kernel, dy: (x, dy),
 }
-# Elements on both sides of an array: an odd number, so that vectors are unaligned.
+# Guard elements on each side of an array: an odd number, so that vectors are unaligned.
 MARGIN = 37
-# As bytes, NaN in every type.
+# All bytes of a NaN in every dtype.
 NAN = 0xFF
 
 
 def guarded_array(shape, dtype):
-    """(array, guards): an array full of NaN, and the bytes of NaN on both sides of it."""
+    """(array, guards): an array full of NaN, and the guard bytes on each side of it."""
     margin = MARGIN * dtype.itemsize
     buffer = np.full(int(np.prod(shape)) * dtype.itemsize + 2 * margin, NAN, "uint8")
     return buffer[margin:-margin].view(dtype).reshape(shape), (buffer[:margin], buffer[-margin:])
@@ -42,15 +41,15 @@ def execute(pass_, call, a, b, threads=1):
     """The result of a pass for an ``oracle.Call``."""
     window = Window(**call.arguments)
     encoded = params.encode(pass_, window, call.sizes, a, b)
-    result, edges = guarded_array(params.result_shape(pass_, window, call.sizes, a, b), a.dtype)
-    inside = []
+    result, guards = guarded_array(params.result_shape(pass_, window, call.sizes, a, b), a.dtype)
+    inputs = []
     for array in (a, b):
-        inside.append(guarded_array(array.shape, array.dtype)[0])
-        inside[-1][...] = array
-    addresses = (array.ctypes.data for array in (*inside, result))
+        inputs.append(guarded_array(array.shape, array.dtype)[0])
+        inputs[-1][...] = array
+    addresses = (array.ctypes.data for array in (*inputs, result))
     library.execute(encoded, len(a), threads, *addresses)
-    for edge in edges:
-        assert (edge == NAN).all(), f"written outside the result: {pass_} of {call}"
+    for guard in guards:
+        assert (guard == NAN).all(), f"written outside the result: {pass_} of {call}"
     return result
 
 
@@ -63,13 +62,13 @@ def results(call, x, kernel, dy, threads=1):
 
 
 def expected(call, x, kernel, dy):
-    """What ``results`` should be, by the oracle."""
+    """The oracle's values of ``results``."""
     y, _ = call.involution(x, kernel)
     dx, dkernel = call.gradients(x, kernel, dy)
     return {FORWARD: y, INPUT_GRAD: dx, KERNEL_GRAD: dkernel}
 
 
-# The arguments of each fused pass, from x, hidden, weight, bias and dy.
+# Selects the arguments of each fused pass from x, hidden, weight, bias and dy.
 FUSED_ARGUMENTS = {
     FORWARD: lambda x, hidden, weight, bias, dy: (x, hidden, weight, bias),
     INPUT_GRAD: lambda x, hidden, weight, bias, dy: (hidden, weight, bias, dy),
@@ -84,22 +83,22 @@ def execute_fused(pass_, call, arguments, threads=1):
     shapes = params.fused_result_shapes(pass_, window, call.sizes, arguments)
     dtype = arguments[0].dtype
     wide = np.dtype(params.accumulation_dtype(dtype.name))
-    results, edges = zip(
+    results, guards = zip(
         *(guarded_array(s, d) for s, d in zip(shapes, (dtype, wide), strict=True)), strict=True
     )
-    inside = []
+    inputs = []
     for array in arguments:
-        inside.append(guarded_array(array.shape, array.dtype)[0])
-        inside[-1][...] = array
-    addresses = (array.ctypes.data for array in (*inside, *results))
+        inputs.append(guarded_array(array.shape, array.dtype)[0])
+        inputs[-1][...] = array
+    addresses = (array.ctypes.data for array in (*inputs, *results))
     library.execute_fused(encoded, len(arguments[0]), threads, *addresses)
-    for edge in (e for pair in edges for e in pair):
-        assert (edge == NAN).all(), f"written outside the result: {pass_} of {call}"
+    for guard in (g for pair in guards for g in pair):
+        assert (guard == NAN).all(), f"written outside the result: {pass_} of {call}"
     return results
 
 
 def without_outputs(encoded):
-    """The encoded parameters of a call whose output has no positions."""
+    """The encoded parameters of a call, with an empty output."""
     decoded = params.Params.decode(encoded)
     return dataclasses.replace(decoded, output_size=(*decoded.output_size[:2], 0)).encode()
 
@@ -120,23 +119,24 @@ def fused_arrays(call, hidden=5, seed=0):
 
 @ieee
 def generated(hidden, weight, bias, groups):
-    """The kernels."""
+    """The kernels that the last, pointwise layer of a generator computes."""
     kernel = hidden @ weight + bias
     return kernel.reshape(*kernel.shape[:-1], -1, groups)
 
 
 @ieee
 def expected_fused(call, x, hidden, weight, bias, dy):
-    """The results of all fused passes, by the oracle; the second ones summed over the batch."""
+    """The oracle's results of all fused passes; second results are sums over the batch."""
     kernel = generated(hidden, weight, bias, call.groups)
     y, _ = call.involution(x, kernel)
     dx, dkernel = call.gradients(x, kernel, dy)
     flat = dkernel.reshape(*hidden.shape[:-1], -1)
     dweight = np.tensordot(hidden, flat, axes=(range(flat.ndim - 1),) * 2)
-    both = np.concatenate([dweight, flat.reshape(-1, flat.shape[-1]).sum(0)[None]])
-    return {FORWARD: (y, None), INPUT_GRAD: (dx, None), KERNEL_GRAD: (flat @ weight.T, both)}
+    dparams = np.concatenate([dweight, flat.reshape(-1, flat.shape[-1]).sum(0)[None]])
+    return {FORWARD: (y, None), INPUT_GRAD: (dx, None), KERNEL_GRAD: (flat @ weight.T, dparams)}
 
 
 def exact_values(arrays):
-    """Multiples of 1/8 up to 2: exact in every type, and so are their products' sums in float32."""
+    """Rounds to multiples of 1/8 in [-2, 2], which are exact in every dtype; sums of their products
+    are exact in float32."""
     return [np.clip(np.round(8 * a), -16, 16) / 8 for a in arrays]

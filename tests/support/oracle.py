@@ -8,14 +8,14 @@ import numpy as np
 
 def pads(n, kernel, stride, dilation, padding, axis=0):
     """(before, after) for one spatial dimension."""
-    reach = (kernel - 1) * dilation
+    span = (kernel - 1) * dilation
     if padding == "valid":
         return 0, 0
     if padding == "symmetric":
-        return reach // 2, reach // 2
+        return span // 2, span // 2
     if padding == "same":
         out = -(-n // stride)
-        total = max(0, (out - 1) * stride + reach + 1 - n)
+        total = max(0, (out - 1) * stride + span + 1 - n)
         return total // 2, total - total // 2
     return padding[axis]
 
@@ -25,13 +25,14 @@ def output_size(n, kernel, stride, dilation, padding, axis=0):
     return (n + before + after - (kernel - 1) * dilation - 1) // stride + 1
 
 
-# What is not finite is computed with as IEEE arithmetic has it.
+# NaN from infinities is expected: no warnings.
 ieee = np.errstate(invalid="ignore")
 
 
 @ieee
 def involution(x, kernel, kernel_size, strides, padding, dilation_rate, group_layout="contiguous"):
-    """channels_last: x (B, *spatial, C), kernel (B, *out, taps, G); tuples for every dimension.
+    """channels_last: x (B, *spatial, C), kernel (B, *out, taps, G); arguments are tuples, with a
+    value for each spatial dimension.
 
     Returns (y, magnitude): the output, and the sum of |kernel * x|, which bounds rounding errors.
     """
@@ -45,8 +46,8 @@ def involution(x, kernel, kernel_size, strides, padding, dilation_rate, group_la
         term = kernel[(slice(None), *p, tap)][:, group_of] * x[(slice(None), *q)]
         y[(slice(None), *p)] += term
         magnitude[(slice(None), *p)] += np.abs(term)
-    # Where the input is 0, around it.
-    outside = ~meets(out, kernel.shape[-2], pairs)[..., None]
+    # Taps in the padding contribute kernel * 0, which is NaN if the kernel is not finite.
+    outside = ~in_bounds(out, kernel.shape[-2], pairs)[..., None]
     y += np.where(outside, kernel * 0, 0).sum(-2)[..., group_of]
     return y, magnitude
 
@@ -55,7 +56,7 @@ def involution(x, kernel, kernel_size, strides, padding, dilation_rate, group_la
 def gradients(
     x, kernel, dy, kernel_size, strides, padding, dilation_rate, group_layout="contiguous"
 ):
-    """(dx, dkernel) of sum(y * dy): the same loops, each term given to what it was made of."""
+    """(dx, dkernel) of sum(y * dy), by the same loops."""
     x, kernel, dy = (np.asarray(a, "float64") for a in (x, kernel, dy))
     out, pairs = tap_pairs(x.shape[1:-1], kernel_size, strides, padding, dilation_rate)
     group_of = groups_of(x.shape[-1], kernel.shape[-1], group_layout)
@@ -65,7 +66,7 @@ def gradients(
         at_p, at_q, here = (slice(None), *p), (slice(None), *q), (slice(None), *p, tap)
         dx[at_q] += kernel[here][:, group_of] * dy[at_p]
         dkernel[here] += group_sums(x[at_q] * dy[at_p], in_group)
-    outside = ~meets(out, kernel.shape[-2], pairs)[..., None]
+    outside = ~in_bounds(out, kernel.shape[-2], pairs)[..., None]
     dkernel += np.where(outside, group_sums(dy * 0, in_group)[..., None, :], 0)
     return dx, dkernel
 
@@ -74,20 +75,20 @@ def group_sums(terms, in_group):
     """Sums over the channels of each group."""
     if np.isfinite(terms).all():
         return terms @ in_group
-    # The product has every channel in every sum, times 0.
+    # The matrix product would add 0 * inf = NaN of other groups' channels.
     return np.stack([terms[..., column == 1].sum(-1) for column in in_group.T], -1)
 
 
-def meets(out, taps, pairs):
-    """For every output position and tap, whether the two meet an input position."""
-    found = np.zeros((*out, taps), bool)
+def in_bounds(out, taps, pairs):
+    """For every output position and tap, whether the tap is inside the input."""
+    inside = np.zeros((*out, taps), bool)
     for p, tap, _ in pairs:
-        found[(*p, tap)] = True
-    return found
+        inside[(*p, tap)] = True
+    return inside
 
 
 def tap_pairs(sizes, kernel_size, strides, padding, dilation_rate):
-    """The output's sizes, and (output position, tap, input position) wherever the three meet."""
+    """(output sizes, list of (output position, tap, input position) for taps inside the input)."""
     dimensions = list(zip(sizes, kernel_size, strides, dilation_rate, strict=True))
     before = [pads(*d, padding, i)[0] for i, d in enumerate(dimensions)]
     out = tuple(output_size(*d, padding, i) for i, d in enumerate(dimensions))
@@ -109,23 +110,24 @@ def groups_of(channels, groups, group_layout):
     return [c % groups for c in range(channels)]
 
 
-# Digits of the significand, and the exponent of the smallest number above 0.
+# Digits of the significand, and the exponent of the smallest positive number.
 TYPES = {"float64": (53, -1074), "float32": (24, -149), "bfloat16": (8, -133), "float16": (11, -24)}
 
 
 def error_bound(expected, magnitude, terms, dtype):
-    """Half an ulp, after a sum of ``terms`` products in float32, or float64 for float64."""
+    """Half an ulp of the dtype, plus the rounding error of a sum of ``terms`` products in float32,
+    or in float64 for float64."""
     digits, smallest = TYPES[dtype]
     unit = 2.0 ** -max(digits, 24)
-    summing = terms * unit / (1 - terms * unit) * magnitude
-    largest = np.abs(expected) + summing
+    sum_error = terms * unit / (1 - terms * unit) * magnitude
+    largest = np.abs(expected) + sum_error
     exponent = np.where(largest > 0, np.frexp(largest)[1] - digits, smallest)
-    return np.ldexp(0.5, np.maximum(exponent, smallest)) + summing
+    return np.ldexp(0.5, np.maximum(exponent, smallest)) + sum_error
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of the operator, with a tuple for every argument that may have one."""
+    """Sizes and arguments of one call of the operator; arguments per dimension are tuples."""
 
     batch: int
     sizes: tuple
@@ -179,7 +181,7 @@ class Call:
         return [rng.standard_normal(shape) for shape in shapes]
 
     def involution(self, x, kernel):
-        """(y, magnitude) as ``involution`` above, in this call's data format and for any batch."""
+        """(y, magnitude) of ``involution`` above, in this call's data format and for any batch."""
         arguments = self.arguments
         groups, first = arguments.pop("groups"), arguments.pop("data_format") == "channels_first"
         if first:
@@ -189,7 +191,7 @@ class Call:
         return [np.moveaxis(r, -1, 1) for r in results] if first else results
 
     def gradients(self, x, kernel, dy):
-        """(dx, dkernel) as ``gradients`` above, in this call's data format."""
+        """(dx, dkernel) of ``gradients`` above, in this call's data format."""
         arguments = self.arguments
         arguments.pop("groups")
         if arguments.pop("data_format") == "channels_last":
@@ -199,30 +201,31 @@ class Call:
         return np.moveaxis(dx, -1, 1), np.moveaxis(dkernel, (-2, -1), (1, 2))
 
     def central_differences(self, x, kernel, dy):
-        """Gradients of sum(y * dy) for x and kernel, every entry from two values of the formula.
+        """Gradients of sum(y * dy) for x and kernel, by central differences of ``involution``.
 
-        They are exact but for rounding, since y is linear in both. All values come from one call:
-        samples are independent, so a varied copy is one sample more.
+        Only rounding errors remain, since y is linear in both. Samples are independent, so all
+        varied copies are samples of one call.
         """
-        entries, of_x = x[0].size + kernel[0].size, x[0].size
+        entries, x_entries = x[0].size + kernel[0].size, x[0].size
         steps = np.concatenate([np.eye(entries), -np.eye(entries)])[:, None]
 
         def varied(a, steps):
             return (a.reshape(1, len(a), -1) + steps).reshape(-1, *a.shape[1:])
 
-        y, _ = self.involution(varied(x, steps[..., :of_x]), varied(kernel, steps[..., of_x:]))
+        x_steps, kernel_steps = steps[..., :x_entries], steps[..., x_entries:]
+        y, _ = self.involution(varied(x, x_steps), varied(kernel, kernel_steps))
         sums = (y.reshape(-1, *dy.shape) * dy).reshape(2, entries, len(x), -1).sum(-1)
         slopes = (sums[0] - sums[1]).T / 2
-        return slopes[:, :of_x].reshape(x.shape), slopes[:, of_x:].reshape(kernel.shape)
+        return slopes[:, :x_entries].reshape(x.shape), slopes[:, x_entries:].reshape(kernel.shape)
 
 
-def not_finite(arrays, seed=0, count=1):
-    """Copies, in each of which some numbers are infinite or NaN."""
+def with_non_finite(arrays, seed=0, count=1):
+    """Copies of the arrays, each with ``count`` infinite or NaN values."""
     rng = np.random.default_rng(seed)
     copies = [np.array(a) for a in arrays]
     for a in copies:
-        places = rng.choice(a.size, min(count, a.size), replace=False)
-        a.reshape(-1)[places] = rng.choice([np.inf, -np.inf, np.nan], len(places))
+        positions = rng.choice(a.size, min(count, a.size), replace=False)
+        a.reshape(-1)[positions] = rng.choice([np.inf, -np.inf, np.nan], len(positions))
     return copies
 
 
@@ -253,7 +256,8 @@ def _is_small(call):
 
 
 def random_calls(count, seed):
-    """``count`` different small calls: every rank with every padding, layout and format in turn."""
+    """``count`` distinct small calls, which cycle through all combinations of rank, padding, group
+    layout and data format."""
     rng = np.random.default_rng(seed)
     kinds = itertools.cycle(
         itertools.product(

@@ -1,7 +1,7 @@
-"""RedNet in PyTorch, written from the paper, with the tensor names of the official checkpoints.
+"""RedNet in PyTorch, implemented from the paper, with the tensor names of the official checkpoints.
 
 It shares no code with the package: involution by unfold, channels first, contiguous groups. Partial
-pooling windows average real values only.
+pooling windows average only values inside the input.
 """
 
 import numpy as np
@@ -90,7 +90,7 @@ class Backbone(nn.Module):
 
 
 class Classifier(nn.Module):
-    """With mmclassification's names: ``backbone.`` and ``head.fc.``."""
+    """With the tensor names of mmclassification: ``backbone.`` and ``head.fc.``."""
 
     def __init__(self, depth, classes, stem_size=3):
         super().__init__()
@@ -102,12 +102,12 @@ class Classifier(nn.Module):
 
 
 def network(depth, classes=5, stem_size=3, seed=0):
-    """A classifier in float64 in inference mode, with random weights, biases and statistics that
-    give clearly different logits."""
+    """A float64 classifier in inference mode, with random weights, biases and statistics, scaled so
+    that the logits differ clearly."""
     generator = np.random.default_rng(seed)
     with torch.device("meta"):
         model = Classifier(depth, classes, stem_size)
-    # Allocated in float64 at once, without PyTorch's initialization.
+    # Allocates float64 tensors once, without PyTorch's initialization.
     model = model.to_empty(device="cpu").double().eval()
     for name, tensor in model.state_dict().items():
         values = generator.normal(size=tuple(tensor.shape))
@@ -118,8 +118,8 @@ def network(depth, classes=5, stem_size=3, seed=0):
         elif tensor.ndim > 1:
             values *= (1.4 / tensor[0].numel()) ** 0.5
         elif "weight" in name:
-            # Involutions are quadratic: without the smaller factor at the end of a block, 20 blocks
-            # overflow even float64.
+            # Involution is quadratic in its input: without the smaller scale of bn3, 20 blocks
+            # overflow float64.
             values = (0.7 + 0.2 * values) * (0.3 if "bn3" in name else 1)
         else:
             values *= 0.2
@@ -134,7 +134,8 @@ def logits(model, images):
 
 
 def paddle_names(state):
-    """A classifier's state in PaddleClas's form: NumPy arrays, other names, matrix transposed."""
+    """A classifier's state dict in PaddleClas's format: NumPy arrays with other names, and a
+    transposed linear layer."""
     arrays = {}
     for name, tensor in state.items():
         if name.endswith("num_batches_tracked"):

@@ -83,7 +83,7 @@ def test_invalid_metadata_is_corrupt(store, text, reason):
     (store.folder / name).write_bytes(data)
     lines = []
     assert store.latest(lines.append) is None
-    prefix = "Checkpoint 7 is corrupt, using the one before it: "
+    prefix = "Checkpoint 7 is corrupt and skipped: "
     assert lines == [prefix + reason]
     (store.folder / name).write_bytes(b"")
     assert store.latest(lines.append) is None
@@ -203,7 +203,7 @@ def test_truncation_and_bit_flips_are_detected(store, flips):
         lines = []
         assert store.latest(lines.append).state == {"number": 1}
         assert len(lines) == 1
-        assert lines[0].startswith("Checkpoint 2 is corrupt, using the one before it: ")
+        assert lines[0].startswith("Checkpoint 2 is corrupt and skipped: ")
     newest.write_bytes(intact)
     assert store.latest(fail_on_log).state == {"number": 2}
 

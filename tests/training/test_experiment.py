@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
-    """One short run of both models: (run, folder, progress)."""
+    """(run, folder, progress) of a short run of both models."""
     output = tmp_path_factory.mktemp("run") / "new" / "folder"
     console = Recorder()
     config = Config(str(folder), epochs=2, batch_size=10)
@@ -139,11 +139,11 @@ def test_bfloat16_computes_with_float32_weights(folder, tmp_path):
     config = Config(str(folder), epochs=1, batch_size=10, precision="bfloat16")
     result = compare(config, tmp_path / "run")
     assert keras.config.dtype_policy().name == "float32"
-    for one in result.results:
-        model = one.classifier.model
+    for trained in result.results:
+        model = trained.classifier.model
         assert {layer.compute_dtype for layer in model.layers if layer.weights} == {"bfloat16"}
         assert {v.dtype for v in model.variables if "seed" not in v.path} == {"float32"}
-        assert all(np.isfinite(row["test_loss"]) for row in one.rows)
+        assert all(np.isfinite(row["test_loss"]) for row in trained.rows)
     assert {f.name for f in (tmp_path / "run").iterdir()} == FILES
     assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == "bfloat16"
     loaded = classifiers.load(tmp_path / "run" / "inn.keras")
@@ -240,7 +240,7 @@ def test_divergence_stops_the_run_and_is_reported(folder, tmp_path):
     assert "Received: nan at step 1, in epoch 1; weights: " in result.failure
     assert result.failure.endswith("; the last checkpoint is number 3")
     assert " not finite" in result.failure
-    assert [len(one.rows) for one in result.results] == [1, 0]
+    assert [len(trained.rows) for trained in result.results] == [1, 0]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["failure"] == result.failure
     assert metrics["models"]["inn"]["train_loss"] is None

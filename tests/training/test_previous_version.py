@@ -94,7 +94,7 @@ def test_run_of_version_0_1_resumes(pets):
         learning_rate=0.02,
     )
     progress = Recorder()
-    # `allow_config_change` permits other versions, but no other settings: a model is trained.
+    # Versions may differ with `allow_config_change`; settings may not, as one model is trained.
     compare(
         config,
         "run",

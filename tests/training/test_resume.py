@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def builder(input_shape, classes, width=4):
-    """A model with every kind of state: weights, moving statistics, and a seed generator."""
+    """A model with every kind of state: weights, moving statistics, a seed generator."""
     inputs = keras.Input(input_shape)
     x = keras.layers.Conv2D(width, 3)(inputs)
     x = keras.layers.BatchNormalization()(x)
@@ -61,9 +61,12 @@ def outcome(output, builders=BUILDERS):
         for label in builders
     }
     metrics = json.loads((output / "metrics.json").read_text())["models"]
-    clock = ("seconds", "seconds_per_epoch")
-    kept = {m: {k: v for k, v in of.items() if k not in clock} for m, of in metrics.items()}
-    return weights, kept, (output / "history.csv").read_bytes()
+    times = ("seconds", "seconds_per_epoch")
+    metrics = {
+        label: {k: v for k, v in values.items() if k not in times}
+        for label, values in metrics.items()
+    }
+    return weights, metrics, (output / "history.csv").read_bytes()
 
 
 class StopAfter(NullProgress):
@@ -83,7 +86,7 @@ class StopAfter(NullProgress):
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder, tmp_path_factory):
-    output = tmp_path_factory.mktemp("whole") / "run"
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "write", lambda run, output: None)
         compare(config(folder), output, builders=BUILDERS)
@@ -128,7 +131,7 @@ def test_corrupt_checkpoint_falls_back_to_the_previous_one(folder, tmp_path, uni
     newest.write_bytes(newest.read_bytes()[:-100])
     console = StopAfter(10**6)
     compare(config(folder), output, console, BUILDERS, resume=True)
-    assert sum(" is corrupt, using the one before it" in line for line in console.lines) == 1
+    assert sum(" is corrupt and skipped" in line for line in console.lines) == 1
     assert outcome(output) == uninterrupted
 
 
@@ -206,17 +209,19 @@ def test_too_few_images_are_rejected_before_writing(folder, tmp_path):
 
 @pytest.mark.parametrize("unwritable", ["lock", "folder"])
 def test_full_disk_at_start_raises_write_error(unwritable, folder, tmp_path, monkeypatch):
-    def raise_no_space(*arguments, **more):
+    def raise_no_space(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     store = tmp_path / "run" / checkpoint.FOLDER
-    make = pathlib.Path.mkdir
+    make_folder = pathlib.Path.mkdir
     if unwritable == "lock":
         monkeypatch.setattr("filelock.FileLock.acquire", raise_no_space)
     else:
         monkeypatch.setattr(
             "pathlib.Path.mkdir",
-            lambda path, *a, **more: raise_no_space() if path == store else make(path, *a, **more),
+            lambda path, *args, **kwargs: (
+                raise_no_space() if path == store else make_folder(path, *args, **kwargs)
+            ),
         )
     path = store if unwritable == "folder" else tmp_path / "run" / checkpoint.LOCK
     with pytest.raises(WriteError, match=rf"Could not write {path}: No space left"):
@@ -261,7 +266,7 @@ def test_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path, 
     """Fails each write of a run in turn, as on a full disk."""
     output, left = tmp_path / "run", 0
     one_epoch = config(folder, epochs=1)
-    compare(one_epoch, tmp_path / "whole", builders=ONE)
+    compare(one_epoch, tmp_path / "uninterrupted", builders=ONE)
     real = os.fsync
 
     def sync(handle):
@@ -286,7 +291,7 @@ def test_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path, 
         if number > 2:  # writes 1 and 2 belong to the first checkpoint
             assert re.fullmatch(r"Stopped: the last checkpoint is number \d+\.", console.lines[-1])
     assert 4 < number < 99
-    assert outcome(output, ONE) == outcome(tmp_path / "whole", ONE)
+    assert outcome(output, ONE) == outcome(tmp_path / "uninterrupted", ONE)
 
 
 def test_temporary_files_of_killed_processes_are_removed(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Hyperparameter sweeps: search spaces, trials, resuming, reports. Models are tiny, for speed."""
+"""Hyperparameter sweeps of tiny models: search spaces, trials, resuming, reports."""
 
 import csv
 import json

@@ -61,18 +61,18 @@ def test_imagenet_learning_rate():
 
 
 def test_training_metrics_include_images_before_a_resume():
-    """On more devices, an epoch may have fewer images than the run already trained on."""
+    """A resumed epoch on more devices may have fewer images than it has already trained on."""
 
-    class BreakError(Exception):
+    class InterruptError(Exception):
         pass
 
     def step():
         if interrupted.state.test_images:
-            raise BreakError
+            raise InterruptError
 
     recipe = dataclasses.replace(RECIPES["example"], batch_size=5)
     interrupted, resumed = (Trainer(network(), dataset(), recipe, 1, 0) for _ in range(2))
-    with pytest.raises(BreakError):
+    with pytest.raises(InterruptError):
         list(interrupted.epochs(step))
     resumed._images_per_epoch = 8
     resumed.restore(interrupted.arrays(), dataclasses.replace(interrupted.state))
@@ -133,7 +133,7 @@ def test_gradient_accumulation_equals_one_batch(name):
             recipe, batch_size=8, gradient_accumulation_steps=accumulation
         )
         trainer = Trainer(without_normalization(), dataset(16), accumulating, 3, 0)
-        assert trainer.step_size == 8 // accumulation
+        assert trainer.micro_batch_size == 8 // accumulation
         rows = list(trainer.epochs())
         results.append((rows, weights(trainer.model)))
     (rows, expected), (other_rows, values) = results
@@ -155,8 +155,8 @@ def test_averaged_weights_are_evaluated_and_kept(accumulation):
         values = weights(trainer._trained)
         if trainer.state.images > len(images.x_train):
             evaluated.append(values)
-            for own, expected in zip(values, average, strict=True):
-                np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-7)
+            for actual, expected in zip(values, average, strict=True):
+                np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
             return
         # The first complete batch initializes the average.
         steps += 1
@@ -167,14 +167,14 @@ def test_averaged_weights_are_evaluated_and_kept(accumulation):
         ]
 
     list(trainer.epochs(check_average))
-    assert len(evaluated) == 2 * -(-3 // trainer.step_size)
-    for own, expected in zip(weights(trainer.model), average, strict=True):
-        np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-7)
+    assert len(evaluated) == 2 * -(-3 // trainer.micro_batch_size)
+    for actual, expected in zip(weights(trainer.model), average, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.any_backend
 def test_training_resumes_exactly_from_any_step(tmp_path):
-    """Steps include accumulation steps within a batch, and test steps."""
+    """Including from an accumulation step within a batch, and from a test step."""
     pets = write_folder(tmp_path / "pets", size=(12, 9), train=4, test=3)
     images = datasets.load(str(pets), (6, 8), crop_fraction=0.875)
     recipe = dataclasses.replace(
@@ -217,8 +217,8 @@ def test_training_resumes_exactly_from_any_step(tmp_path):
         resumed = make_trainer()
         resumed.restore(arrays, dataclasses.replace(state))
         assert without_time(resumed.epochs())[-1] == rows[-1]
-        for own, other in zip(weights(resumed.model), expected, strict=True):
-            np.testing.assert_array_equal(own, other)
+        for actual, want in zip(weights(resumed.model), expected, strict=True):
+            np.testing.assert_array_equal(actual, want)
 
 
 def test_example_recipe_has_constant_rate_and_no_decay():

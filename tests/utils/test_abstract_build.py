@@ -37,13 +37,13 @@ def dense(units):
 
 def test_unused_variables_are_counted():
     stored = 10**6
-    fits = (2 * stored + EXTRA_ELEMENTS) // 1001
-    build_abstract(lambda: dense(fits), stored)
-    assert message(lambda: dense(fits + 1), stored).endswith("of which 1,000,000 are stored")
+    max_units = (2 * stored + EXTRA_ELEMENTS) // 1001
+    build_abstract(lambda: dense(max_units), stored)
+    assert message(lambda: dense(max_units + 1), stored).endswith("of which 1,000,000 are stored")
     # The limit applies to the sum over all layers, of every class.
     assert "of which 0 are" in message(lambda: [dense(1000) for _ in range(9)], 0)
     assert "of which 0 are" in message(lambda: L.Embedding(10**6, 10).build(), 0)
-    # There is no limit without `stored`, nor after the build.
+    # Variables are unlimited without `stored` and after the build.
     build_abstract(lambda: dense(10**9))
     assert keras.Variable.__init__.__name__ == keras.Operation.__init__.__name__ == "__init__"
     dense(10)
@@ -90,13 +90,13 @@ def test_large_kernel_sizes_allocate_no_memory_before_use(generator):
     assert peak < 2**22
 
 
-def test_error_for_many_channels_is_immediate():
+def test_invalid_groups_of_many_channels_raise_immediately():
     with pytest.raises(ValueError, match="one of 1, 2, 4, 5"):
         involution.Involution2D(3, groups=3).build((None, 8, 8, 10**15))
 
 
-# Layers that create variables in unusual ways, or none. The other layers are tested by slow tests.
-KINDS = [
+# Layers that create variables in unusual ways, or none. Slow tests cover the other layers.
+UNUSUAL_LAYERS = [
     "Dense",
     "EinsumDense",
     "Embedding",
@@ -112,15 +112,18 @@ KINDS = [
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n not in KINDS)) for n in hostile_configs.NAMES],
+    [
+        pytest.param(n, marks=[pytest.mark.slow] * (n not in UNUSUAL_LAYERS))
+        for n in hostile_configs.NAMES
+    ],
 )
-def test_memory_is_bounded_for_any_number_in_a_file(name, tmp_path):
-    parts = hostile_configs.parts(hostile_configs.honest(name), tmp_path)
-    classifier.load_model(tmp_path / "honest.keras")
+def test_memory_is_bounded_for_any_number_in_a_configuration(name, tmp_path):
+    parts = hostile_configs.parts(hostile_configs.valid_model(name), tmp_path)
+    classifier.load_model(tmp_path / "valid.keras")
     config = json.loads(parts["config.json"])
-    configs = list(hostile_configs.blown_up(config, ("config", "build_config")))
-    assert len(configs) > 2 or name not in KINDS
-    for where, changed in configs:
+    configs = list(hostile_configs.with_one_huge_integer(config, ("config", "build_config")))
+    assert len(configs) > 2 or name not in UNUSUAL_LAYERS
+    for position, changed in configs:
         path = hostile_configs.write(tmp_path / "x.keras", parts, changed)
         memory.malloc_trim()
         with open("/proc/self/clear_refs", "w") as file:
@@ -128,7 +131,7 @@ def test_memory_is_bounded_for_any_number_in_a_file(name, tmp_path):
         before = memory_bytes()
         with contextlib.suppress(InputError):
             classifier.load_model(path)
-        assert memory_bytes("VmHWM") - before < MAX_GROWTH, where
+        assert memory_bytes("VmHWM") - before < MAX_GROWTH, position
 
 
 def lora():
@@ -162,9 +165,9 @@ def recurrent():
     return keras.Sequential([keras.Input((5, 3)), stack, L.Bidirectional(L.LSTM(2))])
 
 
-@pytest.mark.parametrize("make", [lora, cells, shared, nested, recurrent])
-def test_ordinary_models_are_loaded(make, tmp_path):
-    model = make()
+@pytest.mark.parametrize("make_model", [lora, cells, shared, nested, recurrent])
+def test_ordinary_models_are_loaded(make_model, tmp_path):
+    model = make_model()
     model.save(tmp_path / "x.keras")
     loaded = classifier.load_model(tmp_path / "x.keras")
     random = np.random.default_rng(0)

@@ -25,7 +25,7 @@ def test_files_are_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["x.json"]
 
 
-def test_failure_keeps_the_old_file(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "x.txt"
     write_text(path, "old")
 
@@ -41,18 +41,18 @@ def test_failure_keeps_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cause", "number", "reason"),
+    ("cause", "error_number", "reason"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC, "No space left on device"),
         (OSError("without a number"), None, "without a number"),
     ],
 )
-def test_write_errors_have_one_line(tmp_path, cause, number, reason):
+def test_write_errors_have_one_line(tmp_path, cause, error_number, reason):
     path = tmp_path / "x.txt"
     with pytest.raises(WriteError) as caught, atomic_write(str(path)):
         raise cause
     assert str(caught.value) == f"Could not write {path}: {reason}"
-    assert (caught.value.errno, caught.value.filename) == (number, str(path))
+    assert (caught.value.errno, caught.value.filename) == (error_number, str(path))
     assert caught.value.__cause__ is cause
     assert os.listdir(tmp_path) == []
 
@@ -66,22 +66,22 @@ def test_temporary_file_is_named_after_its_target(tmp_path):
 
 
 def test_sync_precedes_rename_and_folder_sync_follows(tmp_path, monkeypatch):
-    path, order = tmp_path / "x.txt", []
+    path, events = tmp_path / "x.txt", []
     real_sync, real_replace = os.fsync, pathlib.Path.replace
 
     def sync(handle):
         status = os.fstat(handle)
-        order.append(("folder" if stat.S_ISDIR(status.st_mode) else "file", path.exists()))
+        events.append(("folder" if stat.S_ISDIR(status.st_mode) else "file", path.exists()))
         real_sync(handle)
 
     def replace(source, target):
-        order.append(("name", path.exists()))
+        events.append(("name", path.exists()))
         return real_replace(source, target)
 
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(pathlib.Path, "replace", replace)
     write_text(path, "new")
-    assert order == [("file", False), ("name", False), ("folder", True)]
+    assert events == [("file", False), ("name", False), ("folder", True)]
 
 
 @pytest.mark.parametrize("mask", [0o027, 0o000])
@@ -120,11 +120,11 @@ def test_remove_temporaries_deletes_only_temporary_files(tmp_path):
     for name in (".part-1", "a/.part-x.keras", "a/b/.part-", "a/part-1", ".parts", "a/x.part-"):
         (tmp_path / name).write_bytes(b"x")
     atomic_files.remove_temporaries(str(tmp_path))
-    left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
-    assert left == [".parts", "a/part-1", "a/x.part-"]
+    kept = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
+    assert kept == [".parts", "a/part-1", "a/x.part-"]
 
 
-def test_file_formats_do_not_depend_on_the_system(tmp_path):
+def test_file_formats_do_not_depend_on_the_platform(tmp_path):
     path = tmp_path / "x"
     write_text(path, "é\n\n")
     assert path.read_bytes() == b"\xc3\xa9\n\n"

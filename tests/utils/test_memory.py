@@ -1,4 +1,4 @@
-"""Settings of the C allocator, in subprocesses: they cannot be undone."""
+"""Settings of the C allocator, which cannot be undone: each test uses a subprocess."""
 
 import platform
 import subprocess
@@ -31,5 +31,5 @@ def faults(setting):
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="requires glibc")
-def test_reuse_of_freed_memory_causes_no_page_faults():
+def test_disable_malloc_trim_avoids_page_faults_on_reuse():
     assert faults("keep") < 100 < faults("default")

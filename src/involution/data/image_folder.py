@@ -4,7 +4,8 @@ The same rule applies to both: a class is a folder directly in ``train/``, and i
 files directly in that folder. ``_group_by_class`` implements it.
 
 Tar files are not unpacked: the offsets of their members are read once, and an image is read at its
-offset. Links are not followed.
+offset. In folders, links to classes and to images are followed, and deeper links to folders are
+not; a link in a tar file is an error.
 """
 
 import concurrent.futures

@@ -33,7 +33,7 @@ class Linear(KernelGenerator):
     Args:
         kernel_size: Window sizes, one for each spatial dimension; None: the involution layer's.
         groups: Number of kernels at each position; None: the involution layer's.
-        strides: Size and distance of the pooled windows; None: the involution layer's.
+        strides: Pool size and stride; None: the involution layer's.
         data_format: ``"channels_last"`` or ``"channels_first"``; None: the involution layer's.
         kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer: As in
             ``keras.layers.Conv2D``. The initial values are those of the paper's code.
@@ -268,8 +268,8 @@ def near_depthwise_init(taps):
     """
     (taps,) = standardize_tuple("taps", taps, 1)
     return {
-        # A tenth of the paper's; in the first convolution, which batch normalization follows, the
-        # scale has no effect.
+        # A tenth of the paper's standard deviation; without effect on the first convolution, which
+        # batch normalization follows.
         "kernel_initializer": _normal(0.02),
         "bias_initializer": {
             "class_name": "RandomNormal",

@@ -288,7 +288,7 @@ _SHARED_DOC = """
         groups: Number of groups; divides the channels. None: channels // group_channels, or one
             group if there are fewer channels than that.
         group_channels: Channels per group, if ``groups`` is None.
-        reduction_ratio: Input channels per hidden channel of the default generator.
+        reduction_ratio: Input channels per hidden channel of a generator given by name.
         kernel_generator: A Keras layer from features (B, *spatial, C) to a kernel map
             (B, *out_spatial, taps * groups), channels tap-major; a name (``"bottleneck"``,
             ``"contextual"``, ``"linear"``, ``"pairwise_attention"``, ``"static"``); None:

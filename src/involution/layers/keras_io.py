@@ -1,4 +1,4 @@
-"""The layer of the keras.io example, as a drop-in."""
+"""A drop-in replacement for the layer of the keras.io example."""
 
 import keras
 from keras import ops

@@ -30,8 +30,9 @@ def involution(
             kernel[b, p, k, g(c)] * x[b, p * strides - pad + k * dilation_rate, c]
 
     where ``x`` is 0 out of bounds. Sums are accumulated in float32 (float64 inputs: float64). Both
-    gradients are exact, and reverse mode supports any order. On JAX, ``native``, ``taps`` and
-    ``fused`` do not support forward mode, and raise an error.
+    gradients are exact, and reverse mode supports any order; under ``torch.compile``, ``fused``
+    supports the first only. On JAX, ``native``, ``taps`` and ``fused`` do not support forward mode.
+    What is not supported raises an error.
 
     Infinities and NaN follow IEEE arithmetic, in every implementation. A tap outside the input
     multiplies its kernel value by 0: if that value is infinite or NaN, the output is NaN; if the
@@ -54,9 +55,9 @@ def involution(
         group_layout: ``"contiguous"``: channel c belongs to group c // (C / groups), as in the
             paper; ``"interleaved"``: to group c % groups, as in the keras.io example.
         data_format: ``"channels_last"``, ``"channels_first"``, or None for Keras's setting.
-        implementation: None for the fastest that supports the call, a name, or a sequence of names
-            that are tried in order. If none of them supports the call, a ValueError gives the
-            reasons.
+        implementation: None for the first in order of preference that supports the call, a name, or
+            a sequence of names that are tried in order. If none of them supports the call, a
+            ValueError gives the reasons.
 
     Returns:
         Tensor (B, *out_spatial, C) or (B, C, *out_spatial), of the dtype of ``x``.
@@ -159,7 +160,7 @@ def fused_involution(
 
     Kernels have taps * groups elements at every position, often many times the size of the
     features. The implementation ``fused``, preferred where available, computes them where they are
-    used and never stores them, in the gradients too. The others compute and store them first.
+    used and does not store them, in the gradients too. The others compute and store them first.
     Infinities and NaN follow the rule of ``involution``: a kernel value at a tap outside the input
     is multiplied by 0.
 

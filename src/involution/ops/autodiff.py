@@ -111,7 +111,7 @@ def _has_tangents(*tensors) -> bool:
     try:
         from tensorflow.python.eager.forwardprop_util import pack_tangents
     except ImportError:
-        return False  # not public
+        return False  # private API, which may be missing
     return bool(pack_tangents(tensors).tangents)
 
 
@@ -168,7 +168,7 @@ def nested_forward_mode() -> bool:
     try:
         from torch._C._functorch import TransformType, get_interpreter_stack
     except ImportError:
-        return False  # not public
+        return False  # private API, which may be missing
     levels = get_interpreter_stack()
     return bool(levels) and [level.key() for level in levels].count(TransformType.Jvp) > 1
 
@@ -183,8 +183,8 @@ def tracing_reason() -> str | None:
     if torch.compiler.is_compiling() or not torch.jit.is_tracing():
         return None
     return (
-        "torch.jit.trace, and exporters that use it, support only PyTorch's own ops: "
-        'involution.ops.force_implementation(("rows", "reference")), or `involution export`'
+        "torch.jit.trace, and exporters that use it, support only PyTorch's own ops; trace within "
+        'involution.ops.force_implementation(("rows", "reference")), or use `involution export`'
     )
 
 

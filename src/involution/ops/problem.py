@@ -121,7 +121,7 @@ def check_kernel(problem: Problem, kernel):
         "kernel",
         kernel,
         shape,
-        "a batch, the output's spatial sizes, the taps of a window and the groups",
+        "batch, spatial sizes of the output, taps and groups, ordered by `data_format`",
     )
 
 
@@ -141,7 +141,7 @@ def check_generator(problem: Problem, hidden, weight, bias):
             "hidden",
             hidden,
             window.shape(batch, sizes, count),
-            "a batch, the output's spatial sizes and the hidden channels",
+            "batch, spatial sizes of the output, hidden channels, ordered by `data_format`",
         ),
         ("weight", weight, (count, kernels), "hidden channels, and taps * groups"),
         ("bias", bias, (kernels,), "taps * groups"),

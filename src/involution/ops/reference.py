@@ -35,7 +35,7 @@ def apply(x, kernel, problem):
 
 
 def kernel_grad(x, dy, problem):
-    """P[b, p, tap, group] = sum over channels of Y[b, p, c] * X[b, window of p at tap, c]."""
+    """dkernel[b, p, tap, group] = sum over channels c: dy[b, p, c] * x[b, tap of window p, c]."""
     window = problem.window
     x_sizes = spatial_shape(x, window)
     padded, grouped_dy = (

@@ -43,7 +43,7 @@ def apply(x, kernel, problem):
 
 
 def kernel_grad(x, dy, problem):
-    """P[b, p, tap, group] = sum over channels of Y[b, p, c] * X[b, window of p at tap, c]."""
+    """dkernel[b, p, tap, group] = sum over channels c: dy[b, p, c] * x[b, tap of window p, c]."""
     window = problem.window
     grouped_dy = ops.expand_dims(split_groups(to_accumulation_dtype(dy), window), _tap_axis(window))
     axis = _group_channel_axis(window)

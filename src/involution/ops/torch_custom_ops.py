@@ -191,7 +191,7 @@ def _fused_op(name, execute, device_types):
         if Params.decode(ctx.params).pass_name != FORWARD:
             raise NotImplementedError(
                 "`fused` does not support second derivatives under torch.compile; "
-                'involution.ops.force_implementation("native") does'
+                'involution.ops.force_implementation(("triton", "native")) does'
             )
 
         def call(pass_, window, sizes, *arguments):

@@ -22,7 +22,7 @@ def standardize_tuple(name, value, count, minimum=1) -> tuple[int, ...]:
         or any(isinstance(v, bool) for v in values)
         or any(n < minimum for n in numbers)
     ):
-        each = "" if count == 1 else f", or {count} of them, one for each spatial dimension"
+        each = "" if count == 1 else f", or a sequence of {count}, one for each spatial dimension"
         raise ValueError(
             f"`{name}` must be an integer of at least {minimum}{each}. Received: {name}={value!r}"
         )
@@ -42,9 +42,9 @@ def standardize_padding(name, padding, rank):
     except (TypeError, ValueError):
         pass
     raise ValueError(
-        "`padding` must be 'same', 'valid', 'symmetric', an integer of at least 0, or "
-        f"a pair (before, after) of them for each of {rank} spatial dimensions. "
-        f"Received: padding={padding!r}"
+        f"`{name}` must be 'same', 'valid', 'symmetric', an integer of at least 0, or a sequence "
+        f"of {rank} pairs (before, after) of such integers, one for each spatial dimension. "
+        f"Received: {name}={padding!r}"
     )
 
 
@@ -84,7 +84,7 @@ def check_axes(layer, input_shape, rank):
     """ValueError unless a shape has a batch axis, ``rank`` spatial axes, and channels."""
     if len(input_shape) != rank + 2:
         raise ValueError(
-            f"Input of {type(layer).__name__} must have a batch axis, {rank} spatial and one of "
-            f"channels: expected ndim={rank + 2}, found ndim={len(input_shape)}. "
+            f"Input of {type(layer).__name__} must have a batch axis, {rank} spatial axes and a "
+            f"channel axis: expected ndim={rank + 2}, found ndim={len(input_shape)}. "
             f"Received: input_shape={tuple(input_shape)}, layer={layer.name}"
         )

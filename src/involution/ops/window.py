@@ -167,8 +167,9 @@ class Window:
     def clamp_steps(self, sizes) -> "Window":
         """An equivalent window for inputs of these sizes, whose steps stay near the input.
 
-        Taps that read only padding may be at any distance from the input, and with one window the
-        stride has no effect. Without this limit, memory and time would grow with both.
+        Taps that read only padding may be at any distance from the input, and with one output
+        position the stride has no effect. Without this limit, memory and time would grow with
+        strides and dilation rates.
         """
         strides, rates = list(self.strides), list(self.dilation_rate)
         for i, n in enumerate(sizes):

@@ -1,7 +1,8 @@
 """Checkpoints of a run, from which an interrupted run resumes bit-exactly.
 
-A checkpoint is one safetensors file with arrays and a JSON state. Its name contains the SHA-256 of
-its content: it is written atomically by a rename, and a modified or truncated file is detected.
+A checkpoint is one safetensors file with arrays and a JSON state. It is written
+atomically, by a rename. Its name contains the SHA-256 of its content, by which a modified or
+truncated file is detected.
 """
 
 import contextlib
@@ -120,7 +121,7 @@ class CheckpointManager:
                     raise ValueError("its content does not match the hash in its name")
                 return Checkpoint(number, load_arrays(content), _read_state(content))
             except (*CORRUPTION_ERRORS, SafetensorError) as error:
-                warn(f"Checkpoint {number} is corrupt, using the one before it: {error}")
+                warn(f"Checkpoint {number} is corrupt and skipped: {error}")
         return None
 
     def remove_older(self):

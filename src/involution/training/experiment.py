@@ -157,7 +157,7 @@ def compare(
 
     Args:
         config: The run.
-        output: The folder: new, or empty.
+        output: The folder: new or empty, or with ``resume`` that of the run.
         progress: Receives progress; None: none is reported.
         builders: Models by label, instead of ``config.models``: functions of (input_shape, classes)
             that return a Keras model from images to logits.
@@ -172,7 +172,10 @@ def compare(
 
     Raises:
         InputError: An argument is invalid, another process uses the folder, or the run to resume
-            differs (nothing is written in these cases); or a host was lost.
+            differs. Nothing is written in these cases.
+        LostHostError: A host was lost.
+        WriteError: A file could not be written. A model whose loss is not finite raises nothing: it
+            is recorded as the failure in its result.
     """
     from involution.training import report  # requires the extra `compare`
 

@@ -111,7 +111,7 @@ class Recipe:
         "Initial learning rate as a fraction of the peak", FRACTION, 0.0, stored="start"
     )
     random_flip: bool = setting(
-        "Flip a random half of the training images horizontally in each epoch",
+        "Flip each training image horizontally with probability 1/2 in each epoch",
         default=False,
         stored="flip",
     )

@@ -253,7 +253,7 @@ def run(sweep, folder, study_url=None, progress=None, command="") -> SweepResult
             if rejections == MAX_REJECTIONS:
                 progress.log(
                     f"{MAX_REJECTIONS} consecutive proposals were duplicates or invalid: the "
-                    "search space is exhausted."
+                    "search space seems to be exhausted."
                 )
         except KeyboardInterrupt as interrupt:
             code = exit_code(interrupt)
@@ -368,7 +368,7 @@ def _build_trial(study, sweep, trial, dataset, rejected):
     if len(before) >= sweep.trials:
         reason = "there are enough trials"
     elif any(t.params == values for t in before):
-        reason = "known"
+        reason = "a duplicate"
     elif any(FAILED in t.user_attrs and t.params == values for t in trials):
         reason = "failed before"
     elif (chosen := tuple(values.items())) in rejected:

@@ -106,7 +106,7 @@ class Trainer:
             they differ from epoch to epoch.
 
     Attributes:
-        step_size: Images per step: with gradient accumulation a part of the batch.
+        micro_batch_size: Images per step: with gradient accumulation a part of the batch.
         steps: Number of training and test steps in all epochs. Training can be interrupted after
             each step.
         state: The progress of the training.
@@ -120,7 +120,7 @@ class Trainer:
         self._epochs, self._seed, self._distribution = epochs, seed, distribution
         self._images_per_epoch = images_per_epoch(dataset, recipe, distribution)
         accumulation = recipe.gradient_accumulation_steps
-        self.step_size = (recipe.batch_size or dataset.batch_size) // accumulation
+        self.micro_batch_size = (recipe.batch_size or dataset.batch_size) // accumulation
         self.state = TrainerState()
         train_steps, test_steps = self._steps_per_epoch
         self.steps = epochs * (train_steps + test_steps)
@@ -155,7 +155,7 @@ class Trainer:
         trained = min(self.state.images, self._images_per_epoch)
         tested = max(self.state.images - len(self.dataset.x_train), 0)
         return (self.state.epoch - 1) * (train_steps + test_steps) + sum(
-            -(-images // self.step_size) for images in (trained, tested)
+            -(-images // self.micro_batch_size) for images in (trained, tested)
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -182,7 +182,7 @@ class Trainer:
             (self._compiled.train_on_batch, self._train_batch, self._images_per_epoch),
             (self._compiled.test_on_batch, self._eval_batch, len(self.dataset.x_test)),
         ):
-            self._run_step(step, make_batch(np.arange(min(self.step_size, images))))
+            self._run_step(step, make_batch(np.arange(min(self.micro_batch_size, images))))
         # During testing the model has the averaged weights.
         self._swap_ema(state.images > len(self.dataset.x_train))
         for name, variable in variables.items():
@@ -256,7 +256,7 @@ class Trainer:
     def _steps_per_epoch(self) -> tuple[int, int]:
         """Steps of training and of testing in an epoch."""
         train, test = (
-            -(-images // self.step_size)
+            -(-images // self.micro_batch_size)
             for images in (self._images_per_epoch, len(self.dataset.x_test))
         )
         return train, test
@@ -314,7 +314,8 @@ class Trainer:
         return prefetch(make_batch, self._batch_indices(order, start))
 
     def _batch_indices(self, order, start) -> list[np.ndarray]:
-        return [order[n : n + self.step_size] for n in range(start, len(order), self.step_size)]
+        size = self.micro_batch_size
+        return [order[n : n + size] for n in range(start, len(order), size)]
 
     def _train_batch(self, indices, flip=None) -> Batch:
         shard = self._distribution.shard(indices)

@@ -318,7 +318,7 @@ def compare_kernels(kernel, filters, positions) -> Figure:
         for c in range(channels):
             for column, position in enumerate(positions):
                 ax = axes[c, column]
-                ax.imshow(weights[c][column], cmap=SEQUENTIAL_CMAP, vmin=-extreme, vmax=extreme)
+                ax.imshow(weights[c][column], cmap=DIVERGING_CMAP, vmin=-extreme, vmax=extreme)
                 ax.set_xticks([])
                 ax.set_yticks([])
                 if c == 0:
