@@ -97,6 +97,7 @@ def test_requested_inference_only_backend_is_kept(select):
     assert select(KERAS_BACKEND="numpy").stdout.strip() == "numpy"
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 def test_import_loads_no_optional_dependency(tmp_path):
     # Keras and its backend may import other modules.

@@ -51,6 +51,7 @@ def pushed(run, server, tmp_path):
     return server_state, {"endpoint": url, "cache": tmp_path / "cache"}, revision
 
 
+@pytest.mark.long
 def test_push_and_load(pushed, run):
     server_state, options, revision = pushed
     files = server_state.repositories["me/small"][revision]
@@ -66,6 +67,7 @@ def test_push_and_load(pushed, run):
         assert part in card
 
 
+@pytest.mark.long
 def test_revision_must_be_a_commit(pushed):
     _, options, revision = pushed
     for invalid in (None, "main", revision[:7], revision.upper() + "x", "v1"):
@@ -76,6 +78,7 @@ def test_revision_must_be_a_commit(pushed):
         assert model.output_shape == (None, 3)
 
 
+@pytest.mark.long
 def test_offline_uses_the_cache_only(pushed):
     server_state, options, revision = pushed
     with pytest.raises(InputError, match="Received: me/small: LocalEntryNotFoundError"):
@@ -86,6 +89,7 @@ def test_offline_uses_the_cache_only(pushed):
     assert len(server_state.requests) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_changed_download_is_rejected(pushed, file):
     server_state, options, revision = pushed
@@ -99,6 +103,7 @@ def test_changed_download_is_rejected(pushed, file):
         hub.load("me/small", revision, offline=True, **options)
 
 
+@pytest.mark.long
 def test_changed_cache_is_rejected(pushed):
     _, options, revision = pushed
     hub.load("me/small", revision, **options)
@@ -110,6 +115,7 @@ def test_changed_cache_is_rejected(pushed):
         hub.load("me/small", revision, offline=True, **options)
 
 
+@pytest.mark.long
 def test_missing_repositories_revisions_and_models_raise(pushed, tmp_path):
     server_state, options, _ = pushed
     none = "0" * 40
@@ -129,6 +135,7 @@ def test_missing_repositories_revisions_and_models_raise(pushed, tmp_path):
         hub.load("me/small", none, endpoint="http://127.0.0.1:9", cache=tmp_path / "empty")
 
 
+@pytest.mark.long
 def test_hosted_model_is_converted(server, tmp_path):
     """keras-io/involution is a SavedModel; only its variables are read."""
     server_state, url = server
@@ -146,6 +153,7 @@ def test_hosted_model_is_converted(server, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.pb"))
 
 
+@pytest.mark.long
 def test_push_requires_a_token_and_a_complete_folder(run, server, tmp_path):
     server_state, url = server
     folder = tmp_path / "folder"

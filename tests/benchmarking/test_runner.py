@@ -31,6 +31,7 @@ def small(monkeypatch):
     return runner.Plan(cases=("small", "strided"), seconds=1e-6, calls=2)
 
 
+@pytest.mark.long
 def test_every_candidate_is_measured_forward_and_backward(small):
     # torch.compile takes 30 s per case, so compiled-taps is measured on one case.
     uncompiled = tuple(n for n in runner.CANDIDATES if n != runner.COMPILED_TAPS)
@@ -139,6 +140,7 @@ def test_the_roofline_counts_taps_inside_the_input():
         assert roofline == pytest.approx(want)
 
 
+@pytest.mark.long
 def test_memory_is_measured_in_a_subprocess(small):
     (case,) = (case for case in CASES if case.name == "red4")
     name = IMPLEMENTATIONS[0]
@@ -147,10 +149,11 @@ def test_memory_is_measured_in_a_subprocess(small):
     assert peak is None or tensors / 2 < peak < 40 * tensors
 
 
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"), reason="requires /proc/self/clear_refs"
+)
 def test_peak_memory_excludes_earlier_allocations(small):
     """There is no lower bound: this process may reuse freed memory."""
-    if not os.path.exists("/proc/self/clear_refs"):
-        return
     (case,) = (case for case in CASES if case.name == "red2")
     for backward in (False, True):
         tensors = runner.tensor_bytes(case, "float32", backward, IMPLEMENTATIONS[0])

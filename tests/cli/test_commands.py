@@ -76,6 +76,7 @@ def trained(pets, tmp_path_factory):
     return output, result
 
 
+@pytest.mark.long
 def test_compare_prints_a_table_and_the_next_commands(trained):
     output, result = trained
     lines = result.stdout.splitlines()
@@ -96,6 +97,7 @@ def test_compare_prints_a_table_and_the_next_commands(trained):
     assert command.startswith("involution compare --dataset")
 
 
+@pytest.mark.long
 def test_train_writes_a_model(call, pets, tmp_path):
     code, lines = call("train", "--model", "cnn", "--dataset", pets, "--epochs", "1")
     assert code == 0
@@ -186,6 +188,7 @@ def test_missing_temporary_folder_is_a_write_error(call, monkeypatch):
     )
 
 
+@pytest.mark.long
 def test_explain_prints_the_layers_and_writes_a_figure(call, trained, pets, tmp_path):
     image = pets / "test" / "ant" / "1.png"
     code, lines = call("explain", trained[0] / "inn.keras", image)
@@ -196,6 +199,7 @@ def test_explain_prints_the_layers_and_writes_a_figure(call, trained, pets, tmp_
     assert (tmp_path / "explain.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("figure", ["heatmap", "activations", "point", "groups"])
 def test_figures_are_reproducible(call, trained, pets, tmp_path, figure):
     image = pets / "test" / "ant" / "1.png"
@@ -209,6 +213,7 @@ def test_figures_are_reproducible(call, trained, pets, tmp_path, figure):
     assert a == b
 
 
+@pytest.mark.long
 def test_html_page_is_self_contained(call, trained, pets, tmp_path):
     images = [pets / "test" / "ant" / f"{i}.png" for i in range(2)]
     code, lines = call("explain", trained[0] / "inn.keras", *images, "--output", "page.html")
@@ -221,6 +226,7 @@ def test_html_page_is_self_contained(call, trained, pets, tmp_path):
     assert not re.search(r"https?://|<script", page)
 
 
+@pytest.mark.long
 def test_converted_model_can_be_exported(call, tmp_path):
     code, lines = call("convert", HOSTED, "folder")
     assert code == 0
@@ -251,6 +257,7 @@ def test_trained_model_can_be_exported(call, trained, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.long
 def test_doctor_prints_the_selected_implementations(call):
     code, lines = call("doctor")
     assert code == 0
@@ -336,9 +343,9 @@ def invalid_commands(root, trained):
         (["explain", inn, image, "--output", root / "none" / "x.png"], "writable"),
         (["explain", inn, image, "--output", root / "x.gif"], "must be a .png, .svg or .html"),
         (["explain", inn, image, image, "--figure", "groups"], "requires a single image"),
-        (["explain", inn, image, "--place", "0.5"], "Received: 0.5"),
-        (["explain", inn, image, "--place", "0.5,nan"], "Received: 0.5, nan"),
-        (["explain", inn, image, "--place", "a,b"], "--place must be ROW,COLUMN"),
+        (["explain", inn, image, "--point", "0.5"], "Received: 0.5"),
+        (["explain", inn, image, "--point", "0.5,nan"], "Received: 0.5, nan"),
+        (["explain", inn, image, "--point", "a,b"], "--point must be ROW,COLUMN"),
         (["convert", root / "none.pth", root / "new"], "none.pth"),
         (["convert", root / "text.png", root / "new"], "must be a PyTorch .pth file"),
         (["convert", root / "ok", root / "new"], "a folder without variables"),
@@ -353,6 +360,7 @@ def invalid_commands(root, trained):
     ]
 
 
+@pytest.mark.long
 def test_invalid_input_gives_a_one_line_error_and_writes_nothing(call, trained, tmp_path):
     cases = invalid_commands(tmp_path, trained)
     before = sorted(tmp_path.rglob("*"))
@@ -365,6 +373,7 @@ def test_invalid_input_gives_a_one_line_error_and_writes_nothing(call, trained, 
         assert sorted(tmp_path.rglob("*")) == before, arguments
 
 
+@pytest.mark.long
 def test_unknown_backend_fails_and_stale_keras_json_warns(tmp_path, trained):
     def run(code, **environment):
         env = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
@@ -388,6 +397,7 @@ def test_unknown_backend_fails_and_stale_keras_json_warns(tmp_path, trained):
     assert [f.name for f in tmp_path.iterdir()] == ["keras.json"]
 
 
+@pytest.mark.long
 def test_names_that_the_terminal_cannot_encode_are_escaped(trained, pets):
     image = pets / "猫.png"
     image.write_bytes((pets / "test" / "ant" / "0.png").read_bytes())
@@ -402,6 +412,7 @@ def test_names_that_the_terminal_cannot_encode_are_escaped(trained, pets):
     assert "\\u732b.png: " in result.stdout
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
 def test_paths_that_are_not_utf8_are_escaped(call, pets, tmp_path):
     """Such paths appear in config.json, the report and the printed command."""
@@ -451,6 +462,7 @@ def test_keyboard_interrupt_gives_a_one_line_error(call, monkeypatch):
     assert lines[-1] == "involution: error: interrupted."
 
 
+@pytest.mark.long
 def test_help_does_not_import_the_package():
     """Help is fast because it imports neither Keras nor `involution`."""
     code = (

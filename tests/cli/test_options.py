@@ -74,6 +74,7 @@ RENAMED_OPTIONS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("command", "old", "new"), RENAMED_OPTIONS, ids=str)
 def test_every_deprecated_option_works_and_is_hidden(command, old, new, capsys, help_of):
     is_flag = "allow" in old

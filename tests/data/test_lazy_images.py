@@ -59,6 +59,7 @@ def test_lazy_fingerprints_match_arrays(pair, monkeypatch):
     assert held_out[1].fingerprint() == held_out[0].fingerprint() != loaded.fingerprint()
 
 
+@pytest.mark.long
 def test_training_on_lazy_images_matches_arrays(pair):
     def rows(dataset):
         recipe = dataclasses.replace(RECIPES["one-cycle"], batch_size=10)

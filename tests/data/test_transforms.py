@@ -32,6 +32,7 @@ def test_random_crops_are_inside_the_image(width, height, aspect_ratio):
         assert 0 <= top < bottom <= height
 
 
+@pytest.mark.long
 def test_distribution_of_random_crops():
     rng = np.random.default_rng(0)
     boxes = np.array([transforms.random_resized_crop(500, 500, 1.0, rng) for _ in range(20_000)])

@@ -18,6 +18,7 @@ def test_examples_are_found():
     assert {"denoising", "segmentation", "series"} <= set(EXAMPLES)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name, monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(FOLDER)

@@ -246,6 +246,7 @@ def private_uses(code):
                 yield name
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 def test_f15_no_private_names_of_dependencies_are_used():
     for file in (*modules.values(), *COMMAND_LINE):
@@ -325,6 +326,7 @@ def unsafe(code):
 REVIEWED = {"data.datasets": ["pickle.Unpickler"]}
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 def test_no_data_is_executed():
     for name, file in modules.items():
@@ -417,6 +419,7 @@ def readme():
     return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 def test_readme_is_short_and_its_python_runs():
     text = readme()

@@ -95,6 +95,7 @@ def is_in_make_test(function):
     return marks.isdisjoint(OTHER_TARGETS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", APPLICABLE)
 def test_every_requirement_has_a_test_in_make_test(number):
     functions = [f for f in collected_tests() if number in requirements_of(f)]

@@ -91,6 +91,7 @@ def sequence():
 # --- ONNX ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @slow_except("tensorflow")
 def test_onnx_of_the_inn_matches(tmp_path):
     model = randomized(involution.models.inn())
@@ -166,6 +167,7 @@ REGULAR = ("channels first", "the example's layer")
 EACH = [pytest.param(name, marks=() if name in REGULAR else pytest.mark.slow) for name in LAYERS]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EACH)
 def test_onnx_of_a_layer_matches(tmp_path, name):
     import onnx
@@ -188,6 +190,7 @@ def test_onnx_of_a_layer_matches(tmp_path, name):
             assert relative_error(got, numpy(expected)) < 1e-5
 
 
+@pytest.mark.long
 @slow_except("tensorflow")
 @pytest.mark.parametrize(
     "generator", ["bottleneck", pytest.param("contextual", marks=pytest.mark.slow)]
@@ -225,6 +228,7 @@ def test_rednet26_matches(tmp_path, format):
         assert relative_error(got, numpy(model(x, training=False))) < TOLERANCE
 
 
+@pytest.mark.long
 @slow_except("jax")
 def test_input_and_output_names_are_kept(tmp_path):
     left, right = keras.Input((6, 5, 4), name="left"), keras.Input((6, 5, 4), name="right")
@@ -246,6 +250,7 @@ def test_input_and_output_names_are_kept(tmp_path):
         assert relative_error(got[name], numpy(expected)) < 1e-5
 
 
+@pytest.mark.long
 def test_outputs_without_keys_are_numbered(tmp_path):
     model = model_of(involution.Involution1D(3, return_kernel=True), 6, 4, name="left")
     result = export(model, tmp_path / "model.onnx")
@@ -257,6 +262,7 @@ def test_outputs_without_keys_are_numbered(tmp_path):
 # --- Unknown sizes -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @slow_except("tensorflow")
 def test_unknown_sizes_stay_dynamic(tmp_path):
     model = randomized(involution.models.inn((None, None, 3), head="convolutional"))
@@ -271,6 +277,7 @@ def test_unknown_sizes_stay_dynamic(tmp_path):
         assert relative_error(got, numpy(model(x, training=False))) < 1e-5
 
 
+@pytest.mark.long
 @slow_except("tensorflow")
 @pytest.mark.parametrize("format", BACKEND_FORMATS or SUPPORTED)
 def test_strides_with_unknown_sizes(tmp_path, format):
@@ -285,6 +292,7 @@ def test_strides_with_unknown_sizes(tmp_path, format):
     assert relative_error(got, numpy(model(x))) < 1e-5
 
 
+@pytest.mark.long
 def test_input_shape_sets_unknown_sizes(tmp_path):
     import onnx
 
@@ -303,6 +311,7 @@ def test_an_incompatible_input_shape_raises(tmp_path, given):
         export(model, tmp_path / "model.onnx", input_shape=given)
 
 
+@pytest.mark.long
 def test_a_subclass_requires_input_shape(tmp_path):
     class Subclass(keras.Model):
         def __init__(self):
@@ -326,6 +335,7 @@ def test_a_subclass_requires_input_shape(tmp_path):
 # --- Backend-specific formats --------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("format", BACKEND_FORMATS)
 def test_exported_files_run_without_the_package(tmp_path, format):
     model = randomized(involution.models.inn((16, 12, 3)))
@@ -365,6 +375,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 # --- No custom operations ------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @slow_except("tensorflow")
 @pytest.mark.skipif(native_missing_reason() is not None, reason="installed without native")
 def test_functions_traced_with_native_are_not_exported(tmp_path):
@@ -441,6 +452,7 @@ def fast_exporter(monkeypatch):
     monkeypatch.setattr(api, "_convert", convert)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [np.nan, np.inf, "wrong", "shape", "missing"])
 @pytest.mark.parametrize("format", SUPPORTED)
 def test_a_file_that_fails_verification_is_deleted(
@@ -452,6 +464,7 @@ def test_a_file_that_fails_verification_is_deleted(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_model_with_nan_outputs_is_not_exported(tmp_path, fast_exporter, monkeypatch):
     model = model_of(involution.Involution1D(3), 9, 4)
     model.weights[0].assign(np.full(model.weights[0].shape, np.nan))
@@ -482,6 +495,7 @@ def test_an_interrupted_export_keeps_the_old_file(tmp_path, monkeypatch, error):
     assert (tmp_path / "model.onnx").read_bytes() == b"old"
 
 
+@pytest.mark.long
 @slow_except("jax")
 def test_an_unreadable_file_is_deleted(tmp_path, fast_exporter):
     for format in SUPPORTED:
@@ -508,6 +522,7 @@ def test_invalid_targets_raise(tmp_path, format):
             export(sequence(), folder / "kept", format)
 
 
+@pytest.mark.long
 @slow_except("tensorflow")
 def test_a_file_is_replaced_and_readable_by_others(tmp_path):
     path = tmp_path / "model.onnx"
@@ -521,6 +536,7 @@ def test_a_file_is_replaced_and_readable_by_others(tmp_path):
 # --- The model -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @slow_except("tensorflow")
 def test_the_model_is_not_modified(tmp_path):
     model = sequence()

@@ -382,6 +382,7 @@ def cases(draw):
     return case if applies(case) else dataclasses.replace(case, alteration=None)
 
 
+@pytest.mark.long
 @given(cases())
 @settings(max_examples=4 if BACKEND == "jax" else 25, deadline=None, derandomize=True)
 def test_random_generators_match_stored_kernels(case):
@@ -433,6 +434,7 @@ def test_only_affine_last_layers_are_fused(case):
     assert assert_matches_stored(case) == (case in FUSIBLE)
 
 
+@pytest.mark.long
 def test_comparison_detects_fusion_without_checks(monkeypatch):
     """Most cases differ or raise if the last layer's weights are read without checks."""
 
@@ -487,6 +489,7 @@ def test_global_module_hooks_prevent_fusion(monkeypatch):
     assert pointwise._hooked(layer.kernel_generator)
 
 
+@pytest.mark.long
 def test_changed_attributes_take_effect_at_the_next_call(monkeypatch):
     layer = Case("bottleneck", "as built", None).layer()
     x = keras.ops.ones((2, *SIZES, CHANNELS))

@@ -119,6 +119,7 @@ def test_window_products_reject_incompatible_y(y, received):
 # --- Equivalent layers ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strides", [1, 2])
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize("size", [(3, 3), (4, 5)])
@@ -178,6 +179,7 @@ def local_attention(x, query, key, heads, geometry):
     return y, kernel
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("rank", "arguments"),
     [
@@ -238,6 +240,7 @@ def test_pairwise_attention_over_the_full_map_matches_multi_head_attention():
     assert relative_error(numpy(layer(x)), want) < 1e-5
 
 
+@pytest.mark.long
 def test_attention_is_zero_where_the_window_misses_the_input():
     # Two taps, 9 apart, lie on both sides of the 3 positions.
     layer = Involution1D(2, dilation_rate=9, groups=1, kernel_generator="pairwise_attention")
@@ -245,6 +248,7 @@ def test_attention_is_zero_where_the_window_misses_the_input():
     assert (y == 0).all()
 
 
+@pytest.mark.long
 def test_contextual_receptive_field_is_the_context_size():
     layer = Involution2D(3, groups=1, kernel_generator=Contextual(2, context_size=5))
     x = random(1, 11, 11, 6)
@@ -261,6 +265,7 @@ def test_contextual_receptive_field_is_the_context_size():
 # --- Options -------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_kernel_softmax_normalizes_every_window(rank, data_format):
@@ -281,6 +286,7 @@ def test_kernel_softmax_normalizes_every_window(rank, data_format):
     assert relative_error(numpy(layer(x)[1]), want) < 1e-5
 
 
+@pytest.mark.long
 def test_kernel_dropout_scales_kept_values_in_training_only():
     layer = Involution2D(3, groups=1, kernel_generator="static", kernel_dropout=0.25)
     layer.return_kernel = True
@@ -298,6 +304,7 @@ def test_kernel_dropout_out_of_range_raises():
         Involution2D(3, kernel_dropout=1.5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_filters_project_the_output(rank, data_format):
@@ -374,6 +381,7 @@ def trained(name):
 
 
 # The default generator on every backend, the others on the last.
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [
@@ -390,6 +398,7 @@ def test_every_generator_trains(name):
         assert changed > 0 or weight.path.endswith("key/bias"), weight.path
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 def test_every_generator_loads_in_another_process(tmp_path):
     for name in ALL_GENERATORS:

@@ -157,6 +157,7 @@ def test_automatic_names_in_a_generator_are_unique():
     assert [part.name for part in generator.layers] == ["conv2d", "conv2d_1"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["linear", "Sequential", "user's"])
 def test_loading_preserves_paths(name, tmp_path):
     model = network(FACTORIES[name])
@@ -274,6 +275,7 @@ def test_failed_build_leaves_inherited_arguments_unset():
 # --- Shared generators ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 @pytest.mark.parametrize("generator", [two_convolutions, lambda: Bottleneck(2), Sized])
 def test_f27_generators_with_weights_cannot_be_shared(generator):
@@ -294,6 +296,7 @@ def test_f27_generators_with_weights_cannot_be_shared(generator):
     second(x)
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 def test_f27_sublayers_with_weights_cannot_be_shared():
     shared = keras.layers.Conv2D(4, 1)
@@ -349,6 +352,7 @@ TRAINING_LAYERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", TRAINING_LAYERS.values(), ids=TRAINING_LAYERS)
 def test_stateless_call_supports_training(make):
     x = random(3, 5, 6, 8) + 1
@@ -400,6 +404,7 @@ class Wrapping(keras.layers.Layer):
         return self.inner.call(x, training=training)
 
 
+@pytest.mark.long
 def test_training_argument_reaches_a_wrapped_layer():
     x = random(2, 5, 6, 8) + 1
     inner = Involution2D(3)

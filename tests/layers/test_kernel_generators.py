@@ -28,6 +28,7 @@ def pooled(x, stride):
     return x
 
 
+@pytest.mark.long
 def test_average_pool_excludes_padding():
     x = np.arange(9, dtype="float32").reshape(1, 3, 3, 1)
     assert numpy(average_pool(x, (2, 2)))[0, ..., 0].tolist() == [[2, 3.5], [6.5, 8]]
@@ -75,6 +76,7 @@ def test_bottleneck_matches_the_paper(rank, stride, data_format):
     assert relative_error(got, hidden @ expand + bias) < 1e-5
 
 
+@pytest.mark.long
 def test_bottleneck_normalization_has_momentum_0_9():
     generator = Bottleneck(1, kernel_size=1, groups=1)
     x = features(1, 1)

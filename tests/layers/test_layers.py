@@ -51,6 +51,7 @@ def compare(recorded_errors, name, got, want):
 FORMULA_CASES = [(1, (7, 10)), (2, (8, 7))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("stride", "sides"), FORMULA_CASES)
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 3, 5])
@@ -63,6 +64,7 @@ def test_drop_in_matches_the_example(recorded_errors, size, groups, stride, side
     compare(recorded_errors, "the drop-in", layer(x), want)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sides", [(7, 8), (10, 9)])
 def test_drop_in_pooling_matches_keras_at_stride_3(recorded_errors, sides):
     # From stride 3 on, Keras's "same" can also pad before the first window.
@@ -117,6 +119,7 @@ def test_drop_in_generator_is_the_examples_sequential():
     assert names == ["Conv2D", "BatchNormalization", "ReLU", "Conv2D"]
 
 
+@pytest.mark.long
 def test_drop_in_without_its_kernel_works_in_a_sequential():
     model = keras.Sequential([Involution(return_kernel=False, stride=2), keras.layers.ReLU()])
     assert tuple(model(random(2, 9, 7, 3)).shape) == (2, 5, 4, 3)
@@ -157,6 +160,7 @@ def test_f07_channel_defaults_to_the_input_channels():
 # --- The paper's layer ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("stride", "sides"), FORMULA_CASES)
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 3, 5])
@@ -232,6 +236,7 @@ def to_last(x, data_format, channel_axes=1):
     return np.moveaxis(x, range(1, 1 + channel_axes), range(-channel_axes, 0))
 
 
+@pytest.mark.long
 @every_case
 def test_layers_match_the_oracle_for_their_own_kernels(rank, arguments):
     layer, x = layer_and_input(rank, arguments)
@@ -297,6 +302,7 @@ def traced_without_sizes(model):
     return tf.function(model, input_signature=[tf.TensorSpec(model.inputs[0].shape)])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "layer",
     [
@@ -355,6 +361,7 @@ def test_f06_indivisible_channels_raise_with_the_divisors():
 # --- Empty batches -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "make",
     [
@@ -442,6 +449,7 @@ def test_window_centers_outside_the_input_raise(padding):
         Involution1D(3, padding=padding).build((None, 8, 6))
 
 
+@pytest.mark.long
 def test_window_centers_outside_an_input_of_unknown_size_raise_in_the_call():
     layer = Involution1D(3, 2, padding=((0, 2),))
     layer.build((None, None, 6))
@@ -555,6 +563,7 @@ def test_kernel_map_of_wrong_size_raises_for_unknown_sizes(generator):
 DROP_IN = {"return_kernel": False}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [lambda **k: Involution(**DROP_IN, **k), Involution2D])
 def test_f25_frozen_layers_keep_their_statistics(make):
     x = random(3, 5, 4, 8)
@@ -582,6 +591,7 @@ def test_f25_training_on_one_position_is_finite_in_every_dtype(make, dtype):
         assert np.isfinite(numpy(keras.ops.cast(weight, "float32"))).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("training", [True, False])
 def test_f25_channels_first_matches_channels_last(training):
     last, first = (
@@ -621,6 +631,7 @@ def compiled_model(layer):
     return model, random(4, *SIZES[rank], 6), random(4, *model.output_shape[1:], seed=1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [lambda **k: Involution(**DROP_IN, **k), Involution2D])
 @pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
 def test_f08_mixed_precision_training_step_is_finite(make, dtype):
@@ -656,6 +667,7 @@ def test_f18_training_step_changes_every_weight_reproducibly(make, without_gradi
         np.testing.assert_array_equal(new, again)
 
 
+@pytest.mark.long
 def test_f30_eight_threads_match_one():
     layer = Involution2D(3, 2, groups=2)
     inputs = [random(2, 9, 8, 8, seed=seed) for seed in range(8)]
@@ -745,6 +757,7 @@ def json_config(layer):
     return json.loads(json.dumps(layer.get_config()))
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 @every_saved
 def test_f27_saved_models_load_without_custom_objects_twice(rank, make, tmp_path):
@@ -794,6 +807,7 @@ def is_close(a, b):
     return np.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_involution_is_location_specific_and_channel_agnostic():
     layer = Involution2D(3, groups=2, reduction_ratio=1)
     first, second = impulse_responses(layer)

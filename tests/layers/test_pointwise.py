@@ -11,6 +11,7 @@ from tests.support.keras_io_formula import relative_error
 SHAPES = {1: (2, 9, 5), 2: (2, 9, 6, 5), 3: (2, 5, 4, 3, 5)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strides", [1, 2, 3])
 @pytest.mark.parametrize("rank", POINTWISE_CONVS)
 def test_pointwise_convolutions_match_keras(rank, strides):
@@ -27,6 +28,7 @@ def test_pointwise_convolutions_match_keras(rank, strides):
     assert relative_error(numpy(y), np.float64(numpy(reference(x)))) < 1e-6
 
 
+@pytest.mark.long
 def test_pointwise_convolutions_are_saved_and_loaded(tmp_path):
     model = keras.Sequential([keras.Input((None, None, 3)), POINTWISE_CONVS[2](4, 1, 2)])
     model.save(tmp_path / "model.keras")

@@ -345,6 +345,7 @@ def hostile(folder):
         yield path
 
 
+@pytest.mark.long
 def test_hostile_files_take_little_memory_and_time(tmp_path):
     pytorch()
     paths = list(hostile(tmp_path))

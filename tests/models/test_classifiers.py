@@ -45,6 +45,7 @@ def renumbered(rows):
     return result
 
 
+@pytest.mark.long
 def test_cnn_matches_the_summary_of_the_example():
     model = with_optimizer(cnn())
     # The example's model is a Sequential, whose summary has no input.
@@ -54,6 +55,7 @@ def test_cnn_matches_the_summary_of_the_example():
     assert formula.totals(model) == formula.CNN_TOTALS
 
 
+@pytest.mark.long
 def test_inn_matches_the_summary_of_the_example():
     model = with_optimizer(inn())
     assert model.name == "inv_model"
@@ -66,6 +68,7 @@ def test_inn_matches_the_summary_of_the_example():
     assert formula.totals(model) == totals
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", ["keras", "weights.h5"])
 def test_files_of_the_example_load(file):
     path = FILES / f"example_inv_model.{file}"
@@ -138,6 +141,7 @@ def test_convolutional_head_accepts_any_size(make):
         assert relative_error(logits, fixed.predict(x, verbose=0)) < 1e-5
 
 
+@pytest.mark.long
 def test_cnn_filters_and_hidden():
     model = cnn((8, 8, 3), classes=5, filters=(3, 5, 7), hidden=11)
     shapes = [tuple(w.shape) for w in model.weights if len(w.shape) > 1]
@@ -225,6 +229,7 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 @each_other_backend
 def test_saved_models_predict_the_same_on_other_backends(saved, other):

@@ -77,6 +77,7 @@ def rejection(source, folder):
     return str(caught.value)
 
 
+@pytest.mark.long
 @every_policy
 @pytest.mark.parametrize("kind", ["pth", "pdparams"])
 def test_f26_converted_logits_match_the_independent_network(policy, kind, network, tmp_path):
@@ -178,6 +179,7 @@ def test_layers_with_stride_2(rednet26):
     }
 
 
+@pytest.mark.long
 def test_detector_becomes_feature_maps(tmp_path):
     """The stem's kernel size is 7, other parts are unused, and names have the prefix module."""
     network = rednet_torch.network(26, stem_size=7, seed=2)
@@ -203,6 +205,7 @@ def test_detector_becomes_feature_maps(tmp_path):
         assert relative_error(np.moveaxis(y, -1, 1), expected.double().numpy()) <= 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mistake", ["group order", "classifier", "epsilon"])
 def test_f03_f26_verification_finds_errors_that_shapes_do_not_show(
     mistake, state, tmp_path, monkeypatch
@@ -232,6 +235,7 @@ def test_f03_f26_verification_finds_errors_that_shapes_do_not_show(
     )
 
 
+@pytest.mark.long
 def test_missing_unknown_and_misshapen_tensors_are_named(state, tmp_path):
     def message(changes):
         changed = {k: v for k, v in (state | changes).items() if v is not None}
@@ -257,6 +261,7 @@ def test_missing_unknown_and_misshapen_tensors_are_named(state, tmp_path):
     assert "(1, 2, 4, 0)" in message(without)
 
 
+@pytest.mark.long
 def test_weights_that_are_not_finite_are_named(state, tmp_path):
     name = "backbone.layer1.0.bn1.running_mean"
     for value in (np.nan, np.inf):

@@ -45,6 +45,7 @@ def test_size_and_model_cards():
             assert part in card, (name, part)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", pretrained.available())
 def test_outputs_match_those_at_packaging(name):
     model = models.load(name)
@@ -99,6 +100,8 @@ def test_a_run_is_packaged(runs, tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "small") in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.any_backend
 def test_table_and_figure_of_seeds(runs, tmp_path, monkeypatch, capsys):
     stem = tmp_path / "table"

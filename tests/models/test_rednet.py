@@ -71,6 +71,7 @@ def test_parameter_counts_match_the_paper(name):
     assert round((trainable(network(name)) + 720) / 1e6, 2) == PAPER[name][0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PAPER)
 def test_multiply_adds_match_the_paper_except_uncounted_layers(name):
     # The paper does not define its count. Ours omits biases, normalization, activations and
@@ -227,6 +228,7 @@ def halved(n, times):
     return n
 
 
+@pytest.mark.long
 @every
 def test_feature_maps_at_any_size(name):
     model = BUILDERS[name](feature_maps=True)
@@ -243,6 +245,7 @@ def test_feature_maps_at_any_size(name):
         np.testing.assert_array_equal(last.predict(x, verbose=0), map_)
 
 
+@pytest.mark.long
 @every
 def test_channels_first_matches_channels_last(name):
     last = set_moderate_weights(BUILDERS[name](classes=7))
@@ -266,6 +269,7 @@ def test_channels_first_matches_channels_last(name):
     assert relative_error(final.mean((2, 3)) @ matrix + bias, want) < 1e-4
 
 
+@pytest.mark.long
 @every
 def test_a_training_step_changes_every_parameter(name):
     keras.utils.set_random_seed(0)
@@ -283,6 +287,7 @@ def test_a_training_step_changes_every_parameter(name):
         assert (new != old).any(), weight.path
 
 
+@pytest.mark.long
 @every
 def test_round_trip_predicts_the_same_at_two_sizes(name, tmp_path):
     model = set_moderate_weights(BUILDERS[name](classes=5))
@@ -329,6 +334,7 @@ def test_invalid_arguments(arguments, received):
         models.RedNet26(**arguments)
 
 
+@pytest.mark.long
 def test_rednet_tiny_options():
     generator = involution.kernel_generators.Linear()
     model = models.rednet_tiny(

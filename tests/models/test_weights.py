@@ -82,6 +82,7 @@ def test_names_are_layers_and_paths_inside():
     assert names[-2:] == ["logits/kernel", "logits/bias"]
 
 
+@pytest.mark.long
 def test_equal_names_are_rejected():
     keras.utils.clear_session()  # the first layer is conv2d, regardless of other tests
     x = inputs = keras.Input((4, 4, 16))

@@ -62,6 +62,7 @@ def installed(sources, *settings):
     return {f.name: None if f.suffix in (".so", ".dll") else f.read_text() for f in files}
 
 
+@pytest.mark.long
 def test_failed_binding_does_not_affect_the_other_libraries(sources):
     (sources / "bindings/tensorflow.cpp").write_text("#error no such interface\n")
     files = installed(sources)
@@ -74,6 +75,7 @@ def test_failed_binding_does_not_affect_the_other_libraries(sources):
     assert files == {"libinvolution_jax.so": None}
 
 
+@pytest.mark.long
 def test_compile_error_in_the_core_is_recorded(sources):
     (sources / "thread_pool.cpp").write_text("#error another machine's [word]; and so on\n")
     (name, reason), *rest = installed(sources).items()
@@ -98,6 +100,7 @@ def test_broken_compiler_is_recorded(sources, script, reason):
     assert files["missing.txt"].endswith(f"{reason}\n")
 
 
+@pytest.mark.long
 def test_link_error_is_recorded(sources):
     files = installed(sources, "-DCMAKE_SHARED_LINKER_FLAGS=-linvolution_of_nobody")
     assert list(files) == ["missing.txt"]
@@ -117,6 +120,7 @@ def test_missing_binding_has_the_recorded_reason(monkeypatch, tmp_path):
     assert backends.native_missing_reason() == message + "jax.cpp:3:1: error: other headers"
 
 
+@pytest.mark.long
 def test_windows_has_no_tensorflow_binding(sources):
     """Built on another system, which shows only file names and omitted bindings."""
     files = installed(sources, "-DWIN32=ON")

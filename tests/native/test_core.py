@@ -71,6 +71,7 @@ def random_call_values(dtype):
     return cases
 
 
+@pytest.mark.long
 @each_target
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_output_and_gradients_of_random_calls(dtype, target):
@@ -129,6 +130,7 @@ def wide_calls():
     return cases
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("group_layout", ["contiguous", "interleaved"])
 def test_wide_calls_cover_every_row_window_step_and_rank(group_layout, data_format):
@@ -147,6 +149,7 @@ def assert_same(value, truth, what):
     np.testing.assert_array_equal(value.astype("float64"), rounded, err_msg=str(what))
 
 
+@pytest.mark.long
 @each_target
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wide_calls_equal_the_oracle(dtype, target):
@@ -171,6 +174,7 @@ def test_binding_equals_the_oracle(dtype):
             assert_same(value, truth.astype(DTYPES[dtype]).astype("float64"), (pass_, call))
 
 
+@pytest.mark.long
 @each_target
 def test_f20_non_finite_values_propagate_as_in_the_formula(target):
     """Including those of kernel taps and output gradients that meet only padding."""
@@ -332,6 +336,7 @@ def roundings():
     return native_core.execute(FORWARD, call, x, kernel).tobytes().hex()
 
 
+@pytest.mark.long
 def test_environment_variable_selects_the_target(pool):
     expected = {}
     for name in TARGETS:
@@ -624,6 +629,7 @@ def test_f18_same_bits_in_any_number_of_threads(target, call):
 REPEATED = Call(1, (24, 25), 128, (3, 3), (1, 1), "same", (1, 1), 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pass_", PASSES)
 def test_f18_same_bits_a_thousand_times(pass_):
     x, kernel, dy = (a.astype("float32") for a in REPEATED.arrays())

@@ -53,6 +53,7 @@ def square(call):
     return lambda x, kernel: (operation(call, "native")(x, kernel) ** 2).sum()
 
 
+@pytest.mark.long
 @each_call
 def test_f17_first_and_second_order_gradients_equal_finite_differences(call):
     arguments = tensors(call.arrays()[:2], "float64")
@@ -75,6 +76,7 @@ def test_f14_one_compilation_for_each_shape():
     assert program._cache_size() == 1
 
 
+@pytest.mark.long
 def test_f14_one_exported_program_for_every_batch_size():
     (batch,) = export.symbolic_shape("batch")
     shapes = [
@@ -99,6 +101,7 @@ def test_export_requires_the_reference():
     assert_equals_oracle(CALL, stored.call(*arguments), *arguments)
 
 
+@pytest.mark.long
 def test_f23_nested_vmap_of_the_gradient():
     x, kernel, _ = CALL.arrays()
     xs = jnp.stack([x, -x, 2 * x])
@@ -125,6 +128,7 @@ def test_f23_forward_mode_raises():
         jax.jvp(operation(CALL, "native"), (x, kernel), (x, kernel))
 
 
+@pytest.mark.long
 def test_scan_with_checkpoint():
     """As in the training of deep models: activations are recomputed for the gradient."""
     call = dataclasses.replace(CALL, strides=(1, 1))
@@ -191,6 +195,7 @@ def sharded():
     print(json.dumps(result))
 
 
+@pytest.mark.long
 def test_sharded_batch_needs_no_collectives(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     result = json.loads(fresh_process("import tests.native.test_jax as t; t.sharded()"))

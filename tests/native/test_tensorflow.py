@@ -115,6 +115,7 @@ def test_f17_second_derivatives_of_nested_tapes(call):
         np.testing.assert_allclose(value, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["loop", "branch"])
 def test_gradients_through_a_loop_and_through_a_branch(kind):
     call = dataclasses.replace(CALL, strides=(1, 1))
@@ -171,6 +172,7 @@ def _reverse(function):
 
 
 # "rf" is reverse mode over forward mode. Other nestings contain one of these.
+@pytest.mark.long
 @pytest.mark.parametrize("modes", ["fr", "rf", pytest.param("ff", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("implementation", ["native", "taps", "fused"])
 def test_f23_nested_modes_in_a_graph_equal_the_reference(implementation, modes):
@@ -232,6 +234,7 @@ def test_f28_gradients_use_the_values_before_an_assignment(compiled, implementat
 IN_XLA = r"code compiled with jit_compile=True cannot call custom ops"
 
 
+@pytest.mark.long
 def test_f29_under_xla_taps_runs_and_native_raises(executed):
     x, kernel = tensors(CALL.arrays()[:2], "float64")
     y = tf.function(operation(CALL, None), jit_compile=True)(x, kernel)
@@ -243,6 +246,7 @@ def test_f29_under_xla_taps_runs_and_native_raises(executed):
     assert executed == []
 
 
+@pytest.mark.long
 def test_f29_nested_graph_under_xla_uses_taps(executed):
     x, kernel = tensors(CALL.arrays()[:2], "float64")
 
@@ -259,6 +263,7 @@ def test_f29_nested_graph_under_xla_uses_taps(executed):
     assert executed == ["native"]
 
 
+@pytest.mark.long
 def test_f15_without_the_private_function_tensorflow_names_the_op(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow.python.ops.control_flow_util", None)
     x, kernel = tensors(CALL.arrays()[:2], "float64")
@@ -267,6 +272,7 @@ def test_f15_without_the_private_function_tensorflow_names_the_op(monkeypatch):
         tf.function(operation(CALL, "native"), jit_compile=True)(x, kernel)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("jit_compile", "name"), [(False, "fused"), (True, "taps")])
 def test_f29_model_is_trained_with_or_without_xla(jit_compile, name, executed):
     model = keras.Sequential([keras.Input((6, 6, 8)), involution.Involution2D(3, groups=2)])
@@ -302,6 +308,7 @@ def frozen_objects():
     gc.unfreeze()
 
 
+@pytest.mark.long
 @each_saver
 def test_saving_a_model_with_custom_ops_raises(frozen_objects, save, tmp_path):
     with pytest.raises(AssertionError, match=r"native.* within involution.ops.force"):
@@ -321,6 +328,7 @@ assert not any(name.split(".")[0] == "involution" for name in sys.modules)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "save",
     [pytest.param(SAVERS["export"], marks=pytest.mark.slow), SAVERS["saved_model"]],

@@ -55,6 +55,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.long
 @each_call
 def test_f22_compiled_without_graph_breaks_with_gradients(call, fresh_compiler):
     eager = operation(call, None)
@@ -74,6 +75,8 @@ def test_f22_compiled_without_graph_breaks_with_gradients(call, fresh_compiler):
 
 
 # PyTorch calls its own deprecated function.
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 def test_f22_compiled_by_the_default_compiler(fresh_compiler):
     def eager(x, kernel):
@@ -89,6 +92,7 @@ def test_f22_compiled_by_the_default_compiler(fresh_compiler):
 
 
 # PyTorch's compiler instantiates autograd.Function, which it deprecates.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["native", "taps", "reference"])
 def test_f22_inference_is_compiled_without_graph_breaks(name, fresh_compiler):
@@ -98,6 +102,7 @@ def test_f22_inference_is_compiled_without_graph_breaks(name, fresh_compiler):
     assert_equals_oracle(CALL, y, x, kernel)
 
 
+@pytest.mark.long
 def test_f14_one_program_for_every_batch_size(fresh_compiler):
     counter = CompileCounter()
     program = torch.compile(operation(CALL, None), fullgraph=True, backend=counter, dynamic=True)
@@ -108,6 +113,7 @@ def test_f14_one_program_for_every_batch_size(fresh_compiler):
     assert counter.frame_count == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("padding", ["same", "valid", "symmetric"])
 def test_f22_one_program_for_every_image_size(padding, fresh_compiler):
     counter = CompileCounter()
@@ -121,6 +127,7 @@ def test_f22_one_program_for_every_image_size(padding, fresh_compiler):
     assert counter.frame_count == 1
 
 
+@pytest.mark.long
 @each_call
 @pytest.mark.parametrize("pass_", params.PASSES)
 def test_f22_custom_op_passes_opcheck(pass_, call):
@@ -147,6 +154,7 @@ def test_f22_export_with_dynamic_batch():
 
 
 # The tracer warns that Keras's conditions on shapes become constants.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("strides", [1, 2])
 def test_traced_with_the_reference_for_every_batch_size(strides):
@@ -165,6 +173,7 @@ def test_traced_with_the_reference_for_every_batch_size(strides):
 # --- Differentiated -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @each_call
 def test_f17_first_and_second_order_gradients_equal_finite_differences(call):
     call = dataclasses.replace(call, batch=1)
@@ -203,6 +212,7 @@ def test_f23_tangents_of_dual_tensors(requires_grad, implementation):
 
 
 # PyTorch's compiler calls its own deprecated functions.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:-1])
 def test_f23_compiled_tangent_equals_that_of_the_reference(implementation, fresh_compiler):
@@ -377,6 +387,7 @@ def threads_of_a_process():
     print(json.dumps({"added": added, "by_pool": added_by_pool, "children": exit_codes}))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_core_runs_on_the_threads_of_pytorch():
     """They spin between ops and would compete with others for CPUs. A forked child has its own."""

@@ -85,6 +85,7 @@ def random_values(dtype):
     return cases
 
 
+@pytest.mark.long
 @each_target
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_passes_of_random_calls_equal_the_oracle(dtype, target):
@@ -164,6 +165,7 @@ def test_nan_affects_only_windows_that_contain_it():
     assert 0 < np.isnan(y).sum() < y.size
 
 
+@pytest.mark.long
 @each_target
 def test_f20_non_finite_values_propagate_as_in_the_formula(target):
     for n, call in enumerate(random_calls(48, seed=20)):
@@ -300,6 +302,7 @@ def test_gradients_have_the_dtypes_of_their_arguments(dtype):
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_f17_second_derivatives_equal_the_unfused_ones(compiled):
     *arrays, dy = native_core.fused_arrays(CALL, hidden=3)
@@ -351,6 +354,7 @@ def grad_of(function):
 
 
 # PyTorch calls its own deprecated function.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.skipif(BACKEND == "jax", reason="jax.custom_vjp has no forward mode")
 @pytest.mark.parametrize(
@@ -378,6 +382,7 @@ def test_f23_nested_forward_and_reverse_mode_equals_the_reference(implementation
             )
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BACKEND == "jax", reason="jax.custom_vjp has no forward mode")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_f23_forward_mode_through_a_layer_with_default_settings(runs):
@@ -413,6 +418,7 @@ def test_f23_vmap(axes):
         )
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's compiler")
 def test_f22_torch_compile_has_no_graph_breaks():
     import torch
@@ -425,6 +431,7 @@ def test_f22_torch_compile_has_no_graph_breaks():
         np.testing.assert_allclose(value, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's custom ops")
 def test_custom_op_passes_opcheck():
     import torch
@@ -459,6 +466,7 @@ def sharded():
     print(json.dumps(report))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX's partitioner")
 def test_sharded_batch_is_not_gathered(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
@@ -489,6 +497,7 @@ def test_in_a_functional_model(tmp_path):
     assert numpy(model(given))[0, 1, 1, 0] == 27
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_other_implementations_store_the_kernels(data_format):
     *arrays, _ = native_core.fused_arrays(CALL)
@@ -598,6 +607,7 @@ def assert_same(first, second):
         np.testing.assert_array_equal(weight, same)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel_generator", ["bottleneck", "contextual", "linear"])
 @pytest.mark.parametrize("training", [False, True])
 def test_layers_are_fused_and_equal_the_unfused_result(kernel_generator, training, runs):
@@ -612,6 +622,7 @@ def test_layers_are_fused_and_equal_the_unfused_result(kernel_generator, trainin
     assert len(runs) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_drop_in_layer_equals_the_unfused_result(stride, training, runs):
@@ -625,6 +636,7 @@ def test_drop_in_layer_equals_the_unfused_result(stride, training, runs):
     assert len(runs) == 1
 
 
+@pytest.mark.long
 def test_drop_in_layer_is_unfused_if_kernels_are_recorded_or_overridden(runs):
     class Negative(involution.Involution):
         def generate_kernel(self, inputs):
@@ -641,6 +653,7 @@ def test_drop_in_layer_is_unfused_if_kernels_are_recorded_or_overridden(runs):
     assert len(runs) == 1
 
 
+@pytest.mark.long
 def test_training_updates_all_weights(runs):
     layer = Involution2D(3, group_channels=4)
     model = keras.Sequential([keras.Input((9, 8, 16)), layer, keras.layers.GlobalMaxPooling2D()])
@@ -716,6 +729,7 @@ def test_layer_with_fused_by_name_runs_or_raises(runs):
         layer(IMAGES)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", ["float64", "mixed_bfloat16"])
 def test_dtype_policies(policy, runs):
     layer = Involution2D(3, groups=4, dtype=policy)

@@ -46,6 +46,7 @@ def worst_errors(call, implementation):
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("count", [48, pytest.param(300, marks=pytest.mark.slow)])
 def test_gradients_of_random_calls(count, implementation):
@@ -61,6 +62,7 @@ def test_gradients_of_random_calls(count, implementation):
         print(f"{BACKEND}, {implementation}, {count} calls, {name}: worst {error:.1e} at {call}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("call", [STRIDED, LINE])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -137,6 +139,7 @@ def test_oracle_gradients_equal_central_differences():
             np.testing.assert_allclose(value, want, rtol=0, atol=1e-11)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("order", [2, pytest.param(3, marks=pytest.mark.any_backend)])
 @pytest.mark.parametrize("call", [STRIDED, DILATED])
 def test_f17_higher_order_derivatives(call, order):
@@ -235,6 +238,7 @@ def digests_of_another_process():
     return dict(zip(REPRODUCIBLE, fresh_process(code).split(), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 @pytest.mark.parametrize("implementation", REPRODUCIBLE)
 def test_f18_same_bits_in_every_run_and_every_process(implementation, digests_of_another_process):

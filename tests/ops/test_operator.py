@@ -70,6 +70,7 @@ def test_f01_same_output_size_is_the_ceiling_of_size_over_stride(implementation)
     check(call, implementation)
 
 
+@pytest.mark.long
 @each_implementation
 @each_format
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -255,6 +256,7 @@ def test_f12_padding_larger_than_memory_raises(implementation):
         operation(call, implementation)(*arguments)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("padding", ["same", "symmetric"])
 def test_clamped_steps_read_the_same_positions(padding):
     def read(g, n):
@@ -349,6 +351,7 @@ def test_f23_gradient_of_vmap(axes, implementation):
 
 
 # PyTorch calls its own deprecated function.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @each_implementation
 def test_f23_forward_mode_is_correct_or_raises(implementation):
@@ -536,6 +539,7 @@ def test_data_format_defaults_to_that_of_keras():
     assert_equals_oracle(call, y, x, kernel)
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 @each_implementation
 @each_format
@@ -557,6 +561,7 @@ def test_functional_model_is_saved_and_loaded(data_format, implementation, tmp_p
     assert_equals_oracle(call, loaded([x, kernel]), x, kernel)
 
 
+@pytest.mark.long
 def test_saved_model_keeps_the_default_data_format(tmp_path):
     call = dataclasses.replace(SMALL, data_format="channels_first")
     inputs = [keras.Input(s[1:], dtype="float64") for s in (call.x_shape, call.kernel_shape)]
@@ -760,6 +765,7 @@ def peak_memory(*names):
         print(bytes_of("VmHWM") - before)
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 def test_peak_memory_is_at_most_a_quarter_of_im2col(monkeypatch):

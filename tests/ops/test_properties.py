@@ -61,6 +61,7 @@ def close(value, expected, tolerance=1e-12):
     np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.long
 @each_implementation
 @quick
 @given(calls, seeds, st.sampled_from(["float64", "float32", "bfloat16", "float16"]))
@@ -172,6 +173,7 @@ def test_p04_linear_in_both(implementation, call, seed, a, b):
     close(of_kernel, a * y + b * run(call, implementation, x, kernel2), 1e-11)
 
 
+@pytest.mark.long
 @each_implementation
 @settings(quick, max_examples=min(EXAMPLES, 8))
 @given(st.sampled_from(CALLS[1:4]), seeds)
@@ -218,6 +220,7 @@ def test_p06_permuting_groups_permutes_channels(implementation, group_layout, or
     close(y, run(call, implementation, x, kernel)[..., channels])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("implementation", "compiled"),
     [(name, compiled) for name in IMPLEMENTATIONS[:-1] for compiled in (False, True)]
@@ -250,6 +253,7 @@ def test_p07_bits_of_a_sample_do_not_depend_on_the_batch(
         assert (batched[one] == single).all()
 
 
+@pytest.mark.long
 @each_implementation
 @settings(quick, max_examples=min(EXAMPLES, 8))
 @given(st.sampled_from([CALLS[0], CALLS[2]]), seeds)
@@ -349,6 +353,7 @@ def compute_all(folder):
         compute(f"{folder}/{implementation}.npz", implementation)
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 @each_other_backend
 def test_p12_backends_compute_the_same(other, tmp_path):
@@ -402,6 +407,7 @@ def test_p13_non_finite_values_affect_only_windows_that_read_them(implementation
         corrupted.flat[index] = original
 
 
+@pytest.mark.long
 @each_implementation
 @settings(quick, max_examples=min(EXAMPLES, 8))
 @given(st.sampled_from(CALLS[2:4]), seeds)

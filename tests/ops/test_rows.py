@@ -20,6 +20,7 @@ from tests.support.oracle import Call, random_calls
 CALLS = [call for call in random_calls(48, seed=5) if len(call.sizes) < 3]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("call", mostly_slow_on_jax(CALLS, 12), ids=range(len(CALLS)))
 def test_rows_equal_the_oracle(call):
     x, kernel, dy = call.arrays(seed=5)
@@ -43,6 +44,7 @@ def test_calls_cover_every_kind():
     assert any(max(c.dilation_rate) > 1 for c in CALLS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_rows_accumulate_in_float32(dtype):
     call = CALLS[-1]
@@ -50,6 +52,7 @@ def test_rows_accumulate_in_float32(dtype):
     assert_equals_oracle(call, operation(call, "rows")(x, kernel), x, kernel)
 
 
+@pytest.mark.long
 def test_three_dimensions_raise_or_select_the_next_name():
     call = Call(3, (3, 4, 5), 2, (2, 3, 1), (1, 1, 1), "same", (1, 1, 1), 1)
     x, kernel = tensors(call.arrays()[:2], "float64")

@@ -123,6 +123,7 @@ def calls_for(dtype, dtypes, every, seed):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 @SUBSET_OR_ALL
 def test_passes_equal_the_oracle(dtype, every):
@@ -130,6 +131,7 @@ def test_passes_equal_the_oracle(dtype, every):
         check(call, dtype, permuted=n % 3 == 2, seed=n)
 
 
+@pytest.mark.long
 def test_f20_non_finite_values_propagate_as_in_the_formula():
     """One array at a time contains a non-finite value."""
 
@@ -144,6 +146,7 @@ def test_f20_non_finite_values_propagate_as_in_the_formula():
         check_fused(call, HIDDEN[n % len(HIDDEN)], "float32", seed=n, change=change)
 
 
+@pytest.mark.long
 def test_f13_input_without_positions_gives_zeros():
     last = Call(2, (0, 5), 6, (3, 3), (1, 2), ((2, 2), (1, 1)), (1, 1), 2)
     for call in (last, dataclasses.replace(last, data_format="channels_first")):
@@ -151,6 +154,7 @@ def test_f13_input_without_positions_gives_zeros():
     check_fused(last, 3, "float32")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("call", [MANY, GROUPS], ids=["channels", "groups"])
 def test_more_than_one_block(call):
     check(call, "float32")
@@ -189,6 +193,7 @@ def _run_fused(encoded, rank, tensors, *results):
 FUSED_DTYPES = "float32", "float16", "bfloat16"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", FUSED_DTYPES)
 @SUBSET_OR_ALL
 def test_fused_passes_equal_the_oracle(dtype, every):
@@ -197,16 +202,19 @@ def test_fused_passes_equal_the_oracle(dtype, every):
         check_fused(call, HIDDEN[n % len(HIDDEN)], dtype, seed=n)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("call", [MANY, GROUPS], ids=["channels", "groups"])
 def test_more_than_one_fused_block(call):
     check_fused(call, 5, "float32")
 
 
+@pytest.mark.long
 def test_fused_gradients_a_few_samples_at_a_time(monkeypatch):
     monkeypatch.setattr(triton_torch, "CHUNK_BYTES", 2 * 4 * 3 * 4 * 6 * 5 * 3 // 2)
     check_fused(dataclasses.replace(CALL, batch=5), 3, "float32")
 
 
+@pytest.mark.long
 def test_offsets_have_64_bits():
     """Samples, taps, groups or channels with strides of up to 2**31 elements. 32-bit offsets fail
     on devices only: the interpreter tolerates them."""
@@ -243,6 +251,7 @@ def leaves(call, dtype="float64", arrays=None):
     return [tensor(a, dtype).contiguous().requires_grad_() for a in arrays]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("call", [CALL, FIRST])
 def test_first_and_second_order_gradients_equal_finite_differences(call):
     call = dataclasses.replace(call, batch=1, sizes=(3, 3), channels=3)
@@ -257,6 +266,7 @@ def fused(call):
     )
 
 
+@pytest.mark.long
 def test_fused_gradients_equal_the_oracle(monkeypatch):
     ran = []
     call_fused = triton.call_fused
@@ -273,6 +283,7 @@ def test_fused_gradients_equal_the_oracle(monkeypatch):
         np.testing.assert_allclose(value.cpu().numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["contiguous", "interleaved"])
 def test_layer_selects_triton(layout):
     layer = involution.Involution2D(3, groups=2, group_layout=layout)
@@ -299,6 +310,7 @@ def unfused(call):
     return operation(call, "triton")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("operator", [unfused, fused])
 def test_f22_torch_compile_has_no_graph_breaks(operator):
     torch.compiler.reset()
@@ -313,6 +325,7 @@ def test_f22_torch_compile_has_no_graph_breaks(operator):
         assert torch.equal(expected, compiled)
 
 
+@pytest.mark.long
 def test_custom_ops_pass_opcheck():
     window = Window(**CALL.arguments)
     for pass_, arguments in ARGUMENTS.items():

@@ -64,6 +64,7 @@ def message(function, *arguments):
     return str(caught.value)
 
 
+@pytest.mark.long
 def test_saved_classifier_round_trips(classifier, tmp_path):
     # The optimizer is not saved, because its state cannot be loaded on another backend.
     classifier.model.compile("adam", "mse")
@@ -128,6 +129,7 @@ def test_predict_proba_of_large_logits_does_not_overflow():
     np.testing.assert_allclose(scores, [[0.5, 0.5, 0], [0.25, 0.75, 0]], rtol=1e-7)
 
 
+@pytest.mark.long
 def test_load_accepts_files_folders_and_names(stub_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert classifiers.load("inn-cifar10").model.path == pretrained.path("inn-cifar10")
@@ -149,6 +151,7 @@ def test_load_accepts_files_folders_and_names(stub_model, tmp_path, monkeypatch)
     )
 
 
+@pytest.mark.long
 def test_metadata_must_match_the_model(tmp_path):
     folder = tmp_path / "folder"
     metadata = {"class_names": ["a", "b"], "image_shape": [8, 12, 3], "scaling": "pixels / 255"}

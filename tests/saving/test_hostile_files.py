@@ -190,6 +190,7 @@ def warm_up(tmp_path_factory):
         decode.read_image(io.BytesIO(b"x"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "entry"), VALID_CASES)
 def test_valid_files_are_read(name, entry, sandbox, warm_up):
     path = VALID[name][0](sandbox)
@@ -304,6 +305,7 @@ def test_observation_measures_peak_memory(sandbox):
     assert growth < 10 * 2**20
 
 
+@pytest.mark.long
 def test_keras_without_validation_exceeds_the_memory_limit(sandbox):
     """Control: Keras alone decompresses the bomb."""
     path = hostile_files.compressed_array(sandbox)

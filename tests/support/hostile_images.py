@@ -47,7 +47,8 @@ def invalid() -> dict[str, bytes]:
     files: dict[str, bytes] = {
         "empty.png": b"",
         "text.png": b"hello, I am a picture",
-        "svg.png": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="http://127.0.0.1:1/"/></svg>',
+        "svg.png": b'<svg xmlns="http://www.w3.org/2000/svg">'
+        b'<image href="http://127.0.0.1:1/"/></svg>',
         "vector.svg": b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>',
         "page.jpg": b"<!doctype html><script>alert(1)</script>",
         "gif.png": valid("GIF"),

@@ -3,7 +3,7 @@ the paper's code, and the tables that the example prints. They share no code wit
 
 ``example`` is the layer of the keras.io example, ``paper`` that of the paper's code. Both originals
 reject sizes that the stride does not divide; there the references follow the package: ceil(n /
-stride) positions, and partial pooling windows average real values only.
+stride) positions, and partial pooling windows average only values inside the input.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ def randomize(layer, seed=0):
 
 
 def pooled(x, stride, before):
-    """Means of the real values of stride x stride windows, the first of which starts at -before."""
+    """Means over stride x stride windows that start at -before, of the values inside the input."""
     _, height, width, channels = x.shape
     rows, columns = -(-height // stride), -(-width // stride)
     y = np.empty((len(x), rows, columns, channels))
@@ -42,7 +42,7 @@ def generated(x, reduce, reduce_bias, gamma, beta, mean, variance, expand, expan
 
 
 def summed(x, kernel, size, stride, before, group_of):
-    """kernel (B, H', W', taps, G), applied to windows, the first of which starts at -before."""
+    """The involution with kernel (B, H', W', taps, G); windows start at -before."""
     _, rows, columns, taps, _ = kernel.shape
     after = size + stride
     padded = np.pad(x, ((0, 0), (before[0], after), (before[1], after), (0, 0)))

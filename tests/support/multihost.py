@@ -28,8 +28,8 @@ EXIT_TIMEOUT = 60
 
 
 def network(input_shape, classes):
-    """A model without batch normalization: on CPUs the error of XLA's square root depends on the
-    shape, is 1e-7 in every dtype, and would make the runs diverge."""
+    """A model without batch normalization: on CPUs, XLA's square root rounds differently for each
+    shape, by 1e-7 in every dtype, so that the runs would diverge."""
     import keras
 
     from involution import Involution2D, kernel_generators
@@ -147,9 +147,9 @@ def main(kills, seed):
             wait_for_checkpoint(output, processes)
             time.sleep(delay)
             processes[victim].kill()
-            start_time = time.monotonic()
+            killed_at = time.monotonic()
             status = processes[1 - victim].wait(EXIT_TIMEOUT)
-            exit_seconds = time.monotonic() - start_time
+            exit_seconds = time.monotonic() - killed_at
             processes[victim].wait()
             time.sleep(1)  # for the watchdog's message
             last = (read(log, 1 - victim).splitlines() or [""])[-1]

@@ -129,6 +129,7 @@ def test_shard_on_one_device_is_the_batch():
     assert (list(shard.weights), shard.count, shard.padded_count) == ([1, 1, 1], 3, 3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("num_devices", "batch_size", "accumulation", "message"),
     [
@@ -220,6 +221,7 @@ def check_equal_to_one_device(folder, layouts):
                 np.testing.assert_allclose(weights[name], value, rtol=0, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.long
 @on_jax
 def test_distributed_training_equals_one_device(tmp_path):
     check_equal_to_one_device(tmp_path, ((2, 2),))
@@ -231,6 +233,7 @@ def test_other_device_and_host_counts_equal_one_device(tmp_path):
     check_equal_to_one_device(tmp_path, ((2, 1), (1, 2), (1, 4), (4, 1)))
 
 
+@pytest.mark.long
 @on_jax
 def test_all_reduce_is_the_only_collective(tmp_path):
     """The native and the fused operator compute on the local shard only."""
@@ -294,6 +297,7 @@ def wait_for(folder, text, seconds=240):
     raise AssertionError((folder / "host0.txt").read_text(encoding="utf-8"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @on_jax
 def test_hosts_with_different_settings_are_rejected(tmp_path):

@@ -68,6 +68,7 @@ def run(folder, tmp_path_factory):
     return compare(config, output, console, command="involution compare"), output, console
 
 
+@pytest.mark.long
 def test_run_writes_its_files(run):
     _, output, _ = run
     assert {f.name for f in output.iterdir()} == FILES
@@ -135,6 +136,7 @@ def test_metrics_are_means_over_all_images(run, folder):
     )
 
 
+@pytest.mark.long
 def test_bfloat16_computes_with_float32_weights(folder, tmp_path):
     config = Config(str(folder), epochs=1, batch_size=10, precision="bfloat16")
     result = compare(config, tmp_path / "run")
@@ -156,6 +158,7 @@ def test_unknown_precision_is_rejected():
         Config(precision="float16")
 
 
+@pytest.mark.long
 def test_equal_seeds_give_equal_history(run, folder, tmp_path):
     _, output, _ = run
     again = compare(Config(str(folder), epochs=2, batch_size=10), tmp_path / "again")
@@ -166,6 +169,7 @@ def test_equal_seeds_give_equal_history(run, folder, tmp_path):
     assert other.results[0].rows[0]["train_loss"] != again.results[0].rows[0]["train_loss"]
 
 
+@pytest.mark.long
 def test_training_is_independent_of_earlier_models(run, folder, tmp_path):
     result, _, _ = run
     single = compare(Config(str(folder), "inn", 2, 10), tmp_path / "single")
@@ -173,6 +177,7 @@ def test_training_is_independent_of_earlier_models(run, folder, tmp_path):
     assert {k: v for k, v in single.results[0].rows[-1].items() if k != "seconds"} == expected
 
 
+@pytest.mark.long
 def test_classifier_preprocessing_equals_training(run, folder):
     _, output, _ = run
     classifier = classifiers.load(output / "inn.keras")
@@ -193,6 +198,7 @@ def test_saved_model_has_no_optimizer(run):
     ]
 
 
+@pytest.mark.long
 def test_interrupted_run_writes_the_report(folder, tmp_path):
     class Interrupting(Recorder):
         def advance(self):
@@ -210,6 +216,7 @@ def test_interrupted_run_writes_the_report(folder, tmp_path):
     assert "was interrupted" in (output / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_ctrl_c_takes_effect_after_the_current_step(folder, tmp_path):
     class SendSigint(Recorder):
         def advance(self):
@@ -228,6 +235,7 @@ def test_ctrl_c_takes_effect_after_the_current_step(folder, tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.long
 def test_divergence_stops_the_run_and_is_reported(folder, tmp_path):
     def broken(input_shape, classes):
         model = models.inn(input_shape, classes)
@@ -247,6 +255,7 @@ def test_divergence_stops_the_run_and_is_reported(folder, tmp_path):
     assert "This run was stopped." in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_run_with_non_square_windows(folder, tmp_path):
     def oblong(input_shape, classes):
         inputs = keras.Input(input_shape)
@@ -260,6 +269,7 @@ def test_run_with_non_square_windows(folder, tmp_path):
     assert (tmp_path / "run" / "words.png").is_file()
 
 
+@pytest.mark.long
 def test_interruption_before_the_first_epoch(folder, tmp_path):
     class InterruptFirstStep(Recorder):
         def advance(self):
@@ -289,6 +299,7 @@ class Subclassed(keras.Model):
         return self.dense(self.flatten(inputs))
 
 
+@pytest.mark.long
 def test_custom_models_from_builders_and_files(folder, tmp_path):
     config = Config(str(folder), epochs=1, batch_size=12)
     result = compare(config, tmp_path / "object", builders={"mine": custom_model})
@@ -437,6 +448,7 @@ def test_floatx_other_than_float32_is_rejected(run, folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_keras_settings_are_recorded_and_checked_on_resume(run, folder, tmp_path):
     _, output, _ = run
     config = Config(str(folder), epochs=2, batch_size=10)
@@ -469,6 +481,7 @@ def test_skipped_images_are_reported(folder, tmp_path):
     assert console.lines == [description]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("builder", "match"),
     [

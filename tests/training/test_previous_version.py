@@ -80,6 +80,7 @@ def history(file):
     return list(csv.DictReader(file.read_text().splitlines()))
 
 
+@pytest.mark.long
 def test_run_of_version_0_1_resumes(pets):
     shutil.copytree(VERSION_0_1 / "run", pets / "run")
     config = Config(
@@ -123,6 +124,7 @@ def test_run_of_version_0_1_resumes(pets):
     assert saved.state["identity"].keys() >= {"accumulate", "ema", "validation", "recipe: warm_up"}
 
 
+@pytest.mark.long
 def test_study_of_version_0_1_resumes(pets):
     shutil.copytree(VERSION_0_1 / "sweep", pets / "sweep")
     shutil.copy(VERSION_0_1 / "network.py", pets)

@@ -48,6 +48,7 @@ def test_summary_sentence(run):
     assert "two is 25.0 points less accurate than one" in report.summary_sentence(run)
 
 
+@pytest.mark.long
 def test_report_is_self_contained(run, tmp_path):
     report.write(run, tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -93,6 +93,7 @@ def uninterrupted(folder, tmp_path_factory):
     return outcome(output)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "stops",
     [
@@ -124,6 +125,7 @@ def test_resumed_run_equals_uninterrupted(folder, tmp_path, uninterrupted, stops
     assert state.stat().st_size < 5000
 
 
+@pytest.mark.long
 def test_corrupt_checkpoint_falls_back_to_the_previous_one(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(4), BUILDERS, checkpoint_every=2)
@@ -135,6 +137,7 @@ def test_corrupt_checkpoint_falls_back_to_the_previous_one(folder, tmp_path, uni
     assert outcome(output) == uninterrupted
 
 
+@pytest.mark.long
 def test_model_with_modified_file_is_retrained(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(10), BUILDERS)
@@ -149,6 +152,7 @@ def test_model_with_modified_file_is_retrained(folder, tmp_path, uninterrupted):
     assert outcome(output) == uninterrupted
 
 
+@pytest.mark.long
 def test_only_the_missing_model_is_retrained(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     compare(config(folder), output, builders=BUILDERS)
@@ -160,6 +164,7 @@ def test_only_the_missing_model_is_retrained(folder, tmp_path, uninterrupted):
     assert outcome(output) == uninterrupted
 
 
+@pytest.mark.long
 def test_changed_settings_of_trained_models_are_rejected(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, builders=ONE)
@@ -181,6 +186,7 @@ def test_changed_settings_of_trained_models_are_rejected(folder, tmp_path):
     assert [len(result.rows) for result in run.results] == [2, 2]
 
 
+@pytest.mark.long
 def test_secondary_hosts_write_no_files(folder, tmp_path, monkeypatch):
     class SecondaryHost(distributed.Distribution):
         def shard(self, indices):
@@ -197,6 +203,7 @@ def test_secondary_hosts_write_no_files(folder, tmp_path, monkeypatch):
         compare(config(folder), output, builders=ONE)
 
 
+@pytest.mark.long
 def test_too_few_images_are_rejected_before_writing(folder, tmp_path):
     with pytest.raises(InputError, match=r"at least 50 images, for one batch\. Received: 24"):
         compare(
@@ -207,6 +214,7 @@ def test_too_few_images_are_rejected_before_writing(folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("unwritable", ["lock", "folder"])
 def test_full_disk_at_start_raises_write_error(unwritable, folder, tmp_path, monkeypatch):
     def raise_no_space(*args, **kwargs):
@@ -228,6 +236,7 @@ def test_full_disk_at_start_raises_write_error(unwritable, folder, tmp_path, mon
         compare(config(folder), tmp_path / "run", builders=ONE)
 
 
+@pytest.mark.long
 def test_signal_loses_no_step(folder, tmp_path, uninterrupted):
     output, number = tmp_path / "run", signal.SIGTERM
     before = signal.getsignal(number)
@@ -240,6 +249,7 @@ def test_signal_loses_no_step(folder, tmp_path, uninterrupted):
     assert outcome(output) == uninterrupted
 
 
+@pytest.mark.long
 def test_signal_during_a_write_loses_no_step(folder, tmp_path, monkeypatch, uninterrupted):
     output = tmp_path / "run"
     real, left = os.fsync, 9
@@ -262,6 +272,7 @@ def test_signal_during_a_write_loses_no_step(folder, tmp_path, monkeypatch, unin
     assert outcome(output) == uninterrupted
 
 
+@pytest.mark.long
 def test_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path, monkeypatch):
     """Fails each write of a run in turn, as on a full disk."""
     output, left = tmp_path / "run", 0
@@ -294,6 +305,7 @@ def test_full_disk_loses_only_steps_after_the_last_checkpoint(folder, tmp_path, 
     assert outcome(output, ONE) == outcome(tmp_path / "uninterrupted", ONE)
 
 
+@pytest.mark.long
 def test_temporary_files_of_killed_processes_are_removed(folder, tmp_path):
     output = tmp_path / "run"
     (output / checkpoint.FOLDER).mkdir(parents=True)
@@ -312,6 +324,7 @@ def test_temporary_files_of_killed_processes_are_removed(folder, tmp_path):
     assert (other / f"{atomic_files.TMP_PREFIX}x").read_bytes() == b"mine"
 
 
+@pytest.mark.long
 def test_changed_settings_are_named_and_rejected(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
@@ -337,6 +350,7 @@ def test_changed_settings_are_named_and_rejected(folder, tmp_path):
     assert [len(result.rows) for result in run.results] == [3]
 
 
+@pytest.mark.long
 def test_changed_images_are_rejected(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
@@ -345,6 +359,7 @@ def test_changed_images_are_rejected(folder, tmp_path):
         compare(config(other), output, builders=ONE, resume=True)
 
 
+@pytest.mark.long
 def test_different_model_is_always_rejected(folder, tmp_path):
     output = tmp_path / "run"
     compare(config(folder), output, StopAfter(2), ONE)
@@ -358,6 +373,7 @@ def test_different_model_is_always_rejected(folder, tmp_path):
         )
 
 
+@pytest.mark.long
 def test_resume_without_checkpoints(folder, tmp_path):
     output = tmp_path / "run"
     run = compare(config(folder, epochs=1), output, builders=ONE, resume=True)
@@ -372,6 +388,7 @@ def test_resume_without_checkpoints(folder, tmp_path):
         compare(config(folder), tmp_path, builders=ONE, resume=True)
 
 
+@pytest.mark.long
 def test_checkpoint_every(folder, tmp_path, monkeypatch):
     saved = []
     real = CheckpointManager.save

@@ -49,12 +49,12 @@ def network(tmp_path_factory):
 
 
 @pytest.fixture
-def make_plan(images, network):
-    def plan(search=SEARCH, trials=3, max_parameters=None, **config):
+def make_config(images, network):
+    def make(search=SEARCH, trials=3, max_parameters=None, **overrides):
         defaults = {"dataset": str(images), "models": network, "epochs": 2, "batch_size": 10}
-        return SweepConfig(Config(**defaults | config), search, trials, max_parameters)
+        return SweepConfig(Config(**defaults | overrides), search, trials, max_parameters)
 
-    return plan
+    return make
 
 
 def rows(folder):
@@ -65,9 +65,9 @@ def values(row):
     return {k: row[k] for k in ("width", "learning_rate") if k in row}
 
 
-def test_search_space_is_parsed(make_plan):
-    plan = make_plan(search=("width=3,5-6, 7", "learning_rate=1e-3..0.1", "batch_size=4..8"))
-    assert plan.space == {
+def test_search_space_is_parsed(make_config):
+    config = make_config(search=("width=3,5-6, 7", "learning_rate=1e-3..0.1", "batch_size=4..8"))
+    assert config.space == {
         "width": Categorical(("3", "5-6", "7")),
         "learning_rate": Interval(0.001, 0.1),
         "batch_size": Interval(4, 8),
@@ -89,22 +89,22 @@ def test_search_space_is_parsed(make_plan):
         "learning_rate=0.1..True",
     ],
 )
-def test_invalid_search_space_is_rejected(text, make_plan):
+def test_invalid_search_space_is_rejected(text, make_config):
     with pytest.raises(InputError, match=r"name=a,b,c or name=low\.\.high.* Received: "):
-        make_plan(search=(text,))
+        make_config(search=(text,))
 
 
-def test_invalid_sweep_settings_are_rejected(make_plan, network):
+def test_invalid_sweep_settings_are_rejected(make_config, network):
     with pytest.raises(InputError, match="contain each name once"):
-        make_plan(search=("width=1,2", "width=3,4"))
+        make_config(search=("width=1,2", "width=3,4"))
     with pytest.raises(InputError, match="vary at least one value"):
-        make_plan(search=())
+        make_config(search=())
     with pytest.raises(InputError, match=r"An option of .* must be one of .* depth=0"):
-        make_plan(search=("depth=1,2",))
+        make_config(search=("depth=1,2",))
     with pytest.raises(InputError, match="A sweep must have one model"):
-        make_plan(models=f"inn,{network}")
+        make_config(models=f"inn,{network}")
     with pytest.raises(InputError, match=r"`trials` must be at least 1\. Received: 0"):
-        make_plan(trials=0)
+        make_config(trials=0)
 
 
 @pytest.mark.parametrize(
@@ -119,27 +119,29 @@ def test_invalid_sweep_settings_are_rejected(make_plan, network):
         ("batch_size=0..8", "`batch_size` must be at least 1. Received: 0"),
     ],
 )
-def test_invalid_hyperparameter_values_are_rejected(text, received, make_plan):
+def test_invalid_hyperparameter_values_are_rejected(text, received, make_config):
     with pytest.raises(InputError, match=received):
-        make_plan(search=(text,))
+        make_config(search=(text,))
 
 
-def test_largest_seed_is_accepted(make_plan, tmp_path):
-    plan = make_plan(seed=2**32 - 1, trials=1, epochs=1)
-    assert sweep.run(plan, tmp_path).trials == 1
+@pytest.mark.long
+def test_largest_seed_is_accepted(make_config, tmp_path):
+    config = make_config(seed=2**32 - 1, trials=1, epochs=1)
+    assert sweep.run(config, tmp_path).trials == 1
 
 
-def test_folder_without_a_sweep_is_rejected(make_plan, tmp_path):
+def test_folder_without_a_sweep_is_rejected(make_config, tmp_path):
     (tmp_path / "report.html").write_text("of a run")
     for url in (None, f"sqlite:///{tmp_path / 'study.db'}"):
         with pytest.raises(
             InputError, match=r"must be new, empty or the folder of a sweep\. Received: .*, wit"
         ):
-            sweep.run(make_plan(), tmp_path, url)
+            sweep.run(make_config(), tmp_path, url)
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_out_of_memory_fails_only_the_trial(make_plan, tmp_path, monkeypatch):
+@pytest.mark.long
+def test_out_of_memory_fails_only_the_trial(make_config, tmp_path, monkeypatch):
     errors = {4: MemoryError("Unable to allocate 5 GiB"), 5: RuntimeError("of another kind")}
     trainer = sweep.Trainer
 
@@ -153,8 +155,8 @@ def test_out_of_memory_fails_only_the_trial(make_plan, tmp_path, monkeypatch):
     console = Recorder()
 
     def search(widths):
-        plan = make_plan(search=(f"width={widths}",), trials=9, epochs=1)
-        return sweep.run(plan, tmp_path / "run", progress=console).trials
+        config = make_config(search=(f"width={widths}",), trials=9, epochs=1)
+        return sweep.run(config, tmp_path / "run", progress=console).trials
 
     with pytest.raises(RuntimeError, match="of another kind"):
         search("3,4,5,6")
@@ -165,21 +167,23 @@ def test_out_of_memory_fails_only_the_trial(make_plan, tmp_path, monkeypatch):
     assert len(oom_lines) == 1
 
 
-def test_passwords_are_redacted(make_plan, tmp_path):
+@pytest.mark.long
+def test_passwords_are_redacted(make_config, tmp_path):
     url = "nonsense://me:s3cret@host/name"
     with pytest.raises(InputError, match=r"Received: nonsense://me:\*\*\*@host/name") as error:
-        sweep.run(make_plan(), tmp_path, url)
+        sweep.run(make_config(), tmp_path, url)
     assert "s3cret" not in str(error.value)
     for text in (f"involution sweep --study {url}", "x://host/name", None):
         redacted = sweep._redact_password(text or "", url if text else None)
         assert redacted == (text or "").replace("s3cret", "***")
 
 
-def test_sweep_writes_trials_and_report(make_plan, images, network, tmp_path):
+@pytest.mark.long
+def test_sweep_writes_trials_and_report(make_config, images, network, tmp_path):
     console = Recorder()
-    plan = make_plan(trials=4, recipe="one-cycle")
+    config = make_config(trials=4, recipe="one-cycle")
     result = sweep.run(
-        plan, tmp_path / "new" / "folder", progress=console, command="involution sweep"
+        config, tmp_path / "new" / "folder", progress=console, command="involution sweep"
     )
     folder = tmp_path / "new" / "folder"
     found = rows(folder)
@@ -198,7 +202,7 @@ def test_sweep_writes_trials_and_report(make_plan, images, network, tmp_path):
     assert "on the 2 training" in page.replace("\n", " ")
     assert page.count("data:image/png;base64,") >= 2
     assert sum("accuracy" in line for line in console.lines) == 4
-    command = plan.command(result.best)
+    command = config.command(result.best)
     assert command.replace("&#39;", "'") in page.replace("&#39;", "'")
     function, bound, _ = involution_cli.app.parse_args(
         command.split()[1:], exit_on_error=False, print_error=False
@@ -240,41 +244,44 @@ def test_study_figures(accuracies, widths, figure_count):
     assert all(f.startswith("data:image/png;base64,") for f in figures.values())
 
 
-def test_sweep_resumes_unless_settings_changed(make_plan, tmp_path):
-    sweep.run(make_plan(trials=2), tmp_path)
+@pytest.mark.long
+def test_sweep_resumes_unless_settings_changed(make_config, tmp_path):
+    sweep.run(make_config(trials=2), tmp_path)
     first = rows(tmp_path)
     console = Recorder()
-    assert sweep.run(make_plan(trials=2), tmp_path, progress=console).trials == 2
+    assert sweep.run(make_config(trials=2), tmp_path, progress=console).trials == 2
     assert not any(label.startswith("trial") for label, _ in console.totals)
-    sweep.run(make_plan(trials=5), tmp_path)
+    sweep.run(make_config(trials=5), tmp_path)
     later = {r["trial"]: r for r in rows(tmp_path)}
     assert len(later) == 5
     assert all(later[r["trial"]] == r for r in first)
     # `download` does not affect results, so the study does not record it.
-    assert sweep.run(make_plan(trials=5, download=True), tmp_path).trials == 5
+    assert sweep.run(make_config(trials=5, download=True), tmp_path).trials == 5
     with pytest.raises(InputError, match="Received: `epochs` was 2 and is 3"):
-        sweep.run(make_plan(epochs=3), tmp_path)
+        sweep.run(make_config(epochs=3), tmp_path)
     assert len(rows(tmp_path)) == 5
 
 
-def test_trials_are_distinct_until_the_space_is_exhausted(make_plan, tmp_path):
+@pytest.mark.long
+def test_trials_are_distinct_until_the_space_is_exhausted(make_config, tmp_path):
     console = Recorder()
-    plan = make_plan(search=("width=2,3", "kind=relu,tanh"), trials=30, epochs=1)
-    assert sweep.run(plan, tmp_path, progress=console).trials == 4
+    config = make_config(search=("width=2,3", "kind=relu,tanh"), trials=30, epochs=1)
+    assert sweep.run(config, tmp_path, progress=console).trials == 4
     assert {(r["width"], r["kind"]) for r in rows(tmp_path)} == {
         (w, k) for w in "23" for k in ("relu", "tanh")
     }
     assert "exhausted" in console.lines[-1]
 
 
-def test_oversized_and_invalid_models_are_skipped(make_plan, tmp_path, monkeypatch):
+@pytest.mark.long
+def test_oversized_and_invalid_models_are_skipped(make_config, tmp_path, monkeypatch):
     build = mock.Mock(wraps=experiment.build)
     monkeypatch.setattr(experiment, "build", build)
     # Models have 7 * width + 3 parameters; the activation `nothing` does not exist.
-    plan = make_plan(
+    config = make_config(
         search=("width=4,5,6", "kind=relu,nothing"), trials=9, max_parameters=38, epochs=1
     )
-    sweep.run(plan, tmp_path)
+    sweep.run(config, tmp_path)
     # A model that is proposed again is not rebuilt.
     labels = [call.args[0] for call in build.call_args_list]
     assert len(labels) == len(set(labels))
@@ -282,20 +289,22 @@ def test_oversized_and_invalid_models_are_skipped(make_plan, tmp_path, monkeypat
     assert "proposals were not tried" in (tmp_path / "report.html").read_text()
 
 
-def test_indivisible_batch_sizes_are_skipped(make_plan, tmp_path):
+@pytest.mark.long
+def test_indivisible_batch_sizes_are_skipped(make_config, tmp_path):
     # 22 training images: 2 of the 24 are held out.
-    plan = make_plan(
+    config = make_config(
         search=("batch_size=4,6,8,24",),
         models="cnn",
         trials=4,
         epochs=1,
         gradient_accumulation_steps=4,
     )
-    sweep.run(plan, tmp_path)
+    sweep.run(config, tmp_path)
     assert sorted(r["batch_size"] for r in rows(tmp_path)) == ["4", "8"]
 
 
-def test_interrupted_trial_is_requeued(make_plan, tmp_path):
+@pytest.mark.long
+def test_interrupted_trial_is_requeued(make_config, tmp_path):
     class Interrupting(Recorder):
         def advance(self):
             super().advance()
@@ -303,10 +312,10 @@ def test_interrupted_trial_is_requeued(make_plan, tmp_path):
                 raise KeyboardInterrupt
 
     console = Interrupting()
-    assert sweep.run(make_plan(), tmp_path, progress=console).exit_code == 130
+    assert sweep.run(make_config(), tmp_path, progress=console).exit_code == 130
     started = [line for line in console.lines if "width" in line]
     again = Recorder()
-    assert sweep.run(make_plan(), tmp_path, progress=again).trials == 3
+    assert sweep.run(make_config(), tmp_path, progress=again).trials == 3
     repeated = [line for line in again.lines if "width" in line]
     # The trial is repeated with the same values.
     assert started[-1].split(": ")[1] == repeated[0].split(": ")[1]
@@ -350,6 +359,7 @@ def start_process(folder, images, network, killed_at=0, url=None):
     )
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="dead processes are detected on POSIX only")
 @pytest.mark.parametrize("storage", ["journal", pytest.param("database", marks=pytest.mark.slow)])
 def test_processes_share_a_study_and_repeat_a_killed_trial(storage, images, network, tmp_path):
@@ -369,16 +379,18 @@ def test_processes_share_a_study_and_repeat_a_killed_trial(storage, images, netw
     assert len({tuple(values(r).items()) for r in found}) == 6
 
 
-def test_unreadable_study_is_rejected(make_plan, tmp_path):
+@pytest.mark.long
+def test_unreadable_study_is_rejected(make_config, tmp_path):
     for url in ("nonsense", f"sqlite:///{tmp_path}/no/folder/study.db", "postgres://host/name"):
         with pytest.raises(InputError, match=r"A study must be a readable journal .* Received: "):
-            sweep.run(make_plan(), tmp_path / "run", url)
+            sweep.run(make_config(), tmp_path / "run", url)
     (tmp_path / "run" / sweep.JOURNAL).write_text(json.dumps({"not": "a journal"}) + "\n")
     with pytest.raises(InputError, match="A study must be a readable journal"):
-        sweep.run(make_plan(), tmp_path / "run")
+        sweep.run(make_config(), tmp_path / "run")
 
 
-def test_sweep_command_writes_its_files(make_plan, images, network, tmp_path, capsys):
+@pytest.mark.long
+def test_sweep_command_writes_its_files(make_config, images, network, tmp_path, capsys):
     folder = pathlib.Path(tmp_path, "run")
     arguments = ["sweep", *SEARCH, "--model", network, "--trials", "2", "--epochs", "1"]
     arguments += ["--dataset", str(images), "--output", str(folder)]

@@ -32,6 +32,7 @@ def network():
     )
 
 
+@pytest.mark.long
 def test_one_cycle_learning_rate():
     optimizer = make_optimizer(RECIPES["one-cycle"], 100)
     rates = []
@@ -60,6 +61,7 @@ def test_imagenet_learning_rate():
     assert float(numpy(optimizer.learning_rate)) == pytest.approx(0.4, abs=1e-6)
 
 
+@pytest.mark.long
 def test_training_metrics_include_images_before_a_resume():
     """A resumed epoch on more devices may have fewer images than it has already trained on."""
 
@@ -96,6 +98,7 @@ def test_nesterov_sgd_equals_pytorch():
     np.testing.assert_allclose(numpy(variable.value), expected, atol=1e-6)
 
 
+@pytest.mark.long
 def test_labels_are_smoothed_only_in_training():
     images = dataset()
     recipe = Recipe(1e-3, label_smoothing=0.1)
@@ -121,6 +124,7 @@ def without_normalization():
     return keras.Sequential([keras.Input((4, 5, 3)), layers.Flatten(), layers.Dense(2)])
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 @pytest.mark.parametrize("name", ["example", "one-cycle", "sgd"])
 def test_gradient_accumulation_equals_one_batch(name):
@@ -143,6 +147,7 @@ def test_gradient_accumulation_equals_one_batch(name):
         assert row["test_loss"] == pytest.approx(other["test_loss"], rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_averaged_weights_are_evaluated_and_kept(accumulation):
     images = dataset(12)
@@ -172,9 +177,10 @@ def test_averaged_weights_are_evaluated_and_kept(accumulation):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 def test_training_resumes_exactly_from_any_step(tmp_path):
-    """Including from an accumulation step within a batch, and from a test step."""
+    """Steps include accumulation steps within a batch, and test steps."""
     pets = write_folder(tmp_path / "pets", size=(12, 9), train=4, test=3)
     images = datasets.load(str(pets), (6, 8), crop_fraction=0.875)
     recipe = dataclasses.replace(
@@ -229,6 +235,7 @@ def test_example_recipe_has_constant_rate_and_no_decay():
     assert optimizer.weight_decay is None
 
 
+@pytest.mark.long
 def test_only_kernels_decay():
     model = network()
     for variable in model.trainable_variables:
@@ -318,6 +325,7 @@ def test_config_overrides_the_recipe():
     assert experiment.Config().recipe_for(images) == Recipe(1e-3, batch_size=images.batch_size)
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 def test_config_json_describes_the_training(tmp_path):
     pets = write_folder(tmp_path / "pets")

@@ -49,12 +49,14 @@ def test_unused_variables_are_counted():
     dense(10)
 
 
+@pytest.mark.long
 def test_unused_layers_are_counted():
     build_abstract(lambda: [L.ReLU() for _ in range(MAX_LAYERS)])
     text = message(lambda: [L.ReLU() for _ in range(MAX_LAYERS + 1)])
     assert text == f"more than {MAX_LAYERS:,} layers"
 
 
+@pytest.mark.long
 def test_counts_are_per_thread():
     def nested_and_threaded():
         # A nested abstract build has its own counts.
@@ -109,6 +111,7 @@ UNUSUAL_LAYERS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     "name",

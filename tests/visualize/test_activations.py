@@ -177,6 +177,7 @@ def test_involutions_in_compiled_functions_raise():
         capture(Compiled(), images)
 
 
+@pytest.mark.long
 def test_involutions_in_nested_models_are_captured():
     found = capture(Wrapped(), images)
     assert list(found) == ["deep", "twice", "twice#2"]

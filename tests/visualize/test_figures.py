@@ -52,6 +52,7 @@ def test_nonfinite_maps_are_marked_in_titles():
     assert "none (4x4, not finite)" in titles(figure)
 
 
+@pytest.mark.long
 def test_columns_share_a_scale(inn):
     maps = kernel_maps(inn, images)
     figure = figures.heat_maps(images, maps, ["a", "b", "c"])
