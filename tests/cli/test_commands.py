@@ -352,7 +352,7 @@ def invalid_commands(root, trained):
         (["convert", HOSTED, root / "used"], "new or empty"),
         (["convert", HOSTED, root / "text.png" / "x"], "writable"),
         (["export", root / "none.keras"], "which does not exist"),
-        (["export", root / "text.png"], "must be a .keras file"),
+        (["export", root / "text.png"], "must be a valid .keras file"),
         (["export", root / "used"], "must contain config.json and model.safetensors"),
         (["export", cnn, "--image-size", "9"], "Received: a model for images of (16, 16, 3)"),
         (["export", cnn, "--output", root / "none" / "x.onnx"], "none/x.onnx"),

@@ -8,6 +8,7 @@ import sys
 
 import cyclopts
 import pytest
+from rich.console import Console
 
 import involution_cli
 from involution.training import recipes
@@ -23,14 +24,15 @@ def parse(words):
 
 
 @pytest.fixture
-def help_of(monkeypatch, capsys):
+def help_of():
     """Returns a function that returns the help text of a command."""
-    monkeypatch.setenv("COLUMNS", "300")
 
     def help_text(command):
-        capsys.readouterr()
-        app.help_print([command])
-        return capsys.readouterr().out
+        # Wide enough that no name of an option wraps.
+        console = Console(width=300)
+        with console.capture() as capture:
+            app.help_print([command], console=console)
+        return capture.get()
 
     return help_text
 

@@ -147,7 +147,9 @@ def test_cnn_filters_and_hidden():
     shapes = [tuple(w.shape) for w in model.weights if len(w.shape) > 1]
     assert shapes == [(3, 3, 3, 3), (3, 3, 3, 5), (3, 3, 5, 7), (28, 11), (11, 5)]
     assert cnn((None, None, 3), head="convolutional", hidden=9).layers[-3].filters == 9
-    with pytest.raises(ValueError, match=r"`filters` must be .* 3 of them.*Received: filters="):
+    with pytest.raises(
+        ValueError, match=r"`filters` must be .* sequence of 3, .*Received: filters="
+    ):
         cnn(filters=(3, 4))
     with pytest.raises(ValueError, match="Received: hidden=0"):
         cnn(hidden=0)
