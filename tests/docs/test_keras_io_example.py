@@ -48,6 +48,12 @@ def table(text):
     return rows
 
 
+def unnumbered(rows):
+    """Rows without the numbers in names: Keras counts the example's layers in the process, and this
+    package's layers name theirs without that count."""
+    return [[re.sub(r"_\d+", "", str(row[0])), *map(str, row[1:])] for row in rows]
+
+
 def totals(text):
     return re.findall(r"params: (\S+ \(.*?\))", re.sub("<[^>]*>|\x1b[^m]*m", "", text))
 
@@ -85,10 +91,10 @@ def test_code_blocks_run_unchanged(text, monkeypatch, capsys):
     assert len(lines) >= 50
     assert [line for line in lines if line not in printed.splitlines()] == []
 
-    assert formula.rows(names["conv_model"]) == formula.CNN
-    assert formula.rows(names["inv_model"]) == formula.INN
+    assert unnumbered(formula.rows(names["conv_model"])) == unnumbered(formula.CNN)
+    assert unnumbered(formula.rows(names["inv_model"])) == unnumbered(formula.INN)
     assert totals(printed) == totals(text) == formula.CNN_TOTALS + formula.INN_TOTALS
-    assert table(printed) == table(text)
+    assert unnumbered(table(printed)) == unnumbered(table(text))
     assert len(table(text)) == len(formula.CNN) + len(formula.INN)
 
     kernels = [tuple(t.shape) for t in names["vis_model"].outputs]
