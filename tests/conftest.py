@@ -72,19 +72,19 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    deselected = []
+    deselected = set()
     if config.getoption("--backend-only"):
-        deselected += [item for item in items if item.get_closest_marker("any_backend")]
+        deselected.update(item for item in items if item.get_closest_marker("any_backend"))
     if config.getoption("--quick"):
         seen = set()
         for item in items:
             test = item.nodeid.partition("[")[0]
             if test in seen or item.get_closest_marker("long"):
-                deselected.append(item)
+                deselected.add(item)
             seen.add(test)
     if deselected:
-        config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if item not in set(deselected)]
+        config.hook.pytest_deselected(items=list(deselected))
+        items[:] = [item for item in items if item not in deselected]
 
 
 def seed():

@@ -20,15 +20,12 @@ from involution.layers import keras_io
 from involution.ops import fused
 from tests.support.backends import (
     BACKEND,
-    IMPLEMENTATIONS,
     mostly_slow_on_jax,
-    native_missing_reason,
+    requires_native,
     to_float64,
 )
 
-pytestmark = pytest.mark.skipif(
-    "native" not in IMPLEMENTATIONS, reason=str(native_missing_reason())
-)
+pytestmark = requires_native
 
 CHANNELS, GROUPS, SIZES = 8, 2, (9, 7)
 TAPS = 9

@@ -24,7 +24,6 @@ from involution.ops.native import library as native_library
 from tests.support import native_core
 from tests.support.backends import (
     BACKEND,
-    IMPLEMENTATIONS,
     assert_equals_oracle,
     fresh_process,
     grad,
@@ -33,6 +32,7 @@ from tests.support.backends import (
     native_missing_reason,
     numpy,
     operation,
+    requires_native,
     tensors,
 )
 from tests.support.native_core import DTYPES, each_target, without_outputs
@@ -41,7 +41,7 @@ from tests.support.paths import ROOT
 
 pytestmark = [
     pytest.mark.any_backend,
-    pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason=str(native_missing_reason())),
+    requires_native,
 ]
 
 TARGETS = native_library.targets()

@@ -29,18 +29,16 @@ from tests.support.backends import (
     IMPLEMENTATIONS,
     assert_equals_oracle,
     fresh_process,
-    native_missing_reason,
     numpy,
     operation,
+    requires_native,
     tensors,
 )
 from tests.support.native_core import ARGUMENTS
 from tests.support.oracle import Call
 from tests.support.paths import ROOT, TESTS
 
-pytestmark = pytest.mark.skipif(
-    "native" not in IMPLEMENTATIONS, reason=str(native_missing_reason())
-)
+pytestmark = requires_native
 
 CALL = Call(2, (5, 7), 12, (3, 2), (2, 1), "same", (1, 2), 3)
 FIRST = dataclasses.replace(CALL, data_format="channels_first", group_layout="interleaved")

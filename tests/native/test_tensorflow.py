@@ -20,16 +20,14 @@ from tests.support import native_core
 from tests.support.backends import (
     IMPLEMENTATIONS,
     assert_equals_oracle,
-    native_missing_reason,
     numpy,
     operation,
+    requires_native,
     tensors,
 )
 from tests.support.oracle import Call
 
-pytestmark = pytest.mark.skipif(
-    "native" not in IMPLEMENTATIONS, reason=str(native_missing_reason())
-)
+pytestmark = requires_native
 
 CALL = Call(2, (5, 7), 12, (3, 2), (2, 1), "same", (1, 2), 3)
 FIRST = dataclasses.replace(CALL, data_format="channels_first", group_layout="interleaved")

@@ -23,16 +23,14 @@ from tests.support.backends import (
     IMPLEMENTATIONS,
     assert_equals_oracle,
     fresh_process,
-    native_missing_reason,
     operation,
+    requires_native,
     tensors,
 )
 from tests.support.native_core import ARGUMENTS
 from tests.support.oracle import Call
 
-pytestmark = pytest.mark.skipif(
-    "native" not in IMPLEMENTATIONS, reason=str(native_missing_reason())
-)
+pytestmark = requires_native
 
 CALL = Call(2, (4, 5), 6, (3, 2), (2, 1), "same", (1, 2), 3)
 FIRST = dataclasses.replace(CALL, data_format="channels_first", group_layout="interleaved")

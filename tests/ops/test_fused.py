@@ -26,8 +26,8 @@ from tests.support.backends import (
     gradients,
     in_graph,
     jvp,
-    native_missing_reason,
     numpy,
+    requires_native,
     tensors,
     to_float64,
     vmap,
@@ -35,9 +35,7 @@ from tests.support.backends import (
 from tests.support.native_core import DTYPES, each_target
 from tests.support.oracle import Call, error_bound, random_calls, with_non_finite
 
-pytestmark = pytest.mark.skipif(
-    "native" not in IMPLEMENTATIONS, reason=str(native_missing_reason())
-)
+pytestmark = requires_native
 
 TARGETS = library.targets()
 # Odd and even: processors with bfloat16 dot products multiply even counts in pairs.

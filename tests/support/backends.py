@@ -54,6 +54,9 @@ def native_missing_reason():
 ALL_IMPLEMENTATIONS = ("triton", "native", "taps", "reference")
 # Implementations that run without a CUDA device; test_triton.py tests `triton`.
 IMPLEMENTATIONS = ALL_IMPLEMENTATIONS[1 if native_missing_reason() is None else 2 :]
+requires_native = pytest.mark.skipif(
+    "native" not in IMPLEMENTATIONS, reason=str(native_missing_reason())
+)
 
 
 def numpy(tensor):

@@ -26,16 +26,16 @@ class BaseInvolution(keras.layers.Layer):
 
     def generate_kernel(self, inputs):
         """The kernels for ``inputs``, in the layout of ``involution.ops.involution``."""
-        raise NotImplementedError
+        raise NotImplementedError  # each layer has its own
 
     def _generator_projection(self, inputs):
         """Weight and bias that turn ``_generator_hidden`` into kernels, if the kernels may be
         generated where they are applied; None if they must be stored."""
-        raise NotImplementedError
+        raise NotImplementedError  # each layer has its own
 
     def _generator_hidden(self, inputs):
         """Hidden channels of the generator: (B, *out_spatial, hidden channels)."""
-        raise NotImplementedError
+        raise NotImplementedError  # each layer has its own
 
     def chosen_implementation(self, inputs) -> str:
         """Name of the implementation that runs on ``inputs``, a tensor or a ``keras.KerasTensor``,

@@ -62,7 +62,7 @@ class Window:
     data_format: Any = dataclasses.field(
         default=None, metadata={"standardize": standardize_data_format}
     )
-    rank: int = None  # type: ignore[assignment]
+    rank: int = None  # type: ignore[assignment]  # set by __post_init__
 
     def __post_init__(self):
         if self.rank is None:

@@ -425,7 +425,7 @@ def _finish_or_requeue(study, trial, progress):
     any other error fails it and ends the sweep, which can resume without that trial."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # a trial may raise anything
         progress.end()
         memory_reason = out_of_memory_reason(error)
         reason = memory_reason or f"{type(error).__name__}: {error}"

@@ -53,8 +53,8 @@ class InvolutionRecord:
     def heat_map(self) -> np.ndarray:
         """A scalar per position and group, (N, *spatial, groups).
 
-        The sum of the kernel's weights at each output position. For attention, where that is
-        constant 1, ``attention_received`` at each input position instead.
+        The sum of the kernel's weights at each output position. For attention, whose weights sum
+        to 1, ``attention_received`` at each input position instead.
         """
         return self.attention_received if self.is_attention else self.kernels.sum(axis=-2)
 
@@ -211,8 +211,8 @@ def kernel_maps(model, images) -> dict[str, np.ndarray]:
 
     Returns:
         By layer name, in order of execution: (N, *spatial, groups), float32. A value is the sum of
-        the kernel's weights at that position; for ``PairwiseAttention`` and kernels with a softmax,
-        where that is 1, the attention that the position receives.
+        the kernel's weights at that position. Weights of ``PairwiseAttention`` and of kernels with
+        a softmax sum to 1: for these, a value is the attention that the position receives.
 
     Example:
 
