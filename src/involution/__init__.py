@@ -1,18 +1,23 @@
-"""Involution for Keras 3: the operator, its layers and its models.
+"""Involution: the operator, its layers and its models, for Keras, PyTorch and JAX.
 
-Importing registers the layers with Keras, so that saved models load without ``custom_objects``.
+``involution.ops`` computes with tensors of PyTorch, JAX and TensorFlow; ``involution.torch`` has
+modules for PyTorch. Neither imports Keras, and the other names are loaded when they are used. Once
+this package and Keras are imported, in any order, the layers are registered with Keras, so that
+saved models load without ``custom_objects``.
 """
 
-# ruff: noqa: E402 - the backend is selected before Keras is imported.
+import importlib
+from typing import TYPE_CHECKING
+
 import involution.utils.errors  # noqa: F401 - used by involution_cli.session if Keras's import fails
-from involution.backend import select
+from involution import keras_import, ops, renamed
 
-select()
-
-from involution import kernel_generators, models, ops, renamed
-from involution.layers import Involution, Involution1D, Involution2D, Involution3D
+if TYPE_CHECKING:
+    from involution import kernel_generators, models
+    from involution.layers import Involution, Involution1D, Involution2D, Involution3D
 
 renamed.install()
+keras_import.install()
 
 __version__ = "0.1.0"
 
@@ -25,3 +30,18 @@ __all__ = [
     "models",
     "ops",
 ]
+
+LAYERS = ("Involution", "Involution1D", "Involution2D", "Involution3D")
+PACKAGES = ("kernel_generators", "layers", "models", "torch")
+
+
+def __getattr__(name):
+    if name in LAYERS:
+        return getattr(importlib.import_module("involution.layers"), name)
+    if name in PACKAGES:
+        return importlib.import_module(f"involution.{name}")
+    raise AttributeError(f"module 'involution' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *LAYERS, *PACKAGES})

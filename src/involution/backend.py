@@ -29,14 +29,30 @@ def installed() -> tuple[str, ...]:
     return tuple(b for b in BACKENDS if importlib.util.find_spec(b) is not None)
 
 
-def configured() -> str | None:
-    """The backend in Keras's configuration file; None if it has none."""
+def _configured(name) -> str | None:
+    """A setting of Keras's configuration file; None if it has none."""
     home = os.environ.get("KERAS_HOME") or os.path.expanduser("~/.keras")
     try:
-        backend = json.loads((pathlib.Path(home) / "keras.json").read_text())["backend"]
+        value = json.loads((pathlib.Path(home) / "keras.json").read_text())[name]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return backend if isinstance(backend, str) else None
+    return value if isinstance(value, str) else None
+
+
+def configured() -> str | None:
+    """The backend in Keras's configuration file; None if it has none."""
+    return _configured("backend")
+
+
+# Read once: torch.compile cannot trace reading a file.
+_data_format = _configured("image_data_format")
+
+
+def image_data_format() -> str:
+    """Keras's setting ``image_data_format``, without importing Keras."""
+    if "keras" in sys.modules:
+        return sys.modules["keras"].config.image_data_format()
+    return "channels_last" if _data_format is None else _data_format
 
 
 def select() -> str:

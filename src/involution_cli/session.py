@@ -35,6 +35,7 @@ class Session:
         from involution import backend
         from involution.utils.progress import RichProgress
 
+        backend.select()
         self.progress = RichProgress()
         self.folder: pathlib.Path | None = None
         if backend.warning is not None:

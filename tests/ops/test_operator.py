@@ -601,9 +601,9 @@ def test_f29_named_implementation_runs(implementation, executed):
 
 def test_first_supported_implementation_is_the_default(executed, monkeypatch):
     check(SMALL, None)
-    monkeypatch.setattr(native, "BINDINGS", ())
+    monkeypatch.setattr(native, "FRAMEWORKS", ())
     check(SMALL, None)
-    monkeypatch.setattr(taps, "CUSTOM_GRADIENT", {})
+    monkeypatch.setattr(taps, "FRAMEWORKS", ())
     check(SMALL, None)
     assert executed == [IMPLEMENTATIONS[0], "taps", "reference"]
 
@@ -613,8 +613,8 @@ def test_implementations_are_listed_with_unsupported_reasons(monkeypatch):
     pairs = involution.ops.implementations(*arguments, groups=2)
     assert pairs[0][0] == "triton"
     assert pairs[1:] == [("native", native_missing_reason()), ("taps", None), ("reference", None)]
-    monkeypatch.setattr(native, "BINDINGS", ())
-    monkeypatch.setattr(taps, "CUSTOM_GRADIENT", {})
+    monkeypatch.setattr(native, "FRAMEWORKS", ())
+    monkeypatch.setattr(taps, "FRAMEWORKS", ())
     pairs = involution.ops.implementations(*arguments, groups=2)
     assert tuple(name for name, _ in pairs) == ALL_IMPLEMENTATIONS
     assert pairs[1][1] == native_missing_reason() or BACKEND in pairs[1][1]
@@ -632,7 +632,7 @@ def test_taps_precedes_native_where_xla_is_faster(channels):
 
 
 def test_f29_unsupported_implementation_raises(executed, monkeypatch):
-    monkeypatch.setattr(taps, "CUSTOM_GRADIENT", {})
+    monkeypatch.setattr(taps, "FRAMEWORKS", ())
     with pytest.raises(ValueError, match=rf"taps: .*{BACKEND}.*Received: "):
         check(SMALL, "taps")
     assert executed == []

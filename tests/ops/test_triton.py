@@ -369,7 +369,7 @@ def test_unsupported_reasons(monkeypatch):
     )
     assert triton.unsupported_reason(problem("float64")) is None
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
-    assert triton.unsupported_reason(problem()) == "it requires the PyTorch backend"
+    assert triton.unsupported_reason(problem()) == "it requires PyTorch tensors"
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert triton.unsupported_reason(problem()) == "Triton is not installed"

@@ -288,9 +288,11 @@ def _compiled_taps(case):
         raise NotImplementedError("requires the PyTorch backend")
     import torch
 
+    from involution.ops.autodiff.torch import differentiable
+
     # torch.compile limits the number of specializations of a function.
     torch.compiler.reset()
-    call = autodiff.differentiable(torch.compile(taps.compute, fullgraph=True))
+    call = differentiable(torch.compile(taps.compute, fullgraph=True))
 
     def apply(x, kernel):
         window = problem_of(case.window, x).window

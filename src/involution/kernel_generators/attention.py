@@ -10,8 +10,9 @@ from involution.kernel_generators.base import INHERITED_ARGUMENTS
 from involution.kernel_generators.convolutional import Linear
 from involution.ops.api import apply_window_products
 from involution.ops.dispatch import select
+from involution.ops.frameworks import namespace
 from involution.ops.problem import problem_of
-from involution.ops.tensor_utils import softmax, strided_slice, to_accumulation_dtype
+from involution.ops.tensor_utils import strided_slice, to_accumulation_dtype
 from involution.ops.validation import CHANNELS_LAST, SAME, standardize_padding, standardize_tuple
 from involution.ops.window import Window
 
@@ -101,7 +102,7 @@ class PairwiseAttention(Linear):
             1,
         )
         scores = ops.where(inside > 0.5, scores, MASK_VALUE)
-        kernel = ops.cast(softmax(scores, -2), self.compute_dtype)
+        kernel = ops.cast(namespace(scores).softmax(scores, -2), self.compute_dtype)
         return ops.reshape(kernel, (shape[0], *sizes, self.kernel_channels))
 
     def _products(self, x, y, groups):

@@ -8,7 +8,6 @@ Only ``affine`` reads weights in order to skip a layer's call.
 
 import keras
 
-from involution.ops.tensor_utils import matmul
 from involution.ops.validation import CHANNELS_LAST, check_axes
 
 
@@ -42,7 +41,13 @@ class _Pointwise(keras.layers.Layer):
     def convolution_op(self, inputs, kernel):
         if any(s > 1 for s in self.strides):
             inputs = inputs[(slice(None), *(slice(None, None, s) for s in self.strides))]
-        return matmul(inputs, kernel[(0,) * self.rank])
+        return _matmul(inputs, kernel[(0,) * self.rank])
+
+
+def _matmul(a, b):
+    # On PyTorch, keras.ops.matmul computes in float32.
+    is_float64 = keras.backend.standardize_dtype(a.dtype) == "float64"
+    return a @ b if is_float64 else keras.ops.matmul(a, b)
 
 
 @keras.saving.register_keras_serializable(package="involution")

@@ -4,7 +4,8 @@ import math
 
 from keras import ops
 
-from involution.ops.tensor_utils import pad, to_accumulation_dtype
+from involution.ops.frameworks import namespace
+from involution.ops.tensor_utils import to_accumulation_dtype
 from involution.ops.window import ceil_div
 
 
@@ -26,13 +27,13 @@ def average_pool(x, strides, centered=False):
     def sums(values):
         if known:
             padding = [(b, m - b) for b, m in zip(before, missing, strict=True)]
-            padded = pad(to_accumulation_dtype(values), [(0, 0), *padding, (0, 0)])
+            padded = namespace(x).pad(to_accumulation_dtype(values), [(0, 0), *padding, (0, 0)])
         else:
             # PyTorch's exporter specializes on whether padding is zero and whether a slice ends
             # where its tensor does: so it is padded by more than needed, then sliced.
             max_pad = [s - 1 if centered else 0 for s in strides]
             padding = [(a, s) for a, s in zip(max_pad, strides, strict=True)]
-            padded = pad(to_accumulation_dtype(values), [(0, 0), *padding, (0, 0)])
+            padded = namespace(x).pad(to_accumulation_dtype(values), [(0, 0), *padding, (0, 0)])
             parts = (
                 slice(a - b, a - b + c * s)
                 for a, b, c, s in zip(max_pad, before, counts, strides, strict=True)

@@ -8,7 +8,7 @@ from involution.layers.recording import is_recording, record
 from involution.ops.api import apply_generated, apply_kernels
 from involution.ops.dispatch import Selection, select
 from involution.ops.problem import check_generator, check_kernel, problem_of
-from involution.ops.tensor_utils import as_tensor
+from involution.ops.tensor_utils import as_tensors
 from involution.ops.validation import CHANNELS_LAST
 from involution.ops.window import Window
 
@@ -54,7 +54,7 @@ class BaseInvolution(keras.layers.Layer):
     def call(self, inputs, training=None):
         with training_scope(training):
             # ``stateless_call`` passes arrays unconverted.
-            return self._call(as_tensor(inputs))
+            return self._call(*as_tensors(inputs=inputs))
 
     def _call(self, inputs):
         # A recorded call stores its kernels.

@@ -10,8 +10,9 @@ from involution.kernel_generators.base import current_training, uses_full_input
 from involution.kernel_generators.convolutional import final_projection
 from involution.layers.base import BaseInvolution, check_groups, input_channels
 from involution.ops.dispatch import standardize_implementation
+from involution.ops.frameworks import namespace
 from involution.ops.problem import cached, output_sizes
-from involution.ops.tensor_utils import softmax, spatial_shape, to_accumulation_dtype
+from involution.ops.tensor_utils import spatial_shape, to_accumulation_dtype
 from involution.ops.validation import (
     CHANNELS_LAST,
     SAME,
@@ -206,7 +207,7 @@ class InvolutionND(BaseInvolution):
             kernel, window.shape(shape[0], window.spatial(shape), window.taps, window.groups)
         )
         if self.kernel_softmax:
-            kernel = softmax(to_accumulation_dtype(kernel), window.tap_axis)
+            kernel = namespace(kernel).softmax(to_accumulation_dtype(kernel), window.tap_axis)
         if self.kernel_dropout is not None:
             kernel = self.kernel_dropout(kernel, training=current_training())
         return ops.cast(kernel, inputs.dtype)

@@ -1,11 +1,10 @@
-"""The operator's public functions, and their nodes in functional Keras models."""
-
-import keras
+"""The operator's public functions."""
 
 from involution import renamed
 from involution.ops.dispatch import IMPLEMENTATIONS, Selection, preferred, select
-from involution.ops.problem import Problem, check_generator, check_kernel, check_output, problem_of
-from involution.ops.tensor_utils import as_tensor, matmul
+from involution.ops.frameworks import namespace
+from involution.ops.problem import check_generator, check_kernel, check_output, problem_of
+from involution.ops.tensor_utils import any_symbolic, as_tensors
 from involution.ops.validation import CHANNELS_LAST, static_shape
 from involution.ops.window import Window
 
@@ -78,11 +77,13 @@ def involution(
     Source: Li et al., "Involution: Inverting the Inherence of Convolution for Visual Recognition",
     CVPR 2021, arXiv:2103.06255.
     """
-    x, kernel = as_tensor(x), as_tensor(kernel)
+    x, kernel = as_tensors(x=x, kernel=kernel)
     window = Window(
-        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, _rank(x)
+        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, rank_of(x)
     )
-    if _any_symbolic(x, kernel):
+    if any_symbolic(x, kernel):
+        from involution.ops.symbolic import InvolutionOperation
+
         return InvolutionOperation(implementation, **window.arguments())(x, kernel)
     problem = problem_of(window, x)
     check_kernel(problem, kernel)
@@ -131,11 +132,13 @@ def window_products(
     >>> tuple(scores.shape), float(scores[0, 0, 0, 0, 0]), float(scores[0, 0, 0, 4, 0])
     ((1, 4, 5, 9, 2), 0.0, 3.0)
     """
-    x, y = as_tensor(x), as_tensor(y)
+    x, y = as_tensors(x=x, y=y)
     window = Window(
-        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, _rank(x)
+        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, rank_of(x)
     )
-    if _any_symbolic(x, y):
+    if any_symbolic(x, y):
+        from involution.ops.symbolic import WindowProductsOperation
+
         return WindowProductsOperation(implementation, **window.arguments())(x, y)
     problem = problem_of(window, x)
     check_output(problem, y)
@@ -190,78 +193,21 @@ def fused_involution(
     >>> float(y[0, 0, 0, 0]), float(y[0, 1, 1, 0])
     (12.0, 27.0)
     """
-    x, hidden, weight, bias = (as_tensor(t) for t in (x, hidden, weight, bias))
+    x, hidden, weight, bias = as_tensors(x=x, hidden=hidden, weight=weight, bias=bias)
     window = Window(
-        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, _rank(x)
+        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, rank_of(x)
     )
-    if _any_symbolic(x, hidden, weight, bias):
+    if any_symbolic(x, hidden, weight, bias):
+        from involution.ops.symbolic import FusedInvolutionOperation
+
         operation = FusedInvolutionOperation(implementation, **window.arguments())
         return operation(x, hidden, weight, bias)
-    problem = problem_of(window, x, _hidden_channels(weight))
+    problem = problem_of(window, x, hidden_channels_of(weight))
     check_generator(problem, hidden, weight, bias)
     return apply_generated(select(problem, implementation), x, hidden, weight, bias)
 
 
 generate_and_apply = fused_involution
-
-
-class _Operation(keras.Operation):
-    """A node of a functional Keras model, with the keyword arguments of a function."""
-
-    def __init__(self, implementation=None, name=None, **arguments):
-        super().__init__(name=name)
-        self.implementation = implementation
-        self.arguments = arguments
-
-    def _problem(self, x, hidden_channels=None) -> Problem:
-        return problem_of(Window(**self.arguments, rank=_rank(x)), x, hidden_channels)
-
-    def get_config(self):
-        return {"name": self.name, "implementation": self.implementation, **self.arguments}
-
-
-@keras.saving.register_keras_serializable(package="involution")
-class InvolutionOperation(_Operation):
-    """``involution`` as a node."""
-
-    def call(self, x, kernel):
-        return involution(x, kernel, implementation=self.implementation, **self.arguments)
-
-    def compute_output_spec(self, x, kernel):
-        problem = self._problem(x)
-        check_kernel(problem, kernel)
-        select(problem, self.implementation)
-        return keras.KerasTensor(problem.output_shape, dtype=problem.dtype)
-
-
-@keras.saving.register_keras_serializable(package="involution")
-class WindowProductsOperation(_Operation):
-    """``window_products`` as a node."""
-
-    def call(self, x, y):
-        return window_products(x, y, implementation=self.implementation, **self.arguments)
-
-    def compute_output_spec(self, x, y):
-        problem = self._problem(x)
-        check_output(problem, y)
-        select(problem, self.implementation)
-        return keras.KerasTensor(problem.kernel_shape, dtype=problem.dtype)
-
-
-# Model files contain the registered name.
-@keras.saving.register_keras_serializable(package="involution", name="GenerateAndApplyOperation")
-class FusedInvolutionOperation(_Operation):
-    """``fused_involution`` as a node."""
-
-    def call(self, x, hidden, weight, bias):
-        arguments = {"implementation": self.implementation, **self.arguments}
-        return fused_involution(x, hidden, weight, bias, **arguments)
-
-    def compute_output_spec(self, x, hidden, weight, bias):
-        problem = self._problem(x, _hidden_channels(weight))
-        check_generator(problem, hidden, weight, bias)
-        select(problem, self.implementation)
-        return keras.KerasTensor(problem.output_shape, dtype=problem.dtype)
 
 
 @renamed.arguments(hidden="hidden_channels")
@@ -285,7 +231,7 @@ def implementations(x, kernel, kernel_size, hidden_channels=None, **arguments):
     >>> [name for name, reason in involution.ops.implementations(x, kernel, 3)]
     ['triton', 'native', 'taps', 'reference']
     """
-    problem = problem_of(Window(kernel_size, **arguments, rank=_rank(x)), x, hidden_channels)
+    problem = problem_of(Window(kernel_size, **arguments, rank=rank_of(x)), x, hidden_channels)
     if kernel is not None:
         check_kernel(problem, kernel)
     return [
@@ -313,15 +259,16 @@ def apply_generated(selection: Selection, x, hidden, weight, bias):
     hidden = _with_static_shape(hidden, x, problem, problem.hidden_channels)
     if selection.name == "fused":
         return selection.implementation.apply(x, (hidden, weight, bias), problem)
-    last = window.data_format == CHANNELS_LAST
-    kernel = matmul(hidden if last else keras.ops.moveaxis(hidden, 1, -1), weight) + bias
-    shape = keras.ops.shape(hidden)
-    kernel = kernel if last else keras.ops.moveaxis(kernel, -1, 1)
+    ops, last = namespace(x), window.data_format == CHANNELS_LAST
+    kernel = ops.matmul(hidden if last else ops.moveaxis(hidden, 1, -1), weight) + bias
+    shape = ops.shape(hidden)
+    kernel = kernel if last else ops.moveaxis(kernel, -1, 1)
     shape = window.shape(shape[0], window.spatial(shape), window.taps, window.groups)
-    return selection.implementation.apply(x, keras.ops.reshape(kernel, shape), problem)
+    return selection.implementation.apply(x, ops.reshape(kernel, shape), problem)
 
 
-def _rank(x) -> int:
+def rank_of(x) -> int:
+    """Number of spatial dimensions of ``x``, or ValueError."""
     shape = static_shape("x", x)
     if len(shape) not in (3, 4, 5):
         raise ValueError(
@@ -331,7 +278,8 @@ def _rank(x) -> int:
     return len(shape) - 2
 
 
-def _hidden_channels(weight) -> int:
+def hidden_channels_of(weight) -> int:
+    """Number of hidden channels of a generator's weight, or ValueError."""
     shape = static_shape("weight", weight)
     if len(shape) != 2 or not shape[0]:
         raise ValueError(
@@ -346,11 +294,7 @@ def _with_static_shape(tensor, x, problem, *channels):
     other size would broadcast without an error."""
     if None not in problem.output_shape:
         return tensor
-    window = problem.window
-    shape = keras.ops.shape(x)
+    ops, window = namespace(x), problem.window
+    shape = ops.shape(x)
     sizes = window.output_sizes(window.spatial(shape))
-    return keras.ops.reshape(tensor, window.shape(shape[0], sizes, *channels))
-
-
-def _any_symbolic(*tensors) -> bool:
-    return any(isinstance(tensor, keras.KerasTensor) for tensor in tensors)
+    return ops.reshape(tensor, window.shape(shape[0], sizes, *channels))

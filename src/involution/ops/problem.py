@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
+import sys
 from typing import Any
 
-import keras
-
+from involution.ops.frameworks import dtype_name, framework_of
 from involution.ops.validation import is_shape_compatible, static_shape
 from involution.ops.window import Window
 
@@ -22,6 +22,8 @@ class Problem:
         window: The window, its steps clamped to the input's sizes.
         x_shape: Shape of the input; None for each unknown size, here and below.
         dtype: Dtype of all tensors.
+        framework: Framework of the tensors, "tensorflow", "jax" or "torch"; or another backend of
+            Keras.
         device: Device type, such as "cpu" or "cuda"; None if the tensor has no device.
         hidden_channels: Channels from which kernels are generated; None if kernels are given.
         output_shape: Shape of the output.
@@ -31,6 +33,7 @@ class Problem:
     window: Window
     x_shape: tuple[int | None, ...]
     dtype: str
+    framework: str
     device: str | None
     hidden_channels: int | None
     output_shape: tuple[int | None, ...]
@@ -38,11 +41,8 @@ class Problem:
 
 
 def _is_compiling() -> bool:
-    if keras.config.backend() != "torch":
-        return False
-    import torch
-
-    return torch.compiler.is_compiling()
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
 
 
 def cached(function):
@@ -63,14 +63,20 @@ def cached(function):
 
 def problem_of(window: Window, x, hidden_channels: int | None = None) -> Problem:
     """The checked problem of one call. Raises ValueError with the rule and the value received."""
-    dtype = keras.backend.standardize_dtype(x.dtype)
+    framework = framework_of(x)
+    if framework is None:
+        import keras
+
+        framework = keras.config.backend()
     device = getattr(getattr(x, "device", None), "type", None)
-    return make_problem(window, static_shape("x", x), dtype, device, hidden_channels)
+    return make_problem(
+        window, static_shape("x", x), dtype_name(x.dtype), framework, device, hidden_channels
+    )
 
 
 @cached
-def make_problem(window, x_shape, dtype, device=None, hidden_channels=None) -> Problem:
-    """As ``problem_of``, from the shape, dtype and device of the input."""
+def make_problem(window, x_shape, dtype, framework, device=None, hidden_channels=None) -> Problem:
+    """As ``problem_of``, from the shape, dtype, framework and device of the input."""
     if len(x_shape) != window.rank + 2:
         raise ValueError(
             f"`x` must have a batch axis, a channel axis and {window.rank} spatial axes. "
@@ -91,6 +97,7 @@ def make_problem(window, x_shape, dtype, device=None, hidden_channels=None) -> P
         window.clamp_steps(window.spatial(x_shape)),
         x_shape,
         dtype,
+        framework,
         device,
         hidden_channels,
         window.shape(x_shape[0], sizes, channels),
@@ -106,7 +113,7 @@ def check_operand(problem: Problem, name: str, tensor: Any, shape, description: 
             f"`{name}` must have the shape {shape}: {description}. "
             f"Received: {name}.shape={received}"
         )
-    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    dtype = dtype_name(tensor.dtype)
     if dtype != problem.dtype:
         raise ValueError(
             f"`{name}` must have the dtype of `x`, {problem.dtype}. Received: {name}.dtype={dtype}"

@@ -1,8 +1,7 @@
-"""Reference implementation: the formula tap by tap in ``keras.ops``, slow and easy to verify."""
-
-from keras import ops
+"""Reference implementation: the formula tap by tap, slow and easy to verify."""
 
 from involution.ops import tensor_utils
+from involution.ops.frameworks import namespace
 from involution.ops.tensor_utils import (
     merge_groups,
     pad_and_split,
@@ -31,12 +30,12 @@ def apply(x, kernel, problem):
     for tap, offset in enumerate(window.tap_offsets):
         values = strided_slice(padded, offset, window.strides, window.output_sizes(x_sizes), window)
         y = y + tap_kernel(weights, tap, window) * values
-    return ops.cast(merge_groups(y, window), x.dtype)
+    return namespace(x).cast(merge_groups(y, window), x.dtype)
 
 
 def kernel_grad(x, dy, problem):
     """dkernel[b, p, tap, group] = sum over channels c: dy[b, p, c] * x[b, tap of window p, c]."""
-    window = problem.window
+    ops, window = namespace(x), problem.window
     x_sizes = spatial_shape(x, window)
     padded, grouped_dy = (
         pad_and_split(to_accumulation_dtype(x), x_sizes, window),

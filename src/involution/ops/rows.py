@@ -5,9 +5,8 @@ the operations of ``reference``. It is selected by name only, because under XLA 
 sums depends on the batch size.
 """
 
-from keras import ops
-
 from involution.ops import tensor_utils
+from involution.ops.frameworks import namespace
 from involution.ops.tensor_utils import (
     merge_groups,
     pad_and_split,
@@ -28,7 +27,7 @@ def unsupported_reason(problem) -> str | None:
 
 def apply(x, kernel, problem):
     """Y[b, p, c] = sum over taps of kernel[b, p, tap, group of c] * X[b, window of p at tap, c]."""
-    window = problem.window
+    ops, window = namespace(x), problem.window
     weights, width = to_accumulation_dtype(kernel), window.kernel_size[-1]
     y = 0.0
     for row, values in enumerate(_rows(x, window)):
@@ -44,7 +43,7 @@ def apply(x, kernel, problem):
 
 def kernel_grad(x, dy, problem):
     """dkernel[b, p, tap, group] = sum over channels c: dy[b, p, c] * x[b, tap of window p, c]."""
-    window = problem.window
+    ops, window = namespace(x), problem.window
     grouped_dy = ops.expand_dims(split_groups(to_accumulation_dtype(dy), window), _tap_axis(window))
     axis = _group_channel_axis(window)
     rows = [ops.sum(grouped_dy * values, axis=axis) for values in _rows(x, window)]
@@ -61,7 +60,7 @@ def _rows(x, window):
     padded = pad_and_split(to_accumulation_dtype(x), x_sizes, window)
     last = _tap_axis(window) - 1
     width = window.kernel_size[-1]
-    columns = ops.stack(
+    columns = namespace(x).stack(
         [
             strided_slice(padded, offset[-1:], window.strides[-1:], count[-1:], window, last)
             for offset in window.tap_offsets[:width]

@@ -5,32 +5,72 @@ kernel broadcasts.
 """
 
 import math
+import sys
 
-import keras
-from keras import ops
-
+from involution.ops.frameworks import framework_of, namespace
 from involution.ops.validation import CHANNELS_LAST
 
 
-def as_tensor(value):
-    """``value`` as a tensor; tensors stay on their device."""
-    if isinstance(value, keras.KerasTensor) or ops.is_tensor(value):
+def as_tensors(**values) -> list:
+    """The values as tensors of one framework: of that of the tensors among them, or of Keras's
+    backend if there are none. Tensors stay on their devices; symbolic Keras tensors stay symbolic.
+
+    Raises:
+        ValueError: The tensors are of different frameworks.
+    """
+    frameworks = [framework_of(value) for value in values.values()]
+    if frameworks[0] is not None and frameworks.count(frameworks[0]) == len(frameworks):
+        return list(values.values())
+    return _converted(values)
+
+
+def _converted(values) -> list:
+    keras = sys.modules.get("keras")
+    if keras is not None:
+        if any_symbolic(*values.values()):
+            return [_keras_tensor(value) for value in values.values()]
+        for name, value in values.items():
+            if isinstance(value, keras.Variable):
+                values[name] = _keras_tensor(value)
+    tensors = {name: value for name, value in values.items() if framework_of(value)}
+    if not tensors:
+        return [_keras_tensor(value) for value in values.values()]
+    if len({framework_of(tensor) for tensor in tensors.values()}) > 1:
+        received = ", ".join(f"{name} of {framework_of(t)}" for name, t in tensors.items())
+        raise ValueError(f"All tensors must be of one framework. Received: {received}")
+    like = next(iter(tensors.values()))
+    convert = namespace(like).convert_to_tensor
+    return [value if name in tensors else convert(value, like) for name, value in values.items()]
+
+
+def _keras_tensor(value):
+    import keras
+
+    if isinstance(value, keras.KerasTensor) or keras.ops.is_tensor(value):
         return value
-    return ops.convert_to_tensor(value)
+    return keras.ops.convert_to_tensor(value)
+
+
+def any_symbolic(*tensors) -> bool:
+    """Whether a tensor is symbolic, of a functional Keras model."""
+    keras = sys.modules.get("keras")
+    return keras is not None and any(isinstance(t, keras.KerasTensor) for t in tensors)
 
 
 def to_accumulation_dtype(x):
     """``x`` in the dtype of sums: float32, or float64 for float64."""
-    return x if "64" in str(x.dtype) else ops.cast(x, "float32")
+    return x if "64" in str(x.dtype) else namespace(x).cast(x, "float32")
 
 
 def spatial_shape(x, window) -> tuple:
     """Spatial sizes of ``x``: integers, or tensors if TensorFlow knows them at run time only."""
-    return window.spatial(ops.shape(x))
+    return window.spatial(namespace(x).shape(x))
 
 
 def _maximum(a, b):
-    return max(a, b) if isinstance(a, int) and isinstance(b, int) else ops.maximum(a, b)
+    if isinstance(a, int) and isinstance(b, int):
+        return max(a, b)
+    return namespace(b if isinstance(a, int) else a).maximum(a, b)
 
 
 def spatial_axis(window) -> int:
@@ -40,6 +80,7 @@ def spatial_axis(window) -> int:
 
 def split_groups(x, window):
     """A grouped tensor: C becomes (groups, channels of a group), ordered by the group layout."""
+    ops = namespace(x)
     shape = ops.shape(x)
     return ops.reshape(
         x,
@@ -51,6 +92,7 @@ def split_groups(x, window):
 
 def merge_groups(grouped, window):
     """The inverse of ``split_groups``."""
+    ops = namespace(grouped)
     shape = ops.shape(grouped)
     first = spatial_axis(window)
     channels = grouped.shape[window.channel_axis] * grouped.shape[window.channel_axis + 1]
@@ -94,18 +136,8 @@ def pad_spatial(grouped, pads, window):
     if all(isinstance(p, int) and p == 0 for pair in pads for p in pair):
         return grouped
     pad_width = [(0, 0)] * spatial_axis(window) + list(pads)
-    return pad(grouped, pad_width + [(0, 0)] * (len(grouped.shape) - len(pad_width)))
-
-
-def pad(x, pad_width):
-    """``keras.ops.pad`` with (before, after) for every axis."""
-    if keras.config.backend() == "torch":
-        import torch
-
-        # Keras branches on whether the padding is 0, which is unknown in a program exported for
-        # all sizes.
-        return torch.nn.functional.pad(x, [n for pair in reversed(pad_width) for n in pair])
-    return ops.pad(x, pad_width)
+    pad_width += [(0, 0)] * (len(grouped.shape) - len(pad_width))
+    return namespace(grouped).pad(grouped, pad_width)
 
 
 def strided_slice(grouped, start, strides, count, window, first=None):
@@ -122,22 +154,6 @@ def strided_slice(grouped, start, strides, count, window, first=None):
 
 def tap_kernel(kernel, tap, window):
     """One tap of a kernel tensor, with an axis of size 1 for the channels of a group."""
-    return ops.expand_dims(
+    return namespace(kernel).expand_dims(
         kernel[(slice(None),) * window.tap_axis + (tap,)], window.group_channel_axis
     )
-
-
-def matmul(a, b):
-    """``keras.ops.matmul``; for float64 ``@``, because on PyTorch Keras computes in float32."""
-    is_float64 = keras.backend.standardize_dtype(a.dtype) == "float64"
-    return a @ b if is_float64 else ops.matmul(a, b)
-
-
-def softmax(x, axis):
-    """``keras.ops.softmax`` for any rank: TensorFlow's, with oneDNN, supports at most five axes."""
-    if keras.config.backend() != "tensorflow":
-        return ops.softmax(x, axis=axis)
-    shape = ops.shape(x)
-    axis %= len(shape)
-    before, after = (math.prod(part) for part in (shape[:axis], shape[axis + 1 :]))
-    return ops.reshape(ops.softmax(ops.reshape(x, (before, shape[axis], after)), axis=1), shape)

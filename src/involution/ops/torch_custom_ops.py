@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from involution.ops import fused_autodiff, taps
-from involution.ops.autodiff import (
-    FORWARD,
-    KERNEL_GRAD,
-    VJP_RULES,
+from involution.ops.autodiff import FORWARD, KERNEL_GRAD, VJP_RULES
+from involution.ops.autodiff import fused as fused_rules
+from involution.ops.autodiff.torch import (
     differentiable,
+    differentiable_fused,
     nested_forward_mode,
 )
 from involution.ops.native.params import (
@@ -25,11 +24,12 @@ from involution.ops.native.params import (
     encode_fused,
     with_pass,
 )
+from involution.ops.taps.torch import call as taps_call
 
 
 @dataclasses.dataclass(frozen=True)
 class Operations:
-    """``call`` and ``call_fused`` compute the passes of ``autodiff.py`` and ``fused_autodiff.py``;
+    """``call`` and ``call_fused`` compute the passes of ``autodiff`` and ``autodiff.fused``;
     ``unfused`` and ``fused`` are the registered PyTorch ops."""
 
     call: Callable
@@ -60,18 +60,18 @@ def register_ops(name, execute, execute_fused, device_types=None) -> Operations:
 
     # Compiled programs use the gradients registered with the op; torch.func does not support them.
     eager = differentiable(compute)
-    eager_fused = fused_autodiff.differentiable(compute_fused, eager)
+    eager_fused = differentiable_fused(compute_fused, eager)
 
     def call(pass_, window, x_sizes, a, b):
         if _requires_composite():
-            return taps.call(pass_, window, x_sizes, a, b)
+            return taps_call(pass_, window, x_sizes, a, b)
         if torch.compiler.is_compiling():
             return compute(pass_, window, x_sizes, a, b)
         return eager(pass_, window, x_sizes, a, b)
 
     def call_fused(pass_, window, x_sizes, *arguments):
         if _requires_composite():
-            return fused_autodiff.unfused(taps.call, pass_, window, x_sizes, *arguments)
+            return fused_rules.unfused(taps_call, pass_, window, x_sizes, *arguments)
         if torch.compiler.is_compiling():
             return compute_fused(pass_, window, x_sizes, *arguments)
         return eager_fused(pass_, window, x_sizes, *arguments)
@@ -197,9 +197,7 @@ def _fused_op(name, execute, device_types):
         def call(pass_, window, sizes, *arguments):
             return operation(*arguments, with_pass(ctx.params, pass_), ctx.rank)
 
-        gradients = fused_autodiff.output_gradients(
-            call, None, None, ctx.saved_tensors, cotangents[0]
-        )
+        gradients = fused_rules.output_gradients(call, None, None, ctx.saved_tensors, cotangents[0])
         return *gradients, None, None
 
     operation.register_autograd(backward, setup_context=setup_context)

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Sequence
 
-import keras
+from involution.backend import image_data_format
 
 SAME, VALID, SYMMETRIC = "same", "valid", "symmetric"
 CONTIGUOUS, INTERLEAVED = "contiguous", "interleaved"
@@ -50,7 +50,7 @@ def standardize_padding(name, padding, rank):
 
 def standardize_data_format(name, data_format, rank=None) -> str:
     if data_format is None:
-        return keras.config.image_data_format()
+        return image_data_format()
     return check_choice(name, data_format, (CHANNELS_LAST, CHANNELS_FIRST))
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from involution.ops import fused_autodiff
-from involution.ops.autodiff import KERNEL_GRAD, differentiable
+from involution.ops.autodiff import KERNEL_GRAD
+from involution.ops.autodiff.jax import differentiable, differentiable_fused
 from involution.ops.native import library as native_library
 from involution.ops.native.params import (
     HAS_BATCH_AXIS,
@@ -212,4 +212,4 @@ def _with_batching_rule(compute, has_batch_axis):
 
 
 call = differentiable(_with_batching_rule(UNFUSED.call, _batch_axes))
-call_fused = fused_autodiff.differentiable(_with_batching_rule(FUSED.call, _fused_batch_axes), call)
+call_fused = differentiable_fused(_with_batching_rule(FUSED.call, _fused_batch_axes), call)

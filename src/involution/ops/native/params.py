@@ -9,9 +9,8 @@ import itertools
 import math
 from typing import Any
 
-import keras
-
 from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD
+from involution.ops.frameworks import dtype_name
 from involution.ops.problem import cached
 from involution.ops.tensor_utils import pads
 from involution.ops.validation import CHANNELS_FIRST, INTERLEAVED
@@ -120,7 +119,7 @@ def encode_fused(pass_, window: Window, x_sizes, arguments) -> list:
 
 
 def _encode(pass_, window, x_sizes, features, hidden_channels=0) -> list:
-    dtype = keras.backend.standardize_dtype(features.dtype)
+    dtype = dtype_name(features.dtype)
     channels = features.shape[window.channel_axis]
     return list(_encode_sizes(window, tuple(x_sizes), pass_, dtype, channels, hidden_channels))
 
@@ -179,4 +178,4 @@ def fused_result_shapes(pass_, window: Window, x_sizes, arguments) -> tuple[tupl
 
 def accumulation_dtype(dtype) -> str:
     """The dtype of sums."""
-    return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
+    return "float64" if dtype_name(dtype) == "float64" else "float32"

@@ -4,8 +4,7 @@ import functools
 
 import tensorflow as tf
 
-from involution.ops import fused_autodiff
-from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD, VJP_RULES
+from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD, VJP_RULES, fused
 from involution.ops.native import library
 from involution.ops.native.params import (
     FEATURES_ARG,
@@ -102,19 +101,15 @@ def _fused_gradient(operation, *cotangents):
     *arguments, params = operation.inputs
     pass_ = PASSES[operation.get_attr("pass_index")]
     if pass_ == FORWARD:
-        gradients = fused_autodiff.output_gradients(
-            _run_fused_pass, params, None, arguments, cotangents[0]
-        )
+        gradients = fused.output_gradients(_run_fused_pass, params, None, arguments, cotangents[0])
     elif pass_ == INPUT_GRAD:
-        gradients = fused_autodiff.input_gradients(
-            _run_fused_pass, params, None, arguments, cotangents[0]
-        )
+        gradients = fused.input_gradients(_run_fused_pass, params, None, arguments, cotangents[0])
     else:
         x, hidden, _, dy = arguments
         for tensor in (x, dy):
             # Forward mode may trace tensors of unknown rank.
             tensor.set_shape([None] * hidden.shape.rank)
-        gradients = fused_autodiff.kernel_gradients(_run_pass, params, None, arguments, cotangents)
+        gradients = fused.kernel_gradients(_run_pass, params, None, arguments, cotangents)
     return *_set_shapes(gradients, arguments), None
 
 

@@ -8,8 +8,6 @@ stored kernels stay in L2.
 import importlib.util
 import os
 
-import keras
-
 from involution.ops.autodiff import FORWARD, KERNEL_GRAD, tracing_reason
 from involution.ops.tensor_utils import spatial_shape
 
@@ -23,12 +21,12 @@ def is_interpreter() -> bool:
 
 
 def unsupported_reason(problem) -> str | None:
-    if keras.config.backend() != "torch":
-        return "it requires the PyTorch backend"
+    if problem.framework != "torch":
+        return "it requires PyTorch tensors"
     # The cheapest check first: it runs in every call.
     if problem.device != "cuda" and not is_interpreter():
         return f"it requires CUDA tensors; the device is {problem.device or 'unknown'}"
-    if reason := tracing_reason():
+    if reason := tracing_reason(problem.framework):
         return reason
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -60,7 +58,7 @@ def kernel_grad(x, dy, problem):
 
 
 def call_fused(pass_, window, x_sizes, *arguments):
-    """A fused pass of ``fused_autodiff.py``."""
+    """A fused pass of ``autodiff.fused``."""
     return _operations().call_fused(pass_, window, x_sizes, *arguments)
 
 

@@ -12,18 +12,13 @@ bias. The derivative of the forward pass is given by the other two passes. The d
 two are rarely needed, and are computed by ``unfused``, which stores the kernels.
 """
 
-import functools
-
-import keras
-from keras import ops
-
-from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD, PassSpec, sum_of
+from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD, sum_of
+from involution.ops.frameworks import namespace
 from involution.ops.native.params import accumulation_dtype
-from involution.ops.tensor_utils import matmul
 
 
 def unfused(call, pass_, window, sizes, *arguments):
-    """A fused pass with stored kernels; ``call`` computes the passes of ``autodiff.py``."""
+    """A fused pass with stored kernels; ``call`` computes the passes of ``autodiff``."""
     if pass_ == FORWARD:
         x, hidden, weight, bias = arguments
         return call(FORWARD, window, sizes, x, _kernel(window, hidden, weight, bias)), _empty(x)
@@ -33,25 +28,29 @@ def unfused(call, pass_, window, sizes, *arguments):
             dy
         )
     x, hidden, weight, dy = arguments
+    ops = namespace(x)
     dkernel = call(KERNEL_GRAD, window, sizes, x, dy)
     shape = ops.shape(hidden)
     dkernel = ops.reshape(dkernel, (shape[0], -1, window.taps * window.groups))
-    dhidden = ops.reshape(matmul(dkernel, ops.transpose(weight)), shape)
+    dhidden = ops.reshape(ops.matmul(dkernel, ops.swapaxes(weight, 0, 1)), shape)
     dtype = accumulation_dtype(x.dtype)
     dkernel, rows = (
         ops.cast(t, dtype) for t in (dkernel, ops.reshape(hidden, (shape[0], -1, shape[-1])))
     )
-    dweight = matmul(ops.swapaxes(rows, 1, 2), dkernel)
+    dweight = ops.matmul(ops.swapaxes(rows, 1, 2), dkernel)
     return dhidden, ops.concatenate([dweight, ops.sum(dkernel, axis=1, keepdims=True)], axis=1)
 
 
 def _kernel(window, hidden, weight, bias):
-    kernel = matmul(hidden, weight) + bias
+    ops = namespace(hidden)
+    kernel = ops.matmul(hidden, weight) + bias
     return ops.reshape(kernel, (*ops.shape(hidden)[:-1], window.taps, window.groups))
 
 
 def _empty(like):
-    return ops.zeros((0,), dtype=accumulation_dtype(like.dtype))
+    ops = namespace(like)
+    empty = ops.zeros_like(ops.reshape(like, (-1,))[:0])
+    return ops.cast(empty, accumulation_dtype(like.dtype))
 
 
 def output_gradients(call, window, sizes, arguments, dy, needs_grad=(True,) * 4):
@@ -63,7 +62,7 @@ def output_gradients(call, window, sizes, arguments, dy, needs_grad=(True,) * 4)
         dx, _ = call(INPUT_GRAD, window, sizes, hidden, weight, bias, dy)
     if any(needs_grad[1:]):
         dhidden, dweights = call(KERNEL_GRAD, window, sizes, x, hidden, weight, dy)
-        dweights = ops.cast(_sum_over_batch(dweights), weight.dtype)
+        dweights = namespace(dy).cast(_sum_over_batch(dweights), weight.dtype)
         dweight, dbias = dweights[:-1], dweights[-1]
     return dx, dhidden, dweight, dbias
 
@@ -73,7 +72,7 @@ def input_gradients(call, window, sizes, arguments, c):
     cotangent ``c``."""
     hidden, weight, bias, dy = arguments
     dhidden, dweights = call(KERNEL_GRAD, window, sizes, c, hidden, weight, dy)
-    dweights = ops.cast(_sum_over_batch(dweights), weight.dtype)
+    dweights = namespace(dy).cast(_sum_over_batch(dweights), weight.dtype)
     return (
         dhidden,
         dweights[:-1],
@@ -84,10 +83,11 @@ def input_gradients(call, window, sizes, arguments, c):
 
 def kernel_gradients(call, window, sizes, arguments, cotangents):
     """Gradients of the kernel gradient with respect to x, hidden, weight and dy, computed with
-    ``call`` for the passes of ``autodiff.py``: its cotangent defines new kernels for each sample,
+    ``call`` for the passes of ``autodiff``: its cotangent defines new kernels for each sample,
     which are stored."""
     x, hidden, weight, dy = arguments
     c_hidden, c_weights = cotangents
+    ops = namespace(x)
     dkernel = call(KERNEL_GRAD, window, sizes, x, dy)
     shape, dtype = ops.shape(hidden), c_weights.dtype
 
@@ -95,12 +95,12 @@ def kernel_gradients(call, window, sizes, arguments, cotangents):
         return ops.cast(ops.reshape(tensor, (shape[0], -1, last)), dtype)
 
     c_rows, hidden_rows = rows(c_hidden, hidden.shape[-1]), rows(hidden, hidden.shape[-1])
-    c_kernel = matmul(c_rows, ops.cast(weight, dtype))
-    kernel = c_kernel + matmul(hidden_rows, c_weights[:, :-1]) + c_weights[:, -1:]
+    c_kernel = ops.matmul(c_rows, ops.cast(weight, dtype))
+    kernel = c_kernel + ops.matmul(hidden_rows, c_weights[:, :-1]) + c_weights[:, -1:]
     kernel = ops.cast(ops.reshape(kernel, ops.shape(dkernel)), x.dtype)
     dkernel = rows(dkernel, weight.shape[-1])
-    dhidden = matmul(dkernel, ops.swapaxes(c_weights[:, :-1], 1, 2))
-    dweight = _sum_over_batch(matmul(ops.swapaxes(c_rows, 1, 2), dkernel))
+    dhidden = ops.matmul(dkernel, ops.swapaxes(c_weights[:, :-1], 1, 2))
+    dweight = _sum_over_batch(ops.matmul(ops.swapaxes(c_rows, 1, 2), dkernel))
     return (
         call(INPUT_GRAD, window, sizes, kernel, dy),
         ops.cast(ops.reshape(dhidden, shape), hidden.dtype),
@@ -113,6 +113,7 @@ def output_tangent(call, arguments, tangents):
     """Tangents of the results of ``call``, the forward pass; None is a tangent of zero."""
     x, hidden, weight, bias = arguments
     t_x, t_hidden, t_weight, t_bias = tangents
+    ops = namespace(x)
     zero = ops.zeros_like(bias)
     terms = []
     if t_x is not None:
@@ -131,84 +132,9 @@ def output_tangent(call, arguments, tangents):
 def _sum_over_batch(tensor):
     """The sum over the batch axis as a matrix product: on CPUs, XLA's reduction over the first axis
     is up to 40 times slower."""
+    ops = namespace(tensor)
     shape = ops.shape(tensor)
     rows = ops.reshape(tensor, (shape[0], shape[1] * shape[2]))
-    total = matmul(ops.ones((1, shape[0]), tensor.dtype), rows)
+    ones = ops.swapaxes(ops.ones_like(rows[:, :1]), 0, 1)
+    total = ops.matmul(ones, rows)
     return ops.reshape(total, shape[1:])
-
-
-def _jax(compute, unfused):
-    import jax
-
-    call = jax.custom_vjp(compute, nondiff_argnums=(0, 1, 2))
-
-    def forward(pass_, window, sizes, *arguments):
-        return call(pass_, window, sizes, *arguments), arguments
-
-    def backward(pass_, window, sizes, arguments, cotangents):
-        if pass_ == FORWARD:
-            return output_gradients(call, window, sizes, arguments, cotangents[0])
-        _, gradients = jax.vjp(functools.partial(unfused, pass_, window, sizes), *arguments)
-        return gradients(cotangents)
-
-    call.defvjp(forward, backward)
-    return call
-
-
-def _torch(compute, unfused):
-    import torch
-
-    class FusedPass(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(spec, *arguments):
-            return compute(spec.pass_, spec.window, spec.sizes, *arguments)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.spec, *arguments = inputs
-            ctx.save_for_backward(*arguments)
-            ctx.save_for_forward(*arguments)
-
-        @staticmethod
-        def backward(ctx, *cotangents):
-            spec, arguments = ctx.spec, ctx.saved_tensors
-            if spec.pass_ == FORWARD:
-                return None, *output_gradients(
-                    call, spec.window, spec.sizes, arguments, cotangents[0]
-                )
-            return None, *torch.func.vjp(unfused_pass(spec), *arguments)[1](cotangents)
-
-        @staticmethod
-        def jvp(ctx, _, *tangents):
-            spec, arguments = ctx.spec, ctx.saved_tensors
-            if spec.pass_ == FORWARD:
-                call = functools.partial(FusedPass.apply, spec)
-                return output_tangent(call, arguments, tangents)
-            tangents = tuple(
-                torch.zeros_like(a) if t is None else t
-                for a, t in zip(arguments, tangents, strict=True)
-            )
-            return torch.func.jvp(unfused_pass(spec), arguments, tangents)[1]
-
-    def unfused_pass(spec):
-        return functools.partial(unfused, spec.pass_, spec.window, spec.sizes)
-
-    def call(pass_, window, sizes, *arguments):
-        return FusedPass.apply(PassSpec(pass_, window, sizes), *arguments)
-
-    return call
-
-
-CUSTOM_GRADIENT = {"jax": _jax, "torch": _torch}
-
-
-def differentiable(compute, call):
-    """``compute(pass_, window, sizes, *arguments)`` with these derivatives.
-
-    ``call`` computes the passes of ``autodiff.py`` on the same backend. None on a backend that is
-    not in ``CUSTOM_GRADIENT``.
-    """
-    custom_gradient = CUSTOM_GRADIENT.get(keras.config.backend())
-    return custom_gradient(compute, functools.partial(unfused, call)) if custom_gradient else None

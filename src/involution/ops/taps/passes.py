@@ -1,33 +1,20 @@
-"""Shift-and-multiply implementation: portable, with gradients written in the same form.
+"""The passes as sums of shifted products.
 
 Each sum is a chain of additions over slices, which XLA and inductor fuse into one loop; no tensor
 of taps x channels elements is stored. The input gradient is a gather, not a scatter: each input
 position sums over the windows that contain it.
 """
 
-import functools
 import itertools
 
-import keras
-from keras import ops
-
-from involution.ops import tensor_utils
-from involution.ops.autodiff import (
-    CUSTOM_GRADIENT,
-    FORWARD,
-    INPUT_GRAD,
-    KERNEL_GRAD,
-    differentiable,
-    nested_forward_mode,
-    tracing_reason,
-)
+from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD
+from involution.ops.frameworks import namespace
 from involution.ops.tensor_utils import (
     merge_groups,
     pad_and_split,
     pad_spatial,
     pads,
     spatial_axis,
-    spatial_shape,
     split_groups,
     strided_slice,
     tap_kernel,
@@ -42,61 +29,12 @@ MAX_UNROLL = 16
 SMALL_GROUP_CHANNELS = 4
 
 
-def unsupported_reason(problem) -> str | None:
-    backend = keras.config.backend()
-    if backend not in CUSTOM_GRADIENT:
-        return f"its gradients need one of the backends {', '.join(CUSTOM_GRADIENT)}, not {backend}"
-    return tracing_reason() or tensor_utils.unsupported_reason(problem)
-
-
-def apply(x, kernel, problem):
-    window = problem.window
-    return call(FORWARD, window, spatial_shape(x, window), x, kernel)
-
-
-def kernel_grad(x, dy, problem):
-    window = problem.window
-    return call(KERNEL_GRAD, window, spatial_shape(x, window), x, dy)
-
-
 def compute(pass_, window: Window, x_sizes, a, b):
-    """One pass of ``autodiff.py``."""
+    """One pass of ``autodiff``."""
     result = {FORWARD: _output, INPUT_GRAD: _input_gradient, KERNEL_GRAD: _kernel_gradient}[pass_](
         to_accumulation_dtype(a), to_accumulation_dtype(b), x_sizes, window
     )
-    return ops.cast(result, a.dtype)
-
-
-def _compiled(compute):
-    """``compute`` compiled to one program, if the backend has a compiler."""
-    backend = keras.config.backend()
-    if backend == "jax":
-        import jax
-
-        return jax.jit(compute, static_argnums=(0, 1, 2))
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        def in_graph(pass_, window, x_sizes, a, b):
-            # Compiling takes some 0.5 s for each new shape: too long for one eager call.
-            if tf.executing_eagerly():
-                return compute(pass_, window, x_sizes, a, b)
-            compiled = tf.function(
-                functools.partial(compute, pass_, window, x_sizes), jit_compile=True
-            )
-            return compiled(a, b)
-
-        return in_graph
-    return compute
-
-
-_differentiable = differentiable(_compiled(compute), compute)
-
-
-def call(pass_, window, x_sizes, a, b):
-    if keras.config.backend() == "torch" and nested_forward_mode():
-        return compute(pass_, window, x_sizes, a, b)
-    return _differentiable(pass_, window, x_sizes, a, b)
+    return namespace(a).cast(result, a.dtype)
 
 
 def _output(x, kernel, x_sizes, window):
@@ -176,6 +114,7 @@ def _interleave_axis(parts, stride, axis):
     """Interleaves components along ``axis``; each is keyed by its remainder modulo ``stride``."""
     if stride == 1:
         return parts[0]
+    ops = namespace(parts[min(parts)])
     shape = list(ops.shape(parts[min(parts)]))
     pieces: list = []
     for r, end in itertools.pairwise([*parts, stride]):
@@ -202,7 +141,7 @@ def _kernel_gradient(x, dy, x_sizes, window):
         )
         return _sum(partial[i] for i in range(partial.shape[0]))
 
-    return ops.stack([tap(offset) for offset in window.tap_offsets], axis=window.tap_axis)
+    return namespace(x).stack([tap(offset) for offset in window.tap_offsets], axis=window.tap_axis)
 
 
 def _group_channels(grouped, window):
@@ -213,6 +152,7 @@ def _group_channels(grouped, window):
     channels = grouped.shape[axis]
     if channels <= SMALL_GROUP_CHANNELS:
         return [grouped[(None,) + (slice(None),) * axis + (j,)] for j in range(channels)]
+    ops = namespace(grouped)
     grouped = ops.moveaxis(grouped, axis, 0)
     parts = -(-channels // MAX_UNROLL)
     count = -(-channels // parts)
