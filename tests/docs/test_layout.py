@@ -11,7 +11,7 @@ import yaml
 
 import involution
 import involution_cli
-from involution.ops import native
+from involution.ops.frameworks import FRAMEWORKS
 from tests.support.backends import BACKEND
 from tests.support.paths import ROOT
 
@@ -72,8 +72,9 @@ ORDER = [
     "ops.reference",
     "ops.rows",
     "ops.dispatch",
-    "ops.api",
+    "ops.calls",
     "ops.symbolic",
+    "ops.api",
     "ops",
     "ops.cases",
     "kernel_generators.pointwise",
@@ -381,18 +382,24 @@ def test_safe_calls_and_options_are_allowed():
     assert list(unsafe("np.load(p, allow_pickle=False)\nyaml.safe_load(t)\nre.compile('x')")) == []
 
 
+# Packages with a module for each framework.
+BY_FRAMEWORK = {
+    "ops.autodiff": {"fused"},
+    "ops.frameworks": set(),
+    "ops.native": {"library", "params"},
+    "ops.taps": {"passes"},
+}
+
+
 @pytest.mark.any_backend
-def test_every_binding_is_a_module():
-    bindings = {name for name in modules if re.fullmatch(r"ops\.native\.\w+", name)}
-    assert bindings == {"ops.native.library", "ops.native.params", *map(binding, native.BINDINGS)}
-
-
-def binding(backend):
-    return f"ops.native.{backend}"
+@pytest.mark.parametrize("package", BY_FRAMEWORK)
+def test_every_framework_has_a_module(package):
+    names = {n.rpartition(".")[2] for n in modules if n.rpartition(".")[0] == package}
+    assert names == BY_FRAMEWORK[package] | set(FRAMEWORKS)
 
 
 # Modules that import another framework, which need not be installed.
-OTHER_BACKENDS = [binding(backend) for backend in native.BINDINGS if backend != BACKEND]
+OTHER_BACKENDS = [f"{p}.{name}" for p in BY_FRAMEWORK for name in FRAMEWORKS if name != BACKEND]
 if BACKEND != "torch":
     OTHER_BACKENDS += ["ops.torch_custom_ops", "benchmarking.paper_cuda"]
 if BACKEND != "torch" or importlib.util.find_spec("triton") is None:

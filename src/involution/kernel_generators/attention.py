@@ -8,7 +8,7 @@ from keras import ops
 
 from involution.kernel_generators.base import INHERITED_ARGUMENTS
 from involution.kernel_generators.convolutional import Linear
-from involution.ops.api import apply_window_products
+from involution.ops.calls import apply_window_products
 from involution.ops.dispatch import select
 from involution.ops.frameworks import namespace
 from involution.ops.problem import problem_of

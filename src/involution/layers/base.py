@@ -5,7 +5,7 @@ from keras import ops
 
 from involution.kernel_generators.base import training_scope
 from involution.layers.recording import is_recording, record
-from involution.ops.api import apply_generated, apply_kernels
+from involution.ops.calls import apply_generated, apply_kernels
 from involution.ops.dispatch import Selection, select
 from involution.ops.problem import check_generator, check_kernel, problem_of
 from involution.ops.tensor_utils import as_tensors

@@ -1,11 +1,11 @@
 """The operator's public functions."""
 
 from involution import renamed
-from involution.ops.dispatch import IMPLEMENTATIONS, Selection, preferred, select
-from involution.ops.frameworks import namespace
-from involution.ops.problem import check_generator, check_kernel, check_output, problem_of
+from involution.ops import calls
+from involution.ops.calls import rank_of
+from involution.ops.dispatch import IMPLEMENTATIONS, preferred
+from involution.ops.problem import check_kernel, problem_of
 from involution.ops.tensor_utils import any_symbolic, as_tensors
-from involution.ops.validation import CHANNELS_LAST, static_shape
 from involution.ops.window import Window
 
 
@@ -82,12 +82,10 @@ def involution(
         kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, rank_of(x)
     )
     if any_symbolic(x, kernel):
-        from involution.ops.symbolic import InvolutionOperation
+        from involution.ops import symbolic
 
-        return InvolutionOperation(implementation, **window.arguments())(x, kernel)
-    problem = problem_of(window, x)
-    check_kernel(problem, kernel)
-    return apply_kernels(select(problem, implementation), x, kernel)
+        return symbolic.InvolutionOperation(implementation, **window.arguments())(x, kernel)
+    return calls.involution(window, implementation, x, kernel)
 
 
 def window_products(
@@ -137,12 +135,10 @@ def window_products(
         kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, rank_of(x)
     )
     if any_symbolic(x, y):
-        from involution.ops.symbolic import WindowProductsOperation
+        from involution.ops import symbolic
 
-        return WindowProductsOperation(implementation, **window.arguments())(x, y)
-    problem = problem_of(window, x)
-    check_output(problem, y)
-    return apply_window_products(select(problem, implementation), x, y)
+        return symbolic.WindowProductsOperation(implementation, **window.arguments())(x, y)
+    return calls.window_products(window, implementation, x, y)
 
 
 def fused_involution(
@@ -198,13 +194,11 @@ def fused_involution(
         kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, rank_of(x)
     )
     if any_symbolic(x, hidden, weight, bias):
-        from involution.ops.symbolic import FusedInvolutionOperation
+        from involution.ops import symbolic
 
-        operation = FusedInvolutionOperation(implementation, **window.arguments())
+        operation = symbolic.FusedInvolutionOperation(implementation, **window.arguments())
         return operation(x, hidden, weight, bias)
-    problem = problem_of(window, x, hidden_channels_of(weight))
-    check_generator(problem, hidden, weight, bias)
-    return apply_generated(select(problem, implementation), x, hidden, weight, bias)
+    return calls.fused_involution(window, implementation, x, hidden, weight, bias)
 
 
 generate_and_apply = fused_involution
@@ -237,64 +231,3 @@ def implementations(x, kernel, kernel_size, hidden_channels=None, **arguments):
     return [
         (name, IMPLEMENTATIONS[name].unsupported_reason(problem)) for name in preferred(problem)
     ]
-
-
-def apply_kernels(selection: Selection, x, kernel):
-    """``involution`` of checked operands, with the implementation selected."""
-    problem = selection.problem
-    kernel = _with_static_shape(kernel, x, problem, problem.window.taps, problem.window.groups)
-    return selection.implementation.apply(x, kernel, problem)
-
-
-def apply_window_products(selection: Selection, x, y):
-    """``window_products`` of checked operands, with the implementation selected."""
-    problem = selection.problem
-    y = _with_static_shape(y, x, problem, problem.x_shape[problem.window.channel_axis])
-    return selection.implementation.kernel_grad(x, y, problem)
-
-
-def apply_generated(selection: Selection, x, hidden, weight, bias):
-    """``fused_involution`` of checked operands, with the implementation selected."""
-    problem, window = selection.problem, selection.problem.window
-    hidden = _with_static_shape(hidden, x, problem, problem.hidden_channels)
-    if selection.name == "fused":
-        return selection.implementation.apply(x, (hidden, weight, bias), problem)
-    ops, last = namespace(x), window.data_format == CHANNELS_LAST
-    kernel = ops.matmul(hidden if last else ops.moveaxis(hidden, 1, -1), weight) + bias
-    shape = ops.shape(hidden)
-    kernel = kernel if last else ops.moveaxis(kernel, -1, 1)
-    shape = window.shape(shape[0], window.spatial(shape), window.taps, window.groups)
-    return selection.implementation.apply(x, ops.reshape(kernel, shape), problem)
-
-
-def rank_of(x) -> int:
-    """Number of spatial dimensions of ``x``, or ValueError."""
-    shape = static_shape("x", x)
-    if len(shape) not in (3, 4, 5):
-        raise ValueError(
-            "`x` must have a batch axis, a channel axis and one, two or three spatial axes. "
-            f"Received: x.shape={shape}"
-        )
-    return len(shape) - 2
-
-
-def hidden_channels_of(weight) -> int:
-    """Number of hidden channels of a generator's weight, or ValueError."""
-    shape = static_shape("weight", weight)
-    if len(shape) != 2 or not shape[0]:
-        raise ValueError(
-            "`weight` must have the shape (hidden channels, taps * groups), with at least one "
-            f"hidden channel. Received: weight.shape={shape}"
-        )
-    return shape[0]
-
-
-def _with_static_shape(tensor, x, problem, *channels):
-    """``tensor`` reshaped to the output's sizes if they are known at run time only, because any
-    other size would broadcast without an error."""
-    if None not in problem.output_shape:
-        return tensor
-    ops, window = namespace(x), problem.window
-    shape = ops.shape(x)
-    sizes = window.output_sizes(window.spatial(shape))
-    return ops.reshape(tensor, window.shape(shape[0], sizes, *channels))

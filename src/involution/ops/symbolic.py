@@ -2,13 +2,8 @@
 
 import keras
 
-from involution.ops.api import (
-    fused_involution,
-    hidden_channels_of,
-    involution,
-    rank_of,
-    window_products,
-)
+from involution.ops import calls
+from involution.ops.calls import hidden_channels_of, rank_of
 from involution.ops.dispatch import select
 from involution.ops.problem import Problem, check_generator, check_kernel, check_output, problem_of
 from involution.ops.window import Window
@@ -22,8 +17,11 @@ class _Operation(keras.Operation):
         self.implementation = implementation
         self.arguments = arguments
 
+    def _window(self, x) -> Window:
+        return Window(**self.arguments, rank=rank_of(x))
+
     def _problem(self, x, hidden_channels=None) -> Problem:
-        return problem_of(Window(**self.arguments, rank=rank_of(x)), x, hidden_channels)
+        return problem_of(self._window(x), x, hidden_channels)
 
     def get_config(self):
         return {"name": self.name, "implementation": self.implementation, **self.arguments}
@@ -34,7 +32,7 @@ class InvolutionOperation(_Operation):
     """``involution`` as a node."""
 
     def call(self, x, kernel):
-        return involution(x, kernel, implementation=self.implementation, **self.arguments)
+        return calls.involution(self._window(x), self.implementation, x, kernel)
 
     def compute_output_spec(self, x, kernel):
         problem = self._problem(x)
@@ -48,7 +46,7 @@ class WindowProductsOperation(_Operation):
     """``window_products`` as a node."""
 
     def call(self, x, y):
-        return window_products(x, y, implementation=self.implementation, **self.arguments)
+        return calls.window_products(self._window(x), self.implementation, x, y)
 
     def compute_output_spec(self, x, y):
         problem = self._problem(x)
@@ -63,8 +61,7 @@ class FusedInvolutionOperation(_Operation):
     """``fused_involution`` as a node."""
 
     def call(self, x, hidden, weight, bias):
-        arguments = {"implementation": self.implementation, **self.arguments}
-        return fused_involution(x, hidden, weight, bias, **arguments)
+        return calls.fused_involution(self._window(x), self.implementation, x, hidden, weight, bias)
 
     def compute_output_spec(self, x, hidden, weight, bias):
         problem = self._problem(x, hidden_channels_of(weight))
