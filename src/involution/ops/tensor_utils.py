@@ -27,11 +27,9 @@ def as_tensors(**values) -> list:
 def _converted(values) -> list:
     keras = sys.modules.get("keras")
     if keras is not None:
+        values = {n: v.value if isinstance(v, keras.Variable) else v for n, v in values.items()}
         if any_symbolic(*values.values()):
             return [_keras_tensor(value) for value in values.values()]
-        for name, value in values.items():
-            if isinstance(value, keras.Variable):
-                values[name] = _keras_tensor(value)
     tensors = {name: value for name, value in values.items() if framework_of(value)}
     if not tensors:
         return [_keras_tensor(value) for value in values.values()]

@@ -28,8 +28,10 @@ def _framework_of_type(kind: Any) -> str | None:
     jax = sys.modules.get("jax")
     if jax is not None and issubclass(kind, (jax.Array, jax.core.Tracer)):
         return "jax"
-    tf = sys.modules.get("tensorflow")
-    if tf is not None and issubclass(kind, (tf.Tensor, tf.Variable)):
+    tf, keras = sys.modules.get("tensorflow"), sys.modules.get("keras")
+    # Keras's variables are tensors of TensorFlow by inheritance only.
+    is_keras = keras is not None and issubclass(kind, keras.Variable)
+    if tf is not None and not is_keras and issubclass(kind, (tf.Tensor, tf.Variable)):
         return "tensorflow"
     return None
 
