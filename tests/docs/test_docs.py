@@ -10,6 +10,8 @@ import pytest
 from tests.support.paths import ROOT
 
 DOCS = ROOT / "docs"
+# Packages that the code of a page needs, besides a backend.
+PACKAGES = {"jax": ("flax", "equinox"), "pytorch": ("torch",)}
 PAGES = sorted([*DOCS.glob("en/**/*.md"), *DOCS.glob("ko/**/*.md")])
 
 
@@ -50,6 +52,8 @@ def check_printed(text, output):
     ids=name_of,
 )
 def test_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
+    for package in PACKAGES.get(page.stem, ()):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")
     text = code(page)
