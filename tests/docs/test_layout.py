@@ -27,6 +27,7 @@ ORDER = [
     "utils",
     "backend",
     "utils.errors",
+    "utils.arguments",
     "utils.environment",
     "utils.progress",
     "utils.atomic_files",

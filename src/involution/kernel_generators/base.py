@@ -15,9 +15,19 @@ from involution.ops.validation import (
     standardize_tuple,
 )
 from involution.ops.window import STANDARDIZE, ceil_div
+from involution.utils.arguments import MISNAMED, names_required
 
 # Attributes that a generator inherits from its involution layer where they are None.
 INHERITED_ARGUMENTS = tuple(name for name, _ in STANDARDIZE if name != "group_layout")
+
+
+_TAPS_GROUPS = "a kernel map has taps * groups channels: use `groups`"
+
+# Decorates the ``__init__`` of every generator.
+check_names = names_required(
+    "An involution layer sets `kernel_size`, `groups` and `strides` where they are None.",
+    {**MISNAMED, "filters": _TAPS_GROUPS, "out_channels": _TAPS_GROUPS},
+)
 
 
 class _Training(threading.local):
@@ -72,7 +82,8 @@ class KernelGenerator(keras.layers.Layer):
     # Whether initializers such as those of ``near_depthwise_init`` apply.
     accepts_initializers = False
 
-    def __init__(self, kernel_size=None, groups=None, strides=None, data_format=None, **kwargs):
+    @check_names
+    def __init__(self, kernel_size=None, *, groups=None, strides=None, data_format=None, **kwargs):
         super().__init__(**kwargs)
         self.kernel_size = kernel_size
         self.groups = groups

@@ -20,6 +20,28 @@ from involution.ops.validation import (
     standardize_tuple,
 )
 from involution.ops.window import Window
+from involution.utils.arguments import MISNAMED, names_required
+
+_NO_BIAS = "an involution has none; normalization after it, or `filters`, adds a bias"
+_OF_GENERATOR = (
+    "it is an argument of kernel generators: kernel_generator=Bottleneck({0}=...), from "
+    "involution.kernel_generators"
+)
+
+_check_names = names_required(
+    "An involution keeps the input's channels: for Conv{rank}D(64, 3) write {name}(3), or "
+    "{name}(3, filters=64) with a 1x1 convolution.",
+    {
+        **MISNAMED,
+        "dilation": "use `dilation_rate`",
+        "out_channels": "use `filters`, for a 1x1 convolution after the involution",
+        "bias": _NO_BIAS,
+        "use_bias": _NO_BIAS,
+        "activation": "apply it to the output, as in keras.activations.relu(layer(x))",
+        "kernel_initializer": _OF_GENERATOR.format("kernel_initializer"),
+        "kernel_regularizer": _OF_GENERATOR.format("kernel_regularizer"),
+    },
+)
 
 
 class _KernelDropout(keras.layers.Dropout):
@@ -45,9 +67,11 @@ class InvolutionND(BaseInvolution):
 
     rank: int
 
+    @_check_names
     def __init__(
         self,
         kernel_size=7,
+        *,
         strides=1,
         padding="same",
         dilation_rate=1,
@@ -280,7 +304,8 @@ class InvolutionND(BaseInvolution):
 _SHARED_DOC = """
 
     Args:
-        kernel_size: Integer, or one for each spatial dimension: the window.
+        kernel_size: Integer, or one for each spatial dimension: the window. The only positional
+            argument.
         strides: Integer, or one for each spatial dimension.
         padding: ``"same"``, ``"valid"``, ``"symmetric"`` (the paper's code), an integer, or a pair
             (before, after) for each spatial dimension; see ``involution.ops.involution``.
@@ -316,6 +341,8 @@ _SHARED_DOC = """
         groups, *out_spatial).
 
     Raises:
+        TypeError: More than one positional argument, or an argument of another library, such as
+            ``stride``; the message says what to write.
         ValueError: An argument is out of its range, the groups do not divide the channels, the
             generator's map does not fit the output, a generator with weights belongs to another
             layer, or the input has too few or too many axes.
