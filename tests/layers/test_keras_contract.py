@@ -432,6 +432,53 @@ def test_training_argument_reaches_a_wrapped_layer():
     assert not np.array_equal(numpy(mean.value), before)
 
 
+class WithoutTraining(Involution2D):
+    """A subclass whose ``call`` has no ``training`` argument."""
+
+    def call(self, inputs):
+        return super().call(inputs)
+
+
+class WrappingWithoutTraining(Wrapping):
+    def call(self, x):
+        return self.inner.call(x)
+
+
+class DropoutAfter(keras.Model):
+    """A layer, and then dropout, without passing ``training`` to either."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.dropout = keras.layers.Dropout(0.5)
+
+    def call(self, x):
+        return self.layer(x), self.dropout(keras.ops.ones((1, 100)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: WithoutTraining(3),
+        lambda: WrappingWithoutTraining(Involution2D(3)),
+        lambda: WrappingWithoutTraining(Involution(return_kernel=False)),
+        lambda: WrappingWithoutTraining(Bottleneck(2, kernel_size=3, groups=1)),
+    ],
+    ids=["subclass", "wrapper", "drop-in", "generator"],
+)
+def test_training_of_the_model_reaches_calls_without_the_argument(make):
+    x = random(2, 5, 6, 8) + 1
+    model = DropoutAfter(make())
+    model(x)
+    (mean,) = (v for v in model.non_trainable_variables if v.name == "moving_mean")
+    for training in (None, False, True):
+        before = numpy(mean.value).copy()
+        _, dropped = model(x, training=training)
+        assert np.array_equal(numpy(mean.value), before) == (not training)
+        # Keras passes ``training`` from a layer to those that follow.
+        assert (numpy(dropped) == 0).any() == bool(training)
+
+
 # --- Shapes --------------------------------------------------------------------------------------
 
 LAYERS = {

@@ -45,8 +45,8 @@ def training_scope(training):
 
     ``stateless_call``, and wrappers such as ``TimeDistributed``, call ``layer.call`` directly,
     without the context by which Keras passes ``training`` to inner layers. Inner layers therefore
-    get ``current_training()`` as an argument; a parameter of every method would break subclasses
-    that override one.
+    get ``training_argument()``; a parameter of every method would break subclasses that override
+    one.
     """
     before = _training.value
     if training is not None:
@@ -60,6 +60,16 @@ def training_scope(training):
 def current_training() -> bool | None:
     """The ``training`` argument for layers inside an involution layer or a generator."""
     return _training.value
+
+
+def training_argument() -> dict[str, bool]:
+    """The keyword arguments with which a layer inside an involution layer or a generator is called.
+
+    None of them if ``current_training()`` is None: an explicit None would replace the enclosing
+    model's ``training``, for the layers that follow too.
+    """
+    training = current_training()
+    return {} if training is None else {"training": training}
 
 
 def uses_full_input(generator) -> bool:

@@ -9,7 +9,7 @@ import math
 import keras
 from keras import ops
 
-from involution.kernel_generators.base import KernelGenerator, check_names, current_training
+from involution.kernel_generators.base import KernelGenerator, check_names, training_argument
 from involution.kernel_generators.pointwise import affine, conv_class, has_plain_call
 from involution.kernel_generators.pooling import average_pool
 from involution.ops.validation import CHANNELS_LAST, standardize_tuple
@@ -175,7 +175,7 @@ class Bottleneck(Linear):
     def hidden(self, features):
         pooled = average_pool(features, self.strides)
         reduced = self.reduce(pooled)
-        return ops.relu(self.normalization(reduced, training=current_training()))
+        return ops.relu(self.normalization(reduced, **training_argument()))
 
     def count_multiply_adds(self) -> int:
         return super().count_multiply_adds() + math.prod(self.reduce.kernel.shape)

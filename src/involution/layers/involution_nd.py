@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from involution.kernel_generators import attachment, registry
-from involution.kernel_generators.base import current_training, uses_full_input
+from involution.kernel_generators.base import training_argument, uses_full_input
 from involution.kernel_generators.convolutional import final_projection
 from involution.layers.base import BaseInvolution, check_groups, input_channels
 from involution.ops.dispatch import standardize_implementation
@@ -214,7 +214,7 @@ class InvolutionND(BaseInvolution):
         (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial)."""
         full = uses_full_input(self.kernel_generator)
         features = inputs if full else self._features(inputs)
-        kernel = self.kernel_generator(features, training=current_training())
+        kernel = self.kernel_generator(features, **training_argument())
         window = self.window
         shape = ops.shape(kernel)
         if (
@@ -232,7 +232,7 @@ class InvolutionND(BaseInvolution):
         if self.kernel_softmax:
             kernel = softmax(to_accumulation_dtype(kernel), window.tap_axis)
         if self.kernel_dropout is not None:
-            kernel = self.kernel_dropout(kernel, training=current_training())
+            kernel = self.kernel_dropout(kernel, **training_argument())
         return ops.cast(kernel, inputs.dtype)
 
     def _call(self, inputs):
