@@ -74,6 +74,7 @@ ORDER = [
     "kernel_generators.registry",
     "kernel_generators",
     "layers.recording",
+    "layers.torch_training",
     "layers.base",
     "layers.keras_io",
     "layers.involution_nd",
