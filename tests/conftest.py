@@ -50,6 +50,7 @@ collect_ignore = [
 if os.environ["KERAS_BACKEND"] != "torch":
     collect_ignore += [
         "benchmarking/test_cuda_stand_in.py",
+        "layers/test_torch_training.py",
         "ops/test_cuda.py",
         "ops/test_triton.py",
     ]

@@ -85,7 +85,7 @@ def run_in_subprocess(path, format, xs, tmp_path):
 @functools.cache
 def sequence():
     """A model that every exporter converts within two seconds."""
-    return model_of(involution.Involution1D(3, 2, group_channels=2), 9, 4)
+    return model_of(involution.Involution1D(3, strides=2, group_channels=2), 9, 4)
 
 
 # --- ONNX ----------------------------------------------------------------------------------------
@@ -126,13 +126,18 @@ LAYERS = {
     "the example's layer": ((9, 8, 6), lambda: involution.Involution(6, 2, 3, 2, 2)),
     "channels first": (
         (16, 9, 8),
-        lambda: involution.Involution2D(3, 2, "symmetric", data_format="channels_first"),
+        lambda: involution.Involution2D(
+            3, strides=2, padding="symmetric", data_format="channels_first"
+        ),
     ),
-    "dilated and valid": ((13, 11, 8), lambda: involution.Involution2D(3, 1, "valid", 2)),
+    "dilated and valid": (
+        (13, 11, 8),
+        lambda: involution.Involution2D(3, strides=1, padding="valid", dilation_rate=2),
+    ),
     "sequences": ((31, 16), lambda: involution.Involution1D(5, strides=2)),
     "custom generator": (
         (9, 8, 16),
-        lambda: involution.Involution2D(3, 2, kernel_generator=custom_generator()),
+        lambda: involution.Involution2D(3, strides=2, kernel_generator=custom_generator()),
     ),
     "local attention": (
         (7, 6, 8),
@@ -140,9 +145,12 @@ LAYERS = {
     ),
     "contextual": (
         (9, 6, 16),
-        lambda: involution.Involution2D(3, 2, kernel_generator="contextual"),
+        lambda: involution.Involution2D(3, strides=2, kernel_generator="contextual"),
     ),
-    "static": ((9, 6, 16), lambda: involution.Involution2D(3, 2, kernel_generator="static")),
+    "static": (
+        (9, 6, 16),
+        lambda: involution.Involution2D(3, strides=2, kernel_generator="static"),
+    ),
     "all options": (
         (7, 6, 8),
         lambda: involution.Involution2D(
@@ -234,7 +242,7 @@ def test_input_and_output_names_are_kept(tmp_path):
     left, right = keras.Input((6, 5, 4), name="left"), keras.Input((6, 5, 4), name="right")
     both = keras.layers.Add()([left, right])
     y, kernel = involution.Involution2D(3, return_kernel=True)(both)
-    half = involution.Involution2D(3, 2)(y)
+    half = involution.Involution2D(3, strides=2)(y)
     outputs = {"stage4": half, "stage1": y, "kernels": [kernel]}
     model = randomized(keras.Model({"left": left, "right": right}, outputs))
     x = {"left": random_array(3, 6, 5, 4), "right": random_array(3, 6, 5, 4, seed=8)}
@@ -281,7 +289,9 @@ def test_unknown_sizes_stay_dynamic(tmp_path):
 @slow_except("tensorflow")
 @pytest.mark.parametrize("format", BACKEND_FORMATS or SUPPORTED)
 def test_strides_with_unknown_sizes(tmp_path, format):
-    model = model_of(involution.Involution2D(3, 2, kernel_generator="linear"), None, None, 4)
+    model = model_of(
+        involution.Involution2D(3, strides=2, kernel_generator="linear"), None, None, 4
+    )
     input_shape = (19, 16, 4) if BACKEND == "jax" else None
     result = export(model, tmp_path / "model", format, input_shape)
     x = random_array(2, 19, 16, 4)

@@ -106,7 +106,7 @@ class Case:
         else:
             layer = involution.Involution2D(
                 3,
-                self.strides,
+                strides=self.strides,
                 groups=GROUPS,
                 group_layout=self.layout,
                 kernel_generator=GENERATORS[self.generator](self.policy),

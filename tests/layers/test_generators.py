@@ -125,7 +125,9 @@ def test_window_products_reject_incompatible_y(y, received):
 @pytest.mark.parametrize("size", [(3, 3), (4, 5)])
 def test_static_matches_depthwise_convolution(size, padding, strides):
     x = random(2, 9, 12, 6)
-    layer = Involution2D(size, strides, padding, groups=6, kernel_generator="static")
+    layer = Involution2D(
+        size, strides=strides, padding=padding, groups=6, kernel_generator="static"
+    )
     layer(x)
     randomize(layer)
     depthwise = keras.layers.DepthwiseConv2D(size, strides, padding, use_bias=False)

@@ -73,7 +73,7 @@ def network(generator):
     inputs = keras.Input((5, 6, 8))
     x = Involution(4, 2, return_kernel=False, name="drop_in")(inputs)
     x = Involution2D(3, kernel_generator=generator(), kernel_dropout=0.5, filters=8, name="a")(x)
-    outputs = Involution2D(3, 2, name="b")(x)
+    outputs = Involution2D(3, strides=2, name="b")(x)
     model = keras.Model(inputs, outputs, name="network")
     randomize(model)
     return model
@@ -185,7 +185,9 @@ def legacy_config(layer):
 @pytest.mark.any_backend
 @pytest.mark.parametrize("generator", [*GENERATORS, "user's"])
 def test_legacy_configurations_load(generator):
-    layer = Involution2D(3, 1, "valid", kernel_generator=FACTORIES[generator](), group_channels=4)
+    layer = Involution2D(
+        3, strides=1, padding="valid", kernel_generator=FACTORIES[generator](), group_channels=4
+    )
     x = random(2, 5, 7, 8)
     layer(x)
     randomize(layer)
@@ -200,7 +202,14 @@ def test_legacy_configurations_load(generator):
 @pytest.mark.any_backend
 @pytest.mark.parametrize("generator", FACTORIES.values(), ids=FACTORIES)
 def test_build_does_not_change_the_config(generator):
-    layer = Involution2D(3, 1, "valid", (1, 2), kernel_generator=generator(), group_channels=4)
+    layer = Involution2D(
+        3,
+        strides=1,
+        padding="valid",
+        dilation_rate=(1, 2),
+        kernel_generator=generator(),
+        group_channels=4,
+    )
     before = json.dumps(layer.get_config())
     layer(random(2, 7, 9, 4))
     assert json.dumps(layer.get_config()) == before
@@ -346,7 +355,8 @@ TRAINING_LAYERS = {
     "dropout": lambda: Involution2D(3, kernel_dropout=0.5),
     "user's": lambda: Involution2D(3, kernel_generator=Sized()),
     "Sequential": lambda: Involution2D(
-        3, kernel_generator=keras.Sequential([keras.layers.BatchNormalization(), Linear(3, 1)])
+        3,
+        kernel_generator=keras.Sequential([keras.layers.BatchNormalization(), Linear(3, groups=1)]),
     ),
     "generator": lambda: Bottleneck(2, kernel_size=3, groups=1),
 }
@@ -422,6 +432,53 @@ def test_training_argument_reaches_a_wrapped_layer():
     assert not np.array_equal(numpy(mean.value), before)
 
 
+class WithoutTraining(Involution2D):
+    """A subclass whose ``call`` has no ``training`` argument."""
+
+    def call(self, inputs):
+        return super().call(inputs)
+
+
+class WrappingWithoutTraining(Wrapping):
+    def call(self, x):
+        return self.inner.call(x)
+
+
+class DropoutAfter(keras.Model):
+    """A layer, and then dropout, without passing ``training`` to either."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.dropout = keras.layers.Dropout(0.5)
+
+    def call(self, x):
+        return self.layer(x), self.dropout(keras.ops.ones((1, 100)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: WithoutTraining(3),
+        lambda: WrappingWithoutTraining(Involution2D(3)),
+        lambda: WrappingWithoutTraining(Involution(return_kernel=False)),
+        lambda: WrappingWithoutTraining(Bottleneck(2, kernel_size=3, groups=1)),
+    ],
+    ids=["subclass", "wrapper", "drop-in", "generator"],
+)
+def test_training_of_the_model_reaches_calls_without_the_argument(make):
+    x = random(2, 5, 6, 8) + 1
+    model = DropoutAfter(make())
+    model(x)
+    (mean,) = (v for v in model.non_trainable_variables if v.name == "moving_mean")
+    for training in (None, False, True):
+        before = numpy(mean.value).copy()
+        _, dropped = model(x, training=training)
+        assert np.array_equal(numpy(mean.value), before) == (not training)
+        # Keras passes ``training`` from a layer to those that follow.
+        assert (numpy(dropped) == 0).any() == bool(training)
+
+
 # --- Shapes --------------------------------------------------------------------------------------
 
 LAYERS = {
@@ -430,9 +487,9 @@ LAYERS = {
     "Involution2D": (2, lambda: Involution2D(3)),
     "Involution3D": (3, lambda: Involution3D(3)),
     "channels_first": (2, lambda: Involution2D(3, data_format="channels_first")),
-    "Linear": (2, lambda: Linear((3, 3), 1)),
+    "Linear": (2, lambda: Linear((3, 3), groups=1)),
     "PairwiseAttention": (1, lambda: PairwiseAttention(kernel_size=(3,), groups=1)),
-    "Static": (3, lambda: Static((3, 3, 3), 1)),
+    "Static": (3, lambda: Static((3, 3, 3), groups=1)),
     "PointwiseConv1D": (1, lambda: PointwiseConv1D(4, 1)),
     "PointwiseConv2D": (2, lambda: PointwiseConv2D(4, 1)),
     "PointwiseConv3D": (3, lambda: PointwiseConv3D(4, 1)),
@@ -466,4 +523,4 @@ def test_wrong_number_of_axes_raises(rank, make):
 @pytest.mark.parametrize("shape", [(8, 8), (2, 3, 4, 5, 6, 7)])
 def test_generators_require_one_to_three_spatial_axes(shape):
     with pytest.raises(ValueError, match=rf"expected ndim=3, 4 or 5, found ndim={len(shape)}"):
-        Linear(3, 1).build(shape)
+        Linear(3, groups=1).build(shape)

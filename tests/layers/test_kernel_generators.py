@@ -48,7 +48,7 @@ def test_average_pool_accumulates_in_float32():
 @pytest.mark.parametrize("rank", SIZES)
 def test_linear_matches_pooling_and_a_matrix_product(rank, stride, data_format):
     x = features(rank)
-    generator = Linear(2, 3, stride, data_format)
+    generator = Linear(2, groups=3, strides=stride, data_format=data_format)
     generator(to_format(x, data_format))
     randomize(generator)
     got = from_format(generator(to_format(x, data_format)), data_format)
@@ -196,7 +196,7 @@ def test_initial_values_are_reproducible():
 
 @pytest.mark.any_backend
 def test_custom_initializers():
-    generator = Linear(3, 2, kernel_initializer="zeros", bias_initializer="ones")
+    generator = Linear(3, groups=2, kernel_initializer="zeros", bias_initializer="ones")
     assert (numpy(generator(features(2))) == 1).all()
 
 
@@ -221,10 +221,10 @@ def test_get_rejects_unknown_identifiers(identifier):
         (lambda: Bottleneck(7, kernel_size=3, groups=1), "reduction_ratio=7, channels=6"),
         (lambda: Bottleneck(0), "reduction_ratio=0"),
         (lambda: Linear(groups=1), "kernel_size=None"),
-        (lambda: Linear((3, 3, 3), 1), r"kernel_size=\(3, 3, 3\)"),
+        (lambda: Linear((3, 3, 3), groups=1), r"kernel_size=\(3, 3, 3\)"),
         (lambda: Linear(3), "groups=None"),
-        (lambda: Linear(3, 1, 0), "strides=0"),
-        (lambda: Linear(3, 1, data_format="first"), "data_format='first'"),
+        (lambda: Linear(3, groups=1, strides=0), "strides=0"),
+        (lambda: Linear(3, groups=1, data_format="first"), "data_format='first'"),
     ],
 )
 def test_invalid_arguments_raise(generator, message):

@@ -167,7 +167,12 @@ def test_f07_channel_defaults_to_the_input_channels():
 def test_involution2d_matches_the_paper(recorded_errors, size, groups, stride, sides):
     x = random(2, *sides, 6)
     layer = Involution2D(
-        size, stride, "symmetric", groups=groups, reduction_ratio=2, return_kernel=True
+        size,
+        strides=stride,
+        padding="symmetric",
+        groups=groups,
+        reduction_ratio=2,
+        return_kernel=True,
     )
     layer(x)
     randomize(layer)
@@ -307,10 +312,10 @@ def traced_without_sizes(model):
     "layer",
     [
         lambda: Involution(None, 2, 3, 2, return_kernel=False),
-        lambda: Involution1D(3, 2, "valid", groups=2),
-        lambda: Involution2D(3, 2, groups=2),
-        lambda: Involution2D(3, 2, groups=2, data_format="channels_first"),
-        lambda: Involution3D(3, (1, 2, 1), ((1, 0), (0, 1), (1, 1)), groups=2),
+        lambda: Involution1D(3, strides=2, padding="valid", groups=2),
+        lambda: Involution2D(3, strides=2, groups=2),
+        lambda: Involution2D(3, strides=2, groups=2, data_format="channels_first"),
+        lambda: Involution3D(3, strides=(1, 2, 1), padding=((1, 0), (0, 1), (1, 1)), groups=2),
     ],
 )
 def test_f02_one_model_accepts_every_size(layer):
@@ -366,8 +371,8 @@ def test_f06_indivisible_channels_raise_with_the_divisors():
     "make",
     [
         lambda: Involution(None, 2, 3, 2, return_kernel=False),
-        lambda: Involution2D(3, 2, groups=2),
-        lambda: Involution2D(3, 2, groups=2, kernel_generator="pairwise_attention"),
+        lambda: Involution2D(3, strides=2, groups=2),
+        lambda: Involution2D(3, strides=2, groups=2, kernel_generator="pairwise_attention"),
     ],
 )
 def test_f13_empty_batch_gives_empty_output(make):
@@ -385,7 +390,7 @@ def summing(**arguments):
 
 def test_strided_generators_exclude_padding_from_averages():
     x = np.float32([1, 3, 5, 7, 10]).reshape(1, 5, 1)
-    layer = Involution1D(1, 2, kernel_generator=summing(), return_kernel=True)
+    layer = Involution1D(1, strides=2, kernel_generator=summing(), return_kernel=True)
     y, kernel = layer(x)
     assert numpy(kernel).ravel().tolist() == [2, 6, 10]
     assert numpy(y).ravel().tolist() == [2 * 1, 6 * 5, 10 * 10]
@@ -407,7 +412,7 @@ def test_strided_generators_exclude_padding_from_averages():
 )
 def test_kernels_are_generated_at_window_centers(arguments, want):
     x = np.arange(7, dtype="float32").reshape(1, 7, 1)
-    layer = Involution1D(3, 2, kernel_generator=summing(), return_kernel=True, **arguments)
+    layer = Involution1D(3, strides=2, kernel_generator=summing(), return_kernel=True, **arguments)
     _, kernel = layer(x)
     assert numpy(kernel)[0, :, 0, 0].tolist() == want
 
@@ -451,7 +456,7 @@ def test_window_centers_outside_the_input_raise(padding):
 
 @pytest.mark.long
 def test_window_centers_outside_an_input_of_unknown_size_raise_in_the_call():
-    layer = Involution1D(3, 2, padding=((0, 2),))
+    layer = Involution1D(3, strides=2, padding=((0, 2),))
     layer.build((None, None, 6))
     assert tuple(layer(random(1, 8, 6)).shape) == (1, 4, 6)
     with pytest.raises(ValueError, match=r"Received: padding=.*input shape \(1, 7, 6\)"):
@@ -461,7 +466,7 @@ def test_window_centers_outside_an_input_of_unknown_size_raise_in_the_call():
 @pytest.mark.parametrize("padding", ["valid", 1])
 @pytest.mark.parametrize("strides", [1, 2])
 def test_window_larger_than_the_padded_input_raises(strides, padding):
-    layer = Involution2D(9, strides, padding)
+    layer = Involution2D(9, strides=strides, padding=padding)
     for x in random(1, 5, 6, 8), keras.KerasTensor((1, 5, 6, 8)):
         with pytest.raises(ValueError, match=r"every output size must be at least 1.* Received: "):
             layer(x)
@@ -595,7 +600,8 @@ def test_f25_training_on_one_position_is_finite_in_every_dtype(make, dtype):
 @pytest.mark.parametrize("training", [True, False])
 def test_f25_channels_first_matches_channels_last(training):
     last, first = (
-        Involution2D(3, 2, groups=2, data_format=f) for f in ("channels_last", "channels_first")
+        Involution2D(3, strides=2, groups=2, data_format=f)
+        for f in ("channels_last", "channels_first")
     )
     x = random(3, 7, 6, 8)
     for layer, inputs in [(last, x), (first, to_format(x, "channels_first"))]:
@@ -649,9 +655,9 @@ def test_f08_mixed_precision_training_step_is_finite(make, dtype):
     [
         # A bias before batch normalization has no effect: its gradient is 0.
         (lambda: Involution(4, 2, 3, 2, **DROP_IN), [1]),
-        (lambda: Involution1D(3, 2, groups=2, reduction_ratio=2), []),
-        (lambda: Involution2D(3, 2, groups=2, reduction_ratio=2), []),
-        (lambda: Involution3D((3, 1, 2), 2, groups=2, reduction_ratio=2), []),
+        (lambda: Involution1D(3, strides=2, groups=2, reduction_ratio=2), []),
+        (lambda: Involution2D(3, strides=2, groups=2, reduction_ratio=2), []),
+        (lambda: Involution3D((3, 1, 2), strides=2, groups=2, reduction_ratio=2), []),
     ],
 )
 def test_f18_training_step_changes_every_weight_reproducibly(make, without_gradient):
@@ -669,7 +675,7 @@ def test_f18_training_step_changes_every_weight_reproducibly(make, without_gradi
 
 @pytest.mark.long
 def test_f30_eight_threads_match_one():
-    layer = Involution2D(3, 2, groups=2)
+    layer = Involution2D(3, strides=2, groups=2)
     inputs = [random(2, 9, 8, 8, seed=seed) for seed in range(8)]
     expected = [numpy(layer(x)) for x in inputs]
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
@@ -683,15 +689,20 @@ def test_f30_eight_threads_match_one():
 SAVED = {
     "drop-in": (2, lambda: Involution(4, 2, 5, 2, 2, **DROP_IN)),
     "drop-in, bfloat16": (2, lambda: Involution(4, 2, dtype="mixed_bfloat16", **DROP_IN)),
-    "1D": (1, lambda: Involution1D(5, 2, "valid", groups=3, implementation="reference")),
+    "1D": (
+        1,
+        lambda: Involution1D(5, strides=2, padding="valid", groups=3, implementation="reference"),
+    ),
     "2D": (
         2,
-        lambda: Involution2D((3, 2), 1, ((1, 0), (0, 1)), groups=2, group_layout="interleaved"),
+        lambda: Involution2D(
+            (3, 2), strides=1, padding=((1, 0), (0, 1)), groups=2, group_layout="interleaved"
+        ),
     ),
     "2D, mixed": (2, lambda: Involution2D(3, dtype="mixed_float16")),
     "2D, float64": (2, lambda: Involution2D(3, dtype="float64", dilation_rate=(1, 2))),
     "2D, by name": (2, lambda: Involution2D(3, kernel_generator="linear")),
-    "2D, Linear": (2, lambda: Involution2D(3, 2, kernel_generator=summing(name="sums"))),
+    "2D, Linear": (2, lambda: Involution2D(3, strides=2, kernel_generator=summing(name="sums"))),
     "2D, Conv2D": (2, lambda: Involution2D(3, kernel_generator=keras.layers.Conv2D(9, 1))),
     "2D, user's": (2, lambda: Involution2D(3, groups=3, kernel_generator=Doubled())),
     "2D, Contextual": (2, lambda: Involution2D(3, kernel_generator=Contextual(3, context_size=5))),
@@ -700,9 +711,9 @@ SAVED = {
         2,
         lambda: Involution2D(
             3,
-            2,
-            "symmetric",
-            (1, 2),
+            strides=2,
+            padding="symmetric",
+            dilation_rate=(1, 2),
             kernel_generator=PairwiseAttention(3),
             filters=4,
             kernel_softmax=True,

@@ -208,9 +208,16 @@ def layers_of_every_rank():
     shapes = [(11, 6), (7, 8, 6), (4, 5, 6, 6)]
     inputs = [keras.Input(shape) for shape in shapes]
     outputs = [
-        involution.Involution1D(5, 2, "valid", groups=2, reduction_ratio=2)(inputs[0]),
+        involution.Involution1D(5, strides=2, padding="valid", groups=2, reduction_ratio=2)(
+            inputs[0]
+        ),
         involution.Involution2D(
-            (3, 4), 2, "symmetric", groups=3, kernel_generator="linear", group_layout="interleaved"
+            (3, 4),
+            strides=2,
+            padding="symmetric",
+            groups=3,
+            kernel_generator="linear",
+            group_layout="interleaved",
         )(inputs[1]),
         involution.Involution3D(3, dilation_rate=(1, 2, 1), reduction_ratio=2)(inputs[2]),
     ]

@@ -85,7 +85,7 @@ def test_multiply_adds_of_known_layers():
     x = keras.layers.Conv2D(8, 3, strides=2, padding="same")(inputs)
     x = keras.layers.BatchNormalization()(x)
     x = keras.layers.DepthwiseConv2D(3, padding="same")(x)
-    x = involution.Involution2D(5, 2, groups=2, reduction_ratio=2, filters=3)(x)
+    x = involution.Involution2D(5, strides=2, groups=2, reduction_ratio=2, filters=3)(x)
     x = involution.Involution(3, 1, 3, 1, 1)(x)[0]
     x = keras.layers.GlobalAveragePooling2D()(x)
     model = keras.Model(inputs, keras.layers.Dense(10)(x))
@@ -166,7 +166,7 @@ def test_multiply_adds_of_a_model_as_generator():
     generator = keras.Sequential(
         [keras.layers.Conv2D(4, 3, padding="same"), keras.layers.Conv2D(18, 1, strides=2)]
     )
-    layer = involution.Involution2D(3, 2, groups=2, kernel_generator=generator)
+    layer = involution.Involution2D(3, strides=2, groups=2, kernel_generator=generator)
     model = keras.Sequential([keras.Input((6, 8, 6)), layer])
     expected = 48 * 9 * 6 * 4 + 12 * (4 * 18 + 9 * 6)
     assert models.count_multiply_adds(model) == expected

@@ -58,7 +58,7 @@ def test_heat_maps_and_kernels_of_known_weights():
 
 def test_attention_received_at_known_positions():
     values = sparse((5, 7, 9), {(2, 3, 0): 1, (2, 3, 5): 2, (0, 0, 0): 4, (4, 6, 3): 8})
-    layer = Involution2D(3, 2, groups=1, kernel_generator=Constant(values), name="i")
+    layer = Involution2D(3, strides=2, groups=1, kernel_generator=Constant(values), name="i")
     received = capture(layer, images)["i"].attention_received
     # "same" padding of size 10 with window 3 and stride 2 begins at 0; of size 13 at -1.
     expected = np.zeros((3, 10, 13, 1))

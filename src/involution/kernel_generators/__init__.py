@@ -17,6 +17,7 @@ from involution.kernel_generators.attention import PairwiseAttention
 from involution.kernel_generators.base import (
     KernelGenerator,
     current_training,
+    training_argument,
     training_scope,
 )
 from involution.kernel_generators.convolutional import (
@@ -41,6 +42,7 @@ __all__ = [
     "current_training",
     "get",
     "near_depthwise_init",
+    "training_argument",
     "training_scope",
 ]
 

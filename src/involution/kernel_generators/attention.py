@@ -6,7 +6,7 @@ import math
 import keras
 from keras import ops
 
-from involution.kernel_generators.base import INHERITED_ARGUMENTS
+from involution.kernel_generators.base import INHERITED_ARGUMENTS, check_names
 from involution.kernel_generators.convolutional import Linear
 from involution.ops.calls import apply_window_products
 from involution.ops.dispatch import select
@@ -56,7 +56,8 @@ class PairwiseAttention(Linear):
     uses_full_input = True
     accepts_initializers = False  # its convolutions compute queries and keys, not kernels
 
-    def __init__(self, key_channels=None, padding=None, dilation_rate=None, **kwargs):
+    @check_names
+    def __init__(self, key_channels=None, *, padding=None, dilation_rate=None, **kwargs):
         super().__init__(**kwargs)
         self.key_channels = (
             None if key_channels is None else standardize_tuple("key_channels", key_channels, 1)[0]

@@ -15,9 +15,19 @@ from involution.ops.validation import (
     standardize_tuple,
 )
 from involution.ops.window import STANDARDIZE, ceil_div
+from involution.utils.arguments import MISNAMED, names_required
 
 # Attributes that a generator inherits from its involution layer where they are None.
 INHERITED_ARGUMENTS = tuple(name for name, _ in STANDARDIZE if name != "group_layout")
+
+
+_TAPS_GROUPS = "a kernel map has taps * groups channels: use `groups`"
+
+# Decorates the ``__init__`` of every generator.
+check_names = names_required(
+    "An involution layer sets `kernel_size`, `groups` and `strides` where they are None.",
+    {**MISNAMED, "filters": _TAPS_GROUPS, "out_channels": _TAPS_GROUPS},
+)
 
 
 class _Training(threading.local):
@@ -35,8 +45,8 @@ def training_scope(training):
 
     ``stateless_call``, and wrappers such as ``TimeDistributed``, call ``layer.call`` directly,
     without the context by which Keras passes ``training`` to inner layers. Inner layers therefore
-    get ``current_training()`` as an argument; a parameter of every method would break subclasses
-    that override one.
+    get ``training_argument()``; a parameter of every method would break subclasses that override
+    one.
     """
     before = _training.value
     if training is not None:
@@ -50,6 +60,16 @@ def training_scope(training):
 def current_training() -> bool | None:
     """The ``training`` argument for layers inside an involution layer or a generator."""
     return _training.value
+
+
+def training_argument() -> dict[str, bool]:
+    """The keyword arguments with which a layer inside an involution layer or a generator is called.
+
+    None of them if ``current_training()`` is None: an explicit None would replace the enclosing
+    model's ``training``, for the layers that follow too.
+    """
+    training = current_training()
+    return {} if training is None else {"training": training}
 
 
 def uses_full_input(generator) -> bool:
@@ -72,7 +92,8 @@ class KernelGenerator(keras.layers.Layer):
     # Whether initializers such as those of ``near_depthwise_init`` apply.
     accepts_initializers = False
 
-    def __init__(self, kernel_size=None, groups=None, strides=None, data_format=None, **kwargs):
+    @check_names
+    def __init__(self, kernel_size=None, *, groups=None, strides=None, data_format=None, **kwargs):
         super().__init__(**kwargs)
         self.kernel_size = kernel_size
         self.groups = groups

@@ -9,7 +9,7 @@ import math
 import keras
 from keras import ops
 
-from involution.kernel_generators.base import KernelGenerator, current_training
+from involution.kernel_generators.base import KernelGenerator, check_names, training_argument
 from involution.kernel_generators.pointwise import affine, conv_class, has_plain_call
 from involution.kernel_generators.pooling import average_pool
 from involution.ops.validation import CHANNELS_LAST, standardize_tuple
@@ -57,9 +57,11 @@ class Linear(KernelGenerator):
 
     accepts_initializers = True
 
+    @check_names
     def __init__(
         self,
         kernel_size=None,
+        *,
         groups=None,
         strides=None,
         data_format=None,
@@ -69,7 +71,9 @@ class Linear(KernelGenerator):
         bias_regularizer=None,
         **kwargs,
     ):
-        super().__init__(kernel_size, groups, strides, data_format, **kwargs)
+        super().__init__(
+            kernel_size, groups=groups, strides=strides, data_format=data_format, **kwargs
+        )
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
@@ -147,6 +151,7 @@ class Bottleneck(Linear):
     # Kernel size of the first convolution.
     _context_size = 1
 
+    @check_names
     def __init__(self, reduction_ratio=4, **kwargs):
         super().__init__(**kwargs)
         self.reduction_ratio = standardize_tuple("reduction_ratio", reduction_ratio, 1)[0]
@@ -170,7 +175,7 @@ class Bottleneck(Linear):
     def hidden(self, features):
         pooled = average_pool(features, self.strides)
         reduced = self.reduce(pooled)
-        return ops.relu(self.normalization(reduced, training=current_training()))
+        return ops.relu(self.normalization(reduced, **training_argument()))
 
     def count_multiply_adds(self) -> int:
         return super().count_multiply_adds() + math.prod(self.reduce.kernel.shape)
@@ -200,7 +205,8 @@ class Contextual(Bottleneck):
     (1, 5, 4, 32)
     """
 
-    def __init__(self, reduction_ratio=4, context_size=3, **kwargs):
+    @check_names
+    def __init__(self, reduction_ratio=4, *, context_size=3, **kwargs):
         super().__init__(reduction_ratio, **kwargs)
         self.context_size = self._context_size = standardize_tuple("context_size", context_size, 1)[
             0

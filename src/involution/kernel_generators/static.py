@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from involution.kernel_generators.base import KernelGenerator
+from involution.kernel_generators.base import KernelGenerator, check_names
 
 
 @keras.saving.register_keras_serializable(package="involution")
@@ -28,9 +28,11 @@ class Static(KernelGenerator):
     4.0
     """
 
+    @check_names
     def __init__(
         self,
         kernel_size=None,
+        *,
         groups=None,
         strides=None,
         data_format=None,
@@ -38,7 +40,9 @@ class Static(KernelGenerator):
         kernel_regularizer=None,
         **kwargs,
     ):
-        super().__init__(kernel_size, groups, strides, data_format, **kwargs)
+        super().__init__(
+            kernel_size, groups=groups, strides=strides, data_format=data_format, **kwargs
+        )
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
 

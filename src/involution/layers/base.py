@@ -12,6 +12,10 @@ from involution.ops.tensor_utils import as_tensors
 from involution.ops.validation import CHANNELS_LAST
 from involution.ops.window import Window
 
+_ON_TORCH = keras.config.backend() == "torch"
+if _ON_TORCH:
+    from involution.layers.torch_training import warn_at_backward
+
 
 class BaseInvolution(keras.layers.Layer):
     """One call: select an implementation, generate the kernels, apply them.
@@ -54,7 +58,10 @@ class BaseInvolution(keras.layers.Layer):
     def call(self, inputs, training=None):
         with training_scope(training):
             # ``stateless_call`` passes arrays unconverted.
-            return self._call(*as_tensors(inputs=inputs))
+            outputs = self._call(*as_tensors(inputs=inputs))
+        if training is None and _ON_TORCH:
+            warn_at_backward(self, outputs)
+        return outputs
 
     def _call(self, inputs):
         # A recorded call stores its kernels.

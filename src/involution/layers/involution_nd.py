@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from involution.kernel_generators import attachment, registry
-from involution.kernel_generators.base import current_training, uses_full_input
+from involution.kernel_generators.base import training_argument, uses_full_input
 from involution.kernel_generators.convolutional import final_projection
 from involution.layers.base import BaseInvolution, check_groups, input_channels
 from involution.ops.dispatch import standardize_implementation
@@ -21,6 +21,28 @@ from involution.ops.validation import (
     standardize_tuple,
 )
 from involution.ops.window import Window
+from involution.utils.arguments import MISNAMED, names_required
+
+_NO_BIAS = "an involution has none; normalization after it, or `filters`, adds a bias"
+_OF_GENERATOR = (
+    "it is an argument of kernel generators: kernel_generator=Bottleneck({0}=...), from "
+    "involution.kernel_generators"
+)
+
+_check_names = names_required(
+    "An involution keeps the input's channels: for Conv{rank}D(64, 3) write {name}(3), or "
+    "{name}(3, filters=64) with a 1x1 convolution.",
+    {
+        **MISNAMED,
+        "dilation": "use `dilation_rate`",
+        "out_channels": "use `filters`, for a 1x1 convolution after the involution",
+        "bias": _NO_BIAS,
+        "use_bias": _NO_BIAS,
+        "activation": "apply it to the output, as in keras.activations.relu(layer(x))",
+        "kernel_initializer": _OF_GENERATOR.format("kernel_initializer"),
+        "kernel_regularizer": _OF_GENERATOR.format("kernel_regularizer"),
+    },
+)
 
 
 class _KernelDropout(keras.layers.Dropout):
@@ -46,9 +68,11 @@ class InvolutionND(BaseInvolution):
 
     rank: int
 
+    @_check_names
     def __init__(
         self,
         kernel_size=7,
+        *,
         strides=1,
         padding="same",
         dilation_rate=1,
@@ -191,7 +215,7 @@ class InvolutionND(BaseInvolution):
         (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial)."""
         full = uses_full_input(self.kernel_generator)
         features = inputs if full else self._features(inputs)
-        kernel = self.kernel_generator(features, training=current_training())
+        kernel = self.kernel_generator(features, **training_argument())
         window = self.window
         shape = ops.shape(kernel)
         if (
@@ -209,7 +233,7 @@ class InvolutionND(BaseInvolution):
         if self.kernel_softmax:
             kernel = namespace(kernel).softmax(to_accumulation_dtype(kernel), window.tap_axis)
         if self.kernel_dropout is not None:
-            kernel = self.kernel_dropout(kernel, training=current_training())
+            kernel = self.kernel_dropout(kernel, **training_argument())
         return ops.cast(kernel, inputs.dtype)
 
     def _call(self, inputs):
@@ -281,7 +305,8 @@ class InvolutionND(BaseInvolution):
 _SHARED_DOC = """
 
     Args:
-        kernel_size: Integer, or one for each spatial dimension: the window.
+        kernel_size: Integer, or one for each spatial dimension: the window. The only positional
+            argument.
         strides: Integer, or one for each spatial dimension.
         padding: ``"same"``, ``"valid"``, ``"symmetric"`` (the paper's code), an integer, or a pair
             (before, after) for each spatial dimension; see ``involution.ops.involution``.
@@ -317,6 +342,8 @@ _SHARED_DOC = """
         groups, *out_spatial).
 
     Raises:
+        TypeError: More than one positional argument, or an argument of another library, such as
+            ``stride``; the message says what to write.
         ValueError: An argument is out of its range, the groups do not divide the channels, the
             generator's map does not fit the output, a generator with weights belongs to another
             layer, or the input has too few or too many axes.

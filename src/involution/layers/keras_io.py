@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from involution.kernel_generators.base import current_training
+from involution.kernel_generators.base import training_argument
 from involution.kernel_generators.convolutional import projection_of
 from involution.kernel_generators.pointwise import has_plain_call
 from involution.kernel_generators.pooling import average_pool
@@ -121,7 +121,7 @@ class Involution(BaseInvolution):
             sample = ops.zeros((1, *ops.shape(pooled)[1:]), pooled.dtype)
             kernel = self.kernel_gen(sample, training=False)[:0]
         else:
-            kernel = self.kernel_gen(pooled, training=current_training())
+            kernel = self.kernel_gen(pooled, **training_argument())
         batch, height, width, _ = ops.shape(kernel)
         shape = (batch, height, width, self.window.taps, self.group_number)
         return ops.cast(ops.reshape(kernel, shape), inputs.dtype)
@@ -148,7 +148,7 @@ class Involution(BaseInvolution):
     def _generator_hidden(self, inputs):
         hidden = self._pooled(inputs)
         for layer in self.kernel_gen.layers[:-1]:
-            hidden = layer(hidden, training=current_training())
+            hidden = layer(hidden, **training_argument())
         return hidden
 
     def generator_input_shape(self, input_shape):

@@ -135,7 +135,7 @@ def _convolution(filters, kernel_size, strides, name, padding="valid"):
 def _involution(variant, kernel_size, strides, name):
     return Involution2D(
         kernel_size,
-        strides,
+        strides=strides,
         padding="symmetric",
         group_channels=variant.group_channels,
         reduction_ratio=variant.reduction_ratio,
