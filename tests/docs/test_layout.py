@@ -74,6 +74,8 @@ ORDER = [
     "ops.rows",
     "ops.dispatch",
     "ops.calls",
+    "ops.attention",
+    "ops.centers",
     "ops.symbolic",
     "ops.api",
     "ops",

@@ -1,6 +1,5 @@
 """Local self-attention as a kernel generator."""
 
-import dataclasses
 import math
 
 import keras
@@ -8,16 +7,9 @@ from keras import ops
 
 from involution.kernel_generators.base import INHERITED_ARGUMENTS, check_names
 from involution.kernel_generators.convolutional import Linear
-from involution.ops.calls import apply_window_products
-from involution.ops.dispatch import select
-from involution.ops.frameworks import namespace
-from involution.ops.problem import problem_of
-from involution.ops.tensor_utils import strided_slice, to_accumulation_dtype
+from involution.ops.attention import attention_kernel, centers
 from involution.ops.validation import CHANNELS_LAST, SAME, standardize_padding, standardize_tuple
 from involution.ops.window import Window
-
-# Score of a masked position: zero after softmax; finite, so fully masked windows give no NaN.
-MASK_VALUE = -1e9
 
 
 @keras.saving.register_keras_serializable(package="involution")
@@ -91,24 +83,10 @@ class PairwiseAttention(Linear):
         return self.window.output_sizes(sizes)
 
     def _generate(self, features):
-        window = self.window
-        shape = ops.shape(features)
-        sizes = window.output_sizes(window.spatial(shape))
-        centers = strided_slice(features, window.first_center, self.strides, sizes, window, first=1)
-        query = self.query(centers) / math.sqrt(self.query.filters // self.groups)
-        scores = to_accumulation_dtype(self._products(self.key(features), query, self.groups))
-        inside = self._products(
-            ops.ones((1, *window.spatial(shape), 1), "float32"),
-            ops.ones((1, *sizes, 1), "float32"),
-            1,
-        )
-        scores = ops.where(inside > 0.5, scores, MASK_VALUE)
-        kernel = ops.cast(namespace(scores).softmax(scores, -2), self.compute_dtype)
-        return ops.reshape(kernel, (shape[0], *sizes, self.kernel_channels))
-
-    def _products(self, x, y, groups):
-        window = dataclasses.replace(self.window, groups=groups)
-        return apply_window_products(select(problem_of(window, x)), x, y)
+        query = self.query(centers(features, self.window))
+        kernel = attention_kernel(query, self.key(features), self.window)
+        shape = (*ops.shape(query)[:-1], self.kernel_channels)
+        return ops.reshape(ops.cast(kernel, self.compute_dtype), shape)
 
     def count_multiply_adds(self) -> int:
         """Multiply-adds for each position, if every input position is a center."""

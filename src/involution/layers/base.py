@@ -88,17 +88,6 @@ class BaseInvolution(keras.layers.Layer):
         return kernel
 
 
-def check_groups(name, value, channels):
-    """ValueError unless ``value`` divides the input's channels."""
-    if channels % value:
-        # Bounded, because a file may declare any number of channels.
-        divisors = (str(d) for d in range(1, min(channels, 2**16) + 1) if channels % d == 0)
-        raise ValueError(
-            f"`{name}` must divide the input's channels: for {channels} channels one of "
-            f"{', '.join(divisors)}. Received: {name}={value}"
-        )
-
-
 def input_channels(input_shape, data_format) -> int:
     channels = input_shape[-1 if data_format == CHANNELS_LAST else 1]
     if channels is None:

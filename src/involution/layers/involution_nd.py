@@ -8,15 +8,18 @@ from keras import ops
 from involution.kernel_generators import attachment, registry
 from involution.kernel_generators.base import training_argument, uses_full_input
 from involution.kernel_generators.convolutional import final_projection
-from involution.layers.base import BaseInvolution, check_groups, input_channels
+from involution.layers.base import BaseInvolution, input_channels
+from involution.ops.centers import (
+    center_output_sizes,
+    center_slices,
+    check_padding,
+    number_of_groups,
+)
 from involution.ops.dispatch import standardize_implementation
 from involution.ops.frameworks import namespace
-from involution.ops.problem import cached, output_sizes
 from involution.ops.tensor_utils import spatial_shape, to_accumulation_dtype
 from involution.ops.validation import (
     CHANNELS_LAST,
-    SAME,
-    SYMMETRIC,
     check_axes,
     standardize_tuple,
 )
@@ -125,12 +128,12 @@ class InvolutionND(BaseInvolution):
         )
         attachment.name_by_class(self.kernel_generator)
         self.input_spec = keras.layers.InputSpec(ndim=self.rank + 2)
-        self._validate_padding()
+        check_padding(window)
 
     def build(self, input_shape):
         check_axes(self, input_shape, self.rank)
         channels = input_channels(input_shape, self.data_format)
-        self.groups = self._number_of_groups(channels)
+        self.groups = number_of_groups(channels, self._groups, self.group_channels)
         self.window = dataclasses.replace(self.window, groups=self.groups)
         self._output_sizes(input_shape)
         generator = self.kernel_generator
@@ -151,29 +154,9 @@ class InvolutionND(BaseInvolution):
         projection.build((None,) * (self.rank + 1) + (channels,))
         self.projection = projection
 
-    def _number_of_groups(self, channels) -> int:
-        given = self._groups
-        if given is not None:
-            check_groups("groups", given, channels)
-            return given
-        if channels < self.group_channels:
-            return 1
-        check_groups("group_channels", self.group_channels, channels)
-        return channels // self.group_channels
-
-    def _validate_padding(self):
-        """ValueError unless the first window's center lies inside the input."""
-        if min(self.window.first_center) < 0:
-            raise ValueError(
-                "`padding` must leave the center of every window inside the input: at most "
-                "floor((kernel_size - 1) * dilation_rate / 2) before it. "
-                f"Received: padding={self.padding!r}, kernel_size={self.kernel_size}, "
-                f"dilation_rate={self.dilation_rate}"
-            )
-
     def _output_sizes(self, input_shape) -> tuple[int | None, ...]:
         """Spatial sizes of the output; ValueError unless all windows and their centers fit."""
-        return _checked_output_sizes(self.window, tuple(input_shape))
+        return center_output_sizes(self.window, tuple(input_shape))
 
     def generator_input_shape(self, input_shape):
         """Shape of the generator's input, for a layer input of this shape."""
@@ -194,21 +177,8 @@ class InvolutionND(BaseInvolution):
     def _features(self, inputs):
         """The generator's input: starts at the first window's center."""
         window = self.window
-        is_odd = not any(last % 2 for last in window.last_offset)
-        if self.padding == SAME or (self.padding == SYMMETRIC and is_odd):
-            # All positions, without a slice: PyTorch's exporter specializes on whether a slice
-            # reaches the end.
-            return inputs
-        parts = tuple(
-            slice(center, center + out * s)
-            for center, out, s in zip(
-                window.first_center,
-                window.output_sizes(spatial_shape(inputs, window)),
-                self.strides,
-                strict=True,
-            )
-        )
-        return inputs[(slice(None),) * window.spatial_axis + parts]
+        parts = center_slices(window, spatial_shape(inputs, window))
+        return inputs[(slice(None),) * window.spatial_axis + parts] if parts else inputs
 
     def generate_kernel(self, inputs):
         """The kernels for ``inputs``, in the layout of ``involution.ops.involution``:
@@ -272,7 +242,10 @@ class InvolutionND(BaseInvolution):
         if not self.return_kernel:
             return output
         return output, window.shape(
-            input_shape[0], sizes, window.taps, self._number_of_groups(channels)
+            input_shape[0],
+            sizes,
+            window.taps,
+            number_of_groups(channels, self._groups, self.group_channels),
         )
 
     def get_config(self):
@@ -392,20 +365,3 @@ class Involution3D(InvolutionND):
         + _SHARED_DOC
     )
     rank = 3
-
-
-def _check_output_sizes(window, input_shape) -> tuple[int | None, ...]:
-    sizes = output_sizes(window, input_shape)
-    for n, out, center, stride in zip(
-        window.spatial(input_shape), sizes, window.first_center, window.strides, strict=True
-    ):
-        if n is not None and out is not None and center + (out - 1) * stride >= n:
-            raise ValueError(
-                "`padding` must leave the center of every window inside the input. "
-                f"Received: padding={window.padding!r}, kernel_size={window.kernel_size}, "
-                f"dilation_rate={window.dilation_rate}, input shape {input_shape}"
-            )
-    return sizes
-
-
-_checked_output_sizes = cached(_check_output_sizes)

@@ -7,7 +7,8 @@ from involution.kernel_generators.base import training_argument
 from involution.kernel_generators.convolutional import projection_of
 from involution.kernel_generators.pointwise import has_plain_call
 from involution.kernel_generators.pooling import average_pool
-from involution.layers.base import BaseInvolution, check_groups, input_channels
+from involution.layers.base import BaseInvolution, input_channels
+from involution.ops.centers import check_groups
 from involution.ops.validation import CHANNELS_LAST, INTERLEAVED, check_axes, standardize_tuple
 from involution.ops.window import Window
 

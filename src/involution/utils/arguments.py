@@ -44,8 +44,8 @@ def names_required(advice, misnamed):
                 if len(args) > len(positional):
                     hint = advice.format(name=name, rank=getattr(self, "rank", None))
                     raise TypeError(
-                        f"{name}() takes only {' and '.join(positional)} as positional arguments. "
-                        f"{hint} Received: {name}({', '.join(map(_shown, args))})"
+                        f"Only {' and '.join(positional)} of {name}() may be positional. {hint} "
+                        f"Received: {name}({', '.join(map(_shown, args))})"
                     )
                 wrong = next(n for n in kwargs if n in misnamed)
                 raise TypeError(

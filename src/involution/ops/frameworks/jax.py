@@ -14,6 +14,7 @@ softmax = jax.nn.softmax
 stack = jnp.stack
 sum = jnp.sum
 swapaxes = jnp.swapaxes
+where = jnp.where
 zeros_like = jnp.zeros_like
 
 
