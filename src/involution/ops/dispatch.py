@@ -11,6 +11,7 @@ generates the kernels itself: its ``apply`` takes (hidden, weight, bias) in plac
 """
 
 import contextlib
+import sys
 import threading
 from collections.abc import Sequence
 from types import ModuleType
@@ -30,6 +31,8 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
 # In order of preference: the first that supports a problem is selected. ``fused`` precedes them
 # where kernels are generated; ``rows`` is for exporters, and is selected by name only.
 PREFERENCE = ("triton", "native", "taps", "reference")
+# In programs of PyTorch's ONNX exporter, which has no custom ops.
+EXPORTED = ("rows", "reference")
 
 
 class Selection(NamedTuple):
@@ -103,6 +106,8 @@ def select(problem: Problem, implementation=None) -> Selection:
 
 def preferred(problem: Problem) -> list[str]:
     """Names of implementations, the fastest first."""
+    if problem.framework == "torch" and _is_exporting_onnx():
+        return list(EXPORTED)
     names = list(PREFERENCE)
     for i, name in enumerate(PREFERENCE[:-1]):
         deprioritize_reason = getattr(IMPLEMENTATIONS[name], "deprioritize_reason", None)
@@ -113,6 +118,11 @@ def preferred(problem: Problem) -> list[str]:
     if fused.deprioritize_reason(problem) is None:
         return ["fused", *names]
     return [*names, "fused"]
+
+
+def _is_exporting_onnx() -> bool:
+    torch = sys.modules["torch"]
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
 
 
 def standardize_implementation(implementation) -> tuple[str, ...]:

@@ -1,0 +1,369 @@
+"""The paper's layer as a plain PyTorch module, in one to three dimensions."""
+
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn.modules import module as module_hooks
+
+from involution.ops.centers import (
+    center_output_sizes,
+    center_slices,
+    check_padding,
+    number_of_groups,
+)
+from involution.ops.dispatch import standardize_implementation
+from involution.ops.validation import CONTIGUOUS, SYMMETRIC, standardize_tuple
+from involution.torch.functional import apply_generated, apply_kernel, make_window
+from involution.torch.generators import (
+    CONVOLUTIONS,
+    GENERATORS,
+    Bottleneck,
+    Convolutional,
+    convolution,
+)
+from involution.utils.arguments import names_required
+
+_CHANNELS = "the input and the output have `channels`; `out_channels` adds a 1x1 convolution"
+_NO_BIAS = "an involution has none; normalization after it, or `out_channels`, adds a bias"
+
+check_names = names_required(
+    "The output has the input's channels: for Conv{rank}d(64, 128, 3) write "
+    "{name}(64, 3, out_channels=128), with a 1x1 convolution; for stride 2, stride=2.",
+    {
+        "in_channels": _CHANNELS,
+        "filters": _CHANNELS,
+        "strides": "use `stride`",
+        "dilation_rate": "use `dilation`",
+        "group_number": "use `groups`",
+        "bias": _NO_BIAS,
+        "use_bias": _NO_BIAS,
+        "padding_mode": "outside the input are zeros; pad it before, with padding='valid'",
+        "data_format": "the channels are on axis 1; memory formats are those of PyTorch",
+    },
+)
+
+
+class InvolutionNd(nn.Module):
+    """The paper's layer in ``rank`` dimensions: the base of Involution1d, 2d and 3d."""
+
+    rank: int
+    kernel_generator: nn.Module | None
+
+    @check_names
+    def __init__(
+        self,
+        channels,
+        kernel_size=7,
+        *,
+        stride=1,
+        padding=SYMMETRIC,
+        dilation=1,
+        groups=None,
+        group_channels=16,
+        reduction_ratio=4,
+        kernel_generator=None,
+        out_channels=None,
+        kernel_softmax=False,
+        kernel_dropout=0.0,
+        group_layout=CONTIGUOUS,
+        return_kernel=False,
+        implementation=None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        (self.channels,) = standardize_tuple("channels", channels, 1)
+        (group_channels,) = standardize_tuple("group_channels", group_channels, 1)
+        if groups is not None:
+            (groups,) = standardize_tuple("groups", groups, 1)
+        groups = number_of_groups(self.channels, groups, group_channels)
+        self.window = make_window(
+            kernel_size, stride, padding, dilation, groups, group_layout, self.rank
+        )
+        check_padding(self.window)
+        if implementation is not None:
+            standardize_implementation(implementation)
+        self.implementation = implementation
+        self.kernel_softmax, self.return_kernel = bool(kernel_softmax), bool(return_kernel)
+        self._make_generator(kernel_generator, reduction_ratio, factory)
+        if not 0 <= kernel_dropout <= 1:
+            raise ValueError(
+                "`kernel_dropout` must be a number from 0 to 1. "
+                f"Received: kernel_dropout={kernel_dropout}"
+            )
+        self.kernel_dropout = nn.Dropout(kernel_dropout) if kernel_dropout else None
+        self.projection: nn.Module | None = None
+        if out_channels is not None:
+            (outputs,) = standardize_tuple("out_channels", out_channels, 1)
+            self.projection = convolution(self.rank, self.channels, outputs, **factory)
+
+    def _make_generator(self, identifier, reduction_ratio, factory):
+        if isinstance(identifier, nn.Module):
+            self.kernel_generator = identifier
+            return
+        options = factory
+        if identifier is None or isinstance(identifier, str):
+            name = "bottleneck" if identifier is None else identifier.lower()
+            if name not in GENERATORS:
+                raise ValueError(
+                    "`kernel_generator` must be a module, a function (channels, window) of one, "
+                    f"or one of {', '.join(GENERATORS)}. "
+                    f"Received: kernel_generator={identifier!r}"
+                )
+            identifier = GENERATORS[name]
+            if issubclass(identifier, Bottleneck):
+                options = {**factory, "reduction_ratio": reduction_ratio}
+        generator = identifier(self.channels, self.window, **options)
+        self.kernel_generator = None if identifier is Bottleneck else generator
+        if identifier is Bottleneck:
+            # Children of the module itself, as in the paper's code.
+            self.pool: nn.Module = generator.pool
+            self.conv1: nn.Module = generator.conv1
+            self.conv2: nn.Module = generator.conv2
+
+    def forward(self, x):
+        _check_input(x, self.channels, self.rank, type(self).__name__)
+        features = x
+        if not getattr(self.kernel_generator, "uses_full_input", False):
+            features = _features(x, self.window)
+        last = self._fusable_convolution()
+        if last is not None:
+            hidden = self._hidden(features)
+            y = _apply_generated(
+                x, hidden, last.weight, last.bias, self.window, self.implementation
+            )
+            return y if self.projection is None else self.projection(y)
+        kernel_map = self._kernel_map(features)
+        kernel = _kernel_of(kernel_map, x, self.window, self.kernel_softmax)
+        if self.kernel_dropout is not None:
+            kernel = self.kernel_dropout(kernel)
+        y = _apply_kernel(x, kernel, self.window, self.implementation)
+        if self.projection is not None:
+            y = self.projection(y)
+        return (y, kernel) if self.return_kernel else y
+
+    def _hidden(self, features):
+        if self.kernel_generator is None:
+            return self.conv1(self.pool(features))
+        return cast(Convolutional, self.kernel_generator).hidden(features)
+
+    def _kernel_map(self, features):
+        if self.kernel_generator is None:
+            return self.conv2(self._hidden(features))
+        return self.kernel_generator(features)
+
+    def _fusable_convolution(self) -> nn.Module | None:
+        """The generator's last convolution, if its output may be computed where it is applied; None
+        if the kernels must be stored: they are used elsewhere, or the call has other effects."""
+        generator = self.kernel_generator
+        if self.kernel_softmax or self.kernel_dropout is not None or self.return_kernel:
+            return None
+        if generator is None:
+            modules: tuple[nn.Module, ...] = (self.conv2,)
+        elif isinstance(generator, Convolutional) and (
+            type(generator).forward is Convolutional.forward
+        ):
+            modules = (generator, generator.conv2)
+        else:
+            return None
+        sequential = modules[-1]
+        if type(sequential) is not nn.Sequential or len(sequential) != 1:
+            return None
+        conv = sequential[0]
+        if type(conv) is not CONVOLUTIONS[self.rank] or any(map(_is_hooked, (*modules, conv))):
+            return None
+        one = (1,) * self.rank
+        channels = self.window.groups * self.window.taps
+        plain = (
+            conv.kernel_size == one
+            and conv.stride == one
+            and conv.groups == 1
+            and conv.bias is not None
+            and conv.out_channels == channels
+        )
+        return conv if plain else None
+
+    def extra_repr(self):
+        window = self.window
+        text = f"{self.channels}, kernel_size={window.kernel_size}, stride={window.strides}"
+        if window.padding != SYMMETRIC:
+            text += f", padding={window.padding!r}"
+        if any(d > 1 for d in window.dilation_rate):
+            text += f", dilation={window.dilation_rate}"
+        text += f", groups={window.groups}"
+        if window.group_layout != CONTIGUOUS:
+            text += f", group_layout={window.group_layout!r}"
+        for name in ("kernel_softmax", "return_kernel"):
+            text += f", {name}=True" if getattr(self, name) else ""
+        return text
+
+
+# Attributes of a module with hooks around its call, and of all modules. PyTorch has no public
+# function to list them.
+_HOOKS = tuple(
+    (f"_{name}_hooks", f"_global_{name}_hooks")
+    for name in ("forward", "forward_pre", "backward", "backward_pre")
+)
+
+
+def _is_hooked(module) -> bool:
+    """Whether the call of a module has other effects than its class's ``forward``: hooks, or a
+    method replaced in the instance. Also true if PyTorch stores hooks under other names."""
+    if "forward" in vars(module):
+        return True
+    for name, global_name in _HOOKS:  # a loop: it runs in every call
+        if getattr(module, name, True) or getattr(module_hooks, global_name, True):
+            return True
+    return False
+
+
+# Functions that inspect tensors are nodes of the graphs of torch.fx.
+@torch.fx.wrap
+def _check_input(x, channels, rank, name):
+    shape = tuple(x.shape)
+    if len(shape) != rank + 2:
+        raise ValueError(
+            f"The input of {name} must have the axes (batch, channels, {rank} spatial). "
+            f"Received: x.shape={shape}"
+        )
+    if shape[1] != channels:
+        hint = ""
+        if shape[-1] == channels:
+            last = rank + 1
+            order = ", ".join(map(str, (0, last, *range(1, last))))
+            hint = f"; for channels on the last axis, x.permute({order})"
+        raise ValueError(
+            f"The input of {name} must have {channels} channels on axis 1{hint}. "
+            f"Received: x.shape={shape}"
+        )
+    if not x.is_floating_point() or x.is_quantized:
+        raise ValueError(
+            f"The input of {name} must be of a floating-point dtype, not quantized. "
+            f"Received: x.dtype={x.dtype}"
+        )
+
+
+@torch.fx.wrap
+def _features(x, window):
+    """The generator's input: starts at the first window's center."""
+    shape = (x.shape[0], *x.shape[2:], x.shape[1])
+    center_output_sizes(window, shape)
+    parts = center_slices(window, shape[1:-1])
+    return x[(slice(None), slice(None), *parts)] if parts else x
+
+
+@torch.fx.wrap
+def _kernel_of(kernel_map, x, window, softmax):
+    """The kernels (B, groups, taps, *out_spatial) of a map (B, groups * taps, *out_spatial)."""
+    expected = window.groups * window.taps
+    if kernel_map.dim() != window.rank + 2 or kernel_map.shape[1] != expected:
+        raise ValueError(
+            "`kernel_generator` must return a kernel map with groups * taps = "
+            f"{window.groups} * {window.taps} channels at every output position. "
+            f"Received: a map of shape {tuple(kernel_map.shape)}"
+        )
+    kernel = kernel_map.unflatten(1, (window.groups, window.taps))
+    if softmax:
+        dtype = torch.promote_types(kernel.dtype, torch.float32)
+        kernel = torch.softmax(kernel, 2, dtype=dtype)
+    return kernel.to(x.dtype)
+
+
+_apply_generated, _apply_kernel = apply_generated, apply_kernel
+torch.fx.wrap("_apply_generated")
+torch.fx.wrap("_apply_kernel")
+
+
+# The three classes differ in their rank only and share one signature.
+_SHARED_DOC = """
+
+    Parameters exist from construction on. The state dict of the default generator has the names and
+    the order of the paper's code, whose checkpoints load with ``strict=True``.
+
+    Args:
+        channels: Channels of the input, and of the output without ``out_channels``.
+        kernel_size: Integer, or one for each spatial dimension: the window. All other arguments
+            must be passed by name.
+        stride: Integer, or one for each spatial dimension.
+        padding: ``"symmetric"`` (floor((kernel_size - 1) * dilation / 2) on both sides, as in the
+            paper's code), ``"valid"``, ``"same"`` (as in Keras), an integer, an integer for each
+            spatial dimension, or a pair (before, after) for each.
+        dilation: Integer, or one for each spatial dimension.
+        groups: Number of groups; divides the channels. None: channels // group_channels, or one
+            group if there are fewer channels than that.
+        group_channels: Channels per group, if ``groups`` is None.
+        reduction_ratio: Input channels per hidden channel of a generator given by name.
+        kernel_generator: None or ``"bottleneck"`` for the paper's, ``"contextual"``, ``"linear"``,
+            ``"pairwise_attention"`` or ``"static"``; a module from features (B, channels, *spatial)
+            to a kernel map (B, groups * taps, *out_spatial), channels group-major; or a function
+            of (channels, window, device=, dtype=) that returns one, such as a class of
+            ``involution.torch.generators``.
+        out_channels: Channels of the output, by a 1x1 convolution after the involution. None: the
+            input's channels, without it.
+        kernel_softmax: Whether to apply softmax to the weights of each window.
+        kernel_dropout: Dropout rate on kernel weights.
+        group_layout: ``"contiguous"`` (the paper) or ``"interleaved"`` (the keras.io example).
+        return_kernel: Whether to return (output, kernel) or only the output.
+        implementation: See ``involution.ops.involution``.
+        device, dtype: Of the parameters.
+
+    Call arguments:
+        x: Tensor (B, channels, *spatial), in any memory format; ``torch.channels_last`` is the
+            fastest.
+
+    Returns:
+        A tensor with the sizes that a convolution would give, in the memory format of ``x``; with
+        ``return_kernel`` also the kernels, (B, groups, taps, *out_spatial).
+
+    Raises:
+        TypeError: An argument after ``kernel_size`` is not passed by name, or is of another
+            library, such as ``in_channels``; the message says what to write.
+        ValueError: An argument is out of its range, the groups do not divide the channels, or the
+            input or the generator's map has another shape.
+
+    Source: Li et al., arXiv:2103.06255.
+    """
+
+
+class Involution1d(InvolutionNd):
+    __doc__ = (
+        """The paper's involution layer for sequences: inputs (B, channels, length).
+
+    >>> import torch
+    >>> from involution.torch import Involution1d
+    >>> Involution1d(32, kernel_size=9)(torch.ones(2, 32, 100)).shape
+    torch.Size([2, 32, 100])
+    """
+        + _SHARED_DOC
+    )
+    rank = 1
+
+
+class Involution2d(InvolutionNd):
+    __doc__ = (
+        """The paper's involution layer for images: inputs (B, channels, height, width).
+
+    >>> import torch
+    >>> from involution.torch import Involution2d
+    >>> Involution2d(64, stride=2)(torch.ones(2, 64, 33, 20)).shape
+    torch.Size([2, 64, 17, 10])
+    """
+        + _SHARED_DOC
+    )
+    rank = 2
+
+
+class Involution3d(InvolutionNd):
+    __doc__ = (
+        """The paper's involution layer for volumes: inputs (B, channels, depth, height, width).
+
+    >>> import torch
+    >>> from involution.torch import Involution3d
+    >>> Involution3d(16, kernel_size=3)(torch.ones(1, 16, 5, 6, 7)).shape
+    torch.Size([1, 16, 5, 6, 7])
+    """
+        + _SHARED_DOC
+    )
+    rank = 3
