@@ -80,6 +80,13 @@ ORDER = [
     "ops.api",
     "ops",
     "ops.cases",
+    "rednet_variants",
+    "torch.functional",
+    "torch.generators",
+    "torch.modules",
+    "torch.lazy",
+    "torch.rednet",
+    "torch",
     "kernel_generators.pointwise",
     "kernel_generators.pooling",
     "kernel_generators.base",
@@ -406,6 +413,7 @@ def test_every_framework_has_a_module(package):
 OTHER_BACKENDS = [f"{p}.{name}" for p in BY_FRAMEWORK for name in FRAMEWORKS if name != BACKEND]
 if BACKEND != "torch":
     OTHER_BACKENDS += ["ops.torch_custom_ops", "benchmarking.paper_cuda"]
+    OTHER_BACKENDS += [name for name in ORDER if name.split(".")[0] == "torch"]
 if BACKEND != "torch" or importlib.util.find_spec("triton") is None:
     OTHER_BACKENDS += ["ops.triton.kernels", "ops.triton.launch"]
 

@@ -22,33 +22,7 @@ from involution.ops.validation import (
     standardize_data_format,
     standardize_tuple,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """Hyperparameters of one network of the family."""
-
-    blocks: tuple[int, ...]
-    widths: tuple[int, ...] = (64, 128, 256, 512)
-    expansion: int = 4
-    stem_width: int = 64
-    # Kernel size of the stem's involution; None: the stem is one convolution, for small images.
-    stem_kernel_size: int | None = 3
-    # Whether max pooling follows that convolution.
-    stem_pool: bool = True
-    kernel_size: int = 7
-    group_channels: int = 16
-    reduction_ratio: int = 4
-    kernel_generator: object = None
-
-
-VARIANTS = {
-    "rednet26": Variant((1, 2, 4, 1)),
-    "rednet38": Variant((2, 3, 5, 2)),
-    "rednet50": Variant((3, 4, 6, 3)),
-    "rednet101": Variant((3, 4, 23, 3)),
-    "rednet152": Variant((3, 8, 36, 3)),
-}
+from involution.rednet_variants import TINY, VARIANTS, Variant
 
 
 def _build(name, variant, input_shape, classes, include_top, feature_maps, data_format):
@@ -242,14 +216,14 @@ def rednet_tiny(
     include_top=True,
     feature_maps=False,
     data_format="channels_last",
-    blocks=(2, 3),
-    widths=(32, 32),
-    expansion=2,
-    stem_width=16,
-    stem_pool=True,
-    kernel_size=5,
-    group_channels=8,
-    reduction_ratio=8,
+    blocks=TINY.blocks,
+    widths=TINY.widths,
+    expansion=TINY.expansion,
+    stem_width=TINY.stem_width,
+    stem_pool=TINY.stem_pool,
+    kernel_size=TINY.kernel_size,
+    group_channels=TINY.group_channels,
+    reduction_ratio=TINY.reduction_ratio,
     kernel_generator=None,
 ):
     """A RedNet for images of about 32x32 pixels: its stem is one 3x3 convolution.

@@ -1,12 +1,32 @@
 """Involution for PyTorch: plain modules, channels on axis 1. Keras is not imported."""
 
 from involution.torch import functional, generators
+from involution.torch.lazy import LazyInvolution1d, LazyInvolution2d, LazyInvolution3d
 from involution.torch.modules import Involution1d, Involution2d, Involution3d
+from involution.torch.rednet import (
+    RedNet,
+    rednet26,
+    rednet38,
+    rednet50,
+    rednet101,
+    rednet152,
+    rednet_tiny,
+)
 
 __all__ = [
     "Involution1d",
     "Involution2d",
     "Involution3d",
+    "LazyInvolution1d",
+    "LazyInvolution2d",
+    "LazyInvolution3d",
+    "RedNet",
     "functional",
     "generators",
+    "rednet26",
+    "rednet38",
+    "rednet50",
+    "rednet101",
+    "rednet152",
+    "rednet_tiny",
 ]

@@ -6,6 +6,8 @@ Features begin at the first window's center; if the attribute ``uses_full_input`
 the module's full input.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -27,10 +29,10 @@ def named(**modules) -> nn.Sequential:
     return sequential
 
 
-def convolution(rank, inputs, outputs, kernel_size=1, *, bias=True, **factory):
+def convolution(rank, inputs, outputs, kernel_size=1, *, stride=1, bias=True, **factory):
     """A convolution with the initial values of the paper's code: Kaiming normal, fan-out mode."""
-    padding = 0 if kernel_size == 1 else "same"
-    conv = CONVOLUTIONS[rank](inputs, outputs, kernel_size, padding=padding, bias=bias, **factory)
+    padding = "same" if kernel_size % 2 == 0 else kernel_size // 2
+    conv = CONVOLUTIONS[rank](inputs, outputs, kernel_size, stride, padding, bias=bias, **factory)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
@@ -205,8 +207,8 @@ class PairwiseAttention(nn.Module):
     >>> from involution.torch import Involution2d
     >>> layer = Involution2d(32, 5, kernel_generator="pairwise_attention", return_kernel=True)
     >>> y, kernel = layer(torch.ones(1, 32, 8, 8))
-    >>> kernel.shape, float(kernel.sum(2).min().round(decimals=4))
-    (torch.Size([1, 2, 25, 8, 8]), 1.0)
+    >>> kernel.shape, bool((kernel.sum(2) - 1).abs().max() < 1e-6)
+    (torch.Size([1, 2, 25, 8, 8]), True)
     """
 
     uses_full_input = True
@@ -244,6 +246,34 @@ def _attention_map(query, key, window):
     kernel = attention_kernel(to_last(query), to_last(key), window).to(query.dtype)
     # From (B, *out_spatial, taps, groups).
     return kernel.movedim((-1, -2), (1, 2)).flatten(1, 2)
+
+
+def near_depthwise_(module):
+    """Initializes a generator close to a depthwise convolution, in place.
+
+    The kernels are dominated by the biases of the last convolution, which have the distribution of
+    He's initializer for depthwise kernels: ``involution.kernel_generators.near_depthwise_init``.
+
+    Args:
+        module: An involution. Generators without a last convolution, such as ``"static"``, are
+            unchanged.
+
+    Returns:
+        The involution.
+
+    Example:
+
+    >>> from involution.torch import Involution2d, generators
+    >>> layer = generators.near_depthwise_(Involution2d(64))
+    >>> bool(layer.conv2.conv.bias.std() > 0.1)
+    True
+    """
+    generator = module if module.kernel_generator is None else module.kernel_generator
+    if generator is module or isinstance(generator, Convolutional):
+        weight, bias = generator.conv2.parameters()
+        nn.init.normal_(weight, std=math.sqrt(0.02 / len(weight)))
+        nn.init.normal_(bias, std=math.sqrt(2 / module.window.taps))
+    return module
 
 
 GENERATORS = {

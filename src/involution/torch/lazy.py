@@ -1,0 +1,104 @@
+"""Involutions whose number of channels is that of their first input."""
+
+import functools
+from collections.abc import Callable
+from typing import cast
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter
+
+from involution.torch.modules import Involution1d, Involution2d, Involution3d, InvolutionNd
+
+# Weights with the channels of the input on axis 1.
+_WEIGHTS = (
+    "conv1.conv.weight",
+    "kernel_generator.conv1.conv.weight",
+    "kernel_generator.conv2.conv.weight",
+    "kernel_generator.query.weight",
+    "projection.weight",
+)
+
+
+class _Uninitialized:
+    """Skips the constructor of the involution, which needs the channels."""
+
+    def __init__(self):
+        nn.Module.__init__(self)  # type: ignore[arg-type]  # classes below derive from it
+
+
+class _LazyInvolution(LazyModuleMixin, _Uninitialized, InvolutionNd):
+    """An involution without parameters, until its first call or until a state dict is loaded."""
+
+    cls_to_become: type[InvolutionNd]
+
+    def __init__(self, kernel_size=7, *, device=None, dtype=None, **arguments):
+        super().__init__()
+        become = cast(Callable, self.cls_to_become)
+        self.make = functools.partial(become, kernel_size=kernel_size, **arguments)
+        # Checks the arguments, with any number of channels that they allow.
+        channels = arguments.get("groups") or arguments.get("group_channels", 16)
+        self.make(channels, **{"kernel_generator": "static", "device": "meta"})
+        # PyTorch regards a module with such a parameter as uninitialized. Its device and dtype
+        # become those of the parameters.
+        factory = {"device": device, "dtype": dtype}
+        self.uninitialized = cast(Callable, UninitializedParameter)(**factory)
+
+    def initialize_parameters(self, x):
+        if self.has_uninitialized_params():
+            self._initialize(x.shape[1])
+
+    def _initialize(self, channels):
+        like = self.uninitialized
+        made = self.make(channels, device=like.device, dtype=like.dtype).train(self.training)
+        del self.uninitialized, self.make
+        for name, value in vars(made).items():
+            if isinstance(value, dict) and name in vars(self):
+                vars(self)[name].update(value)  # parameters, modules, hooks
+            else:
+                vars(self)[name] = value
+
+    def _lazy_load_hook(self, state_dict, prefix, *arguments):
+        if self.has_uninitialized_params() and f"{prefix}uninitialized" not in state_dict:
+            found = [state_dict[prefix + n] for n in _WEIGHTS if prefix + n in state_dict]
+            if found:
+                self._initialize(found[0].shape[1])
+        super()._lazy_load_hook(state_dict, prefix, *arguments)
+
+    def extra_repr(self):
+        if not self.has_uninitialized_params():
+            return super().extra_repr()
+        return ", ".join(f"{name}={value!r}" for name, value in self.make.keywords.items())
+
+
+_DOC = """``Involution{0}d`` with the number of channels of its first input.
+
+    It becomes an ``Involution{0}d`` at its first call, which must precede the construction of an
+    optimizer, as for all lazy modules. Loading a state dict also creates the parameters.
+
+    Args:
+        kernel_size, **arguments: As for ``Involution{0}d``, without ``channels``.
+
+    Example:
+
+    >>> import torch
+    >>> from involution.torch import LazyInvolution{0}d
+    >>> layer = LazyInvolution{0}d(3)
+    >>> layer(torch.ones({1})).shape, type(layer).__name__
+    (torch.Size([{1}]), 'Involution{0}d')
+    """
+
+
+class LazyInvolution1d(_LazyInvolution, Involution1d):
+    __doc__ = _DOC.format(1, "1, 32, 8")
+    cls_to_become = Involution1d
+
+
+class LazyInvolution2d(_LazyInvolution, Involution2d):
+    __doc__ = _DOC.format(2, "1, 32, 8, 8")
+    cls_to_become = Involution2d
+
+
+class LazyInvolution3d(_LazyInvolution, Involution3d):
+    __doc__ = _DOC.format(3, "1, 32, 4, 4, 4")
+    cls_to_become = Involution3d
