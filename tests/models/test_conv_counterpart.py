@@ -22,7 +22,7 @@ pytestmark = pytest.mark.any_backend
     ],
 )
 def test_counterpart_differs_in_its_involutions_only(rank, kind):
-    layer = getattr(involution, f"Involution{rank}D")(3, 2, padding="symmetric", name="inv")
+    layer = getattr(involution, f"Involution{rank}D")(3, strides=2, padding="symmetric", name="inv")
     inputs = keras.Input((*(9, 8, 7)[:rank], 16))
     model = keras.Model(inputs, keras.layers.Dense(4, name="out")(layer(inputs)))
     counterpart = models.conv_counterpart(model, kind)

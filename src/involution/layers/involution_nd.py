@@ -307,7 +307,8 @@ _SHARED_DOC = """
     Call arguments:
         inputs: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
         training: Whether normalization uses the batch's statistics and dropout is active. None:
-            inherited from the enclosing layer or model, or False if there is none.
+            inherited from the enclosing layer or model, or False if there is none. On PyTorch, the
+            module's ``train()`` and ``eval()`` do not change it.
 
     Returns:
         A tensor with the channels of ``inputs``, or ``filters``, and the sizes a convolution would

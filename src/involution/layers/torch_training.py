@@ -35,9 +35,9 @@ def warn_at_backward(layer, outputs):
     """Makes the first backward pass through a layer's outputs warn, once in a process.
 
     For the outputs of a call without ``training``. It has no effect on a layer that computes the
-    same in training, after ``eval()``, without gradients, while calls are recorded, in a
-    compiled program, or if a subclass's ``call`` has no ``training`` argument:
-    only Keras knows then whether the enclosing model trains.
+    same in training, after ``eval()``, without gradients, while calls are recorded, in a compiled
+    program, or if a subclass's ``call`` has no ``training`` argument: only Keras knows then whether
+    the enclosing model trains.
     """
     # First, so that compiled programs do not depend on the rest.
     if torch.compiler.is_compiling() or _warned:
