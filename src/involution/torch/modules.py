@@ -203,6 +203,13 @@ class InvolutionNd(nn.Module):
         )
         return conv if plain else None
 
+    def __prepare_scriptable__(self):
+        # Called by torch.jit.script.
+        raise NotImplementedError(
+            "torch.jit.script does not support involution: use torch.compile, torch.export or "
+            f"torch.jit.trace. Received: {type(self).__name__}"
+        )
+
     def extra_repr(self):
         window = self.window
         text = f"{self.channels}, kernel_size={window.kernel_size}, stride={window.strides}"
@@ -256,10 +263,11 @@ def _check_input(x, channels, rank, name):
             f"The input of {name} must have {channels} channels on axis 1{hint}. "
             f"Received: x.shape={shape}"
         )
-    if not x.is_floating_point() or x.is_quantized:
+    if x.is_quantized or not x.is_floating_point():
+        hint = ": dequantize it before, as by torch.ao.quantization.DeQuantStub"
         raise ValueError(
-            f"The input of {name} must be of a floating-point dtype, not quantized. "
-            f"Received: x.dtype={x.dtype}"
+            f"The input of {name} must be of a floating-point dtype{hint if x.is_quantized else ''}"
+            f". Received: x.dtype={x.dtype}"
         )
 
 
