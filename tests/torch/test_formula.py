@@ -56,18 +56,6 @@ def test_function_equals_formula(call, is_channels_last):
     assert np.abs(dkernel.numpy() - group_major(gradients[1])).max() < BELOW
 
 
-def test_integers_of_padding_are_for_both_sides():
-    x = torch.randn(1, 4, 6, 7, dtype=torch.float64)
-    sides = ((1, 1), (2, 2))
-    kernel = torch.randn(1, 2, 15, 6, 7, dtype=torch.float64)
-    y = functional.involution(x, kernel, (3, 5), padding=(1, 2))
-    assert torch.equal(y, functional.involution(x, kernel, (3, 5), padding=sides))
-    kernel = torch.randn(1, 2, 9, 8, 9, dtype=torch.float64)
-    sides = ((2, 2), (2, 2))
-    y = functional.involution(x, kernel, 3, padding=2)
-    assert torch.equal(y, functional.involution(x, kernel, 3, padding=sides))
-
-
 def arguments_of(call):
     return {
         "stride": call.strides,
@@ -158,17 +146,6 @@ def test_module_equals_formula(call, generator):
         y = module(tensor).detach().numpy()
         assert y.shape[2:] == call.output_sizes
         assert np.abs(y - np.moveaxis(expected, -1, 1)).max() < BELOW
-
-
-def test_returned_kernels_are_the_applied_ones():
-    module = Involution2d(8, 3, groups=2, return_kernel=True, dtype=torch.float64)
-    x = torch.randn(2, 8, 5, 6, dtype=torch.float64)
-    y, kernel = module(x)
-    assert kernel.shape == (2, 2, 9, 5, 6)
-    assert torch.equal(functional.involution(x, kernel, 3), y)
-    fused = Involution2d(8, 3, groups=2, dtype=torch.float64)
-    fused.load_state_dict(module.state_dict())
-    assert (fused.train()(x) - y).abs().max() < BELOW
 
 
 def test_kernel_softmax_normalizes_over_the_taps():
