@@ -53,6 +53,7 @@ if os.environ["KERAS_BACKEND"] != "torch":
         "layers/test_torch_training.py",
         "ops/test_cuda.py",
         "ops/test_triton.py",
+        "torch",
     ]
 # Triton has wheels for Linux only.
 elif importlib.util.find_spec("triton") is None:

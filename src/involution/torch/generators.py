@@ -6,13 +6,15 @@ Features begin at the first window's center; if the attribute ``uses_full_input`
 the module's full input.
 """
 
+import dataclasses
 import math
 
 import torch
 from torch import nn
 
 from involution.ops.attention import attention_kernel, centers
-from involution.ops.validation import standardize_tuple
+from involution.ops.centers import center_slices
+from involution.ops.validation import CONTIGUOUS, standardize_tuple
 from involution.ops.window import ceil_div
 from involution.torch.functional import to_last
 
@@ -215,7 +217,8 @@ class PairwiseAttention(nn.Module):
 
     def __init__(self, channels, window, *, key_channels=None, device=None, dtype=None):
         super().__init__()
-        self.window = window
+        # Heads are contiguous in queries and keys, whichever channels of the values they weigh.
+        self.window = dataclasses.replace(window, group_layout=CONTIGUOUS)
         if key_channels is None:
             key_channels = max(channels // window.groups, 1)
         (key_channels,) = standardize_tuple("key_channels", key_channels, 1)
@@ -238,6 +241,9 @@ def _at_all_positions(weight, features, strides):
 
 @torch.fx.wrap
 def _centers(features, window):
+    if not center_slices(window, features.shape[2:]):
+        # PyTorch's exporter specializes on whether a slice with an end reaches it.
+        return features[(..., *(slice(None, None, s) for s in window.strides))]
     return centers(to_last(features), window).movedim(-1, 1)
 
 

@@ -125,6 +125,23 @@ class InvolutionNd(nn.Module):
 
     def forward(self, x):
         _check_input(x, self.channels, self.rank, type(self).__name__)
+        try:
+            return self._forward(x)
+        except (RuntimeError, ValueError) as error:
+            self._explain_dtypes(x, error)
+            raise
+
+    def _explain_dtypes(self, x, error):
+        """Raises a ValueError if the parameters are not of the dtype of ``x``."""
+        dtype, device = next((p.dtype for p in self.parameters()), x.dtype), x.device.type
+        if x.dtype != dtype and not torch.is_autocast_enabled(device):
+            raise ValueError(
+                f"The input of {type(self).__name__} must be of the dtype of its parameters, "
+                f"{dtype}: use x.to({dtype}), or the module's `to`, or torch.autocast. "
+                f"Received: x.dtype={x.dtype}"
+            ) from error
+
+    def _forward(self, x):
         features = x
         if not getattr(self.kernel_generator, "uses_full_input", False):
             features = _features(x, self.window)
@@ -136,7 +153,7 @@ class InvolutionNd(nn.Module):
             )
             return y if self.projection is None else self.projection(y)
         kernel_map = self._kernel_map(features)
-        kernel = _kernel_of(kernel_map, x, self.window, self.kernel_softmax)
+        kernel = _kernel_of(kernel_map, self.window, self.kernel_softmax)
         if self.kernel_dropout is not None:
             kernel = self.kernel_dropout(kernel)
         y = _apply_kernel(x, kernel, self.window, self.implementation)
@@ -179,6 +196,7 @@ class InvolutionNd(nn.Module):
         plain = (
             conv.kernel_size == one
             and conv.stride == one
+            and conv.padding == (0,) * self.rank
             and conv.groups == 1
             and conv.bias is not None
             and conv.out_channels == channels
@@ -263,7 +281,7 @@ def _features(x, window):
 
 
 @torch.fx.wrap
-def _kernel_of(kernel_map, x, window, softmax):
+def _kernel_of(kernel_map, window, softmax):
     """The kernels (B, groups, taps, *out_spatial) of a map (B, groups * taps, *out_spatial)."""
     expected = window.groups * window.taps
     if kernel_map.dim() != window.rank + 2 or kernel_map.shape[1] != expected:
@@ -275,8 +293,8 @@ def _kernel_of(kernel_map, x, window, softmax):
     kernel = kernel_map.unflatten(1, (window.groups, window.taps))
     if softmax:
         dtype = torch.promote_types(kernel.dtype, torch.float32)
-        kernel = torch.softmax(kernel, 2, dtype=dtype)
-    return kernel.to(x.dtype)
+        kernel = torch.softmax(kernel, 2, dtype=dtype).to(kernel.dtype)
+    return kernel
 
 
 _apply_generated, _apply_kernel = apply_generated, apply_kernel
