@@ -5,12 +5,15 @@ import io
 import itertools
 import os
 import pickle
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import involution
@@ -131,7 +134,7 @@ def test_channels_last_axis_is_refused():
     [
         (
             torch.ones(32, 9, 10),
-            r"the axes \(batch, channels, 2 spatial\)\. Received: x.shape=\(32",
+            r"\(batch, channels, 2 spatial\)\. Received: x.shape=\(32",
         ),
         (torch.ones(2, 16, 9, 10), r"32 channels on axis 1\. Received: x.shape=\(2, 16, 9, 10\)$"),
         (torch.ones(2, 32, 9, 10, dtype=torch.int64), r"floating-point .*x.dtype=torch.int64$"),
@@ -159,7 +162,7 @@ def test_windows_that_do_not_fit_are_refused():
         (
             lambda: Involution2d(64, in_channels=3),
             TypeError,
-            "no argument `in_channels`: the input",
+            "no argument `in_channels`: ",
         ),
         (lambda: Involution2d(64, strides=2), TypeError, "no argument `strides`: use `stride`"),
         (lambda: Involution2d(64, dilation_rate=2), TypeError, "use `dilation`"),
@@ -168,7 +171,7 @@ def test_windows_that_do_not_fit_are_refused():
         (
             lambda: Involution2d(64, padding_mode="reflect"),
             TypeError,
-            "outside the input are zeros",
+            "outside the input",
         ),
         (lambda: Involution2d(64, colour=1), TypeError, "colour"),
         (lambda: Involution2d(64, groups=5), ValueError, "`groups` must divide .*groups=5$"),
@@ -242,9 +245,7 @@ def test_operator_equals_the_formula(
         dilation=dilation,
         group_layout=layout,
     )
-    assert y.stride() == torch.empty_like(tensors[0])[(..., *[slice(n) for n in out])].stride() or (
-        y.is_contiguous() == contiguous
-    )
+    assert y.is_contiguous() == contiguous
     found = [y, *torch.autograd.grad(y, tensors, torch.tensor(dy))]
     last = as_last(x), np.moveaxis(kernel, (1, 2), (-1, -2))
     dx, dkernel = oracle.gradients(*last, as_last(dy), *call, layout)
@@ -388,9 +389,6 @@ def appended(module):
     [
         lambda m: m.conv2.conv.register_forward_hook(lambda _, x, y: 2 * y),
         lambda m: m.conv2.register_forward_hook(lambda _, x, y: 2 * y),
-        lambda m: m.conv2.conv.register_forward_pre_hook(
-            lambda _, x: (x[0], setattr(m, "a", 1))[:1]
-        ),
         replaced,
         parametrized,
         appended,
@@ -401,13 +399,16 @@ def test_changes_of_the_last_convolution_take_effect(change):
     plain = module(x).detach()
     change(module)
     assert not fused(module)
-    expected = (
-        plain
-        if hasattr(module.conv2.conv, "_forward_pre_hooks")
-        and (module.conv2.conv._forward_pre_hooks)
-        else 2 * plain
-    )
-    torch.testing.assert_close(module(x), expected)
+    torch.testing.assert_close(module(x), 2 * plain)
+
+
+@pytest.mark.parametrize("name", ["forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_the_last_convolution_are_called(name):
+    module, seen = make(), []
+    register = getattr(module.conv2.conv, f"register_{name}_hook")
+    register(lambda *_: seen.append(name))
+    module(images()).sum().backward()
+    assert seen == [name]
 
 
 def test_global_hooks_see_the_last_convolution():
@@ -423,9 +424,9 @@ def test_global_hooks_see_the_last_convolution():
 
 def test_pruned_generators_compute_with_the_mask():
     module, x = make().eval(), images()
-    nn.utils.prune.random_unstructured(module.conv2.conv, "weight", amount=0.5)
+    prune.random_unstructured(module.conv2.conv, "weight", amount=0.5)
     pruned = module(x)
-    nn.utils.prune.remove(module.conv2.conv, "weight")
+    prune.remove(module.conv2.conv, "weight")
     assert fused(module)
     torch.testing.assert_close(module(x), pruned)
 
@@ -457,15 +458,8 @@ def test_output_has_the_memory_format_of_the_input(variant, memory_format):
     module = make(variant).to(memory_format=memory_format).eval()
     y = module(x)
     assert y.is_contiguous(memory_format=memory_format)
-    torch.testing.assert_close(y, make_equal(module)(images_like(x)), rtol=1e-4, atol=1e-4)
-
-
-def make_equal(module):
-    return copy.deepcopy(module).to(memory_format=torch.contiguous_format)
-
-
-def images_like(x):
-    return x.contiguous()
+    plain = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
+    torch.testing.assert_close(y, plain(x.contiguous()), rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_is_that_of_a_convolution():
@@ -529,6 +523,7 @@ def test_gradients_of_each_sample(variant):
             torch.testing.assert_close(found[name][i], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # from PyTorch itself
 @each_variant
 def test_forward_mode_equals_reverse_mode(variant):
     module, x = make(variant).double().eval(), images(dtype=torch.float64)
@@ -618,6 +613,7 @@ def test_state_dict_without_channels_needs_a_call_of_a_lazy_module():
     lazy.load_state_dict(state)
 
 
+@pytest.mark.long
 def test_import_loads_no_other_framework():
     code = (
         "import sys; import involution.torch;"
@@ -627,12 +623,13 @@ def test_import_loads_no_other_framework():
         assert fresh_process(code, backend).strip() == "[]"
 
 
+@pytest.mark.long
 def test_keras_keeps_its_backend(tmp_path):
     if "jax" not in involution.backend.installed():
         pytest.skip("another backend is not installed")
     code = (
-        "import torch, keras, involution.torch;"
-        "print(keras.config.backend(), *involution.torch.Involution1d(4)(torch.ones(1, 4, 5)).shape)"
+        "import torch, keras, involution.torch as it;"
+        "print(keras.config.backend(), *it.Involution1d(4)(torch.ones(1, 4, 5)).shape)"
     )
     assert fresh_process(code, "jax").strip() == "jax 1 4 5"
 
@@ -666,9 +663,6 @@ torch.save(head.state_dict(), f"{file}.{rank}")
 
 @pytest.mark.long
 def test_two_processes_equal_one(tmp_path):
-    import subprocess
-    import sys
-
     file = tmp_path / "rendezvous"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     processes = [
