@@ -1,5 +1,5 @@
 """Milliseconds of `involution.torch.Involution2d`, of the Keras layer on PyTorch, and of the module
-of the paper's code, which copies the windows by unfold: RedNet's four stages, 8 images of 224 x 224.
+of the paper's code, which copies the windows by unfold: RedNet's stages, 8 images of 224 x 224.
 
 The candidates run alternately. `inference` is the forward pass, `training` the forward and backward
 passes. `call` is the time of the Python code in microseconds: the forward pass of one 4 x 4 image.
