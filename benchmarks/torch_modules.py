@@ -1,5 +1,5 @@
-"""Milliseconds of `involution.torch.Involution2d`, of the Keras layer on PyTorch, and of the paper's
-module, which copies the windows by unfold: at the four stages of RedNet, 8 images of 224 x 224.
+"""Milliseconds of `involution.torch.Involution2d`, of the Keras layer on PyTorch, and of the module
+of the paper's code, which copies the windows by unfold: RedNet's stages, 8 images of 224 x 224.
 
 The candidates run alternately. `inference` is the forward pass, `training` the forward and backward
 passes. `call` is the time of the Python code in microseconds: the forward pass of one 4 x 4 image.
@@ -37,7 +37,7 @@ class Unfold(Involution2d):
 
 
 def candidates(channels, groups, batch, sizes):
-    """Functions of `training` by name: one call, with a backward pass if `training` is true."""
+    """Functions by name: `call(training)` is one forward pass, and a backward pass in training."""
     module = Involution2d(channels, groups=groups)
     unfold = Unfold(channels, groups=groups)
     unfold.load_state_dict(module.state_dict())
@@ -46,25 +46,27 @@ def candidates(channels, groups, batch, sizes):
     layer = involution.Involution2D(padding="symmetric", groups=groups)
     layer(last.permute(0, 2, 3, 1))
 
-    def of(model, x, **arguments):
+    def candidate(x, run):
         def call(training):
-            if isinstance(model, torch.nn.Module) and not arguments:
-                model.train(training)
-            options = {name: training for name in arguments}
-            if not training:
+            if training:
+                run(x.detach().requires_grad_(), True).sum().backward()
+            else:
                 with torch.no_grad():
-                    return model(x, **options)
-            leaf = x.detach().requires_grad_()
-            return model(leaf, **options).sum().backward()
+                    run(x, False)
 
         return call
 
+    def plain(model, x):
+        return candidate(x, lambda x, training: model.train(training)(x))
+
     return {
-        "Involution2d, channels_last": of(module, last),
-        "Involution2d, contiguous": of(module, x),
-        "Involution2D of Keras": of(layer, last.permute(0, 2, 3, 1), training=True),
-        "unfold, channels_last": of(unfold, last),
-        "unfold, contiguous": of(unfold, x),
+        "Involution2d, channels_last": plain(module, last),
+        "Involution2d, contiguous": plain(module, x),
+        "Keras layer": candidate(
+            last.permute(0, 2, 3, 1), lambda x, training: layer(x, training=training)
+        ),
+        "unfold, channels_last": plain(unfold, last),
+        "unfold, contiguous": plain(unfold, x),
     }
 
 

@@ -45,6 +45,9 @@ class _Loader(importlib.abc.Loader):
     def __init__(self, loader):
         self.loader = loader
 
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
     def create_module(self, spec):
         backend.select()
         return self.loader.create_module(spec)

@@ -33,6 +33,9 @@ def involution(
     supports the first only. On JAX, ``native``, ``taps`` and ``fused`` do not support forward mode.
     What is not supported raises an error.
 
+    The framework is that of the tensors, TensorFlow, JAX or PyTorch, whatever Keras's backend is;
+    arrays of NumPy become tensors of the other arguments' framework, or of Keras's backend.
+
     Infinities and NaN follow IEEE arithmetic, in every implementation. A tap outside the input
     multiplies its kernel value by 0: if that value is infinite or NaN, the output is NaN; if the
     output's gradient is infinite or NaN, the kernel's gradient at that tap is NaN. The gradient of
@@ -62,8 +65,8 @@ def involution(
         Tensor (B, *out_spatial, C) or (B, C, *out_spatial), of the dtype of ``x``.
 
     Raises:
-        ValueError: An argument is out of its range, or the shapes or dtypes do not match. It is
-            raised before the computation starts.
+        ValueError: An argument is out of its range, the shapes or dtypes do not match, or the
+            tensors are of two frameworks. It is raised before the computation starts.
 
     Example:
 
