@@ -46,9 +46,8 @@ def sum(x, axis, keepdims=False):
 
 
 def matmul(a, b):
-    # One product: tf.matmul would repeat a matrix for every index of the other axes. Forward mode
-    # traces tensors of unknown rank.
-    if b.shape.rank == 2 and a.shape.rank not in (None, 2):
+    # One product: tf.matmul would repeat a matrix for every index of the other axes.
+    if len(b.shape) == 2 and len(a.shape) > 2:
         return tf.tensordot(a, b, axes=[[-1], [0]])
     return tf.matmul(a, b)
 
