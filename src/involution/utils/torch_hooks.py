@@ -2,8 +2,8 @@
 
 from torch.nn.modules import module as modules
 
-# Attributes with the hooks around ``forward``, of a module and of all modules. PyTorch has no public
-# function to list them.
+# Attributes with the hooks around ``forward``, of a module and of all modules. PyTorch has no
+# public function to list them.
 HOOKS = tuple(
     (f"_{name}_hooks", f"_global_{name}_hooks")
     for name in ("forward", "forward_pre", "backward", "backward_pre")
