@@ -64,7 +64,7 @@ def _new_compiler():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("variant", mostly_slow("default", "valid", "static"))
+@pytest.mark.parametrize("variant", mostly_slow("default", "valid"))
 def test_compiles_to_one_graph_for_all_sizes(variant):
     module, graphs = make(variant), []
 
@@ -126,9 +126,8 @@ def exported(module, x, strict=False):
 @pytest.mark.parametrize(
     ("variant", "strict"),
     [
-        *((v, False) for v in VARIANTS),
-        ("valid", True),
-        *(pytest.param(v, True, marks=pytest.mark.slow) for v in VARIANTS if v != "valid"),
+        *(("default", False), ("valid", True), ("attention", False)),
+        *(pytest.param(v, s, marks=pytest.mark.slow) for v in VARIANTS for s in (False, True)),
     ],
 )
 def test_exports_for_all_sizes(variant, strict):
