@@ -32,10 +32,14 @@ __all__ = [
 ]
 
 LAYERS = ("Involution", "Involution1D", "Involution2D", "Involution3D")
-PACKAGES = ("kernel_generators", "layers", "models", "torch")
+KERAS_PACKAGES = ("kernel_generators", "layers", "models")
+PACKAGES = (*KERAS_PACKAGES, "torch")
 
 
 def __getattr__(name):
+    if name in LAYERS or name in KERAS_PACKAGES:
+        # First, as a thread that imports Keras does: two orders would be a deadlock.
+        importlib.import_module("keras")
     if name in LAYERS:
         return getattr(importlib.import_module("involution.layers"), name)
     if name in PACKAGES:

@@ -5,7 +5,9 @@ So ``import involution`` does not import Keras, and saved models load without ``
 
 import importlib
 import importlib.abc
+import importlib.util
 import sys
+import threading
 
 from involution import backend
 
@@ -23,20 +25,29 @@ def install():
 
 def _register():
     for name in REGISTERED:
-        importlib.import_module(name)
+        try:
+            importlib.import_module(name)
+        except RuntimeError as error:
+            # Another thread is importing it, and waits for Keras.
+            if type(error).__name__ != "_DeadlockError":
+                raise
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder(importlib.abc.MetaPathFinder, threading.local):
+    # Whether this thread asks the other finders, of which one may ask this one.
+    searching = False
+
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != "keras":
+        if fullname != "keras" or self.searching:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader)
-                return spec
-        return None
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
 
 
 class _Loader(importlib.abc.Loader):

@@ -31,9 +31,8 @@ def check_padding(window):
     if min(window.first_center) < 0:
         raise ValueError(
             "`padding` must leave the center of every window inside the input: at most "
-            "floor((kernel_size - 1) * dilation_rate / 2) before it. "
-            f"Received: padding={window.padding!r}, kernel_size={window.kernel_size}, "
-            f"dilation_rate={window.dilation_rate}"
+            f"{tuple(last // 2 for last in window.last_offset)} before it. "
+            f"Received: padding={window.padding!r}, kernel_size={window.kernel_size}"
         )
 
 
@@ -41,6 +40,8 @@ def check_padding(window):
 def center_output_sizes(window, input_shape) -> tuple[int | None, ...]:
     """Spatial sizes of the output; ValueError unless all windows and their centers fit."""
     sizes = output_sizes(window, input_shape)
+    if isinstance(window.padding, str):
+        return sizes  # every mode centers its windows inside
     for n, out, center, stride in zip(
         window.spatial(input_shape), sizes, window.first_center, window.strides, strict=True
     ):
@@ -48,7 +49,7 @@ def center_output_sizes(window, input_shape) -> tuple[int | None, ...]:
             raise ValueError(
                 "`padding` must leave the center of every window inside the input. "
                 f"Received: padding={window.padding!r}, kernel_size={window.kernel_size}, "
-                f"dilation_rate={window.dilation_rate}, input shape {input_shape}"
+                f"input shape {input_shape}"
             )
     return sizes
 

@@ -4,6 +4,7 @@ import math
 
 from involution.ops import native, triton
 from involution.ops.autodiff import FORWARD
+from involution.ops.frameworks import is_exporting
 from involution.ops.tensor_utils import spatial_shape
 from involution.ops.validation import CHANNELS_LAST
 
@@ -28,7 +29,7 @@ def deprioritize_reason(problem) -> str | None:
     if problem.x_shape[window.channel_axis] < MIN_CHANNELS:
         return f"fewer than {MIN_CHANNELS} channels leave vector lanes empty"
     sizes = window.output_sizes(window.spatial(problem.x_shape))
-    if None not in sizes and math.prod(sizes) < problem.hidden_channels:
+    if None not in sizes and not is_exporting() and math.prod(sizes) < problem.hidden_channels:
         return "with fewer positions than hidden channels the weight's gradient dominates"
     return None
 

@@ -5,7 +5,7 @@ import functools
 import sys
 from typing import Any
 
-from involution.ops.frameworks import dtype_name, framework_of
+from involution.ops.frameworks import dtype_name, framework_of, is_exporting
 from involution.ops.validation import is_shape_compatible, static_shape
 from involution.ops.window import Window
 
@@ -94,7 +94,7 @@ def make_problem(window, x_shape, dtype, framework, device=None, hidden_channels
         )
     sizes = output_sizes(window, x_shape)
     return Problem(
-        window.clamp_steps(window.spatial(x_shape)),
+        window if is_exporting() else window.clamp_steps(window.spatial(x_shape)),
         x_shape,
         dtype,
         framework,

@@ -56,6 +56,12 @@ def namespace(x):
     return keras.ops
 
 
+def is_exporting() -> bool:
+    """Whether PyTorch exports a program, whose conditions on symbolic sizes would limit them."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_exporting()
+
+
 def dtype_name(dtype) -> str:
     """The name of a dtype of any framework, such as ``"float32"``."""
     if isinstance(dtype, str):
