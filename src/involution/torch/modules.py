@@ -103,19 +103,19 @@ class InvolutionNd(nn.Module):
         if isinstance(identifier, nn.Module):
             self.kernel_generator = identifier
             return
-        options = factory
+        # Functions of (channels, window) need no other arguments.
+        options = {name: value for name, value in factory.items() if value is not None}
+        given = identifier
         if identifier is None or isinstance(identifier, str):
-            name = "bottleneck" if identifier is None else identifier.lower()
-            if name not in GENERATORS:
-                raise ValueError(
-                    "`kernel_generator` must be a module, a function (channels, window) of one, "
-                    f"or one of {', '.join(GENERATORS)}. "
-                    f"Received: kernel_generator={identifier!r}"
-                )
-            identifier = GENERATORS[name]
-            if issubclass(identifier, Bottleneck):
-                options = {**factory, "reduction_ratio": reduction_ratio}
-        generator = identifier(self.channels, self.window, **options)
+            identifier = GENERATORS.get((identifier or "bottleneck").lower())
+            if identifier is not None and issubclass(identifier, Bottleneck):
+                options["reduction_ratio"] = reduction_ratio
+        generator = identifier(self.channels, self.window, **options) if callable(identifier) else 0
+        if not isinstance(generator, nn.Module):
+            raise ValueError(
+                "`kernel_generator` must be a module, a function (channels, window) that returns "
+                f"one, or one of {', '.join(GENERATORS)}. Received: kernel_generator={given!r}"
+            )
         self.kernel_generator = None if identifier is Bottleneck else generator
         if identifier is Bottleneck:
             # Children of the module itself, as in the paper's code.
@@ -124,24 +124,7 @@ class InvolutionNd(nn.Module):
             self.conv2: nn.Module = generator.conv2
 
     def forward(self, x):
-        _check_input(x, self.channels, self.rank, type(self).__name__)
-        try:
-            return self._forward(x)
-        except (RuntimeError, ValueError) as error:
-            self._explain_dtypes(x, error)
-            raise
-
-    def _explain_dtypes(self, x, error):
-        """Raises a ValueError if the parameters are not of the dtype of ``x``."""
-        dtype, device = next((p.dtype for p in self.parameters()), x.dtype), x.device.type
-        if x.dtype != dtype and not torch.is_autocast_enabled(device):
-            raise ValueError(
-                f"The input of {type(self).__name__} must be of the dtype of its parameters, "
-                f"{dtype}: use x.to({dtype}), or the module's `to`, or torch.autocast. "
-                f"Received: x.dtype={x.dtype}"
-            ) from error
-
-    def _forward(self, x):
+        _check_input(x, self.channels, self.rank, type(self).__name__, self._dtype())
         features = x
         if not getattr(self.kernel_generator, "uses_full_input", False):
             features = _features(x, self.window)
@@ -160,6 +143,13 @@ class InvolutionNd(nn.Module):
         if self.projection is not None:
             y = self.projection(y)
         return (y, kernel) if self.return_kernel else y
+
+    def _dtype(self) -> torch.dtype | None:
+        """The dtype of the parameters; None if the generator is not one of this package's."""
+        generator = self.kernel_generator
+        if generator is not None and type(generator) not in GENERATORS.values():
+            return None
+        return next((parameter.dtype for parameter in self.parameters()), None)
 
     def _hidden(self, features):
         if self.kernel_generator is None:
@@ -222,8 +212,9 @@ class InvolutionNd(nn.Module):
         text += f", groups={window.groups}"
         if window.group_layout != CONTIGUOUS:
             text += f", group_layout={window.group_layout!r}"
-        for name in ("kernel_softmax", "return_kernel"):
-            text += f", {name}=True" if getattr(self, name) else ""
+        for name in ("kernel_softmax", "return_kernel", "implementation"):
+            value = getattr(self, name)
+            text += f", {name}={value!r}" if value else ""
         return text
 
 
@@ -234,7 +225,9 @@ def _has_plain_call(module) -> bool:
 
 # Functions that inspect tensors are nodes of the graphs of torch.fx.
 @torch.fx.wrap
-def _check_input(x, channels, rank, name):
+def _check_input(x, channels, rank, name, dtype):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"The input of {name} must be a tensor. Received: {type(x).__name__}")
     shape = tuple(x.shape)
     if len(shape) != rank + 2:
         raise ValueError(
@@ -256,6 +249,11 @@ def _check_input(x, channels, rank, name):
         raise ValueError(
             f"The input of {name} must be of a floating-point dtype{hint if x.is_quantized else ''}"
             f". Received: x.dtype={x.dtype}"
+        )
+    if dtype not in (None, x.dtype) and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"The input of {name} must be of the dtype of its parameters, {dtype}: use "
+            f"x.to({dtype}), or the module's `to`, or torch.autocast. Received: x.dtype={x.dtype}"
         )
 
 
@@ -311,8 +309,8 @@ _SHARED_DOC = """
         kernel_generator: None or ``"bottleneck"`` for the paper's, ``"contextual"``, ``"linear"``,
             ``"pairwise_attention"`` or ``"static"``; a module from features (B, channels, *spatial)
             to a kernel map (B, groups * taps, *out_spatial), channels group-major; or a function
-            of (channels, window, device=, dtype=) that returns one, such as a class of
-            ``involution.torch.generators``.
+            of (channels, window) that returns one, such as a class of
+            ``involution.torch.generators``, called with ``device`` and ``dtype`` if these are given.
         out_channels: Channels of the output, by a 1x1 convolution after the involution. None: the
             input's channels, without it.
         kernel_softmax: Whether to apply softmax to the weights of each window.
