@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from involution.ops.validation import standardize_tuple
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -40,3 +42,43 @@ TINY = Variant(
     group_channels=8,
     reduction_ratio=8,
 )
+
+
+def tiny_variant(
+    *,
+    blocks,
+    widths,
+    expansion,
+    stem_width,
+    stem_pool,
+    kernel_size,
+    group_channels,
+    reduction_ratio,
+    kernel_generator,
+) -> Variant:
+    """The checked variant of ``rednet_tiny``'s arguments, or ValueError."""
+    blocks, widths = ((n,) if isinstance(n, int) else tuple(n) for n in (blocks, widths))
+    for name, value in (("blocks", blocks), ("widths", widths)):
+        standardize_tuple(name, value, len(value))
+    if len(blocks) != len(widths) or not blocks:
+        raise ValueError(
+            "`blocks` and `widths` must have one integer for each stage. "
+            f"Received: blocks={blocks!r}, widths={widths!r}"
+        )
+    (kernel_size,) = standardize_tuple("kernel_size", kernel_size, 1)
+    if kernel_size % 2 == 0:
+        raise ValueError(f"`kernel_size` must be odd. Received: kernel_size={kernel_size}")
+    if not isinstance(stem_pool, bool):
+        raise ValueError(f"`stem_pool` must be True or False. Received: stem_pool={stem_pool!r}")
+    return Variant(
+        blocks=blocks,
+        widths=widths,
+        expansion=standardize_tuple("expansion", expansion, 1)[0],
+        stem_width=standardize_tuple("stem_width", stem_width, 1)[0],
+        stem_kernel_size=None,
+        stem_pool=stem_pool,
+        kernel_size=kernel_size,
+        group_channels=group_channels,
+        reduction_ratio=reduction_ratio,
+        kernel_generator=kernel_generator,
+    )

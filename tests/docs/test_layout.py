@@ -34,6 +34,7 @@ ORDER = [
     "utils.atomic_files",
     "utils.memory",
     "utils.layer_names",
+    "utils.torch_hooks",
     "data.prefetch",
     "data.transforms",
     "data.image_folder",
@@ -412,7 +413,7 @@ def test_every_framework_has_a_module(package):
 # Modules that import another framework, which need not be installed.
 OTHER_BACKENDS = [f"{p}.{name}" for p in BY_FRAMEWORK for name in FRAMEWORKS if name != BACKEND]
 if BACKEND != "torch":
-    OTHER_BACKENDS += ["ops.torch_custom_ops", "benchmarking.paper_cuda"]
+    OTHER_BACKENDS += ["ops.torch_custom_ops", "benchmarking.paper_cuda", "utils.torch_hooks"]
     OTHER_BACKENDS += [name for name in ORDER if name.split(".")[0] == "torch"]
 if BACKEND != "torch" or importlib.util.find_spec("triton") is None:
     OTHER_BACKENDS += ["ops.triton.kernels", "ops.triton.launch"]

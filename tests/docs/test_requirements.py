@@ -12,7 +12,7 @@ import re
 
 import pytest
 
-from involution.ops import native
+from involution.ops.frameworks import FRAMEWORKS
 from tests.support.backends import BACKEND
 from tests.support.paths import TESTS
 
@@ -71,7 +71,7 @@ OTHER_TARGETS = ("slow", "cuda", "browser", "example")
 @functools.cache
 def collected_tests():
     """Syntax trees of the test functions that run on this backend."""
-    not_collected = {f"native/test_{name}.py" for name in native.BINDINGS if name != BACKEND}
+    not_collected = {f"native/test_{name}.py" for name in FRAMEWORKS if name != BACKEND}
     files = TESTS.rglob("test_*.py")
     texts = (
         f.read_text(encoding="utf-8")

@@ -76,12 +76,6 @@ AFFINE = (
 )
 # Attributes of an instance that replace its class's methods.
 OVERRIDES = frozenset(("call", "forward", "convolution_op"))
-# Attributes with PyTorch's hooks around ``forward``, of a module and of all modules. PyTorch has no
-# public function to list them.
-HOOKS = tuple(
-    (f"_{name}_hooks", f"_global_{name}_hooks")
-    for name in ("forward", "forward_pre", "backward", "backward_pre")
-)
 
 
 def has_plain_call(layer) -> bool:
@@ -96,15 +90,12 @@ def has_plain_call(layer) -> bool:
 
 
 def _hooked(layer) -> bool:
-    """Whether a layer has PyTorch hooks; also true if PyTorch stores hooks under other names."""
+    """Whether a layer has PyTorch hooks."""
     if keras.config.backend() != "torch":
         return False
-    from torch.nn.modules import module
+    from involution.utils.torch_hooks import is_hooked
 
-    for name, global_name in HOOKS:  # a loop: it runs in every call
-        if getattr(layer, name, True) or getattr(module, global_name, True):
-            return True
-    return False
+    return is_hooked(layer)
 
 
 def affine(layer):

@@ -22,7 +22,7 @@ from involution.ops.validation import (
     standardize_data_format,
     standardize_tuple,
 )
-from involution.rednet_variants import TINY, VARIANTS, Variant
+from involution.rednet_variants import TINY, VARIANTS, tiny_variant
 
 
 def _build(name, variant, input_shape, classes, include_top, feature_maps, data_format):
@@ -258,34 +258,21 @@ def rednet_tiny(
     >>> tuple(involution.models.rednet_tiny((32, 32, 3)).output.shape)
     (None, 10)
     """
-    blocks, widths = ((n,) if isinstance(n, int) else tuple(n) for n in (blocks, widths))
-    for name, value in (("blocks", blocks), ("widths", widths)):
-        standardize_tuple(name, value, len(value))
-    if len(blocks) != len(widths) or not blocks:
-        raise ValueError(
-            "`blocks` and `widths` must have one integer for each stage. "
-            f"Received: blocks={blocks!r}, widths={widths!r}"
-        )
-    (kernel_size,) = standardize_tuple("kernel_size", kernel_size, 1)
-    if kernel_size % 2 == 0:
-        raise ValueError(f"`kernel_size` must be odd. Received: kernel_size={kernel_size}")
-    if not isinstance(stem_pool, bool):
-        raise ValueError(f"`stem_pool` must be True or False. Received: stem_pool={stem_pool!r}")
-    variant = Variant(
+    variant = tiny_variant(
         blocks=blocks,
         widths=widths,
-        expansion=standardize_tuple("expansion", expansion, 1)[0],
-        stem_width=standardize_tuple("stem_width", stem_width, 1)[0],
-        stem_kernel_size=None,
+        expansion=expansion,
+        stem_width=stem_width,
         stem_pool=stem_pool,
         kernel_size=kernel_size,
         group_channels=group_channels,
-        kernel_generator=registry.get(
-            kernel_generator,
-            reduction_ratio,
-            initial=near_depthwise_init(kernel_size**2),
-        ),
+        reduction_ratio=reduction_ratio,
+        kernel_generator=kernel_generator,
     )
+    generator = registry.get(
+        kernel_generator, reduction_ratio, initial=near_depthwise_init(variant.kernel_size**2)
+    )
+    variant = dataclasses.replace(variant, kernel_generator=generator)
     return _build(
         "rednet_tiny", variant, input_shape, classes, include_top, feature_maps, data_format
     )

@@ -4,7 +4,6 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn.modules import module as module_hooks
 
 from involution.ops.centers import (
     center_output_sizes,
@@ -23,6 +22,7 @@ from involution.torch.generators import (
     convolution,
 )
 from involution.utils.arguments import names_required
+from involution.utils.torch_hooks import is_hooked
 
 _CHANNELS = "the input and the output have `channels`; `out_channels` adds a 1x1 convolution"
 _NO_BIAS = "an involution has none; normalization after it, or `out_channels`, adds a bias"
@@ -189,7 +189,9 @@ class InvolutionNd(nn.Module):
         if type(sequential) is not nn.Sequential or len(sequential) != 1:
             return None
         conv = sequential[0]
-        if type(conv) is not CONVOLUTIONS[self.rank] or any(map(_is_hooked, (*modules, conv))):
+        if type(conv) is not CONVOLUTIONS[self.rank] or not all(
+            map(_has_plain_call, (*modules, conv))
+        ):
             return None
         one = (1,) * self.rank
         channels = self.window.groups * self.window.taps
@@ -225,23 +227,9 @@ class InvolutionNd(nn.Module):
         return text
 
 
-# Attributes of a module with hooks around its call, and of all modules. PyTorch has no public
-# function to list them.
-_HOOKS = tuple(
-    (f"_{name}_hooks", f"_global_{name}_hooks")
-    for name in ("forward", "forward_pre", "backward", "backward_pre")
-)
-
-
-def _is_hooked(module) -> bool:
-    """Whether the call of a module has other effects than its class's ``forward``: hooks, or a
-    method replaced in the instance. Also true if PyTorch stores hooks under other names."""
-    if "forward" in vars(module):
-        return True
-    for name, global_name in _HOOKS:  # a loop: it runs in every call
-        if getattr(module, name, True) or getattr(module_hooks, global_name, True):
-            return True
-    return False
+def _has_plain_call(module) -> bool:
+    """Whether calling a module runs its class's ``forward`` and has no other effect."""
+    return "forward" not in vars(module) and not is_hooked(module)
 
 
 # Functions that inspect tensors are nodes of the graphs of torch.fx.

@@ -8,7 +8,7 @@ import dataclasses
 from torch import nn
 
 from involution.ops.validation import standardize_tuple
-from involution.rednet_variants import TINY, VARIANTS, Variant
+from involution.rednet_variants import TINY, VARIANTS, Variant, tiny_variant
 from involution.torch.generators import convolution, named, near_depthwise_
 from involution.torch.modules import Involution2d
 
@@ -222,32 +222,18 @@ def rednet_tiny(
     >>> rednet_tiny()(torch.ones(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    blocks, widths = ((n,) if isinstance(n, int) else tuple(n) for n in (blocks, widths))
-    for name, value in (("blocks", blocks), ("widths", widths)):
-        standardize_tuple(name, value, len(value))
-    if len(blocks) != len(widths) or not blocks:
-        raise ValueError(
-            "`blocks` and `widths` must have one integer for each stage. "
-            f"Received: blocks={blocks!r}, widths={widths!r}"
-        )
     if isinstance(kernel_generator, nn.Module):
         raise ValueError(
             "`kernel_generator` must be a name or a function of (channels, window): each "
             f"involution has its own. Received: kernel_generator={type(kernel_generator).__name__}"
         )
-    if not isinstance(stem_pool, bool):
-        raise ValueError(f"`stem_pool` must be True or False. Received: stem_pool={stem_pool!r}")
-    (size,) = standardize_tuple("kernel_size", kernel_size, 1)
-    if size % 2 == 0:
-        raise ValueError(f"`kernel_size` must be odd. Received: kernel_size={size}")
-    variant = Variant(
+    variant = tiny_variant(
         blocks=blocks,
         widths=widths,
-        expansion=standardize_tuple("expansion", expansion, 1)[0],
-        stem_width=standardize_tuple("stem_width", stem_width, 1)[0],
-        stem_kernel_size=None,
+        expansion=expansion,
+        stem_width=stem_width,
         stem_pool=stem_pool,
-        kernel_size=size,
+        kernel_size=kernel_size,
         group_channels=group_channels,
         reduction_ratio=reduction_ratio,
         kernel_generator=kernel_generator,

@@ -1,21 +1,12 @@
-"""Array functions of JAX."""
+"""Array functions of JAX: those of ``jax.numpy``, and the ones below."""
 
 import jax
 import jax.numpy as jnp
 
-concatenate = jnp.concatenate
-expand_dims = jnp.expand_dims
-matmul = jnp.matmul
-moveaxis = jnp.moveaxis
-ones_like = jnp.ones_like
-pad = jnp.pad
-reshape = jnp.reshape
-softmax = jax.nn.softmax
-stack = jnp.stack
-sum = jnp.sum
-swapaxes = jnp.swapaxes
-where = jnp.where
-zeros_like = jnp.zeros_like
+
+def __getattr__(name):
+    # At each use: exporters to ONNX replace functions of jax.numpy while they trace.
+    return getattr(jnp, name)
 
 
 def convert_to_tensor(x, like):
@@ -28,3 +19,7 @@ def shape(x) -> tuple:
 
 def cast(x, dtype):
     return x.astype(dtype)
+
+
+def softmax(x, axis):
+    return jax.nn.softmax(x, axis)

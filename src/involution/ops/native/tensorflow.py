@@ -106,9 +106,10 @@ def _fused_gradient(operation, *cotangents):
         gradients = fused.input_gradients(_run_fused_pass, params, None, arguments, cotangents[0])
     else:
         x, hidden, _, dy = arguments
-        for tensor in (x, dy):
-            # Forward mode may trace tensors of unknown rank.
-            tensor.set_shape([None] * hidden.shape.rank)
+        # Forward mode may trace tensors of unknown rank.
+        rank = hidden.shape.rank
+        for tensor, known in ((x, rank), (dy, rank), (cotangents[0], rank), (cotangents[1], 3)):
+            tensor.set_shape([None] * known)
         gradients = fused.kernel_gradients(_run_pass, params, None, arguments, cotangents)
     return *_set_shapes(gradients, arguments), None
 
