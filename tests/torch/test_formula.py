@@ -92,12 +92,9 @@ def pooled(features, strides, sizes):
 def features_of(x, call):
     """The input from the first window's center on."""
     parts = []
-    for i, (n, k, s, d) in enumerate(
-        zip(call.sizes, call.kernel_size, call.strides, call.dilation_rate, strict=True)
-    ):
-        before = oracle.pads(n, k, s, d, call.padding, i)[0]
-        center = 0 if call.padding == "same" else (k - 1) * d // 2 - before
-        parts.append(slice(center, center + call.output_sizes[i] * s))
+    for i, (out, stride) in enumerate(zip(call.output_sizes, call.strides, strict=True)):
+        center = first_center(call, i)
+        parts.append(slice(center, center + out * stride))
     return x[(slice(None), *parts)]
 
 
@@ -259,3 +256,35 @@ def test_generators_equal_those_for_keras(index, name, training):
     assert np.abs(y - expected).max() <= 1e-5 * np.abs(expected).max()
     statistics = [n for n in module.state_dict() if "running" in n]
     assert bool(statistics) == (name in ("bottleneck", "contextual"))
+
+
+def has_centers_inside(call):
+    """Whether the center of every window is inside the input."""
+    dimensions = enumerate(zip(call.sizes, call.output_sizes, call.strides, strict=True))
+    return all(
+        first_center(call, i) >= 0 and first_center(call, i) + (out - 1) * stride < n
+        for i, (n, out, stride) in dimensions
+    )
+
+
+def first_center(call, i):
+    if call.padding == "same":
+        return 0
+    last = (call.kernel_size[i] - 1) * call.dilation_rate[i]
+    return last // 2 - oracle.pads(0, last + 1, 1, 1, call.padding, i)[0]
+
+
+CENTERED = [call for call in oracle.random_calls(200, seed=6) if has_centers_inside(call)]
+
+
+@pytest.mark.parametrize("call", CENTERED, ids=str)
+def test_queries_are_at_the_centers_of_the_windows(call):
+    window = functional.make_window(
+        *(call.kernel_size, call.strides, call.padding, call.dilation_rate),
+        *(1, "contiguous", len(call.sizes)),
+    )
+    positions = torch.tensor(np.stack(np.indices(call.sizes))[None])
+    expected = np.stack(np.indices(call.output_sizes))
+    for i, stride in enumerate(call.strides):
+        expected[i] = first_center(call, i) + stride * expected[i]
+    np.testing.assert_array_equal(generators._centers(positions, window)[0], expected)

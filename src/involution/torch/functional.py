@@ -5,7 +5,6 @@ import dataclasses
 import torch
 
 from involution.ops import calls
-from involution.ops.centers import center_slices
 from involution.ops.dispatch import select
 from involution.ops.problem import check_generator, problem_of
 from involution.ops.validation import CHANNELS_FIRST, CHANNELS_LAST, CONTIGUOUS, SYMMETRIC
@@ -122,14 +121,6 @@ def apply_generated(x, hidden, weight, bias, window, implementation=None):
     operands = to_last(hidden), weight, bias
     check_generator(selection.problem, *operands)
     return from_last(calls.apply_generated(selection, to_last(x), *operands), x)
-
-
-def from_first_center(x, window):
-    """The part of ``x`` that starts at the first window's center and covers all strides."""
-    for axis, part in enumerate(center_slices(window, x.shape[2:]), start=2):
-        # Not a slice: torch.compile and strict exports specialize on its end.
-        x = x.narrow(axis, part.start, torch.sym_min(part.stop, x.shape[axis]) - part.start)
-    return x
 
 
 def to_last(x):

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from involution.ops.attention import attention_kernel
-from involution.ops.validation import CONTIGUOUS, standardize_tuple
+from involution.ops.validation import CONTIGUOUS, SAME, standardize_tuple
 from involution.ops.window import ceil_div
-from involution.torch.functional import from_first_center, to_last
+from involution.torch.functional import to_last
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -240,9 +240,17 @@ def _at_all_positions(weight, features, strides):
 
 @torch.fx.wrap
 def _centers(features, window):
-    # Not slices with an end: PyTorch's exporter specializes on whether they reach it.
-    strided = (slice(None, None, stride) for stride in window.strides)
-    return from_first_center(features, window)[(..., *strided)]
+    """The features at each window's center: every stride-th from the first one on."""
+    if window.padding == SAME:
+        ends: list = [None] * window.rank
+    else:
+        # Relative to the end of the features: PyTorch's exporters specialize on ends that depend on
+        # its size.
+        pads = window.pads((1,) * window.rank)
+        rest = [o - o // 2 - after for o, (_, after) in zip(window.last_offset, pads, strict=True)]
+        ends = [-n if n > 0 else None for n in rest]
+    parts = map(slice, window.first_center, ends, window.strides)
+    return features[(slice(None), slice(None), *parts)]
 
 
 @torch.fx.wrap

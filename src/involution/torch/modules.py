@@ -5,15 +5,15 @@ from typing import cast
 import torch
 from torch import nn
 
-from involution.ops.centers import center_output_sizes, check_padding, number_of_groups
+from involution.ops.centers import (
+    center_output_sizes,
+    center_slices,
+    check_padding,
+    number_of_groups,
+)
 from involution.ops.dispatch import standardize_implementation
 from involution.ops.validation import CONTIGUOUS, SYMMETRIC, standardize_tuple
-from involution.torch.functional import (
-    apply_generated,
-    apply_kernel,
-    from_first_center,
-    make_window,
-)
+from involution.torch.functional import apply_generated, apply_kernel, make_window
 from involution.torch.generators import (
     CONVOLUTIONS,
     GENERATORS,
@@ -262,7 +262,9 @@ def _features(x, window):
     """The generator's input: starts at the first window's center."""
     shape = (x.shape[0], *x.shape[2:], x.shape[1])
     center_output_sizes(window, shape)
-    return from_first_center(x, window)
+    parts = center_slices(window, shape[1:-1])
+    # Not the truth of ``parts``: torch.compile would specialize on the sizes in it.
+    return x[(slice(None), slice(None), *parts)] if len(parts) else x
 
 
 @torch.fx.wrap
