@@ -7,12 +7,18 @@ import torch
 from involution.ops import calls
 from involution.ops.dispatch import select
 from involution.ops.problem import check_generator, problem_of
-from involution.ops.validation import CHANNELS_FIRST, CHANNELS_LAST, CONTIGUOUS, SYMMETRIC
+from involution.ops.validation import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    SYMMETRIC,
+    standardize_tuple,
+)
 from involution.ops.window import Window
 
 __all__ = ["involution"]
 
-CONVOLUTIONS = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+CONVOLVE = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 
 
 def involution(
@@ -77,12 +83,20 @@ def make_window(kernel_size, stride, padding, dilation, groups, group_layout, ra
     if not isinstance(padding, str) and hasattr(padding, "__len__"):
         # Integers, in PyTorch's sense: before and after.
         padding = tuple(p if hasattr(p, "__len__") else (p, p) for p in padding)
+    stride = standardize_tuple("stride", stride, rank)
+    dilation = standardize_tuple("dilation", dilation, rank)
     return Window(kernel_size, stride, padding, dilation, groups, group_layout, CHANNELS_LAST, rank)
 
 
 def apply_kernel(x, kernel, window, implementation=None):
     """``involution`` with a window."""
     x, kernel = autocast(x, kernel)
+    expected = (x.shape[0], window.groups, window.taps, *window.output_sizes(x.shape[2:]))
+    if tuple(kernel.shape) != expected:
+        raise ValueError(
+            f"`kernel` must have the shape {expected}: batch, groups, taps, and spatial sizes of "
+            f"the output. Received: kernel.shape={tuple(kernel.shape)}"
+        )
     if window.group_layout == CONTIGUOUS and x.is_contiguous():
         # Groups are folded into the batch: no tensor is copied.
         batch, groups, taps, *sizes = kernel.shape
@@ -108,7 +122,7 @@ def apply_generated(x, hidden, weight, bias, window, implementation=None):
     x, hidden, weight, bias = autocast(x, hidden, weight, bias)
     selection = select(problem_of(window, to_last(x), weight.shape[1]), implementation)
     if selection.name != "fused":
-        kernel = CONVOLUTIONS[window.rank](hidden, weight, bias)
+        kernel = CONVOLVE[window.rank](hidden, weight, bias)
         kernel = kernel.unflatten(1, (window.groups, window.taps))
         return apply_kernel(x, kernel, window, implementation)
     # Also for contiguous ``x``, which is copied twice: at RedNet's sizes on a CPU, stored kernels

@@ -8,7 +8,15 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
-from involution.torch.modules import Involution1d, Involution2d, Involution3d, InvolutionNd
+from involution.ops.validation import standardize_tuple
+from involution.torch.modules import (
+    MISNAMED,
+    Involution1d,
+    Involution2d,
+    Involution3d,
+    InvolutionNd,
+)
+from involution.utils.arguments import names_required
 
 # Weights with the channels of the input on axis 1.
 _WEIGHTS = (
@@ -32,20 +40,41 @@ class _LazyInvolution(LazyModuleMixin, _Uninitialized, InvolutionNd):
 
     cls_to_become: type[InvolutionNd]
 
+    @names_required(
+        "The channels are those of the first input: write {name}(3).",
+        {**MISNAMED, **dict.fromkeys(("channels", "in_channels"), "those of the first input")},
+    )
     def __init__(self, kernel_size=7, *, device=None, dtype=None, **arguments):
         super().__init__()
         become = cast(Callable, self.cls_to_become)
         self.make = functools.partial(become, kernel_size=kernel_size, **arguments)
-        # Checks the arguments, with any number of channels that they allow.
-        channels = arguments.get("groups") or arguments.get("group_channels", 16)
-        self.make(channels, **{"kernel_generator": "static", "device": "meta"})
+        generator = arguments.get("kernel_generator")
+        if isinstance(generator, nn.Module):
+            self.kernel_generator = generator  # a child, for ``to`` and ``parameters``
+        self._check_arguments(arguments)
         # PyTorch regards a module with such a parameter as uninitialized. Its device and dtype
         # become those of the parameters.
         factory = {"device": device, "dtype": dtype}
         self.uninitialized = cast(Callable, UninitializedParameter)(**factory)
 
+    def _check_arguments(self, arguments):
+        """Raises the errors of the involution, for a number of channels that the arguments allow."""
+        options = {"group_channels": 16, "reduction_ratio": 4, **arguments}
+        (channels,) = standardize_tuple("group_channels", options["group_channels"], 1)
+        if options.get("groups") is not None:
+            (channels,) = standardize_tuple("groups", options["groups"], 1)
+        (ratio,) = standardize_tuple("reduction_ratio", options["reduction_ratio"], 1)
+        is_named = isinstance(options.get("kernel_generator"), str | None)
+        generator = {} if is_named else {"kernel_generator": "static"}
+        self.make(channels * ratio, device="meta", **generator)
+
     def initialize_parameters(self, x):
         if self.has_uninitialized_params():
+            if x.dim() != self.rank + 2:
+                raise ValueError(
+                    f"The input of {type(self).__name__} must have the axes (batch, channels, "
+                    f"{self.rank} spatial). Received: x.shape={tuple(x.shape)}"
+                )
             self._initialize(x.shape[1])
 
     def _initialize(self, channels):
@@ -74,7 +103,8 @@ class _LazyInvolution(LazyModuleMixin, _Uninitialized, InvolutionNd):
 _DOC = """``Involution{0}d`` with the number of channels of its first input.
 
     It becomes an ``Involution{0}d`` at its first call, which must precede the construction of an
-    optimizer, as for all lazy modules. Loading a state dict also creates the parameters.
+    optimizer, as for all lazy modules. Loading a state dict also creates the parameters, if the
+    channels follow from it: not with ``"static"`` or a module as the generator.
 
     Args:
         kernel_size, **arguments: As for ``Involution{0}d``, without ``channels``.

@@ -27,20 +27,22 @@ from involution.utils.torch_hooks import is_hooked
 _CHANNELS = "the input and the output have `channels`; `out_channels` adds a 1x1 convolution"
 _NO_BIAS = "an involution has none; normalization after it, or `out_channels`, adds a bias"
 
+# Arguments of other libraries, and what to write.
+MISNAMED = {
+    "in_channels": _CHANNELS,
+    "filters": _CHANNELS,
+    "strides": "use `stride`",
+    "dilation_rate": "use `dilation`",
+    "group_number": "use `groups`",
+    "bias": _NO_BIAS,
+    "use_bias": _NO_BIAS,
+    "padding_mode": "outside the input are zeros; pad it before, with padding='valid'",
+    "data_format": "the channels are on axis 1; memory formats are those of PyTorch",
+}
 check_names = names_required(
     "The output has the input's channels: for Conv{rank}d(64, 128, 3) write "
     "{name}(64, 3, out_channels=128), with a 1x1 convolution; for stride 2, stride=2.",
-    {
-        "in_channels": _CHANNELS,
-        "filters": _CHANNELS,
-        "strides": "use `stride`",
-        "dilation_rate": "use `dilation`",
-        "group_number": "use `groups`",
-        "bias": _NO_BIAS,
-        "use_bias": _NO_BIAS,
-        "padding_mode": "outside the input are zeros; pad it before, with padding='valid'",
-        "data_format": "the channels are on axis 1; memory formats are those of PyTorch",
-    },
+    MISNAMED,
 )
 
 
@@ -49,6 +51,10 @@ class InvolutionNd(nn.Module):
 
     rank: int
     kernel_generator: nn.Module | None
+    # Of the paper's generator, the default.
+    pool: nn.Module
+    conv1: nn.Module
+    conv2: nn.Module
 
     @check_names
     def __init__(
@@ -105,23 +111,21 @@ class InvolutionNd(nn.Module):
             return
         # Functions of (channels, window) need no other arguments.
         options = {name: value for name, value in factory.items() if value is not None}
-        given = identifier
+        make = identifier
         if identifier is None or isinstance(identifier, str):
-            identifier = GENERATORS.get((identifier or "bottleneck").lower())
-            if identifier is not None and issubclass(identifier, Bottleneck):
+            make = GENERATORS.get((identifier or "bottleneck").lower())
+            if make is not None and issubclass(make, Bottleneck):
                 options["reduction_ratio"] = reduction_ratio
-        generator = identifier(self.channels, self.window, **options) if callable(identifier) else 0
+        generator = make(self.channels, self.window, **options) if callable(make) else None
         if not isinstance(generator, nn.Module):
             raise ValueError(
                 "`kernel_generator` must be a module, a function (channels, window) that returns "
-                f"one, or one of {', '.join(GENERATORS)}. Received: kernel_generator={given!r}"
+                f"one, or one of {', '.join(GENERATORS)}. Received: kernel_generator={identifier!r}"
             )
-        self.kernel_generator = None if identifier is Bottleneck else generator
-        if identifier is Bottleneck:
+        self.kernel_generator = None if make is Bottleneck else generator
+        if type(generator) is Bottleneck and make is Bottleneck:
             # Children of the module itself, as in the paper's code.
-            self.pool: nn.Module = generator.pool
-            self.conv1: nn.Module = generator.conv1
-            self.conv2: nn.Module = generator.conv2
+            self.pool, self.conv1, self.conv2 = generator.pool, generator.conv1, generator.conv2
 
     def forward(self, x):
         _check_input(x, self.channels, self.rank, type(self).__name__, self._dtype())
@@ -312,7 +316,7 @@ _SHARED_DOC = """
             ``"pairwise_attention"`` or ``"static"``; a module from features (B, channels, *spatial)
             to a kernel map (B, groups * taps, *out_spatial), channels group-major; or a function
             of (channels, window) that returns one, such as a class of
-            ``involution.torch.generators``, called with ``device`` and ``dtype`` if these are given.
+            ``involution.torch.generators``, also with ``device`` and ``dtype`` if they are given.
         out_channels: Channels of the output, by a 1x1 convolution after the involution. None: the
             input's channels, without it.
         kernel_softmax: Whether to apply softmax to the weights of each window.
