@@ -357,3 +357,20 @@ def test_call_with_other_tensors_raises():
     for given in ((x,), (x, x, x), (jnp.float32(0), x)):
         with pytest.raises(jax.errors.JaxRuntimeError, match="arguments of another version"):
             jax.block_until_ready(call(*given, **attributes))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("implementation", ["taps", "reference"])
+def test_exported_programs_have_symbolic_sizes(implementation):
+    def apply(x, kernel):
+        arguments = {"groups": 2, "implementation": implementation}
+        return involution.ops.involution(x, kernel, 3, data_format="channels_last", **arguments)
+
+    batch, height = jax.export.symbolic_shape("b, h")
+    shapes = (batch, height, 6, 4), (batch, height, 6, 9, 2)
+    specs = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    exported = jax.export.deserialize(jax.export.export(jax.jit(apply))(*specs).serialize())
+    for b, h in ((1, 5), (3, 8)):
+        x = jax.random.normal(jax.random.key(0), (b, h, 6, 4))
+        kernel = jax.random.normal(jax.random.key(1), (b, h, 6, 9, 2))
+        np.testing.assert_allclose(exported.call(x, kernel), apply(x, kernel), atol=1e-5)

@@ -151,6 +151,38 @@ def test_layers_are_registered_in_either_order_of_imports():
 
 
 @pytest.mark.long
+def test_threads_that_import_keras_and_the_layers_at_once():
+    code = (
+        "import threading, importlib, involution\n"
+        "found = []\n"
+        "def load(name):\n"
+        "    module = importlib.import_module(name)\n"
+        "    found.append(module.__name__)\n"
+        "def layer():\n"
+        "    found.append(involution.Involution2D.__name__)\n"
+        "threads = threading.Thread(target=load, args=('keras',)), threading.Thread(target=layer)\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\n"
+        "print(*sorted(found))"
+    )
+    assert run(code, backend=BACKEND).split() == ["Involution2D", "keras"]
+
+
+@pytest.mark.long
+def test_finders_that_ask_other_finders():
+    code = (
+        "import involution, sys, importlib.abc, importlib.util\n"
+        "class Finder(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        others = [f for f in sys.meta_path if f is not self and name == 'keras']\n"
+        "        return next(filter(None, (f.find_spec(name, path) for f in others)), None)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import keras\n"
+        "print(keras.saving.get_registered_object('involution>Involution2D').__name__)"
+    )
+    assert run(code, backend=BACKEND).strip() == "Involution2D"
+
+
+@pytest.mark.long
 def test_looking_for_keras_keeps_the_registration():
     code = (
         "import involution, importlib.util; importlib.util.find_spec('keras'); import keras;"

@@ -604,6 +604,55 @@ def test_lazy_modules_load_state_dicts(variant):
     assert type(lazy[0]) is Involution2d
 
 
+def test_lazy_modules_stay_lazy_after_unsuitable_input():
+    lazy = LazyInvolution2d(3)
+    with pytest.raises(ValueError, match=r"\(batch, channels, 2 spatial\)\. Received: "):
+        lazy(torch.ones(32, 9, 10))
+    assert lazy(torch.ones(1, 32, 9, 10)).shape == (1, 32, 9, 10)
+
+
+def test_generators_of_lazy_modules_are_their_children():
+    lazy = LazyInvolution2d(3, groups=2, kernel_generator=nn.Conv2d(32, 18, 1)).double()
+    assert lazy(images(dtype=torch.float64)).dtype == torch.float64
+    assert len(list(lazy.parameters())) == 2
+
+
+def test_functions_of_channels_and_window_are_generators():
+    def make_generator(channels, window):
+        return nn.Conv2d(channels, window.groups * window.taps, 1)
+
+    assert Involution2d(32, 3, kernel_generator=make_generator)(images()).shape == (2, 32, 9, 10)
+    for unsuitable in (3, lambda channels, window: None):
+        with pytest.raises(ValueError, match=r"`kernel_generator` must be a module, a function"):
+            Involution2d(32, 3, kernel_generator=unsuitable)
+
+
+def test_arrays_of_numpy_are_refused():
+    with pytest.raises(TypeError, match=r"must be a tensor\. Received: ndarray$"):
+        make()(np.ones((2, 32, 9, 10), "float32"))
+
+
+def test_errors_of_own_generators_are_not_replaced():
+    class Generator(nn.Conv2d):
+        def forward(self, x):
+            raise RuntimeError("own error")
+
+    module = Involution2d(32, 3, kernel_generator=Generator(32, 18, 1))
+    with pytest.raises(RuntimeError, match="own error"):
+        module(images(dtype=torch.bfloat16))
+
+
+def test_exported_programs_run_at_all_sizes():
+    # With fewer positions than hidden channels another implementation is faster.
+    module, dynamic = Involution2d(512, 3).eval(), torch.export.Dim.DYNAMIC
+    x, other = torch.randn(2, 512, 7, 7), torch.randn(1, 512, 13, 12)
+    program = torch.export.export(
+        module, (x,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+    )
+    for images in (x, other):
+        torch.testing.assert_close(program.module()(images), module(images))
+
+
 def test_state_dict_without_channels_needs_a_call_of_a_lazy_module():
     lazy = LazyInvolution1d(3, kernel_generator="static")
     state = Involution1d(32, 3, kernel_generator="static").state_dict()

@@ -121,7 +121,7 @@ MAX_PADDED_POSITIONS = 2**31
 def unsupported_reason(problem) -> str | None:
     """Why the input cannot be padded, or None."""
     window = problem.window
-    known = [n or 1 for n in window.spatial(problem.x_shape)]
+    known = [n if isinstance(n, int) else 1 for n in window.spatial(problem.x_shape)]
     # A list: PyTorch's compiler supports no generator here.
     padded = math.prod([n + sum(p) for n, p in zip(known, window.pads(known), strict=True)])
     if padded > MAX_PADDED_POSITIONS:

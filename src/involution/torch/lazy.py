@@ -58,7 +58,7 @@ class _LazyInvolution(LazyModuleMixin, _Uninitialized, InvolutionNd):
         self.uninitialized = cast(Callable, UninitializedParameter)(**factory)
 
     def _check_arguments(self, arguments):
-        """Raises the errors of the involution, for a number of channels that the arguments allow."""
+        """Raises the involution's errors, for a number of channels that the arguments allow."""
         options = {"group_channels": 16, "reduction_ratio": 4, **arguments}
         (channels,) = standardize_tuple("group_channels", options["group_channels"], 1)
         if options.get("groups") is not None:
