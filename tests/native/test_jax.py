@@ -366,11 +366,11 @@ def test_exported_programs_have_symbolic_sizes(implementation):
         arguments = {"groups": 2, "implementation": implementation}
         return involution.ops.involution(x, kernel, 3, data_format="channels_last", **arguments)
 
-    batch, height = jax.export.symbolic_shape("b, h")
+    batch, height = export.symbolic_shape("b, h")
     shapes = (batch, height, 6, 4), (batch, height, 6, 9, 2)
     specs = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
-    exported = jax.export.deserialize(jax.export.export(jax.jit(apply))(*specs).serialize())
+    exported = export.deserialize(export.export(jax.jit(apply))(*specs).serialize())
     for b, h in ((1, 5), (3, 8)):
-        x = jax.random.normal(jax.random.key(0), (b, h, 6, 4))
-        kernel = jax.random.normal(jax.random.key(1), (b, h, 6, 9, 2))
+        x = jax.random.normal(jax.random.key(0), (b, h, 6, 4), "float32")
+        kernel = jax.random.normal(jax.random.key(1), (b, h, 6, 9, 2), "float32")
         np.testing.assert_allclose(exported.call(x, kernel), apply(x, kernel), atol=1e-5)
