@@ -36,47 +36,45 @@ class Unfold(Involution2d):
         return (kernel * patches).sum(3).view(batch, -1, *sizes)
 
 
-def candidates(channels, groups, batch, sizes):
-    """Functions by name: `call(training)` is one forward pass, and a backward pass in training."""
-    module = Involution2d(channels, groups=groups)
-    unfold = Unfold(channels, groups=groups)
+def candidates(training, channels, groups, batch, sizes):
+    """Functions by name: one forward pass, and in training a backward pass."""
+    module = Involution2d(channels, groups=groups).train(training)
+    unfold = Unfold(channels, groups=groups).train(training)
     unfold.load_state_dict(module.state_dict())
     x = torch.randn(batch, channels, *sizes)
     last = x.contiguous(memory_format=torch.channels_last)
     layer = involution.Involution2D(padding="symmetric", groups=groups)
     layer(last.permute(0, 2, 3, 1))
 
-    def candidate(x, run):
-        def call(training):
+    def candidate(run, x):
+        def call():
             if training:
-                run(x.detach().requires_grad_(), True).sum().backward()
+                run(x.detach().requires_grad_()).sum().backward()
             else:
                 with torch.no_grad():
-                    run(x, False)
+                    run(x)
 
         return call
 
-    def plain(model, x):
-        return candidate(x, lambda x, training: model.train(training)(x))
+    def keras_layer(x):
+        return layer(x, training=training)
 
     return {
-        "Involution2d, channels_last": plain(module, last),
-        "Involution2d, contiguous": plain(module, x),
-        "Keras layer": candidate(
-            last.permute(0, 2, 3, 1), lambda x, training: layer(x, training=training)
-        ),
-        "unfold, channels_last": plain(unfold, last),
-        "unfold, contiguous": plain(unfold, x),
+        "Involution2d, channels_last": candidate(module, last),
+        "Involution2d, contiguous": candidate(module, x),
+        "Keras layer": candidate(keras_layer, last.permute(0, 2, 3, 1)),
+        "unfold, channels_last": candidate(unfold, last),
+        "unfold, contiguous": candidate(unfold, x),
     }
 
 
-def measure(calls, training, repeats):
+def measure(calls, repeats):
     """The median time of each call in milliseconds."""
     times = collections.defaultdict(list)
     for step in range(repeats + 2):
         for name, call in calls.items():
             started = time.perf_counter()
-            call(training)
+            call()
             if step >= 2:
                 times[name].append(1000 * (time.perf_counter() - started))
     return {name: statistics.median(values) for name, values in times.items()}
@@ -86,21 +84,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args().repeats
-    names = list(candidates(16, 1, 1, (4, 4)))
+    tiny = candidates(False, 16, 1, 1, (4, 4))
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
-    print("| case | pass | " + " | ".join(names) + " |")
-    print("|---" * (2 + len(names)) + "|")
+    print("| case | pass | " + " | ".join(tiny) + " |")
+    print("|---" * (2 + len(tiny)) + "|")
 
     def row(case, label, times, scale=1.0, digits=1):
-        values = " | ".join(f"{scale * times[name]:.{digits}f}" for name in names)
+        values = " | ".join(f"{scale * times[name]:.{digits}f}" for name in tiny)
         print(f"| {case} | {label} | {values} |", flush=True)
 
-    tiny = candidates(16, 1, 1, (4, 4))
-    row("4 x 4", "call, µs", measure(tiny, False, 40 * repeats), 1000, 0)
+    row("4 x 4", "call, µs", measure(tiny, 40 * repeats), 1000, 0)
     for case in STAGES:
-        calls = candidates(case.channels, case.window.groups, case.batch, case.sizes)
-        row(case.name, "inference", measure(calls, False, repeats))
-        row(case.name, "training", measure(calls, True, repeats))
+        for label, training in (("inference", False), ("training", True)):
+            calls = candidates(training, case.channels, case.window.groups, case.batch, case.sizes)
+            row(case.name, label, measure(calls, repeats))
 
 
 if __name__ == "__main__":
