@@ -144,8 +144,9 @@ class Contextual(Bottleneck):
     """A bottleneck that uses a neighborhood: its first convolution has a larger kernel.
 
     Args:
-        channels, window, **options: As for ``Bottleneck``.
+        channels, window: As for ``Linear``.
         context_size: Side of the window that a kernel is generated from, in output positions.
+        **options: As for ``Bottleneck``.
 
     Example:
 

@@ -107,7 +107,8 @@ _DOC = """``Involution{0}d`` with the number of channels of its first input.
     channels follow from it: not with ``"static"`` or a module as the generator.
 
     Args:
-        kernel_size, **arguments: As for ``Involution{0}d``, without ``channels``.
+        kernel_size: As for ``Involution{0}d``.
+        **arguments: All other arguments of ``Involution{0}d`` except ``channels``.
 
     Example:
 
