@@ -480,7 +480,7 @@ def test_autocast_is_that_of_a_convolution():
 @each_variant
 def test_pickle_and_deepcopy(variant):
     module, x = make(variant).eval(), images()
-    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):  # noqa: S301
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):  # noqa: S301 - our own
         assert torch.equal(other(x), module(x))
         assert str(other) == str(module)
 

@@ -7,7 +7,8 @@ from keras import ops
 
 from involution.kernel_generators.base import INHERITED_ARGUMENTS, check_names
 from involution.kernel_generators.convolutional import Linear
-from involution.ops.attention import attention_kernel, centers
+from involution.ops.attention import attention_kernel
+from involution.ops.centers import every_center
 from involution.ops.validation import CHANNELS_LAST, SAME, standardize_padding, standardize_tuple
 from involution.ops.window import Window
 
@@ -83,7 +84,7 @@ class PairwiseAttention(Linear):
         return self.window.output_sizes(sizes)
 
     def _generate(self, features):
-        query = self.query(centers(features, self.window))
+        query = self.query(features[(slice(None), *every_center(self.window))])
         kernel = attention_kernel(query, self.key(features), self.window)
         shape = (*ops.shape(query)[:-1], self.kernel_channels)
         return ops.reshape(ops.cast(kernel, self.compute_dtype), shape)

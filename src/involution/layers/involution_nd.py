@@ -21,6 +21,7 @@ from involution.ops.tensor_utils import spatial_shape, to_accumulation_dtype
 from involution.ops.validation import (
     CHANNELS_LAST,
     check_axes,
+    check_rate,
     standardize_tuple,
 )
 from involution.ops.window import Window
@@ -55,10 +56,7 @@ class _KernelDropout(keras.layers.Dropout):
     """
 
     def __init__(self, rate, **kwargs):
-        if not 0 <= rate <= 1:
-            raise ValueError(
-                f"`kernel_dropout` must be a number from 0 to 1. Received: kernel_dropout={rate}"
-            )
+        check_rate("kernel_dropout", rate)
         super().__init__(0.0, **kwargs)  # creates no state
         self.rate = rate
 

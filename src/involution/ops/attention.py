@@ -7,20 +7,10 @@ from involution.ops.calls import apply_window_products
 from involution.ops.dispatch import select
 from involution.ops.frameworks import namespace
 from involution.ops.problem import problem_of
-from involution.ops.tensor_utils import (
-    spatial_shape,
-    strided_slice,
-    to_accumulation_dtype,
-)
+from involution.ops.tensor_utils import to_accumulation_dtype
 
 # Score of a masked position: zero after softmax; finite, so fully masked windows give no NaN.
 MASK_VALUE = -1e9
-
-
-def centers(features, window):
-    """The features (B, *spatial, C) at the center of every window: (B, *out_spatial, C)."""
-    sizes = window.output_sizes(spatial_shape(features, window))
-    return strided_slice(features, window.first_center, window.strides, sizes, window, first=1)
 
 
 def attention_kernel(query, key, window):

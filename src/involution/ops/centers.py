@@ -67,3 +67,17 @@ def center_slices(window, sizes) -> tuple[slice, ...]:
             window.first_center, window.output_sizes(sizes), window.strides, strict=True
         )
     )
+
+
+def every_center(window) -> tuple[slice, ...]:
+    """The centers of all windows, in an input of any size for which ``center_output_sizes`` holds.
+
+    The ends are relative to that of the input: PyTorch's exporters specialize on others.
+    """
+    ends: list[int | None] = [None] * window.rank
+    if window.padding != SAME:
+        # Except for "same", the padding does not depend on the input's size.
+        pads = window.pads((1,) * window.rank)
+        rest = (o - o // 2 - after for o, (_, after) in zip(window.last_offset, pads, strict=True))
+        ends = [-n if n > 0 else None for n in rest]
+    return tuple(map(slice, window.first_center, ends, window.strides))

@@ -54,6 +54,11 @@ def standardize_data_format(name, data_format, rank=None) -> str:
     return check_choice(name, data_format, (CHANNELS_LAST, CHANNELS_FIRST))
 
 
+def check_rate(name, value):
+    if not 0 <= value <= 1:
+        raise ValueError(f"`{name}` must be a number from 0 to 1. Received: {name}={value}")
+
+
 def check_choice(name, value, allowed):
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from involution.ops.attention import attention_kernel
-from involution.ops.validation import CONTIGUOUS, SAME, standardize_tuple
+from involution.ops.centers import every_center
+from involution.ops.validation import CONTIGUOUS, standardize_tuple
 from involution.ops.window import ceil_div
 from involution.torch.functional import to_last
 
@@ -227,7 +228,8 @@ class PairwiseAttention(nn.Module):
         self.key = convolution(window.rank, channels, window.groups * key_channels, **factory)
 
     def forward(self, features):
-        query = self.query(_centers(features, self.window))
+        centers = features[(slice(None), slice(None), *every_center(self.window))]
+        query = self.query(centers)
         return _attention_map(query, self.key(features), self.window)
 
 
@@ -237,21 +239,6 @@ def _at_all_positions(weight, features, strides):
     sizes = [ceil_div(n, s) for n, s in zip(features.shape[2:], strides, strict=True)]
     kernel = weight.reshape(1, -1, *[1] * len(sizes))
     return kernel.expand(features.shape[0], -1, *sizes)
-
-
-@torch.fx.wrap
-def _centers(features, window):
-    """The features at each window's center: every stride-th from the first one on."""
-    if window.padding == SAME:
-        ends: list = [None] * window.rank
-    else:
-        # Relative to the end of the features: PyTorch's exporters specialize on ends that depend on
-        # its size.
-        pads = window.pads((1,) * window.rank)
-        rest = [o - o // 2 - after for o, (_, after) in zip(window.last_offset, pads, strict=True)]
-        ends = [-n if n > 0 else None for n in rest]
-    parts = map(slice, window.first_center, ends, window.strides)
-    return features[(slice(None), slice(None), *parts)]
 
 
 @torch.fx.wrap

@@ -15,6 +15,7 @@ from involution.torch.modules import (
     Involution2d,
     Involution3d,
     InvolutionNd,
+    check_axes,
 )
 from involution.utils.arguments import names_required
 
@@ -70,11 +71,7 @@ class _LazyInvolution(LazyModuleMixin, _Uninitialized, InvolutionNd):
 
     def initialize_parameters(self, x):
         if self.has_uninitialized_params():
-            if x.dim() != self.rank + 2:
-                raise ValueError(
-                    f"The input of {type(self).__name__} must have the axes (batch, channels, "
-                    f"{self.rank} spatial). Received: x.shape={tuple(x.shape)}"
-                )
+            check_axes(x, self.rank, type(self).__name__)
             self._initialize(x.shape[1])
 
     def _initialize(self, channels):

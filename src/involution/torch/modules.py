@@ -12,7 +12,7 @@ from involution.ops.centers import (
     number_of_groups,
 )
 from involution.ops.dispatch import standardize_implementation
-from involution.ops.validation import CONTIGUOUS, SYMMETRIC, standardize_tuple
+from involution.ops.validation import CONTIGUOUS, SYMMETRIC, check_rate, standardize_tuple
 from involution.torch.functional import apply_generated, apply_kernel, make_window
 from involution.torch.generators import (
     CONVOLUTIONS,
@@ -94,11 +94,7 @@ class InvolutionNd(nn.Module):
         self.implementation = implementation
         self.kernel_softmax, self.return_kernel = bool(kernel_softmax), bool(return_kernel)
         self._make_generator(kernel_generator, reduction_ratio, factory)
-        if not 0 <= kernel_dropout <= 1:
-            raise ValueError(
-                "`kernel_dropout` must be a number from 0 to 1. "
-                f"Received: kernel_dropout={kernel_dropout}"
-            )
+        check_rate("kernel_dropout", kernel_dropout)
         self.kernel_dropout = nn.Dropout(kernel_dropout) if kernel_dropout else None
         self.projection: nn.Module | None = None
         if out_channels is not None:
@@ -113,7 +109,7 @@ class InvolutionNd(nn.Module):
         options = {name: value for name, value in factory.items() if value is not None}
         make = identifier
         if identifier is None or isinstance(identifier, str):
-            make = GENERATORS.get((identifier or "bottleneck").lower())
+            make = GENERATORS.get(("bottleneck" if identifier is None else identifier).lower())
             if make is not None and issubclass(make, Bottleneck):
                 options["reduction_ratio"] = reduction_ratio
         generator = make(self.channels, self.window, **options) if callable(make) else None
@@ -122,10 +118,13 @@ class InvolutionNd(nn.Module):
                 "`kernel_generator` must be a module, a function (channels, window) that returns "
                 f"one, or one of {', '.join(GENERATORS)}. Received: kernel_generator={identifier!r}"
             )
-        self.kernel_generator = None if make is Bottleneck else generator
-        if type(generator) is Bottleneck and make is Bottleneck:
-            # Children of the module itself, as in the paper's code.
-            self.pool, self.conv1, self.conv2 = generator.pool, generator.conv1, generator.conv2
+        if make is not Bottleneck:
+            self.kernel_generator = generator
+            return
+        self.kernel_generator = None
+        # Children of the module itself, as in the paper's code.
+        for name in ("pool", "conv1", "conv2"):
+            setattr(self, name, getattr(generator, name))
 
     def forward(self, x):
         _check_input(x, self.channels, self.rank, type(self).__name__, self._dtype())
@@ -135,15 +134,13 @@ class InvolutionNd(nn.Module):
         last = self._fusable_convolution()
         if last is not None:
             hidden = self._hidden(features)
-            y = _apply_generated(
-                x, hidden, last.weight, last.bias, self.window, self.implementation
-            )
+            y = apply_generated(x, hidden, last.weight, last.bias, self.window, self.implementation)
             return y if self.projection is None else self.projection(y)
         kernel_map = self._kernel_map(features)
         kernel = _kernel_of(kernel_map, self.window, self.kernel_softmax)
         if self.kernel_dropout is not None:
             kernel = self.kernel_dropout(kernel)
-        y = _apply_kernel(x, kernel, self.window, self.implementation)
+        y = apply_kernel(x, kernel, self.window, self.implementation)
         if self.projection is not None:
             y = self.projection(y)
         return (y, kernel) if self.return_kernel else y
@@ -227,17 +224,22 @@ def _has_plain_call(module) -> bool:
     return "forward" not in vars(module) and not is_hooked(module)
 
 
+def check_axes(x, rank, name):
+    """ValueError unless ``x`` has the axes of batch and channels, and ``rank`` spatial ones."""
+    if x.dim() != rank + 2:
+        raise ValueError(
+            f"The input of {name} must have the axes (batch, channels, {rank} spatial). "
+            f"Received: x.shape={tuple(x.shape)}"
+        )
+
+
 # Functions that inspect tensors are nodes of the graphs of torch.fx.
 @torch.fx.wrap
 def _check_input(x, channels, rank, name, dtype):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"The input of {name} must be a tensor. Received: {type(x).__name__}")
+    check_axes(x, rank, name)
     shape = tuple(x.shape)
-    if len(shape) != rank + 2:
-        raise ValueError(
-            f"The input of {name} must have the axes (batch, channels, {rank} spatial). "
-            f"Received: x.shape={shape}"
-        )
     if shape[1] != channels:
         hint = ""
         if shape[-1] == channels:
@@ -288,9 +290,8 @@ def _kernel_of(kernel_map, window, softmax):
     return kernel
 
 
-_apply_generated, _apply_kernel = apply_generated, apply_kernel
-torch.fx.wrap("_apply_generated")
-torch.fx.wrap("_apply_kernel")
+torch.fx.wrap("apply_generated")
+torch.fx.wrap("apply_kernel")
 
 
 # The three classes differ in their rank only and share one signature.
