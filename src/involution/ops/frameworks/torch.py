@@ -3,6 +3,7 @@
 import torch
 
 concatenate = torch.concatenate
+exp = torch.exp
 expand_dims = torch.unsqueeze
 matmul = torch.matmul
 maximum = torch.sym_max  # of sizes
@@ -35,3 +36,7 @@ def pad(x, pad_width):
 
 def sum(x, axis, keepdims=False):
     return torch.sum(x, axis, keepdim=keepdims)
+
+
+def ones(shape, like):
+    return torch.ones(shape, dtype=like.dtype, device=like.device)
