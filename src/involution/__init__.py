@@ -33,7 +33,7 @@ __all__ = [
 
 LAYERS = ("Involution", "Involution1D", "Involution2D", "Involution3D")
 KERAS_PACKAGES = ("kernel_generators", "layers", "models")
-PACKAGES = (*KERAS_PACKAGES, "torch")
+PACKAGES = (*KERAS_PACKAGES, "compat", "torch")
 
 
 def __getattr__(name):

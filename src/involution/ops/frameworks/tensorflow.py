@@ -4,6 +4,7 @@ import math
 
 import tensorflow as tf
 
+broadcast_to = tf.broadcast_to
 concatenate = tf.concat
 expand_dims = tf.expand_dims
 maximum = tf.maximum

@@ -2,6 +2,7 @@
 
 import torch
 
+broadcast_to = torch.broadcast_to
 concatenate = torch.concatenate
 expand_dims = torch.unsqueeze
 matmul = torch.matmul
@@ -34,3 +35,12 @@ def pad(x, pad_width):
 
 def sum(x, axis, keepdims=False):
     return torch.sum(x, axis, keepdim=keepdims)
+
+
+def autocast(*tensors):
+    """The tensors as a convolution uses them: within ``torch.autocast`` in its dtype."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
