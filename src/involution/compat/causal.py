@@ -148,7 +148,7 @@ def _static_kernel(x, static_w, taps, residual):
 
 def _causal(x, kernel, taps, groups):
     return ops.involution(
-        x, kernel, taps, padding=((taps - 1, 0),), groups=groups, data_format="channels_last"
+        x, kernel, taps, padding="causal", groups=groups, data_format="channels_last"
     )
 
 
@@ -159,7 +159,7 @@ def _generated_causal(x, hidden, weight, bias, taps):
         weight,
         bias,
         taps,
-        padding=((taps - 1, 0),),
+        padding="causal",
         groups=static_shape("x", x)[-1],
         data_format="channels_last",
     )
