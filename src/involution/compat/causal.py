@@ -3,7 +3,7 @@
 from involution import ops
 from involution.compat.operands import check_divisible, check_shape, operands, shape_of
 from involution.ops.frameworks import namespace
-from involution.ops.validation import static_shape
+from involution.ops.tensor_utils import to_accumulation_dtype
 
 
 def headwise_dynamic_convolution(x, weight, static_w=None, residual=False):
@@ -40,25 +40,35 @@ def headwise_dynamic_convolution(x, weight, static_w=None, residual=False):
 
     Source: arXiv:2606.03825.
     """
-    x, weight, *static_w = _operands(static_w, x=x, weight=weight)
+    x, weight, static_w = _operands(static_w, x=x, weight=weight)
     batch, length, channels = shape_of("x", x, "B, T, D")
     *_, heads, taps = shape_of("weight", weight, "B, T, H, W")
     _check_known("weight", heads=heads, taps=taps)
     check_shape("weight", weight, (batch, length, heads, taps), "B, T, H, W")
     check_divisible("x", channels, "H", heads)
+    static_w = _checked_static(static_w, taps, channels)
     array = namespace(x)
-    kernel = array.stack([weight[..., w] for w in reversed(range(taps))], 2)
-    if heads == channels and (static_w or residual):
-        static = _static_kernel(x, static_w, taps, residual)
-        return _causal(x, kernel + static, taps, channels)
-    y = _causal(x, kernel, taps, heads)
-    if static_w:
-        # Without hidden features, the generator's kernels are its bias at all positions.
-        static = array.reshape(_static_kernel(x, static_w, taps, residual), (1, -1))
-        ones = array.ones_like(x[..., :1])
-        zeros = array.zeros_like(static[0])
-        return y + _generated_causal(x, ones, static, zeros, taps)
-    return y + x if residual else y
+    batch, length, _ = array.shape(x)
+    # The heads as a spatial dimension: ``weight`` is a kernel but for the order of its taps.
+    y = ops.involution(
+        array.reshape(x, (batch, length, heads, channels // heads)),
+        array.expand_dims(array.flip(weight, 3), -1),
+        (taps, 1),
+        padding=((taps - 1, 0), (0, 0)),
+        data_format="channels_last",
+    )
+    y = array.reshape(y, (batch, length, channels))
+    if static_w is None:
+        return y + x if residual else y
+    # Rounded once more at the end, not at each tap.
+    y, static_w = to_accumulation_dtype(y), to_accumulation_dtype(static_w)
+    padded = array.pad(to_accumulation_dtype(x), [(0, 0), (taps - 1, 0), (0, 0)])
+    if residual:
+        y = y + padded[:, taps - 1 :]
+    for w in range(taps):
+        first = taps - 1 - w
+        y = y + static_w[w] * padded[:, first : first + length]
+    return array.cast(y, x.dtype)
 
 
 def lowrank_dynamic_convolution(x, z, U, static_w=None, residual=False):  # noqa: N803
@@ -96,30 +106,40 @@ def lowrank_dynamic_convolution(x, z, U, static_w=None, residual=False):  # noqa
 
     Source: arXiv:2606.03825.
     """
-    x, z, U, *static_w = _operands(static_w, x=x, z=z, U=U)  # noqa: N806
+    x, z, U, static_w = _operands(static_w, x=x, z=z, U=U)  # noqa: N806
     batch, length, channels = shape_of("x", x, "B, T, D")
     rank, columns = shape_of("U", U, "R, W * D")
     _check_known("U", rank=rank, columns=columns)
     check_divisible("U", columns, "D", channels or 1)
     check_shape("z", z, (batch, length, rank), "B, T, R")
     taps = columns // channels
+    static_w = _checked_static(static_w, taps, channels)
     array = namespace(x)
     by_tap = array.reshape(U, (rank, taps, channels))
-    reversed_taps = array.stack([by_tap[:, w] for w in reversed(range(taps))], 1)
-    return _generated_causal(
+    if static_w is None:
+        # A sum, because x may have no positions.
+        one_tap = array.sum(array.zeros_like(x[:1, :1]), (0, 1))
+        static_w = array.stack([one_tap] * taps, 0)
+    if residual:
+        own = static_w[:1] + array.ones_like(static_w[:1])
+        static_w = array.concatenate([own, static_w[1:]], 0)
+    return ops.fused_involution(
         x,
         z,
-        array.reshape(reversed_taps, (rank, columns)),
-        array.reshape(_static_kernel(x, static_w, taps, residual), (columns,)),
+        array.reshape(array.flip(by_tap, 1), (rank, columns)),
+        array.reshape(array.flip(static_w, 0), (columns,)),
         taps,
+        padding="causal",
+        groups=channels,
+        data_format="channels_last",
     )
 
 
 def _operands(static_w, **values):
-    """The operands, the last of them static_w unless it is None."""
-    if static_w is not None:
-        values["static_w"] = static_w
-    return operands(**values)
+    """The operands, the last of them static_w, which may be None."""
+    if static_w is None:
+        return [*operands(**values), None]
+    return operands(**values, static_w=static_w)
 
 
 def _check_known(name, **sizes):
@@ -131,35 +151,7 @@ def _check_known(name, **sizes):
         )
 
 
-def _static_kernel(x, static_w, taps, residual):
-    """The kernel (W, D) that is the same at all positions, in the order of windows: static_w, a
-    tuple of one tensor or none, with its taps reversed, and 1 at the last tap for the residual."""
-    array = namespace(x)
-    if static_w:
-        check_shape("static_w", static_w[0], (taps, static_shape("x", x)[-1]), "W, D")
-        rows = [static_w[0][w] for w in range(taps)]
-    else:
-        # A sum, because x may have no positions.
-        rows = [array.sum(array.zeros_like(x[:1, :1]), (0, 1))] * taps
-    if residual:
-        rows[0] = rows[0] + array.ones_like(rows[0])
-    return array.stack(rows[::-1], 0)
-
-
-def _causal(x, kernel, taps, groups):
-    return ops.involution(
-        x, kernel, taps, padding="causal", groups=groups, data_format="channels_last"
-    )
-
-
-def _generated_causal(x, hidden, weight, bias, taps):
-    return ops.fused_involution(
-        x,
-        hidden,
-        weight,
-        bias,
-        taps,
-        padding="causal",
-        groups=static_shape("x", x)[-1],
-        data_format="channels_last",
-    )
+def _checked_static(static_w, taps, channels):
+    if static_w is not None:
+        check_shape("static_w", static_w, (taps, channels), "W, D")
+    return static_w

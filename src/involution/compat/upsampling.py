@@ -78,7 +78,7 @@ def convex_upsample(flow, up_mask, factor=8):
     where f = ``factor``, the 3x3 window is 0 out of bounds, and the weights are the softmax of
     ``up_mask`` over the taps. The values are multiplied by f because a flow is measured in pixels.
 
-    It is an involution on the coarse grid with f * f groups, one for each position of a cell,
+    It is an involution whose windows are on the coarse grid and whose kernels are on the fine one,
     followed by a pixel shuffle: windows are not copied. Differences from torchvision: ``up_mask``
     is required, because without it ``upsample_flow`` is a bilinear interpolation.
 
@@ -114,18 +114,17 @@ def convex_upsample(flow, up_mask, factor=8):
     check_shape("up_mask", up_mask, (batch, 9 * cells, *sizes), "N, 9 * factor**2, H, W")
     array = namespace(flow)
     batch, _, height, width = array.shape(flow)
-    weights = array.softmax(array.reshape(up_mask, (batch, 9, cells, height, width)), 1)
-    # A copy for each position of a cell: `flow` has two channels, its weights have hundreds.
-    shape = (batch, cells, channels, height, width)
-    copies = array.broadcast_to(array.expand_dims(factor * flow, 1), shape)
+    weights = array.softmax(array.reshape(up_mask, (batch, 9, 1, cells, height, width)), 1)
+    # The positions of a cell are a dimension that is upsampled from size 1: neither `up_mask` nor
+    # `flow` is copied, and vectors are along rows of the image.
     y = ops.involution(
-        array.reshape(copies, (batch, cells * channels, height, width)),
+        array.expand_dims(factor * flow, 2),
         weights,
-        3,
+        (1, 3, 3),
         padding="symmetric",
-        groups=cells,
         data_format="channels_first",
+        upsampling=(cells, 1, 1),
     )
-    y = array.reshape(y, (batch, factor, factor, channels, height, width))
-    y = array.moveaxis(array.moveaxis(y, 2, -1), 1, 3)
+    y = array.reshape(y, (batch, channels, factor, factor, height, width))
+    y = array.moveaxis(array.moveaxis(y, 2, 4), 2, -1)
     return array.reshape(y, (batch, channels, height * factor, width * factor))

@@ -50,15 +50,17 @@ def ska(x, w):
         )
     check_shape("w", w, (batch, groups, taps, *sizes), axes)
     check_divisible("x", channels, "C'", groups)
-    return ops.involution(
-        x,
-        namespace(x).swapaxes(w, 1, 2),
-        size,
+    # The groups as a spatial dimension: ``x`` is not copied, and vectors are along rows.
+    array = namespace(x)
+    batch, _, height, width = array.shape(x)
+    y = ops.involution(
+        array.reshape(x, (batch, channels // groups, groups, height, width)),
+        array.expand_dims(array.swapaxes(w, 1, 2), 2),
+        (1, size, size),
         padding="symmetric",
-        groups=groups,
-        group_layout="interleaved",
         data_format="channels_first",
     )
+    return array.reshape(y, (batch, channels, height, width))
 
 
 def adaptive_conv(input, filters):

@@ -31,6 +31,10 @@ def shape(x) -> tuple:
     return tuple(dynamic[i] if n is None else n for i, n in enumerate(sizes))
 
 
+def flip(x, axis):
+    return tf.reverse(x, [axis])
+
+
 def moveaxis(x, source, destination):
     axes = list(range(len(x.shape)))
     axes.insert(destination % len(axes), axes.pop(source % len(axes)))

@@ -30,6 +30,10 @@ def cast(x, dtype):
     return x.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
+def flip(x, axis):
+    return torch.flip(x, (axis,))
+
+
 def pad(x, pad_width):
     return torch.nn.functional.pad(x, [n for pair in reversed(pad_width) for n in pair])
 
