@@ -42,7 +42,7 @@ def carafe_nearest(features, masks, kernel_size, factor):
 
 
 def headwise_shifts(x, weight, static_w):
-    batch, length, channels = x.shape
+    batch, length, _ = x.shape
     heads, taps = weight.shape[2:]
     padded = F.pad(x, (0, 0, taps - 1, 0))
     y = torch.zeros_like(x)
