@@ -6,6 +6,7 @@ import tensorflow as tf
 
 broadcast_to = tf.broadcast_to
 concatenate = tf.concat
+exp = tf.exp
 expand_dims = tf.expand_dims
 maximum = tf.maximum
 ones_like = tf.ones_like
@@ -64,3 +65,7 @@ def softmax(x, axis):
     axis %= len(sizes)
     before, after = (math.prod(part) for part in (sizes[:axis], sizes[axis + 1 :]))
     return tf.reshape(tf.nn.softmax(tf.reshape(x, (before, sizes[axis], after)), axis=1), sizes)
+
+
+def ones(shape, like):
+    return tf.ones(shape, like.dtype)

@@ -4,6 +4,7 @@ import torch
 
 broadcast_to = torch.broadcast_to
 concatenate = torch.concatenate
+exp = torch.exp
 expand_dims = torch.unsqueeze
 matmul = torch.matmul
 maximum = torch.sym_max  # of sizes
@@ -49,3 +50,7 @@ def autocast(*tensors):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def ones(shape, like):
+    return torch.ones(shape, dtype=like.dtype, device=like.device)
