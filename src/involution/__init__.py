@@ -61,7 +61,7 @@ LAYERS = (
     "InvolutionUpSampling3D",
 )
 KERAS_PACKAGES = ("kernel_generators", "layers", "models")
-PACKAGES = (*KERAS_PACKAGES, "torch")
+PACKAGES = (*KERAS_PACKAGES, "compat", "torch")
 
 
 def __getattr__(name):

@@ -4,6 +4,7 @@ import math
 
 import tensorflow as tf
 
+broadcast_to = tf.broadcast_to
 concatenate = tf.concat
 exp = tf.exp
 expand_dims = tf.expand_dims
@@ -29,6 +30,10 @@ def shape(x) -> tuple:
         return tuple(sizes)
     dynamic = tf.shape(x)
     return tuple(dynamic[i] if n is None else n for i, n in enumerate(sizes))
+
+
+def flip(x, axis):
+    return tf.reverse(x, [axis])
 
 
 def moveaxis(x, source, destination):
