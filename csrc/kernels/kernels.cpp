@@ -457,6 +457,9 @@ inline void compute_tile(const OutputRow& row, const ColumnRanges<kOutputs>& col
   tap_row.prefetch_offset = weights_at_source ? prefetch_distance : 0;
   const index_t row_elements =
       weights_at_source ? 0 : (columns.high[0] - columns.low[0]) * tap_weights;
+  // With many groups, one line of each tap: the others belong to other tiles.
+  const index_t line_elements = 64 / sizeof(T),
+                prefetch_step = tap_weights > 8 * line_elements ? tap_weights : line_elements;
   for (index_t phase = 0; phase < plan.phases; ++phase) {
     const index_t value_offset = row.values.phase_offsets[phase],
                   weight_offset = row.weights.phase_offsets[phase];
@@ -466,7 +469,7 @@ inline void compute_tile(const OutputRow& row, const ColumnRanges<kOutputs>& col
 #pragma GCC unroll 8
         for (int r = 0; r < kOutputs; ++r) {
           tap_row.weight[r] = weight[r] + weight_offset + a * weight_step[0] + b * weight_step[1];
-          for (index_t n = 0; n < row_elements; n += 64 / sizeof(T))
+          for (index_t n = 0; n < row_elements; n += prefetch_step)
             __builtin_prefetch(tap_row.weight[r] + prefetch_distance + n);
         }
         tap_row.run(columns);

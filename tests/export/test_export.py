@@ -157,6 +157,18 @@ LAYERS = {
             3, filters=5, kernel_softmax=True, kernel_dropout=0.3, return_kernel=True
         ),
     ),
+    "upsampling": ((5, 4, 6), lambda: involution.InvolutionUpSampling2D((2, 3), groups=2)),
+    "transposed": ((5, 4, 16), lambda: involution.Involution2DTranspose(3, strides=2)),
+    "causal": (
+        (11, 16),
+        lambda: involution.Involution1D(
+            4, padding="causal", dilation_rate=2, strides=2, kernel_softmax="in_bounds"
+        ),
+    ),
+    "low rank": (
+        (9, 8),
+        lambda: involution.Involution1D(4, padding="causal", groups=8, kernel_generator="low_rank"),
+    ),
     "pooling": (
         (13, 12, 4),
         lambda: keras.Sequential(
@@ -171,7 +183,7 @@ LAYERS = {
 
 
 # Exporters take up to 20 s for each layer: the others run in `make test-long` only.
-REGULAR = ("channels first", "the example's layer")
+REGULAR = ("channels first", "the example's layer", "causal")
 EACH = [pytest.param(name, marks=() if name in REGULAR else pytest.mark.slow) for name in LAYERS]
 
 
@@ -300,6 +312,47 @@ def test_strides_with_unknown_sizes(tmp_path, format):
     else:
         (got,) = run_in_subprocess(result.path, format, [x], tmp_path)
     assert relative_error(got, numpy(model(x))) < 1e-5
+
+
+def decoder():
+    """A network that upsamples with and without a guide, for images of any size."""
+    image = keras.Input((None, None, 3))
+    x = keras.layers.Conv2D(8, 3, padding="same", activation="relu")(image)
+    guide = keras.layers.Conv2D(4, 3, padding="same")(keras.layers.UpSampling2D(2)(image))
+    x = involution.InvolutionUpSampling2D(2)(x, guide=guide)
+    x = involution.InvolutionUpSampling2D(2, kernel_softmax="in_bounds", kernel_size=3)(x)
+    x = involution.Involution2DTranspose(3, strides=2, padding="valid")(x)
+    return randomized(keras.Model(image, keras.layers.Conv2D(2, 1)(x)))
+
+
+def language_model():
+    """Causal layers, for sequences of any length."""
+    features = keras.Input((None, 16))
+    x = involution.Involution1D(4, padding="causal")(features)
+    x = involution.Involution1D(
+        3, padding="causal", dilation_rate=2, groups=16, kernel_generator="low_rank"
+    )(x)
+    x = involution.Involution1D(3, padding="causal", strides=2, kernel_softmax="in_bounds")(x)
+    return randomized(keras.Model(features, x))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [(decoder, ((4, 5, 3), (6, 3, 3))), (language_model, ((11, 16), (6, 16)))],
+)
+def test_onnx_of_upsampling_and_causal_networks(tmp_path, make, sizes):
+    model = make()
+    result = None
+    for shape in sizes:
+        if BACKEND == "jax":  # its exporter requires all sizes but the batch's
+            result = export(model, tmp_path / "model.onnx", input_shape=shape)
+        elif result is None:
+            result = export(model, tmp_path / "model.onnx")
+        for batch in BATCHES:
+            x = random_array(batch, *shape)
+            (got,) = run_onnx(result.path, x).values()
+            assert relative_error(got, numpy(model(x, training=False))) < 1e-5
 
 
 @pytest.mark.long

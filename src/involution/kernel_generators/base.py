@@ -91,6 +91,7 @@ class KernelGenerator(keras.layers.Layer):
     uses_full_input = False
     # Whether initializers such as those of ``near_depthwise_init`` apply.
     accepts_initializers = False
+
     @check_names
     def __init__(self, kernel_size=None, *, groups=None, strides=None, data_format=None, **kwargs):
         super().__init__(**kwargs)

@@ -9,7 +9,7 @@ import math
 
 from involution.ops.calls import apply_generated
 from involution.ops.dispatch import preferred, select
-from involution.ops.frameworks import namespace
+from involution.ops.frameworks import framework_of, namespace
 from involution.ops.problem import problem_of
 from involution.ops.validation import CHANNELS_LAST
 from involution.ops.window import Window
@@ -47,7 +47,10 @@ def rowwise_softmax(x, axis):
     # One vector of whole blocks for all exponentials.
     flat = ops.reshape(ops.stack([part - largest for part in parts], 0), (-1,))
     count = len(parts) * math.prod(shape)
-    flat = ops.exp(ops.pad(flat, [(0, -count % EXP_BLOCK)]))[:count]
+    if isinstance(count, int) or framework_of(x) != "jax":  # JAX's exporter cannot divide sizes
+        # Not -count % EXP_BLOCK: exporters round the quotient of a negative size toward zero.
+        flat = ops.pad(flat, [(0, (EXP_BLOCK - count % EXP_BLOCK) % EXP_BLOCK)])
+    flat = ops.exp(flat)[:count]
     exponentials = ops.reshape(flat, (len(parts), *shape))
     parts = [exponentials[n] for n in range(len(parts))]
     total = functools.reduce(lambda a, b: a + b, parts)
