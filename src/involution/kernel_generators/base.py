@@ -91,9 +91,6 @@ class KernelGenerator(keras.layers.Layer):
     uses_full_input = False
     # Whether initializers such as those of ``near_depthwise_init`` apply.
     accepts_initializers = False
-    # Earlier positions that a kernel depends on, in causal layers.
-    look_back = 0
-
     @check_names
     def __init__(self, kernel_size=None, *, groups=None, strides=None, data_format=None, **kwargs):
         super().__init__(**kwargs)
@@ -146,6 +143,11 @@ class KernelGenerator(keras.layers.Layer):
         return tuple(
             None if n is None else ceil_div(n, s) for n, s in zip(sizes, self.strides, strict=True)
         )
+
+    @property
+    def look_back(self) -> int:
+        """Earlier positions that a kernel depends on, in causal layers."""
+        return 0
 
     @property
     def kernel_channels(self) -> int:

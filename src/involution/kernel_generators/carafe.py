@@ -91,7 +91,8 @@ class Carafe(KernelGenerator):
             kernels * math.prod(self.upsampling),
             self.hidden_channels,
         )
-        if len(shapes) > 1:
+        self.has_guide = len(shapes) > 1
+        if self.has_guide:
             self.guide_compressor = self._convolution(
                 "guide_compressor", 1, self.hidden_channels, shapes[1][axis]
             )
@@ -141,9 +142,13 @@ class Carafe(KernelGenerator):
         return super().compute_output_shape(_shapes(input_shape)[0])
 
     def count_multiply_adds(self) -> int:
-        """Multiply-adds of the convolutions of the features, for each output position."""
-        products = sum(math.prod(c.kernel.shape) for c in (self.compressor, self.encoder))
-        return products // math.prod(self.upsampling)
+        """Multiply-adds of the convolutions, for each output position."""
+        coarse = [self.compressor, self.encoder]
+        fine = [self.guide_compressor, self.guide_encoder] if self.has_guide else []
+        products = [
+            sum(math.prod(layer.kernel.shape) for layer in layers) for layers in (coarse, fine)
+        ]
+        return products[0] // math.prod(self.upsampling) + products[1]
 
     def get_config(self):
         config = {

@@ -112,7 +112,7 @@ class InvolutionND(GeneratedInvolution):
             return self._run(training, inputs=inputs)
         return self._run(training, inputs=inputs, mask=mask)
 
-    def _call(self, inputs, mask=None):
+    def _call(self, inputs, mask=None, **context):
         self._output_sizes(inputs.shape)
         if mask is None:
             return super()._call(inputs)

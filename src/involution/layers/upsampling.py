@@ -91,7 +91,7 @@ class InvolutionUpSamplingND(GeneratedInvolution):
                 f"{expected}. Received: guide.shape={tuple(guide_shape)}"
             )
 
-    def call(self, inputs, guide=None, training=None):
+    def call(self, inputs, guide=None, training=None):  # type: ignore[override]  # Keras passes names
         if (guide is not None) != self._has_guide:
             built = "with" if self._has_guide else "without"
             raise ValueError(
@@ -103,7 +103,7 @@ class InvolutionUpSamplingND(GeneratedInvolution):
         self._check_guide(inputs.shape, guide.shape)
         return self._run(training, inputs=inputs, guide=guide)
 
-    def _kernel_map(self, inputs, guide=None):
+    def _kernel_map(self, inputs, guide=None, **context):
         features = self._generator_input(inputs)
         if guide is not None:
             features = [features, guide]
