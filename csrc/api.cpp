@@ -16,13 +16,14 @@ void run_task(void* context, index_t index) {
   if (!task.reserve()) return;
   const Plan& plan = task.plan;
   const Dimension& last = plan.dimension[2];
-  const TensorView values = task.load(plan.values, task.halo, last.source_size);
+  const TensorView values = task.load(plan.values, task.halo, last.source_size, plan.phases);
   const TensorView weights =
-      task.load(plan.weights, task.kernel_region,
-                plan.pass == Pass::input_grad ? last.source_size : last.result_size);
-  const TensorView result = task.output_view(plan.result);
+      task.load(task.slice_phase(plan.weights), task.kernel_region,
+                plan.pass == Pass::input_grad ? last.source_size : last.result_size, plan.phases);
+  const Tensor result_slice = task.slice_phase(plan.result);
+  const TensorView result = task.output_view(result_slice);
   task.compute(values, weights, result);
-  task.store(plan.result, result);
+  task.store(result_slice, result);
 }
 
 bool execute(const InvolutionParams& params, index_t batch, int threads, const void* a,

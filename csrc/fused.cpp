@@ -35,6 +35,7 @@ void for_each_contiguous_run(const Region& region, const TensorView& a, const Te
       fn(count, at(a, i, j), at(b, i, j));
 }
 
+// Generates the kernels of one phase.
 void compute_kernels(const Task& task, const KernelTable& target, const TensorView& hidden,
                      const TensorView& result) {
   const GeneratorWeights& g = *task.call.generator;
@@ -114,14 +115,24 @@ void run_fused_task(void* context, index_t index) {
   const Plan& plan = task.plan;
   const GeneratorWeights& g = *task.call.generator;
   const Dimension& last = plan.dimension[2];
-  const TensorView values = task.load(task.slice_groups(plan.values), task.halo, last.source_size);
-  const TensorView hidden =
-      task.load(g.hidden, task.kernel_region,
-                plan.pass == Pass::input_grad ? last.source_size : last.result_size);
-  const TensorView kernels = task.allocate_rows(g.padded_columns, task.kernel_region);
-  const Tensor result_slice = task.slice_groups(plan.result);
+  const TensorView values =
+      task.load(task.slice_groups(plan.values), task.halo, last.source_size, plan.phases);
+  const TensorView kernels = task.allocate_rows(g.padded_columns, task.kernel_region, plan.phases);
+  const Tensor result_slice = task.slice_groups(task.slice_phase(plan.result));
   const TensorView result = task.output_view(result_slice);
-  compute_kernels(task, *grid.target, hidden, kernels);
+  const Task::Mark mark = task.mark();
+  for (index_t n = 0; n < plan.phases; ++n) {
+    task.release(mark);
+    const Tensor part =
+        plan.phases > 1 ? select_phase(task.call, g.hidden, n) : task.slice_phase(g.hidden);
+    const TensorView hidden =
+        task.load(part, task.kernel_region,
+                  plan.pass == Pass::input_grad ? last.source_size : last.result_size);
+    TensorView kernels_of_phase = kernels;
+    kernels_of_phase.data =
+        static_cast<char*>(kernels.data) + kernels.phase_offsets[n] * task.call.acc_bytes;
+    compute_kernels(task, *grid.target, hidden, kernels_of_phase);
+  }
   task.compute(values, kernels, result);
   task.store(result_slice, result);
 }
@@ -140,13 +151,14 @@ void run_fused_grad_task(void* context, index_t index) {
     const Plan& plan = task.plan;
     const Dimension& last = plan.dimension[2];
     const TensorView values = task.load(plan.values, task.halo, last.source_size);
-    const TensorView hidden = task.load(g.hidden, task.region, last.result_size);
+    const TensorView hidden = task.load(task.slice_phase(g.hidden), task.region, last.result_size);
     const TensorView kernels = task.allocate_rows(g.padded_columns, task.region);
-    const TensorView weights = task.load(plan.weights, task.region, last.result_size);
+    const TensorView weights =
+        task.load(task.slice_phase(plan.weights), task.region, last.result_size);
     const TensorView dhidden = task.allocate_rows(g.padded_hidden_channels, task.region);
     task.compute(values, weights, kernels);
     accumulate_generator_grads(task, *grid.target, hidden, kernels, dhidden, partial, n > first);
-    task.store(grid.dhidden, dhidden);
+    task.store(task.slice_phase(grid.dhidden), dhidden);
   }
 }
 
@@ -318,6 +330,7 @@ bool execute_fused(const InvolutionParams& params, index_t batch, int threads, c
   const index_t hidden_elements = g.bf16_pairs ? g.hidden_channels / 2 : g.hidden_channels;
   g.hidden = make_tensor(hidden, params.output_size, hidden_elements, false);
   split_channels(g.hidden, 1, hidden_elements, true);
+  for (int i = 0; i < 3; ++i) g.hidden.position_stride[i] *= params.upsampling[i];
   g.hidden.zero_copy = g.bf16_pairs || type == DataType::float64 || type == DataType::float32;
   g.group_splits = 1;
   call.generator = &g;

@@ -28,6 +28,7 @@ struct InvolutionParams {
   std::int64_t dilation_rate[3];
   std::int64_t pad_before[3];
   std::int64_t hidden_channels;  // of a kernel generator; 0 where the kernel tensor is an argument
+  std::int64_t upsampling[3];    // outputs of each window; above 1 only where strides are 1
 };
 
 enum { INVOLUTION_PARAMS_SIZE = sizeof(struct InvolutionParams) / sizeof(std::int64_t) };

@@ -32,6 +32,8 @@ const Region& region_of_kernels(const Plan& plan, const Region& region, const Re
   return plan.pass == Pass::input_grad ? halo : region;
 }
 
+const index_t kNoOffset = 0;
+
 // Elements of the packed copies of a task.
 index_t packed_elements(const CallPlan& p, const Region& region) {
   const Plan& plan = p.plan;
@@ -39,10 +41,12 @@ index_t packed_elements(const CallPlan& p, const Region& region) {
   const Region& kernels = region_of_kernels(plan, region, halo);
   const GeneratorWeights* const g = p.generator;
   const bool gradient = plan.pass == Pass::kernel_grad;
-  index_t count = packed_elements(plan.values, halo);
+  index_t count = packed_elements(plan.values, halo) * plan.phases;
   count += gradient ? packed_elements(plan.weights, region) : packed_elements(plan.result, region);
-  if (g == nullptr) return count + packed_elements(gradient ? plan.result : plan.weights, kernels);
-  count += packed_elements(g->hidden, kernels) + num_positions(kernels) * g->padded_columns;
+  if (g == nullptr)
+    return count + packed_elements(gradient ? plan.result : plan.weights, kernels) * plan.phases;
+  count += packed_elements(g->hidden, kernels) +
+           num_positions(kernels) * g->padded_columns * plan.phases;
   return count + (gradient ? num_positions(kernels) * g->padded_hidden_channels : 0);
 }
 
@@ -69,6 +73,7 @@ TensorView view_of(const Tensor& t, index_t sample, index_t bytes) {
   std::copy(t.position_stride, t.position_stride + 3, view.position_stride);
   view.outer_stride = t.outer_stride;
   view.inner_stride = t.inner_stride;
+  view.phase_offsets = &kNoOffset;
   return view;
 }
 
@@ -76,6 +81,7 @@ TensorView packed_view(const Plan& plan, const Tensor& t, const Region& region, 
                        index_t bytes) {
   TensorView view = {};
   view.data = memory;
+  view.phase_offsets = &kNoOffset;
   const index_t channels = t.outer_count * t.inner_padded;
   index_t size[3];
   for (int i = 0; i < 3; ++i) size[i] = region.high[i] - region.low[i];
@@ -122,6 +128,8 @@ Region source_region(const Plan& plan, const Region& region) {
 
 Region region_of_tile(const TaskGrid& grid, index_t index) {
   Region region;
+  // Phases vary fastest: the tasks of a tile read the same input.
+  index /= grid.task_phases;
   for (int i = 2; i >= 0; --i) {
     const index_t n = index % grid.tiles[i];
     index /= grid.tiles[i];
@@ -139,10 +147,11 @@ void partition(TaskGrid& grid, int threads) {
   // The order of a reduction must not depend on the threads or on other samples.
   const bool is_reduction = p.generator != nullptr && plan.pass == Pass::kernel_grad;
   const index_t wanted = threads > 1 && !is_reduction ? threads * kTasksPerThread : 1;
-  const index_t work = p.taps * plan.values.outer_count * plan.values.inner_count;
+  grid.task_phases = plan.phases > 1 ? 1 : p.phases;
+  const index_t work = p.taps * plan.values.outer_count * plan.values.inner_count * plan.phases;
   for (;;) {
     Region region = {};
-    index_t number = plan.batch * group_splits(p);
+    index_t number = plan.batch * group_splits(p) * grid.task_phases;
     for (int i = 0; i < 3; ++i) {
       region.high[i] = grid.tile[i];
       number *= (plan.dimension[i].result_size + grid.tile[i] - 1) / grid.tile[i];
@@ -158,7 +167,7 @@ void partition(TaskGrid& grid, int threads) {
   }
   for (int i = 0; i < 3; ++i)
     grid.tiles[i] = (plan.dimension[i].result_size + grid.tile[i] - 1) / grid.tile[i];
-  grid.num_tiles = num_elements(grid.tiles);
+  grid.num_tiles = num_elements(grid.tiles) * grid.task_phases;
   grid.tiles_per_task =
       is_reduction ? (grid.num_tiles + kMaxReductionTasks - 1) / kMaxReductionTasks : 1;
 }
@@ -189,6 +198,7 @@ Task::Task(TaskGrid& grid, index_t index)
       plan(call.plan),
       sample(index / grid.num_tiles / group_splits(call)),
       split(index / grid.num_tiles % group_splits(call)),
+      phase(index % grid.task_phases),
       region(region_of_tile(grid, index % grid.num_tiles)),
       halo(source_region(plan, region)),
       kernel_region(region_of_kernels(plan, region, halo)) {}
@@ -197,26 +207,41 @@ bool Task::reserve() {
   thread_local Scratch scratch;
   const index_t offset_bytes =
       plan.pass == Pass::kernel_grad ? round_up(call.taps * index_t(sizeof(index_t)), 64) : 0;
-  // Each of at most 6 views starts at a multiple of 64 bytes.
-  memory_ = scratch.reserve(packed_elements(call, region) * call.acc_bytes + offset_bytes + 6 * 64);
+  const index_t phase_bytes =  // for two views
+      plan.phases > 1 ? round_up(2 * plan.phases * index_t(sizeof(index_t)), 64) : 0;
+  // Each phase of at most 6 views starts at a multiple of 64 bytes.
+  memory_ = scratch.reserve(packed_elements(call, region) * call.acc_bytes + offset_bytes +
+                            phase_bytes + 6 * plan.phases * 64);
   if (memory_ == nullptr) {
     grid_.failed.store(true);
     return false;
   }
   tap_offsets_ = reinterpret_cast<index_t*>(memory_);
   memory_ += offset_bytes;
+  phase_offsets_ = reinterpret_cast<index_t*>(memory_);
+  memory_ += phase_bytes;
   return true;
 }
 
-TensorView Task::allocate(const Tensor& t, const Region& region) {
-  return packed_view(plan, t, region, memory_, call.acc_bytes);
+TensorView Task::allocate(const Tensor& t, const Region& region, index_t phases) {
+  TensorView view = packed_view(plan, t, region, memory_, call.acc_bytes);
+  if (phases == 1) return view;
+  view.phase_offsets = phase_offsets_;
+  const index_t bytes = memory_ - static_cast<char*>(view.data);
+  for (index_t n = 0; n < phases; ++n) *phase_offsets_++ = n * (bytes / call.acc_bytes);
+  memory_ += (phases - 1) * bytes;
+  return view;
 }
 
-TensorView Task::allocate_rows(index_t elements, const Region& region) {
+TensorView Task::allocate_rows(index_t elements, const Region& region, index_t phases) {
   Tensor t = {};
   t.outer_count = 1;
   t.inner_padded = elements;
-  return allocate(t, region);
+  return allocate(t, region, phases);
+}
+
+Tensor Task::slice_phase(const Tensor& t) const {
+  return phase == 0 ? t : select_phase(call, t, phase);
 }
 
 Tensor Task::slice_groups(Tensor t) const {
@@ -225,10 +250,21 @@ Tensor Task::slice_groups(Tensor t) const {
   return t;
 }
 
-TensorView Task::load(const Tensor& t, const Region& region, index_t size) {
-  if (t.zero_copy) return view_of(t, sample, call.acc_bytes);
-  const TensorView view = allocate(t, region);
-  grid_.target->pack(t, plan.type, sample, region, size, view);
+TensorView Task::load(const Tensor& t, const Region& region, index_t size, index_t phases) {
+  if (t.zero_copy) {
+    TensorView view = view_of(t, sample, call.acc_bytes);
+    if (phases == 1) return view;
+    view.phase_offsets = phase_offsets_;
+    for (index_t n = 0; n < phases; ++n) *phase_offsets_++ = phase_offset(call, t, n);
+    return view;
+  }
+  const TensorView view = allocate(t, region, phases);
+  for (index_t n = 0; n < phases; ++n) {
+    TensorView part = view;
+    part.data = static_cast<char*>(view.data) + view.phase_offsets[n] * call.acc_bytes;
+    grid_.target->pack(phases == 1 ? t : select_phase(call, t, n), plan.type, sample, region, size,
+                       part);
+  }
   return view;
 }
 

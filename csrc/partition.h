@@ -9,12 +9,14 @@
 
 namespace involution {
 
-// The tiles of one sample, and the tasks that compute them.
+// The tiles of one sample, and the tasks that compute them. With upsampling, each phase of a result at
+// outputs has its own tasks.
 struct TaskGrid {
   const CallPlan* call;
   const KernelTable* target;
   index_t tile[3], tiles[3];  // positions of a tile; number of tiles
-  index_t num_tiles;          // product of `tiles`
+  index_t task_phases;        // phases with their own tasks
+  index_t num_tiles;          // product of `tiles` and `task_phases`
   index_t tiles_per_task;     // computed in sequence
   index_t num_tasks() const { return ceil_div(num_tiles, tiles_per_task); }  // of a sample
   // Kernel gradient of a generator: each task's gradient of the weight and bias,
@@ -50,17 +52,26 @@ class Task {
   // Reserves memory for the copies; false if out of memory.
   bool reserve();
 
-  // Space for a region of a tensor.
-  TensorView allocate(const Tensor& t, const Region& region);
+  // Space for a region of a tensor, once for each of `phases`.
+  TensorView allocate(const Tensor& t, const Region& region, index_t phases = 1);
 
   // Space for a row of `elements` at each position of a region.
-  TensorView allocate_rows(index_t elements, const Region& region);
+  TensorView allocate_rows(index_t elements, const Region& region, index_t phases = 1);
+
+  // Releases the space allocated after a mark.
+  using Mark = char*;
+  Mark mark() const { return memory_; }
+  void release(Mark mark) { memory_ = mark; }
+
+  // The part of a tensor at outputs with this task's phase.
+  Tensor slice_phase(const Tensor& t) const;
 
   // The part of a tensor with the groups of this task's split.
   Tensor slice_groups(Tensor t) const;
 
-  // A view of a region, in place or packed; `size` is the tensor's size in the last dimension.
-  TensorView load(const Tensor& t, const Region& region, index_t size);
+  // A view of a region, in place or packed; `size` is the tensor's size in the last dimension,
+  // `phases` the number of phases that are loaded.
+  TensorView load(const Tensor& t, const Region& region, index_t size, index_t phases = 1);
 
   // A view for this task's region of the result, and the copy into the tensor where it is packed.
   TensorView output_view(const Tensor& t);
@@ -72,11 +83,12 @@ class Task {
   TaskGrid& grid_;
   char* memory_ = nullptr;
   index_t* tap_offsets_ = nullptr;
+  index_t* phase_offsets_ = nullptr;  // of the next view with several phases
 
  public:
   const CallPlan& call;
   const Plan& plan;
-  const index_t sample, split;
+  const index_t sample, split, phase;
   const Region region, halo;    // of the result; of the other tensor
   const Region& kernel_region;  // of the kernels
 };

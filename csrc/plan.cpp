@@ -9,8 +9,13 @@ index_t gcd(index_t a, index_t b) { return b == 0 ? a : gcd(b, a % b); }
 // Rounds toward negative infinity.
 index_t floor_div(index_t n, index_t by) { return n / by - (n % by < 0); }
 
-// The taps of output position p that overlap the input.
-TapRange taps_of_output(const InvolutionParams& params, int i, index_t p) {
+// Number of windows in a dimension.
+index_t window_count(const InvolutionParams& params, int i) {
+  return params.output_size[i] / params.upsampling[i];
+}
+
+// The taps of window p that overlap the input.
+TapRange taps_of_window(const InvolutionParams& params, int i, index_t p) {
   const index_t first = p * params.strides[i] - params.pad_before[i], d = params.dilation_rate[i];
   const index_t low = std::max<index_t>(0, floor_div(-first + d - 1, d));
   const index_t high =
@@ -19,13 +24,13 @@ TapRange taps_of_output(const InvolutionParams& params, int i, index_t p) {
   return {high - low + 1, low, first + low * d};
 }
 
-// The taps by which outputs read input position q.
+// The taps by which windows read input position q.
 TapRange taps_of_input(const InvolutionParams& params, int i, index_t q, index_t tap_step) {
   const index_t padded_position = q + params.pad_before[i], s = params.strides[i],
                 d = params.dilation_rate[i];
   const index_t high = std::min(params.kernel_size[i] - 1, padded_position / d);
   index_t low =
-      std::max<index_t>(0, floor_div(padded_position - (params.output_size[i] - 1) * s + d - 1, d));
+      std::max<index_t>(0, floor_div(padded_position - (window_count(params, i) - 1) * s + d - 1, d));
   // One of tap_step consecutive taps is a whole number of strides away.
   for (index_t step = 0; step < tap_step && low <= high && (padded_position - low * d) % s != 0;
        ++step)
@@ -39,7 +44,7 @@ VectorAxis choose_vector_axis(const InvolutionParams& params, bool generates_ker
   const index_t channels_per_group = params.channels / params.groups, groups = params.groups;
   // Rows are packed with zero padding, which must not outgrow the row.
   const bool rows_fit =
-      params.strides[2] == 1 && std::min(params.input_size[2], params.output_size[2]) >= 4 &&
+      params.strides[2] == 1 && std::min(params.input_size[2], window_count(params, 2)) >= 4 &&
       (params.kernel_size[2] - 1) * params.dilation_rate[2] <= params.input_size[2] + 64;
   const VectorAxis channels_or_groups = channels_per_group < 4 && groups > channels_per_group
                                             ? VectorAxis::groups
@@ -84,6 +89,22 @@ void split_channels(Tensor& t, index_t outer_count, index_t inner_count, bool in
   t.inner_stride = inner_is_fast ? step : step * outer_count;
 }
 
+index_t phase_offset(const CallPlan& p, const Tensor& t, index_t phase) {
+  index_t offset = 0;
+  for (int i = 2; i >= 0; --i) {
+    const index_t u = p.upsampling[i];
+    offset += phase % u * (t.position_stride[i] / u);
+    phase /= u;
+  }
+  return offset;
+}
+
+Tensor select_phase(const CallPlan& p, Tensor t, index_t phase) {
+  const index_t bytes = t.zero_copy ? p.acc_bytes : item_size(p.plan.type);
+  t.data = static_cast<char*>(t.data) + phase_offset(p, t, phase) * bytes;
+  return t;
+}
+
 const index_t* result_size(const InvolutionParams& params) {
   const bool is_input_grad = static_cast<Pass>(params.pass) == Pass::input_grad;
   return is_input_grad ? params.input_size : params.output_size;
@@ -98,6 +119,8 @@ CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTa
   plan.batch = batch;
   p.acc_bytes = plan.type == DataType::float64 ? 8 : 4;
   p.taps = num_elements(params.kernel_size);
+  std::copy(params.upsampling, params.upsampling + 3, p.upsampling);
+  p.phases = num_elements(params.upsampling);
 
   const bool channels_first = params.channels_first != 0,
              is_input_grad = plan.pass == Pass::input_grad;
@@ -109,6 +132,9 @@ CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTa
   Tensor x = make_tensor(nullptr, params.input_size, params.channels, channels_first);
   Tensor y = make_tensor(nullptr, params.output_size, params.channels, channels_first);
   Tensor kernel = make_tensor(nullptr, params.output_size, p.taps * params.groups, channels_first);
+  for (int i = 0; i < 3; ++i)
+    for (Tensor* t : {&y, &kernel}) t->position_stride[i] *= params.upsampling[i];
+  plan.phases = is_input_grad ? p.phases : 1;
   const bool groups_inner = plan.vector_axis == VectorAxis::groups;
   const index_t outer_count = groups_inner ? channels_per_group : params.groups;
   const index_t inner_count = groups_inner ? params.groups : channels_per_group;
@@ -162,14 +188,14 @@ CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTa
     const index_t divisor = gcd(params.strides[i], params.dilation_rate[i]);
     Dimension& d = plan.dimension[i];
     d.taps = params.kernel_size[i];
-    d.result_size = is_input_grad ? params.input_size[i] : params.output_size[i];
+    d.result_size = is_input_grad ? params.input_size[i] : window_count(params, i);
     d.tap_step = is_input_grad ? params.strides[i] / divisor : 1;
     d.source_step = is_input_grad ? -(params.dilation_rate[i] / divisor) : params.dilation_rate[i];
-    d.source_size = is_input_grad ? params.output_size[i] : params.input_size[i];
+    d.source_size = is_input_grad ? window_count(params, i) : params.input_size[i];
     p.tap_ranges[i].resize(d.result_size);
     for (index_t n = 0; n < d.result_size; ++n)
       p.tap_ranges[i][n] =
-          is_input_grad ? taps_of_input(params, i, n, d.tap_step) : taps_of_output(params, i, n);
+          is_input_grad ? taps_of_input(params, i, n, d.tap_step) : taps_of_window(params, i, n);
     d.tap_ranges = p.tap_ranges[i].data();
     // Steps that leave the tensor are never taken. They are clamped because their product with a
     // stride could overflow. Steps into the zero padding of packed rows are taken:

@@ -38,6 +38,8 @@ struct CallPlan {
   std::array<std::vector<TapRange>, 3> tap_ranges;
   index_t acc_bytes;  // of an element of the accumulation type
   index_t taps;
+  index_t upsampling[3];
+  index_t phases;  // product of `upsampling`: the outputs of each window
   const GeneratorWeights* generator = nullptr;  // null: the kernel tensor is an argument
 };
 
@@ -51,6 +53,11 @@ Tensor make_tensor(const void* data, const index_t* size, index_t channels, bool
 
 // Splits the channel axis into outer_count x inner_count.
 void split_channels(Tensor& t, index_t outer_count, index_t inner_count, bool inner_is_fast);
+
+// With upsampling, the positions of the tensors at outputs are windows, and the outputs of a window
+// are its phases. Elements from phase 0 to a phase of such a tensor; the tensor of one phase.
+index_t phase_offset(const CallPlan& p, const Tensor& t, index_t phase);
+Tensor select_phase(const CallPlan& p, Tensor t, index_t phase);
 
 // Spatial sizes of the result.
 const index_t* result_size(const InvolutionParams& params);

@@ -457,17 +457,21 @@ inline void compute_tile(const OutputRow& row, const ColumnRanges<kOutputs>& col
   tap_row.prefetch_offset = weights_at_source ? prefetch_distance : 0;
   const index_t row_elements =
       weights_at_source ? 0 : (columns.high[0] - columns.low[0]) * tap_weights;
-  for (index_t a = 0; a < r0.count; ++a)
-    for (index_t b = 0; b < r1.count; ++b) {
-      tap_row.value = value + a * value_step[0] + b * value_step[1];
+  for (index_t phase = 0; phase < plan.phases; ++phase) {
+    const index_t value_offset = row.values.phase_offsets[phase],
+                  weight_offset = row.weights.phase_offsets[phase];
+    for (index_t a = 0; a < r0.count; ++a)
+      for (index_t b = 0; b < r1.count; ++b) {
+        tap_row.value = value + value_offset + a * value_step[0] + b * value_step[1];
 #pragma GCC unroll 8
-      for (int r = 0; r < kOutputs; ++r) {
-        tap_row.weight[r] = weight[r] + a * weight_step[0] + b * weight_step[1];
-        for (index_t n = 0; n < row_elements; n += 64 / sizeof(T))
-          __builtin_prefetch(tap_row.weight[r] + prefetch_distance + n);
+        for (int r = 0; r < kOutputs; ++r) {
+          tap_row.weight[r] = weight[r] + weight_offset + a * weight_step[0] + b * weight_step[1];
+          for (index_t n = 0; n < row_elements; n += 64 / sizeof(T))
+            __builtin_prefetch(tap_row.weight[r] + prefetch_distance + n);
+        }
+        tap_row.run(columns);
       }
-      tap_row.run(columns);
-    }
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < kOutputs; ++r) {
     const index_t n = k + (reversed ? kOutputs - 1 - r : r);
@@ -772,29 +776,32 @@ inline void compute_tile_positions(const Plan& plan, const TensorView& values,
   for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 8
     for (int n = 0; n < kChannels; ++n) sum[v][n] = typename V::Vector{};
-  for (index_t a = 0; a < r0.count; ++a)
-    for (index_t b = 0; b < r1.count; ++b) {
-      const index_t source0 = r0.source + a * d0->source_step,
-                    source1 = r1.source + b * d1->source_step;
-      const index_t tap =
-          ((r0.tap + a * d0->tap_step) * d1->taps + r1.tap + b * d1->tap_step) * d2->taps;
-      const T* value = element_ptr<T>(values, source0, source1, source2) + g * values.outer_stride +
-                       c0 * values.inner_stride;
-      const T* weight = (weights_at_source ? element_ptr<T>(weights, source0, source1, source2)
-                                           : element_ptr<T>(weights, i, j, k)) +
-                        tap * weights.outer_stride + g * weights.inner_stride;
-      for (index_t c = 0; c < d2->taps; ++c) {
+  for (index_t phase = 0; phase < plan.phases; ++phase)
+    for (index_t a = 0; a < r0.count; ++a)
+      for (index_t b = 0; b < r1.count; ++b) {
+        const index_t source0 = r0.source + a * d0->source_step,
+                      source1 = r1.source + b * d1->source_step;
+        const index_t tap =
+            ((r0.tap + a * d0->tap_step) * d1->taps + r1.tap + b * d1->tap_step) * d2->taps;
+        const T* value = element_ptr<T>(values, source0, source1, source2) +
+                         values.phase_offsets[phase] + g * values.outer_stride +
+                         c0 * values.inner_stride;
+        const T* weight = (weights_at_source ? element_ptr<T>(weights, source0, source1, source2)
+                                             : element_ptr<T>(weights, i, j, k)) +
+                          weights.phase_offsets[phase] + tap * weights.outer_stride +
+                          g * weights.inner_stride;
+        for (index_t c = 0; c < d2->taps; ++c) {
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) {
-          const typename V::Vector w = V::load(weight + v * kLanes);
+          for (int v = 0; v < kVectors; ++v) {
+            const typename V::Vector w = V::load(weight + v * kLanes);
 #pragma GCC unroll 8
-          for (int n = 0; n < kChannels; ++n)
-            sum[v][n] += w * V::load(value + v * kLanes + n * values.inner_stride);
+            for (int n = 0; n < kChannels; ++n)
+              sum[v][n] += w * V::load(value + v * kLanes + n * values.inner_stride);
+          }
+          value += value_step;
+          weight += weight_step;
         }
-        value += value_step;
-        weight += weight_step;
       }
-    }
   T* const to =
       element_ptr<T>(result, i, j, k) + g * result.outer_stride + c0 * result.inner_stride;
 #pragma GCC unroll 2

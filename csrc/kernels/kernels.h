@@ -44,7 +44,8 @@ struct Dimension {
 enum class Pass : int { forward, input_grad, kernel_grad };  // as in ops/autodiff.py
 
 // forward, input_grad:  result[p] = sum over taps of weights[tap] * values[source]; the weights are
-//                       indexed by p in `forward` and by the source in `input_grad`.
+//                       indexed by p in `forward` and by the source in `input_grad`. There, with
+//                       upsampling, a source has `phases` values and weights: all are summed.
 // kernel_grad:          result[p, tap] = sum over the channels of a group of
 //                       values[source] * weights[p], where the weights are the output's gradient.
 struct Plan {
@@ -54,6 +55,7 @@ struct Plan {
   index_t source_offset;  // lanes along positions: source of a row's first tap minus the position
   int lanes;
   index_t batch;
+  index_t phases;  // summed over: the outputs of each window in `input_grad`, else 1
   Dimension dimension[3];
   Tensor values, weights, result;
 };
@@ -65,6 +67,7 @@ struct TensorView {
   index_t position_stride[3];
   index_t origin[3];  // the position that `data` points to
   index_t outer_stride, inner_stride;
+  const index_t* phase_offsets;  // of the values and weights of each phase
 };
 
 // Half-open ranges of positions.

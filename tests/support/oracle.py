@@ -13,6 +13,8 @@ def pads(n, kernel, stride, dilation, padding, axis=0):
         return 0, 0
     if padding == "symmetric":
         return span // 2, span // 2
+    if padding == "causal":
+        return span, 0
     if padding == "same":
         out = -(-n // stride)
         total = max(0, (out - 1) * stride + span + 1 - n)
@@ -30,14 +32,23 @@ ieee = np.errstate(invalid="ignore")
 
 
 @ieee
-def involution(x, kernel, kernel_size, strides, padding, dilation_rate, group_layout="contiguous"):
+def involution(
+    x,
+    kernel,
+    kernel_size,
+    strides,
+    padding,
+    dilation_rate,
+    group_layout="contiguous",
+    upsampling=None,
+):
     """channels_last: x (B, *spatial, C), kernel (B, *out, taps, G); arguments are tuples, with a
     value for each spatial dimension.
 
     Returns (y, magnitude): the output, and the sum of |kernel * x|, which bounds rounding errors.
     """
     x, kernel = np.asarray(x, "float64"), np.asarray(kernel, "float64")
-    out, pairs = tap_pairs(x.shape[1:-1], kernel_size, strides, padding, dilation_rate)
+    out, pairs = tap_pairs(x.shape[1:-1], kernel_size, strides, padding, dilation_rate, upsampling)
     assert kernel.shape[1:-2] == out
     group_of = groups_of(x.shape[-1], kernel.shape[-1], group_layout)
     y = np.zeros((x.shape[0], *out, x.shape[-1]))
@@ -54,11 +65,19 @@ def involution(x, kernel, kernel_size, strides, padding, dilation_rate, group_la
 
 @ieee
 def gradients(
-    x, kernel, dy, kernel_size, strides, padding, dilation_rate, group_layout="contiguous"
+    x,
+    kernel,
+    dy,
+    kernel_size,
+    strides,
+    padding,
+    dilation_rate,
+    group_layout="contiguous",
+    upsampling=None,
 ):
     """(dx, dkernel) of sum(y * dy), by the same loops."""
     x, kernel, dy = (np.asarray(a, "float64") for a in (x, kernel, dy))
-    out, pairs = tap_pairs(x.shape[1:-1], kernel_size, strides, padding, dilation_rate)
+    out, pairs = tap_pairs(x.shape[1:-1], kernel_size, strides, padding, dilation_rate, upsampling)
     group_of = groups_of(x.shape[-1], kernel.shape[-1], group_layout)
     in_group = np.eye(kernel.shape[-1])[group_of]
     dx, dkernel = np.zeros_like(x), np.zeros_like(kernel)
@@ -87,16 +106,18 @@ def in_bounds(out, taps, pairs):
     return inside
 
 
-def tap_pairs(sizes, kernel_size, strides, padding, dilation_rate):
+def tap_pairs(sizes, kernel_size, strides, padding, dilation_rate, upsampling=None):
     """(output sizes, list of (output position, tap, input position) for taps inside the input)."""
+    up = upsampling or (1,) * len(sizes)
     dimensions = list(zip(sizes, kernel_size, strides, dilation_rate, strict=True))
     before = [pads(*d, padding, i)[0] for i, d in enumerate(dimensions)]
-    out = tuple(output_size(*d, padding, i) for i, d in enumerate(dimensions))
+    out = tuple(output_size(*d, padding, i) * up[i] for i, d in enumerate(dimensions))
     pairs = []
     for p in np.ndindex(*out):
         for tap, k in enumerate(np.ndindex(*kernel_size)):
             q = tuple(
-                p[i] * strides[i] - before[i] + k[i] * dilation_rate[i] for i in range(len(sizes))
+                p[i] // up[i] * strides[i] - before[i] + k[i] * dilation_rate[i]
+                for i in range(len(sizes))
             )
             if all(0 <= q[i] < sizes[i] for i in range(len(sizes))):
                 pairs.append((p, tap, q))
@@ -139,19 +160,24 @@ class Call:
     groups: int = 1
     group_layout: str = "contiguous"
     data_format: str = "channels_last"
+    upsampling: tuple | None = None  # 1 in each dimension
 
     @property
     def arguments(self):
         names = ("kernel_size", "strides", "padding", "dilation_rate")
         names += ("groups", "group_layout", "data_format")
-        return {name: getattr(self, name) for name in names}
+        arguments = {name: getattr(self, name) for name in names}
+        return (
+            arguments if self.upsampling is None else {**arguments, "upsampling": self.upsampling}
+        )
 
     @property
     def output_sizes(self):
         dimensions = zip(
             self.sizes, self.kernel_size, self.strides, self.dilation_rate, strict=True
         )
-        return tuple(output_size(*d, self.padding, i) for i, d in enumerate(dimensions))
+        up = self.upsampling or (1,) * len(self.sizes)
+        return tuple(output_size(*d, self.padding, i) * up[i] for i, d in enumerate(dimensions))
 
     @property
     def taps(self):
@@ -236,7 +262,7 @@ def _random_call(rng, rank, padding, group_layout, data_format):
     if padding == "explicit":
         padding = tuple(integers(0, 1, 2, 3, count=2) for _ in range(rank))
     (groups,) = integers(1, 2, 3, count=1)
-    return Call(
+    call = Call(
         batch=integers(1, 2, count=1)[0],
         sizes=integers(1, 3, 5, 7),
         channels=groups * integers(1, 2, 5, 17, count=1)[0],
@@ -248,6 +274,9 @@ def _random_call(rng, rank, padding, group_layout, data_format):
         group_layout=group_layout,
         data_format=data_format,
     )
+    if integers(0, 1, 2, count=1) != (0,):
+        return call
+    return dataclasses.replace(call, strides=(1,) * rank, upsampling=integers(1, 2, 3))
 
 
 def _is_small(call):
@@ -257,14 +286,17 @@ def _is_small(call):
 
 def random_calls(count, seed):
     """``count`` distinct small calls, which cycle through all combinations of rank, padding, group
-    layout and data format."""
+    layout and data format; a third has upsampling in place of strides."""
     rng = np.random.default_rng(seed)
+    paddings = [
+        *itertools.product((1, 2, 3), ("same", "valid", "symmetric", "explicit")),
+        (1, "causal"),
+    ]
     kinds = itertools.cycle(
-        itertools.product(
-            (1, 2, 3),
-            ("same", "valid", "symmetric", "explicit"),
-            ("contiguous", "interleaved"),
-            ("channels_last", "channels_first"),
+        (*pair, *layout)
+        for pair, layout in itertools.product(
+            paddings,
+            itertools.product(("contiguous", "interleaved"), ("channels_last", "channels_first")),
         )
     )
     calls = []

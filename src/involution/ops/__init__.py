@@ -5,6 +5,7 @@ from involution.ops.api import (
     generate_and_apply,
     implementations,
     involution,
+    transposed_involution,
     window_products,
 )
 from involution.ops.dispatch import force_implementation, use
@@ -15,6 +16,7 @@ __all__ = [
     "generate_and_apply",
     "implementations",
     "involution",
+    "transposed_involution",
     "use",
     "window_products",
 ]

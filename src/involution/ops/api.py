@@ -6,6 +6,7 @@ from involution.ops.calls import rank_of
 from involution.ops.dispatch import IMPLEMENTATIONS, preferred
 from involution.ops.problem import check_kernel, problem_of
 from involution.ops.tensor_utils import any_symbolic, as_tensors
+from involution.ops.transposed import TransposedWindow
 from involution.ops.window import Window
 
 
@@ -20,13 +21,16 @@ def involution(
     group_layout="contiguous",
     data_format=None,
     implementation=None,
+    *,
+    upsampling=1,
 ):
     """Applies a separate kernel at each position of ``x``, shared by the channels of a group.
 
     For output position p and the group g(c) of channel c, with a sum over the taps k of the window,
 
         y[b, p, c] = sum over k of
-            kernel[b, p, k, g(c)] * x[b, p * strides - pad + k * dilation_rate, c]
+            kernel[b, p, k, g(c)] * x[b, floor(p / upsampling) * strides - pad + k * dilation_rate,
+            c]
 
     where ``x`` is 0 out of bounds. Sums are accumulated in float32 (float64 inputs: float64). Both
     gradients are exact, and reverse mode supports any order; under ``torch.compile``, ``fused``
@@ -51,7 +55,8 @@ def involution(
         strides: Integer, or one for each spatial dimension.
         padding: ``"same"`` (as in Keras: ceil(n / stride) positions), ``"valid"``,
             ``"symmetric"`` (floor((kernel_size - 1) * dilation_rate / 2) zeros on both sides, as in
-            the paper's code), an integer, or a pair (before, after) for each spatial dimension.
+            the paper's code), ``"causal"`` (one dimension; the last tap of a window is at p *
+            strides), an integer, or a pair (before, after) for each spatial dimension.
         dilation_rate: Integer, or one for each spatial dimension.
         groups: Number of groups; divides C.
         group_layout: ``"contiguous"``: channel c belongs to group c // (C / groups), as in the
@@ -60,6 +65,10 @@ def involution(
         implementation: None for the first in order of preference that supports the call, a name, or
             a sequence of names that are tried in order. If none of them supports the call, a
             ValueError gives the reasons.
+        upsampling: Integer, or one for each spatial dimension: the outputs for each window. The
+            windows are those of the input's positions, the kernels and the output are on a grid
+            that is finer by this factor, as in CARAFE. Above 1, ``strides`` must be 1. The input is
+            not copied to the fine grid.
 
     Returns:
         Tensor (B, *out_spatial, C) or (B, C, *out_spatial), of the dtype of ``x``.
@@ -82,7 +91,15 @@ def involution(
     """
     x, kernel = as_tensors(x=x, kernel=kernel)
     window = Window(
-        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, rank_of(x)
+        kernel_size,
+        strides,
+        padding,
+        dilation_rate,
+        groups,
+        group_layout,
+        data_format,
+        rank_of(x),
+        upsampling,
     )
     if any_symbolic(x, kernel):
         from involution.ops import symbolic
@@ -102,11 +119,13 @@ def window_products(
     group_layout="contiguous",
     data_format=None,
     implementation=None,
+    *,
+    upsampling=1,
 ):
     """Dot products of each position of ``y`` with its window of ``x``, by groups of channels.
 
         products[b, p, k, g] = sum over channels c of group g of
-            y[b, p, c] * x[b, p * strides - pad + k * dilation_rate, c]
+            y[b, p, c] * x[b, floor(p / upsampling) * strides - pad + k * dilation_rate, c]
 
     This is the gradient of ``involution`` for its kernel, with the same windows, speed and
     derivatives; in local attention, the scores. At a tap outside the input, where ``x`` is 0, the
@@ -115,7 +134,7 @@ def window_products(
     Args:
         x: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
         y: Tensor (B, *out_spatial, C) or (B, C, *out_spatial), of the dtype of ``x``.
-        kernel_size, strides, padding, dilation_rate: As for ``involution``.
+        kernel_size, strides, padding, dilation_rate, upsampling: As for ``involution``.
         groups, group_layout, data_format, implementation: As for ``involution``.
 
     Returns:
@@ -135,7 +154,15 @@ def window_products(
     """
     x, y = as_tensors(x=x, y=y)
     window = Window(
-        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, rank_of(x)
+        kernel_size,
+        strides,
+        padding,
+        dilation_rate,
+        groups,
+        group_layout,
+        data_format,
+        rank_of(x),
+        upsampling,
     )
     if any_symbolic(x, y):
         from involution.ops import symbolic
@@ -157,6 +184,8 @@ def fused_involution(
     group_layout="contiguous",
     data_format=None,
     implementation=None,
+    *,
+    upsampling=1,
 ):
     """``involution`` with the kernels hidden[b, p] @ weight + bias, fused where possible.
 
@@ -172,7 +201,7 @@ def fused_involution(
             *out_spatial).
         weight: Tensor (H, taps * groups), channels tap-major.
         bias: Tensor (taps * groups,).
-        kernel_size, strides, padding, dilation_rate: As for ``involution``.
+        kernel_size, strides, padding, dilation_rate, upsampling: As for ``involution``.
         groups, group_layout, data_format: As for ``involution``.
         implementation: As for ``involution``, and ``"fused"``; the others store the kernels.
 
@@ -194,7 +223,15 @@ def fused_involution(
     """
     x, hidden, weight, bias = as_tensors(x=x, hidden=hidden, weight=weight, bias=bias)
     window = Window(
-        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, rank_of(x)
+        kernel_size,
+        strides,
+        padding,
+        dilation_rate,
+        groups,
+        group_layout,
+        data_format,
+        rank_of(x),
+        upsampling,
     )
     if any_symbolic(x, hidden, weight, bias):
         from involution.ops import symbolic
@@ -205,6 +242,77 @@ def fused_involution(
 
 
 generate_and_apply = fused_involution
+
+
+def transposed_involution(
+    x,
+    kernel,
+    kernel_size,
+    strides=1,
+    padding="same",
+    dilation_rate=1,
+    groups=1,
+    group_layout="contiguous",
+    data_format=None,
+    implementation=None,
+    *,
+    output_padding=None,
+):
+    """Each position of ``x`` adds its channels, times its own kernel, to a window of the output.
+
+    With a sum over all positions p and taps k for which q = p * strides - pad + k * dilation_rate,
+
+        y[b, q, c] = sum over p, k of kernel[b, p, k, g(c)] * x[b, p, c]
+
+    Kernels belong to the positions that are read, not to those that are written: the operator is
+    the gradient of ``involution`` for its input, as transposed convolution is of convolution. With
+    strides it upsamples; without, it is learned propagation (CSPN). It has the speed, dtypes and
+    derivatives of ``involution``.
+
+    Args:
+        x: Tensor (B, *spatial, C), or (B, C, *spatial) for ``"channels_first"``.
+        kernel: Tensor (B, *spatial, taps, groups), or (B, taps, groups, *spatial), of the dtype of
+            ``x``.
+        kernel_size, strides, dilation_rate: As for ``involution``.
+        padding: Positions cut off the output: ``"same"``, ``"valid"``, ``"symmetric"``, an integer
+            or pairs, as for ``involution``.
+        groups, group_layout, data_format, implementation: As for ``involution``.
+        output_padding: Integer, or one for each spatial dimension: additional positions at the end
+            of the output, as in ``keras.layers.Conv2DTranspose``. None: for ``"same"`` as many as
+            give n * strides positions for n of ``x``; for ``"valid"`` as many as give (n - 1) *
+            strides + max(extent, strides), where extent = (kernel_size - 1) * dilation_rate + 1;
+            else 0, which gives (n - 1) * strides + extent - pad_before - pad_after.
+
+    Returns:
+        Tensor (B, *out_spatial, C) or (B, C, *out_spatial), of the dtype of ``x``.
+
+    Raises:
+        ValueError: An argument is out of its range, or the shapes or dtypes do not match.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> x, kernel = np.ones((1, 4, 5, 6), "float32"), np.ones((1, 4, 5, 9, 2), "float32")
+    >>> y = involution.ops.transposed_involution(x, kernel, kernel_size=3, strides=2, groups=2)
+    >>> tuple(y.shape), float(y[0, 1, 1, 0]), float(y[0, 2, 2, 0])
+    ((1, 8, 10, 6), 1.0, 4.0)
+
+    Source: Cheng et al., "Learning Depth with Convolutional Spatial Propagation Network",
+    arXiv:1810.02695, for propagation.
+    """
+    x, kernel = as_tensors(x=x, kernel=kernel)
+    window = Window(
+        kernel_size, strides, padding, dilation_rate, groups, group_layout, data_format, rank_of(x)
+    )
+    transposed = TransposedWindow.of(window, output_padding)
+    if any_symbolic(x, kernel):
+        from involution.ops import symbolic
+
+        operation = symbolic.TransposedInvolutionOperation(
+            implementation, output_padding=output_padding, **window.arguments()
+        )
+        return operation(x, kernel)
+    return calls.transposed_involution(transposed, implementation, x, kernel)
 
 
 @renamed.arguments(hidden="hidden_channels")

@@ -3,6 +3,7 @@
 from involution.ops.dispatch import Selection, select
 from involution.ops.frameworks import namespace
 from involution.ops.problem import check_generator, check_kernel, check_output, problem_of
+from involution.ops.transposed import TransposedWindow
 from involution.ops.validation import CHANNELS_LAST, static_shape
 from involution.ops.window import Window
 
@@ -26,6 +27,19 @@ def fused_involution(window: Window, implementation, x, hidden, weight, bias):
     problem = problem_of(window, x, hidden_channels_of(weight))
     check_generator(problem, hidden, weight, bias)
     return apply_generated(select(problem, implementation), x, hidden, weight, bias)
+
+
+def transposed_involution(transposed: TransposedWindow, implementation, x, kernel):
+    """``involution.ops.transposed_involution`` of tensors."""
+    problem = transposed.problem_of(x)
+    check_kernel(problem, kernel)
+    window, shape = problem.window, namespace(x).shape(x)
+    if None in problem.output_shape:
+        kernel = namespace(x).reshape(
+            kernel, window.shape(shape[0], window.spatial(shape), window.taps, window.groups)
+        )
+    sizes = transposed.output_sizes(window.spatial(shape))
+    return select(problem, implementation).implementation.input_grad(kernel, x, sizes, problem)
 
 
 def apply_kernels(selection: Selection, x, kernel):

@@ -5,6 +5,7 @@ An implementation is a module with
     unsupported_reason(problem)  why it cannot compute a problem, or None
     apply(x, kernel, problem)    the output
     kernel_grad(x, dy, problem)  the gradient of the kernel
+    input_grad(kernel, dy, x_sizes, problem)  the gradient of the input, of these spatial sizes
 
 and, optionally, ``deprioritize_reason(problem)``: why the next one is faster, or None. ``fused``
 generates the kernels itself: its ``apply`` takes (hidden, weight, bias) in place of a kernel.

@@ -63,15 +63,17 @@ def cached(function):
 
 def problem_of(window: Window, x, hidden_channels: int | None = None) -> Problem:
     """The checked problem of one call. Raises ValueError with the rule and the value received."""
+    return make_problem(window, static_shape("x", x), *description_of(x), hidden_channels)
+
+
+def description_of(x) -> tuple[str, str, str | None]:
+    """Dtype, framework and device type of a tensor."""
     framework = framework_of(x)
     if framework is None:
         import keras
 
         framework = keras.config.backend()
-    device = getattr(getattr(x, "device", None), "type", None)
-    return make_problem(
-        window, static_shape("x", x), dtype_name(x.dtype), framework, device, hidden_channels
-    )
+    return dtype_name(x.dtype), framework, getattr(getattr(x, "device", None), "type", None)
 
 
 @cached

@@ -7,16 +7,21 @@ sums depends on the batch size.
 
 from involution.ops import tensor_utils
 from involution.ops.frameworks import namespace
+from involution.ops.reference import input_grad
 from involution.ops.tensor_utils import (
-    merge_groups,
+    merge_kernel,
+    merge_output,
     pad_and_split,
     spatial_axis,
     spatial_shape,
-    split_groups,
+    split_kernel,
+    split_output,
     strided_slice,
     to_accumulation_dtype,
 )
 from involution.ops.validation import CHANNELS_LAST
+
+__all__ = ["apply", "input_grad", "kernel_grad", "unsupported_reason"]
 
 
 def unsupported_reason(problem) -> str | None:
@@ -28,7 +33,7 @@ def unsupported_reason(problem) -> str | None:
 def apply(x, kernel, problem):
     """Y[b, p, c] = sum over taps of kernel[b, p, tap, group of c] * X[b, window of p at tap, c]."""
     ops, window = namespace(x), problem.window
-    weights, width = to_accumulation_dtype(kernel), window.kernel_size[-1]
+    weights, width = split_kernel(to_accumulation_dtype(kernel), window), window.kernel_size[-1]
     y = 0.0
     for row, values in enumerate(_rows(x, window)):
         taps = slice(row * width, (row + 1) * width)
@@ -38,25 +43,26 @@ def apply(x, kernel, problem):
             row_weights = ops.moveaxis(row_weights, window.tap_axis, -1)
         row_weights = ops.expand_dims(row_weights, _group_channel_axis(window))
         y = y + ops.sum(row_weights * values, axis=_tap_axis(window))
-    return ops.cast(merge_groups(y, window), x.dtype)
+    return ops.cast(merge_output(y, window), x.dtype)
 
 
 def kernel_grad(x, dy, problem):
     """dkernel[b, p, tap, group] = sum over channels c: dy[b, p, c] * x[b, tap of window p, c]."""
     ops, window = namespace(x), problem.window
-    grouped_dy = ops.expand_dims(split_groups(to_accumulation_dtype(dy), window), _tap_axis(window))
+    grouped_dy = ops.expand_dims(split_output(to_accumulation_dtype(dy), window), _tap_axis(window))
     axis = _group_channel_axis(window)
     rows = [ops.sum(grouped_dy * values, axis=axis) for values in _rows(x, window)]
     if window.data_format != CHANNELS_LAST:
         rows = [ops.moveaxis(row, -1, window.tap_axis) for row in rows]
-    return ops.cast(ops.concatenate(rows, axis=window.tap_axis), x.dtype)
+    kernel = merge_kernel(ops.concatenate(rows, axis=window.tap_axis), window)
+    return ops.cast(kernel, x.dtype)
 
 
 def _rows(x, window):
     """For each row of taps (taps that differ in the last dimension only), the input values at every
     output position: a grouped tensor with the row's taps as an additional, last spatial axis."""
     x_sizes = spatial_shape(x, window)
-    count = window.output_sizes(x_sizes)
+    count = window.window_counts(x_sizes)
     padded = pad_and_split(to_accumulation_dtype(x), x_sizes, window)
     last = _tap_axis(window) - 1
     width = window.kernel_size[-1]

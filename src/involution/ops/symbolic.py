@@ -6,6 +6,7 @@ from involution.ops import calls
 from involution.ops.calls import hidden_channels_of, rank_of
 from involution.ops.dispatch import select
 from involution.ops.problem import Problem, check_generator, check_kernel, check_output, problem_of
+from involution.ops.transposed import TransposedWindow
 from involution.ops.window import Window
 
 
@@ -53,6 +54,30 @@ class WindowProductsOperation(_Operation):
         check_output(problem, y)
         select(problem, self.implementation)
         return keras.KerasTensor(problem.kernel_shape, dtype=problem.dtype)
+
+
+@keras.saving.register_keras_serializable(package="involution")
+class TransposedInvolutionOperation(_Operation):
+    """``transposed_involution`` as a node."""
+
+    def __init__(self, implementation=None, name=None, output_padding=None, **arguments):
+        super().__init__(implementation, name, **arguments)
+        self.output_padding = output_padding
+
+    def _transposed(self, x) -> TransposedWindow:
+        return TransposedWindow.of(self._window(x), self.output_padding)
+
+    def call(self, x, kernel):
+        return calls.transposed_involution(self._transposed(x), self.implementation, x, kernel)
+
+    def compute_output_spec(self, x, kernel):
+        problem = self._transposed(x).problem_of(x)
+        check_kernel(problem, kernel)
+        select(problem, self.implementation)
+        return keras.KerasTensor(problem.x_shape, dtype=problem.dtype)
+
+    def get_config(self):
+        return {**super().get_config(), "output_padding": self.output_padding}
 
 
 # Model files contain the registered name.

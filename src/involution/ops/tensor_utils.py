@@ -1,7 +1,8 @@
 """Tensor operations of the portable implementations, for any rank, data format and group layout.
 
 Grouped tensors have two channel axes, groups and channels of a group, over which one tap of the
-kernel broadcasts.
+kernel broadcasts. With upsampling they have a third one before these, the phases; its size is 1 for
+the operator's input, so that each window broadcasts over the outputs that share it.
 """
 
 import math
@@ -72,31 +73,102 @@ def _maximum(a, b):
 
 
 def spatial_axis(window) -> int:
-    """First spatial axis of a grouped tensor or a kernel tensor, which have two channel axes."""
-    return 1 if window.data_format == CHANNELS_LAST else 3
+    """First spatial axis of a grouped tensor or a split kernel tensor."""
+    return 1 if window.data_format == CHANNELS_LAST else 3 + (window.phases > 1)
 
 
 def split_groups(x, window):
-    """A grouped tensor: C becomes (groups, channels of a group), ordered by the group layout."""
+    """The grouped tensor of an input of the operator: C becomes (groups, channels of a group),
+    ordered by the group layout."""
     ops = namespace(x)
     shape = ops.shape(x)
-    return ops.reshape(
-        x,
-        window.shape(
-            shape[0], window.spatial(shape), *window.split_channels(x.shape[window.channel_axis])
-        ),
-    )
+    channels = window.split_channels(x.shape[window.channel_axis])
+    if window.phases > 1:
+        channels = (1, *channels)
+    return ops.reshape(x, window.shape(shape[0], window.spatial(shape), *channels))
 
 
 def merge_groups(grouped, window):
     """The inverse of ``split_groups``."""
     ops = namespace(grouped)
     shape = ops.shape(grouped)
-    first = spatial_axis(window)
-    channels = grouped.shape[window.channel_axis] * grouped.shape[window.channel_axis + 1]
+    first, axis = spatial_axis(window), window.channel_axis
+    channels = math.prod(grouped.shape[axis : axis + 2 + (window.phases > 1)])
     return ops.reshape(
         grouped, window.shape(shape[0], shape[first : first + window.rank], channels)
     )
+
+
+def split_output(y, window):
+    """The grouped tensor of an output of the operator."""
+    if window.phases == 1:
+        return split_groups(y, window)
+    y, ops = _split_phases(y, window, 0), namespace(y)
+    shape, first = list(ops.shape(y)), window.channel_axis + 1
+    shape[first : first + 1] = window.split_channels(y.shape[first])
+    return ops.reshape(y, shape)
+
+
+def merge_output(grouped, window):
+    """The inverse of ``split_output``."""
+    if window.phases == 1:
+        return merge_groups(grouped, window)
+    ops = namespace(grouped)
+    shape, first = list(ops.shape(grouped)), window.channel_axis + 1
+    shape[first : first + 2] = [grouped.shape[first] * grouped.shape[first + 1]]
+    return _merge_phases(ops.reshape(grouped, shape), window, 0)
+
+
+def split_kernel(kernel, window):
+    """A kernel tensor with an axis of phases between taps and groups, if there is upsampling."""
+    return kernel if window.phases == 1 else _split_phases(kernel, window, 1)
+
+
+def merge_kernel(kernel, window):
+    """The inverse of ``split_kernel``."""
+    return kernel if window.phases == 1 else _merge_phases(kernel, window, 1)
+
+
+def _split_phases(tensor, window, position):
+    """Space to depth: moves the phases of the outputs from the spatial axes to an axis of their
+    own, before the channel axis of this position."""
+    ops, rank = namespace(tensor), window.rank
+    batch, *rest = ops.shape(tensor)
+    last = window.data_format == CHANNELS_LAST
+    sizes, channels = (rest[:rank], rest[rank:]) if last else (rest[-rank:], rest[:-rank])
+    counts = [n // u for n, u in zip(sizes, window.upsampling, strict=True)]
+    pairs = [n for pair in zip(counts, window.upsampling, strict=True) for n in pair]
+    split = ops.reshape(tensor, (batch, *pairs, *channels) if last else (batch, *channels, *pairs))
+    split = ops.transpose(split, _phases_last(window, len(channels), position))
+    channels.insert(position, window.phases)
+    return ops.reshape(split, window.shape(batch, counts, *channels))
+
+
+def _merge_phases(tensor, window, position):
+    """The inverse of ``_split_phases``."""
+    ops, rank = namespace(tensor), window.rank
+    batch, *rest = ops.shape(tensor)
+    last = window.data_format == CHANNELS_LAST
+    counts, channels = (rest[:rank], rest[rank:]) if last else (rest[-rank:], rest[:-rank])
+    del channels[position]
+    split = [*channels[:position], *window.upsampling, *channels[position:]]
+    split = ops.reshape(tensor, window.shape(batch, counts, *split))
+    axes = _phases_last(window, len(channels), position)
+    split = ops.transpose(split, [axes.index(i) for i in range(len(axes))])
+    sizes = [n * u for n, u in zip(counts, window.upsampling, strict=True)]
+    return ops.reshape(split, window.shape(batch, sizes, *channels))
+
+
+def _phases_last(window, channel_axes, position) -> list[int]:
+    """The order of axes that moves the phase of each spatial axis, which follows it, before the
+    channel axis of this position."""
+    last = window.data_format == CHANNELS_LAST
+    first = 1 if last else 1 + channel_axes
+    counts = [first + 2 * i for i in range(window.rank)]
+    start = 1 + 2 * window.rank if last else 1
+    channels = list(range(start, start + channel_axes))
+    channels[position:position] = [axis + 1 for axis in counts]
+    return [0, *counts, *channels] if last else [0, *channels, *counts]
 
 
 def pad_and_split(x, x_sizes, window):
@@ -138,6 +210,19 @@ def pad_spatial(grouped, pads, window):
     return namespace(grouped).pad(grouped, pad_width)
 
 
+def insert_zeros(grouped, window):
+    """Follows each position by ``strides`` - 1 zeros, in every spatial dimension."""
+    ops = namespace(grouped)
+    for axis, stride in enumerate(window.strides, spatial_axis(window)):
+        if stride > 1:
+            shape = list(ops.shape(grouped))
+            pad_width = [(0, 0)] * (len(shape) + 1)
+            pad_width[axis + 1] = (0, stride - 1)
+            shape[axis] *= stride
+            grouped = ops.reshape(ops.pad(ops.expand_dims(grouped, axis + 1), pad_width), shape)
+    return grouped
+
+
 def strided_slice(grouped, start, strides, count, window, first=None):
     """Every ``strides``-th position from ``start``, ``count`` in each spatial dimension.
 
@@ -151,7 +236,7 @@ def strided_slice(grouped, start, strides, count, window, first=None):
 
 
 def tap_kernel(kernel, tap, window):
-    """One tap of a kernel tensor, with an axis of size 1 for the channels of a group."""
+    """One tap of a split kernel tensor, with an axis of size 1 for the channels of a group."""
     return namespace(kernel).expand_dims(
         kernel[(slice(None),) * window.tap_axis + (tap,)], window.group_channel_axis
     )

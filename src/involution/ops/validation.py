@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from involution.backend import image_data_format
 
-SAME, VALID, SYMMETRIC = "same", "valid", "symmetric"
+SAME, VALID, SYMMETRIC, CAUSAL = "same", "valid", "symmetric", "causal"
 CONTIGUOUS, INTERLEAVED = "contiguous", "interleaved"
 CHANNELS_LAST, CHANNELS_FIRST = "channels_last", "channels_first"
 
@@ -33,6 +33,13 @@ def standardize_padding(name, padding, rank):
     """A mode, or (before, after) for every spatial dimension."""
     if isinstance(padding, str) and padding in (SAME, VALID, SYMMETRIC):
         return padding
+    if isinstance(padding, str) and padding == CAUSAL:
+        if rank != 1:
+            raise ValueError(
+                "`padding` 'causal' requires one spatial dimension. "
+                f"Received: {name}={padding!r}, with {rank} spatial dimensions"
+            )
+        return padding
     try:
         if isinstance(padding, Sequence) and not isinstance(padding, str):
             if len(padding) == rank:
@@ -42,8 +49,9 @@ def standardize_padding(name, padding, rank):
     except (TypeError, ValueError):
         pass
     raise ValueError(
-        f"`{name}` must be 'same', 'valid', 'symmetric', an integer of at least 0, or a sequence "
-        f"of {rank} pairs (before, after) of such integers, one for each spatial dimension. "
+        f"`{name}` must be 'same', 'valid', 'symmetric', 'causal' (one dimension), an integer of "
+        f"at least 0, or a sequence of {rank} pairs (before, after) of such integers, one for each "
+        f"spatial dimension. "
         f"Received: {name}={padding!r}"
     )
 

@@ -2,10 +2,13 @@
 
 Output position ``p`` reads, at tap ``k`` of its window, the input position
 
-    p * strides - pad_before + k * dilation_rate
+    floor(p / upsampling) * strides - pad_before + k * dilation_rate
 
 in every spatial dimension. Taps are in row-major order (the last dimension varies fastest), the
 kernel's channels are tap-major (``tap * groups + group``), and positions outside the input are 0.
+
+With upsampling, ``upsampling`` consecutive outputs in each dimension have the same window. Their
+positions modulo ``upsampling`` are their phases; a phase is an involution without upsampling.
 """
 
 import dataclasses
@@ -14,6 +17,7 @@ import math
 from typing import Any
 
 from involution.ops.validation import (
+    CAUSAL,
     CHANNELS_LAST,
     CONTIGUOUS,
     INTERLEAVED,
@@ -63,12 +67,18 @@ class Window:
         default=None, metadata={"standardize": standardize_data_format}
     )
     rank: int = None  # type: ignore[assignment]  # set by __post_init__
+    upsampling: Ints = dataclasses.field(default=1, metadata={"standardize": standardize_tuple})
 
     def __post_init__(self):
         if self.rank is None:
             object.__setattr__(self, "rank", len(self.kernel_size))
         for name, standardize in STANDARDIZE:
             object.__setattr__(self, name, standardize(name, getattr(self, name), self.rank))
+        if self.phases > 1 and max(self.strides) > 1:
+            raise ValueError(
+                "`strides` must be 1 where `upsampling` is above 1. "
+                f"Received: strides={self.strides}, upsampling={self.upsampling}"
+            )
 
     def arguments(self) -> dict:
         """The keyword arguments of the public functions."""
@@ -78,6 +88,11 @@ class Window:
     def taps(self) -> int:
         """Number of positions in one window."""
         return math.prod(self.kernel_size)
+
+    @property
+    def phases(self) -> int:
+        """Number of outputs that share a window."""
+        return math.prod(self.upsampling)
 
     @property
     def tap_offsets(self) -> list[tuple[int, ...]]:
@@ -123,8 +138,8 @@ class Window:
 
     @property
     def group_channel_axis(self) -> int:
-        """The axis of the channels of a group, after the channel axis is split in two."""
-        return self.channel_axis + (1 if self.group_layout == CONTIGUOUS else 0)
+        """The axis of the channels of a group in a grouped tensor (see ``ops/tensor_utils``)."""
+        return self.channel_axis + (self.phases > 1) + (1 if self.group_layout == CONTIGUOUS else 0)
 
     def pads(self, sizes, maximum=max) -> tuple:
         """(before, after) for every spatial dimension of an input of these sizes.
@@ -142,8 +157,9 @@ class Window:
 
     @property
     def first_center(self) -> tuple[int, ...]:
-        """The first window's center in each dimension; 0 for "same" by definition."""
-        if self.padding == SAME:
+        """The first window's center in each dimension; 0 for "same" by definition, and for
+        "causal", whose windows are generated from their last position."""
+        if self.padding in (SAME, CAUSAL):
             return (0,) * self.rank
         # Except for "same", the padding before does not depend on the input's size.
         before = (pair[0] for pair in self.pads((1,) * self.rank))
@@ -151,11 +167,20 @@ class Window:
 
     def output_sizes(self, sizes) -> tuple:
         """Spatial sizes of the output; None where the input's size is None."""
-        return tuple(None if n is None else self._output_size(i, n) for i, n in enumerate(sizes))
+        counts = self.window_counts(sizes)
+        if self.phases == 1:
+            return counts
+        return tuple(
+            None if n is None else n * u for n, u in zip(counts, self.upsampling, strict=True)
+        )
 
-    def _output_size(self, i, n):
+    def window_counts(self, sizes) -> tuple:
+        """Number of windows in each dimension: the output's sizes without upsampling."""
+        return tuple(None if n is None else self._window_count(i, n) for i, n in enumerate(sizes))
+
+    def _window_count(self, i, n):
         stride = self.strides[i]
-        if self.padding == SAME:
+        if self.padding in (SAME, CAUSAL):
             return ceil_div(n, stride)
         span = self.dilation_rate[i] * (self.kernel_size[i] - 1)
         if isinstance(self.padding, tuple):
@@ -175,12 +200,15 @@ class Window:
         for i, n in enumerate(sizes):
             if n is None:
                 continue
-            if self.padding in (SAME, SYMMETRIC):
+            if self.padding == CAUSAL:
+                # All taps but the last are before the input.
+                rates[i] = min(rates[i], max(n, 1))
+            elif self.padding in (SAME, SYMMETRIC):
                 # The taps nearest to a window's center are at least half a step from it: with this
                 # rate, beyond either end of the input. The rate changes by an even number, because
                 # the padding is half of the window's extent.
                 rates[i] = min(rates[i], 2 * n + 2 + rates[i] % 2)
-            if self._output_size(i, n) == 1:
+            if self._window_count(i, n) == 1:
                 pair = self.padding[i] if isinstance(self.padding, tuple) else (0, 0)
                 strides[i] = min(strides[i], n + sum(pair))
         if (*strides, *rates) == (*self.strides, *self.dilation_rate):
@@ -208,6 +236,8 @@ def _pads(padding, n, kernel, stride, dilation, maximum):
         return (0, 0)
     if padding == SYMMETRIC:
         return (span // 2, span // 2)
+    if padding == CAUSAL:
+        return (span, 0)
     if stride == 1:
         total = span
     elif n is None:

@@ -11,6 +11,7 @@ ones_like = tf.ones_like
 pad = tf.pad
 reshape = tf.reshape
 stack = tf.stack
+transpose = tf.transpose
 where = tf.where
 zeros_like = tf.zeros_like
 cast = tf.cast

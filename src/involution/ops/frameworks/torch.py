@@ -12,6 +12,7 @@ reshape = torch.reshape
 softmax = torch.softmax
 stack = torch.stack
 swapaxes = torch.swapaxes
+transpose = torch.permute
 where = torch.where
 zeros_like = torch.zeros_like
 

@@ -5,7 +5,7 @@ a module with ``unsupported_reason(problem)``, ``call(pass_, window, sizes, a, b
 and ``call_fused(pass_, window, sizes, *arguments)`` for the fused ones.
 """
 
-from involution.ops.autodiff import FORWARD, KERNEL_GRAD, tracing_reason
+from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD, tracing_reason
 from involution.ops.frameworks import FRAMEWORKS, framework_of
 from involution.ops.native import library
 from involution.ops.tensor_utils import spatial_shape
@@ -21,8 +21,8 @@ def unsupported_reason(problem) -> str | None:
         return reason
     window = problem.window
     pads = [] if isinstance(window.padding, str) else [p for pair in window.padding for p in pair]
-    if max(*window.last_offset, *window.strides, *pads) > library.MAX_STEP:
-        return f"the extent of a window, a stride or a padding exceeds {library.MAX_STEP}"
+    if max(*window.last_offset, *window.strides, *window.upsampling, *pads) > library.MAX_STEP:
+        return f"a window's extent, stride, padding or upsampling exceeds {library.MAX_STEP}"
     return _binding(problem.framework).unsupported_reason(problem)
 
 
@@ -35,6 +35,10 @@ def deprioritize_reason(problem) -> str | None:
 
 def apply(x, kernel, problem):
     return _call(FORWARD, x, kernel, problem.window)
+
+
+def input_grad(kernel, dy, x_sizes, problem):
+    return _binding(framework_of(kernel)).call(INPUT_GRAD, problem.window, x_sizes, kernel, dy)
 
 
 def kernel_grad(x, dy, problem):

@@ -53,6 +53,7 @@ class Params:
     dilation_rate: Spatial
     pad_before: Spatial
     hidden_channels: Int = 0
+    upsampling: Spatial = (1, 1, 1)
 
     def encode(self) -> list:
         return [
@@ -69,6 +70,7 @@ class Params:
             *self.dilation_rate,
             *self.pad_before,
             self.hidden_channels,
+            *self.upsampling,
         ]
 
     @classmethod
@@ -148,6 +150,7 @@ def _encode_sizes(window, x_sizes, pass_, dtype, channels, hidden_channels) -> l
         dilation_rate=pad_rank(dilation_rate, 1),
         pad_before=pad_rank([before for before, _ in pads(x_sizes, window)], 0),
         hidden_channels=hidden_channels,
+        upsampling=pad_rank(window.upsampling, 1),
     ).encode()
 
 

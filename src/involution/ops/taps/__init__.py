@@ -5,12 +5,12 @@ compiled if the framework has a compiler, and with derivatives.
 """
 
 from involution.ops import tensor_utils
-from involution.ops.autodiff import FORWARD, KERNEL_GRAD, tracing_reason
+from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD, tracing_reason
 from involution.ops.frameworks import FRAMEWORKS, framework_of
 from involution.ops.taps.passes import compute
 from involution.ops.tensor_utils import spatial_shape
 
-__all__ = ["apply", "call", "compute", "kernel_grad", "unsupported_reason"]
+__all__ = ["apply", "call", "compute", "input_grad", "kernel_grad", "unsupported_reason"]
 
 
 def unsupported_reason(problem) -> str | None:
@@ -23,6 +23,10 @@ def unsupported_reason(problem) -> str | None:
 def apply(x, kernel, problem):
     window = problem.window
     return call(FORWARD, window, spatial_shape(x, window), x, kernel)
+
+
+def input_grad(kernel, dy, x_sizes, problem):
+    return call(INPUT_GRAD, problem.window, x_sizes, kernel, dy)
 
 
 def kernel_grad(x, dy, problem):

@@ -11,15 +11,19 @@ from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD
 from involution.ops.frameworks import namespace
 from involution.ops.tensor_utils import (
     merge_groups,
+    merge_kernel,
+    merge_output,
     pad_and_split,
     pad_spatial,
     pads,
     spatial_axis,
-    split_groups,
+    split_kernel,
+    split_output,
     strided_slice,
     tap_kernel,
     to_accumulation_dtype,
 )
+from involution.ops.validation import CHANNELS_LAST
 from involution.ops.window import Window
 
 # Unrolled additions before a partial sum is stored; bounds the program's size.
@@ -39,8 +43,8 @@ def compute(pass_, window: Window, x_sizes, a, b):
 
 def _output(x, kernel, x_sizes, window):
     padded = pad_and_split(x, x_sizes, window)
-    count = window.output_sizes(x_sizes)
-    return merge_groups(
+    count, kernel = window.window_counts(x_sizes), split_kernel(kernel, window)
+    return merge_output(
         _sum(
             tap_kernel(kernel, tap, window)
             * strided_slice(padded, offset, window.strides, count, window)
@@ -65,10 +69,10 @@ def _input_gradient(kernel, dy, x_sizes, window):
     # For unknown sizes, an upper bound of the positions after the last output.
     margin = [
         (r, n - out if isinstance(n, int) and isinstance(out, int) else r + 2)
-        for r, n, out in zip(reach, count, window.output_sizes(x_sizes), strict=True)
+        for r, n, out in zip(reach, count, window.window_counts(x_sizes), strict=True)
     ]
-    kernel = pad_spatial(kernel, margin, window)
-    dy = pad_spatial(split_groups(dy, window), margin, window)
+    kernel = pad_spatial(split_kernel(kernel, window), margin, window)
+    dy = pad_spatial(split_output(dy, window), margin, window)
     ones = (1,) * window.rank
 
     terms: dict = {}
@@ -77,12 +81,16 @@ def _input_gradient(kernel, dy, x_sizes, window):
         remainder = tuple(o % s for o, s in zip(offset, window.strides, strict=True))
         terms.setdefault(remainder, []).append((tap, start))
 
+    def product(tap, start):
+        terms = tap_kernel(
+            strided_slice(kernel, start, ones, count, window), tap, window
+        ) * strided_slice(dy, start, ones, count, window)
+        if window.phases == 1:
+            return terms
+        return namespace(terms).sum(terms, window.channel_axis, keepdims=True)
+
     def phase_sum(taps):
-        return _sum(
-            tap_kernel(strided_slice(kernel, start, ones, count, window), tap, window)
-            * strided_slice(dy, start, ones, count, window)
-            for tap, start in taps
-        )
+        return _sum(product(tap, start) for tap, start in taps)
 
     padded_gradient = _interleave_phases(
         {remainder: phase_sum(taps) for remainder, taps in terms.items()}, window
@@ -131,17 +139,20 @@ def _interleave_axis(parts, stride, axis):
 
 def _kernel_gradient(x, dy, x_sizes, window):
     padded = pad_and_split(x, x_sizes, window)
-    count = window.output_sizes(x_sizes)
-    xs, dys = _group_channels(padded, window), _group_channels(split_groups(dy, window), window)
+    count = window.window_counts(x_sizes)
+    xs, dys = _group_channels(padded, window), _group_channels(split_output(dy, window), window)
+    last = window.data_format == CHANNELS_LAST
+    first = 2 if last else spatial_axis(window)  # spatial axis of one of these
 
     def tap(offset):
         partial = _sum(
-            strided_slice(a, offset, window.strides, count, window, window.spatial_axis + 1) * b
+            strided_slice(a, offset, window.strides, count, window, first) * b
             for a, b in zip(xs, dys, strict=True)
         )
         return _sum(partial[i] for i in range(partial.shape[0]))
 
-    return namespace(x).stack([tap(offset) for offset in window.tap_offsets], axis=window.tap_axis)
+    taps = [tap(offset) for offset in window.tap_offsets]
+    return merge_kernel(namespace(x).stack(taps, axis=window.tap_axis), window)
 
 
 def _group_channels(grouped, window):

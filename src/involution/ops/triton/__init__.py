@@ -8,7 +8,7 @@ stored kernels stay in L2.
 import importlib.util
 import os
 
-from involution.ops.autodiff import FORWARD, KERNEL_GRAD, tracing_reason
+from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD, tracing_reason
 from involution.ops.tensor_utils import spatial_shape
 
 # Compute capabilities: the lowest that Triton supports, and the lowest with bfloat16.
@@ -51,6 +51,10 @@ def fused_unsupported_reason(problem) -> str | None:
 
 def apply(x, kernel, problem):
     return _operations().call(FORWARD, problem.window, spatial_shape(x, problem.window), x, kernel)
+
+
+def input_grad(kernel, dy, x_sizes, problem):
+    return _operations().call(INPUT_GRAD, problem.window, x_sizes, kernel, dy)
 
 
 def kernel_grad(x, dy, problem):

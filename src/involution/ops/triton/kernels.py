@@ -71,7 +71,7 @@ def _output_index(i, tap, stride, rate, pad, size):
 # Suffixes of a tensor's name are strides: b batch; d, h, w spatial; k taps; g groups; c channels.
 # `cg` and `cc` are the strides of groups and of a group's channels in units of channels; `count` is
 # the number of positions of all samples, and `size_bucket` its bit length, an autotuning key. Small
-# integers are passed in 32 bits: products must start with a 64-bit factor.
+# integers are passed in 32 bits: products must start with a 64-bit factor. UD, UH, UW: upsampling.
 
 
 @triton.jit
@@ -82,6 +82,7 @@ def forward(
     size_bucket, count, groups, group_channels, cg, cc,
     id_, ih, iw, od, oh, ow, sd, sh, sw, rd, rh, rw, pd, ph, pw,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr,
     ACC_DTYPE: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -101,9 +102,9 @@ def forward(
     total = tl.zeros(valid_channel.shape, ACC_DTYPE)
     for i in range(KD * KH * KW):
         tap = start_p * 0 + i
-        iz, in_z = _input_index(z, tap // (KH * KW), sd, rd, pd, id_)
-        iv, in_v = _input_index(v, tap // KW % KH, sh, rh, ph, ih)
-        iu, in_u = _input_index(u, tap % KW, sw, rw, pw, iw)
+        iz, in_z = _input_index(z // UD, tap // (KH * KW), sd, rd, pd, id_)
+        iv, in_v = _input_index(v // UH, tap // KW % KH, sh, rh, ph, ih)
+        iu, in_u = _input_index(u // UW, tap % KW, sw, rw, pw, iw)
         in_bounds = in_z & in_v & in_u
         # Also out of bounds: the product of a non-finite weight with 0 is NaN.
         weight = tl.load(kernel_at + tap * kk, mask=valid_position, other=0.0)
@@ -123,6 +124,7 @@ def input_grad(
     size_bucket, count, groups, group_channels, cg, cc,
     id_, ih, iw, od, oh, ow, sd, sh, sw, rd, rh, rw, pd, ph, pw,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr,
     ACC_DTYPE: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -140,11 +142,16 @@ def input_grad(
     kernel_at = kernel + b * kb + g * kg
     dy_at = dy + b * yb + channel * yc
     total = tl.zeros(valid_channel.shape, ACC_DTYPE)
-    for i in range(KD * KH * KW):
-        tap = start_p * 0 + i
-        oz, of_z = _output_index(z, tap // (KH * KW), sd, rd, pd, od)
-        ov, of_v = _output_index(v, tap // KW % KH, sh, rh, ph, oh)
-        ou, of_u = _output_index(u, tap % KW, sw, rw, pw, ow)
+    # The windows that contain a position, and the outputs of each: its phases.
+    for i in range(KD * KH * KW * UD * UH * UW):
+        phase = (start_p * 0 + i) % (UD * UH * UW)
+        tap = (start_p * 0 + i) // (UD * UH * UW)
+        oz, of_z = _output_index(z, tap // (KH * KW), sd, rd, pd, od // UD)
+        ov, of_v = _output_index(v, tap // KW % KH, sh, rh, ph, oh // UH)
+        ou, of_u = _output_index(u, tap % KW, sw, rw, pw, ow // UW)
+        oz = oz * UD + phase // (UH * UW)
+        ov = ov * UH + phase // UW % UH
+        ou = ou * UW + phase % UW
         read = of_z & of_v & of_u
         at = oz * kd + ov * kh + ou * kw + tap * kk
         weight = tl.load(kernel_at + at, mask=valid_position & read, other=0.0)
@@ -162,6 +169,7 @@ def kernel_grad(
     size_bucket, count, groups, group_channels, cg, cc,
     id_, ih, iw, od, oh, ow, sd, sh, sw, rd, rh, rw, pd, ph, pw,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr,
     ACC_DTYPE: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -181,9 +189,9 @@ def kernel_grad(
     axis: tl.constexpr = 1 if CHANNELS_FIRST else 2
     for i in range(KD * KH * KW):
         tap = start_p * 0 + i
-        iz, in_z = _input_index(z, tap // (KH * KW), sd, rd, pd, id_)
-        iv, in_v = _input_index(v, tap // KW % KH, sh, rh, ph, ih)
-        iu, in_u = _input_index(u, tap % KW, sw, rw, pw, iw)
+        iz, in_z = _input_index(z // UD, tap // (KH * KW), sd, rd, pd, id_)
+        iv, in_v = _input_index(v // UH, tap // KW % KH, sh, rh, ph, ih)
+        iu, in_u = _input_index(u // UW, tap % KW, sw, rw, pw, iw)
         in_bounds = in_z & in_v & in_u
         at = iz * xd + iv * xh + iu * xw
         total = tl.zeros(valid_position.shape, ACC_DTYPE)
@@ -208,6 +216,7 @@ def fused_forward(
     size_bucket, count, groups, group_channels, cg, cc, hidden_channels,
     id_, ih, iw, od, oh, ow, sd, sh, sw, rd, rh, rw, pd, ph, pw,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr,
     CAST_TO_FLOAT32: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -239,9 +248,9 @@ def fused_forward(
             if CAST_TO_FLOAT32:
                 rows, columns = rows.to(tl.float32), columns.to(tl.float32)
             kernel = tl.dot(rows, columns, kernel, input_precision="ieee")
-        iz, in_z = _input_index(z[:, None], tap[None, :] // (KH * KW), sd, rd, pd, id_)
-        iv, in_v = _input_index(v[:, None], tap[None, :] // KW % KH, sh, rh, ph, ih)
-        iu, in_u = _input_index(u[:, None], tap[None, :] % KW, sw, rw, pw, iw)
+        iz, in_z = _input_index(z[:, None] // UD, tap[None, :] // (KH * KW), sd, rd, pd, id_)
+        iv, in_v = _input_index(v[:, None] // UH, tap[None, :] // KW % KH, sh, rh, ph, ih)
+        iu, in_u = _input_index(u[:, None] // UW, tap[None, :] % KW, sw, rw, pw, iw)
         in_bounds = in_z & in_v & in_u & (p[:, None] < count) & valid_tap[None, :]
         at = iz * xd + iv * xh + iu * xw
         values = tl.load(
@@ -259,7 +268,10 @@ def fused_forward(
 
 
 IS_INTERPRETER = not isinstance(forward, triton.JITFunction)
-AUTOTUNE_KEY = ["size_bucket", "groups", "group_channels", "KD", "KH", "KW", "CHANNELS_FIRST"]
+AUTOTUNE_KEY = [
+    *("size_bucket", "groups", "group_channels"),
+    *("KD", "KH", "KW", "UD", "UH", "UW", "CHANNELS_FIRST"),
+]
 
 
 def _autotuned(function, key, positions):

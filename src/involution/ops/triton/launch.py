@@ -54,6 +54,7 @@ def _launch(p: Params, rank, a, b, result):
             *_channel_strides(p),
             *_geometry(p),
             *p.kernel_size,
+            *p.upsampling,
             ACC_DTYPE=kernels.acc_dtype(result.dtype),
             CHANNELS_FIRST=bool(p.channels_first),
             BLOCK_G=block_g,
@@ -109,6 +110,7 @@ def _fused_forward(p, rank, x, hidden, weight, bias, y, _):
             p.hidden_channels,
             *_geometry(p),
             *p.kernel_size,
+            *p.upsampling,
             # The interpreter's ``tl.dot`` of bfloat16 is wrong.
             CAST_TO_FLOAT32=kernels.IS_INTERPRETER,
             BLOCK_C=block_c,
