@@ -1,4 +1,4 @@
-"""Layers of causal generators, whose values at a position do not depend on how many others there are.
+"""Layers of causal generators: values at a position do not depend on the number of positions.
 
 PyTorch's matrix products and convolutions choose the order of their sums by the number of rows, so
 that a sequence computed step by step would differ from the whole in the last bit. Here the order is

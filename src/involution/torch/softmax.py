@@ -6,7 +6,6 @@ import torch
 
 from involution.ops import calls
 from involution.ops.attention import MASK_VALUE
-from involution.ops.validation import CAUSAL
 from involution.torch.functional import to_last
 
 IN_BOUNDS = "in_bounds"
@@ -41,16 +40,17 @@ def taps_inside(window, present):
     return inside.movedim((-1, -2), (1, 2)) > 0.5
 
 
-def softmax(kernel, window, inside=None):
+def softmax(kernel, inside=None, is_causal=False):
     """Softmax over the taps of kernels (B, groups, taps, *out_spatial), in the dtype of sums.
 
     Args:
         inside: Result of ``taps_inside``; the weights of other taps are zero.
+        is_causal: Whether a kernel must not depend on the number of positions, to the last bit.
     """
     kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
     if inside is not None:
         kernel = torch.where(inside, kernel, MASK_VALUE)
-    if window.padding != CAUSAL:
+    if not is_causal:
         return torch.softmax(kernel, 2)
     # On another axis than the last, PyTorch's softmax is another function for the positions that
     # fill no vector: the last bit of a kernel would depend on the number of positions.
