@@ -229,15 +229,17 @@ class LowRank(Convolutional):
         factory = {"device": device, "dtype": dtype}
         (rank,) = standardize_tuple("rank", rank, 1)
         self.pool = average_pool(window)
-        self.conv1 = named(conv=convolution(window.rank, channels, rank, bias=False, **factory))
+        conv = convolution(window.rank, channels, rank, bias=False, **factory)
         # Keeps the variance of the features.
-        nn.init.kaiming_normal_(self.conv1.conv.weight, nonlinearity="linear")
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
+        self.conv1 = named(conv=conv)
         # Not a part of the bias, which weight decay moves towards 0.
         constant = _residual_tap(window, **factory) if residual else None
         self._make_last(rank, window, constant, **factory)
-        nn.init.zeros_(self.conv2.conv.weight)
+        weight, bias = self.conv2.parameters()
+        nn.init.zeros_(weight)
         bound = 1 / math.sqrt(window.taps)
-        nn.init.uniform_(self.conv2.conv.bias, -bound, bound)
+        nn.init.uniform_(bias, -bound, bound)
 
     def hidden(self, features):
         return self._call(self.conv1, self.pool(features))
@@ -309,11 +311,11 @@ class Carafe(nn.Module):
             (guide_channels,) = standardize_tuple("guide_channels", guide_channels, 1)
             self.guide_compressor = convolution(rank, guide_channels, hidden, **factory)
             self.guide_encoder = convolution(rank, hidden, kernels, size, **factory)
-        for name, module in self.named_children():
-            if name.endswith("encoder"):
-                nn.init.normal_(module.weight, std=0.001)
-            else:
-                nn.init.xavier_uniform_(module.weight)
+        for name, parameter in self.named_parameters():
+            if name.endswith("encoder.weight"):
+                nn.init.normal_(parameter, std=0.001)
+            elif name.endswith("compressor.weight"):
+                nn.init.xavier_uniform_(parameter)
 
     def forward(self, features, guide=None):
         return carafe_map(self, features, guide, self.upsampling)
