@@ -212,7 +212,8 @@ def _apply_to_groups(apply, x, kernel, window):
             x.reshape(-1, x.shape[1] // groups, *x.shape[2:]),
             kernel.reshape(-1, taps, 1, *sizes),
         )
-        return y.reshape(batch, x.shape[1], *y.shape[2:])
+        # The portable transposed implementations return a slice.
+        return y.reshape(batch, x.shape[1], *y.shape[2:]).contiguous()
     return from_last(apply(window, to_last(x), kernel.movedim((2, 1), (-2, -1))), x)
 
 
