@@ -14,7 +14,18 @@ from involution import keras_import, ops, renamed
 
 if TYPE_CHECKING:
     from involution import kernel_generators, models
-    from involution.layers import Involution, Involution1D, Involution2D, Involution3D
+    from involution.layers import (
+        Involution,
+        Involution1D,
+        Involution1DTranspose,
+        Involution2D,
+        Involution2DTranspose,
+        Involution3D,
+        Involution3DTranspose,
+        InvolutionUpSampling1D,
+        InvolutionUpSampling2D,
+        InvolutionUpSampling3D,
+    )
 
 renamed.install()
 keras_import.install()
@@ -24,16 +35,33 @@ __version__ = "0.1.0"
 __all__ = [
     "Involution",
     "Involution1D",
+    "Involution1DTranspose",
     "Involution2D",
+    "Involution2DTranspose",
     "Involution3D",
+    "Involution3DTranspose",
+    "InvolutionUpSampling1D",
+    "InvolutionUpSampling2D",
+    "InvolutionUpSampling3D",
     "kernel_generators",
     "models",
     "ops",
 ]
 
-LAYERS = ("Involution", "Involution1D", "Involution2D", "Involution3D")
+LAYERS = (
+    "Involution",
+    "Involution1D",
+    "Involution1DTranspose",
+    "Involution2D",
+    "Involution2DTranspose",
+    "Involution3D",
+    "Involution3DTranspose",
+    "InvolutionUpSampling1D",
+    "InvolutionUpSampling2D",
+    "InvolutionUpSampling3D",
+)
 KERAS_PACKAGES = ("kernel_generators", "layers", "models")
-PACKAGES = (*KERAS_PACKAGES, "torch")
+PACKAGES = (*KERAS_PACKAGES, "compat", "torch")
 
 
 def __getattr__(name):

@@ -11,7 +11,12 @@ from tests.support.paths import ROOT
 
 DOCS = ROOT / "docs"
 # Packages that the code of a page needs, besides a backend.
-PACKAGES = {"index": ("torch", "jax"), "jax": ("flax", "equinox"), "pytorch": ("torch",)}
+PACKAGES = {
+    "index": ("torch", "jax"),
+    "jax": ("flax", "equinox"),
+    "pytorch": ("torch",),
+    "other-names": ("torch",),
+}
 PAGES = sorted([*DOCS.glob("en/**/*.md"), *DOCS.glob("ko/**/*.md")])
 
 

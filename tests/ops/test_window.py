@@ -102,7 +102,7 @@ def test_clamp_steps_shortens_steps_beyond_the_input(g, n, stride, rate):
     clamped = dataclasses.replace(g, strides=(stride,), dilation_rate=(rate,))
     assert g.clamp_steps((n,)) == clamped
     # After a dimension of unknown size.
-    two = {"kernel_size": g.kernel_size * 2, "strides": g.strides * 2, "rank": 2}
+    two = {"kernel_size": g.kernel_size * 2, "strides": g.strides * 2, "rank": 2, "upsampling": 1}
     pads = g.padding * 2 if isinstance(g.padding, tuple) else g.padding
     g = dataclasses.replace(g, **two, padding=pads, dilation_rate=g.dilation_rate * 2)
     clamped = dataclasses.replace(

@@ -2,7 +2,15 @@ import keras
 import numpy as np
 import pytest
 
-from involution import Involution, Involution1D, Involution2D, Involution3D, models, visualize
+from involution import (
+    Involution,
+    Involution1D,
+    Involution2D,
+    Involution3D,
+    InvolutionUpSampling2D,
+    models,
+    visualize,
+)
 from involution.kernel_generators.attention import PairwiseAttention
 from involution.kernel_generators.static import Static
 from involution.visualize import activations
@@ -54,6 +62,37 @@ def test_heat_maps_and_kernels_of_known_weights():
     np.testing.assert_allclose(
         record.activations[:, 2, 5], np.sqrt(np.square(images[:, 2, 5, :2]).sum(-1) / 4), rtol=1e-6
     )
+
+
+def test_upsampling_at_known_positions():
+    values = sparse((10, 21, 9), {(4, 9, 0): 2, (5, 10, 0): -1, (0, 0, 8): 3})
+    layer = keras.Sequential(
+        [
+            InvolutionUpSampling2D(
+                (2, 3),
+                kernel_size=3,
+                kernel_generator=Constant(values),
+                kernel_softmax=False,
+                name="up",
+            )
+        ]
+    )
+    record = capture(layer, images[:1, :5, :7])["up"]
+    maps = record.heat_map[0, ..., 0]
+    assert maps.shape == (10, 21)
+    np.testing.assert_array_equal(np.argwhere(maps), [[0, 0], [4, 9], [5, 10]])
+    # The point in the middle of output (5, 10), of the window of input (2, 3).
+    point = (5.5 / 10, 10.5 / 21)
+    assert record.nearest_position(point) == (5, 10)
+    assert record.nearest_position((0.99, 0)) == (9, 0)
+    assert record.kernel_at(0, point)[0, 0, 0] == -1
+    np.testing.assert_allclose(record.window_at(point), [(1 / 5, 4 / 5), (2 / 7, 5 / 7)])
+    # Weights of all outputs of a window, at the input they read.
+    received = record.attention_received[0, ..., 0]
+    assert received.shape == (5, 7)
+    np.testing.assert_array_equal(np.argwhere(received), [[1, 1], [1, 2]])
+    assert received[1, 2] == 1
+    assert received[1, 1] == 3
 
 
 def test_attention_received_at_known_positions():

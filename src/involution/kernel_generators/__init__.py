@@ -20,12 +20,14 @@ from involution.kernel_generators.base import (
     training_argument,
     training_scope,
 )
+from involution.kernel_generators.carafe import Carafe
 from involution.kernel_generators.convolutional import (
     Bottleneck,
     Contextual,
     Linear,
     near_depthwise_init,
 )
+from involution.kernel_generators.low_rank import LowRank
 from involution.kernel_generators.pooling import average_pool
 from involution.kernel_generators.registry import GENERATORS, get
 from involution.kernel_generators.static import Static
@@ -33,9 +35,11 @@ from involution.kernel_generators.static import Static
 __all__ = [
     "GENERATORS",
     "Bottleneck",
+    "Carafe",
     "Contextual",
     "KernelGenerator",
     "Linear",
+    "LowRank",
     "PairwiseAttention",
     "Static",
     "average_pool",

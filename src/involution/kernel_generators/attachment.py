@@ -52,15 +52,16 @@ def layers_within(layer) -> list[keras.layers.Layer]:
     return found
 
 
-def inherit_arguments(generator, layer):
-    """Sets the attributes of ``INHERITED_ARGUMENTS`` that are None in a generator to its layer's.
+def inherit_arguments(generator, layer, arguments):
+    """Sets the attributes of ``INHERITED_ARGUMENTS`` that are None in a generator to its layer's
+    ``arguments``.
 
     Raises:
         ValueError: The generator was built with different values, of another layer.
     """
     inherited = _inherited.setdefault(generator, set())
     for name in INHERITED_ARGUMENTS:
-        value = getattr(layer, name)
+        value = arguments[name]
         # Values that were not inherited are kept: a Conv2D has its own strides.
         if name not in inherited and getattr(generator, name, generator) is not None:
             continue

@@ -69,7 +69,9 @@ class PairwiseAttention(Linear):
         rank = len(self.kernel_size)
         self.padding = standardize_padding("padding", self.padding or SAME, rank)
         self.dilation_rate = standardize_tuple("dilation_rate", self.dilation_rate or 1, rank)
-        inherited = {name: getattr(self, name) for name in INHERITED_ARGUMENTS}
+        inherited = {
+            name: getattr(self, name) for name in INHERITED_ARGUMENTS if name != "upsampling"
+        }
         # Queries and keys have the channels last.
         self.window = Window(**{**inherited, "data_format": CHANNELS_LAST})
 

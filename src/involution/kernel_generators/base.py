@@ -146,6 +146,11 @@ class KernelGenerator(keras.layers.Layer):
         )
 
     @property
+    def look_back(self) -> int:
+        """Earlier positions that a kernel depends on, in causal layers."""
+        return 0
+
+    @property
     def kernel_channels(self) -> int:
         """Channels of the kernel map: taps * groups."""
         return math.prod(self.kernel_size) * self.groups

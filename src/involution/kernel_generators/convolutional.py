@@ -10,9 +10,14 @@ import keras
 from keras import ops
 
 from involution.kernel_generators.base import KernelGenerator, check_names, training_argument
-from involution.kernel_generators.pointwise import affine, conv_class, has_plain_call
+from involution.kernel_generators.pointwise import (
+    CausalConv1D,
+    affine,
+    conv_class,
+    has_plain_call,
+)
 from involution.kernel_generators.pooling import average_pool
-from involution.ops.validation import CHANNELS_LAST, standardize_tuple
+from involution.ops.validation import CAUSAL, CHANNELS_LAST, SAME, standardize_tuple
 
 
 def _normal(scale):
@@ -56,6 +61,7 @@ class Linear(KernelGenerator):
     """
 
     accepts_initializers = True
+    padding = None  # the involution layer's
 
     @check_names
     def __init__(
@@ -83,7 +89,12 @@ class Linear(KernelGenerator):
         self.expand = self.make_convolution("expand", self.kernel_channels, channels)
 
     def _generate(self, features):
-        return self.expand(self.hidden(features))
+        kernels, offset = self.expand(self.hidden(features)), self.kernel_offset()
+        return kernels if offset is None else kernels + ops.cast(offset, kernels.dtype)
+
+    def kernel_offset(self):
+        """A constant (taps * groups,) that is added to all kernels, or None."""
+        return None
 
     def hidden(self, features):
         """Input of the last convolution, ``expand``: (B, *out_spatial, hidden channels), from
@@ -96,11 +107,11 @@ class Linear(KernelGenerator):
 
     def make_convolution(self, name, filters, channels, use_bias=True, kernel_size=1):
         """A channels-last convolution, which every backend supports on every device."""
-        rank = len(self.kernel_size)
-        layer = conv_class(rank, kernel_size)(
+        rank, causal = len(self.kernel_size), self.padding == CAUSAL
+        layer = (CausalConv1D if causal else conv_class(rank, kernel_size))(
             filters,
             kernel_size,
-            padding="same",
+            padding=CAUSAL if causal else SAME,
             data_format=CHANNELS_LAST,
             use_bias=use_bias,
             kernel_initializer=clone_initializer(self.kernel_initializer),
@@ -180,6 +191,10 @@ class Bottleneck(Linear):
     def count_multiply_adds(self) -> int:
         return super().count_multiply_adds() + math.prod(self.reduce.kernel.shape)
 
+    @property
+    def look_back(self) -> int:
+        return self._context_size - 1
+
     def get_config(self):
         return {**super().get_config(), "reduction_ratio": self.reduction_ratio}
 
@@ -231,7 +246,14 @@ def final_projection(generator, dtype):
     # A subclass may have replaced the last layer.
     if "_generate" in vars(generator) or generator.compute_dtype != dtype:
         return None
-    return projection_of(generator.expand, dtype, generator.kernel_channels)
+    found, offset = (
+        projection_of(generator.expand, dtype, generator.kernel_channels),
+        generator.kernel_offset(),
+    )
+    if found is None or offset is None:
+        return found
+    weight, bias = found
+    return weight, bias + ops.cast(offset, bias.dtype)
 
 
 def projection_of(layer, dtype, channels):

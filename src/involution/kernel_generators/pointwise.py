@@ -1,4 +1,4 @@
-"""1x1 convolutions, computed as matrix products.
+"""1x1 convolutions and causal ones, computed as matrix products.
 
 On PyTorch, Keras transposes channels-last images before and after a convolution, which doubles the
 time of RedNet's 1x1 convolutions. On the other backends it makes no difference.
@@ -8,6 +8,7 @@ Only ``affine`` reads weights in order to skip a layer's call.
 
 import keras
 
+from involution.ops.rowwise import rowwise_matmul
 from involution.ops.validation import CHANNELS_LAST, check_axes
 
 
@@ -44,6 +45,27 @@ class _Pointwise(keras.layers.Layer):
         return _matmul(inputs, kernel[(0,) * self.rank])
 
 
+@keras.saving.register_keras_serializable(package="involution")
+class CausalConv1D(keras.layers.Conv1D):
+    """``keras.layers.Conv1D`` with causal padding, channels last, without strides, dilation,
+    groups and activation.
+
+    Where the compiled kernels run, the bits of an output do not depend on the length of the
+    sequence: those of a framework's matrix products do.
+    """
+
+    def call(self, inputs):
+        (taps,) = self.kernel_size
+        columns = inputs
+        if taps > 1:
+            length = keras.ops.shape(inputs)[1]
+            padded = keras.ops.pad(inputs, [(0, 0), (taps - 1, 0), (0, 0)])
+            columns = [padded[:, tap : tap + length] for tap in range(taps)]
+            columns = keras.ops.concatenate(columns, axis=-1)
+        outputs = rowwise_matmul(columns, keras.ops.reshape(self.kernel, (-1, self.filters)))
+        return outputs + self.bias if self.use_bias else outputs
+
+
 def _matmul(a, b):
     # On PyTorch, keras.ops.matmul computes in float32.
     is_float64 = keras.backend.standardize_dtype(a.dtype) == "float64"
@@ -67,6 +89,7 @@ class PointwiseConv3D(_Pointwise, keras.layers.Conv3D):
 
 # Layers whose ``call`` is known. Compared by exact type: a subclass may override ``call``.
 AFFINE = (
+    CausalConv1D,
     PointwiseConv1D,
     PointwiseConv2D,
     PointwiseConv3D,

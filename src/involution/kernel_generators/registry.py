@@ -5,19 +5,22 @@ import keras
 from involution.kernel_generators.attention import PairwiseAttention
 from involution.kernel_generators.base import KernelGenerator
 from involution.kernel_generators.convolutional import Bottleneck, Contextual, Linear
+from involution.kernel_generators.low_rank import LowRank
 from involution.kernel_generators.static import Static
 
 GENERATORS: dict[str, type[KernelGenerator]] = {
     "bottleneck": Bottleneck,
     "contextual": Contextual,
     "linear": Linear,
+    "low_rank": LowRank,
     "pairwise_attention": PairwiseAttention,
     "static": Static,
 }
 
 
-def get(identifier, reduction_ratio=4, dtype=None, initial=None):
-    """A generator from its name, its configuration or itself; None means ``"bottleneck"``.
+def get(identifier, reduction_ratio=4, dtype=None, initial=None, generators=GENERATORS):
+    """A generator from its name, its configuration or itself; None means the first of
+    ``generators``, by name.
 
     ``reduction_ratio``, ``dtype`` and ``initial`` (initializers such as those of
     ``near_depthwise_init``) apply only to generators created by name, and only where accepted.
@@ -26,13 +29,13 @@ def get(identifier, reduction_ratio=4, dtype=None, initial=None):
         return keras.saving.deserialize_keras_object(identifier)
     if isinstance(identifier, keras.layers.Layer):
         return identifier
-    name = "bottleneck" if identifier is None else str(identifier).lower()
-    if name not in GENERATORS:
+    name = next(iter(generators)) if identifier is None else str(identifier).lower()
+    if name not in generators:
         raise ValueError(
-            f"`kernel_generator` must be a Keras layer or one of {', '.join(GENERATORS)}. "
+            f"`kernel_generator` must be a Keras layer or one of {', '.join(generators)}. "
             f"Received: kernel_generator={identifier!r}"
         )
-    generator_class = GENERATORS[name]
+    generator_class = generators[name]
     options = dict(initial or {}) if generator_class.accepts_initializers else {}
     if issubclass(generator_class, Bottleneck):
         options["reduction_ratio"] = reduction_ratio

@@ -13,14 +13,30 @@ from involution.layers.involution_nd import (
 )
 from involution.layers.keras_io import Involution
 from involution.layers.recording import InvolutionTrace, record_involutions
+from involution.layers.transposed import (
+    Involution1DTranspose,
+    Involution2DTranspose,
+    Involution3DTranspose,
+)
+from involution.layers.upsampling import (
+    InvolutionUpSampling1D,
+    InvolutionUpSampling2D,
+    InvolutionUpSampling3D,
+)
 
 __all__ = [
     "Involution",
     "Involution1D",
+    "Involution1DTranspose",
     "Involution2D",
+    "Involution2DTranspose",
     "Involution3D",
+    "Involution3DTranspose",
     "InvolutionND",
     "InvolutionTrace",
+    "InvolutionUpSampling1D",
+    "InvolutionUpSampling2D",
+    "InvolutionUpSampling3D",
     "involutions",
     "record_involutions",
 ]

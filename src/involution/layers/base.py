@@ -28,8 +28,10 @@ class BaseInvolution(keras.layers.Layer):
     implementation: str | tuple[str, ...] | None = None
     return_kernel = False
 
-    def generate_kernel(self, inputs):
-        """The kernels for ``inputs``, in the layout of ``involution.ops.involution``."""
+    def generate_kernel(self, inputs, **context):
+        """The kernels for ``inputs``, in the layout of ``involution.ops.involution``.
+
+        ``context`` has the other tensors of the call, of layers that take some."""
         raise NotImplementedError  # each layer has its own
 
     def _generator_projection(self, inputs):
@@ -56,14 +58,18 @@ class BaseInvolution(keras.layers.Layer):
         return select(problem_of(self.window, inputs, hidden), self.implementation)
 
     def call(self, inputs, training=None):
+        return self._run(training, inputs=inputs)
+
+    def _run(self, training, **tensors):
         with training_scope(training):
             # ``stateless_call`` passes arrays unconverted.
-            outputs = self._call(*as_tensors(inputs=inputs))
+            tensors = dict(zip(tensors, as_tensors(**tensors), strict=True))
+            outputs = self._call(**tensors)
         if training is None and _ON_TORCH:
             warn_at_backward(self, outputs)
         return outputs
 
-    def _call(self, inputs):
+    def _call(self, inputs, **context):
         # A recorded call stores its kernels.
         projection = None if is_recording() else self._generator_projection(inputs)
         selection = self._select(inputs, projection)
@@ -73,7 +79,7 @@ class BaseInvolution(keras.layers.Layer):
             operands = tuple(ops.cast(operand, inputs.dtype) for operand in operands)
             check_generator(selection.problem, *operands)
             return self._finish(apply_generated(selection, inputs, *operands))
-        kernel = self.generate_kernel(inputs)
+        kernel = self.generate_kernel(inputs, **context)
         check_kernel(selection.problem, kernel)
         output = self._finish(apply_kernels(selection, inputs, kernel))
         record(self, self.window, inputs, kernel, output)

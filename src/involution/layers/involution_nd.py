@@ -5,25 +5,16 @@ import dataclasses
 import keras
 from keras import ops
 
-from involution.kernel_generators import attachment, registry
-from involution.kernel_generators.base import training_argument, uses_full_input
+from involution.kernel_generators.base import training_argument, training_scope, uses_full_input
 from involution.kernel_generators.convolutional import final_projection
-from involution.layers.base import BaseInvolution, input_channels
-from involution.ops.centers import (
-    center_output_sizes,
-    center_slices,
-    check_padding,
-    number_of_groups,
-)
-from involution.ops.dispatch import standardize_implementation
-from involution.ops.frameworks import namespace
-from involution.ops.tensor_utils import spatial_shape, to_accumulation_dtype
-from involution.ops.validation import (
-    CHANNELS_LAST,
-    check_axes,
-    check_rate,
-    standardize_tuple,
-)
+from involution.layers.base import input_channels
+from involution.layers.generated import GeneratedInvolution
+from involution.ops.calls import apply_generated, apply_kernels
+from involution.ops.centers import center_output_sizes, every_center
+from involution.ops.dispatch import Selection
+from involution.ops.problem import problem_of
+from involution.ops.tensor_utils import as_tensors
+from involution.ops.validation import CAUSAL, CHANNELS_LAST, VALID, standardize_tuple
 from involution.ops.window import Window
 from involution.utils.arguments import MISNAMED, names_required
 
@@ -49,25 +40,8 @@ _check_names = names_required(
 )
 
 
-class _KernelDropout(keras.layers.Dropout):
-    """Dropout that creates its state when built, in the scope of its layer.
-
-    Keras's layer creates it in ``__init__``, with a name that depends on a process-wide count.
-    """
-
-    def __init__(self, rate, **kwargs):
-        check_rate("kernel_dropout", rate)
-        super().__init__(0.0, **kwargs)  # creates no state
-        self.rate = rate
-
-    def build(self, input_shape):
-        self.seed_generator = keras.random.SeedGenerator(name="seed_generator")
-
-
-class InvolutionND(BaseInvolution):
+class InvolutionND(GeneratedInvolution):
     """The paper's layer in ``rank`` dimensions: the base of Involution1D, 2D and 3D."""
-
-    rank: int
 
     @_check_names
     def __init__(
@@ -90,7 +64,6 @@ class InvolutionND(BaseInvolution):
         kernel_dropout=0.0,
         **kwargs,
     ):
-        super().__init__(**kwargs)
         window = Window(
             kernel_size,
             strides,
@@ -101,48 +74,26 @@ class InvolutionND(BaseInvolution):
             data_format,
             self.rank,
         )
-        for name, value in window.arguments().items():
-            setattr(self, name, value)
-        self.window = window
-        # The argument: ``build`` sets ``groups`` from the input's channels.
-        self._groups = self.groups = None if groups is None else window.groups
-        self.group_channels = standardize_tuple("group_channels", group_channels, 1)[0]
-        self.reduction_ratio = standardize_tuple("reduction_ratio", reduction_ratio, 1)[0]
-        self.return_kernel = bool(return_kernel)
-        if implementation is not None:
-            standardize_implementation(implementation)
-        self.implementation = implementation
+        super().__init__(
+            window,
+            groups=groups,
+            group_channels=group_channels,
+            reduction_ratio=reduction_ratio,
+            kernel_generator=kernel_generator,
+            return_kernel=return_kernel,
+            implementation=implementation,
+            kernel_softmax=kernel_softmax,
+            kernel_dropout=kernel_dropout,
+            **kwargs,
+        )
         self.filters = None if filters is None else standardize_tuple("filters", filters, 1)[0]
-        self.kernel_softmax = bool(kernel_softmax)
-        self.kernel_dropout = (
-            _KernelDropout(kernel_dropout, dtype=self.dtype_policy, name="kernel_dropout")
-            if kernel_dropout
-            else None
-        )
-        self._named = not isinstance(kernel_generator, (dict, keras.layers.Layer))
-        self._generator_name = kernel_generator if self._named else None
-        self.kernel_generator = registry.get(
-            kernel_generator, self.reduction_ratio, self.dtype_policy
-        )
-        attachment.name_by_class(self.kernel_generator)
-        self.input_spec = keras.layers.InputSpec(ndim=self.rank + 2)
-        check_padding(window)
+        self.supports_masking = True
 
     def build(self, input_shape):
-        check_axes(self, input_shape, self.rank)
-        channels = input_channels(input_shape, self.data_format)
-        self.groups = number_of_groups(channels, self._groups, self.group_channels)
-        self.window = dataclasses.replace(self.window, groups=self.groups)
-        self._output_sizes(input_shape)
-        generator = self.kernel_generator
-        attachment.check_unshared(generator, self)
-        attachment.inherit_arguments(generator, self)
-        # It may be built already: by the user, or in files of earlier releases.
-        attachment.build(generator, self, self.generator_input_shape(input_shape))
-        if self.kernel_dropout is not None:
-            self.kernel_dropout.build(None)
+        super().build(input_shape)
+        self._channels = input_channels(input_shape, self.data_format)
         if self.filters is not None:
-            self._build_projection(channels)
+            self._build_projection(self._channels)
 
     def _build_projection(self, channels):
         # Channels last, which every backend supports on every device.
@@ -156,57 +107,125 @@ class InvolutionND(BaseInvolution):
         """Spatial sizes of the output; ValueError unless all windows and their centers fit."""
         return center_output_sizes(self.window, tuple(input_shape))
 
-    def generator_input_shape(self, input_shape):
-        """Shape of the generator's input, for a layer input of this shape."""
-        full = uses_full_input(self.kernel_generator)
-        return input_shape if full else self._features_shape(input_shape)
+    def call(self, inputs, training=None, mask=None):
+        if mask is None:
+            return self._run(training, inputs=inputs)
+        return self._run(training, inputs=inputs, mask=mask)
 
-    def _features_shape(self, input_shape):
-        window = self.window
-        sizes = window.spatial(input_shape)
-        cropped = tuple(
-            None if n is None else min(n - center, out * s)
-            for n, out, center, s in zip(
-                sizes, window.output_sizes(sizes), window.first_center, self.strides, strict=True
-            )
-        )
-        return window.shape(input_shape[0], cropped, input_shape[window.channel_axis])
-
-    def _features(self, inputs):
-        """The generator's input: starts at the first window's center."""
-        window = self.window
-        parts = center_slices(window, spatial_shape(inputs, window))
-        return inputs[(slice(None),) * window.spatial_axis + parts] if parts else inputs
-
-    def generate_kernel(self, inputs):
-        """The kernels for ``inputs``, in the layout of ``involution.ops.involution``:
-        (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial)."""
-        full = uses_full_input(self.kernel_generator)
-        features = inputs if full else self._features(inputs)
-        kernel = self.kernel_generator(features, **training_argument())
-        window = self.window
-        shape = ops.shape(kernel)
-        if (
-            len(shape) != self.rank + 2
-            or kernel.shape[window.channel_axis] != window.taps * window.groups
-        ):
-            raise ValueError(
-                "`kernel_generator` must return a kernel map with taps * groups = "
-                f"{window.taps} * {window.groups} channels at every output position. "
-                f"Received: a map of shape {tuple(kernel.shape)} from {self.kernel_generator.name}"
-            )
-        kernel = ops.reshape(
-            kernel, window.shape(shape[0], window.spatial(shape), window.taps, window.groups)
-        )
-        if self.kernel_softmax:
-            kernel = namespace(kernel).softmax(to_accumulation_dtype(kernel), window.tap_axis)
-        if self.kernel_dropout is not None:
-            kernel = self.kernel_dropout(kernel, **training_argument())
-        return ops.cast(kernel, inputs.dtype)
-
-    def _call(self, inputs):
+    def _call(self, inputs, mask=None, **context):
         self._output_sizes(inputs.shape)
-        return super()._call(inputs)
+        if mask is None:
+            return super()._call(inputs)
+        # Masked positions contribute nothing, and their outputs are 0.
+        outputs = super()._call(self._masked(inputs, mask), mask=mask)
+        mask = self.compute_mask(inputs, mask)
+        if self.return_kernel:
+            return self._masked(outputs[0], mask), outputs[1]
+        return self._masked(outputs, mask)
+
+    def _masked(self, tensor, mask):
+        mask = ops.expand_dims(ops.cast(mask, "bool"), self.window.channel_axis)
+        return ops.where(mask, tensor, ops.zeros_like(tensor))
+
+    def compute_mask(self, inputs, mask=None):
+        """The mask at the windows' centers, or ends if they are causal; (B, *out_spatial)."""
+        return None if mask is None else mask[(slice(None), *every_center(self.window))]
+
+    def initial_cache(self, batch_size):
+        """The cache of ``step`` before the first position of a sequence.
+
+        Args:
+            batch_size: Number of sequences.
+
+        Returns:
+            The last inputs, (B, n, C), and whether they belong to the sequence, (B, n): zeros and
+            False, with n = (kernel_size - 1) * dilation_rate, or more if the generator looks back
+            further.
+        """
+        self._check_steps()
+        if not self.built:
+            raise ValueError(
+                "The layer must be built: call it on an input first. "
+                f"Received: {self.name}, not built"
+            )
+        shape = (batch_size, self._history())
+        features = ops.zeros((*shape, self._channels), self.compute_dtype)
+        return features, ops.zeros(shape, "bool")
+
+    def step(self, inputs, cache):
+        """Continues causal sequences by one or more positions, in inference.
+
+        Steps of any lengths give the outputs of one call on the whole sequence: where the compiled
+        kernels run, bit for bit.
+
+        Args:
+            inputs: The next positions, (B, n, C).
+            cache: The cache after the previous positions, of ``initial_cache`` or of ``step``.
+
+        Returns:
+            The outputs at these positions, (B, n, C) or (B, n, filters), and the next cache.
+
+        Example:
+
+        >>> import numpy as np, involution
+        >>> layer = involution.Involution1D(3, padding="causal")
+        >>> x = np.random.default_rng(0).normal(size=(1, 8, 32)).astype("float32")
+        >>> y, cache = layer(x), layer.initial_cache(1)
+        >>> first, cache = layer.step(x[:, :5], cache)
+        >>> last, cache = layer.step(x[:, 5:6], cache)
+        >>> bool(np.array_equal(y[:, 5:6], last))
+        True
+        """
+        self._check_steps()
+        (inputs,) = as_tensors(inputs=ops.convert_to_tensor(inputs, self.compute_dtype))
+        past, known = cache
+        count, history = inputs.shape[1], self._history()
+        whole = ops.concatenate([past, inputs], axis=1)
+        valid = ops.concatenate([known, ops.ones(inputs.shape[:2], "bool")], axis=1)
+        with training_scope(False):
+            outputs = self._step(whole, valid, count)
+        return outputs, (whole[:, whole.shape[1] - history :], valid[:, valid.shape[1] - history :])
+
+    def _step(self, whole, valid, count):
+        window, generator = self.window, self.kernel_generator
+        inputs = whole[:, whole.shape[1] - count :]
+        context = whole[:, whole.shape[1] - count - getattr(generator, "look_back", 0) :]
+        projection = self._generator_projection(inputs)
+        # Of the whole sequence, so that steps use the same implementation.
+        selection = self._select(inputs, projection)
+        span = window.last_offset[0]
+        values = whole[:, whole.shape[1] - count - span :]
+        inside = dataclasses.replace(window, padding=VALID)
+        hidden_channels = None if projection is None else projection[0].shape[0]
+        selection = Selection(selection.name, problem_of(inside, values, hidden_channels))
+        if selection.name == "fused" and projection is not None:
+            hidden = generator.hidden(context)[:, -count:]
+            operands = [ops.cast(operand, inputs.dtype) for operand in (hidden, *projection)]
+            return self._finish(apply_generated(selection, values, *operands))
+        kernel_map = generator(context, **training_argument())[:, -count:]
+        kernel = self._kernel_of(kernel_map, values, valid[:, -(count + span) :], inside)
+        return self._finish(apply_kernels(selection, values, kernel))
+
+    def _history(self) -> int:
+        """Positions of the cache."""
+        return max(self.window.last_offset[0], getattr(self.kernel_generator, "look_back", 0))
+
+    def _check_steps(self):
+        window = self.window
+        plain = window.padding == CAUSAL and window.strides == (1,)
+        if not plain or window.data_format != CHANNELS_LAST or self.return_kernel:
+            raise ValueError(
+                "Steps require padding='causal', strides=1, data_format='channels_last' and "
+                f"return_kernel=False. Received: padding={window.padding!r}, "
+                f"strides={window.strides}, data_format={window.data_format!r}, "
+                f"return_kernel={self.return_kernel}"
+            )
+        if uses_full_input(self.kernel_generator):
+            raise ValueError(
+                "Steps require a generator of single positions. "
+                f"Received: kernel_generator={self.kernel_generator.name}, which uses the whole "
+                "input"
+            )
 
     def _finish(self, output):
         return output if self.filters is None else self._project(output)
@@ -231,45 +250,16 @@ class InvolutionND(BaseInvolution):
             return self.projection(output)
         return ops.moveaxis(self.projection(ops.moveaxis(output, 1, -1)), -1, 1)
 
-    def compute_output_shape(self, input_shape):
-        check_axes(self, input_shape, self.rank)
-        window = self.window
-        channels = input_channels(input_shape, self.data_format)
-        sizes = self._output_sizes(input_shape)
-        output = window.shape(input_shape[0], sizes, self.filters or channels)
-        if not self.return_kernel:
-            return output
-        return output, window.shape(
-            input_shape[0],
-            sizes,
-            window.taps,
-            number_of_groups(channels, self._groups, self.group_channels),
-        )
+    def _output_channels(self, channels) -> int:
+        return self.filters or channels
 
     def get_config(self):
         return {
             **super().get_config(),
-            **self.window.arguments(),
-            "groups": self._groups,
             "group_channels": self.group_channels,
             "reduction_ratio": self.reduction_ratio,
-            "kernel_generator": self._generator_config(),
-            "return_kernel": self.return_kernel,
-            "implementation": self.implementation,
             "filters": self.filters,
-            "kernel_softmax": self.kernel_softmax,
-            "kernel_dropout": self.kernel_dropout.rate if self.kernel_dropout else 0.0,
         }
-
-    def _generator_config(self):
-        """The argument ``kernel_generator``: the name if the generator still equals what ``get``
-        returns for it, so that a changed ``reduction_ratio`` or ``dtype`` takes effect."""
-        stored = attachment.serialized(self.kernel_generator)
-        if self._named:
-            fresh = registry.get(self._generator_name, self.reduction_ratio, self.dtype_policy)
-            if stored == attachment.serialized(fresh):
-                return self._generator_name
-        return stored
 
 
 # The three classes differ in rank only and share one signature.
@@ -279,8 +269,10 @@ _SHARED_DOC = """
         kernel_size: Integer, or one for each spatial dimension: the window. The only positional
             argument.
         strides: Integer, or one for each spatial dimension.
-        padding: ``"same"``, ``"valid"``, ``"symmetric"`` (the paper's code), an integer, or a pair
-            (before, after) for each spatial dimension; see ``involution.ops.involution``.
+        padding: ``"same"``, ``"valid"``, ``"symmetric"`` (the paper's code), ``"causal"`` (one
+            dimension), an integer, or a pair (before, after) for each spatial dimension; see
+            ``involution.ops.involution``. Causal windows end at their position, and their kernels
+            are generated from the features there, with strides too.
         dilation_rate: Integer, or one for each spatial dimension.
         groups: Number of groups; divides the channels. None: channels // group_channels, or one
             group if there are fewer channels than that.
@@ -298,7 +290,8 @@ _SHARED_DOC = """
         implementation: See ``involution.ops.involution``.
         filters: Channels of the output, by a 1x1 convolution after the involution. None: the
             input's channels, without it.
-        kernel_softmax: Whether to apply softmax to the weights of each window.
+        kernel_softmax: Whether to apply softmax to the weights of each window; ``"in_bounds"``: to
+            those inside the input and not masked, so that their sum is 1 at the borders too.
         kernel_dropout: Dropout rate on kernel weights.
         **kwargs: ``name``, ``dtype`` and so on, as in ``keras.layers.Layer``.
 
@@ -307,6 +300,8 @@ _SHARED_DOC = """
         training: Whether normalization uses the batch's statistics and dropout is active. None:
             inherited from the enclosing layer or model, or False if there is none. On PyTorch, the
             module's ``train()`` and ``eval()`` do not change it.
+        mask: Boolean tensor (B, *spatial), as of ``keras.layers.Masking`` and ``Embedding``.
+            Positions where it is False contribute nothing, and outputs centered there are 0.
 
     Returns:
         A tensor with the channels of ``inputs``, or ``filters``, and the sizes a convolution would

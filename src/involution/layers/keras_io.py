@@ -114,7 +114,7 @@ class Involution(BaseInvolution):
         self.kernel_gen.dtype_policy = self.dtype_policy
         self.kernel_gen.build((None, None, None, channels))
 
-    def generate_kernel(self, inputs):
+    def generate_kernel(self, inputs, **context):
         """The kernels for ``inputs``: (B, H', W', kernel_size**2, group_number)."""
         pooled = self._pooled(inputs)
         if pooled.shape[0] == 0:

@@ -4,8 +4,11 @@ import math
 
 import keras
 
+from involution.layers.base import BaseInvolution
 from involution.layers.involution_nd import InvolutionND
 from involution.layers.keras_io import Involution
+from involution.layers.transposed import InvolutionTransposeND
+from involution.layers.upsampling import InvolutionUpSamplingND
 from involution.ops.validation import CHANNELS_FIRST
 
 # Layers that use every entry of these weights once per output position.
@@ -27,6 +30,8 @@ UNCOUNTED = (
     keras.layers.Normalization,
     keras.layers.PReLU,
 )
+# Classes that define how their layers are called.
+INVOLUTIONS = (Involution, InvolutionND, InvolutionUpSamplingND, InvolutionTransposeND)
 # The methods that determine a generator's multiply-adds: overriding one of them invalidates an
 # inherited ``count_multiply_adds``.
 MAC_METHODS = ("call", "hidden", "_generate", "_build_generator")
@@ -89,7 +94,7 @@ def count_multiply_adds(model, input_shape=None, involutions=True) -> int:
 def _layer_macs(layer, inputs, output, involutions) -> int:
     if isinstance(layer, UNCOUNTED):
         return 0
-    if isinstance(layer, (Involution, InvolutionND)):
+    if isinstance(layer, BaseInvolution):
         return _involution_macs(layer, inputs, output, involutions)
     kind = _inherited_call(layer, COUNTED)
     if kind is None:
@@ -115,14 +120,16 @@ def _inherited_call(layer, kinds):
 
 
 def _involution_macs(layer, inputs, output, involutions) -> int:
-    base = _inherited_call(layer, (Involution, InvolutionND))
+    base = _inherited_call(layer, INVOLUTIONS)
     if base is None or type(layer).generate_kernel is not base.generate_kernel:
         raise ValueError(
             "An involution must not override `call` or `generate_kernel`. "
             f"Received: {layer.name}, a {type(layer).__name__} that does"
         )
     y = output[0] if isinstance(output, (tuple, list)) else output
-    positions = _positions(y.shape, layer)
+    # Transposed involutions have a kernel for each position of the input.
+    transposed = isinstance(layer, InvolutionTransposeND)
+    positions = _positions((inputs if transposed else y).shape, layer)
     total = _generator_macs(layer, inputs, positions, involutions)
     if involutions:
         size = layer.kernel_size

@@ -1,7 +1,7 @@
 """Windows whose kernels are generated from the features at their centers."""
 
 from involution.ops.problem import cached, output_sizes
-from involution.ops.validation import SAME, SYMMETRIC
+from involution.ops.validation import CAUSAL, SAME, SYMMETRIC
 
 
 def number_of_groups(channels, groups, group_channels) -> int:
@@ -42,8 +42,9 @@ def center_output_sizes(window, input_shape) -> tuple[int | None, ...]:
     sizes = output_sizes(window, input_shape)
     if isinstance(window.padding, str):
         return sizes  # every mode centers its windows inside
+    counts = window.window_counts(window.spatial(input_shape))
     for n, out, center, stride in zip(
-        window.spatial(input_shape), sizes, window.first_center, window.strides, strict=True
+        window.spatial(input_shape), counts, window.first_center, window.strides, strict=True
     ):
         if n is not None and out is not None and center + (out - 1) * stride >= n:
             raise ValueError(
@@ -58,13 +59,13 @@ def center_slices(window, sizes) -> tuple[slice, ...]:
     """For an input of these spatial sizes, the part that starts at the first window's center; empty
     if that is all of it."""
     is_odd = not any(last % 2 for last in window.last_offset)
-    if window.padding == SAME or (window.padding == SYMMETRIC and is_odd):
+    if window.padding in (SAME, CAUSAL) or (window.padding == SYMMETRIC and is_odd):
         # No slice: PyTorch's exporter specializes on whether a slice reaches the end.
         return ()
     return tuple(
         slice(center, center + out * s)
         for center, out, s in zip(
-            window.first_center, window.output_sizes(sizes), window.strides, strict=True
+            window.first_center, window.window_counts(sizes), window.strides, strict=True
         )
     )
 
@@ -75,7 +76,7 @@ def every_center(window) -> tuple[slice, ...]:
     The ends are relative to that of the input: PyTorch's exporters specialize on others.
     """
     ends: list[int | None] = [None] * window.rank
-    if window.padding != SAME:
+    if window.padding not in (SAME, CAUSAL):
         # Except for "same", the padding does not depend on the input's size.
         pads = window.pads((1,) * window.rank)
         rest = (o - o // 2 - after for o, (_, after) in zip(window.last_offset, pads, strict=True))

@@ -6,7 +6,7 @@ from involution.ops import native, triton
 from involution.ops.autodiff import FORWARD
 from involution.ops.frameworks import is_exporting
 from involution.ops.tensor_utils import spatial_shape
-from involution.ops.validation import CHANNELS_LAST
+from involution.ops.validation import CAUSAL, CHANNELS_LAST
 
 
 def unsupported_reason(problem) -> str | None:
@@ -28,6 +28,8 @@ def deprioritize_reason(problem) -> str | None:
     window = problem.window
     if problem.x_shape[window.channel_axis] < MIN_CHANNELS:
         return f"fewer than {MIN_CHANNELS} channels leave vector lanes empty"
+    if window.padding == CAUSAL:
+        return None  # whatever the length: steps of a sequence give the bits of the whole
     sizes = window.output_sizes(window.spatial(problem.x_shape))
     if None not in sizes and not is_exporting() and math.prod(sizes) < problem.hidden_channels:
         return "with fewer positions than hidden channels the weight's gradient dominates"

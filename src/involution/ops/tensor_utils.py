@@ -129,6 +129,19 @@ def merge_kernel(kernel, window):
     return kernel if window.phases == 1 else _merge_phases(kernel, window, 1)
 
 
+def depth_to_space(tensor, upsampling):
+    """(B, *spatial, n * phases) to (B, *fine, n), finer by ``upsampling`` in each dimension; phases
+    vary fastest in the channels, row-major."""
+    ops, rank, phases = namespace(tensor), len(upsampling), math.prod(upsampling)
+    batch, *sizes, channels = ops.shape(tensor)
+    split = ops.reshape(tensor, (batch, *sizes, channels // phases, *upsampling))
+    # Each phase axis after its spatial axis.
+    pairs = [axis for i in range(rank) for axis in (1 + i, 2 + rank + i)]
+    split = ops.transpose(split, (0, *pairs, 1 + rank))
+    fine = [n * u for n, u in zip(sizes, upsampling, strict=True)]
+    return ops.reshape(split, (batch, *fine, channels // phases))
+
+
 def _split_phases(tensor, window, position):
     """Space to depth: moves the phases of the outputs from the spatial axes to an axis of their
     own, before the channel axis of this position."""

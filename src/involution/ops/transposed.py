@@ -81,16 +81,27 @@ class TransposedWindow:
     def problem_of(self, x) -> Problem:
         """The problem of the involution of which it is the gradient."""
         window, shape = self.window, static_shape("x", x)
-        sizes = self.output_sizes(window.spatial(shape))
+        if len(shape) != window.rank + 2:
+            raise ValueError(
+                f"`x` must have a batch axis, a channel axis and {window.rank} spatial axes. "
+                f"Received: x.shape={shape}"
+            )
+        sizes = self.checked_output_sizes(shape)
+        shape = window.shape(shape[0], sizes, shape[window.channel_axis])
+        return make_problem(window, shape, *description_of(x))
+
+    def checked_output_sizes(self, x_shape) -> tuple:
+        """``output_sizes`` for an input of this shape; ValueError unless each is at least 1."""
+        window = self.window
+        sizes = self.output_sizes(window.spatial(x_shape))
         if any(n is not None and n <= 0 for n in sizes):
             raise ValueError(
                 "Every output size must be at least 1. "
-                f"Received: output sizes {sizes}, x.shape={shape}, "
+                f"Received: output sizes {sizes}, input shape {tuple(x_shape)}, "
                 f"kernel_size={window.kernel_size}, strides={window.strides}, "
                 f"padding={window.padding}, dilation_rate={window.dilation_rate}"
             )
-        shape = window.shape(shape[0], sizes, shape[window.channel_axis])
-        return make_problem(window, shape, *description_of(x))
+        return sizes
 
 
 def _dimension(window, i, output_padding):

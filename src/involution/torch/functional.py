@@ -4,8 +4,19 @@ import dataclasses
 
 import torch
 
+from involution.compat import (
+    adaptive_conv,
+    carafe,
+    convex_upsample,
+    headwise_dynamic_convolution,
+    lowrank_dynamic_convolution,
+    outlook_attention,
+    propagate,
+    ska,
+)
 from involution.ops import calls
 from involution.ops.dispatch import select
+from involution.ops.frameworks.torch import autocast
 from involution.ops.problem import check_generator, problem_of
 from involution.ops.transposed import TransposedWindow
 from involution.ops.validation import (
@@ -18,7 +29,18 @@ from involution.ops.validation import (
 )
 from involution.ops.window import Window
 
-__all__ = ["involution", "transposed_involution"]
+__all__ = [
+    "adaptive_conv",
+    "carafe",
+    "convex_upsample",
+    "headwise_dynamic_convolution",
+    "involution",
+    "lowrank_dynamic_convolution",
+    "outlook_attention",
+    "propagate",
+    "ska",
+    "transposed_involution",
+]
 
 CONVOLVE = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 
@@ -254,12 +276,3 @@ def from_last(y, x):
     """The inverse of ``to_last``, in the memory format of ``x``."""
     y = y.movedim(-1, 1)
     return y.contiguous() if x.is_contiguous() else y
-
-
-def autocast(*tensors):
-    """The tensors as a convolution uses them: within ``torch.autocast`` in its dtype."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

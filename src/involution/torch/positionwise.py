@@ -11,11 +11,12 @@ from torch import nn
 
 from involution.ops import calls
 from involution.ops.dispatch import PREFERENCE, select
+from involution.ops.frameworks.torch import autocast
 from involution.ops.problem import problem_of
 from involution.ops.tensor_utils import to_accumulation_dtype
 from involution.ops.validation import CHANNELS_LAST
 from involution.ops.window import Window
-from involution.torch.functional import autocast, to_last
+from involution.torch.functional import to_last
 from involution.utils.torch_hooks import is_hooked
 
 # The choice by size would change the order of the sums.

@@ -66,8 +66,12 @@ class InvolutionRecord:
     @property
     def attention_received(self) -> np.ndarray:
         """Sum of the weights of all windows on each input position, (N, *sizes, groups)."""
-        window = self.window
-        count, *out, _, groups = self.kernels.shape
+        window, kernels = self.window, self.kernels
+        for axis, factor in enumerate(window.upsampling, 1):
+            # The sum over the outputs that share a window.
+            split = (*kernels.shape[:axis], -1, factor, *kernels.shape[axis + 1 :])
+            kernels = kernels.reshape(split).sum(axis=axis + 1)
+        count, *out, _, groups = kernels.shape
         before = [pair[0] for pair in self._pads]
         extent = [
             (n - 1) * s + last + 1
@@ -80,13 +84,14 @@ class InvolutionRecord:
                 slice(o, o + (n - 1) * s + 1, s)
                 for o, n, s in zip(offsets, out, window.strides, strict=True)
             )
-            padded[(slice(None), *source)] += self.kernels[..., tap, :]
+            padded[(slice(None), *source)] += kernels[..., tap, :]
         unpadded = tuple(slice(b, end) for b, end in zip(before, ends, strict=True))
         return padded[(slice(None), *unpadded)]
 
     @renamed.arguments(place="point")
     def nearest_position(self, point) -> tuple[int, ...]:
-        """Output position whose window center is nearest to a point of the input.
+        """Output position whose window center is nearest to a point of the input; with upsampling,
+        of those that share the window, the one at the point.
 
         Args:
             point: Relative coordinates: (0, 0) is the top left corner of an image, (1, 1) the
@@ -94,9 +99,15 @@ class InvolutionRecord:
         """
         window = self.window
         centers = (
-            round((coordinate * n - 0.5 - (last / 2 - pair[0])) / s)
-            for coordinate, n, s, last, pair in zip(
-                point, self.sizes, window.strides, window.last_offset, self._pads, strict=True
+            round((coordinate * n - 0.5 / u - (last / 2 - pair[0])) * u / s)
+            for coordinate, n, s, u, last, pair in zip(
+                point,
+                self.sizes,
+                window.strides,
+                window.upsampling,
+                window.last_offset,
+                self._pads,
+                strict=True,
             )
         )
         return tuple(
@@ -119,7 +130,10 @@ class InvolutionRecord:
         window = self.window
         position = self.nearest_position(point)
         begins = (
-            p * s - pair[0] for p, s, pair in zip(position, window.strides, self._pads, strict=True)
+            p // u * s - pair[0]
+            for p, u, s, pair in zip(
+                position, window.upsampling, window.strides, self._pads, strict=True
+            )
         )
         return tuple(
             (begin / n, (begin + last + 1) / n)

@@ -23,3 +23,7 @@ def cast(x, dtype):
 
 def softmax(x, axis):
     return jax.nn.softmax(x, axis)
+
+
+def ones(shape, like):
+    return jnp.ones(shape, like.dtype)

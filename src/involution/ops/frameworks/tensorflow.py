@@ -4,7 +4,9 @@ import math
 
 import tensorflow as tf
 
+broadcast_to = tf.broadcast_to
 concatenate = tf.concat
+exp = tf.exp
 expand_dims = tf.expand_dims
 maximum = tf.maximum
 ones_like = tf.ones_like
@@ -28,6 +30,10 @@ def shape(x) -> tuple:
         return tuple(sizes)
     dynamic = tf.shape(x)
     return tuple(dynamic[i] if n is None else n for i, n in enumerate(sizes))
+
+
+def flip(x, axis):
+    return tf.reverse(x, [axis])
 
 
 def moveaxis(x, source, destination):
@@ -59,3 +65,7 @@ def softmax(x, axis):
     axis %= len(sizes)
     before, after = (math.prod(part) for part in (sizes[:axis], sizes[axis + 1 :]))
     return tf.reshape(tf.nn.softmax(tf.reshape(x, (before, sizes[axis], after)), axis=1), sizes)
+
+
+def ones(shape, like):
+    return tf.ones(shape, like.dtype)

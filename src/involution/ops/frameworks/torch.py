@@ -2,7 +2,9 @@
 
 import torch
 
+broadcast_to = torch.broadcast_to
 concatenate = torch.concatenate
+exp = torch.exp
 expand_dims = torch.unsqueeze
 matmul = torch.matmul
 maximum = torch.sym_max  # of sizes
@@ -29,9 +31,26 @@ def cast(x, dtype):
     return x.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
+def flip(x, axis):
+    return torch.flip(x, (axis,))
+
+
 def pad(x, pad_width):
     return torch.nn.functional.pad(x, [n for pair in reversed(pad_width) for n in pair])
 
 
 def sum(x, axis, keepdims=False):
     return torch.sum(x, axis, keepdim=keepdims)
+
+
+def autocast(*tensors):
+    """The tensors as a convolution uses them: within ``torch.autocast`` in its dtype."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def ones(shape, like):
+    return torch.ones(shape, dtype=like.dtype, device=like.device)

@@ -1,0 +1,54 @@
+"""Functions of rows whose bits do not depend on the number of rows: a row is a position of a
+sequence, and sequences come in steps of any length.
+
+The frameworks choose the order of a sum, and the code of an exponential, by the number of elements.
+"""
+
+import functools
+import math
+
+from involution.ops.calls import apply_generated
+from involution.ops.dispatch import preferred, select
+from involution.ops.frameworks import namespace
+from involution.ops.problem import problem_of
+from involution.ops.validation import CHANNELS_LAST
+from involution.ops.window import Window
+
+
+def rowwise_matmul(x, weight):
+    """``x @ weight`` for ``x`` (B, length, n) and ``weight`` (n, m).
+
+    The product is expressed as kernels of one tap, for a group of one channel each, that are
+    applied to ones, where ``fused`` runs; elsewhere its bits are those of the framework.
+    """
+    ops = namespace(x)
+    outputs = weight.shape[-1]
+    window = Window(1, groups=outputs, data_format=CHANNELS_LAST, rank=1)
+    ones = ops.ones((*ops.shape(x)[:-1], outputs), x)
+    problem = problem_of(window, ones, weight.shape[0])
+    if "fused" in preferred(problem):
+        selection = select(problem, ("fused", "reference"))
+        if selection.name == "fused":
+            zeros = ops.zeros_like(weight[0])
+            return apply_generated(selection, ones, x, weight, zeros)
+    return ops.matmul(x, weight)
+
+
+# A multiple of the lanes of every vector: no exponential is computed by scalar code.
+EXP_BLOCK = 64
+
+
+def rowwise_softmax(x, axis):
+    """softmax over an axis, which is best short."""
+    ops = namespace(x)
+    parts = [x[(slice(None),) * axis + (n,)] for n in range(x.shape[axis])]
+    largest = functools.reduce(lambda a, b: ops.where(a > b, a, b), parts)
+    shape = ops.shape(largest)
+    # One vector of whole blocks for all exponentials.
+    flat = ops.reshape(ops.stack([part - largest for part in parts], 0), (-1,))
+    count = len(parts) * math.prod(shape)
+    flat = ops.exp(ops.pad(flat, [(0, -count % EXP_BLOCK)]))[:count]
+    exponentials = ops.reshape(flat, (len(parts), *shape))
+    parts = [exponentials[n] for n in range(len(parts))]
+    total = functools.reduce(lambda a, b: a + b, parts)
+    return ops.stack([part / total for part in parts], axis)
