@@ -31,7 +31,12 @@ from involution.torch.generators import (
     PairwiseAttention,
     convolution,
 )
-from involution.torch.positionwise import EXACT, convolve, evaluate, has_plain_call, is_exact
+from involution.torch.positionwise import (
+    apply_generated_exactly,
+    evaluate,
+    has_plain_call,
+    is_exact,
+)
 from involution.torch.softmax import IN_BOUNDS, softmax, standardize_softmax, taps_inside
 from involution.utils.arguments import names_required
 
@@ -162,11 +167,8 @@ class InvolutionNd(nn.Module):
             bias = last.bias
             constant = getattr(self.kernel_generator, "constant", None)
             bias = bias if constant is None else bias + constant
-            y = apply_generated(
-                *(x, hidden, last.weight, bias, window),
-                EXACT if self.implementation is None and self._is_exact() else self.implementation,
-                convolve if self._is_exact() else None,
-            )
+            apply = apply_generated_exactly if self._is_exact() else apply_generated
+            y = apply(x, hidden, last.weight, bias, window, self.implementation)
             return y if self.projection is None else self._call(self.projection, y)
         if present is None:
             kernel_map = self._kernel_map(features)
@@ -344,6 +346,7 @@ def _last_windows(tensor, x, window):
 
 
 torch.fx.wrap("apply_generated")
+torch.fx.wrap("apply_generated_exactly")
 torch.fx.wrap("apply_kernel")
 
 

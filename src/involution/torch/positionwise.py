@@ -16,7 +16,7 @@ from involution.ops.problem import problem_of
 from involution.ops.tensor_utils import to_accumulation_dtype
 from involution.ops.validation import CHANNELS_LAST
 from involution.ops.window import Window
-from involution.torch.functional import to_last
+from involution.torch.functional import apply_generated, to_last
 from involution.utils.torch_hooks import is_hooked
 
 # The choice by size would change the order of the sums.
@@ -90,6 +90,13 @@ def convolve(x, weight, bias=None):
     else:
         y = _products(features, weight.flatten(1), bias)
     return y.movedim(-1, 1)
+
+
+@torch.fx.wrap
+def apply_generated_exactly(x, hidden, weight, bias, window, implementation=None):
+    """``apply_generated``, position by position."""
+    names = EXACT if implementation is None else implementation
+    return apply_generated(x, hidden, weight, bias, window, names, convolve)
 
 
 def _products(x, weight, bias):

@@ -35,7 +35,7 @@ def taps_inside(window, present):
         Tensor (B or 1, 1, taps, *out_spatial) of bool.
     """
     window = dataclasses.replace(window, groups=1)
-    ones = present.new_ones((len(present), *window.output_sizes(present.shape[2:]), 1))
+    ones = present.new_ones((present.shape[0], *window.output_sizes(present.shape[2:]), 1))
     inside = calls.window_products(window, None, to_last(present), ones)
     return inside.movedim((-1, -2), (1, 2)) > 0.5
 

@@ -94,6 +94,7 @@ class InvolutionTransposeNd(InvolutionNd):
 
 
 torch.fx.wrap("apply_transposed")
+torch.fx.wrap("check_input")
 torch.fx.wrap("kernels_of")
 
 

@@ -158,6 +158,7 @@ def _check_guide(guide, x, channels, window, name):
 
 
 torch.fx.wrap("apply_kernel")
+torch.fx.wrap("check_input")
 torch.fx.wrap("kernels_of")
 
 
