@@ -15,6 +15,7 @@ from involution.torch import (
     generators,
 )
 from tests.support import oracle
+from tests.support.paths import FILES
 
 MODULES = {1: InvolutionUpsample1d, 2: InvolutionUpsample2d, 3: InvolutionUpsample3d}
 
@@ -275,3 +276,16 @@ def test_unsuitable_input_is_refused(guide_channels, inputs, message):
 def test_other_dtypes_than_the_parameters_are_refused():
     with pytest.raises(ValueError, match=r"dtype of its parameters, torch\.float32"):
         InvolutionUpsample2d(4)(torch.ones(1, 4, 3, 3, dtype=torch.float64))
+
+
+def test_function_equals_the_published_data_of_carafe():
+    def load(name, *shape):
+        return torch.tensor(np.fromfile(FILES / "carafe" / f"{name}.bin", "<f4").reshape(shape))
+
+    x = load("feat", 2, 64, 3, 3).requires_grad_()
+    mask = load("mask", 2, 100, 6, 6).requires_grad_()
+    y = functional.involution(x, mask.unflatten(1, (4, 25)), 5, upsampling=2)
+    torch.testing.assert_close(y, load("output", 2, 64, 6, 6), rtol=1e-6, atol=1e-6)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, load("feat_grad", 2, 64, 3, 3), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mask.grad, load("mask_grad", 2, 100, 6, 6), rtol=1e-5, atol=1e-5)

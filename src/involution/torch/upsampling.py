@@ -99,7 +99,8 @@ class InvolutionUpsampleNd(nn.Module):
             return
         self.kernel_generator = None
         # Children of the module itself, as in mmcv's CARAFEPack.
-        for name, module in generator._modules.items():
+        self.guide_compressor = self.guide_encoder = None
+        for name, module in generator.named_children():
             setattr(self, name, module)
 
     def forward(self, x, guide=None):
