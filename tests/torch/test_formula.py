@@ -50,6 +50,7 @@ def test_function_equals_formula(call, is_channels_last):
         padding=call.padding,
         dilation=call.dilation_rate,
         group_layout=call.group_layout,
+        upsampling=call.upsampling or 1,
     )
     assert np.abs(y.detach().numpy() - np.moveaxis(expected, -1, 1)).max() < BELOW
     dx, dkernel = torch.autograd.grad(y, (x, kernel), dy)
@@ -275,7 +276,11 @@ def first_center(call, i):
     return last // 2 - oracle.pads(0, last + 1, 1, 1, call.padding, i)[0]
 
 
-CENTERED = [call for call in oracle.random_calls(200, seed=6) if has_centers_inside(call)]
+CENTERED = [
+    call
+    for call in oracle.random_calls(200, seed=6)
+    if not call.upsampling and call.padding != "causal" and has_centers_inside(call)
+]
 
 
 @pytest.mark.parametrize("call", CENTERED, ids=str)

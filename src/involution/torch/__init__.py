@@ -12,11 +12,27 @@ from involution.torch.rednet import (
     rednet152,
     rednet_tiny,
 )
+from involution.torch.transposed import (
+    InvolutionTranspose1d,
+    InvolutionTranspose2d,
+    InvolutionTranspose3d,
+)
+from involution.torch.upsampling import (
+    InvolutionUpsample1d,
+    InvolutionUpsample2d,
+    InvolutionUpsample3d,
+)
 
 __all__ = [
     "Involution1d",
     "Involution2d",
     "Involution3d",
+    "InvolutionTranspose1d",
+    "InvolutionTranspose2d",
+    "InvolutionTranspose3d",
+    "InvolutionUpsample1d",
+    "InvolutionUpsample2d",
+    "InvolutionUpsample3d",
     "LazyInvolution1d",
     "LazyInvolution2d",
     "LazyInvolution3d",

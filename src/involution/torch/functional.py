@@ -18,10 +18,12 @@ from involution.ops import calls
 from involution.ops.dispatch import select
 from involution.ops.frameworks.torch import autocast
 from involution.ops.problem import check_generator, problem_of
+from involution.ops.transposed import TransposedWindow
 from involution.ops.validation import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
     CONTIGUOUS,
+    SAME,
     SYMMETRIC,
     standardize_tuple,
 )
@@ -37,6 +39,7 @@ __all__ = [
     "outlook_attention",
     "propagate",
     "ska",
+    "transposed_involution",
 ]
 
 CONVOLVE = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
@@ -52,6 +55,7 @@ def involution(
     dilation=1,
     group_layout=CONTIGUOUS,
     implementation=None,
+    upsampling=1,
 ):
     """Applies a separate kernel at each position of ``x``, shared by the channels of a group.
 
@@ -63,12 +67,16 @@ def involution(
         kernel_size: Integer, or one for each spatial dimension.
         stride: Integer, or one for each spatial dimension.
         padding: ``"symmetric"`` (floor((kernel_size - 1) * dilation / 2) zeros on both sides, as in
-            the paper's code), ``"valid"``, ``"same"`` (ceil(n / stride) positions, as in Keras), an
-            integer, an integer for each spatial dimension, or a pair (before, after) for each.
+            the paper's code), ``"valid"``, ``"same"`` (ceil(n / stride) positions, as in Keras),
+            ``"causal"`` (one dimension: windows end at p * stride), an integer, an integer for each
+            spatial dimension, or a pair (before, after) for each.
         dilation: Integer, or one for each spatial dimension.
         group_layout: ``"contiguous"``: channel c belongs to group c // (C / groups), as in the
             paper; ``"interleaved"``: to group c % groups.
         implementation: As for ``involution.ops.involution``.
+        upsampling: Integer, or one for each spatial dimension: output position p uses the window of
+            position floor(p / upsampling), with its own kernel, so that the spatial sizes of the
+            kernel and of the output are multiplied; above 1, ``stride`` must be 1.
 
     Returns:
         Tensor (B, C, *out_spatial), of the dtype and memory format of ``x``.
@@ -94,56 +102,156 @@ def involution(
             f"Received: kernel.shape={tuple(kernel.shape)}"
         )
     window = make_window(
-        kernel_size, stride, padding, dilation, kernel.shape[1], group_layout, rank
+        kernel_size, stride, padding, dilation, kernel.shape[1], group_layout, rank, upsampling
     )
     return apply_kernel(x, kernel, window, implementation)
 
 
-def make_window(kernel_size, stride, padding, dilation, groups, group_layout, rank) -> Window:
+def transposed_involution(
+    x,
+    kernel,
+    kernel_size,
+    *,
+    stride=1,
+    padding=SYMMETRIC,
+    output_padding=0,
+    dilation=1,
+    group_layout=CONTIGUOUS,
+    implementation=None,
+):
+    """Each position of ``x`` adds its channels, times its own kernel, to a window of the output.
+
+    Kernels belong to the positions that are read. As a transposed convolution is the gradient of a
+    convolution for its input, this is the gradient of ``involution``; with a stride, it upsamples.
+
+    Args:
+        x: Tensor (B, C, *spatial), with one, two or three spatial dimensions.
+        kernel: Tensor (B, groups, taps, *spatial), of the dtype of ``x``.
+        kernel_size, stride, dilation: As for ``involution``.
+        padding: As for ``involution``, without ``"causal"``: positions cut off the output at both
+            ends. ``"same"``: as many as leave n * stride positions, as in Keras.
+        output_padding: Integer, or one for each spatial dimension: additional positions at the end
+            of the output, fewer than ``stride``; for ``"same"``, 0 are as many as Keras adds.
+        group_layout, implementation: As for ``involution``.
+
+    Returns:
+        Tensor (B, C, *out_spatial), of the dtype and memory format of ``x``. Except for ``"same"``
+        it has the sizes of PyTorch's transposed convolutions, (n - 1) * stride + (kernel_size - 1)
+        * dilation + 1 - padding before and after + output_padding.
+
+    Raises:
+        ValueError: An argument is out of its range, or the shapes or dtypes do not match.
+
+    Example:
+
+    >>> import torch
+    >>> from involution.torch import functional
+    >>> x, kernel = torch.ones(1, 6, 4, 5), torch.ones(1, 2, 9, 4, 5)
+    >>> y = functional.transposed_involution(x, kernel, 3, stride=2, output_padding=1)
+    >>> y.shape, float(y[0, 0, 0, 0]), float(y[0, 0, 1, 1])
+    (torch.Size([1, 6, 8, 10]), 1.0, 4.0)
+    """
+    rank = calls.rank_of(x)
+    if kernel.dim() != rank + 3:
+        raise ValueError(
+            f"`kernel` must have the axes of batch, groups and taps, and {rank} spatial axes. "
+            f"Received: kernel.shape={tuple(kernel.shape)}"
+        )
+    window = make_window(
+        kernel_size, stride, padding, dilation, kernel.shape[1], group_layout, rank
+    )
+    transposed = make_transposed(window, output_padding)
+    return apply_transposed(x, kernel, transposed, implementation)
+
+
+def make_window(
+    kernel_size, stride, padding, dilation, groups, group_layout, rank, upsampling=1
+) -> Window:
     """The window of PyTorch's arguments, channels last."""
     if not isinstance(padding, str) and hasattr(padding, "__len__"):
         # Integers, in PyTorch's sense: before and after.
         padding = tuple(p if hasattr(p, "__len__") else (p, p) for p in padding)
     stride = standardize_tuple("stride", stride, rank)
     dilation = standardize_tuple("dilation", dilation, rank)
-    return Window(kernel_size, stride, padding, dilation, groups, group_layout, CHANNELS_LAST, rank)
+    return Window(
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        group_layout,
+        CHANNELS_LAST,
+        rank,
+        upsampling,
+    )
+
+
+def make_transposed(window, output_padding) -> TransposedWindow:
+    """The transposed window of PyTorch's arguments: its sizes are those of ``ConvTranspose2d``."""
+    rest = standardize_tuple("output_padding", output_padding, window.rank, minimum=0)
+    return TransposedWindow.of(window, None if window.padding == SAME and not any(rest) else rest)
 
 
 def apply_kernel(x, kernel, window, implementation=None):
     """``involution`` with a window."""
     x, kernel = autocast(x, kernel)
-    expected = (x.shape[0], window.groups, window.taps, *window.output_sizes(x.shape[2:]))
+    _check_shape(kernel, x, window, window.output_sizes(x.shape[2:]), "the output")
+
+    def apply(window, x, kernel):
+        return calls.involution(window, implementation, x, kernel)
+
+    return _apply_to_groups(apply, x, kernel, window)
+
+
+def apply_transposed(x, kernel, transposed: TransposedWindow, implementation=None):
+    """``transposed_involution`` with a window."""
+    x, kernel = autocast(x, kernel)
+    _check_shape(kernel, x, transposed.window, x.shape[2:], "the input")
+
+    def apply(window, x, kernel):
+        of_groups = dataclasses.replace(transposed, window=window)
+        return calls.transposed_involution(of_groups, implementation, x, kernel)
+
+    return _apply_to_groups(apply, x, kernel, transposed.window)
+
+
+def _check_shape(kernel, x, window, sizes, owner):
+    expected = (x.shape[0], window.groups, window.taps, *sizes)
     if tuple(kernel.shape) != expected:
         raise ValueError(
             f"`kernel` must have the shape {expected}: batch, groups, taps, and spatial sizes of "
-            f"the output. Received: kernel.shape={tuple(kernel.shape)}"
+            f"{owner}. Received: kernel.shape={tuple(kernel.shape)}"
         )
+
+
+def _apply_to_groups(apply, x, kernel, window):
+    """``apply(window, x, kernel)``, whose tensors have the channels where the window says."""
     if window.group_layout == CONTIGUOUS and x.is_contiguous():
         # Groups are folded into the batch: no tensor is copied.
         batch, groups, taps, *sizes = kernel.shape
-        y = calls.involution(
+        y = apply(
             dataclasses.replace(window, groups=1, data_format=CHANNELS_FIRST),
-            implementation,
             x.reshape(-1, x.shape[1] // groups, *x.shape[2:]),
             kernel.reshape(-1, taps, 1, *sizes),
         )
-        return y.reshape(batch, x.shape[1], *sizes)
-    y = calls.involution(window, implementation, to_last(x), kernel.movedim((2, 1), (-2, -1)))
-    return from_last(y, x)
+        # The portable transposed implementations return a slice.
+        return y.reshape(batch, x.shape[1], *y.shape[2:]).contiguous()
+    return from_last(apply(window, to_last(x), kernel.movedim((2, 1), (-2, -1))), x)
 
 
-def apply_generated(x, hidden, weight, bias, window, implementation=None):
+def apply_generated(x, hidden, weight, bias, window, implementation=None, convolve=None):
     """``apply_kernel`` with the kernels of a 1x1 convolution of ``hidden``, fused where possible.
 
     Args:
         hidden: Tensor (B, H, *out_spatial).
         weight: The convolution's weight, (groups * taps, H, 1, ...).
         bias: Its bias, (groups * taps,).
+        convolve: The convolution, for kernels that are stored; None: PyTorch's.
     """
     x, hidden, weight, bias = autocast(x, hidden, weight, bias)
     selection = select(problem_of(window, to_last(x), weight.shape[1]), implementation)
     if selection.name != "fused":
-        kernel = CONVOLVE[window.rank](hidden, weight, bias)
+        kernel = (convolve or CONVOLVE[window.rank])(hidden, weight, bias)
         kernel = kernel.unflatten(1, (window.groups, window.taps))
         return apply_kernel(x, kernel, window, implementation)
     # Also for contiguous ``x``, which is copied twice: at RedNet's sizes on a CPU, stored kernels

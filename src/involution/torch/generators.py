@@ -3,7 +3,9 @@
 A generator is any module from features (B, channels, *spatial) to a kernel map (B, groups * taps,
 *out_spatial), whose channels are group-major, ``group * taps + tap``, as in the paper's code.
 Features begin at the first window's center; if the attribute ``uses_full_input`` is true, they are
-the module's full input.
+the module's full input. For ``padding="causal"`` they are those at the windows' ends, one for each
+output, whatever the strides; ``context`` (default 0) is the number of positions before it that a
+kernel is generated from. For an upsampling, features are on the coarse grid, maps on the fine one.
 """
 
 import dataclasses
@@ -12,11 +14,15 @@ import math
 import torch
 from torch import nn
 
+from involution.ops import calls
 from involution.ops.attention import attention_kernel
 from involution.ops.centers import every_center
-from involution.ops.validation import CONTIGUOUS, standardize_tuple
+from involution.ops.tensor_utils import to_accumulation_dtype
+from involution.ops.validation import CAUSAL, CONTIGUOUS, VALID, standardize_tuple
 from involution.ops.window import ceil_div
 from involution.torch.functional import to_last
+from involution.torch.positionwise import evaluate
+from involution.torch.softmax import softmax, taps_inside
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -41,20 +47,34 @@ def convolution(rank, inputs, outputs, kernel_size=1, *, stride=1, bias=True, **
     return conv
 
 
+def feature_strides(window) -> tuple[int, ...]:
+    """Distances of the features of adjacent outputs."""
+    return (1,) * window.rank if window.padding == CAUSAL else window.strides
+
+
 def average_pool(window) -> nn.Module:
     """Means over windows that tile the features; a partial window's is that of its positions inside
     the features."""
-    if all(stride == 1 for stride in window.strides):
+    strides = feature_strides(window)
+    if all(stride == 1 for stride in strides):
         return nn.Identity()
-    return AVERAGE_POOLS[window.rank](window.strides, window.strides, ceil_mode=True)
+    return AVERAGE_POOLS[window.rank](strides, strides, ceil_mode=True)
 
 
 class Convolutional(nn.Module):
-    """A generator whose kernels are the output of a 1x1 convolution, ``conv2``."""
+    """A generator whose kernels are the output of a 1x1 convolution, ``conv2``, plus a constant.
+
+    Attributes:
+        constant: Tensor (groups * taps,), or None for 0.
+    """
 
     uses_full_input = False
+    context = 0
+    constant: torch.Tensor | None
 
-    def _make_last(self, hidden, window, **factory):
+    def _make_last(self, hidden, window, constant=None, **factory):
+        self.is_causal = window.padding == CAUSAL
+        self.register_buffer("constant", constant, persistent=False)
         outputs = window.groups * window.taps
         self.conv2 = named(conv=convolution(window.rank, hidden, outputs, **factory))
 
@@ -63,7 +83,13 @@ class Convolutional(nn.Module):
         raise NotImplementedError  # each generator has its own
 
     def forward(self, features):
-        return self.conv2(self.hidden(features))
+        kernel_map = self._call(self.conv2, self.hidden(features))
+        if self.constant is None:
+            return kernel_map
+        return kernel_map + self.constant.reshape(-1, *[1] * (kernel_map.dim() - 2))
+
+    def _call(self, module, x):
+        return evaluate(module, x) if self.is_causal else module(x)
 
 
 class Linear(Convolutional):
@@ -130,15 +156,21 @@ class Bottleneck(Convolutional):
             )
         rank = window.rank
         self.pool = average_pool(window)
+        conv = convolution(rank, channels, hidden, context_size, bias=False, **factory)
+        if window.padding == CAUSAL:
+            self.context = context_size - 1
+            conv.padding = (0,)  # ``hidden`` pads on one side
         self.conv1 = named(
-            conv=convolution(rank, channels, hidden, context_size, bias=False, **factory),
+            conv=conv,
             bn=BATCH_NORMS[rank](hidden, **factory),
             relu=nn.ReLU(),
         )
         self._make_last(hidden, window, **factory)
 
     def hidden(self, features):
-        return self.conv1(self.pool(features))
+        if self.context:
+            features = nn.functional.pad(features, (self.context, 0))
+        return self._call(self.conv1, self.pool(features))
 
 
 class Contextual(Bottleneck):
@@ -146,7 +178,8 @@ class Contextual(Bottleneck):
 
     Args:
         channels, window: As for ``Linear``.
-        context_size: Side of the window that a kernel is generated from, in output positions.
+        context_size: Side of the window that a kernel is generated from, in output positions; for
+            causal windows it ends at the output's.
         **options: As for ``Bottleneck``.
 
     Example:
@@ -160,6 +193,142 @@ class Contextual(Bottleneck):
 
     def __init__(self, channels, window, *, context_size=3, **options):
         super().__init__(channels, window, context_size=context_size, **options)
+
+
+class LowRank(Convolutional):
+    """Dynamic short convolution: a static kernel, and a product of low rank that the features give.
+
+    kernels = weight of conv2 @ (weight of conv1 @ features) + bias, plus 1 at the residual tap: the
+    last one for causal windows, else the center. The weight of conv2 is initially 0, so that the
+    layer starts as a depthwise convolution with a shortcut.
+
+    Args:
+        channels, window, device, dtype: As for ``Linear``. One group for each channel, as in the
+            published form, is ``groups=channels``.
+        rank: Rank of the product.
+        residual: Whether to add 1 at the residual tap.
+
+    Raises:
+        ValueError: ``rank`` is not an integer of at least 1.
+
+    Source: arXiv:2606.03825.
+
+    Example:
+
+    >>> import torch
+    >>> from involution.torch import Involution1d, generators
+    >>> layer = Involution1d(
+    ...     32, 4, padding="causal", groups=32, kernel_generator=generators.LowRank
+    ... )
+    >>> layer(torch.ones(1, 32, 10)).shape
+    torch.Size([1, 32, 10])
+    """
+
+    def __init__(self, channels, window, rank=16, *, residual=True, device=None, dtype=None):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        (rank,) = standardize_tuple("rank", rank, 1)
+        self.pool = average_pool(window)
+        conv = convolution(window.rank, channels, rank, bias=False, **factory)
+        # Keeps the variance of the features.
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
+        self.conv1 = named(conv=conv)
+        # Not a part of the bias, which weight decay moves towards 0.
+        constant = _residual_tap(window, **factory) if residual else None
+        self._make_last(rank, window, constant, **factory)
+        weight, bias = self.conv2.parameters()
+        nn.init.zeros_(weight)
+        bound = 1 / math.sqrt(window.taps)
+        nn.init.uniform_(bias, -bound, bound)
+
+    def hidden(self, features):
+        return self._call(self.conv1, self.pool(features))
+
+
+def _residual_tap(window, **factory):
+    """The kernels, (groups * taps,), of an involution that returns its input."""
+    kernels = torch.zeros(window.groups, *window.kernel_size, **factory)
+    is_causal = window.padding == CAUSAL
+    tap = (k - 1 if is_causal else (k - 1) // 2 for k in window.kernel_size)
+    kernels[(slice(None), *tap)] = 1
+    return kernels.flatten()
+
+
+class Carafe(nn.Module):
+    """Kernels on a fine grid from features on a coarse one, as in CARAFE.
+
+    A 1x1 convolution to ``hidden_channels``, a convolution to the kernels of all phases of the fine
+    grid, and a pixel shuffle. With a guide, features on the fine grid, a second path of the same
+    form without the shuffle is added.
+
+    Args:
+        channels: Channels of the features.
+        window: The upsampling's ``involution.ops.window.Window``, with its number of groups.
+        hidden_channels: Channels between the two convolutions.
+        encoder_size: Kernel size of the second convolution.
+        guide_channels: Channels of the guide; None: there is none.
+        device, dtype: Of the parameters.
+
+    Raises:
+        ValueError: A number is not an integer of at least 1.
+
+    Source: Wang et al., "CARAFE: Content-Aware ReAssembly of FEatures", ICCV 2019,
+    arXiv:1905.02188. The names of the parameters are those of mmcv's ``CARAFEPack``.
+
+    Example:
+
+    >>> import functools, torch
+    >>> from involution.torch import InvolutionUpsample2d, generators
+    >>> small = functools.partial(generators.Carafe, hidden_channels=16)
+    >>> InvolutionUpsample2d(32, kernel_generator=small)(torch.ones(1, 32, 5, 4)).shape
+    torch.Size([1, 32, 10, 8])
+    """
+
+    uses_full_input = False
+
+    def __init__(
+        self,
+        channels,
+        window,
+        *,
+        hidden_channels=64,
+        encoder_size=3,
+        guide_channels=None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        (hidden,) = standardize_tuple("hidden_channels", hidden_channels, 1)
+        (size,) = standardize_tuple("encoder_size", encoder_size, 1)
+        self.upsampling = window.upsampling
+        rank, kernels = window.rank, window.groups * window.taps
+        factory = {"device": device, "dtype": dtype}
+        self.channel_compressor = convolution(rank, channels, hidden, **factory)
+        self.content_encoder = convolution(rank, hidden, kernels * window.phases, size, **factory)
+        self.guide_compressor: nn.Module | None = None
+        self.guide_encoder: nn.Module | None = None
+        if guide_channels is not None:
+            (guide_channels,) = standardize_tuple("guide_channels", guide_channels, 1)
+            self.guide_compressor = convolution(rank, guide_channels, hidden, **factory)
+            self.guide_encoder = convolution(rank, hidden, kernels, size, **factory)
+        for name, parameter in self.named_parameters():
+            if name.endswith("encoder.weight"):
+                nn.init.normal_(parameter, std=0.001)
+            elif name.endswith("compressor.weight"):
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, features, guide=None):
+        return carafe_map(self, features, guide, self.upsampling)
+
+
+def carafe_map(module, features, guide, upsampling):
+    """The kernel map of a module with the children of ``Carafe``."""
+    kernel_map = pixel_shuffle(
+        module.content_encoder(module.channel_compressor(features)), upsampling
+    )
+    if guide is None:
+        return kernel_map
+    return kernel_map + module.guide_encoder(module.guide_compressor(guide))
 
 
 class Static(nn.Module):
@@ -181,7 +350,7 @@ class Static(nn.Module):
 
     def __init__(self, channels, window, *, device=None, dtype=None):
         super().__init__()
-        self.strides = window.strides
+        self.strides = feature_strides(window)
         self.weight = nn.Parameter(
             torch.empty(window.groups, window.taps, device=device, dtype=dtype)
         )
@@ -195,8 +364,8 @@ class Static(nn.Module):
 class PairwiseAttention(nn.Module):
     """Local self-attention: dot products of each center with its window, softmax over the window.
 
-    The groups are the heads; the values are the input itself. See
-    ``involution.kernel_generators.PairwiseAttention``.
+    With causal windows, the query is at the window's end. The groups are the heads; the values are
+    the input itself. See ``involution.kernel_generators.PairwiseAttention``.
 
     Args:
         channels, window, device, dtype: As for ``Linear``.
@@ -228,9 +397,25 @@ class PairwiseAttention(nn.Module):
         self.key = convolution(window.rank, channels, window.groups * key_channels, **factory)
 
     def forward(self, features):
+        if self.window.padding == CAUSAL:
+            return self._causal_map(features[..., :: self.window.strides[0]], features, self.window)
         centers = features[(slice(None), slice(None), *every_center(self.window))]
         query = self.query(centers)
         return _attention_map(query, self.key(features), self.window)
+
+    def step(self, features, present):
+        """The kernel map of the last positions, without the first ones, which are from a cache.
+
+        Args:
+            features: Tensor (B, channels, n).
+            present: Tensor (B, 1, n), as for ``taps_inside``.
+        """
+        window = dataclasses.replace(self.window, padding=VALID)
+        return self._causal_map(features[..., window.last_offset[0] :], features, window, present)
+
+    def _causal_map(self, ends, features, window, present=None):
+        query, key = evaluate(self.query, ends), evaluate(self.key, features)
+        return _causal_attention_map(query, key, window, present)
 
 
 # Functions that inspect shapes are nodes of the graphs of torch.fx.
@@ -246,6 +431,37 @@ def _attention_map(query, key, window):
     kernel = attention_kernel(to_last(query), to_last(key), window).to(query.dtype)
     # From (B, *out_spatial, taps, groups).
     return kernel.movedim((-1, -2), (1, 2)).flatten(1, 2)
+
+
+@torch.fx.wrap
+def _causal_attention_map(query, key, window, present):
+    # The masked softmax of ``attention_kernel``, whose last bit depends on the number of positions.
+    query = query / math.sqrt(query.shape[1] // window.groups)
+    scores = calls.window_products(window, None, to_last(key), to_last(query))
+    scores = to_accumulation_dtype(scores).movedim((-1, -2), (1, 2))
+    if present is None:
+        present = torch.ones_like(to_accumulation_dtype(key[:1, :1]))
+    window = dataclasses.replace(window, groups=1)
+    kernel = softmax(scores, taps_inside(window, present), is_causal=True)
+    return kernel.to(query.dtype).flatten(1, 2)
+
+
+@torch.fx.wrap
+def pixel_shuffle(x, factors):
+    """From (B, channels * phases, *spatial) to (B, channels, *fine_spatial), for any rank: a phase
+    is the row-major index in the block of ``factors`` of its position.
+
+    >>> import torch
+    >>> x = torch.arange(6.0).reshape(1, 6, 1)
+    >>> pixel_shuffle(x, (3,))
+    tensor([[[0., 1., 2.],
+             [3., 4., 5.]]])
+    """
+    rank, (batch, _, *sizes) = len(factors), x.shape
+    x = x.reshape(batch, -1, *factors, *sizes)
+    axes = [axis for i in range(rank) for axis in (2 + rank + i, 2 + i)]
+    fine = [n * u for n, u in zip(sizes, factors, strict=True)]
+    return x.permute(0, 1, *axes).reshape(batch, x.shape[1], *fine)
 
 
 def near_depthwise_(module):
@@ -276,10 +492,12 @@ def near_depthwise_(module):
     return module
 
 
+# Of ``Involution1d`` to ``3d`` and ``InvolutionTranspose1d`` to ``3d``.
 GENERATORS = {
     "bottleneck": Bottleneck,
     "contextual": Contextual,
     "linear": Linear,
+    "low_rank": LowRank,
     "pairwise_attention": PairwiseAttention,
     "static": Static,
 }

@@ -1,5 +1,6 @@
 """The paper's layer as a plain PyTorch module, in one to three dimensions."""
 
+import dataclasses
 from typing import cast
 
 import torch
@@ -12,17 +13,32 @@ from involution.ops.centers import (
     number_of_groups,
 )
 from involution.ops.dispatch import standardize_implementation
-from involution.ops.validation import CONTIGUOUS, SYMMETRIC, check_rate, standardize_tuple
+from involution.ops.tensor_utils import to_accumulation_dtype
+from involution.ops.validation import (
+    CAUSAL,
+    CONTIGUOUS,
+    SYMMETRIC,
+    VALID,
+    check_rate,
+    standardize_tuple,
+)
 from involution.torch.functional import apply_generated, apply_kernel, make_window
 from involution.torch.generators import (
     CONVOLUTIONS,
     GENERATORS,
     Bottleneck,
     Convolutional,
+    PairwiseAttention,
     convolution,
 )
+from involution.torch.positionwise import (
+    apply_generated_exactly,
+    evaluate,
+    has_plain_call,
+    is_exact,
+)
+from involution.torch.softmax import IN_BOUNDS, softmax, standardize_softmax, taps_inside
 from involution.utils.arguments import names_required
-from involution.utils.torch_hooks import is_hooked
 
 _CHANNELS = "the input and the output have `channels`; `out_channels` adds a 1x1 convolution"
 _NO_BIAS = "an involution has none; normalization after it, or `out_channels`, adds a bias"
@@ -92,7 +108,8 @@ class InvolutionNd(nn.Module):
         if implementation is not None:
             standardize_implementation(implementation)
         self.implementation = implementation
-        self.kernel_softmax, self.return_kernel = bool(kernel_softmax), bool(return_kernel)
+        self.kernel_softmax = standardize_softmax(kernel_softmax)
+        self.return_kernel = bool(return_kernel)
         self._make_generator(kernel_generator, reduction_ratio, factory)
         check_rate("kernel_dropout", kernel_dropout)
         self.kernel_dropout = nn.Dropout(kernel_dropout) if kernel_dropout else None
@@ -127,23 +144,55 @@ class InvolutionNd(nn.Module):
             setattr(self, name, getattr(generator, name))
 
     def forward(self, x):
-        _check_input(x, self.channels, self.rank, type(self).__name__, self._dtype())
+        check_input(x, self.channels, self.rank, type(self).__name__, self._dtype())
         features = x
         if not getattr(self.kernel_generator, "uses_full_input", False):
             features = _features(x, self.window)
+        return self._output(x, features, self.window)
+
+    def _output(self, x, features, window, present=None):
+        """The module's output.
+
+        Args:
+            x: The input; of a step, after the inputs in its cache.
+            features: The generator's input.
+            window: The windows in ``x``.
+            present: For a step, as for ``taps_inside``: the outputs are those of the last windows.
+        """
         last = self._fusable_convolution()
         if last is not None:
             hidden = self._hidden(features)
-            y = apply_generated(x, hidden, last.weight, last.bias, self.window, self.implementation)
-            return y if self.projection is None else self.projection(y)
-        kernel_map = self._kernel_map(features)
-        kernel = _kernel_of(kernel_map, self.window, self.kernel_softmax)
+            if present is not None:
+                hidden = _last_windows(hidden, x, window)
+            bias = last.bias
+            constant = getattr(self.kernel_generator, "constant", None)
+            bias = bias if constant is None else bias + constant
+            apply = apply_generated_exactly if self._is_exact() else apply_generated
+            y = apply(x, hidden, last.weight, bias, window, self.implementation)
+            return y if self.projection is None else self._call(self.projection, y)
+        if present is None:
+            kernel_map = self._kernel_map(features)
+        elif isinstance(self.kernel_generator, PairwiseAttention):
+            kernel_map = self.kernel_generator.step(features, present)
+        else:
+            kernel_map = _last_windows(self._kernel_map(features), x, window)
+        kernel = kernels_of(kernel_map, window, self.kernel_softmax, x, present, self._is_causal)
         if self.kernel_dropout is not None:
             kernel = self.kernel_dropout(kernel)
-        y = apply_kernel(x, kernel, self.window, self.implementation)
+        y = apply_kernel(x, kernel, window, self.implementation)
         if self.projection is not None:
-            y = self.projection(y)
+            y = self._call(self.projection, y)
         return (y, kernel) if self.return_kernel else y
+
+    @property
+    def _is_causal(self) -> bool:
+        return self.window.padding == CAUSAL
+
+    def _is_exact(self) -> bool:
+        return self._is_causal and is_exact(self)
+
+    def _call(self, module, x):
+        return evaluate(module, x) if self._is_causal else module(x)
 
     def _dtype(self) -> torch.dtype | None:
         """The dtype of the parameters; None if the generator is not one of this package's."""
@@ -154,13 +203,13 @@ class InvolutionNd(nn.Module):
 
     def _hidden(self, features):
         if self.kernel_generator is None:
-            return self.conv1(self.pool(features))
+            return self._call(self.conv1, self.pool(features))
         return cast(Convolutional, self.kernel_generator).hidden(features)
 
     def _kernel_map(self, features):
         if self.kernel_generator is None:
-            return self.conv2(self._hidden(features))
-        return self.kernel_generator(features)
+            return self._call(self.conv2, self._hidden(features))
+        return self._call(self.kernel_generator, features)
 
     def _fusable_convolution(self) -> nn.Module | None:
         """The generator's last convolution, if its output may be computed where it is applied; None
@@ -181,7 +230,7 @@ class InvolutionNd(nn.Module):
             return None
         conv = sequential[0]
         if type(conv) is not CONVOLUTIONS[self.rank] or not all(
-            map(_has_plain_call, (*modules, conv))
+            map(has_plain_call, (*modules, conv))
         ):
             return None
         one = (1,) * self.rank
@@ -219,11 +268,6 @@ class InvolutionNd(nn.Module):
         return text
 
 
-def _has_plain_call(module) -> bool:
-    """Whether calling a module runs its class's ``forward`` and has no other effect."""
-    return "forward" not in vars(module) and not is_hooked(module)
-
-
 def check_axes(x, rank, name):
     """ValueError unless ``x`` has the axes of batch and channels, and ``rank`` spatial ones."""
     if x.dim() != rank + 2:
@@ -235,7 +279,7 @@ def check_axes(x, rank, name):
 
 # Functions that inspect tensors are nodes of the graphs of torch.fx.
 @torch.fx.wrap
-def _check_input(x, channels, rank, name, dtype):
+def check_input(x, channels, rank, name, dtype):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"The input of {name} must be a tensor. Received: {type(x).__name__}")
     check_axes(x, rank, name)
@@ -265,7 +309,9 @@ def _check_input(x, channels, rank, name, dtype):
 
 @torch.fx.wrap
 def _features(x, window):
-    """The generator's input: starts at the first window's center."""
+    """The generator's input: starts at the first window's center; of causal windows the ends."""
+    if window.padding == CAUSAL:
+        return x[..., :: window.strides[0]]
     shape = (x.shape[0], *x.shape[2:], x.shape[1])
     center_output_sizes(window, shape)
     parts = center_slices(window, shape[1:-1])
@@ -274,7 +320,7 @@ def _features(x, window):
 
 
 @torch.fx.wrap
-def _kernel_of(kernel_map, window, softmax):
+def kernels_of(kernel_map, window, kernel_softmax, x, present=None, is_causal=False):
     """The kernels (B, groups, taps, *out_spatial) of a map (B, groups * taps, *out_spatial)."""
     expected = window.groups * window.taps
     if kernel_map.dim() != window.rank + 2 or kernel_map.shape[1] != expected:
@@ -284,13 +330,23 @@ def _kernel_of(kernel_map, window, softmax):
             f"Received: a map of shape {tuple(kernel_map.shape)}"
         )
     kernel = kernel_map.unflatten(1, (window.groups, window.taps))
-    if softmax:
-        dtype = torch.promote_types(kernel.dtype, torch.float32)
-        kernel = torch.softmax(kernel, 2, dtype=dtype).to(kernel.dtype)
-    return kernel
+    if not kernel_softmax:
+        return kernel
+    inside = None
+    if kernel_softmax == IN_BOUNDS:
+        if present is None:
+            present = torch.ones_like(to_accumulation_dtype(x[:1, :1]))
+        inside = taps_inside(window, present)
+    return softmax(kernel, inside, is_causal).to(kernel.dtype)
+
+
+def _last_windows(tensor, x, window):
+    """The part of a tensor (B, channels, n) at the last windows of ``x``."""
+    return tensor[..., tensor.shape[-1] - (x.shape[-1] - window.last_offset[0]) :]
 
 
 torch.fx.wrap("apply_generated")
+torch.fx.wrap("apply_generated_exactly")
 torch.fx.wrap("apply_kernel")
 
 
@@ -306,21 +362,22 @@ _SHARED_DOC = """
             must be passed by name.
         stride: Integer, or one for each spatial dimension.
         padding: ``"symmetric"`` (floor((kernel_size - 1) * dilation / 2) on both sides, as in the
-            paper's code), ``"valid"``, ``"same"`` (as in Keras), an integer, an integer for each
-            spatial dimension, or a pair (before, after) for each.
+            paper's code), ``"valid"``, ``"same"`` (as in Keras), ``"causal"`` (``Involution1d``),
+            an integer, an integer for each spatial dimension, or a pair (before, after) for each.
         dilation: Integer, or one for each spatial dimension.
         groups: Number of groups; divides the channels. None: channels // group_channels, or one
             group if there are fewer channels than that.
         group_channels: Channels per group, if ``groups`` is None.
         reduction_ratio: Input channels per hidden channel of a generator given by name.
         kernel_generator: None or ``"bottleneck"`` for the paper's, ``"contextual"``, ``"linear"``,
-            ``"pairwise_attention"`` or ``"static"``; a module from features (B, channels, *spatial)
-            to a kernel map (B, groups * taps, *out_spatial), channels group-major; or a function
-            of (channels, window) that returns one, such as a class of
+            ``"low_rank"``, ``"pairwise_attention"`` or ``"static"``; a module from features (B,
+            channels, *spatial) to a kernel map (B, groups * taps, *out_spatial), channels
+            group-major; or a function of (channels, window) that returns one, such as a class of
             ``involution.torch.generators``, also with ``device`` and ``dtype`` if they are given.
         out_channels: Channels of the output, by a 1x1 convolution after the involution. None: the
             input's channels, without it.
-        kernel_softmax: Whether to apply softmax to the weights of each window.
+        kernel_softmax: Whether to apply softmax to the weights of each window; ``"in_bounds"``: to
+            those of the taps inside the input, the others are 0.
         kernel_dropout: Dropout rate on kernel weights.
         group_layout: ``"contiguous"`` (the paper) or ``"interleaved"`` (the keras.io example).
         return_kernel: Whether to return (output, kernel) or only the output.
@@ -349,6 +406,11 @@ class Involution1d(InvolutionNd):
     __doc__ = (
         """The paper's involution layer for sequences: inputs (B, channels, length).
 
+    With ``padding="causal"``, windows end at the position of their output, and its kernel is
+    generated from the input there (``"contextual"``: and before). In eval mode, a sequence that is
+    computed in parts by ``step`` equals the whole to the last bit on CPUs, except after modules of
+    other classes than convolutions, batch normalization and ReLU.
+
     >>> import torch
     >>> from involution.torch import Involution1d
     >>> Involution1d(32, kernel_size=9)(torch.ones(2, 32, 100)).shape
@@ -357,6 +419,98 @@ class Involution1d(InvolutionNd):
         + _SHARED_DOC
     )
     rank = 1
+
+    def initial_cache(self, batch_size):
+        """The cache of ``step`` before the first input of a sequence.
+
+        Args:
+            batch_size: Number of sequences.
+
+        Returns:
+            (inputs, valid): the inputs before the next one, (B, channels, (kernel_size - 1) *
+            dilation), and which of them are of the sequence, (B, (kernel_size - 1) * dilation).
+
+        Raises:
+            ValueError: The module is not causal, has a stride, or its kernels are generated from
+                more inputs than those of a window.
+        """
+        self._check_steps()
+        (batch_size,) = standardize_tuple("batch_size", batch_size, 1)
+        parameter = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        shape = batch_size, self.channels, self.window.last_offset[0]
+        return (
+            parameter.new_zeros(shape),
+            parameter.new_zeros((batch_size, shape[2]), dtype=torch.bool),
+        )
+
+    def step(self, x, cache):
+        """The outputs of the next inputs of a sequence.
+
+        Args:
+            x: Tensor (B, channels, n), the next n inputs.
+            cache: From ``initial_cache`` or the previous step.
+
+        Returns:
+            (output, cache): the module's output for these n positions, and the next cache.
+
+        Raises:
+            ValueError: As for ``initial_cache``, or a shape is another.
+
+        Example:
+
+        >>> import torch
+        >>> from involution.torch import Involution1d
+        >>> layer = Involution1d(32, 4, padding="causal").eval()
+        >>> x = torch.randn(1, 32, 10)
+        >>> cache, outputs = layer.initial_cache(1), []
+        >>> for part in x.split(3, dim=2):
+        ...     y, cache = layer.step(part, cache)
+        ...     outputs.append(y)
+        >>> torch.equal(torch.cat(outputs, 2), layer(x))
+        True
+        """
+        self._check_steps()
+        check_input(x, self.channels, self.rank, type(self).__name__, self._dtype())
+        inputs, valid = cache
+        size = self.window.last_offset[0]
+        if inputs.shape != (len(x), self.channels, size) or valid.shape != (len(x), size):
+            raise ValueError(
+                f"`cache` must have the shapes {(len(x), self.channels, size)} and "
+                f"{(len(x), size)}. Received: {tuple(inputs.shape)} and {tuple(valid.shape)}"
+            )
+        count = x.shape[2]
+        inputs = torch.cat((inputs.to(x), x), 2)
+        valid = torch.cat((valid, valid.new_ones((len(x), count))), 1)
+        features = inputs
+        if not getattr(self.kernel_generator, "uses_full_input", False):
+            features = inputs[:, :, size - self._context() :]
+        window = dataclasses.replace(self.window, padding=VALID)
+        y = self._output(inputs, features, window, to_accumulation_dtype(valid.unsqueeze(1)))
+        # Copies: the parts of a sequence are not kept alive by its cache.
+        return y, (inputs[:, :, count:].clone(), valid[:, count:].clone())
+
+    def _context(self) -> int:
+        return getattr(self.kernel_generator, "context", 0)
+
+    def _check_steps(self):
+        window, generator = self.window, self.kernel_generator
+        if not self._is_causal or window.strides != (1,):
+            raise ValueError(
+                "Steps require padding='causal' and stride=1. "
+                f"Received: padding={window.padding!r}, stride={window.strides[0]}"
+            )
+        if getattr(generator, "uses_full_input", False) and not isinstance(
+            generator, PairwiseAttention
+        ):
+            raise ValueError(
+                "Steps require a generator that uses the features at the windows' ends. "
+                f"Received: kernel_generator={type(generator).__name__}, of the full input"
+            )
+        if self._context() > window.last_offset[0]:
+            raise ValueError(
+                "Steps require kernels that are generated from at most (kernel_size - 1) * "
+                f"dilation = {window.last_offset[0]} earlier inputs. Received: {self._context()}"
+            )
 
 
 class Involution2d(InvolutionNd):
