@@ -322,7 +322,10 @@ def decoder():
     x = involution.InvolutionUpSampling2D(2)(x, guide=guide)
     x = involution.InvolutionUpSampling2D(2, kernel_softmax="in_bounds", kernel_size=3)(x)
     x = involution.Involution2DTranspose(3, strides=2, padding="valid")(x)
-    return randomized(keras.Model(image, keras.layers.Conv2D(2, 1)(x)))
+    model = randomized(keras.Model(image, keras.layers.Conv2D(2, 1)(x)))
+    # Logits of the usual size: a softmax of large ones amplifies rounding errors.
+    model.set_weights([weight / 4 for weight in model.get_weights()])
+    return model
 
 
 def language_model():

@@ -13,6 +13,7 @@ from involution.layers.base import BaseInvolution, input_channels
 from involution.ops.attention import tap_softmax
 from involution.ops.centers import center_slices, check_padding, number_of_groups
 from involution.ops.dispatch import standardize_implementation
+from involution.ops.frameworks import framework_of
 from involution.ops.tensor_utils import spatial_shape
 from involution.ops.validation import (
     CAUSAL,
@@ -187,9 +188,14 @@ class GeneratedInvolution(BaseInvolution):
                 f"{window.taps} * {window.groups} channels at every output position. Received: a "
                 f"map of shape {tuple(kernel_map.shape)} from {self.kernel_generator.name}"
             )
-        kernel = ops.reshape(
-            kernel_map, window.shape(shape[0], window.spatial(shape), window.taps, window.groups)
-        )
+        # Not the map's own sizes where TensorFlow does not know them: for a map that was reshaped
+        # before, its exporter reads them from the wrong tensor.
+        computed = window.output_sizes(spatial_shape(inputs, window))
+        sizes = [
+            m if framework_of(n) == "tensorflow" else n
+            for n, m in zip(window.spatial(shape), computed, strict=True)
+        ]
+        kernel = ops.reshape(kernel_map, window.shape(shape[0], sizes, window.taps, window.groups))
         if self.kernel_softmax:
             inside = (inputs, mask) if self.kernel_softmax == IN_BOUNDS else None
             kernel = tap_softmax(kernel, window, inside, self.window.padding == CAUSAL)

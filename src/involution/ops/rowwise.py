@@ -39,19 +39,20 @@ EXP_BLOCK = 64
 
 
 def rowwise_softmax(x, axis):
-    """softmax over an axis, which is best short."""
+    """softmax over a short axis; its exponentials are computed in whole blocks."""
     ops = namespace(x)
     parts = [x[(slice(None),) * axis + (n,)] for n in range(x.shape[axis])]
     largest = functools.reduce(lambda a, b: ops.where(a > b, a, b), parts)
-    shape = ops.shape(largest)
-    # One vector of whole blocks for all exponentials.
-    flat = ops.reshape(ops.stack([part - largest for part in parts], 0), (-1,))
-    count = len(parts) * math.prod(shape)
-    if isinstance(count, int) or framework_of(x) != "jax":  # JAX's exporter cannot divide sizes
+    shifted = ops.stack([part - largest for part in parts], 0)
+    shape = ops.shape(shifted)
+    count = math.prod(shape)
+    if framework_of(x) == "jax" and not isinstance(count, int):
+        exponentials = ops.exp(shifted)  # its exporter supports no reshape of unknown sizes
+    else:
+        flat = ops.reshape(shifted, (-1,))
         # Not -count % EXP_BLOCK: exporters round the quotient of a negative size toward zero.
         flat = ops.pad(flat, [(0, (EXP_BLOCK - count % EXP_BLOCK) % EXP_BLOCK)])
-    flat = ops.exp(flat)[:count]
-    exponentials = ops.reshape(flat, (len(parts), *shape))
+        exponentials = ops.reshape(ops.exp(flat)[:count], shape)
     parts = [exponentials[n] for n in range(len(parts))]
     total = functools.reduce(lambda a, b: a + b, parts)
     return ops.stack([part / total for part in parts], axis)
