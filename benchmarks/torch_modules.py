@@ -27,7 +27,7 @@ class Unfold(Involution2d):
 
     def forward(self, x):
         window = self.window
-        kernel = self._kernel_map(x)
+        kernel = self.make_kernel_map(x)
         batch, _, *sizes = kernel.shape
         kernel = kernel.view(batch, window.groups, 1, window.taps, *sizes)
         padding = tuple(last // 2 for last in window.last_offset)

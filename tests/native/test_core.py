@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import pathlib
 import platform
@@ -66,6 +67,8 @@ def random_call_values(dtype):
         bounds = {}
         for pass_, truth in native_core.expected(call, *exact).items():
             terms = call.channels // call.groups if pass_ == KERNEL_GRAD else call.taps
+            if pass_ == INPUT_GRAD:
+                terms *= math.prod(call.upsampling or ())
             bounds[pass_] = truth, error_bound(truth, magnitudes[pass_], terms, dtype)
         cases.append((call, arrays, bounds))
     return cases
@@ -524,7 +527,9 @@ def test_f12_steps_beyond_64_bits_are_a_reason(name, value):
     # Unknown size: for a known one, steps would be clamped.
     x, kernel = keras.KerasTensor((1, None, 2)), keras.KerasTensor((1, None, 3, 1))
     reasons = dict(involution.ops.implementations(x, kernel, **arguments))
-    assert reasons["native"] == f"the extent of a window, a stride or a padding exceeds {2**60}"
+    assert reasons["native"] == (
+        f"a window's extent, stride, padding or upsampling exceeds {2**60}"
+    )
 
 
 @pytest.mark.parametrize("dilation_rate", [2**60, 2**62, 2**63, 2**64])

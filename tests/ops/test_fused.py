@@ -66,7 +66,8 @@ def random_values(dtype):
         truth = native_core.expected_fused(call, *wide)
         magnitude = native_core.expected_fused(call, *map(np.abs, wide))
         # Nested sums: over hidden channels, taps, the channels of a group, and positions.
-        terms = sum((hidden + 1, call.taps, call.channels // call.groups, call.taps * call.groups))
+        taps = call.taps * math.prod(call.upsampling or ())
+        terms = sum((hidden + 1, taps, call.channels // call.groups, call.taps * call.groups))
         weight_terms = terms + call.batch * math.prod(call.output_sizes)
         kinds = dtype, "float64" if dtype == "float64" else "float32"
         bounds = {

@@ -51,16 +51,16 @@ class BaseInvolution(keras.layers.Layer):
                 "The layer must be built: call it on an input first. "
                 f"Received: {self.name}, not built"
             )
-        return self._select(inputs, self._generator_projection(inputs)).name
+        return self.select_implementation(inputs, self._generator_projection(inputs)).name
 
-    def _select(self, inputs, projection) -> Selection:
+    def select_implementation(self, inputs, projection) -> Selection:
         hidden = None if projection is None else projection[0].shape[0]
         return select(problem_of(self.window, inputs, hidden), self.implementation)
 
     def call(self, inputs, training=None):
-        return self._run(training, inputs=inputs)
+        return self.run_call(training, inputs=inputs)
 
-    def _run(self, training, **tensors):
+    def run_call(self, training, **tensors):
         with training_scope(training):
             # ``stateless_call`` passes arrays unconverted.
             tensors = dict(zip(tensors, as_tensors(**tensors), strict=True))
@@ -72,7 +72,7 @@ class BaseInvolution(keras.layers.Layer):
     def _call(self, inputs, **context):
         # A recorded call stores its kernels.
         projection = None if is_recording() else self._generator_projection(inputs)
-        selection = self._select(inputs, projection)
+        selection = self.select_implementation(inputs, projection)
         if selection.name == "fused" and projection is not None:
             # The call of the last layer, which is skipped, would cast its input and its weights.
             operands = (self._generator_hidden(inputs), *projection)

@@ -102,9 +102,9 @@ class GeneratedInvolution(BaseInvolution):
         )
 
     def build(self, input_shape):
-        self._build_generator(input_shape, self.generator_input_shape)
+        self.build_generator(input_shape, self.generator_input_shape)
 
-    def _build_generator(self, input_shape, generator_input_shape):
+    def build_generator(self, input_shape, generator_input_shape):
         """Sets the groups, and builds the generator for ``generator_input_shape(input_shape)``."""
         check_axes(self, input_shape, self.rank)
         channels = input_channels(input_shape, self.data_format)
@@ -155,7 +155,7 @@ class GeneratedInvolution(BaseInvolution):
             )
         return window.shape(input_shape[0], counts, input_shape[window.channel_axis])
 
-    def _features(self, inputs):
+    def features_of(self, inputs):
         """The generator's input: starts at the first window's center."""
         window = self.window
         if self._subsamples():
@@ -164,18 +164,18 @@ class GeneratedInvolution(BaseInvolution):
             parts = center_slices(window, spatial_shape(inputs, window))
         return inputs[(slice(None),) * window.spatial_axis + parts] if parts else inputs
 
-    def _generator_input(self, inputs):
-        return inputs if uses_full_input(self.kernel_generator) else self._features(inputs)
+    def generator_input(self, inputs):
+        return inputs if uses_full_input(self.kernel_generator) else self.features_of(inputs)
 
     def generate_kernel(self, inputs, mask=None, **context):
         """The kernels for ``inputs``, in the layout of ``involution.ops.involution``:
         (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial)."""
-        return self._kernel_of(self._kernel_map(inputs, **context), inputs, mask)
+        return self.kernel_of_map(self._kernel_map(inputs, **context), inputs, mask)
 
     def _kernel_map(self, inputs, **context):
-        return self.kernel_generator(self._generator_input(inputs), **training_argument())
+        return self.kernel_generator(self.generator_input(inputs), **training_argument())
 
-    def _kernel_of(self, kernel_map, inputs, mask=None, window=None):
+    def kernel_of_map(self, kernel_map, inputs, mask=None, window=None):
         """The kernels of the generator's output, for windows of ``inputs``; None: the layer's."""
         window = self.window if window is None else window
         shape = ops.shape(kernel_map)

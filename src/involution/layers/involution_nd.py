@@ -109,8 +109,8 @@ class InvolutionND(GeneratedInvolution):
 
     def call(self, inputs, training=None, mask=None):
         if mask is None:
-            return self._run(training, inputs=inputs)
-        return self._run(training, inputs=inputs, mask=mask)
+            return self.run_call(training, inputs=inputs)
+        return self.run_call(training, inputs=inputs, mask=mask)
 
     def _call(self, inputs, mask=None, **context):
         self._output_sizes(inputs.shape)
@@ -167,14 +167,14 @@ class InvolutionND(GeneratedInvolution):
 
         Example:
 
-        >>> import numpy as np, involution
+        >>> import keras, numpy as np, involution
         >>> layer = involution.Involution1D(3, padding="causal")
         >>> x = np.random.default_rng(0).normal(size=(1, 8, 32)).astype("float32")
         >>> y, cache = layer(x), layer.initial_cache(1)
         >>> first, cache = layer.step(x[:, :5], cache)
         >>> last, cache = layer.step(x[:, 5:6], cache)
-        >>> bool(np.array_equal(y[:, 5:6], last))
-        True
+        >>> bool(keras.ops.convert_to_numpy(y[:, 5:6] - last).any())
+        False
         """
         self._check_steps()
         (inputs,) = as_tensors(inputs=ops.convert_to_tensor(inputs, self.compute_dtype))
@@ -184,7 +184,9 @@ class InvolutionND(GeneratedInvolution):
         valid = ops.concatenate([known, ops.ones(inputs.shape[:2], "bool")], axis=1)
         with training_scope(False):
             outputs = self._step(whole, valid, count)
-        return outputs, (whole[:, whole.shape[1] - history :], valid[:, valid.shape[1] - history :])
+        # No gradient: the cache would keep the graphs of all steps.
+        whole = ops.stop_gradient(whole[:, whole.shape[1] - history :])
+        return outputs, (whole, valid[:, valid.shape[1] - history :])
 
     def _step(self, whole, valid, count):
         window, generator = self.window, self.kernel_generator
@@ -192,7 +194,7 @@ class InvolutionND(GeneratedInvolution):
         context = whole[:, whole.shape[1] - count - getattr(generator, "look_back", 0) :]
         projection = self._generator_projection(inputs)
         # Of the whole sequence, so that steps use the same implementation.
-        selection = self._select(inputs, projection)
+        selection = self.select_implementation(inputs, projection)
         span = window.last_offset[0]
         values = whole[:, whole.shape[1] - count - span :]
         inside = dataclasses.replace(window, padding=VALID)
@@ -203,7 +205,7 @@ class InvolutionND(GeneratedInvolution):
             operands = [ops.cast(operand, inputs.dtype) for operand in (hidden, *projection)]
             return self._finish(apply_generated(selection, values, *operands))
         kernel_map = generator(context, **training_argument())[:, -count:]
-        kernel = self._kernel_of(kernel_map, values, valid[:, -(count + span) :], inside)
+        kernel = self.kernel_of_map(kernel_map, values, valid[:, -(count + span) :], inside)
         return self._finish(apply_kernels(selection, values, kernel))
 
     def _history(self) -> int:
@@ -231,7 +233,7 @@ class InvolutionND(GeneratedInvolution):
         return output if self.filters is None else self._project(output)
 
     def _generator_hidden(self, inputs):
-        return self.kernel_generator.hidden(self._features(inputs))
+        return self.kernel_generator.hidden(self.features_of(inputs))
 
     def _generator_projection(self, inputs):
         # Kernels that are returned or modified must be stored.

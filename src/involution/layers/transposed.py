@@ -88,7 +88,7 @@ class InvolutionTransposeND(GeneratedInvolution):
         output = calls.transposed_involution(self.transposed, self.implementation, inputs, kernel)
         return (output, kernel) if self.return_kernel else output
 
-    def _select(self, inputs, projection):
+    def select_implementation(self, inputs, projection):
         return select(self.transposed.problem_of(inputs), self.implementation)
 
     def _generator_projection(self, inputs):

@@ -79,7 +79,7 @@ class InvolutionUpSamplingND(GeneratedInvolution):
         if guide_shape is not None:
             self._check_guide(inputs_shape, guide_shape)
         self._has_guide = guide_shape is not None
-        self._build_generator(inputs_shape, generator_input_shape)
+        self.build_generator(inputs_shape, generator_input_shape)
 
     def _check_guide(self, input_shape, guide_shape):
         check_axes(self, input_shape, self.rank)
@@ -99,12 +99,12 @@ class InvolutionUpSamplingND(GeneratedInvolution):
                 f"Received: guide={'None' if guide is None else 'a tensor'}"
             )
         if guide is None:
-            return self._run(training, inputs=inputs)
+            return self.run_call(training, inputs=inputs)
         self._check_guide(inputs.shape, guide.shape)
-        return self._run(training, inputs=inputs, guide=guide)
+        return self.run_call(training, inputs=inputs, guide=guide)
 
     def _kernel_map(self, inputs, guide=None, **context):
-        features = self._generator_input(inputs)
+        features = self.generator_input(inputs)
         if guide is not None:
             features = [features, guide]
         return self.kernel_generator(features, **training_argument())

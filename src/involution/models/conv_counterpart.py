@@ -44,7 +44,13 @@ def conv_counterpart(model, kind="convolution"):
             return _convolution(layer, kind)
         return type(layer).from_config(layer.get_config())
 
-    counterpart = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    def call(layer, *args, mask=None, **kwargs):
+        # Convolutions, unlike involutions, have no argument `mask`.
+        return layer(*args, **kwargs) if mask is None else layer(*args, mask=mask, **kwargs)
+
+    # Keras supports no call_function for a Sequential model, which passes no arguments.
+    options = {} if isinstance(model, keras.Sequential) else {"call_function": call}
+    counterpart = keras.models.clone_model(model, clone_function=clone, recursive=True, **options)
     remaining = involutions(counterpart)
     if remaining:
         raise ValueError(
@@ -70,7 +76,7 @@ def _convolution(layer, kind):
         )
     rank = len(layer.kernel_size)
     arguments = layer.window.arguments()
-    del arguments["groups"], arguments["group_layout"]
+    del arguments["groups"], arguments["group_layout"], arguments["upsampling"]
     arguments |= {
         "padding": PADDINGS[layer.padding],
         "use_bias": False,

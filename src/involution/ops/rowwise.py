@@ -16,10 +16,18 @@ from involution.ops.window import Window
 
 
 def rowwise_matmul(x, weight):
-    """``x @ weight`` for ``x`` (B, length, n) and ``weight`` (n, m).
+    """``x @ weight`` for ``x`` (B, length, n) and ``weight`` (n, m); by the framework, whose bits
+    depend on the length, where ``rowwise_linear`` cannot run."""
+    ops = namespace(x)
+    product = rowwise_linear(x, weight, ops.zeros_like(weight[0]))
+    return ops.matmul(x, weight) if product is None else product
+
+
+def rowwise_linear(x, weight, bias):
+    """``x @ weight + bias``, or None where ``fused`` does not run.
 
     The product is expressed as kernels of one tap, for a group of one channel each, that are
-    applied to ones, where ``fused`` runs; elsewhere its bits are those of the framework.
+    applied to ones.
     """
     ops = namespace(x)
     outputs = weight.shape[-1]
@@ -29,9 +37,8 @@ def rowwise_matmul(x, weight):
     if "fused" in preferred(problem):
         selection = select(problem, ("fused", "reference"))
         if selection.name == "fused":
-            zeros = ops.zeros_like(weight[0])
-            return apply_generated(selection, ones, x, weight, zeros)
-    return ops.matmul(x, weight)
+            return apply_generated(selection, ones, x, weight, bias)
+    return None
 
 
 # A multiple of the lanes of every vector: no exponential is computed by scalar code.

@@ -144,7 +144,7 @@ class InvolutionNd(nn.Module):
             setattr(self, name, getattr(generator, name))
 
     def forward(self, x):
-        check_input(x, self.channels, self.rank, type(self).__name__, self._dtype())
+        check_input(x, self.channels, self.rank, type(self).__name__, self.parameter_dtype())
         features = x
         if not getattr(self.kernel_generator, "uses_full_input", False):
             features = _features(x, self.window)
@@ -171,11 +171,11 @@ class InvolutionNd(nn.Module):
             y = apply(x, hidden, last.weight, bias, window, self.implementation)
             return y if self.projection is None else self._call(self.projection, y)
         if present is None:
-            kernel_map = self._kernel_map(features)
+            kernel_map = self.make_kernel_map(features)
         elif isinstance(self.kernel_generator, PairwiseAttention):
             kernel_map = self.kernel_generator.step(features, present)
         else:
-            kernel_map = _last_windows(self._kernel_map(features), x, window)
+            kernel_map = _last_windows(self.make_kernel_map(features), x, window)
         kernel = kernels_of(kernel_map, window, self.kernel_softmax, x, present, self._is_causal)
         if self.kernel_dropout is not None:
             kernel = self.kernel_dropout(kernel)
@@ -194,7 +194,7 @@ class InvolutionNd(nn.Module):
     def _call(self, module, x):
         return evaluate(module, x) if self._is_causal else module(x)
 
-    def _dtype(self) -> torch.dtype | None:
+    def parameter_dtype(self) -> torch.dtype | None:
         """The dtype of the parameters; None if the generator is not one of this package's."""
         generator = self.kernel_generator
         if generator is not None and type(generator) not in GENERATORS.values():
@@ -206,7 +206,7 @@ class InvolutionNd(nn.Module):
             return self._call(self.conv1, self.pool(features))
         return cast(Convolutional, self.kernel_generator).hidden(features)
 
-    def _kernel_map(self, features):
+    def make_kernel_map(self, features):
         if self.kernel_generator is None:
             return self._call(self.conv2, self._hidden(features))
         return self._call(self.kernel_generator, features)
@@ -470,7 +470,7 @@ class Involution1d(InvolutionNd):
         True
         """
         self._check_steps()
-        check_input(x, self.channels, self.rank, type(self).__name__, self._dtype())
+        check_input(x, self.channels, self.rank, type(self).__name__, self.parameter_dtype())
         inputs, valid = cache
         size = self.window.last_offset[0]
         if inputs.shape != (len(x), self.channels, size) or valid.shape != (len(x), size):

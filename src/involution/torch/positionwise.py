@@ -9,13 +9,10 @@ run, contain PyTorch's own layers.
 import torch
 from torch import nn
 
-from involution.ops import calls
-from involution.ops.dispatch import PREFERENCE, select
+from involution.ops.dispatch import PREFERENCE
 from involution.ops.frameworks.torch import autocast
-from involution.ops.problem import problem_of
+from involution.ops.rowwise import rowwise_linear
 from involution.ops.tensor_utils import to_accumulation_dtype
-from involution.ops.validation import CHANNELS_LAST
-from involution.ops.window import Window
 from involution.torch.functional import apply_generated, to_last
 from involution.utils.torch_hooks import is_hooked
 
@@ -81,13 +78,8 @@ def convolve(x, weight, bias=None):
     if taps > 1:
         features = features.unfold(1, taps, 1).flatten(2)
     bias = weight.new_zeros(outputs) if bias is None else bias.to(weight.dtype)
-    # An involution of ones with the features' kernels of one tap.
-    ones = features.new_ones(()).expand(*features.shape[:2], outputs)
-    window = Window(1, groups=outputs, data_format=CHANNELS_LAST, rank=1)
-    selection = select(problem_of(window, ones, features.shape[-1]), EXACT)
-    if selection.name == "fused":
-        y = calls.apply_generated(selection, ones, features, weight.flatten(1).t(), bias)
-    else:
+    y = rowwise_linear(features, weight.flatten(1).t(), bias)
+    if y is None:
         y = _products(features, weight.flatten(1), bias)
     return y.movedim(-1, 1)
 

@@ -66,8 +66,8 @@ class InvolutionTransposeNd(InvolutionNd):
         self.transposed = make_transposed(window, output_padding)
 
     def forward(self, x):
-        check_input(x, self.channels, self.rank, type(self).__name__, self._dtype())
-        kernel = kernels_of(self._kernel_map(x), self.window, self.kernel_softmax, x)
+        check_input(x, self.channels, self.rank, type(self).__name__, self.parameter_dtype())
+        kernel = kernels_of(self.make_kernel_map(x), self.window, self.kernel_softmax, x)
         if self.kernel_dropout is not None:
             kernel = self.kernel_dropout(kernel)
         y = apply_transposed(x, kernel, self.transposed, self.implementation)
