@@ -10,7 +10,7 @@ from keras import ops
 import involution
 from involution.kernel_generators import LowRank
 from tests.support import oracle
-from tests.support.backends import in_graph, numpy, requires_native
+from tests.support.backends import in_graph, mostly_slow_on_jax, numpy, requires_native
 from tests.support.keras_io_formula import randomize
 
 
@@ -29,14 +29,18 @@ GENERATORS = ("bottleneck", "contextual", "linear", "low_rank", "static")
 
 
 @pytest.mark.parametrize(
-    ("generator", "softmax"),
-    [
-        *itertools.product(GENERATORS, (False, True, "in_bounds")),
-        ("pairwise_attention", False),  # a softmax already
-    ],
+    "case",
+    mostly_slow_on_jax(
+        [
+            *itertools.product(GENERATORS, (False, True, "in_bounds")),
+            ("pairwise_attention", False),  # a softmax already
+        ],
+        8,
+    ),
 )
 @pytest.mark.parametrize(("strides", "rate"), [(1, 1), (1, 3), (3, 1), (2, 2)])
-def test_later_inputs_change_no_bit_of_an_output(strides, rate, generator, softmax):
+def test_later_inputs_change_no_bit_of_an_output(strides, rate, case):
+    generator, softmax = case
     layer = causal(
         4,
         strides=strides,
@@ -59,16 +63,20 @@ def test_later_inputs_change_no_bit_of_an_output(strides, rate, generator, softm
 @requires_native
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("generator", "softmax"),
-    [
-        *itertools.product(("bottleneck", "low_rank"), (False, True, "in_bounds")),
-        ("contextual", False),
-        ("linear", False),
-        ("static", False),
-    ],
+    "case",
+    mostly_slow_on_jax(
+        [
+            *itertools.product(("bottleneck", "low_rank"), (False, True, "in_bounds")),
+            ("contextual", False),
+            ("linear", False),
+            ("static", False),
+        ],
+        5,
+    ),
 )
 @pytest.mark.parametrize("kernel_size", range(2, 8))
-def test_steps_equal_the_whole_sequence_bit_for_bit(kernel_size, generator, softmax):
+def test_steps_equal_the_whole_sequence_bit_for_bit(kernel_size, case):
+    generator, softmax = case
     for rate in (1, 2, 3):
         layer = causal(
             kernel_size,
