@@ -192,7 +192,7 @@ class GeneratedInvolution(BaseInvolution):
         # before, its exporter reads them from the wrong tensor.
         computed = window.output_sizes(spatial_shape(inputs, window))
         sizes = [
-            m if framework_of(n) == "tensorflow" else n
+            m if not isinstance(n, int) and framework_of(n) == "tensorflow" else n
             for n, m in zip(window.spatial(shape), computed, strict=True)
         ]
         kernel = ops.reshape(kernel_map, window.shape(shape[0], sizes, window.taps, window.groups))
