@@ -328,9 +328,8 @@ bool execute_fused(const InvolutionParams& params, index_t batch, int threads, c
   g.bf16_pairs = !is_kernel_grad && type == DataType::bfloat16 && g.hidden_channels % 2 == 0 &&
                  has_avx512_bf16(target);
   const index_t hidden_elements = g.bf16_pairs ? g.hidden_channels / 2 : g.hidden_channels;
-  g.hidden = make_tensor(hidden, params.output_size, hidden_elements, false);
+  g.hidden = make_output_tensor(params, hidden, hidden_elements, false);
   split_channels(g.hidden, 1, hidden_elements, true);
-  for (int i = 0; i < 3; ++i) g.hidden.position_stride[i] *= params.upsampling[i];
   g.hidden.zero_copy = g.bf16_pairs || type == DataType::float64 || type == DataType::float32;
   g.group_splits = 1;
   call.generator = &g;

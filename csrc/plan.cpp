@@ -81,6 +81,13 @@ Tensor make_tensor(const void* data, const index_t* size, index_t channels, bool
   return t;
 }
 
+Tensor make_output_tensor(const InvolutionParams& params, const void* data, index_t channels,
+                          bool channels_first) {
+  Tensor t = make_tensor(data, params.output_size, channels, channels_first);
+  for (int i = 0; i < 3; ++i) t.position_stride[i] *= params.upsampling[i];
+  return t;
+}
+
 void split_channels(Tensor& t, index_t outer_count, index_t inner_count, bool inner_is_fast) {
   const index_t step = t.inner_stride;
   t.outer_count = outer_count;
@@ -130,10 +137,8 @@ CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTa
   plan.source_offset = is_input_grad ? params.pad_before[2] : -params.pad_before[2];
 
   Tensor x = make_tensor(nullptr, params.input_size, params.channels, channels_first);
-  Tensor y = make_tensor(nullptr, params.output_size, params.channels, channels_first);
-  Tensor kernel = make_tensor(nullptr, params.output_size, p.taps * params.groups, channels_first);
-  for (int i = 0; i < 3; ++i)
-    for (Tensor* t : {&y, &kernel}) t->position_stride[i] *= params.upsampling[i];
+  Tensor y = make_output_tensor(params, nullptr, params.channels, channels_first);
+  Tensor kernel = make_output_tensor(params, nullptr, p.taps * params.groups, channels_first);
   plan.phases = is_input_grad ? p.phases : 1;
   const bool groups_inner = plan.vector_axis == VectorAxis::groups;
   const index_t outer_count = groups_inner ? channels_per_group : params.groups;

@@ -51,11 +51,15 @@ struct Operands {
 // A contiguous tensor with one axis of `channels` channels; `split_channels` splits the axis.
 Tensor make_tensor(const void* data, const index_t* size, index_t channels, bool channels_first);
 
+// A tensor at the outputs of a call, channels as above. With upsampling, its positions are windows,
+// and the outputs of a window are its phases.
+Tensor make_output_tensor(const InvolutionParams& params, const void* data, index_t channels,
+                          bool channels_first);
+
 // Splits the channel axis into outer_count x inner_count.
 void split_channels(Tensor& t, index_t outer_count, index_t inner_count, bool inner_is_fast);
 
-// With upsampling, the positions of the tensors at outputs are windows, and the outputs of a window
-// are its phases. Elements from phase 0 to a phase of such a tensor; the tensor of one phase.
+// Elements from phase 0 to a phase of a tensor at outputs; the tensor of one phase.
 index_t phase_offset(const CallPlan& p, const Tensor& t, index_t phase);
 Tensor select_phase(const CallPlan& p, Tensor t, index_t phase);
 

@@ -48,18 +48,7 @@ __all__ = [
     "ops",
 ]
 
-LAYERS = (
-    "Involution",
-    "Involution1D",
-    "Involution1DTranspose",
-    "Involution2D",
-    "Involution2DTranspose",
-    "Involution3D",
-    "Involution3DTranspose",
-    "InvolutionUpSampling1D",
-    "InvolutionUpSampling2D",
-    "InvolutionUpSampling3D",
-)
+LAYERS = tuple(name for name in __all__ if name.startswith("Involution"))
 KERAS_PACKAGES = ("kernel_generators", "layers", "models")
 PACKAGES = (*KERAS_PACKAGES, "compat", "torch")
 

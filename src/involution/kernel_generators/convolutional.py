@@ -246,10 +246,8 @@ def final_projection(generator, dtype):
     # A subclass may have replaced the last layer.
     if "_generate" in vars(generator) or generator.compute_dtype != dtype:
         return None
-    found, offset = (
-        projection_of(generator.expand, dtype, generator.kernel_channels),
-        generator.kernel_offset(),
-    )
+    found = projection_of(generator.expand, dtype, generator.kernel_channels)
+    offset = generator.kernel_offset()
     if found is None or offset is None:
         return found
     weight, bias = found

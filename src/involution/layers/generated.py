@@ -17,14 +17,13 @@ from involution.ops.frameworks import framework_of
 from involution.ops.tensor_utils import spatial_shape
 from involution.ops.validation import (
     CAUSAL,
+    IN_BOUNDS,
     check_axes,
-    check_choice,
     check_rate,
+    standardize_softmax,
     standardize_tuple,
 )
 from involution.ops.window import Window
-
-IN_BOUNDS = "in_bounds"
 
 
 class _KernelDropout(keras.layers.Dropout):
@@ -79,11 +78,7 @@ class GeneratedInvolution(BaseInvolution):
         if implementation is not None:
             standardize_implementation(implementation)
         self.implementation = implementation
-        if isinstance(kernel_softmax, str):
-            check_choice("kernel_softmax", kernel_softmax, (True, False, IN_BOUNDS))
-        self.kernel_softmax = (
-            kernel_softmax if kernel_softmax == IN_BOUNDS else bool(kernel_softmax)
-        )
+        self.kernel_softmax = standardize_softmax(kernel_softmax)
         self.kernel_dropout = (
             _KernelDropout(kernel_dropout, dtype=self.dtype_policy, name="kernel_dropout")
             if kernel_dropout
@@ -142,10 +137,8 @@ class GeneratedInvolution(BaseInvolution):
 
     def _features_shape(self, input_shape):
         window = self.window
-        sizes, counts = (
-            window.spatial(input_shape),
-            window.window_counts(window.spatial(input_shape)),
-        )
+        sizes = window.spatial(input_shape)
+        counts = window.window_counts(sizes)
         if not self._subsamples():
             counts = tuple(
                 None if n is None else min(n - center, out * s)
@@ -190,11 +183,9 @@ class GeneratedInvolution(BaseInvolution):
             )
         # Not the map's own sizes where TensorFlow does not know them: for a map that was reshaped
         # before, its exporter reads them from the wrong tensor.
-        computed = window.output_sizes(spatial_shape(inputs, window))
-        sizes = [
-            m if not isinstance(n, int) and framework_of(n) == "tensorflow" else n
-            for n, m in zip(window.spatial(shape), computed, strict=True)
-        ]
+        sizes = window.spatial(shape)
+        if any(not isinstance(n, int) and framework_of(n) == "tensorflow" for n in sizes):
+            sizes = window.output_sizes(spatial_shape(inputs, window))
         kernel = ops.reshape(kernel_map, window.shape(shape[0], sizes, window.taps, window.groups))
         if self.kernel_softmax:
             inside = (inputs, mask) if self.kernel_softmax == IN_BOUNDS else None

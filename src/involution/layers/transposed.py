@@ -4,11 +4,11 @@ import dataclasses
 
 import keras
 
-from involution.layers.generated import IN_BOUNDS, GeneratedInvolution
+from involution.layers.generated import GeneratedInvolution
 from involution.ops import calls
 from involution.ops.dispatch import select
 from involution.ops.transposed import TransposedWindow
-from involution.ops.validation import SAME
+from involution.ops.validation import IN_BOUNDS, SAME
 from involution.ops.window import Window
 from involution.utils.arguments import MISNAMED, names_required
 
@@ -56,7 +56,7 @@ class InvolutionTransposeND(GeneratedInvolution):
             data_format,
             self.rank,
         )
-        TransposedWindow.of(window, output_padding)  # checks the arguments
+        transposed = TransposedWindow.of(window, output_padding)
         if kernel_softmax == IN_BOUNDS:
             raise ValueError(
                 "`kernel_softmax` must be True or False in a transposed involution. "
@@ -76,12 +76,13 @@ class InvolutionTransposeND(GeneratedInvolution):
         )
         self.strides, self.padding = window.strides, window.padding
         self.output_padding = output_padding
+        # The windows of the output.
+        self.transposed = transposed
 
-    @property
-    def transposed(self) -> TransposedWindow:
-        """The windows of the output."""
-        window = dataclasses.replace(self.window, strides=self.strides, padding=self.padding)
-        return TransposedWindow.of(window, self.output_padding)
+    def build(self, input_shape):
+        super().build(input_shape)
+        window = dataclasses.replace(self.transposed.window, groups=self.window.groups)
+        self.transposed = dataclasses.replace(self.transposed, window=window)
 
     def _call(self, inputs, **context):
         kernel = self.generate_kernel(inputs)

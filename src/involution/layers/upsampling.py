@@ -126,9 +126,9 @@ class InvolutionUpSamplingND(GeneratedInvolution):
 
 _DOC = """Upsampling {0}, by kernels that are generated for each position of the fine grid.
 
-    Each output is a weighted sum of the window around the input position it falls in; the weights
-    are those of its own kernel. The default is CARAFE, which replaces bilinear interpolation in
-    decoders and feature pyramids. The input is never copied to the fine grid.
+    Each output is a weighted sum of the window around its input position, with a kernel of its own.
+    The default generator is that of CARAFE, a replacement for bilinear interpolation in decoders
+    and feature pyramids. The input is never copied to the fine grid.
 
     >>> import numpy as np, involution
     >>> x, fine = np.ones({1}, "float32"), np.ones({2}, "float32")

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from involution.backend import image_data_format
 
 SAME, VALID, SYMMETRIC, CAUSAL = "same", "valid", "symmetric", "causal"
+# Softmax over the taps inside the input.
+IN_BOUNDS = "in_bounds"
 CONTIGUOUS, INTERLEAVED = "contiguous", "interleaved"
 CHANNELS_LAST, CHANNELS_FIRST = "channels_last", "channels_first"
 
@@ -65,6 +67,18 @@ def standardize_data_format(name, data_format, rank=None) -> str:
 def check_rate(name, value):
     if not 0 <= value <= 1:
         raise ValueError(f"`{name}` must be a number from 0 to 1. Received: {name}={value}")
+
+
+def standardize_softmax(value) -> bool | str:
+    """The argument ``kernel_softmax``: False, True or "in_bounds"; ValueError for other strings."""
+    if value == IN_BOUNDS:
+        return IN_BOUNDS
+    if isinstance(value, str):
+        raise ValueError(
+            "`kernel_softmax` must be False, True or 'in_bounds'. "
+            f"Received: kernel_softmax={value!r}"
+        )
+    return bool(value)
 
 
 def check_choice(name, value, allowed):

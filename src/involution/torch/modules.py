@@ -17,9 +17,11 @@ from involution.ops.tensor_utils import to_accumulation_dtype
 from involution.ops.validation import (
     CAUSAL,
     CONTIGUOUS,
+    IN_BOUNDS,
     SYMMETRIC,
     VALID,
     check_rate,
+    standardize_softmax,
     standardize_tuple,
 )
 from involution.torch.functional import apply_generated, apply_kernel, make_window
@@ -37,7 +39,7 @@ from involution.torch.positionwise import (
     has_plain_call,
     is_exact,
 )
-from involution.torch.softmax import IN_BOUNDS, softmax, standardize_softmax, taps_inside
+from involution.torch.softmax import softmax, taps_inside
 from involution.utils.arguments import names_required
 
 _CHANNELS = "the input and the output have `channels`; `out_channels` adds a 1x1 convolution"

@@ -18,7 +18,7 @@ from involution.utils.torch_hooks import is_hooked
 
 # The choice by size would change the order of the sums.
 EXACT = ("fused", *PREFERENCE)
-# Products that are stored at a time, where there is no compiled core.
+# Maximum number of products stored at once; bounds the memory without the compiled core.
 MAX_PRODUCTS = 2**22
 
 

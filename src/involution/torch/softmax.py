@@ -8,20 +8,6 @@ from involution.ops import calls
 from involution.ops.attention import MASK_VALUE
 from involution.torch.functional import to_last
 
-IN_BOUNDS = "in_bounds"
-
-
-def standardize_softmax(value) -> bool | str:
-    """False, True or "in_bounds"; ValueError for other strings."""
-    if value == IN_BOUNDS:
-        return IN_BOUNDS
-    if isinstance(value, str):
-        raise ValueError(
-            "`kernel_softmax` must be False, True or 'in_bounds'. "
-            f"Received: kernel_softmax={value!r}"
-        )
-    return bool(value)
-
 
 def taps_inside(window, present):
     """Which taps of each window are inside the input.

@@ -2,10 +2,15 @@
 
 import torch
 
-from involution.ops.validation import CONTIGUOUS, SAME, SYMMETRIC, standardize_tuple
+from involution.ops.validation import (
+    CONTIGUOUS,
+    IN_BOUNDS,
+    SAME,
+    SYMMETRIC,
+    standardize_tuple,
+)
 from involution.torch.functional import apply_transposed, make_transposed, make_window
 from involution.torch.modules import InvolutionNd, check_input, check_names, kernels_of
-from involution.torch.softmax import IN_BOUNDS
 
 
 class InvolutionTransposeNd(InvolutionNd):

@@ -5,11 +5,16 @@ from torch import nn
 
 from involution.ops.centers import check_groups
 from involution.ops.dispatch import standardize_implementation
-from involution.ops.validation import CONTIGUOUS, SAME, check_rate, standardize_tuple
+from involution.ops.validation import (
+    CONTIGUOUS,
+    SAME,
+    check_rate,
+    standardize_softmax,
+    standardize_tuple,
+)
 from involution.torch.functional import apply_kernel, make_window
 from involution.torch.generators import Carafe, carafe_map
 from involution.torch.modules import check_axes, check_input, kernels_of
-from involution.torch.softmax import standardize_softmax
 from involution.utils.arguments import names_required
 
 _CHANNELS = "the input and the output have `channels`"
