@@ -151,7 +151,9 @@ def test_functional_model_with_a_guide_of_unknown_sizes_saves_and_loads(tmp_path
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     for n in (4, 5):
         arrays = [random(2, n, 3, 8), random(2, 2 * n, 6, 3)]
-        np.testing.assert_array_equal(numpy(model(arrays)), numpy(loaded(arrays)))
+        y, expected = numpy(loaded(arrays)), numpy(model(arrays))
+        # TensorFlow flushes subnormal numbers to zero in some of its threads only.
+        np.testing.assert_allclose(y, expected, rtol=0, atol=np.finfo("float32").tiny)
 
 
 def test_configuration_keeps_the_arguments():
