@@ -76,6 +76,14 @@ def test_cuda_events_time_a_graph_replay(fake_cuda):
     assert (len(calls), fake_cuda.replays) == (2, 2)
 
 
+@pytest.mark.parametrize(("cache", "want"), [(50 * 2**20, 2**28), (2**27, 2**29), (None, 2**28)])
+def test_memory_bandwidth_is_that_of_copies_beyond_the_l2_cache(monkeypatch, cache, want):
+    properties = types.SimpleNamespace(**({} if cache is None else {"L2_cache_size": cache}))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(devices, "_cuda_copy_bandwidth", lambda total: 10.0 * total)
+    assert CUDA.memory_bandwidth() == (10.0 * want, 10.0 * want)
+
+
 def test_failed_capture_raises(fake_cuda, monkeypatch):
     monkeypatch.setattr(fake_cuda, "fails_capture", True)
     with pytest.raises(

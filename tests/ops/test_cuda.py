@@ -133,3 +133,4 @@ def test_benchmark_runs_on_cuda(monkeypatch):
     assert len(rows) == 5 * 2 * 2
     assert all(row.median_ms > 0 and row.peak_mb > 0 for row in rows)
     assert devices.DEVICES["cuda"].copy_bandwidth(2**28) > 1e10
+    assert min(devices.DEVICES["cuda"].memory_bandwidth()) > 1e10

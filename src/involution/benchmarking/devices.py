@@ -7,10 +7,12 @@ around a replayed CUDA graph, which excludes Python and kernel-launch overhead.
 import functools
 import math
 import os
+import pathlib
 import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -20,6 +22,15 @@ from involution.ops.native.library import available_cpus
 from involution.utils import memory
 
 Run = Callable[[], object]
+# Exceeds the caches of most devices; ``_cold_bytes`` has more where the caches are larger.
+DRAM_BYTES = 2**28
+
+
+class Bandwidth(NamedTuple):
+    """Bytes per second, read and written, of streams that touch each byte once."""
+
+    read: float
+    write: float
 
 
 class CaptureError(Exception):
@@ -57,11 +68,24 @@ class Cpu:
         return timed
 
     def copy_bandwidth(self, total: int) -> float:
-        """Bytes per second, read plus written, of copies by all CPUs.
+        """Warm: bytes per second, read plus written, of repeated copies by all CPUs.
 
-        Measured with ``total`` bytes; if they fit into a cache, it is the cache's bandwidth.
+        Each CPU copies one half of its share of ``total`` bytes to the other half, again and again:
+        if the bytes fit into a cache, it is the cache's bandwidth. Below about 1 MB per CPU, it is
+        too low: the Python calls take longer than the copies.
         """
         return _cpu_copy_bandwidth(total)
+
+    def memory_bandwidth(self) -> Bandwidth:
+        """Cold: bytes per second of all CPUs from and to memory.
+
+        Each CPU passes over its own buffer; together the buffers are ``DRAM_BYTES``, or four times
+        the caches if that is more, so nearly all lines come from memory. ``read`` is a maximum of
+        the elements, loads only. ``write`` negates them in place: an ordinary store reads its line
+        before it changes it, and the line is written back later, for the same bytes. Non-temporal
+        stores, which skip that read, can be faster.
+        """
+        return _cpu_memory_bandwidth()
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of all CPUs; a multiply-add is two operations."""
@@ -95,7 +119,46 @@ def _cpu_copy_bandwidth(total):
     workers = available_cpus()
     size = max(total // 8 // workers, 1)
     pairs = [(np.ones(size, "float32"), np.empty(size, "float32")) for _ in range(workers)]
-    return total / _best_seconds(lambda pair: np.copyto(pair[1], pair[0]), pairs)
+    # 64 MB per task take about a millisecond.
+    calls = max(1, min(10, 2**26 // max(total, 1)))
+    return total / _best_seconds(lambda pair: np.copyto(pair[1], pair[0]), pairs, calls=calls)
+
+
+@functools.cache
+def _cpu_memory_bandwidth():
+    workers = available_cpus()
+    buffers = [
+        np.ones(_cold_bytes(_cache_bytes()) // 4 // workers, "int32") for _ in range(workers)
+    ]
+    total = sum(buffer.nbytes for buffer in buffers)
+    # A pass takes milliseconds, so the start of the threads is negligible.
+    read, write = (
+        total / _best_seconds(function, buffers, repeats=10, calls=1)
+        for function in (np.max, lambda buffer: np.negative(buffer, out=buffer))
+    )
+    return Bandwidth(read, write)
+
+
+def _cold_bytes(caches) -> int:
+    return max(DRAM_BYTES, 4 * caches)
+
+
+def _cache_bytes(root=pathlib.Path("/sys/devices/system/cpu")) -> int:
+    """Bytes of all data caches of the available CPUs; 0 on systems that do not list them."""
+    sizes = {}
+    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ():
+        for cache in root.glob(f"cpu{cpu}/cache/index*"):
+            try:
+                level, kind, size, cpus = (
+                    (cache / name).read_text().strip()
+                    for name in ("level", "type", "size", "shared_cpu_list")
+                )
+            except OSError:
+                continue
+            if kind != "Instruction":
+                # CPUs that share a cache list the same CPUs.
+                sizes[level, cpus] = int(size.removesuffix("K")) * 1024
+    return sum(sizes.values())
 
 
 @functools.cache
@@ -111,15 +174,17 @@ def _cpu_peak():
     return 2 * n**3 / _best_seconds(lambda _: a @ a, [None])
 
 
-def _best_seconds(function, arguments, repeats=30) -> float:
-    """Seconds of one call per argument in parallel threads, the minimum of several runs."""
+def _best_seconds(function, arguments, repeats=30, calls=10) -> float:
+    """Seconds of one call per argument in parallel threads, the minimum of several runs.
+
+    Several ``calls`` per task amortize the start of the threads.
+    """
     best = math.inf
     with ThreadPoolExecutor(len(arguments)) as pool:
         for _ in range(repeats):
-            # Ten calls per task amortize the start of the threads.
             started = time.perf_counter()
-            list(pool.map(lambda a: [function(a) for _ in range(10)], arguments))
-            best = min(best, (time.perf_counter() - started) / 10)
+            list(pool.map(lambda a: [function(a) for _ in range(calls)], arguments))
+            best = min(best, (time.perf_counter() - started) / calls)
     return best
 
 
@@ -174,8 +239,22 @@ class Cuda:
         return timed
 
     def copy_bandwidth(self, total: int) -> float:
-        """Bytes per second, read plus written, of copies of ``total`` bytes in device memory."""
+        """Warm: bytes per second, read plus written, of repeated copies of half of ``total`` bytes
+        to the other half; if the bytes fit into the L2 cache, it is the cache's bandwidth."""
         return _cuda_copy_bandwidth(total)
+
+    def memory_bandwidth(self) -> Bandwidth:
+        """Cold: bytes per second of copies in device memory.
+
+        The copied bytes are ``DRAM_BYTES``, or four times the L2 cache if that is more. Reads and
+        writes have one rate, since a device's stores of whole sectors do not read them first.
+        """
+        import torch
+
+        # Older versions of PyTorch do not have the size.
+        cache = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0)
+        both = _cuda_copy_bandwidth(_cold_bytes(cache))
+        return Bandwidth(both, both)
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of cuBLAS's matrix product of this type."""
