@@ -320,8 +320,10 @@ def bench(
 ):
     """Measure speed and memory by case and implementation, compared with convolutions.
 
-    Each candidate is verified first; those with wrong values are not measured. The roofline is the
-    minimum time on this machine, from bandwidth and peak FLOP/s measured in the same run.
+    Each candidate is verified first; those with wrong values are not measured. Rooflines are the
+    minimum times on this machine, from peak FLOP/s and bandwidths measured in the same run: warm,
+    with operands in the cache where they fit, as in the measured calls; cold, with operands in
+    memory.
 
     Parameters
     ----------

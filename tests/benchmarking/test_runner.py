@@ -25,9 +25,33 @@ SMALL = Case.of("small", 2, (5, 4), 6, 2, 3)
 STRIDED = Case.of("strided", 1, (5, 4), 6, 2, 3, strides=2, group_layout="interleaved")
 
 
+class FakeDevice:
+    """A device with given rates, in bytes and operations per second."""
+
+    def __init__(self, read=1e15, write=1e15, copy=1e15, flops=1e15):
+        self.bandwidth = devices.Bandwidth(read, write)
+        self.copy, self.flops = copy, flops
+        self.copied = []
+
+    def description(self):
+        return "a fake"
+
+    def memory_bandwidth(self):
+        return self.bandwidth
+
+    def copy_bandwidth(self, total):
+        self.copied.append(total)
+        return self.copy
+
+    def peak(self, dtype):
+        return self.flops * {"float32": 1, "bfloat16": 2, "float64": 0.5}[dtype]
+
+
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(runner, "CASES", (SMALL, STRIDED))
+    # Its measurement takes a second.
+    monkeypatch.setattr(devices.DEVICES["cpu"], "memory_bandwidth", FakeDevice().memory_bandwidth)
     return runner.Plan(cases=("small", "strided"), seconds=1e-6, calls=2)
 
 
@@ -48,7 +72,10 @@ def test_every_candidate_is_measured_forward_and_backward(small):
         assert [(r.case, r.candidate, r.passes) for r in rows] == expected
         assert all(r.median_ms > 0 and r.runs >= 3 for r in rows)
         involutions = [r for r in rows if r.candidate not in ("conv3", "depthwise")]
-        assert all(r.x_roofline == pytest.approx(r.median_ms / r.roofline_ms) for r in involutions)
+        for r in involutions:
+            assert r.x_roofline_warm == pytest.approx(r.median_ms / r.roofline_warm_ms)
+            assert r.x_roofline_cold == pytest.approx(r.median_ms / r.roofline_cold_ms)
+            assert r.roofline_warm_ms <= r.roofline_cold_ms
         # One message for each unavailable candidate.
         assert len(messages) == len(candidates) - len(names)
 
@@ -124,10 +151,7 @@ def test_the_roofline_counts_taps_inside_the_input():
     assert runner.tensor_bytes(SMALL, "float32", False, "fused") == 4 * fused
     assert runner.tensor_bytes(SMALL, "float32", True, "unfused") == 2 * 4 * (fused + 720)
 
-    class SlowCpu(devices.Cpu):
-        def peak(self, dtype):
-            return {"float32": 1e3, "bfloat16": 2e3, "float64": 5e2}[dtype]
-
+    slow = FakeDevice(flops=1e3)
     forward, generation = 1e3 * 2 * 2 * 6 * 130 / 1e3, 1e3 * 2 * 720 / 1e3
     for dtype, backward, generated, want in (
         ("float32", False, False, forward),
@@ -136,8 +160,124 @@ def test_the_roofline_counts_taps_inside_the_input():
         ("bfloat16", False, True, forward + generation / 2),
         ("float64", False, True, 2 * (forward + generation)),
     ):
-        roofline = runner.roofline_ms(SMALL, dtype, backward, SlowCpu(), generated=generated)
-        assert roofline == pytest.approx(want)
+        for roofline in runner.rooflines(SMALL, dtype, backward, slow, generated=generated):
+            assert roofline.ms == pytest.approx(want)
+            assert roofline.bound == "arithmetic"
+
+
+def test_the_cold_roofline_distinguishes_reads_from_writes():
+    # A byte: 1 s read, 10 s written, 0.5 s copied.
+    device = FakeDevice(read=1.0, write=0.1, copy=2.0)
+    x = y = 4 * 240
+    kernel, generator = 4 * 720, 4 * (40 + 36)
+    for generated, arguments in ((False, x + kernel), (True, x + generator)):
+        warm, cold = runner.rooflines(SMALL, "float32", False, device, generated=generated)
+        assert cold == runner.Roofline(pytest.approx(1e3 * (arguments + 10 * y)), "memory")
+        assert warm == runner.Roofline(pytest.approx(1e3 * (arguments + y) / 2), "memory")
+        # The backward pass reads the output's gradient and writes those of the arguments.
+        warm, cold = runner.rooflines(SMALL, "float32", True, device, generated=generated)
+        read, written = 2 * arguments + y, y + arguments
+        assert cold == runner.Roofline(pytest.approx(1e3 * (read + 10 * written)), "memory")
+        assert warm == runner.Roofline(pytest.approx(1e3 * (read + written) / 2), "memory")
+        # The copies have as many bytes as the tensors and their gradients.
+        assert device.copied == [arguments + y, 2 * (arguments + y)]
+        device.copied.clear()
+    half, _ = runner.rooflines(SMALL, "bfloat16", False, device)
+    assert half.ms == pytest.approx(1e3 * (x + kernel + y) / 2 / 2)
+
+
+def test_one_roofline_can_be_arithmetic_and_the_other_memory():
+    operations = 2 * 2 * 6 * 130
+    tensors = 4 * (2 * 240 + 720)
+    # Arithmetic takes 1 s, memory 2 s cold and 0.5 s warm.
+    device = FakeDevice(tensors / 2, tensors / 2, 2 * tensors, flops=operations)
+    warm, cold = runner.rooflines(SMALL, "float32", False, device)
+    assert warm == runner.Roofline(pytest.approx(1e3), "arithmetic")
+    assert cold == runner.Roofline(pytest.approx(2e3), "memory")
+
+
+def test_the_warm_roofline_is_at_most_the_cold_one():
+    device = FakeDevice(read=4.0, write=3.0, copy=2.0)
+    warm, cold = runner.rooflines(SMALL, "float32", False, device)
+    assert warm == cold
+    assert cold.ms == pytest.approx(1e3 * (4 * 960 / 4 + 4 * 240 / 3))
+
+
+ROW = runner.Row(
+    case="small",
+    candidate="compiled-taps",
+    dtype="bfloat16",
+    passes="forward+backward",
+    batch=2,
+    median_ms=12345.6789,
+    half_iqr_ms=123.4567,
+    runs=3,
+    calls=2,
+    roofline_warm_ms=1234.5678,
+    x_roofline_warm=10.0,
+    bound_warm="arithmetic",
+    roofline_cold_ms=9876.54321,
+    x_roofline_cold=1.25,
+    bound_cold="memory",
+    peak_mb=98765.43,
+    tensors_mb=0.0096,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "end"),
+    [
+        ({}, "1234.568   10.00 9876.543    1.25 cold memory  98765.4"),
+        ({"bound_warm": "memory", "peak_mb": None}, "1.25      memory        -"),
+        ({"bound_cold": "arithmetic"}, "1.25  arithmetic  98765.4"),
+    ],
+    ids=["differ", "memory", "arithmetic"],
+)
+def test_lines_of_the_table(changes, end):
+    line = runner.format_row(dataclasses.replace(ROW, **changes))
+    assert line.startswith("small compiled-taps bfloat16 forward+backward  12345.679 123.457 ")
+    assert line.endswith(end)
+    assert len(line) <= 120
+
+
+def test_convolutions_have_no_roofline():
+    fields = [f.name for f in dataclasses.fields(runner.Row) if "roofline" in f.name]
+    empty = dict.fromkeys([*fields, "bound_warm", "bound_cold", "tensors_mb"])
+    line = runner.format_row(dataclasses.replace(ROW, **empty))
+    assert line.split()[-6:] == ["-"] * 5 + ["98765.4"]
+    assert len(line) == len(runner.format_row(ROW))
+
+
+def test_the_header_names_the_rates_and_columns(small, monkeypatch):
+    device = FakeDevice(read=8.6e9, write=6.5e9, copy=42.3e9, flops=86e9)
+    monkeypatch.setitem(devices.DEVICES, "cpu", device)
+    *lines, columns = runner.header(small)
+    assert all(len(line) <= 120 for line in lines)
+    text = "\n".join(lines)
+    assert lines[0] == f"{BACKEND} on a fake"
+    assert "cold: operands in memory, read at 8.6 GB/s and written at 6.5 GB/s" in lines
+    # 4800 bytes, of the first case.
+    assert "copies of the 0.0 MB of small: 42.3 GB/s, read plus written" in text
+    assert device.copied == [4 * (2 * 240 + 720)]
+    assert "arithmetic: float32 86 GFLOP/s" in lines
+    for name in ("ms:", "+-:", "warm, cold:", "x warm, x cold:", "bound:", "cold memory:", "MB:"):
+        assert name in text
+    # Right-aligned columns end where those of a row do.
+    line = runner.format_row(ROW)
+    assert len(columns) == len(line)
+    for name, value in (("ms", "12345.679"), ("x cold", "1.25"), ("bound", "cold memory")):
+        assert columns.index(f" {name} ") + 1 + len(name) == line.index(value) + len(value)
+
+
+def test_the_csv_file_has_every_field_of_a_row():
+    empty = dataclasses.replace(ROW, roofline_warm_ms=None, bound_warm=None, peak_mb=None)
+    first, second = csv.DictReader(io.StringIO(runner.to_csv([ROW, empty])))
+    for field in dataclasses.fields(runner.Row):
+        value = getattr(ROW, field.name)
+        got = type(value)(first[field.name])
+        assert got == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
+        if getattr(empty, field.name) is None:
+            assert second[field.name] == ""
 
 
 @pytest.mark.long

@@ -1,8 +1,10 @@
 """Time and memory of the operator by case and candidate: ``involution bench``.
 
 The candidates of a case run alternately, so that other load on the machine affects all of them;
-times are medians. Baselines are the convolutions that involution replaces, and the roofline: the
-larger of the times for memory traffic and for arithmetic, at rates measured in the same run.
+times are medians. Baselines are the convolutions that involution replaces, and two rooflines, each
+the larger of the times for memory traffic and for arithmetic, at rates measured in the same run:
+*warm*, with operands in the cache where they fit, as in the measured calls, and *cold*, with
+operands in memory.
 """
 
 import dataclasses
@@ -58,8 +60,6 @@ DEFAULT_CANDIDATES = {
 }
 PASSES = {"forward": False, "forward+backward": True}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Bytes that exceed the last-level cache.
-DRAM_BYTES = 2**28
 # 1 GiB in float32, and as much for each gradient.
 MAX_IM2COL_ELEMENTS = 2**28
 # Maximum relative error against `reference`, which is computed in at least float32.
@@ -86,7 +86,10 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One measurement: milliseconds per call, megabytes (10^6 bytes)."""
+    """One measurement: milliseconds per call, megabytes (10^6 bytes).
+
+    The rooflines, their ratios and bounds are None for convolutions.
+    """
 
     case: str
     candidate: str
@@ -97,8 +100,12 @@ class Row:
     half_iqr_ms: float  # half the interquartile range
     runs: int
     calls: int
-    roofline_ms: float | None  # lower bound on this machine
-    x_roofline: float | None  # median_ms / roofline_ms
+    roofline_warm_ms: float | None  # operands in the cache where they fit
+    x_roofline_warm: float | None  # median_ms / roofline_warm_ms
+    bound_warm: str | None  # what sets the warm roofline: "memory" or "arithmetic"
+    roofline_cold_ms: float | None  # operands in memory
+    x_roofline_cold: float | None  # can be below 1 where operands stay in the cache
+    bound_cold: str | None
     peak_mb: float | None  # including arguments, results and gradients
     tensors_mb: float | None  # arguments, results and gradients
 
@@ -139,10 +146,7 @@ def check(plan: Plan, output: pathlib.Path | None = None) -> None:
 def run(plan: Plan, log=lambda line: None) -> Iterator[Row]:
     """Yields the measurements; ``log`` receives a line for each skipped candidate, with the
     reason."""
-    for name in plan.cases:
-        case = next(case for case in CASES if case.name == name)
-        if plan.batch is not None:
-            case = dataclasses.replace(case, batch=plan.batch)
+    for case in _cases(plan):
         for dtype in plan.dtypes:
             # No yield inside keras.device: it would also apply to the caller's code.
             with keras.device(plan.device):
@@ -151,6 +155,15 @@ def run(plan: Plan, log=lambda line: None) -> Iterator[Row]:
                 with keras.device(plan.device):
                     rows = list(_rows(case, dtype, passes, candidates, plan, log))
                 yield from rows
+
+
+def _cases(plan) -> list[Case]:
+    """The plan's cases, with its batch size."""
+    named = {case.name: case for case in CASES}
+    cases = [named[name] for name in plan.cases]
+    if plan.batch is None:
+        return cases
+    return [dataclasses.replace(case, batch=plan.batch) for case in cases]
 
 
 def _candidates(case, dtype, plan, log):
@@ -191,7 +204,9 @@ def _rows(case, dtype, passes, candidates, plan, log):
         median = statistics.median(each)
         quartiles = statistics.quantiles(each, n=4) if len(each) > 2 else [median] * 3
         is_involution = name not in baselines.CONVOLUTIONS
-        bound = roofline_ms(case, dtype, backward, device, generated=name in GENERATED)
+        warm = cold = None
+        if is_involution:
+            warm, cold = rooflines(case, dtype, backward, device, generated=name in GENERATED)
         yield Row(
             case=case.name,
             candidate=name,
@@ -202,8 +217,12 @@ def _rows(case, dtype, passes, candidates, plan, log):
             half_iqr_ms=(quartiles[2] - quartiles[0]) / 2,
             runs=len(each),
             calls=calls,
-            roofline_ms=bound if is_involution else None,
-            x_roofline=median / bound if is_involution else None,
+            roofline_warm_ms=warm.ms if warm else None,
+            x_roofline_warm=median / warm.ms if warm else None,
+            bound_warm=warm.bound if warm else None,
+            roofline_cold_ms=cold.ms if cold else None,
+            x_roofline_cold=median / cold.ms if cold else None,
+            bound_cold=cold.bound if cold else None,
             peak_mb=_peak_mb(case, name, dtype, backward, device) if plan.memory else None,
             tensors_mb=tensor_bytes(case, dtype, backward, name) / 1e6 if is_involution else None,
         )
@@ -365,22 +384,47 @@ def tensor_bytes(case, dtype, backward, name) -> int:
     return total * (2 if backward else 1)
 
 
-def roofline_ms(case, dtype, backward, device, generated=False) -> float:
-    """Lower bound of a pass: the larger of the times for memory traffic, with every tensor moved
-    once, and for arithmetic.
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """The minimum time of a measurement, and what sets it: "memory" or "arithmetic"."""
 
-    The output, the input gradient, and the gradient of the kernel or of its generator cost the
-    same: each moves one tensor of every kind and has the same number of operations.
+    ms: float
+    bound: str
+
+
+def rooflines(case, dtype, backward, device, generated=False) -> tuple[Roofline, Roofline]:
+    """The warm and the cold roofline: the larger of the times for memory traffic and arithmetic.
+
+    The forward pass reads the arguments and writes the output, once; the backward pass reads the
+    arguments and the output's gradient and writes the gradients of the arguments.
+
+    * Cold: bytes read / read bandwidth + bytes written / write bandwidth, of memory.
+    * Warm: bytes / bandwidth of copies of as many bytes as all these tensors have; at most cold.
+
+    The output, the input gradient, and the gradient of the kernel or of its generator have the
+    same number of operations.
     """
-    total = sum(_tensor_sizes(case, dtype, generated))
+    sizes = _tensor_sizes(case, dtype, generated)
+    read, written = sum(sizes[:-1]), sizes[-1]
+    total, passes = read + written, 1
+    if backward:
+        read, written = read + total, total
+        total, passes = 2 * total, 3
     # Half types accumulate in float32; their matrix products may run at a higher rate.
     accumulation = "float64" if dtype == "float64" else "float32"
     arithmetic = 2 * case.batch * case.channels * _taps_inside(case) / device.peak(accumulation)
     if generated:
         operations = 2 * math.prod(case.kernel_shape) * case.generator_shapes[1][0]
         arithmetic += operations / device.peak(dtype)
-    seconds = max(total / device.copy_bandwidth(total), arithmetic)
-    return 1e3 * seconds * (3 if backward else 1)
+    memory = device.memory_bandwidth()
+    cold = read / memory.read + written / memory.write
+    warm = min((read + written) / device.copy_bandwidth(total), cold)
+    return _roofline(warm, passes * arithmetic), _roofline(cold, passes * arithmetic)
+
+
+def _roofline(memory, arithmetic):
+    bound = "memory" if memory > arithmetic else "arithmetic"
+    return Roofline(1e3 * max(memory, arithmetic), bound)
 
 
 def _taps_inside(case) -> int:
@@ -430,25 +474,43 @@ def header(plan: Plan) -> Iterator[str]:
     """Lines with the device, its measured rates, and the columns of ``format_row``."""
     device = DEVICES[plan.device]
     yield f"{keras.config.backend()} on {device.description()}"
+    case, dtype = _cases(plan)[0], plan.dtypes[0]
+    total = sum(_tensor_sizes(case, dtype, generated=False))
     with keras.device(plan.device):
-        bandwidth, peak = device.copy_bandwidth(DRAM_BYTES) / 1e9, device.peak("float32") / 1e9
-    yield f"copy bandwidth {bandwidth:.1f} GB/s, read plus written; float32 {peak:.0f} GFLOP/s"
-    yield "ms: median per call; +-: half the interquartile range; roofline: lower bound in ms;"
-    yield "x roofline: ms / roofline; MB: peak memory"
+        cold = device.memory_bandwidth()
+        warm, peak = device.copy_bandwidth(total), device.peak("float32")
+    read, write, copy = (f"{rate / 1e9:.1f} GB/s" for rate in (*cold, warm))
+    yield f"cold: operands in memory, read at {read} and written at {write}"
     yield (
-        f"{'case':6}{'candidate':14}{'dtype':10}{'passes':18}{'ms':>10}{'+-':>8}{'roofline':>9}"
-        f"{'x roofline':>11}{'MB':>9}"
+        f"warm: operands in the cache where they fit; copies of the {total / 1e6:.1f} MB of "
+        f"{case.name}: {copy}, read plus written"
+    )
+    yield f"arithmetic: float32 {peak / 1e9:.0f} GFLOP/s"
+    yield "ms: median per call, operands warm; +-: half the interquartile range; MB: peak memory"
+    yield "warm, cold: rooflines in ms, the larger of the times for memory traffic and arithmetic"
+    yield "x warm, x cold: ms / roofline; x cold can be below 1 where operands stay in the cache"
+    yield "bound: what sets both rooflines; cold memory: memory the cold, arithmetic the warm one"
+    yield (
+        f"{'case':6}{'candidate':14}{'dtype':9}{'passes':17}{'ms':>10}{'+-':>8}{'warm':>9}"
+        f"{'x warm':>8}{'cold':>9}{'x cold':>8}{'bound':>12}{'MB':>9}"
     )
 
 
 def format_row(row: Row) -> str:
+    """A line of the table: at most 120 characters."""
+
     def number(value, width, digits):
         return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
 
+    bound = row.bound_cold or "-"
+    if row.bound_warm != row.bound_cold:
+        # The warm time for memory is at most the cold one, so warm is arithmetic.
+        bound = "cold memory"
     return (
-        f"{row.case:6}{row.candidate:14}{row.dtype:10}{row.passes:18}{number(row.median_ms, 10, 3)}"
-        f"{number(row.half_iqr_ms, 8, 3)}{number(row.roofline_ms, 9, 3)}"
-        f"{number(row.x_roofline, 11, 2)}{number(row.peak_mb, 9, 1)}"
+        f"{row.case:6}{row.candidate:14}{row.dtype:9}{row.passes:17}{number(row.median_ms, 10, 3)}"
+        f"{number(row.half_iqr_ms, 8, 3)}{number(row.roofline_warm_ms, 9, 3)}"
+        f"{number(row.x_roofline_warm, 8, 2)}{number(row.roofline_cold_ms, 9, 3)}"
+        f"{number(row.x_roofline_cold, 8, 2)}{bound:>12}{number(row.peak_mb, 9, 1)}"
     )
 
 
