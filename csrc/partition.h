@@ -82,15 +82,17 @@ class Task {
  private:
   TaskGrid& grid_;
   char* memory_ = nullptr;
-  index_t* tap_offsets_ = nullptr;
+  char* kernel_scratch_ = nullptr;
   index_t* phase_offsets_ = nullptr;  // of the next view with several phases
 
  public:
   const CallPlan& call;
   const Plan& plan;
   const index_t sample, split, phase;
-  const Region region, halo;    // of the result; of the other tensor
-  const Region& kernel_region;  // of the kernels
+  const Region region;         // of the result
+  const Region padded_region;  // the same, with space for whole vectors
+  const Region halo;           // of the other tensor
+  const Region& kernel_region;
 };
 
 }  // namespace involution

@@ -60,8 +60,9 @@ VectorAxis choose_vector_axis(const InvolutionParams& params, bool generates_ker
   return channels_or_groups;
 }
 
-index_t choose_vector_width(index_t count, index_t max_lanes) {
+index_t choose_vector_width(index_t count, index_t max_lanes, DataType type) {
   index_t lanes = max_lanes;
+  if (type == DataType::float64) return lanes;
   while (lanes > 4 && count % lanes != 0 && (count % (lanes / 2) == 0 || count <= lanes / 2))
     lanes /= 2;
   return lanes;
@@ -117,6 +118,15 @@ const index_t* result_size(const InvolutionParams& params) {
   return is_input_grad ? params.input_size : params.output_size;
 }
 
+index_t scratch_bytes(const CallPlan& p) {
+  const Plan& plan = p.plan;
+  if (plan.pass != Pass::kernel_grad) return 0;
+  if (plan.vector_axis != VectorAxis::positions)
+    return p.taps * static_cast<index_t>(sizeof(index_t));
+  const index_t rows = plan.dimension[0].taps * (plan.dimension[1].taps + kGradientRows - 1);
+  return rows * static_cast<index_t>(sizeof(SourceRow));
+}
+
 CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTable& target,
                    const Operands& operands, bool generates_kernels) {
   CallPlan p;
@@ -133,6 +143,7 @@ CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTa
              is_input_grad = plan.pass == Pass::input_grad;
   const index_t channels_per_group = params.channels / params.groups;
   plan.vector_axis = choose_vector_axis(params, generates_kernels);
+  for (int i = 0; i < 3; ++i) plan.unit_stride[i] = params.strides[i] == 1;
   // If sources run backward, a row starts at its last tap.
   plan.source_offset = is_input_grad ? params.pad_before[2] : -params.pad_before[2];
 
@@ -149,20 +160,23 @@ CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTa
   split_channels(kernel, p.taps, params.groups, true);
 
   const int max_lanes = target.vector_bytes / static_cast<int>(p.acc_bytes);
-  plan.lanes = static_cast<int>(choose_vector_width(inner_count, max_lanes));
-  if (plan.vector_axis != VectorAxis::positions)
-    x.inner_padded = y.inner_padded = round_up(inner_count, plan.lanes);
+  const bool positions_inner = plan.vector_axis == VectorAxis::positions;
+  plan.lanes = positions_inner ? max_lanes
+                               : static_cast<int>(
+                                     choose_vector_width(inner_count, max_lanes, plan.type));
+  if (!positions_inner) x.inner_padded = y.inner_padded = round_up(inner_count, plan.lanes);
   if (groups_inner) kernel.inner_padded = x.inner_padded;
   const bool same_type = plan.type == DataType::float64 || plan.type == DataType::float32;
+  // Rows shorter than a vector of positions need space for one.
+  const index_t row = is_input_grad ? params.input_size[2] : window_count(params, 2);
   for (Tensor* t : {&x, &y, &kernel})
     // An empty tensor's pointer may be null; that of a packed copy is not.
     t->zero_copy = same_type && t->batch_stride > 0 &&
-                   (plan.vector_axis == VectorAxis::positions
-                        ? t->position_stride[2] == 1
+                   (positions_inner
+                        ? t->position_stride[2] == 1 && row >= plan.lanes
                         : t->inner_stride == 1 && t->inner_padded == t->inner_count &&
                               (t->outer_stride == t->inner_padded || t->outer_count == 1));
-
-  if (plan.vector_axis == VectorAxis::positions) {
+  if (positions_inner) {
     // Tensors that are read outside the result's position need zero padding.
     if (is_input_grad)
       y.zero_copy = kernel.zero_copy = false;

@@ -63,6 +63,9 @@ void split_channels(Tensor& t, index_t outer_count, index_t inner_count, bool in
 index_t phase_offset(const CallPlan& p, const Tensor& t, index_t phase);
 Tensor select_phase(const CallPlan& p, Tensor t, index_t phase);
 
+// Bytes of memory that the kernels need in each task.
+index_t scratch_bytes(const CallPlan& p);
+
 // Spatial sizes of the result.
 const index_t* result_size(const InvolutionParams& params);
 

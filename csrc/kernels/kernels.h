@@ -30,6 +30,16 @@ struct TapRange {
   index_t count, tap, source;
 };
 
+// Rows of the output whose kernel gradients are computed together, with lanes along positions.
+constexpr index_t kGradientRows = 3;
+
+// A row of the input, and the rows of the output that read it: `count` from `first`, which reads it
+// with row `tap_row` of the window.
+struct SourceRow {
+  index_t offset;
+  index_t first, count, tap_row;
+};
+
 // What the lanes of a vector index.
 enum class VectorAxis { channels, groups, positions };
 
@@ -52,7 +62,8 @@ struct Plan {
   Pass pass;
   DataType type;
   VectorAxis vector_axis;
-  index_t source_offset;  // lanes along positions: source of a row's first tap minus the position
+  bool unit_stride[3];  // of the windows
+  index_t source_offset;  // with stride 1: source of a row's first tap minus the position
   int lanes;
   index_t batch;
   index_t phases;  // summed over: the outputs of each window in `input_grad`, else 1
@@ -98,9 +109,10 @@ struct KernelTable {
   void (*pack)(const Tensor&, DataType, index_t sample, const Region&, index_t size,
                const TensorView&);
   void (*unpack)(const Tensor&, DataType, index_t sample, const Region&, const TensorView&);
-  // Computes the result in a region. `tap_offsets` has space for one integer per tap.
+  // Computes the result in a region. `scratch`: as scratch_bytes in plan.h, aligned
+  // for vectors.
   void (*compute)(const Plan&, const Region&, const TensorView& values, const TensorView& weights,
-                  const TensorView& result, index_t* tap_offsets);
+                  const TensorView& result, char* scratch);
   void (*gemm)(DataType, const GemmArgs&);
   // The same for a and b in bfloat16, two consecutive k packed into one 32-bit element; the bias is
   // required. Null where the target has no such instructions. A processor may lack them although it

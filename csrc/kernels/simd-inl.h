@@ -38,30 +38,6 @@ inline Vector hadd_step(Vector a, Vector b, IndexSequence<kIndex...>) {
          __builtin_shufflevector(a, b, hadd_index<kLanes, kSegment, kUnit>(kIndex, 1)...);
 }
 
-// Adds neighboring vectors until units are smaller than kSmallest.
-template <int kLanes, int kSegment, int kUnit, int kSmallest, class Vector>
-inline void hadd_tree(Vector* vectors, int& count) {
-  if constexpr (kUnit >= kSmallest) {
-    for (int i = 0; i < count / 2; ++i)
-      vectors[i] = hadd_step<kLanes, kSegment, kUnit>(vectors[2 * i], vectors[2 * i + 1],
-                                                      typename MakeIndexSequence<kLanes>::Type());
-    count /= 2;
-    hadd_tree<kLanes, kSegment, kUnit / 2, kSmallest>(vectors, count);
-  }
-}
-
-// Lane i of the result is the sum of vector i of kLanes. First within 128 bits, then across them:
-// each step takes two cheap shuffles and an addition.
-template <class T, int kLanes>
-inline typename Simd<T, kLanes>::Vector transpose_reduce(
-    typename Simd<T, kLanes>::Vector* vectors) {
-  constexpr int inside = 16 / sizeof(T) < kLanes ? 16 / sizeof(T) : kLanes;
-  int count = kLanes;
-  hadd_tree<kLanes, inside, inside / 2, 1>(vectors, count);
-  hadd_tree<kLanes, kLanes, kLanes / 2, inside>(vectors, count);
-  return vectors[0];
-}
-
 // Source of lane i of a pair of vectors a, b that swap blocks of kBlock lanes: the odd ones of a
 // with the even ones of b.
 template <int kLanes, int kBlock>
