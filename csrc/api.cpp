@@ -39,7 +39,7 @@ bool execute(const InvolutionParams& params, index_t batch, int threads, const v
   grid.call = &call;
   grid.target = &target;
   partition(grid, threads);
-  parallel_for(batch * grid.num_tiles, threads, run_task, &grid);
+  parallel_for(batch * grid.num_tiles, grid.threads, run_task, &grid);
   return !grid.failed.load();
 }
 

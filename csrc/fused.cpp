@@ -348,7 +348,7 @@ bool execute_fused(const InvolutionParams& params, index_t batch, int threads, c
   if (packed == nullptr) return false;
   pack_generator_weights(g, call, target, params.groups, weight, bias, packed.get());
   if (!is_kernel_grad) {
-    parallel_for(batch * g.group_splits * grid.num_tiles, threads, run_fused_task, &grid);
+    parallel_for(batch * g.group_splits * grid.num_tiles, grid.threads, run_fused_task, &grid);
     return !grid.failed.load();
   }
   const index_t tasks = batch * grid.num_tasks();
@@ -359,9 +359,9 @@ bool execute_fused(const InvolutionParams& params, index_t batch, int threads, c
   grid.dhidden = g.hidden;
   grid.dhidden.data = result;
   grid.dhidden.zero_copy = false;
-  parallel_for(tasks, threads, run_fused_grad_task, &grid);
+  parallel_for(tasks, grid.threads, run_fused_grad_task, &grid);
   Reduction reduction = {&grid, params.groups, dweights};
-  if (!grid.failed.load()) parallel_for(batch, threads, reduce_sample, &reduction);
+  if (!grid.failed.load()) parallel_for(batch, grid.threads, reduce_sample, &reduction);
   return !grid.failed.load();
 }
 

@@ -11,6 +11,8 @@ namespace {
 
 // Minimum multiply-adds per task, to amortize the cost of scheduling.
 constexpr index_t kMinTaskMacs = 1 << 16;
+// Minimum multiply-adds per thread: about 20 microseconds, as long as waking a thread may take.
+constexpr index_t kMinThreadMacs = 1 << 19;
 // For load balance.
 constexpr index_t kTasksPerThread = 4;
 // Size of a task's packed copies, which should fit into L2. Larger tiles duplicate less halo.
@@ -164,13 +166,19 @@ void partition(TaskGrid& grid, int threads) {
   const CallPlan& p = *grid.call;
   const Plan& plan = p.plan;
   for (int i = 0; i < 3; ++i) grid.tile[i] = plan.dimension[i].result_size;
+  index_t work = p.taps * plan.values.outer_count * plan.values.inner_count * plan.phases;
+  if (p.generator != nullptr)
+    work += p.generator->hidden_channels * p.generator->padded_columns * plan.phases;
+  grid.task_phases = plan.phases > 1 ? 1 : p.phases;
+  index_t results = plan.batch * group_splits(p) * grid.task_phases;
+  for (const Dimension& d : plan.dimension) results *= d.result_size;
+  grid.threads = static_cast<int>(
+      std::clamp<index_t>(results * work / kMinThreadMacs, 1, std::max(threads, 1)));
   // The order of a reduction must not depend on the threads or on other samples.
   const bool is_reduction = p.generator != nullptr && plan.pass == Pass::kernel_grad;
-  const index_t wanted = threads > 1 && !is_reduction ? threads * kTasksPerThread : 1;
-  grid.task_phases = plan.phases > 1 ? 1 : p.phases;
+  const index_t wanted = grid.threads > 1 && !is_reduction ? grid.threads * kTasksPerThread : 1;
   // Rows with lanes along positions are at least a vector long, also the shorter one of two sizes.
   const index_t min_row = plan.vector_axis == VectorAxis::positions ? 2 * plan.lanes : 1;
-  const index_t work = p.taps * plan.values.outer_count * plan.values.inner_count * plan.phases;
   for (;;) {
     Region region = {};
     index_t number = plan.batch * group_splits(p) * grid.task_phases;

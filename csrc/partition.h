@@ -18,6 +18,7 @@ struct TaskGrid {
   index_t task_phases;        // phases with their own tasks
   index_t num_tiles;          // product of `tiles` and `task_phases`
   index_t tiles_per_task;     // computed in sequence
+  int threads;                // fewer where the work would not amortize waking them
   index_t num_tasks() const { return ceil_div(num_tiles, tiles_per_task); }  // of a sample
   // Kernel gradient of a generator: each task's gradient of the weight and bias,
   // (hidden_channels + 1, padded_columns), and the gradient of the hidden channels.
@@ -26,7 +27,8 @@ struct TaskGrid {
   std::atomic<bool> failed{false};
 };
 
-// Chooses tiles: enough tasks for the threads, and copies within the budget.
+// Chooses the number of threads, at most `threads`, and tiles: enough tasks for the threads, and copies
+// within the budget.
 void partition(TaskGrid& grid, int threads);
 
 Region region_of_tile(const TaskGrid& grid, index_t index);

@@ -143,7 +143,7 @@ CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTa
              is_input_grad = plan.pass == Pass::input_grad;
   const index_t channels_per_group = params.channels / params.groups;
   plan.vector_axis = choose_vector_axis(params, generates_kernels);
-  for (int i = 0; i < 3; ++i) plan.unit_stride[i] = params.strides[i] == 1;
+  for (int i = 0; i < 3; ++i) plan.unit_steps[i] = params.strides[i] == 1 && params.dilation_rate[i] == 1;
   // If sources run backward, a row starts at its last tap.
   plan.source_offset = is_input_grad ? params.pad_before[2] : -params.pad_before[2];
 

@@ -198,6 +198,7 @@ void kernel_gradient(const Plan& plan, const Region& region, const TensorView& v
           continue;
         }
         for (index_t f = 0; f < taps * row; ++f) to[f] = 0;
+        if (r2.count == 0) continue;
         for (index_t a = 0; a < r0.count; ++a)
           for (index_t b = 0; b < r1.count; ++b) {
             const index_t tap = ((r0.tap + a) * d[1].taps + r1.tap + b) * d[2].taps + r2.tap;

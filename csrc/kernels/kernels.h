@@ -62,7 +62,7 @@ struct Plan {
   Pass pass;
   DataType type;
   VectorAxis vector_axis;
-  bool unit_stride[3];  // of the windows
+  bool unit_steps[3];  // stride and dilation rate are 1
   index_t source_offset;  // with stride 1: source of a row's first tap minus the position
   int lanes;
   index_t batch;

@@ -181,7 +181,7 @@ void kernel_gradient_positions(const Plan& plan, const Region& region, const Ten
   };
   SourceRow* const sources = reinterpret_cast<SourceRow*>(scratch);
   // Neighboring rows of the output read the same rows of the input.
-  const index_t max_rows = d[1].source_step == 1 && plan.unit_stride[1] ? kGradientRows : 1;
+  const index_t max_rows = plan.unit_steps[1] ? kGradientRows : 1;
 
   for (index_t i = region.low[0]; i < region.high[0]; ++i)
     for (index_t j = region.low[1], rows; j < region.high[1]; j += rows) {

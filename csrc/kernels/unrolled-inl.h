@@ -18,10 +18,9 @@
 // tile sums over all rows of taps. In the input gradient, a row of kernels contributes to a row of the
 // result with each row of taps: tiles add to results that stay in cache.
 
-// The sizes of a tile along a row. Every row of at least 3 positions, except one of 5, is a sequence of
-// tiles of both sizes; in a row of 5, tiles overlap.
+// Outputs of a tile. The last tiles of a row have one less, which fills all rows of more than 2 positions
+// but those of 5; there, and in shorter ones, single outputs follow.
 constexpr int kUnrolledOutputs = 4;
-constexpr index_t kMinUnrolledRow = kUnrolledOutputs - 1;
 
 // Lines that a tile prefetches for the next one, at most.
 constexpr int kMaxPrefetchLines = 128;
@@ -221,14 +220,15 @@ class Unrolled {
 
   // Computes a row, given the addresses for position 0 of the last dimension.
   void compute_row(const T* value, const T* weight, T* result) {
-    // Tiles of 4, and where the last one would be shorter, up to 3 tiles of 3.
+    constexpr int kShort = kUnrolledOutputs - 1;
     index_t k = region_.low[2];
-    const index_t end = region_.high[2], tiles = ceil_div(end - k, kUnrolledOutputs);
-    const index_t missing = tiles * kUnrolledOutputs - (end - k);
-    for (index_t n = missing; n < tiles; ++n, k += kUnrolledOutputs)
+    const index_t end = region_.high[2], width = end - k, tiles = ceil_div(width, kUnrolledOutputs);
+    const index_t missing = tiles * kUnrolledOutputs - width;
+    const bool fills = missing <= tiles;
+    for (index_t n = fills ? missing : 1; n < tiles; ++n, k += kUnrolledOutputs)
       compute_outputs<kUnrolledOutputs>(value, weight, result, k);
-    for (constexpr index_t kShort = kUnrolledOutputs - 1; k < end; k += kShort)
-      compute_outputs<kShort>(value, weight, result, k + kShort <= end ? k : end - kShort);
+    for (; fills && k < end; k += kShort) compute_outputs<kShort>(value, weight, result, k);
+    for (; k < end; ++k) compute_outputs<1>(value, weight, result, k);
   }
 
   // Computes kOutputs outputs from position k, all channels.
@@ -259,8 +259,10 @@ class Unrolled {
           lines_ + line, static_cast<int>(left < lines_per_tile ? left : lines_per_tile)};
       line += lines.count;
       using Clipped = UnrolledTile<T, kLanes, kTaps, kOutputs, kGroups, kVectors, true>;
-      using Whole = UnrolledTile<T, kLanes, kTaps, kOutputs, kGroups, kVectors, false>;
-      const bool clip = rows_.column_count < kColumns;
+      using Whole =
+          UnrolledTile<T, kLanes, kTaps, kOutputs, kGroups, kVectors, (kOutputs < kUnrolledOutputs)>;
+      // One variant suffices for the few shorter tiles.
+      const bool clip = kOutputs < kUnrolledOutputs || rows_.column_count < kColumns;
       const auto tile = backward() ? clip ? Clipped::input_gradient : Whole::input_gradient
                         : clip     ? Clipped::forward
                                    : Whole::forward;
@@ -286,18 +288,14 @@ class Unrolled {
   index_t lines_[kMaxPrefetchLines], line_count_ = 0;
 };
 
-// Computes the region, unless the window or the region is not of the kind above.
+// Computes the region, unless the window is not of the kind above. This must not depend on the region:
+// the other kernels add up the input gradient in another order.
 template <class T, int kLanes>
 bool unrolled_sum(const Plan& plan, const Region& region, const TensorView& values,
                   const TensorView& weights, const TensorView& result) {
   const Dimension* d = plan.dimension;
   const bool backward = plan.pass == Pass::input_grad;
-  const auto is_plain = [&](int n) {
-    return plan.unit_stride[n] && (d[n].source_step == 1 || d[n].source_step == -1);
-  };
-  if (!is_plain(2) || (backward && !is_plain(1)) ||
-      region.high[2] - region.low[2] < kMinUnrolledRow)
-    return false;
+  if (!plan.unit_steps[2] || (backward && !plan.unit_steps[1])) return false;
   const auto run = [&](auto taps) {
     Unrolled<T, kLanes, decltype(taps)::value> unrolled(plan, region, values, weights, result);
     if (backward)

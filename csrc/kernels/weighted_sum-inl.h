@@ -1,12 +1,20 @@
 // Forward and input gradient: weighted sums over taps, for any window.
 // Included only by kernels.cpp, inside its unnamed namespace.
 
+// Register tile: kOutputTile outputs of a row x up to kVectorTile vectors of each; smaller for double,
+// which is for checks, and for few channels in a group, which do not fill a vector.
+template <class T>
+constexpr int kOutputTile = sizeof(T) == 8 ? 1 : 2;
+template <class T, int kLanes>
+constexpr int kVectorTile = sizeof(T) == 8 || kLanes * sizeof(T) < INVOLUTION_VECTOR_BYTES ? 2 : 4;
+
 // Lanes: channels of a group. Tile: kGroupsPerTile groups x kVectorsPerGroup vectors; with more
 // than one group, kVectorsPerGroup covers a whole group. Weights are broadcast.
 template <class T, int kLanes, int kGroupsPerTile, int kVectorsPerGroup>
 struct ChannelLanes {
   using Value = T;
   using V = Simd<T, kLanes>;
+  static constexpr int kOutputs = kOutputTile<T>;
   static constexpr int kAccumulators = kGroupsPerTile * kVectorsPerGroup;
 
   // Accumulates one tap into the outputs [kFirstOutput, kEndOutput), which share its values.
@@ -40,6 +48,7 @@ template <class T, int kLanes, int kChannels>
 struct GroupLanes {
   using Value = T;
   using V = Simd<T, kLanes>;
+  static constexpr int kOutputs = kOutputTile<T>;
   static constexpr int kAccumulators = kChannels;
 
   template <int kFirstOutput, int kEndOutput>
@@ -212,10 +221,6 @@ inline void compute_tile(const OutputRow& row, const ColumnRanges<kOutputs>& col
   }
 }
 
-// Register tile: kOutputTile outputs of a row x kVectorTile vectors of each.
-constexpr int kOutputTile = INVOLUTION_VECTOR_BYTES == 64 ? 4 : 2;
-constexpr int kVectorTile = 4;
-
 // Computes the next outputs of a row, at most kMaxOutputs, and returns their number.
 template <class Microkernel, int kMaxOutputs>
 inline index_t compute_next_tile(const OutputRow& row, index_t k, index_t high) {
@@ -237,7 +242,7 @@ inline index_t compute_next_tile(const OutputRow& row, index_t k, index_t high) 
 
 template <class Microkernel>
 void compute_row(const OutputRow& row, index_t low, index_t high) {
-  for (index_t k = low; k < high;) k += compute_next_tile<Microkernel, kOutputTile>(row, k, high);
+  for (index_t k = low; k < high;) k += compute_next_tile<Microkernel, Microkernel::kOutputs>(row, k, high);
 }
 
 template <class T, int kLanes>
@@ -258,13 +263,13 @@ void weighted_sum(const Plan& plan, const Region& region, const TensorView& valu
       // Tiles of whole groups with kVectorsPerGroup vectors each.
       const auto run_groups = [&](auto count) {
         constexpr int kVectorsPerGroup = decltype(count)::value;
-        for_each_pow2_tile<kVectorTile / kVectorsPerGroup>(outer_count, [&](auto n, index_t g) {
+        for_each_pow2_tile<kVectorTile<T, kLanes> / kVectorsPerGroup>(outer_count, [&](auto n, index_t g) {
           run_row(ChannelLanes<T, kLanes, decltype(n)::value, kVectorsPerGroup>(), g * padded, g);
         });
       };
       if (plan.vector_axis == VectorAxis::groups) {
         for (index_t v = 0; v < padded; v += kLanes)
-          for_each_pow2_tile<kVectorTile>(outer_count, [&](auto n, index_t c) {
+          for_each_pow2_tile<kVectorTile<T, kLanes>>(outer_count, [&](auto n, index_t c) {
             run_row(GroupLanes<T, kLanes, decltype(n)::value>(), c * padded + v, v);
           });
       } else if (vectors == 1) {
@@ -273,7 +278,7 @@ void weighted_sum(const Plan& plan, const Region& region, const TensorView& valu
         run_groups(IntC<2>());
       } else {
         for (index_t g = 0; g < outer_count; ++g)
-          for_each_pow2_tile<kVectorTile>(vectors, [&](auto n, index_t v) {
+          for_each_pow2_tile<kVectorTile<T, kLanes>>(vectors, [&](auto n, index_t v) {
             run_row(ChannelLanes<T, kLanes, 1, decltype(n)::value>(), g * padded + v * kLanes, g);
           });
       }

@@ -45,7 +45,7 @@ Call draw(std::mt19937& random, index_t type) {
     index_t size, kernel, stride, dilation, pad, output;
     do {
       size = exists ? any({0, 1, 2, 3, 5, 7, 9, 17, 33}) : 1;
-      kernel = exists ? any({1, 2, 3, 4, 7}) : 1;
+      kernel = exists ? any({1, 2, 3, 4, 5, 7}) : 1;
       stride = exists ? any({1, 1, 2, 3}) : 1;
       dilation = exists ? any({1, 1, 2, 3, 19, 1000000007}) : 1;
       const index_t span = (kernel - 1) * dilation;
@@ -54,6 +54,9 @@ Call draw(std::mt19937& random, index_t type) {
     } while (output < 1 || size + 2 * pad < (kernel - 1) * dilation + 1);
     p.input_size[i] = size, p.output_size[i] = output, p.kernel_size[i] = kernel;
     p.strides[i] = stride, p.dilation_rate[i] = dilation, p.pad_before[i] = pad;
+    p.upsampling[i] = exists && stride == 1 ? any({1, 1, 1, 2, 3}) : 1;
+    output *= p.upsampling[i];
+    p.output_size[i] = output;
     in *= size, out *= output, taps *= kernel;
   }
   c.batch = any({0, 1, 2, 3});
