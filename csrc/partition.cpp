@@ -17,7 +17,7 @@ constexpr index_t kMinThreadMacs = 1 << 19;
 constexpr index_t kTasksPerThread = 4;
 // Size of a task's packed copies, which should fit into L2. Larger tiles duplicate less halo.
 constexpr index_t kPackBudgetBytes = 1 << 20;
-// Size of the values and weights of a row in a task, which is read once for each vector of channels.
+// Size of the values and weights of a row in a task, which are read for each vector of channels.
 constexpr index_t kRowBudgetBytes = 1 << 19;
 // Maximum tasks per sample in a reduction, each with its own partial gradient of the generator's
 // weight: enough for a few threads, few enough to use little memory.

@@ -9,8 +9,8 @@
 
 namespace involution {
 
-// The tiles of one sample, and the tasks that compute them. With upsampling, each phase of a result at
-// outputs has its own tasks.
+// The tiles of one sample, and the tasks that compute them. With upsampling, each phase of a result
+// at outputs has its own tasks.
 struct TaskGrid {
   const CallPlan* call;
   const KernelTable* target;
@@ -27,8 +27,8 @@ struct TaskGrid {
   std::atomic<bool> failed{false};
 };
 
-// Chooses the number of threads, at most `threads`, and tiles: enough tasks for the threads, and copies
-// within the budget.
+// Chooses the number of threads, at most `threads`, and tiles: enough tasks for the threads, and
+// copies within the budget.
 void partition(TaskGrid& grid, int threads);
 
 Region region_of_tile(const TaskGrid& grid, index_t index);

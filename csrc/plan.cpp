@@ -30,7 +30,8 @@ TapRange taps_of_input(const InvolutionParams& params, int i, index_t q, index_t
                 d = params.dilation_rate[i];
   const index_t high = std::min(params.kernel_size[i] - 1, padded_position / d);
   index_t low =
-      std::max<index_t>(0, floor_div(padded_position - (window_count(params, i) - 1) * s + d - 1, d));
+      std::max<index_t>(
+          0, floor_div(padded_position - (window_count(params, i) - 1) * s + d - 1, d));
   // One of tap_step consecutive taps is a whole number of strides away.
   for (index_t step = 0; step < tap_step && low <= high && (padded_position - low * d) % s != 0;
        ++step)
@@ -143,7 +144,8 @@ CallPlan make_plan(const InvolutionParams& params, index_t batch, const KernelTa
              is_input_grad = plan.pass == Pass::input_grad;
   const index_t channels_per_group = params.channels / params.groups;
   plan.vector_axis = choose_vector_axis(params, generates_kernels);
-  for (int i = 0; i < 3; ++i) plan.unit_steps[i] = params.strides[i] == 1 && params.dilation_rate[i] == 1;
+  for (int i = 0; i < 3; ++i)
+    plan.unit_steps[i] = params.strides[i] == 1 && params.dilation_rate[i] == 1;
   // If sources run backward, a row starts at its last tap.
   plan.source_offset = is_input_grad ? params.pad_before[2] : -params.pad_before[2];
 

@@ -1,9 +1,10 @@
-// Kernel gradient: dot products over the channels of a group, with lanes along channels or groups.
+// Kernel gradient: dot products over the channels of a group; lanes along channels or groups.
 // Included only by kernels.cpp, inside its unnamed namespace.
 
-// Adds up the lanes of each of kCount vectors, product(IntC<n>()) for n from kFirst on, in a tree: lane n
-// of a tree of kLanes vectors is the sum of vector n. First within 128 bits, then across them: each step
-// takes two cheap shuffles and an addition. Depth first, to hold few vectors at a time.
+// Adds up the lanes of each of kCount vectors, product(IntC<n>()) for n from kFirst on, in a tree:
+// lane n of a tree of kLanes vectors is the sum of vector n. First within 128 bits, then across
+// them: each step takes two cheap shuffles and an addition. Depth first, to hold few vectors at a
+// time.
 template <class T, int kLanes, int kCount = kLanes, int kFirst = 0, class Product>
 INLINE typename Simd<T, kLanes>::Vector reduce_lanes(Product& product) {
   if constexpr (kCount == 1) {
@@ -41,8 +42,8 @@ struct GradientTaps {
   index_t groups, padded;
 };
 
-// Calls fn(offsets, first tap, count) for vectors of kTaps taps. The last vector overlaps the previous one;
-// if there is only one, it may repeat its last tap.
+// Calls fn(offsets, first tap, count) for vectors of kTaps taps. The last vector overlaps the
+// previous one; if there is only one, it may repeat its last tap.
 template <int kTaps, class T, class Fn>
 INLINE void for_each_tap_vector(const GradientTaps<T>& p, Fn fn) {
   const index_t taps = p.taps;
@@ -58,8 +59,9 @@ INLINE void for_each_tap_vector(const GradientTaps<T>& p, Fn fn) {
   }
 }
 
-// Tile: kLanes sums, of kGroups groups for each tap, with kVectors vectors of channels in a group. The
-// gradient of kGroups groups stays in registers; each sum loads its kVectors vectors of values.
+// Tile: kLanes sums, of kGroups groups for each tap, with kVectors vectors of channels in a group.
+// The output's gradient, kGroups * kVectors vectors, stays in registers. Per sum: kVectors loads
+// and multiply-adds, and 7/8 of a step of the tree with 8 lanes.
 template <class T, int kLanes, int kVectors, int kGroups>
 NOINLINE void kernel_gradient_groups(const GradientTaps<T>& p, index_t group) {
   using V = Simd<T, kLanes>;
@@ -74,7 +76,8 @@ NOINLINE void kernel_gradient_groups(const GradientTaps<T>& p, index_t group) {
   const T* const values = p.values + group * kPadded;
   T* const result = p.result + group;
   const index_t groups = p.groups;
-  for_each_tap_vector<kTaps>(p, [&](const index_t* offsets, index_t tap, index_t count) INLINE_BODY {
+  for_each_tap_vector<kTaps>(p, [&](const index_t* offsets, index_t tap,
+                                    index_t count) INLINE_BODY {
     const auto product = [&](auto n) INLINE_BODY {
       constexpr int kTap = decltype(n)::value / kGroups, kGroup = decltype(n)::value % kGroups;
       const T* const from = values + offsets[kTap] + kGroup * kPadded;
@@ -89,7 +92,8 @@ NOINLINE void kernel_gradient_groups(const GradientTaps<T>& p, index_t group) {
   });
 }
 
-// Tile: kLanes taps of one group, whose channels are any number of vectors.
+// Tile: kLanes taps of one group, whose channels are any number of vectors. Per vector of channels:
+// kLanes + 1 loads for kLanes multiply-adds.
 template <class T, int kLanes>
 NOINLINE void kernel_gradient_group(const GradientTaps<T>& p, index_t group) {
   using V = Simd<T, kLanes>;
@@ -97,7 +101,8 @@ NOINLINE void kernel_gradient_group(const GradientTaps<T>& p, index_t group) {
   const T* const y = p.weights + group * padded;
   const T* const values = p.values + group * padded;
   T* const result = p.result + group;
-  for_each_tap_vector<kLanes>(p, [&](const index_t* offsets, index_t tap, index_t count) INLINE_BODY {
+  for_each_tap_vector<kLanes>(p, [&](const index_t* offsets, index_t tap,
+                                     index_t count) INLINE_BODY {
     const T* x[kLanes];
     typename V::Vector sum[kLanes];
 #pragma GCC unroll 16

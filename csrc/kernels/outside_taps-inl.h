@@ -1,10 +1,8 @@
-// Taps outside the input.
-// Included only by kernels.cpp, inside its unnamed namespace.
-
-//
-// The input is 0 there, and its product with a non-finite kernel weight (forward) or output
-// gradient (kernel gradient) is NaN. The loops above skip these taps, except in rows packed with
-// zeros. For finite values they add nothing; non-finite ones are detected and added here.
+// Taps outside the input. The input is 0 there, and its product with a non-finite kernel weight
+// (forward) or output gradient (kernel gradient) is NaN. Most other loops skip these taps, which add
+// nothing for finite values; non-finite ones are detected and added here. Rows packed with zeros need
+// it for the first two dimensions only, in the forward pass. Included only by kernels.cpp, inside its
+// unnamed namespace.
 
 // Whether all of `count` contiguous values are finite.
 template <class T>

@@ -1,5 +1,5 @@
-// Packing: copies between tensors and views, which convert between layouts and types.
-// Included only by kernels.cpp, inside its unnamed namespace.
+// Packing: copies between tensors and views, which convert between layouts and types. Included only
+// by kernels.cpp, inside its unnamed namespace.
 
 template <class T>
 struct StridedMatrix {

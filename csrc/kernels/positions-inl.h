@@ -1,9 +1,9 @@
-// All passes with lanes along the positions of a row.
-// Included only by kernels.cpp, inside its unnamed namespace.
+// All passes with lanes along the positions of a row. Included only by kernels.cpp, inside its
+// unnamed namespace.
 
 // Calls fn(IntC<n>(), first) for pairs of vectors, then single ones, that cover [low, high). The
-// last vector overlaps the previous one, and computes the same values. Rows shorter than a vector are
-// packed with space for one.
+// last vector overlaps the previous one, and computes the same values. Rows shorter than a vector
+// are packed with space for one.
 template <int kLanes, int kVectors = 2, class Fn>
 inline void for_each_vector_overlapping(index_t low, index_t high, Fn fn) {
   index_t k = low;
@@ -107,9 +107,10 @@ inline index_t find_source_rows(const Plan& plan, const TensorView& values, cons
   return count;
 }
 
-// Kernel gradient. Tile: kRows rows of the output x one vector of positions x kTaps taps of a row. Per
-// channel: kTaps vectors of values, each used for all rows, and kRows vectors of weights, for
-// kRows * kTaps multiply-adds. With 3 rows and 4 taps: 12 accumulators and 4 operands in 16 registers.
+// Kernel gradient. Tile: kRows rows of the output x one vector of positions x kTaps taps of a row.
+// Per channel: kTaps vectors of values, each used for all rows, and kRows vectors of weights, for
+// kRows * kTaps multiply-adds. With 3 rows and 4 taps: 12 accumulators and 4 operands in 16
+// registers.
 constexpr int kGradientTaps = 4;
 
 struct GradientSteps {

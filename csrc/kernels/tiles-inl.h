@@ -1,5 +1,5 @@
-// Loops over tiles whose size is known to the compiler.
-// Included only by kernels.cpp, inside its unnamed namespace.
+// Loops over tiles whose size is known to the compiler. Included only by kernels.cpp, inside its
+// unnamed namespace.
 
 inline index_t ceil_div(index_t n, index_t by) { return (n + by - 1) / by; }
 

@@ -1,5 +1,5 @@
-// Forward and input gradient of small square windows with stride and dilation rate 1: the taps of a
-// row are unrolled. Included only by kernels.cpp, inside its unnamed namespace.
+// Forward and input gradient of windows with 3, 5 or 7 taps, stride 1 and dilation rate 1 in the last
+// dimension: these taps are unrolled. Included only by kernels.cpp, inside its unnamed namespace.
 //
 // Tile: kOutputs neighboring positions of a row x kGroups groups x kVectors vectors of channels, in
 // registers; lanes are channels of a group. Per column of the input that a row of taps reads:
@@ -11,15 +11,15 @@
 // With 4 outputs and 2 vectors: 8 accumulators, 2 values and 1 weight of 16 registers; 7 taps take
 // 10 columns, so 48 loads for 56 multiply-adds.
 //
-// Column c is read with tap c - r of output r. Columns outside the input come first or last, and are
-// skipped: all outputs skip the same ones.
+// Column c is read with tap c - r of output r. Columns outside the input come first or last, and
+// are skipped: all outputs skip the same ones.
 //
-// Both passes read the kernels, by far the largest tensor, in the order of memory. In the forward pass a
-// tile sums over all rows of taps. In the input gradient, a row of kernels contributes to a row of the
-// result with each row of taps: tiles add to results that stay in cache.
+// Both passes read the kernels, by far the largest tensor, in the order of memory. In the forward
+// pass a tile sums over all rows of taps. In the input gradient, a row of kernels contributes to a
+// row of the result with each row of taps: tiles add to results that stay in cache.
 
-// Outputs of a tile. The last tiles of a row have one less, which fills all rows of more than 2 positions
-// but those of 5; there, and in shorter ones, single outputs follow.
+// Outputs of a tile. The last tiles of a row have one less, which fills all rows of more than 2
+// positions but those of 5; there, and in shorter ones, single outputs follow.
 constexpr int kUnrolledOutputs = 4;
 
 // Lines that a tile prefetches for the next one, at most.
@@ -31,11 +31,11 @@ struct UnrolledRows {
   index_t value_column, weight_column;   // from one column to the next
   index_t weight_output, result_output;  // from one output to the next
   const index_t *value_phases, *weight_phases;
-  index_t count[2];                       // forward: in the first two dimensions
-  index_t value_row[2], weight_row[2];
-  index_t result_row, accumulated;  // input gradient: count[1] rows of the result, of which the first
-                                    // `accumulated` already hold sums
-  index_t first_column, column_count;  // the columns inside the input
+  index_t first_column, column_count;    // the columns inside the input
+  // Forward: rows of taps in the first two dimensions. Input gradient: count[1] rows of the result,
+  // each with its row of taps; the first `accumulated` already hold sums.
+  index_t count[2], value_row[2], weight_row[2];
+  index_t result_row, accumulated;
 };
 
 // The steps from the weights of a row of taps to the lines that the next tile reads there.
@@ -135,7 +135,8 @@ class Unrolled {
            const TensorView& weights, const TensorView& result)
       : plan_(plan), region_(region), values_(values), weights_(weights), result_(result) {
     const Dimension* d = plan.dimension;
-    const index_t tap_weights = plan.weights.inner_padded, weight_position = weights.position_stride[2],
+    const index_t tap_weights = plan.weights.inner_padded;
+    const index_t weight_position = weights.position_stride[2],
                   result_position = result.position_stride[2];
     tap_row_ = d[2].taps * tap_weights;
     rows_.value_column = d[2].source_step * values.position_stride[2];
@@ -258,11 +259,11 @@ class Unrolled {
       const PrefetchLines lines = {
           lines_ + line, static_cast<int>(left < lines_per_tile ? left : lines_per_tile)};
       line += lines.count;
-      using Clipped = UnrolledTile<T, kLanes, kTaps, kOutputs, kGroups, kVectors, true>;
-      using Whole =
-          UnrolledTile<T, kLanes, kTaps, kOutputs, kGroups, kVectors, (kOutputs < kUnrolledOutputs)>;
       // One variant suffices for the few shorter tiles.
-      const bool clip = kOutputs < kUnrolledOutputs || rows_.column_count < kColumns;
+      using Clipped = UnrolledTile<T, kLanes, kTaps, kOutputs, kGroups, kVectors, true>;
+      constexpr bool kAlwaysClip = kOutputs < kUnrolledOutputs;
+      using Whole = UnrolledTile<T, kLanes, kTaps, kOutputs, kGroups, kVectors, kAlwaysClip>;
+      const bool clip = rows_.column_count < kColumns;
       const auto tile = backward() ? clip ? Clipped::input_gradient : Whole::input_gradient
                         : clip     ? Clipped::forward
                                    : Whole::forward;
@@ -284,12 +285,12 @@ class Unrolled {
   const Region& region_;
   const TensorView &values_, &weights_, &result_;
   index_t tap_row_;
-  UnrolledRows rows_ = {plan_, 0, 0, 0, 0, nullptr, nullptr, {}, {}, {}, 0, 0, 0, 0};
+  UnrolledRows rows_ = {plan_, 0, 0, 0, 0, nullptr, nullptr, 0, 0, {}, {}, {}, 0, 0};
   index_t lines_[kMaxPrefetchLines], line_count_ = 0;
 };
 
-// Computes the region, unless the window is not of the kind above. This must not depend on the region:
-// the other kernels add up the input gradient in another order.
+// Computes the region, unless the window is not of the kind above. This must not depend on the
+// region: the other kernels add up the input gradient in another order.
 template <class T, int kLanes>
 bool unrolled_sum(const Plan& plan, const Region& region, const TensorView& values,
                   const TensorView& weights, const TensorView& result) {

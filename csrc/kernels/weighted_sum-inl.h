@@ -1,8 +1,8 @@
-// Forward and input gradient: weighted sums over taps, for any window.
-// Included only by kernels.cpp, inside its unnamed namespace.
+// Forward and input gradient: weighted sums over taps, for any window. Included only by
+// kernels.cpp, inside its unnamed namespace.
 
-// Register tile: kOutputTile outputs of a row x up to kVectorTile vectors of each; smaller for double,
-// which is for checks, and for few channels in a group, which do not fill a vector.
+// Register tile: kOutputTile outputs of a row x up to kVectorTile vectors of each; smaller for
+// double, which is for checks, and for few channels in a group, which do not fill a vector.
 template <class T>
 constexpr int kOutputTile = sizeof(T) == 8 ? 1 : 2;
 template <class T, int kLanes>
@@ -242,7 +242,8 @@ inline index_t compute_next_tile(const OutputRow& row, index_t k, index_t high) 
 
 template <class Microkernel>
 void compute_row(const OutputRow& row, index_t low, index_t high) {
-  for (index_t k = low; k < high;) k += compute_next_tile<Microkernel, Microkernel::kOutputs>(row, k, high);
+  for (index_t k = low; k < high;)
+    k += compute_next_tile<Microkernel, Microkernel::kOutputs>(row, k, high);
 }
 
 template <class T, int kLanes>
@@ -263,7 +264,8 @@ void weighted_sum(const Plan& plan, const Region& region, const TensorView& valu
       // Tiles of whole groups with kVectorsPerGroup vectors each.
       const auto run_groups = [&](auto count) {
         constexpr int kVectorsPerGroup = decltype(count)::value;
-        for_each_pow2_tile<kVectorTile<T, kLanes> / kVectorsPerGroup>(outer_count, [&](auto n, index_t g) {
+        constexpr int kGroups = kVectorTile<T, kLanes> / kVectorsPerGroup;
+        for_each_pow2_tile<kGroups>(outer_count, [&](auto n, index_t g) {
           run_row(ChannelLanes<T, kLanes, decltype(n)::value, kVectorsPerGroup>(), g * padded, g);
         });
       };

@@ -594,18 +594,22 @@ def execute_without_copies(pass_, call, a, b):
 
 # --- Threads --------------------------------------------------------------------------------------
 
-# Split into many tiles, of rows and of parts of rows, for every vector axis.
+# Enough work for several threads, split into many tiles, of rows and of parts of rows, for every vector
+# axis and for the windows whose taps are unrolled.
 LARGE = [
     Call(2, (40, 37), 64, (3, 3), (1, 1), "same", (1, 1), 4),
-    Call(1, (33, 29), 48, (3, 5), (2, 1), "same", (1, 2), 16, "interleaved"),
-    Call(1, (41, 50), 24, (3, 3), (1, 1), "same", (1, 1), 3, "contiguous", "channels_first"),
-    Call(1, (61, 47), 32, (3, 3), (2, 2), "same", (1, 1), 8, "contiguous", "channels_first"),
-    Call(1, (7003,), 16, (5,), (1,), "same", (2,), 2, "interleaved", "channels_first"),
-    Call(1, (90, 70), 3, (3, 3), (1, 1), "same", (1, 1)),
-    Call(1, (7003,), 33, (3,), (1,), "valid", (1,), 1),
-    Call(1, (9, 14, 23), 8, (2, 3, 3), (1, 2, 1), "same", (2, 1, 1), 2),
-    # So much work at each position that each is a tile.
-    Call(1, (5,), 2048, (65,), (1,), "same", (1,), 2, "contiguous", "channels_first"),
+    Call(1, (65, 59), 48, (3, 5), (2, 1), "same", (1, 2), 16, "interleaved"),
+    Call(1, (82, 70), 24, (3, 3), (1, 1), "same", (1, 1), 3, "contiguous", "channels_first"),
+    Call(1, (121, 141), 32, (3, 3), (2, 2), "same", (1, 1), 8, "contiguous", "channels_first"),
+    Call(1, (14003,), 16, (5,), (1,), "same", (2,), 2, "interleaved", "channels_first"),
+    Call(1, (270, 210), 3, (3, 3), (1, 1), "same", (1, 1)),
+    Call(1, (12003,), 33, (3,), (1,), "valid", (1,), 1),
+    Call(4, (9, 14, 35), 8, (2, 3, 3), (1, 2, 1), "same", (2, 1, 1), 2),
+    Call(2, (23, 21), 64, (7, 7), (1, 1), "same", (1, 1), 4),
+    Call(3, (7, 5, 13), 48, (3, 3, 5), (1, 1, 1), "same", (1, 1, 1), 6),
+    Call(1, (19, 43), 32, (3, 3), (1, 1), "same", (1, 1), 2, upsampling=(2, 3)),
+    # So much work at each position that a row is split.
+    Call(1, (40,), 512, (65,), (1,), "same", (1,), 2, "contiguous", "channels_first"),
 ]
 each_large = pytest.mark.parametrize("call", LARGE)
 
@@ -630,8 +634,10 @@ def test_f18_same_bits_in_any_number_of_threads(target, call):
             assert (parallel[pass_] == serial[pass_]).all(), (pass_, threads)
 
 
-# A few hundred microseconds of work.
-REPEATED = Call(1, (24, 25), 128, (3, 3), (1, 1), "same", (1, 1), 2)
+# A few hundred microseconds of work, for up to four threads.
+REPEATED = Call(1, (44, 43), 128, (3, 3), (1, 1), "same", (1, 1), 2)
+# Less than waking a thread takes.
+SMALL = Call(1, (9, 11), 32, (3, 3), (1, 1), "same", (1, 1), 2)
 
 
 @pytest.mark.long
@@ -684,7 +690,9 @@ def thread_count():
 def pool_of_a_process():
     """Prints, as JSON, what the thread pool does in a process where nothing else uses it."""
     x, kernel, dy = (a.astype("float32") for a in REPEATED.arrays())
-    before, started = thread_count(), []
+    before = thread_count()
+    native_core.results(SMALL, *(a.astype("float32") for a in SMALL.arrays()), threads=4)
+    started = [thread_count() - before]
     for threads in (1, 2, 4, 3):
         expected = native_core.results(REPEATED, x, kernel, dy, threads)
         started.append(thread_count() - before)
@@ -724,8 +732,8 @@ def pool():
 
 @on_linux
 def test_pool_has_the_requested_number_of_threads(pool):
-    """The caller is one of them; the others stay alive."""
-    assert pool["started"] == [0, 1, 3, 3]
+    """The caller is one of them; the others stay alive. A small call needs none of them."""
+    assert pool["started"] == [0, 0, 1, 3, 3]
 
 
 @on_linux

@@ -354,7 +354,7 @@ def test_core_uses_the_thread_count_of_pytorch(monkeypatch):
     assert thread_counts == [1] * 3 + [3] * 3
 
 
-LARGE = Call(2, (24, 25), 128, (3, 3), (1, 1), "same", (1, 1), 2)
+LARGE = Call(2, (34, 35), 128, (3, 3), (1, 1), "same", (1, 1), 2)
 
 
 def threads_of_a_process():
