@@ -36,6 +36,7 @@ inline void for_each_tile_with_tail(index_t total, Fn fn) {
 // neighboring sizes.
 template <int kLargest, class Fn>
 inline void for_each_balanced_tile(index_t total, Fn fn) {
+  if (total <= kLargest) return dispatch_tail<kLargest>(total, 0, fn);
   for (index_t first = 0, tiles = ceil_div(total, kLargest); tiles > 0; --tiles) {
     const index_t size = ceil_div(total - first, tiles);
     dispatch_tail<kLargest>(size, first, fn);

@@ -594,8 +594,8 @@ def execute_without_copies(pass_, call, a, b):
 
 # --- Threads --------------------------------------------------------------------------------------
 
-# Enough work for several threads, split into many tiles, of rows and of parts of rows, for every vector
-# axis and for the windows whose taps are unrolled.
+# Enough work for several threads, split into many tiles, of rows and of parts of rows, for every
+# vector axis and for the windows whose taps are unrolled.
 LARGE = [
     Call(2, (40, 37), 64, (3, 3), (1, 1), "same", (1, 1), 4),
     Call(1, (65, 59), 48, (3, 5), (2, 1), "same", (1, 2), 16, "interleaved"),
