@@ -8,6 +8,7 @@ Run for Arm under emulation by ``make test-arm``, where no framework is installe
 import ctypes
 import dataclasses
 import itertools
+import math
 import platform
 import sys
 
@@ -25,6 +26,10 @@ WIDE = [
     Call(1, (37,), 3, (5,), (1,), "same", (2,)),
     Call(1, (3, 4, 5), 40, (2, 3, 3), (1, 2, 1), "same", (2, 1, 1), 5),
     Call(2, (0, 5), 4, (3, 3), (1, 1), ((2, 2), (1, 1)), (1, 1), 2),
+    # Windows whose taps are unrolled.
+    Call(1, (9, 10), 32, (7, 7), (1, 1), "same", (1, 1), 2),
+    Call(1, (6, 5), 40, (5, 5), (1, 1), "same", (1, 1), 5),
+    Call(1, (5, 7), 24, (3, 3), (1, 1), "same", (1, 1), 3, upsampling=(2, 3)),
 ]
 
 
@@ -36,12 +41,14 @@ def encode(call, pass_, dtype, hidden_channels=0):
     before = [pads(*d, call.padding, i)[0] for i, d in enumerate(dimensions)]
     rows = call.sizes, call.output_sizes, call.kernel_size, call.strides, call.dilation_rate
     filled = [[fill] * (3 - len(row)) + list(row) for row, fill in zip(rows, (1,) * 5, strict=True)]
+    upsampling = call.upsampling or (1,) * len(before)
     layout = call.data_format == "channels_first", call.group_layout == "interleaved"
     return [
         *(pass_, DTYPES.index(dtype), *map(int, layout), call.channels, call.groups),
         *itertools.chain.from_iterable(filled),
         *([0] * (3 - len(before)) + before),
         hidden_channels,
+        *([1] * (3 - len(before)) + list(upsampling)),
     ]
 
 
@@ -72,6 +79,8 @@ def check_call(library, call, dtype, arrays):
         value = np.full(truths[pass_].shape, np.nan, dtype)
         execute(library.involution_execute, encode(call, pass_, dtype), call.batch, pair, [value])
         terms = call.channels // call.groups if pass_ == KERNEL_GRAD else call.taps
+        if pass_ == INPUT_GRAD:
+            terms *= math.prod(call.upsampling or ())
         bound = error_bound(truths[pass_], sizes[pass_], terms, dtype)
         check(value, truths[pass_], bound, (pass_, dtype, call))
 
