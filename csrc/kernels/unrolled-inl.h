@@ -241,8 +241,10 @@ class Unrolled {
     const index_t before = backward() ? source - (size - 1) : -source,
                   after = backward() ? source + 1 : size - source;
     constexpr index_t kColumns = kTaps + kOutputs - 1;
+    const index_t end = after < kColumns ? after : kColumns;
     rows_.first_column = before > 0 ? before : 0;
-    rows_.column_count = (after < kColumns ? after : kColumns) - rows_.first_column;
+    // None where all windows are in the padding.
+    rows_.column_count = end > rows_.first_column ? end - rows_.first_column : 0;
     value += first * values_.position_stride[2];
     weight += first * weights_.position_stride[2];
     result += first * result_.position_stride[2];

@@ -49,7 +49,7 @@ Call draw(std::mt19937& random, index_t type) {
       stride = exists ? any({1, 1, 2, 3}) : 1;
       dilation = exists ? any({1, 1, 2, 3, 19, 1000000007}) : 1;
       const index_t span = (kernel - 1) * dilation;
-      pad = exists ? span / 2 + any({0, 0, 0, 1, 3}) : 0;
+      pad = exists ? span / 2 + any({0, 0, 0, 1, 3, 11}) : 0;
       output = (size + 2 * pad - span - 1) / stride + 1;
     } while (output < 1 || size + 2 * pad < (kernel - 1) * dilation + 1);
     p.input_size[i] = size, p.output_size[i] = output, p.kernel_size[i] = kernel;

@@ -623,6 +623,23 @@ def test_calls_of_many_tiles_equal_the_oracle(dtype, call):
         assert_same(values[pass_], truth, pass_)
 
 
+# Windows outside the input, and rows that tiles do not fill.
+PADDED = [
+    Call(2, (3, 1), 32, (3, 3), (1, 1), ((5, 4), (6, 7)), (1, 1), 2),
+    Call(1, (4, 5), 16, (5, 5), (1, 1), ((9, 0), (11, 8)), (1, 1), 1),
+    Call(1, (2, 2), 24, (7, 7), (1, 1), ((12, 12), (3, 13)), (1, 1), 3),
+]
+
+
+@pytest.mark.parametrize("call", PADDED)
+@each_target
+def test_windows_in_the_padding_equal_the_oracle(target, call):
+    arrays = native_core.exact_values(call.arrays())
+    values = native_core.results(call, *(a.astype("float32") for a in arrays))
+    for pass_, truth in native_core.expected(call, *arrays).items():
+        assert_same(values[pass_], truth, pass_)
+
+
 @each_large
 @each_target
 def test_f18_same_bits_in_any_number_of_threads(target, call):
