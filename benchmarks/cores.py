@@ -16,22 +16,14 @@ import time
 import numpy as np
 
 from involution.ops.cases import CASES
-from involution.ops.native import params
+from involution.ops.native import library, params
 
 ALIGNMENT = 64
 
 
 def load(path, target):
-    core = ctypes.CDLL(path)
-    pointer = ctypes.c_void_p
-    core.involution_execute.argtypes = [
-        *(ctypes.POINTER(ctypes.c_int64), ctypes.c_int64, ctypes.c_int),
-        *(pointer, pointer, pointer),
-    ]
-    core.involution_target.restype = ctypes.c_char_p
-    names = []
-    while (name := core.involution_target(len(names))) is not None:
-        names.append(name.decode())
+    core = library.open_core(path)
+    names = library.target_names(core)
     if target not in (None, *names):
         raise SystemExit(
             f"--target must be one of {', '.join(names)} for {path}. Received: {target}"

@@ -184,7 +184,7 @@ void partition(TaskGrid& grid, int threads) {
     index_t number = plan.batch * group_splits(p) * grid.task_phases;
     for (int i = 0; i < 3; ++i) {
       region.high[i] = grid.tile[i];
-      number *= (plan.dimension[i].result_size + grid.tile[i] - 1) / grid.tile[i];
+      number *= ceil_div(plan.dimension[i].result_size, grid.tile[i]);
     }
     const bool too_few_tasks = number < wanted && num_positions(region) * work > 2 * kMinTaskMacs;
     const bool exceeds_cache = packed_elements(p, region) * p.acc_bytes > kPackBudgetBytes;
@@ -201,10 +201,10 @@ void partition(TaskGrid& grid, int threads) {
     grid.tile[i] = (grid.tile[i] + 1) / 2;
   }
   for (int i = 0; i < 3; ++i)
-    grid.tiles[i] = (plan.dimension[i].result_size + grid.tile[i] - 1) / grid.tile[i];
+    grid.tiles[i] = ceil_div(plan.dimension[i].result_size, grid.tile[i]);
   grid.num_tiles = num_elements(grid.tiles) * grid.task_phases;
   grid.tiles_per_task =
-      is_reduction ? (grid.num_tiles + kMaxReductionTasks - 1) / kMaxReductionTasks : 1;
+      is_reduction ? ceil_div(grid.num_tiles, kMaxReductionTasks) : 1;
 }
 
 // Not std::aligned_alloc, which macOS has only from 10.15 on.

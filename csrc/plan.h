@@ -11,7 +11,6 @@
 namespace involution {
 
 inline index_t round_up(index_t n, index_t unit) { return (n + unit - 1) / unit * unit; }
-inline index_t ceil_div(index_t n, index_t by) { return (n + by - 1) / by; }
 inline index_t num_elements(const index_t* size) { return size[0] * size[1] * size[2]; }
 inline index_t item_size(DataType type) {
   return type == DataType::float64 ? 8 : type == DataType::float32 ? 4 : 2;

@@ -10,6 +10,9 @@ namespace involution {
 
 using index_t = std::int64_t;
 
+// Static: see the linker rule in kernels.cpp.
+static inline index_t ceil_div(index_t n, index_t by) { return (n + by - 1) / by; }
+
 enum class DataType : int { float64, float32, bfloat16, float16 };
 
 // A tensor in memory. Strides count elements. The channels of x and y, and the taps and groups of a

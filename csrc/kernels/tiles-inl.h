@@ -1,8 +1,6 @@
 // Loops over tiles whose size is known to the compiler. Included only by kernels.cpp, inside its
 // unnamed namespace.
 
-inline index_t ceil_div(index_t n, index_t by) { return (n + by - 1) / by; }
-
 // std::integral_constant, which the linker rule at the top excludes.
 template <int kValue>
 struct IntC {

@@ -80,6 +80,12 @@ struct UnrolledTile {
       weight = opaque(weight + weight_column);
     }
   }
+  static INLINE void zero(Vector (*sum)[kPerOutput]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kOutputs; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kPerOutput; ++v) sum[r][v] = Vector{};
+  }
   static INLINE void store(const UnrolledRows& rows, T* result, const Vector (*sum)[kPerOutput]) {
 #pragma GCC unroll 8
     for (int r = 0; r < kOutputs; ++r)
@@ -91,10 +97,7 @@ struct UnrolledTile {
   static NOINLINE void forward(const UnrolledRows& rows, const T* value, const T* weight, T* result,
                                PrefetchLines lines) {
     Vector sum[kOutputs][kPerOutput];
-#pragma GCC unroll 8
-    for (int r = 0; r < kOutputs; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < kPerOutput; ++v) sum[r][v] = Vector{};
+    zero(sum);
     for (index_t a = 0; a < rows.count[0]; ++a)
       for (index_t b = 0; b < rows.count[1]; ++b)
         add_row(rows, value + a * rows.value_row[0] + b * rows.value_row[1],
@@ -113,10 +116,7 @@ struct UnrolledTile {
           for (int v = 0; v < kPerOutput; ++v)
             sum[r][v] = V::load(result + r * rows.result_output + vector_step(v));
       } else {
-#pragma GCC unroll 8
-        for (int r = 0; r < kOutputs; ++r)
-#pragma GCC unroll 8
-          for (int v = 0; v < kPerOutput; ++v) sum[r][v] = Vector{};
+        zero(sum);
       }
       for (index_t phase = 0; phase < rows.plan.phases; ++phase)
         add_row(rows, value + rows.value_phases[phase], weight + rows.weight_phases[phase], sum,

@@ -126,9 +126,10 @@ class InvolutionUpSamplingND(GeneratedInvolution):
 
 _DOC = """Upsampling {0}, by kernels that are generated for each position of the fine grid.
 
-    Each output is a weighted sum of the window around its input position, with a kernel of its own.
-    The default generator is that of CARAFE, a replacement for bilinear interpolation in decoders
-    and feature pyramids. The input is never copied to the fine grid.
+    Each output position has its own kernel, the weights of a sum over the window around the
+    corresponding input position. The default generator is that of CARAFE, a replacement for
+    bilinear interpolation in decoders and feature pyramids. The input is never copied to the fine
+    grid.
 
     >>> import numpy as np, involution
     >>> x, fine = np.ones({1}, "float32"), np.ones({2}, "float32")

@@ -28,21 +28,17 @@ def why_missing(binding: str | None = None) -> str | None:
     return file.read_text(encoding="utf-8").strip() if file else None
 
 
-def _targets(library) -> list[str]:
+def target_names(library: ctypes.CDLL) -> list[str]:
+    """Targets of a core that this machine supports, the most basic first."""
     names: list[str] = []
     while (name := library.involution_target(len(names))) is not None:
         names.append(name.decode())
     return names
 
 
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    file = find(f"libinvolution{SUFFIX}")
-    if file is None:
-        return None, f"the package was installed without it: {why_missing() or 'it was not built'}"
-    try:
-        library = ctypes.CDLL(str(file))
-    except OSError as error:
-        return None, f"its library cannot be loaded: {error}"
+def open_core(file: str | pathlib.Path) -> ctypes.CDLL:
+    """A build of the core, its functions declared as in ``csrc/params.h``; raises OSError."""
+    library = ctypes.CDLL(str(file))
     library.involution_execute.restype = ctypes.c_int
     library.involution_execute.argtypes = [
         ctypes.POINTER(ctypes.c_int64),
@@ -65,9 +61,20 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.involution_fma_peak_loop.argtypes = [ctypes.c_int64]
     library.involution_set_openmp.restype = None
     library.involution_set_openmp.argtypes = [ctypes.c_void_p]
+    return library
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    file = find(f"libinvolution{SUFFIX}")
+    if file is None:
+        return None, f"the package was installed without it: {why_missing() or 'it was not built'}"
+    try:
+        library = open_core(file)
+    except OSError as error:
+        return None, f"its library cannot be loaded: {error}"
     requested = os.environ.get("INVOLUTION_INSTRUCTIONS")
     if requested:
-        names = _targets(library)
+        names = target_names(library)
         if requested not in names:
             return None, (
                 f"INVOLUTION_INSTRUCTIONS must be one of {', '.join(names)} here. "
@@ -98,7 +105,7 @@ def binding(name: str) -> tuple[pathlib.Path | None, str | None]:
 def targets() -> list[str]:
     """Targets (instruction sets) that this machine supports, the most basic first."""
     library, _ = core()
-    return [] if library is None else _targets(library)
+    return [] if library is None else target_names(library)
 
 
 def set_target(name: str) -> None:
@@ -106,7 +113,7 @@ def set_target(name: str) -> None:
     library, reason = core()
     if library is None:
         raise RuntimeError(reason)
-    library.involution_set_target(_targets(library).index(name))
+    library.involution_set_target(target_names(library).index(name))
 
 
 def set_openmp(openmp: ctypes.CDLL | None) -> None:
