@@ -1,6 +1,12 @@
 // SIMD vectors of any width by compiler extensions: one source for every target.
 // Included only by kernels.cpp, inside its unnamed namespace.
 
+#if INVOLUTION_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
 template <class T, int kLanes>
 struct Simd {
   typedef T Vector __attribute__((vector_size(sizeof(T) * kLanes)));
