@@ -41,6 +41,8 @@ def differentiable(compute):
             )
 
     def call(pass_, window, sizes, a, b):
+        if not _is_differentiated(a, b):
+            return compute(pass_, window, sizes, a, b)
         # torch.compile supports no autograd.Function with a ``jvp``; it derives one from
         # ``compute``.
         function = TracedPass if torch.compiler.is_compiling() else EagerPass
@@ -94,9 +96,23 @@ def differentiable_fused(compute, unfused_call):
         return functools.partial(unfused, spec.pass_, spec.window, spec.sizes)
 
     def call(pass_, window, sizes, *arguments):
+        if not _is_differentiated(*arguments):
+            return compute(pass_, window, sizes, *arguments)
         return FusedPass.apply(PassSpec(pass_, window, sizes), *arguments)
 
     return call
+
+
+def _is_differentiated(*tensors) -> bool:
+    """Whether derivatives of the call may be taken. If not, ``autograd.Function`` is not needed, whose
+    call takes as long as a small involution."""
+    if torch.compiler.is_compiling():
+        return True
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    # Dual numbers and the transforms of torch.func: private API, which may be missing.
+    level = getattr(torch.autograd.forward_ad, "_current_level", 0)
+    return level >= 0 or _function_transforms() is not None
 
 
 def nested_forward_mode() -> bool:
@@ -107,9 +123,14 @@ def nested_forward_mode() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
+    levels = _function_transforms() or []
+    return sum(level.key().name == "Jvp" for level in levels) > 1
+
+
+def _function_transforms() -> list | None:
+    """The transforms of torch.func around this call; None if there is none."""
     try:
-        from torch._C._functorch import TransformType, get_interpreter_stack
+        from torch._C._functorch import get_interpreter_stack
     except ImportError:
-        return False  # private API, which may be missing
-    levels = get_interpreter_stack()
-    return bool(levels) and [level.key() for level in levels].count(TransformType.Jvp) > 1
+        return []  # private API, which may be missing
+    return get_interpreter_stack()
