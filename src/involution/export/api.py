@@ -1,7 +1,7 @@
 """``export``: writes a model as ONNX, SavedModel or PT2, then verifies the file.
 
-Involutions are traced with the implementation ``rows``, in three dimensions ``reference``, which
-consist of standard operations: the file runs without this package.
+Involutions are traced with the first of ``PORTABLE`` that supports them, which consist of standard
+operations: the file runs without this package.
 """
 
 import contextlib
@@ -16,7 +16,9 @@ import keras
 from involution.export import onnx, saved_model, torch_export, verify
 from involution.export.errors import as_export_error, ignore_warnings
 from involution.export.spec import make_spec
+from involution.kernel_generators.pointwise import as_convolutions
 from involution.ops import force_implementation
+from involution.ops.dispatch import PORTABLE
 from involution.utils.atomic_files import atomic_write
 from involution.utils.errors import InputError
 
@@ -35,9 +37,6 @@ REQUIREMENTS: dict[str, dict[str, tuple[str, ...]]] = {
 
 # Extras that install these packages, by backend; "export" for all others.
 EXTRAS = {"jax": "export-jax"}
-
-# Implementations that consist of standard operations.
-PORTABLE = ("rows", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +109,11 @@ def export(model: keras.Model, path, format="onnx", input_shape=None) -> Exporte
     with _temporary_folder(path) as folder:
         # Exporters infer the format from the suffix.
         temporary = folder / f"model.{format}"
-        with _restore_training_mode(model), force_implementation(PORTABLE):
+        with (
+            _restore_training_mode(model),
+            force_implementation(PORTABLE),
+            as_convolutions(),
+        ):
             _convert(spec, temporary, format, backend)
         runtime, outputs = verify.run(temporary, format, spec, samples)
         error = verify.max_relative_error(spec, outputs, expected)

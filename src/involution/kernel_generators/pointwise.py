@@ -6,10 +6,33 @@ time of RedNet's 1x1 convolutions. On the other backends it makes no difference.
 Only ``affine`` reads weights in order to skip a layer's call.
 """
 
+import contextlib
+import threading
+
 import keras
 
 from involution.ops.rowwise import rowwise_matmul
 from involution.ops.validation import CHANNELS_LAST, check_axes
+
+
+class _Traced(threading.local):
+    """Whether ``as_convolutions`` is active in this thread."""
+
+    as_convolutions = False
+
+
+_traced = _Traced()
+
+
+@contextlib.contextmanager
+def as_convolutions():
+    """Within the block, pointwise convolutions call the framework's convolution: runtimes of exported
+    files fuse it with the normalization and the activation that follow, a matrix product not."""
+    before, _traced.as_convolutions = _traced.as_convolutions, True
+    try:
+        yield
+    finally:
+        _traced.as_convolutions = before
 
 
 class _Pointwise(keras.layers.Layer):
@@ -40,6 +63,8 @@ class _Pointwise(keras.layers.Layer):
         return super().compute_output_shape(input_shape)
 
     def convolution_op(self, inputs, kernel):
+        if _traced.as_convolutions:
+            return super().convolution_op(inputs, kernel)
         if any(s > 1 for s in self.strides):
             inputs = inputs[(slice(None), *(slice(None, None, s) for s in self.strides))]
         return _matmul(inputs, kernel[(0,) * self.rank])

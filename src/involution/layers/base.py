@@ -73,7 +73,7 @@ class BaseInvolution(keras.layers.Layer):
         # A recorded call stores its kernels.
         projection = None if is_recording() else self._generator_projection(inputs)
         selection = self.select_implementation(inputs, projection)
-        if selection.name == "fused" and projection is not None:
+        if selection.generates and projection is not None:
             # The call of the last layer, which is skipped, would cast its input and its weights.
             operands = (self._generator_hidden(inputs), *projection)
             operands = tuple(ops.cast(operand, inputs.dtype) for operand in operands)

@@ -200,7 +200,7 @@ class InvolutionND(GeneratedInvolution):
         inside = dataclasses.replace(window, padding=VALID)
         hidden_channels = None if projection is None else projection[0].shape[0]
         selection = Selection(selection.name, problem_of(inside, values, hidden_channels))
-        if selection.name == "fused" and projection is not None:
+        if selection.generates and projection is not None:
             hidden = generator.hidden(context)[:, -count:]
             operands = [ops.cast(operand, inputs.dtype) for operand in (hidden, *projection)]
             return self._finish(apply_generated(selection, values, *operands))

@@ -60,8 +60,8 @@ def apply_generated(selection: Selection, x, hidden, weight, bias):
     """``fused_involution`` of checked operands, with the implementation selected."""
     problem, window = selection.problem, selection.problem.window
     hidden = _with_static_shape(hidden, x, problem, problem.hidden_channels)
-    if selection.name == "fused":
-        return selection.implementation.apply(x, (hidden, weight, bias), problem)
+    if selection.generates:
+        return selection.implementation.apply_generated(x, hidden, weight, bias, problem)
     ops, last = namespace(x), window.data_format == CHANNELS_LAST
     kernel = ops.matmul(hidden if last else ops.moveaxis(hidden, 1, -1), weight) + bias
     shape = ops.shape(hidden)

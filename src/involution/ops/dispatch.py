@@ -7,8 +7,9 @@ An implementation is a module with
     kernel_grad(x, dy, problem)  the gradient of the kernel
     input_grad(kernel, dy, x_sizes, problem)  the gradient of the input, of these spatial sizes
 
-and, optionally, ``deprioritize_reason(problem)``: why the next one is faster, or None. ``fused``
-generates the kernels itself: its ``apply`` takes (hidden, weight, bias) in place of a kernel.
+and, optionally, ``deprioritize_reason(problem)``, why the next one is faster, or None; and
+``apply_generated(x, hidden, weight, bias, problem)``, the output with the kernels ``hidden @ weight
++ bias``. ``fused`` has only the latter.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
-from involution.ops import fused, native, reference, rows, taps, triton
+from involution.ops import banded, fused, native, reference, rows, taps, triton
 from involution.ops.problem import Problem
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
@@ -27,13 +28,14 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "taps": taps,
     "reference": reference,
     "rows": rows,
+    "banded": banded,
     "fused": fused,
 }
 # In order of preference: the first that supports a problem is selected. ``fused`` precedes them
-# where kernels are generated; ``rows`` is for exporters, and is selected by name only.
+# where kernels are generated; those of ``PORTABLE`` before ``reference`` are selected by name only.
 PREFERENCE = ("triton", "native", "taps", "reference")
-# In programs of PyTorch's ONNX exporter, which has no custom ops.
-EXPORTED = ("rows", "reference")
+# For exported programs: standard operations only.
+PORTABLE = ("banded", "rows", "reference")
 
 
 class Selection(NamedTuple):
@@ -45,6 +47,11 @@ class Selection(NamedTuple):
     @property
     def implementation(self) -> ModuleType:
         return IMPLEMENTATIONS[self.name]
+
+    @property
+    def generates(self) -> bool:
+        """Whether it generates kernels itself, from hidden channels, a weight and a bias."""
+        return hasattr(self.implementation, "apply_generated")
 
 
 class _Override(threading.local):
@@ -108,7 +115,7 @@ def select(problem: Problem, implementation=None) -> Selection:
 def preferred(problem: Problem) -> list[str]:
     """Names of implementations, the fastest first."""
     if problem.framework == "torch" and _is_exporting_onnx():
-        return list(EXPORTED)
+        return list(PORTABLE)
     names = list(PREFERENCE)
     for i, name in enumerate(PREFERENCE[:-1]):
         deprioritize_reason = getattr(IMPLEMENTATIONS[name], "deprioritize_reason", None)

@@ -36,9 +36,9 @@ def deprioritize_reason(problem) -> str | None:
     return None
 
 
-def apply(x, generator, problem):
-    """``generator`` is (hidden, weight, bias)."""
+def apply_generated(x, hidden, weight, bias, problem):
+    """The output with the kernels ``hidden @ weight + bias``."""
     window = problem.window
     module = triton if triton.fused_unsupported_reason(problem) is None else native
-    y, _ = module.call_fused(FORWARD, window, spatial_shape(x, window), x, *generator)
+    y, _ = module.call_fused(FORWARD, window, spatial_shape(x, window), x, hidden, weight, bias)
     return y

@@ -250,7 +250,7 @@ def apply_generated(x, hidden, weight, bias, window, implementation=None, convol
     """
     x, hidden, weight, bias = autocast(x, hidden, weight, bias)
     selection = select(problem_of(window, to_last(x), weight.shape[1]), implementation)
-    if selection.name != "fused":
+    if not selection.generates:
         kernel = (convolve or CONVOLVE[window.rank])(hidden, weight, bias)
         kernel = kernel.unflatten(1, (window.groups, window.taps))
         return apply_kernel(x, kernel, window, implementation)

@@ -67,5 +67,9 @@ def softmax(x, axis):
     return tf.reshape(tf.nn.softmax(tf.reshape(x, (before, sizes[axis], after)), axis=1), sizes)
 
 
+def take(x, indices, axis):
+    return tf.gather(x, indices, axis=axis)
+
+
 def ones(shape, like):
     return tf.ones(shape, like.dtype)

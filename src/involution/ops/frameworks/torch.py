@@ -43,6 +43,10 @@ def sum(x, axis, keepdims=False):
     return torch.sum(x, axis, keepdim=keepdims)
 
 
+def take(x, indices, axis):
+    return torch.index_select(x, axis, torch.as_tensor(indices, device=x.device))
+
+
 def autocast(*tensors):
     """The tensors as a convolution uses them: within ``torch.autocast`` in its dtype."""
     device = tensors[0].device.type
