@@ -125,7 +125,7 @@ def executed(monkeypatch):
 
         queries = ("unsupported_reason", "deprioritize_reason")
         attributes = {n: getattr(module, n) for n in queries if hasattr(module, n)}
-        passes = ("apply", "kernel_grad")
+        passes = ("apply", "apply_generated", "kernel_grad")
         attributes |= {n: record(getattr(module, n)) for n in passes if hasattr(module, n)}
         return types.SimpleNamespace(**attributes)
 

@@ -129,7 +129,8 @@ NOINLINE void kernel_gradient_group(const GradientTaps<T>& p, index_t group) {
 
 template <class T, int kLanes>
 void kernel_gradient_taps(const GradientTaps<T>& p) {
-  // As many groups as fill half of the registers; the others one by one.
+  // As many groups as fill half of the registers, with several vectors a half of 16; the others one
+  // by one.
   const auto run = [&](auto vectors, auto max_groups) {
     constexpr int kVectors = decltype(vectors)::value, kMax = decltype(max_groups)::value,
                   kLargest = kMax < kLanes ? kMax : kLanes;

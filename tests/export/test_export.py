@@ -1,5 +1,6 @@
 """Exported files, run by their runtimes independently of ``involution.export.verify``."""
 
+import collections
 import functools
 import pathlib
 import sys
@@ -185,6 +186,27 @@ LAYERS = {
 # Exporters take up to 20 s for each layer: the others run in `make test-long` only.
 REGULAR = ("channels first", "the example's layer", "causal")
 EACH = [pytest.param(name, marks=() if name in REGULAR else pytest.mark.slow) for name in LAYERS]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fold", [False, True])
+def test_onnx_of_an_involution_is_one_product_of_generated_bands(tmp_path, fold):
+    import onnx
+
+    inputs = keras.Input((9, 8, 16))
+    x = involution.Involution2D(3, groups=2, filters=5)(inputs)
+    model = randomized(keras.Model(inputs, x))
+    model = involution.models.fold(model) if fold else model
+    graph = onnx.load(export(model, tmp_path / "model.onnx").path).graph
+    counts = collections.Counter(node.op_type for node in graph.node)
+    # The generator's second convolution and the bands; its first one, and that of ``filters``.
+    assert (counts["MatMul"], counts["Conv"]) == (2, 2)
+    assert counts["ReduceSum"] == 0
+    if fold:
+        # The offset of the bands; exporters differ in those of convolutions.
+        assert counts["Mul"] == 0
+        assert counts["Add"] <= 3
+        assert not {"Sub", "Div", "Sqrt", "BatchNormalization"} & counts.keys()
 
 
 @pytest.mark.long

@@ -491,8 +491,8 @@ def test_changed_attributes_take_effect_at_the_next_call(monkeypatch):
     layer = Case("bottleneck", "as built", None).layer()
     x = keras.ops.ones((2, *SIZES, CHANNELS))
     calls = []
-    apply = fused.apply
-    monkeypatch.setattr(fused, "apply", lambda *args: calls.append(1) or apply(*args))
+    apply = fused.apply_generated
+    monkeypatch.setattr(fused, "apply_generated", lambda *args: calls.append(1) or apply(*args))
     layer(x)
     layer.kernel_generator.expand.activation = keras.activations.tanh
     layer(x)

@@ -530,7 +530,7 @@ def test_fused_with_a_kernel_argument_raises():
 
 def test_force_implementation_overrides_fused(monkeypatch):
     *arrays, _ = native_core.fused_arrays(CALL)
-    monkeypatch.setattr(fused, "apply", None)
+    monkeypatch.setattr(fused, "apply_generated", None)
     with involution.ops.force_implementation("reference"):
         apply(CALL, None)(*tensors(arrays, "float32"))
     with pytest.raises(TypeError):
@@ -539,7 +539,7 @@ def test_force_implementation_overrides_fused(monkeypatch):
 
 def test_fewer_positions_than_hidden_channels_are_not_fused(monkeypatch):
     call = dataclasses.replace(CALL, strides=(1, 1))
-    monkeypatch.setattr(fused, "apply", lambda x, generator, problem: "fused")
+    monkeypatch.setattr(fused, "apply_generated", lambda *arguments: "fused")
     fused_result, unfused_result = (
         apply(call, None)(*tensors(native_core.fused_arrays(call, hidden=n)[:-1], "float32"))
         for n in (35, 36)
@@ -581,8 +581,13 @@ def test_p14_mismatched_arguments_raise_before_anything_runs(change, message):
 def runs(monkeypatch):
     """The arguments of every fused involution that ran."""
     calls = []
-    original = fused.apply
-    monkeypatch.setattr(fused, "apply", lambda *given: calls.append(given) or original(*given))
+    original = fused.apply_generated
+
+    def apply_generated(*given):
+        calls.append(given)
+        return original(*given)
+
+    monkeypatch.setattr(fused, "apply_generated", apply_generated)
     return calls
 
 

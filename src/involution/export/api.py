@@ -1,7 +1,7 @@
 """``export``: writes a model as ONNX, SavedModel or PT2, then verifies the file.
 
-Involutions are traced with the first of ``PORTABLE`` that supports them, which consist of standard
-operations: the file runs without this package.
+Involutions are traced with portable implementations, which consist of standard operations: the file
+runs without this package.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ from involution.export.errors import as_export_error, ignore_warnings
 from involution.export.spec import make_spec
 from involution.kernel_generators.pointwise import as_convolutions
 from involution.ops import force_implementation
-from involution.ops.dispatch import PORTABLE
 from involution.utils.atomic_files import atomic_write
 from involution.utils.errors import InputError
 
@@ -111,7 +110,7 @@ def export(model: keras.Model, path, format="onnx", input_shape=None) -> Exporte
         temporary = folder / f"model.{format}"
         with (
             _restore_training_mode(model),
-            force_implementation(PORTABLE),
+            force_implementation("portable"),
             as_convolutions(),
         ):
             _convert(spec, temporary, format, backend)

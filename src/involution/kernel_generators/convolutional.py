@@ -139,11 +139,13 @@ class Bottleneck(Linear):
     """The paper's generator: average pooling by the strides, a 1x1 convolution to
     C // reduction_ratio channels, batch normalization, ReLU, a 1x1 convolution to taps * groups.
 
-    The first convolution has no bias; batch normalization has momentum 0.9 and epsilon 1e-5, as in
-    the paper's code (0.99, 1e-3 and a bias in the keras.io example).
+    With normalization, the first convolution has no bias. The normalization has momentum 0.9 and
+    epsilon 1e-5, as in the paper's code (0.99, 1e-3 and a bias in the keras.io example).
 
     Args:
         reduction_ratio: Channels of the features for each hidden channel.
+        use_normalization: Whether the hidden channels are normalized. If not, the first convolution
+            has a bias.
         **kwargs: As for ``Linear``.
 
     Raises:
@@ -163,8 +165,9 @@ class Bottleneck(Linear):
     _context_size = 1
 
     @check_names
-    def __init__(self, reduction_ratio=4, **kwargs):
+    def __init__(self, reduction_ratio=4, *, use_normalization=True, **kwargs):
         super().__init__(**kwargs)
+        self.use_normalization = bool(use_normalization)
         self.reduction_ratio = standardize_tuple("reduction_ratio", reduction_ratio, 1)[0]
 
     def _build_generator(self, channels):
@@ -175,18 +178,25 @@ class Bottleneck(Linear):
                 f"Received: reduction_ratio={self.reduction_ratio}, channels={channels}"
             )
         self.reduce = self.make_convolution(
-            "reduce", hidden, channels, use_bias=False, kernel_size=self._context_size
+            "reduce",
+            hidden,
+            channels,
+            use_bias=not self.use_normalization,
+            kernel_size=self._context_size,
         )
-        self.normalization = keras.layers.BatchNormalization(
-            momentum=0.9, epsilon=1e-5, dtype=self.dtype_policy, name="normalization"
-        )
-        self.normalization.build((None,) * (len(self.kernel_size) + 1) + (hidden,))
+        if self.use_normalization:
+            self.normalization = keras.layers.BatchNormalization(
+                momentum=0.9, epsilon=1e-5, dtype=self.dtype_policy, name="normalization"
+            )
+            self.normalization.build((None,) * (len(self.kernel_size) + 1) + (hidden,))
         self.expand = self.make_convolution("expand", self.kernel_channels, hidden)
 
     def hidden(self, features):
         pooled = average_pool(features, self.strides)
-        reduced = self.reduce(pooled)
-        return ops.relu(self.normalization(reduced, **training_argument()))
+        hidden = self.reduce(pooled)
+        if self.use_normalization:
+            hidden = self.normalization(hidden, **training_argument())
+        return ops.relu(hidden)
 
     def count_multiply_adds(self) -> int:
         return super().count_multiply_adds() + math.prod(self.reduce.kernel.shape)
@@ -196,7 +206,11 @@ class Bottleneck(Linear):
         return self._context_size - 1
 
     def get_config(self):
-        return {**super().get_config(), "reduction_ratio": self.reduction_ratio}
+        return {
+            **super().get_config(),
+            "reduction_ratio": self.reduction_ratio,
+            "use_normalization": self.use_normalization,
+        }
 
 
 @keras.saving.register_keras_serializable(package="involution")

@@ -26,8 +26,8 @@ _traced = _Traced()
 
 @contextlib.contextmanager
 def as_convolutions():
-    """Within the block, pointwise convolutions call the framework's convolution: runtimes of exported
-    files fuse it with the normalization and the activation that follow, a matrix product not."""
+    """Within the block, pointwise convolutions call the framework's convolution, which runtimes of
+    exported files fuse with the normalization and the activation that follow."""
     before, _traced.as_convolutions = _traced.as_convolutions, True
     try:
         yield

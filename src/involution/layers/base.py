@@ -45,7 +45,7 @@ class BaseInvolution(keras.layers.Layer):
 
     def chosen_implementation(self, inputs) -> str:
         """Name of the implementation that runs on ``inputs``, a tensor or a ``keras.KerasTensor``,
-        after the layer is built; ``"fused"`` if no kernels are stored."""
+        after the layer is built; ``"fused"`` or ``"banded"`` if no kernels are stored."""
         if not self.built:
             raise ValueError(
                 "The layer must be built: call it on an input first. "

@@ -4,6 +4,7 @@ from involution import renamed
 from involution.models.classifiers import cnn, inn
 from involution.models.conv_counterpart import conv_counterpart
 from involution.models.flops import count_multiply_adds
+from involution.models.folding import fold
 from involution.models.pretrained import load
 from involution.models.rednet import RedNet26, RedNet38, RedNet50, RedNet101, RedNet152, rednet_tiny
 from involution.models.registry import MODELS
@@ -18,6 +19,7 @@ __all__ = [
     "cnn",
     "conv_counterpart",
     "count_multiply_adds",
+    "fold",
     "inn",
     "load",
     "rednet_tiny",

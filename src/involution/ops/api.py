@@ -62,9 +62,9 @@ def involution(
         group_layout: ``"contiguous"``: channel c belongs to group c // (C / groups), as in the
             paper; ``"interleaved"``: to group c % groups, as in the keras.io example.
         data_format: ``"channels_last"``, ``"channels_first"``, or None for Keras's setting.
-        implementation: None for the first in order of preference that supports the call, a name, or
-            a sequence of names that are tried in order. If none of them supports the call, a
-            ValueError gives the reasons.
+        implementation: None for the first in order of preference that supports the call, a name,
+            a sequence of names that are tried in order, or ``"portable"``, the names for exported
+            programs. If none of them supports the call, a ValueError gives the reasons.
         upsampling: Integer, or one for each spatial dimension: the outputs for each window. The
             windows are those of the input's positions, the kernels and the output are on a grid
             that is finer by this factor, as in CARAFE. Above 1, ``strides`` must be 1. The input is

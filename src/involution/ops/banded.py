@@ -9,26 +9,29 @@ cover are those of a dense one:
     (tile, channels)    (tile, rows * span)     (rows * span, channels)
 
 where a tile has that many outputs, ``rows`` are those of the window, and ``span`` the columns that
-all windows of the tile cover. The products with the zeros of a band are less than the passes saved:
-in onnxruntime this takes a fifth of the time of ``rows`` (benchmarks/onnx_operator.py).
+all windows of the tile cover. Without dilation, the products with the zeros of a band cost less
+than the passes saved: in onnxruntime it takes a fifth of the time of ``rows``
+(benchmarks/onnx_operator.py).
 
 The band costs no scatter: stored in rows that are longer than a matrix row by the stride, each
 output's weights move by one stride per row when the memory is read as a matrix.
 
 A value that is not finite makes all outputs of its tile NaN, since 0 * inf is NaN. It is therefore
-selected by name only.
+selected only by name and by exporters. Within PyTorch's autocast, the products have its dtype.
 """
-
-import math
 
 import numpy as np
 
-from involution.ops import rows, tensor_utils
+from involution.ops import tensor_utils
 from involution.ops.frameworks import namespace
 from involution.ops.reference import input_grad
 from involution.ops.rows import kernel_grad
 from involution.ops.tensor_utils import split_groups, to_accumulation_dtype
 from involution.ops.validation import CHANNELS_LAST
+
+# Columns of a band for each tap of a row. In onnxruntime, ``rows`` is faster from a dilation rate
+# between 1 and 8 on in one dimension, from a larger one on in two.
+MAX_SPAN = 6
 
 __all__ = ["apply", "apply_generated", "input_grad", "kernel_grad", "unsupported_reason"]
 
@@ -39,15 +42,19 @@ def unsupported_reason(problem) -> str | None:
         return "it supports one and two spatial dimensions"
     if window.phases > 1:
         return "it does not support upsampling"
-    if None in window.spatial(problem.x_shape):
+    if not all(isinstance(n, int) for n in window.spatial(problem.x_shape)):
         return "it requires sizes that are known when the program is traced"
-    if 0 in window.output_sizes(window.spatial(problem.x_shape)):
-        return "it requires at least one output"
+    channels = problem.x_shape[window.channel_axis] // window.groups
+    tiles = _Tiles(window, window.spatial(problem.x_shape), channels)
+    if tiles.span > MAX_SPAN * tiles.taps:
+        return (
+            f"a tile covers {tiles.span} columns for {tiles.taps} taps, more than {MAX_SPAN} times"
+        )
     return tensor_utils.unsupported_reason(problem)
 
 
 class _Tiles:
-    """The tiles of a call; sizes of one dimension are preceded by those of a dimension of size 1."""
+    """The tiles of a call. A dimension of size 1 precedes that of one-dimensional sizes."""
 
     def __init__(self, window, sizes, group_channels):
         def two(values, fill):
@@ -61,7 +68,7 @@ class _Tiles:
         self.rates = two(window.dilation_rate, 1)
         self.rows, self.taps = two(window.kernel_size, 1)
         self.group_channels = group_channels
-        self.tile = min(range(1, min(self.out[1], 16) + 1), key=self._cost, default=1)
+        self.tile = min(range(1, min(self.out[1], 16) + 1), key=self._cost)
         self.count = -(-self.out[1] // self.tile)
         self.span = self._span(self.tile)
 
@@ -104,7 +111,9 @@ class _Tiles:
     def values(self, ops, x):
         """The values of every tile: (B, groups, rows of outputs, tiles, rows * span, channels)."""
         groups, channels = self.window.groups, self.group_channels
-        x = ops.reshape(ops.transpose(x, self._positions_first()), (-1, groups, *self.sizes, channels))
+        x = ops.reshape(
+            ops.transpose(x, self._positions_first()), (-1, groups, *self.sizes, channels)
+        )
         steps = (self.out[0] - 1) * self.strides[0], (self.width - 1) * self.strides[1]
         taps = (self.rows - 1) * self.rates[0], (self.taps - 1) * self.rates[1]
         pads = [(0, 0), (0, 0)]
@@ -162,8 +171,10 @@ def apply(x, kernel, problem):
 
 
 def apply_generated(x, hidden, weight, bias, problem):
-    """The same, with the kernels ``hidden @ weight + bias``: the bands are generated as they are
-    multiplied, by a weight with columns of zeros."""
+    """The same, channels last, with the kernels ``hidden @ weight + bias``.
+
+    A weight with columns of zeros generates the bands as they are multiplied.
+    """
     ops, window = namespace(x), problem.window
     tiles = _tiles(x, window)
 
@@ -171,10 +182,7 @@ def apply_generated(x, hidden, weight, bias, problem):
         weight = ops.reshape(to_accumulation_dtype(weight), (-1, window.taps, window.groups))
         return tiles.spread(ops, ops.transpose(weight, (2, 0, 1)))
 
-    hidden = to_accumulation_dtype(hidden)
-    if window.data_format != CHANNELS_LAST:
-        hidden = ops.moveaxis(hidden, 1, -1)
-    channels = hidden.shape[-1]
+    hidden, channels = to_accumulation_dtype(hidden), hidden.shape[-1]
     hidden = ops.reshape(hidden, (-1, *tiles.out, channels))
     if tiles.width > tiles.out[1]:
         hidden = ops.pad(hidden, [(0, 0), (0, 0), (0, tiles.width - tiles.out[1]), (0, 0)])

@@ -9,7 +9,7 @@ An implementation is a module with
 
 and, optionally, ``deprioritize_reason(problem)``, why the next one is faster, or None; and
 ``apply_generated(x, hidden, weight, bias, problem)``, the output with the kernels ``hidden @ weight
-+ bias``. ``fused`` has only the latter.
++ bias``, for channels_last. ``fused`` has only the latter.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from involution.ops import banded, fused, native, reference, rows, taps, triton
 from involution.ops.problem import Problem
+from involution.ops.validation import CHANNELS_LAST
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "triton": triton,
@@ -32,9 +33,9 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "fused": fused,
 }
 # In order of preference: the first that supports a problem is selected. ``fused`` precedes them
-# where kernels are generated; those of ``PORTABLE`` before ``reference`` are selected by name only.
+# where kernels are generated; those of ``PORTABLE`` before ``reference`` only by name.
 PREFERENCE = ("triton", "native", "taps", "reference")
-# For exported programs: standard operations only.
+# ``"portable"``, for exported programs: standard operations only.
 PORTABLE = ("banded", "rows", "reference")
 
 
@@ -51,7 +52,8 @@ class Selection(NamedTuple):
     @property
     def generates(self) -> bool:
         """Whether it generates kernels itself, from hidden channels, a weight and a bias."""
-        return hasattr(self.implementation, "apply_generated")
+        last = self.problem.window.data_format == CHANNELS_LAST
+        return last and hasattr(self.implementation, "apply_generated")
 
 
 class _Override(threading.local):
@@ -71,7 +73,8 @@ def force_implementation(implementation):
     It overrides the argument ``implementation`` of functions and layers. The implementation is
     selected when Python code runs: programs traced by ``jax.jit``, ``tf.function`` or
     ``torch.compile`` keep the implementation they were traced with, before, inside and after the
-    block. To change it, trace again, for example with a new function. ``use`` is a deprecated
+    block. To change it, trace again, for example with a new function. For programs that run without
+    this package: ``"portable"``. ``use`` is a deprecated
     alias.
 
     Args:
@@ -135,6 +138,8 @@ def _is_exporting_onnx() -> bool:
 
 def standardize_implementation(implementation) -> tuple[str, ...]:
     """The names to be tried in order; ValueError unless all are known."""
+    if implementation == "portable":
+        return PORTABLE
     names = (implementation,) if isinstance(implementation, str) else implementation
     if (
         not isinstance(names, Sequence)
@@ -142,7 +147,8 @@ def standardize_implementation(implementation) -> tuple[str, ...]:
         or any(name not in IMPLEMENTATIONS for name in names)
     ):
         raise ValueError(
-            f"`implementation` must be one of {list(IMPLEMENTATIONS)}, or a sequence of them. "
+            f"`implementation` must be one of {list(IMPLEMENTATIONS)}, a sequence of them, or "
+            "'portable'. "
             f"Received: implementation={implementation!r}"
         )
     return tuple(names)

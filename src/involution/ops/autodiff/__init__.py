@@ -66,5 +66,5 @@ def tracing_reason(framework) -> str | None:
         return None
     return (
         "torch.jit.trace, and exporters that use it, support only PyTorch's own ops; trace within "
-        'involution.ops.force_implementation(("rows", "reference")), or use `involution export`'
+        'involution.ops.force_implementation("portable"), or use `involution export`'
     )

@@ -104,8 +104,8 @@ def differentiable_fused(compute, unfused_call):
 
 
 def _is_differentiated(*tensors) -> bool:
-    """Whether derivatives of the call may be taken. If not, ``autograd.Function`` is not needed, whose
-    call takes as long as a small involution."""
+    """Whether derivatives of the call may be taken. If not, ``autograd.Function`` is not needed,
+    whose call takes as long as a small involution."""
     if torch.compiler.is_compiling():
         return True
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):

@@ -164,7 +164,7 @@ def _unsavable_tensor():
     """A tensor that TensorFlow cannot save; its error message prints the text."""
     text = (
         "the implementation `native` runs only where involution is installed. Save the model "
-        'within involution.ops.force_implementation(("rows", "reference"))'
+        'within involution.ops.force_implementation("portable")'
     )
     with tf.init_scope(), tf.device("CPU"):
         tensor = tf.raw_ops.OptionalFromValue(components=[tf.constant(text)])
@@ -172,7 +172,7 @@ def _unsavable_tensor():
     def raise_error():
         raise NotImplementedError(
             "A graph that is frozen, as for ONNX, must not contain native ops: export within "
-            '`with involution.ops.force_implementation(("rows", "reference")):`, or with '
+            '`with involution.ops.force_implementation("portable"):`, or with '
             "`involution export`. "
             "Received: a graph with the implementation `native`"
         )
