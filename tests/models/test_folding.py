@@ -184,3 +184,14 @@ def test_lora_raises():
     layer.kernel_generator.expand.enable_lora(2)
     with pytest.raises(ValueError, match=r"without LoRA or quantization\. Received: involution2d"):
         fold(model)
+
+
+def test_vocabularies_are_copied():
+    lookup = layers.IntegerLookup()
+    lookup.adapt(np.array([12, 36, 1138, 42, 42]))
+    inputs = keras.Input((4,), dtype="int64")
+    x = layers.BatchNormalization()(layers.Dense(3)(layers.Embedding(9, 5)(lookup(inputs))))
+    model = with_statistics(keras.Model(inputs, x))
+    values = np.array([[12, 42, 7, 1138]])
+    expected, actual = (numpy(m(values)) for m in (model, fold(model)))
+    assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max()
