@@ -177,6 +177,19 @@ def test_optional_inputs_and_several_outputs_remain():
     ]
 
 
+def test_inputs_of_a_dictionary_keep_their_names():
+    inputs = {"wide": keras.Input((7,), name="wide"), "narrow": keras.Input((3,), name="narrow")}
+    x = layers.Concatenate()([inputs["wide"], inputs["narrow"]])
+    model = keras.Model(inputs, layers.BatchNormalization()(layers.Dense(4)(x)))
+    folded = fold(with_statistics(model))
+    x = {"wide": np.ones((2, 7), "float32"), "narrow": np.full((2, 3), 2, "float32")}
+    assert np.abs(numpy(folded(x)) - numpy(model(x, training=False))).max() < 1e-5
+    assert {name: tuple(tensor.shape) for name, tensor in folded.input.items()} == {
+        "wide": (None, 7),
+        "narrow": (None, 3),
+    }
+
+
 def test_lora_raises():
     layer = involution.Involution2D(3)
     inputs = keras.Input((6, 6, 8))

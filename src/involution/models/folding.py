@@ -75,7 +75,7 @@ def fold(model: keras.Model) -> keras.Model:
         return args[0] if args else kwargs["inputs"]
 
     # Keras names the inputs of a clone after tensors.
-    names = iter(_histories(graph.get_config()["input_layers"], is_history=True))
+    names = iter(_layer_names(graph.get_config()["input_layers"]))
     inputs = tree.map_structure(
         lambda _: keras.Input(**graph.get_layer(next(names)).get_config()), graph.input
     )
@@ -107,12 +107,9 @@ def is_functional(model) -> bool:
 def _normalization_by_layer(model) -> dict:
     """For each layer that can be folded, by its name, the batch normalization of its output."""
     config = model.get_config()
-    sources = {
-        layer["name"]: [history for node in layer["inbound_nodes"] for history in _histories(node)]
-        for layer in config["layers"]
-    }
+    sources = {layer["name"]: _sources(layer["inbound_nodes"]) for layer in config["layers"]}
     uses = collections.Counter(name for names in sources.values() for name in names)
-    uses.update(_histories(config["output_layers"], is_history=True))
+    uses.update(_layer_names(config["output_layers"]))
     nodes = {layer["name"]: len(layer["inbound_nodes"]) for layer in config["layers"]}
     found = {}
     for bn in model.layers:
@@ -134,17 +131,20 @@ def _normalization_by_layer(model) -> dict:
     return found
 
 
-def _histories(config, is_history=False) -> list[str]:
-    """Names of the layers whose outputs a part of a model's configuration refers to."""
+def _layer_names(tensors) -> list[str]:
+    """The layers of a model's input or output tensors, given by name, node and index."""
+    return [leaf for leaf in tree.flatten(tensors) if isinstance(leaf, str)]
+
+
+def _sources(config) -> list[str]:
+    """The layers whose output tensors a part of a model's configuration contains."""
     if isinstance(config, dict):
         if config.get("class_name") == "__keras_tensor__":
             return [config["config"]["keras_history"][0]]
-        config = list(config.values())
-    if not isinstance(config, (list, tuple)):
+        config = config.values()
+    elif not isinstance(config, (list, tuple)):
         return []
-    if is_history and config and isinstance(config[0], str):
-        return [config[0]]
-    return [name for part in config for name in _histories(part, is_history)]
+    return [name for part in config for name in _sources(part)]
 
 
 def _channel_axis(layer) -> int:

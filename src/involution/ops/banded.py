@@ -1,9 +1,9 @@
 """Implementation by banded matrices, for exporters: one batched matrix product.
 
-Runtimes of exported files have no operator that reads a window with weights of its own at each
-position; composed of elementwise operations, every tap costs passes over memory. Here, the kernels
-of neighboring outputs of a row are the rows of a banded matrix, and the values that their windows
-cover are those of a dense one:
+ONNX has no operator for a sum over a window whose weights differ between positions. Composed of
+elementwise operators, it takes several passes over memory for each tap. Here, the kernels of
+neighboring outputs in a row are the rows of a banded matrix, which multiplies the values that their
+windows cover:
 
     y[b, group, tile] = band[b, group, tile] @ values[b, group, tile]
     (tile, channels)    (tile, rows * span)     (rows * span, channels)
@@ -13,8 +13,9 @@ all windows of the tile cover. Without dilation, the products with the zeros of 
 than the passes saved: in onnxruntime it takes a fifth of the time of ``rows``
 (benchmarks/onnx_operator.py).
 
-The band costs no scatter: stored in rows that are longer than a matrix row by the stride, each
-output's weights move by one stride per row when the memory is read as a matrix.
+A band is built without a scatter. Its rows are stored at a distance that exceeds the matrix's row
+length by the window's stride; read as a matrix, each row is shifted by one stride more than the
+previous one.
 
 A value that is not finite makes all outputs of its tile NaN, since 0 * inf is NaN. It is therefore
 selected only by name and by exporters. Within PyTorch's autocast, the products have its dtype.
@@ -28,6 +29,7 @@ from involution.ops.reference import input_grad
 from involution.ops.rows import kernel_grad
 from involution.ops.tensor_utils import split_groups, to_accumulation_dtype
 from involution.ops.validation import CHANNELS_LAST
+from involution.ops.window import ceil_div
 
 # Columns of a band for each tap of a row. In onnxruntime, ``rows`` is faster from a dilation rate
 # between 1 and 8 on in one dimension, from a larger one on in two.
@@ -44,8 +46,7 @@ def unsupported_reason(problem) -> str | None:
         return "it does not support upsampling"
     if not all(isinstance(n, int) for n in window.spatial(problem.x_shape)):
         return "it requires sizes that are known when the program is traced"
-    channels = problem.x_shape[window.channel_axis] // window.groups
-    tiles = _Tiles(window, window.spatial(problem.x_shape), channels)
+    tiles = _Tiles(problem)
     if tiles.span > MAX_SPAN * tiles.taps:
         return (
             f"a tile covers {tiles.span} columns for {tiles.taps} taps, more than {MAX_SPAN} times"
@@ -56,7 +57,10 @@ def unsupported_reason(problem) -> str | None:
 class _Tiles:
     """The tiles of a call. A dimension of size 1 precedes that of one-dimensional sizes."""
 
-    def __init__(self, window, sizes, group_channels):
+    def __init__(self, problem):
+        window = problem.window
+        sizes = window.spatial(problem.x_shape)
+
         def two(values, fill):
             return (*[fill] * (2 - window.rank), *values)
 
@@ -67,9 +71,9 @@ class _Tiles:
         self.strides = two(window.strides, 1)
         self.rates = two(window.dilation_rate, 1)
         self.rows, self.taps = two(window.kernel_size, 1)
-        self.group_channels = group_channels
+        self.group_channels = problem.x_shape[window.channel_axis] // window.groups
         self.tile = min(range(1, min(self.out[1], 16) + 1), key=self._cost)
-        self.count = -(-self.out[1] // self.tile)
+        self.count = ceil_div(self.out[1], self.tile)
         self.span = self._span(self.tile)
 
     def _span(self, tile):
@@ -77,7 +81,7 @@ class _Tiles:
 
     def _cost(self, tile):
         """Elements of the matrices of a row of outputs."""
-        return -(-self.out[1] // tile) * self._span(tile) * (tile + self.group_channels)
+        return ceil_div(self.out[1], tile) * self._span(tile) * (tile + self.group_channels)
 
     @property
     def width(self):
@@ -88,18 +92,22 @@ class _Tiles:
     def band_row(self):
         return self.rows * self.span
 
+    def fill(self, ops, tensor):
+        """Pads the last but one axis, the outputs of a row, to ``width``."""
+        return _pad_end(ops, tensor, self.width - self.out[1], axis=-2)
+
     def spread(self, ops, weights):
         """(..., taps of the window) to (..., band_row + stride): one row of a band, unshifted."""
         *batch, _ = weights.shape
         batch[0] = -1
         rate, taps = self.rates[1], self.taps
         weights = ops.reshape(weights, (*batch, self.rows, taps, 1))
-        weights = _pad_last(ops, weights, rate - 1)
+        weights = _pad_end(ops, weights, rate - 1)
         weights = ops.reshape(weights, (*batch, self.rows, taps * rate))
         last = (taps - 1) * rate + 1
-        weights = _pad_last(ops, weights[..., :last], self.span - last)
+        weights = _pad_end(ops, weights[..., :last], self.span - last)
         weights = ops.reshape(weights, (*batch, self.band_row))
-        return _pad_last(ops, weights, self.strides[1])
+        return _pad_end(ops, weights, self.strides[1])
 
     def bands(self, ops, weights):
         """Rows of ``spread`` at (B, groups, positions), to matrices."""
@@ -149,14 +157,13 @@ class _Tiles:
         window = self.window
         channel = window.group_channel_axis
         group = 2 * window.channel_axis + 1 - channel
-        spatial = range(len(window.kernel_size) + 3)
-        return [0, group, *(a for a in spatial if a not in (0, group, channel)), channel]
+        axes = range(window.rank + 3)
+        return [0, group, *(axis for axis in axes if axis not in (0, group, channel)), channel]
 
 
 def apply(x, kernel, problem):
     """Y[b, p, c] = sum over taps of kernel[b, p, tap, group of c] * X[b, window of p at tap, c]."""
-    ops, window = namespace(x), problem.window
-    tiles = _tiles(x, window)
+    ops, window, tiles = namespace(x), problem.window, _Tiles(problem)
     # (B, groups, *positions, taps)
     kernel = to_accumulation_dtype(kernel)
     if window.data_format == CHANNELS_LAST:
@@ -164,10 +171,7 @@ def apply(x, kernel, problem):
     else:
         kernel = ops.moveaxis(ops.moveaxis(kernel, 2, 1), 2, -1)
     kernel = ops.reshape(kernel, (-1, window.groups, *tiles.out, window.taps))
-    if tiles.width > tiles.out[1]:
-        pads = [(0, 0)] * 3 + [(0, tiles.width - tiles.out[1]), (0, 0)]
-        kernel = ops.pad(kernel, pads)
-    return _product(ops, x, tiles.spread(ops, kernel), tiles)
+    return _product(ops, x, tiles.spread(ops, tiles.fill(ops, kernel)), tiles)
 
 
 def apply_generated(x, hidden, weight, bias, problem):
@@ -175,26 +179,17 @@ def apply_generated(x, hidden, weight, bias, problem):
 
     A weight with columns of zeros generates the bands as they are multiplied.
     """
-    ops, window = namespace(x), problem.window
-    tiles = _tiles(x, window)
+    ops, window, tiles = namespace(x), problem.window, _Tiles(problem)
 
     def spread(weight):
         weight = ops.reshape(to_accumulation_dtype(weight), (-1, window.taps, window.groups))
         return tiles.spread(ops, ops.transpose(weight, (2, 0, 1)))
 
     hidden, channels = to_accumulation_dtype(hidden), hidden.shape[-1]
-    hidden = ops.reshape(hidden, (-1, *tiles.out, channels))
-    if tiles.width > tiles.out[1]:
-        hidden = ops.pad(hidden, [(0, 0), (0, 0), (0, tiles.width - tiles.out[1]), (0, 0)])
+    hidden = tiles.fill(ops, ops.reshape(hidden, (-1, *tiles.out, channels)))
     hidden = ops.reshape(hidden, (-1, 1, tiles.out[0] * tiles.width, channels))
     weights = ops.matmul(hidden, spread(weight)) + spread(ops.expand_dims(bias, 0))
     return _product(ops, x, weights, tiles)
-
-
-def _tiles(x, window):
-    ops = namespace(x)
-    channels = x.shape[window.channel_axis] // window.groups
-    return _Tiles(window, window.spatial(ops.shape(x)), channels)
 
 
 def _product(ops, x, weights, tiles):
@@ -203,7 +198,9 @@ def _product(ops, x, weights, tiles):
     return ops.cast(y, x.dtype)
 
 
-def _pad_last(ops, tensor, count):
+def _pad_end(ops, tensor, count, axis=-1):
     if count == 0:
         return tensor
-    return ops.pad(tensor, [(0, 0)] * (len(tensor.shape) - 1) + [(0, count)])
+    pads = [(0, 0)] * len(tensor.shape)
+    pads[axis] = (0, count)
+    return ops.pad(tensor, pads)

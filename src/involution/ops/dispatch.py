@@ -74,8 +74,7 @@ def force_implementation(implementation):
     selected when Python code runs: programs traced by ``jax.jit``, ``tf.function`` or
     ``torch.compile`` keep the implementation they were traced with, before, inside and after the
     block. To change it, trace again, for example with a new function. For programs that run without
-    this package: ``"portable"``. ``use`` is a deprecated
-    alias.
+    this package: ``"portable"``. ``use`` is a deprecated alias.
 
     Args:
         implementation: As for ``involution``: a name, or a sequence of names tried in order.
@@ -148,7 +147,6 @@ def standardize_implementation(implementation) -> tuple[str, ...]:
     ):
         raise ValueError(
             f"`implementation` must be one of {list(IMPLEMENTATIONS)}, a sequence of them, or "
-            "'portable'. "
-            f"Received: implementation={implementation!r}"
+            f"'portable'. Received: implementation={implementation!r}"
         )
     return tuple(names)

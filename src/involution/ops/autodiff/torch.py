@@ -1,10 +1,20 @@
 """The passes with derivatives in PyTorch."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 
 from involution.ops.autodiff import FORWARD, PassSpec, fused, gradients, tangent
+
+# The transforms of torch.func around a call; None if there is none.
+function_transforms: Callable[[], list | None]
+try:
+    from torch._C._functorch import get_interpreter_stack
+except ImportError:  # private API, which may be missing
+    function_transforms = list
+else:
+    function_transforms = get_interpreter_stack
 
 
 def differentiable(compute):
@@ -112,7 +122,7 @@ def _is_differentiated(*tensors) -> bool:
         return True
     # Dual numbers and the transforms of torch.func: private API, which may be missing.
     level = getattr(torch.autograd.forward_ad, "_current_level", 0)
-    return level >= 0 or _function_transforms() is not None
+    return level >= 0 or function_transforms() is not None
 
 
 def nested_forward_mode() -> bool:
@@ -123,14 +133,5 @@ def nested_forward_mode() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    levels = _function_transforms() or []
+    levels = function_transforms() or []
     return sum(level.key().name == "Jvp" for level in levels) > 1
-
-
-def _function_transforms() -> list | None:
-    """The transforms of torch.func around this call; None if there is none."""
-    try:
-        from torch._C._functorch import get_interpreter_stack
-    except ImportError:
-        return []  # private API, which may be missing
-    return get_interpreter_stack()
