@@ -74,10 +74,15 @@ def fold(model: keras.Model) -> keras.Model:
             return layer(*args, **kwargs)
         return args[0] if args else kwargs["inputs"]
 
-    # Keras names the inputs of a clone after tensors.
-    names = iter(_layer_names(graph.get_config()["input_layers"]))
+    # Keras names the inputs of a clone after tensors. Matched by identity, because the order of a
+    # dictionary depends on the backend.
+    layers = {
+        id(layer.output): layer
+        for layer in graph.layers
+        if isinstance(layer, keras.layers.InputLayer)
+    }
     inputs = tree.map_structure(
-        lambda _: keras.Input(**graph.get_layer(next(names)).get_config()), graph.input
+        lambda tensor: keras.Input(**layers[id(tensor)].get_config()), graph.input
     )
     folded = keras.models.clone_model(graph, inputs, clone, call)
     for layer in folded.layers:
