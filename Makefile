@@ -147,13 +147,21 @@ publish: $(RUN_VENV)/ready
 
 # Sanitizers, on the C++ core only; the first report aborts. The thread sanitizer is about ten times
 # slower.
-sanitize: sanitize-address sanitize-undefined sanitize-thread
+sanitize: sanitize-address sanitize-undefined sanitize-thread sanitize-onnxruntime
 sanitize-address sanitize-undefined: CALLS = 60
 sanitize-thread: CALLS = 10
 sanitize-%:
 	cmake -S csrc -B build/sanitize-$* -DINVOLUTION_CALLS=ON -DINVOLUTION_SANITIZE=$* -DCMAKE_BUILD_TYPE=None
 	cmake --build build/sanitize-$* --parallel 2
 	build/sanitize-$*/calls $(CALLS)
+
+# The address sanitizer on the operators in onnxruntime. Python's and onnxruntime's memory that is
+# still allocated at the end is not ours.
+sanitize-onnxruntime: $(TEST_VENV)/ready
+	cmake -S csrc -B build/sanitize-onnxruntime -DINVOLUTION_SANITIZE=address -DCMAKE_BUILD_TYPE=None
+	cmake --build build/sanitize-onnxruntime --parallel 2 --target onnxruntime
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(TEST_VENV)/bin/python tests/native/sanitize_onnxruntime.py build/sanitize-onnxruntime/libinvolution_onnxruntime.so
 
 # The C++ core for Arm with GCC and Clang under user-mode emulation; requires Debian and a network.
 test-arm:

@@ -1,12 +1,18 @@
-"""Inference time of RedNet and ResNet in Keras, after `models.fold`, in onnxruntime and OpenVINO.
+"""Inference time of RedNet and ResNet in Keras and, exported, in other runtimes.
 
 All candidates run alternately, one batch each, on the same number of threads; medians in
-milliseconds. `onnx` is the exported model, `onnx rows` the same exported with the implementation
-`rows`, as before the implementation `banded`, without convolutions for its 1x1 layers. `openvino`
-is the exported model in OpenVINO (pip install openvino), in float32.
+milliseconds. By form:
+
+    keras      the model; `folded`: after `models.fold`
+    onnx       exported with the portable operator; `onnx rows`: as before the implementation
+               `banded`, without convolutions for its 1x1 layers
+    native     exported with the operator of onnxruntime
+    openvino   the portable file in OpenVINO (pip install openvino), in float32
+    litert     on TensorFlow, the exported SavedModel converted for LiteRT (pip install
+               ai-edge-litert), one image at a time
 
     KERAS_BACKEND=tensorflow python benchmarks/deploy.py --batches 1,8 --steps 12
-    KERAS_BACKEND=tensorflow python benchmarks/deploy.py --forms onnx,openvino
+    KERAS_BACKEND=tensorflow python benchmarks/deploy.py --forms onnx,native,openvino,litert
 """
 
 import argparse
@@ -23,6 +29,7 @@ import onnx
 import onnxruntime
 
 import involution
+import involution.onnx
 from involution.export import export
 from involution.models import fold
 from involution.ops import dispatch
@@ -37,7 +44,7 @@ MODELS = {
     ),
     "rednet_tiny": lambda: involution.models.rednet_tiny((32, 32, 3)),
 }
-FORMS = ("keras", "folded", "onnx", "onnx rows")
+FORMS = ("keras", "folded", "onnx", "native")
 
 
 def rows_form():
@@ -48,12 +55,12 @@ def rows_form():
     )
 
 
-def write(model, path, earlier=False):
+def write(model, path, form):
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        for context in rows_form() if earlier else ():
+        for context in rows_form() if form == "onnx rows" else ():
             stack.enter_context(context)
-        exported = export(model, path)
+        exported = export(model, path, operator="native" if form == "native" else "portable")
     seconds = time.perf_counter() - started
     nodes = len(onnx.load(path).graph.node)
     print(
@@ -68,32 +75,70 @@ def session(path):
     options.intra_op_num_threads = available_cpus()
     # Threads of a waiting session would take the CPUs of the one that is measured.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    involution.onnx.register(options)
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def openvino_run(path, expected):
+def offset_normalization(model):
+    """Small offsets in batch normalization: exporters omit those of a new layer, which are 0."""
+    rng = np.random.default_rng(0)
+    for variable in model.variables:
+        if variable.name == "beta":
+            variable.assign(rng.uniform(-1e-3, 1e-3, variable.shape))
+
+
+def openvino_run(path, model):
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": available_cpus(), "INFERENCE_PRECISION_HINT": "f32"}
-    model = openvino.Core().compile_model(path, "CPU", settings)
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
 
     def run(x):
-        return model(x)[0]
+        return compiled(x)[0]
 
-    x = np.random.default_rng(0).standard_normal((5, *expected.input_shape[1:]), "float32")
-    want = keras.ops.convert_to_numpy(expected(x, training=False))
-    error = np.abs(run(x) - want).max() / np.abs(want).max()
-    print(f"{path.stem}: openvino {openvino.__version__}, error {error:.1e}", flush=True)
+    print_error(path.stem, f"openvino {openvino.__version__}", run, model)
     return run
+
+
+def litert_run(path, model):
+    import ai_edge_litert
+    import tensorflow as tf
+    from ai_edge_litert.interpreter import Interpreter
+
+    folder = export(model, path.with_suffix(""), "saved_model").path
+    content = tf.lite.TFLiteConverter.from_saved_model(str(folder)).convert()
+    interpreter = Interpreter(model_content=content, num_threads=available_cpus())
+    index = interpreter.get_input_details()[0]["index"]
+    interpreter.resize_tensor_input(index, (1, *model.input_shape[1:]))
+    interpreter.allocate_tensors()
+
+    def run(x):
+        results = []
+        for image in x:
+            interpreter.set_tensor(index, image[None])
+            interpreter.invoke()
+            results.append(interpreter.get_tensor(interpreter.get_output_details()[0]["index"]))
+        return np.concatenate(results)
+
+    print_error(path.stem, f"litert {ai_edge_litert.__version__}", run, model)
+    return run
+
+
+def print_error(name, runtime, run, model):
+    x = np.random.default_rng(0).standard_normal((5, *model.input_shape[1:]), "float32")
+    want = keras.ops.convert_to_numpy(model(x, training=False))
+    error = np.abs(run(x) - want).max() / np.abs(want).max()
+    print(f"{name}: {runtime}, error {error:.1e}", flush=True)
 
 
 def runs(name, forms, folder):
     """For each form a function of a batch."""
     keras.utils.set_random_seed(0)
     model = MODELS[name]()
+    offset_normalization(model)
     found = {}
     for form in forms:
-        if form == "onnx rows" and "rednet" not in name:
+        if form in ("onnx rows", "native") and "rednet" not in name:
             continue
         if form in ("keras", "folded"):
             network = model if form == "keras" else fold(model)
@@ -101,7 +146,10 @@ def runs(name, forms, folder):
             found[form] = network.predict_on_batch
         else:
             path = folder / f"{name}_{form.replace(' ', '_')}.onnx"
-            write(model, path, earlier=form == "onnx rows")
+            if form == "litert":
+                found[form] = litert_run(path, model)
+                continue
+            write(model, path, form)
             if form == "openvino":
                 found[form] = openvino_run(path, model)
                 continue

@@ -61,8 +61,25 @@ int involution_execute_fused(const InvolutionParams* params, std::int64_t batch,
   return -1;
 }
 
+int involution_execute_fused_scaled(const InvolutionParams* params, std::int64_t batch, int threads,
+                                    const void* x, const void* hidden, const void* weight,
+                                    const void* bias, const void* scale, const void* offset,
+                                    int relu, void* y) try {
+  const involution::Scaling scaling = {scale, offset, relu != 0};
+  return involution::execute_fused(*params, batch, threads, x, hidden, weight, bias, y, nullptr,
+                                   &scaling)
+             ? 0
+             : -1;
+} catch (const std::bad_alloc&) {
+  return -1;
+}
+
 void involution_set_openmp(void* gomp_parallel) {
   involution::set_parallel_region(reinterpret_cast<involution::ParallelRegion>(gomp_parallel));
+}
+
+void involution_set_parallel_for(InvolutionParallelFor loop, void* context) {
+  involution::set_thread_loop(loop, context);
 }
 
 const char* involution_target(int index) {

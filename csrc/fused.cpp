@@ -134,6 +134,10 @@ void run_fused_task(void* context, index_t index) {
     compute_kernels(task, *grid.target, hidden, kernels_of_phase);
   }
   task.compute(values, kernels, result);
+  if (grid.scale != nullptr)
+    grid.target->scale(plan.type, task.region, result,
+                       plan.result.outer_count * plan.result.inner_padded, grid.scale, grid.offset,
+                       grid.relu);
   task.store(result_slice, result);
 }
 
@@ -215,6 +219,37 @@ void pack_generator_weights(GeneratorWeights& g, const CallPlan& p, const Kernel
     for (index_t f = 0; f < g.columns; ++f)
       std::memcpy(transposed + (f * g.padded_hidden_channels + n) * bytes,
                   memory + (n * g.padded_columns + f) * bytes, bytes);
+}
+
+// Packs the scale and offset for the tasks of a grid; null if out of memory.
+AlignedBuffer pack_scaling(const Scaling& scaling, const CallPlan& p, const KernelTable& target,
+                           TaskGrid& grid) {
+  Tensor t = p.plan.result;
+  const index_t step = std::min(t.inner_stride, t.outer_stride);  // from a channel to the next
+  t.inner_stride /= step;
+  t.outer_stride /= step;
+  const index_t bytes = t.outer_count * t.inner_padded * p.acc_bytes;
+  AlignedBuffer memory = allocate_aligned(2 * bytes);
+  if (memory == nullptr) return memory;
+  TensorView view = {};
+  view.outer_stride = t.inner_padded;
+  view.inner_stride = 1;
+  const void* const sources[] = {scaling.scale, scaling.offset};
+  for (int n = 0; n < 2; ++n) {
+    t.data = const_cast<void*>(sources[n]);
+    view.data = memory.get() + n * bytes;
+    target.pack(t, p.plan.type, 0, {{0, 0, 0}, {1, 1, 1}}, 1, view);
+  }
+  grid.scale = memory.get();
+  grid.offset = memory.get() + bytes;
+  grid.relu = scaling.relu;
+  return memory;
+}
+
+// Whether the generator's weight and bias are laid out as packed ones would be.
+bool has_packed_layout(const GeneratorWeights& g, const CallPlan& p, index_t groups) {
+  return p.plan.pass != Pass::kernel_grad && item_size(p.plan.type) == p.acc_bytes &&
+         g.group_splits == 1 && g.columns == p.taps * groups && g.padded_columns == g.columns;
 }
 
 // Halves the groups of a task, for the input gradient: with fewer groups, the kernels of a larger
@@ -299,7 +334,8 @@ void reduce_sample(void* context, index_t sample) {
 }  // namespace
 
 bool execute_fused(const InvolutionParams& params, index_t batch, int threads, const void* a,
-                   const void* b, const void* c, const void* d, void* result, void* dweights) {
+                   const void* b, const void* c, const void* d, void* result, void* dweights,
+                   const Scaling* scaling) {
   const Pass pass = static_cast<Pass>(params.pass);
   const DataType type = static_cast<DataType>(params.dtype);
   const bool is_kernel_grad = pass == Pass::kernel_grad, is_input_grad = pass == Pass::input_grad;
@@ -325,12 +361,14 @@ bool execute_fused(const InvolutionParams& params, index_t batch, int threads, c
   g.columns = call.taps * (is_kernel_grad ? call.plan.result : call.plan.weights).inner_padded;
   g.padded_columns = round_up(g.columns, lanes);
   g.padded_hidden_channels = round_up(g.hidden_channels, lanes);
+  const bool channels_first = params.channels_first != 0;
   g.bf16_pairs = !is_kernel_grad && type == DataType::bfloat16 && g.hidden_channels % 2 == 0 &&
-                 has_avx512_bf16(target);
+                 !channels_first && has_avx512_bf16(target);
   const index_t hidden_elements = g.bf16_pairs ? g.hidden_channels / 2 : g.hidden_channels;
-  g.hidden = make_output_tensor(params, hidden, hidden_elements, false);
+  g.hidden = make_output_tensor(params, hidden, hidden_elements, channels_first);
   split_channels(g.hidden, 1, hidden_elements, true);
-  g.hidden.zero_copy = g.bf16_pairs || type == DataType::float64 || type == DataType::float32;
+  g.hidden.zero_copy = !channels_first && (g.bf16_pairs || type == DataType::float64 ||
+                                           type == DataType::float32);
   g.group_splits = 1;
   call.generator = &g;
 
@@ -342,11 +380,20 @@ bool execute_fused(const InvolutionParams& params, index_t batch, int threads, c
   else
     partition(grid, threads);
   g.split_stride = (g.hidden_channels + 1) * g.padded_columns * call.acc_bytes;
-  const AlignedBuffer packed = allocate_aligned(
-      g.group_splits * g.split_stride +
-      (is_kernel_grad ? g.columns * g.padded_hidden_channels * call.acc_bytes : 0));
-  if (packed == nullptr) return false;
-  pack_generator_weights(g, call, target, params.groups, weight, bias, packed.get());
+  AlignedBuffer packed;
+  if (has_packed_layout(g, call, params.groups)) {
+    g.weight = static_cast<const char*>(weight);
+    g.bias = static_cast<const char*>(bias);
+  } else {
+    packed = allocate_aligned(
+        g.group_splits * g.split_stride +
+        (is_kernel_grad ? g.columns * g.padded_hidden_channels * call.acc_bytes : 0));
+    if (packed == nullptr) return false;
+    pack_generator_weights(g, call, target, params.groups, weight, bias, packed.get());
+  }
+  const AlignedBuffer scales = scaling == nullptr ? AlignedBuffer()
+                                                  : pack_scaling(*scaling, call, target, grid);
+  if (scaling != nullptr && scales == nullptr) return false;
   if (!is_kernel_grad) {
     parallel_for(batch * g.group_splits * grid.num_tiles, grid.threads, run_fused_task, &grid);
     return !grid.failed.load();

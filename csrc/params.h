@@ -39,7 +39,7 @@ INVOLUTION_EXPORT int involution_execute(const struct InvolutionParams* params, 
                                          int threads, const void* a, const void* b, void* result);
 
 // The same with kernels that are generated where they are used and never stored: the kernel at a
-// position is bias + hidden * weight. Channels are last. The arguments of the passes are
+// position is bias + hidden * weight. The arguments of the passes are
 //
 //    0  (x, hidden, weight, bias) -> y
 //    1  (hidden, weight, bias, dy) -> dx
@@ -54,9 +54,26 @@ INVOLUTION_EXPORT int involution_execute_fused(const struct InvolutionParams* pa
                                                const void* b, const void* c, const void* d,
                                                void* result, void* dweights);
 
+// Pass 0 of the above, then for each channel result * scale + offset, and with `relu`, no value below
+// 0: scale and offset have params->channels elements.
+INVOLUTION_EXPORT int involution_execute_fused_scaled(const struct InvolutionParams* params,
+                                                      std::int64_t batch, int threads,
+                                                      const void* x, const void* hidden,
+                                                      const void* weight, const void* bias,
+                                                      const void* scale, const void* offset,
+                                                      int relu, void* y);
+
 // Runs on the threads of an OpenMP library, given its GOMP_parallel, or given null, on the core's
 // own thread pool. A forked child uses the pool.
 INVOLUTION_EXPORT void involution_set_openmp(void* gomp_parallel);
+
+// Runs `task(argument, n)` for every n in [0, tasks) and returns when all are done.
+typedef void (*InvolutionParallelFor)(void* context, std::int64_t tasks,
+                                      void (*task)(void*, std::int64_t), void* argument);
+
+// Runs the calls of this thread by a framework's parallel loop, given with its context; null: as
+// above.
+INVOLUTION_EXPORT void involution_set_parallel_for(InvolutionParallelFor loop, void* context);
 
 // The name of a target (instruction set), the most basic first; null beyond the last one that this
 // machine supports.

@@ -24,6 +24,9 @@ struct TaskGrid {
   // (hidden_channels + 1, padded_columns), and the gradient of the hidden channels.
   char* partial = nullptr;
   Tensor dhidden = {};
+  // Forward pass with a scaling: the scale and offset of each channel, in the layout of the result.
+  const char *scale = nullptr, *offset = nullptr;
+  bool relu = false;
   std::atomic<bool> failed{false};
 };
 

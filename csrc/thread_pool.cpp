@@ -109,6 +109,8 @@ class Pool {
 std::mutex pool_mutex;
 Pool* pool = nullptr;
 std::atomic<ParallelRegion> parallel_region{nullptr};
+thread_local ParallelLoop thread_loop = nullptr;
+thread_local void* thread_loop_context = nullptr;
 
 // The context of a loop in a parallel region.
 struct ParallelJob {
@@ -148,6 +150,7 @@ void parallel_for(std::int64_t tasks, int threads, void (*fn)(void*, std::int64_
     for (std::int64_t task = 0; task < tasks; ++task) fn(context, task);
     return;
   }
+  if (thread_loop != nullptr) return thread_loop(thread_loop_context, tasks, fn, context);
   if (const ParallelRegion run = parallel_region.load()) {
     ParallelJob job{{0}, tasks, fn, context};
     return run(ParallelJob::run_tasks, &job, static_cast<unsigned>(threads), 0);
@@ -159,5 +162,10 @@ void parallel_for(std::int64_t tasks, int threads, void (*fn)(void*, std::int64_
 }
 
 void set_parallel_region(ParallelRegion run) { parallel_region.store(run); }
+
+void set_thread_loop(ParallelLoop loop, void* loop_context) {
+  thread_loop = loop;
+  thread_loop_context = loop_context;
+}
 
 }  // namespace involution

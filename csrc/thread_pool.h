@@ -18,4 +18,9 @@ using ParallelRegion = void (*)(void (*fn)(void*), void* context, unsigned threa
 // spin for a while after their work, and would compete with a second set of threads.
 void set_parallel_region(ParallelRegion parallel_region);
 
+// Runs the loops that this thread starts by `loop(context, tasks, fn, fn's context)`; null: as above.
+using ParallelLoop = void (*)(void* loop_context, std::int64_t tasks,
+                              void (*fn)(void*, std::int64_t), void* context);
+void set_thread_loop(ParallelLoop loop, void* loop_context);
+
 }  // namespace involution

@@ -50,6 +50,7 @@ INLINE T opaque(T x) {
 #include "positions-inl.h"
 #include "gemm-inl.h"
 #include "outside_taps-inl.h"
+#include "scale-inl.h"
 
 // --- Peak FLOP/s --------------------------------------------------------------------------------
 
@@ -124,6 +125,7 @@ extern const KernelTable INVOLUTION_NAME(INVOLUTION_TARGET) = {INVOLUTION_STRING
                                                                pack,
                                                                unpack,
                                                                compute,
+                                                               scale,
                                                                gemm,
 #if INVOLUTION_VECTOR_BYTES == 64
                                                                gemm_bf16,

@@ -116,6 +116,10 @@ struct KernelTable {
   // for vectors.
   void (*compute)(const Plan&, const Region&, const TensorView& values, const TensorView& weights,
                   const TensorView& result, char* scratch);
+  // For `channels` contiguous elements at each position of a region: value * scale + offset, and with
+  // `relu`, 0 for values below 0. In the accumulation type.
+  void (*scale)(DataType, const Region&, const TensorView&, index_t channels, const void* scale,
+                const void* offset, bool relu);
   void (*gemm)(DataType, const GemmArgs&);
   // The same for a and b in bfloat16, two consecutive k packed into one 32-bit element; the bias is
   // required. Null where the target has no such instructions. A processor may lack them although it

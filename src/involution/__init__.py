@@ -50,7 +50,7 @@ __all__ = [
 
 LAYERS = tuple(name for name in __all__ if name.startswith("Involution"))
 KERAS_PACKAGES = ("kernel_generators", "layers", "models")
-PACKAGES = (*KERAS_PACKAGES, "compat", "torch")
+PACKAGES = (*KERAS_PACKAGES, "compat", "onnx", "torch")
 
 
 def __getattr__(name):

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-import involution
+import involution.onnx
 from involution.export import (
     BATCHES,
     FORMATS,
@@ -19,6 +19,7 @@ from involution.export import (
     export,
     verify,
 )
+from involution.ops.native import library
 from involution.utils.errors import InputError
 from tests.support.backends import BACKEND, fresh_process, native_missing_reason, numpy, slow_except
 from tests.support.keras_io_formula import randomize, relative_error
@@ -48,7 +49,10 @@ def random_array(*shape, seed=7):
 def run_onnx(path, *arrays):
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    if library.binding("onnxruntime")[0] is not None:
+        involution.onnx.register(options)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
     results = session.run(None, dict(zip(names, arrays, strict=True)))
     return dict(zip((value.name for value in session.get_outputs()), results, strict=True))
@@ -189,24 +193,21 @@ EACH = [pytest.param(name, marks=() if name in REGULAR else pytest.mark.slow) fo
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("fold", [False, True])
-def test_onnx_of_an_involution_is_one_product_of_generated_bands(tmp_path, fold):
+def test_onnx_of_an_involution_is_one_product_of_generated_bands(tmp_path):
     import onnx
 
     inputs = keras.Input((9, 8, 16))
     x = involution.Involution2D(3, groups=2, filters=5)(inputs)
     model = randomized(keras.Model(inputs, x))
-    model = involution.models.fold(model) if fold else model
     graph = onnx.load(export(model, tmp_path / "model.onnx").path).graph
     counts = collections.Counter(node.op_type for node in graph.node)
     # The generator's second convolution and the bands; its first one, and that of ``filters``.
     assert (counts["MatMul"], counts["Conv"]) == (2, 2)
     assert counts["ReduceSum"] == 0
-    if fold:
-        # The offset of the bands; exporters differ in those of convolutions.
-        assert counts["Mul"] == 0
-        assert counts["Add"] <= 3
-        assert not {"Sub", "Div", "Sqrt", "BatchNormalization"} & counts.keys()
+    # Folded. The offset of the bands; exporters differ in those of convolutions.
+    assert counts["Mul"] == 0
+    assert counts["Add"] <= 3
+    assert not {"Sub", "Div", "Sqrt", "BatchNormalization"} & counts.keys()
 
 
 @pytest.mark.long
@@ -509,7 +510,7 @@ def test_functions_traced_with_native_are_not_exported(tmp_path):
 
 
 def corrupted(how):
-    def run(path, format, spec, samples):
+    def run(path, format, spec, samples, operator):
         results = [
             {k: numpy(v).copy() for k, v in spec.call(*sample).items()} for sample in samples
         ]
@@ -557,7 +558,7 @@ def test_a_model_with_nan_outputs_is_not_exported(tmp_path, fast_exporter, monke
     model = model_of(involution.Involution1D(3), 9, 4)
     model.weights[0].assign(np.full(model.weights[0].shape, np.nan))
 
-    def run(path, format, spec, samples):
+    def run(path, format, spec, samples, operator):
         return "a runtime", [{"output": numpy(spec.call(*s)["output"])} for s in samples]
 
     monkeypatch.setattr(verify, "run", run)
@@ -567,7 +568,7 @@ def test_a_model_with_nan_outputs_is_not_exported(tmp_path, fast_exporter, monke
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_interrupted_export_keeps_the_old_file(tmp_path, monkeypatch, error):
-    def run(path, format, spec, samples):
+    def run(path, format, spec, samples, operator):
         assert path.exists()
         raise error
 

@@ -106,7 +106,18 @@ bool run(const Call& call, int threads) {
   return true;
 }
 
-// The same for fused passes, which are channels-last only.
+// A framework's parallel loop: its threads take the tasks in turn.
+void run_on_threads(void* context, index_t tasks, void (*task)(void*, index_t), void* argument) {
+  const int threads = *static_cast<const int*>(context);
+  std::vector<std::thread> workers;
+  for (int worker = 0; worker < threads; ++worker)
+    workers.emplace_back([=] {
+      for (index_t n = worker; n < tasks; n += threads) task(argument, n);
+    });
+  for (std::thread& worker : workers) worker.join();
+}
+
+// The same for fused passes.
 bool run_fused(const Call& call, index_t hidden_channels, int threads) {
   const index_t type = call.params.dtype, channels = call.params.channels;
   const index_t* const kernel_size = call.params.kernel_size;
@@ -123,7 +134,7 @@ bool run_fused(const Call& call, index_t hidden_channels, int threads) {
   const index_t acc_type = type == 0 ? 0 : 1;
   for (int pass = 0; pass < 3; ++pass) {
     InvolutionParams params = call.params;
-    params.pass = pass, params.channels_first = 0, params.hidden_channels = hidden_channels;
+    params.pass = pass, params.hidden_channels = hidden_channels;
     auto once = filled(results[pass], type, 0xff), again = once;
     auto dweights_once = filled(pass == 2 ? dweights : 0, acc_type, 0xff);
     auto dweights_again = dweights_once;
@@ -136,6 +147,20 @@ bool run_fused(const Call& call, index_t hidden_channels, int threads) {
     if (once != again || dweights_once != dweights_again) return false;
     if (!written(once, type) || !written(dweights_once, acc_type)) return false;
   }
+  InvolutionParams params = call.params;
+  params.hidden_channels = hidden_channels;
+  const auto scale = filled(channels, type, 0x3b), offset = filled(channels, type, 0x3a);
+  auto once = filled(call.y, type, 0xff), again = once;
+  const auto execute = [&](auto& result) {
+    return involution_execute_fused_scaled(&params, call.batch, threads, x.data(), hidden.data(),
+                                           weight.data(), bias.data(), scale.data(), offset.data(),
+                                           hidden_channels % 2, result.data());
+  };
+  if (execute(once)) return false;
+  involution_set_parallel_for(&run_on_threads, &threads);
+  const bool failed = execute(again);
+  involution_set_parallel_for(nullptr, nullptr);
+  if (failed || once != again || !written(once, type)) return false;
   return true;
 }
 

@@ -18,16 +18,11 @@ from tests.support.backends import (
     tensors,
     to_float64,
 )
-from tests.support.oracle import Call, error_bound, random_calls
+from tests.support.oracle import Call, error_bound, random_calls, relative
 
 STRIDED = Call(2, (5, 7), 10, (3, 2), (2, 3), "same", (1, 2), 2)
 DILATED = Call(1, (7, 5), 6, (2, 3), (1, 1), ((2, 1), (0, 3)), (2, 1), 3, "interleaved")
 LINE = Call(2, (7,), 5, (4,), (2,), "symmetric", (1,), 1, "contiguous", "channels_first")
-
-
-def relative(value, expected):
-    """The largest error, relative to the largest entry."""
-    return np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-300)
 
 
 def worst_errors(call, implementation):

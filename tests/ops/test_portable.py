@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import involution
-from tests.ops.test_gradients import relative
 from tests.support.backends import (
     assert_equals_oracle,
     gradients,
@@ -16,7 +15,7 @@ from tests.support.backends import (
     operation,
     tensors,
 )
-from tests.support.oracle import Call, random_calls
+from tests.support.oracle import Call, random_calls, relative
 
 ROWS = [call for call in random_calls(48, seed=5) if len(call.sizes) < 3]
 BANDED = [call for call in ROWS if call.upsampling is None]

@@ -131,6 +131,11 @@ def groups_of(channels, groups, group_layout):
     return [c % groups for c in range(channels)]
 
 
+def relative(value, expected):
+    """The largest error, relative to the largest entry."""
+    return np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-300)
+
+
 # Digits of the significand, and the exponent of the smallest positive number.
 TYPES = {"float64": (53, -1074), "float32": (24, -149), "bfloat16": (8, -133), "float16": (11, -24)}
 

@@ -1,7 +1,7 @@
 """``export``: writes a model as ONNX, SavedModel or PT2, then verifies the file.
 
-Involutions are traced with portable implementations, which consist of standard operations: the file
-runs without this package.
+By default involutions are traced with portable implementations, which consist of standard
+operations: the file runs without this package.
 """
 
 import contextlib
@@ -13,15 +13,23 @@ import time
 
 import keras
 
+import involution.onnx
 from involution.export import onnx, saved_model, torch_export, verify
 from involution.export.errors import as_export_error, ignore_warnings
 from involution.export.spec import make_spec
 from involution.kernel_generators.pointwise import as_convolutions
+from involution.models import fold
 from involution.ops import force_implementation
+from involution.ops.dispatch import PORTABLE
 from involution.utils.atomic_files import atomic_write
 from involution.utils.errors import InputError
 
 FORMATS = ("onnx", "saved_model", "pt2")
+# Implementations of the involutions in the file.
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "portable": PORTABLE,
+    "native": ("onnxruntime", *PORTABLE),
+}
 
 # By format, the backends that can write it, with the packages that each requires.
 REQUIREMENTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -56,7 +64,9 @@ class Exported:
     seconds: float
 
 
-def export(model: keras.Model, path, format="onnx", input_shape=None) -> Exported:
+def export(
+    model: keras.Model, path, format="onnx", input_shape=None, *, operator="portable"
+) -> Exported:
     """Exports a model to another runtime's format, and verifies the file with that runtime.
 
     The batch dimension is dynamic in every format, and so are dimensions that are None in the
@@ -75,13 +85,17 @@ def export(model: keras.Model, path, format="onnx", input_shape=None) -> Exporte
         input_shape: Input shape without the batch, as (height, width, channels), for a model with
             one input that has unknown dimensions, or without symbolic inputs (a subclass). None:
             the model's.
+        operator: ``"portable"``: involutions consist of standard operations, and the file runs
+            without this package. ``"native"``, for ONNX: they are operators of the domain
+            ``involution``, computed by the compiled kernels, several times as fast; a session of
+            onnxruntime loads the file after ``involution.onnx.register(session_options)``.
 
     Returns:
         The written file with its measured error.
 
     Raises:
-        InputError: The backend cannot write the format, a package is missing, or the model, the
-            path or ``input_shape`` is invalid.
+        InputError: The backend cannot write the format, a package or the native operator is
+            missing, or the model, the path or another argument is invalid.
         ExportError: The exporter failed, or the runtime's outputs differ from the model's by more
             than 1e-4 of the largest absolute value.
 
@@ -98,23 +112,24 @@ def export(model: keras.Model, path, format="onnx", input_shape=None) -> Exporte
     started = time.monotonic()
     backend = keras.config.backend()
     _check_format(format, backend)
+    _check_operator(operator, format)
     path = _check_target(path, format)
     _check_precision(model)
     spec = make_spec(model, input_shape)
     _check_static_sizes(spec, backend)
     samples = [spec.random_inputs(batch) for batch in verify.BATCHES]
     expected = verify.expected_outputs(spec, samples)
-    spec = dataclasses.replace(spec, outputs=tuple(expected[0]))
+    spec = _fold(dataclasses.replace(spec, outputs=tuple(expected[0])), samples[0], expected[0])
     with _temporary_folder(path) as folder:
         # Exporters infer the format from the suffix.
         temporary = folder / f"model.{format}"
         with (
-            _restore_training_mode(model),
-            force_implementation("portable"),
+            _restore_training_mode(spec.model),
+            force_implementation(OPERATORS[operator]),
             as_convolutions(),
         ):
             _convert(spec, temporary, format, backend)
-        runtime, outputs = verify.run(temporary, format, spec, samples)
+        runtime, outputs = verify.run(temporary, format, spec, samples, operator)
         error = verify.max_relative_error(spec, outputs, expected)
         files = (temporary, *temporary.rglob("*"))
         size = sum(file.stat().st_size for file in files if file.is_file())
@@ -146,6 +161,32 @@ def _check_format(format, backend):
             f"The format {format} on {backend} requires an extra: pip install "
             f"'involution[{EXTRAS.get(backend, 'export')}]'. Received: no module {error.name}"
         ) from error
+
+
+def _fold(spec, sample, expected):
+    """``spec`` with the folded model if that can be made, and has the expected outputs."""
+    try:
+        folded = dataclasses.replace(spec, model=fold(spec.model))
+        verify.max_relative_error(
+            spec, verify.expected_outputs(folded, [sample]), [expected], verify.BATCHES[:1]
+        )
+    except Exception:  # noqa: BLE001 - a layer that cannot be made again raises anything
+        return spec
+    return folded
+
+
+def _check_operator(operator, format):
+    if operator not in OPERATORS:
+        raise InputError(
+            f"`operator` must be one of {', '.join(OPERATORS)}. Received: operator={operator!r}"
+        )
+    if operator == "native":
+        if format != "onnx":
+            raise InputError(
+                "The native operator is for the format onnx. "
+                f"Received: operator={operator!r}, format={format!r}"
+            )
+        involution.onnx.library_path()
 
 
 def _check_target(path, format) -> pathlib.Path:

@@ -1,11 +1,13 @@
 """Export to ONNX by tf2onnx, jax2onnx or PyTorch's exporter.
 
-``api.py`` selects the implementation of the involutions, ``ops/rows.py``.
+``api.py`` selects the implementation of the involutions.
 """
 
 import numpy as np
 
 from involution.export import saved_model, torch_export
+from involution.export.fusion import fuse_scaling
+from involution.ops.onnxruntime.domain import DOMAIN, VERSION
 
 # The newest operator set that all three exporters support.
 OPSET = 18
@@ -20,12 +22,15 @@ def write(spec, path, backend):
     convert = {"tensorflow": _from_tensorflow, "jax": _from_jax, "torch": _from_torch}
     proto = convert[backend](spec)
     _name_dimensions(proto.graph, spec)
+    fuse_scaling(proto.graph)
     for node in all_nodes(proto.graph):
         del node.metadata_props[:]  # contains paths of this machine
     used = {node.domain or "" for node in all_nodes(proto.graph)}
     for opset in list(proto.opset_import):
         if opset.domain not in used:
             proto.opset_import.remove(opset)
+    if used - {opset.domain for opset in proto.opset_import} == {DOMAIN}:
+        proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
     onnx.save(proto, path)
 
 
@@ -44,7 +49,14 @@ def _from_tensorflow(spec):
 
     function, signature = saved_model.function_and_signature(spec)
     traced = tf.function(function, signature, autograph=False)
-    return tf2onnx.convert.from_function(traced, signature, opset=OPSET)[0]
+    from involution.ops.onnxruntime.tensorflow import HANDLERS
+
+    return tf2onnx.convert.from_function(
+        traced,
+        signature,
+        opset=OPSET,
+        custom_op_handlers=dict(HANDLERS),
+    )[0]
 
 
 def _from_jax(spec):
@@ -52,6 +64,9 @@ def _from_jax(spec):
     import jax2onnx
     import onnxscript.optimizer
 
+    from involution.ops.onnxruntime.jax import register_conversion
+
+    register_conversion()
     proto = jax2onnx.to_onnx(
         lambda *tensors: list(spec.call(*tensors).values()),
         [jax.ShapeDtypeStruct(("batch", *s.shape[1:]), np.dtype(s.dtype)) for s in spec.specs],

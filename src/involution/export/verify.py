@@ -8,8 +8,10 @@ import sys
 import keras
 import numpy as np
 
+import involution.onnx
 from involution.export.errors import ExportError, as_export_error, ignore_warnings
 from involution.export.onnx import all_nodes
+from involution.ops.onnxruntime.domain import DOMAIN
 
 # Verified batch sizes.
 BATCHES = (1, 5)
@@ -52,7 +54,7 @@ def expected_outputs(spec, samples) -> list[dict[str, np.ndarray]]:
     return [{k: _to_numpy(v) for k, v in spec.call(*sample).items()} for sample in samples]
 
 
-def run(path, format, spec, samples) -> tuple[str, list[dict]]:
+def run(path, format, spec, samples, operator) -> tuple[str, list[dict]]:
     """The name and version of the format's runtime, and its outputs for each sample."""
     message = (
         f"The runtime of the format {format} cannot run the exported file; another backend's "
@@ -60,18 +62,18 @@ def run(path, format, spec, samples) -> tuple[str, list[dict]]:
     )
     with as_export_error(message):
         if format == "onnx":
-            return _run_onnx(path, spec, samples)
+            return _run_onnx(path, spec, samples, operator)
         return _verify_in_subprocess(path, format, samples)
 
 
-def max_relative_error(spec, outputs, expected) -> float:
+def max_relative_error(spec, outputs, expected, batches=BATCHES) -> float:
     """The maximum over all batches and outputs.
 
     Raises:
         ExportError: It exceeds ``TOLERANCE``.
     """
     maximum = 0.0
-    for batch, actual, model_outputs in zip(BATCHES, outputs, expected, strict=True):
+    for batch, actual, model_outputs in zip(batches, outputs, expected, strict=True):
         for name, model_output in model_outputs.items():
             error = _relative_error(actual.get(name), model_output)
             if error > TOLERANCE:
@@ -93,12 +95,13 @@ def max_relative_error(spec, outputs, expected) -> float:
     return maximum
 
 
-def _run_onnx(path, spec, samples):
+def _run_onnx(path, spec, samples, operator):
     import onnx
     import onnxruntime
 
     proto = onnx.load(path)
-    custom = {node.domain for node in all_nodes(proto.graph)} - {"", "ai.onnx"}
+    standard = {"", "ai.onnx", *([DOMAIN] if operator == "native" else [])}
+    custom = {node.domain for node in all_nodes(proto.graph)} - standard
     if custom or proto.functions:
         raise ExportError(
             "An exported model must consist of standard ONNX operators. "
@@ -107,6 +110,8 @@ def _run_onnx(path, spec, samples):
     onnx.checker.check_model(proto, full_check=True)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # failures raise exceptions
+    if operator == "native":
+        involution.onnx.register(options)
     session = onnxruntime.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -24,10 +24,16 @@ class _Traced(threading.local):
 _traced = _Traced()
 
 
+def traces_convolutions() -> bool:
+    """Whether ``as_convolutions`` is active."""
+    return _traced.as_convolutions
+
+
 @contextlib.contextmanager
 def as_convolutions():
-    """Within the block, pointwise convolutions call the framework's convolution, which runtimes of
-    exported files fuse with the normalization and the activation that follow."""
+    """Within the block, pointwise convolutions and average pooling call those of the framework,
+    which runtimes of exported files fuse with the normalization and the activation that follow, or
+    have a kernel for."""
     before, _traced.as_convolutions = _traced.as_convolutions, True
     try:
         yield

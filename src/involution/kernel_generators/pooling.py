@@ -4,8 +4,10 @@ import math
 
 from keras import ops
 
+from involution.kernel_generators.pointwise import traces_convolutions
 from involution.ops.frameworks import namespace
 from involution.ops.tensor_utils import to_accumulation_dtype
+from involution.ops.validation import CHANNELS_LAST
 from involution.ops.window import ceil_div
 
 
@@ -23,6 +25,8 @@ def average_pool(x, strides, centered=False):
     missing = [c * s - n for c, s, n in zip(counts, strides, shape[1:-1], strict=True)]
     before = [m // 2 if centered else 0 for m in missing]
     known = all(isinstance(m, int) for m in missing)
+    if traces_convolutions() and known and not any(missing):
+        return ops.average_pool(x, strides, strides, data_format=CHANNELS_LAST)
 
     def sums(values):
         if known:

@@ -113,11 +113,12 @@ class _Tiles:
         """Rows of ``spread`` at (B, groups, positions), to matrices."""
         row = self.band_row
         weights = ops.reshape(weights, (-1, self.tile * (row + self.strides[1])))
-        shape = (-1, self.window.groups, self.out[0], self.count, self.tile, row)
+        # Runtimes multiply matrices of at most three batch axes (LiteRT).
+        shape = (-1, self.window.groups, self.out[0] * self.count, self.tile, row)
         return ops.reshape(weights[:, : self.tile * row], shape)
 
     def values(self, ops, x):
-        """The values of every tile: (B, groups, rows of outputs, tiles, rows * span, channels)."""
+        """The values of every tile: (B, groups, rows of outputs * tiles, rows * span, channels)."""
         groups, channels = self.window.groups, self.group_channels
         x = ops.reshape(
             ops.transpose(x, self._positions_first()), (-1, groups, *self.sizes, channels)
@@ -138,7 +139,7 @@ class _Tiles:
         row = row + np.arange(self.rows) * self.rates[0]
         lines = row[:, None, :] * self.count + np.arange(self.count)[:, None]
         x = ops.take(x, lines.reshape(-1), axis=2)
-        return ops.reshape(x, (-1, groups, self.out[0], self.count, self.band_row, channels))
+        return ops.reshape(x, (-1, groups, self.out[0] * self.count, self.band_row, channels))
 
     def output(self, ops, y):
         """The operator's output of the products."""

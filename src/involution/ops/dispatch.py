@@ -9,7 +9,8 @@ An implementation is a module with
 
 and, optionally, ``deprioritize_reason(problem)``, why the next one is faster, or None; and
 ``apply_generated(x, hidden, weight, bias, problem)``, the output with the kernels ``hidden @ weight
-+ bias``, for channels_last. ``fused`` has only the latter.
++ bias``, for channels_last; ``fused`` has only the latter; and ``CHECKS_SHAPES = True`` where
+it compares sizes that are known only when the program runs.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
-from involution.ops import banded, fused, native, reference, rows, taps, triton
+from involution.ops import banded, fused, native, onnxruntime, reference, rows, taps, triton
 from involution.ops.problem import Problem
 from involution.ops.validation import CHANNELS_LAST
 
@@ -31,6 +32,7 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "rows": rows,
     "banded": banded,
     "fused": fused,
+    "onnxruntime": onnxruntime,
 }
 # In order of preference: the first that supports a problem is selected. ``fused`` precedes them
 # where kernels are generated; those of ``PORTABLE`` before ``reference`` only by name.

@@ -1,0 +1,3 @@
+"""The domain of the custom operators, and the version of its operators."""
+
+DOMAIN, VERSION = "involution", 1
