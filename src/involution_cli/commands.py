@@ -231,8 +231,8 @@ def export(
     image_size
         Image size of the exported model, SIDE or HEIGHTxWIDTH; required if the model accepts any.
     operator
-        Form of the involutions. portable: standard operations; native: operators of onnxruntime that
-        involution.onnx.register provides, several times as fast (onnx only).
+        Form of the involutions. portable: standard operations; native: operators of onnxruntime
+        that involution.onnx.register provides, several times as fast (onnx only).
     """
     with _session("export", f"Exporting {model} to {format}.", backend) as current:
         from involution.export.api import export
@@ -318,6 +318,7 @@ def bench(
     seconds: float = 2.0,
     memory: bool = False,
     device: str = "cpu",
+    runtime: Literal["onnxruntime"] | None = None,
     batch: int | None = None,
     output: pathlib.Path | None = None,
     backend: Backend = None,
@@ -339,7 +340,8 @@ def bench(
         Comma-separated: native, taps, reference, triton (implementations); im2col (the
         formula of the keras.io example); conv3 (Keras's 3x3 convolution); depthwise (Keras's
         depthwise convolution with the window of the involution); fused, unfused (generated
-        kernels); on PyTorch compiled-taps, and on CUDA devices paper-cuda (the formula of the
+        kernels); onnx-portable, onnx-native (generated kernels, exported and run by onnxruntime,
+        forward only); on PyTorch compiled-taps, and on CUDA devices paper-cuda (the formula of the
         paper's code) (default: by device, without generated kernels).
     dtypes
         Comma-separated: float32, bfloat16, float16, float64.
@@ -351,6 +353,9 @@ def bench(
         Measure peak memory too, each in its own process: a few more seconds per row.
     device
         cpu, or on PyTorch cuda, which measures device time of a captured CUDA graph.
+    runtime
+        onnxruntime: compare the exported operator in both forms with the framework's (selects the
+        candidates unfused, fused, onnx-portable, onnx-native).
     batch
         Batch size (default: the case's).
     output
@@ -363,7 +368,7 @@ def bench(
         plan = runner.Plan(
             cases=tuple(cases.split(",")),
             candidates=tuple(
-                runner.DEFAULT_CANDIDATES.get(device, runner.CANDIDATES)
+                runner.DEFAULT_CANDIDATES.get(runtime or device, runner.CANDIDATES)
                 if candidates is None
                 else candidates.split(",")
             ),

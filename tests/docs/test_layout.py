@@ -177,6 +177,7 @@ ORDER = [
     "training.sweep",
     "benchmarking.timed_program",
     "benchmarking.baselines",
+    "benchmarking.exported",
     "benchmarking.paper_cuda",
     "benchmarking.devices",
     "benchmarking.runner",

@@ -21,7 +21,7 @@ import keras
 import numpy as np
 
 from involution import ops
-from involution.benchmarking import baselines, devices
+from involution.benchmarking import baselines, devices, exported
 from involution.benchmarking.devices import DEVICES
 from involution.benchmarking.timed_program import repeat, tensors
 from involution.ops import autodiff, taps
@@ -47,11 +47,13 @@ CANDIDATES = (
     IM2COL,
     PAPER_CUDA,
     COMPILED_TAPS,
+    *exported.OPERATORS,
     *baselines.CONVOLUTIONS,
 )
 RENAMED_CANDIDATES = {"patches": IM2COL, "per-number": PAPER_CUDA, "two-steps": UNFUSED}
-# By device.
+# By device, or by runtime of exported models.
 DEFAULT_CANDIDATES = {
+    "onnxruntime": ("unfused", "fused", *exported.OPERATORS),
     "cpu": ("native", "taps", "reference", IM2COL, *baselines.CONVOLUTIONS),
     "cuda": (
         *("triton", "taps", "reference", IM2COL, PAPER_CUDA, COMPILED_TAPS),
@@ -194,7 +196,7 @@ def _rows(case, dtype, passes, candidates, plan, log):
             # Slow calls are not repeated: their dispatch overhead is negligible.
             calls = plan.calls if single() < 0.5 else 1
             repeated = device.timer(candidate.program(backward, calls)) if calls > 1 else single
-        except devices.CaptureError as reason:
+        except (devices.CaptureError, NotImplementedError) as reason:
             log(f"{case.name} {name} {dtype} {passes}: skipped: {reason}")
             continue
         ready[name] = repeated, calls
@@ -206,7 +208,7 @@ def _rows(case, dtype, passes, candidates, plan, log):
         is_involution = name not in baselines.CONVOLUTIONS
         warm = cold = None
         if is_involution:
-            warm, cold = rooflines(case, dtype, backward, device, generated=name in GENERATED)
+            warm, cold = rooflines(case, dtype, backward, device, _is_generated(name))
         yield Row(
             case=case.name,
             candidate=name,
@@ -242,6 +244,15 @@ class Candidate:
         return repeat(self.function, self.arguments, cotangent, calls)
 
 
+class ExportedCandidate(Candidate):
+    """A candidate that another runtime computes, forward only; ``function`` has no arguments."""
+
+    def program(self, backward: bool, calls: int = 1):
+        if backward:
+            raise NotImplementedError("an exported model has no gradients")
+        return lambda: [self.function() for _ in range(calls)][-1:]
+
+
 def make_candidate(name: str, case: Case, dtype: str) -> Candidate:
     """Raises NotImplementedError, with the reason, for an unavailable candidate."""
     rng = np.random.default_rng(0)
@@ -251,9 +262,16 @@ def make_candidate(name: str, case: Case, dtype: str) -> Candidate:
     operation: Callable = ops.involution
     if name in baselines.CONVOLUTIONS:
         function, arguments = baselines.CONVOLUTIONS[name](case, rng, dtype)
+    elif name in exported.OPERATORS:
+        if dtype != "float32":
+            raise NotImplementedError("requires float32")
+        arguments = tensors([rng.standard_normal(s) for s in _generated_shapes(case)], dtype)
+        function = exported.session_call(case, exported.OPERATORS[name], arguments)
+        formula = functools.partial(ops.fused_involution, implementation="reference", **options)
+        return ExportedCandidate(function, arguments, None, formula)
     elif name in GENERATED:
         operation = ops.fused_involution
-        shapes = [case.x_shape, *case.generator_shapes]
+        shapes = _generated_shapes(case)
         arguments = tensors([rng.standard_normal(s) for s in shapes], dtype)
         if name == "fused":
             problem = problem_of(case.window, arguments[0], case.generator_shapes[1][0])
@@ -281,6 +299,10 @@ def make_candidate(name: str, case: Case, dtype: str) -> Candidate:
         reference = functools.partial(operation, implementation="reference", **options)
     (cotangent,) = tensors([rng.standard_normal(y_shape)], dtype)
     return Candidate(function, arguments, cotangent, reference)
+
+
+def _generated_shapes(case):
+    return [case.x_shape, *case.generator_shapes]
 
 
 def _check_supported(reason):
@@ -340,9 +362,10 @@ def max_relative_error(candidate: Candidate, dtype) -> float:
         return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(tensor, wide)))
 
     arguments = [keras.ops.cast(a, wide) for a in candidate.arguments]
-    cotangent = keras.ops.cast(candidate.cotangent, wide)
+    backward = not isinstance(candidate, ExportedCandidate)
+    cotangent = keras.ops.cast(candidate.cotangent, wide) if backward else None
     expected = repeat(candidate.reference, arguments, cotangent)()
-    results = candidate.program(backward=True)()
+    results = candidate.program(backward)()
     errors = [
         np.abs(result - want).max() / np.abs(want).max()
         for want, result in zip(map(to_numpy, expected), map(to_numpy, results), strict=True)
@@ -368,6 +391,10 @@ def measure(timers: dict[str, Callable[[], float]], seconds) -> dict[str, list[f
 # --- Roofline
 
 
+def _is_generated(name) -> bool:
+    return name in GENERATED or name in exported.OPERATORS
+
+
 def _tensor_sizes(case, dtype, generated):
     """Bytes of each argument and of the output."""
     item = {"float64": 8, "float32": 4}.get(dtype, 2)
@@ -378,7 +405,7 @@ def _tensor_sizes(case, dtype, generated):
 
 def tensor_bytes(case, dtype, backward, name) -> int:
     """Bytes of arguments, results and stored kernels, and with ``backward`` of their gradients."""
-    total = sum(_tensor_sizes(case, dtype, name in GENERATED))
+    total = sum(_tensor_sizes(case, dtype, _is_generated(name)))
     if name == UNFUSED:
         total += _tensor_sizes(case, dtype, False)[1]
     return total * (2 if backward else 1)
