@@ -22,8 +22,14 @@ SYSTEM = {
     "win": r"(kernel32|ntdll|msvcrt|ucrtbase|api-ms-win-crt-[\w-]+)\.dll",
 }
 # A Mach-O library lists itself, the bindings list the core.
-OWN_LIBRARIES = r"(@rpath/)?libinvolution(_jax|_tensorflow)?\.(so|dll)"
-BINDINGS = {"manylinux": ("jax", "tensorflow"), "macosx": ("jax", "tensorflow"), "win": ("jax",)}
+OWN_LIBRARIES = r"(@rpath/)?libinvolution(_jax|_onnxruntime|_tensorflow)?\.(so|dll)"
+BINDINGS = {
+    "manylinux": ("jax", "onnxruntime", "tensorflow"),
+    "macosx": ("jax", "onnxruntime", "tensorflow"),
+    "win": ("jax", "onnxruntime"),
+}
+# The name that onnxruntime calls.
+ONNXRUNTIME_EXPORT = "RegisterCustomOps"
 MACHINES = {"x86_64": "X86_64", "amd64": "AMD64", "aarch64": "AARCH64", "arm64": "ARM64"}
 
 
@@ -75,7 +81,9 @@ def check_library(name, library, system, machine):
     harmless = r"_Z(n[aw]|d[al])\w*|_mh_dylib_header|__dso_handle"
     harmless = harmless if system == "macosx" else r"(?!)"
     others = sorted(
-        e for e in exports if not e.startswith("involution_") and not re.fullmatch(harmless, e)
+        e
+        for e in exports - {ONNXRUNTIME_EXPORT}
+        if not e.startswith("involution_") and not re.fullmatch(harmless, e)
     )
     assert not others, f"{name} may only export involution_* symbols. Received: {others[:5]}"
     header = library.header

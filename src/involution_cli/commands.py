@@ -368,9 +368,11 @@ def bench(
         plan = runner.Plan(
             cases=tuple(cases.split(",")),
             candidates=tuple(
-                runner.DEFAULT_CANDIDATES.get(runtime or device, runner.CANDIDATES)
-                if candidates is None
-                else candidates.split(",")
+                candidates.split(",")
+                if candidates is not None
+                else runner.RUNTIME_CANDIDATES[runtime]
+                if runtime is not None
+                else runner.DEFAULT_CANDIDATES.get(device, runner.CANDIDATES)
             ),
             dtypes=tuple(dtypes.split(",")),
             calls=calls,

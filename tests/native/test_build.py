@@ -29,6 +29,7 @@ STUBS = {
     "thread_pool.cpp": "",
     "bindings/tensorflow.cpp": "extern int for_tensorflow; int for_tensorflow = 1;",
     "bindings/jax.cpp": "extern int for_jax; int for_jax = 1;",
+    "bindings/onnxruntime.cpp": "extern int for_onnxruntime; int for_onnxruntime = 1;",
 }
 
 
@@ -72,7 +73,7 @@ def test_failed_binding_does_not_affect_the_other_libraries(sources):
     assert "error" in reason
     assert reason.endswith("no such interface\n")
     assert reason.count("\n") == 1
-    assert files == {"libinvolution_jax.so": None}
+    assert files == {"libinvolution_jax.so": None, "libinvolution_onnxruntime.so": None}
 
 
 @pytest.mark.long
@@ -126,7 +127,11 @@ def test_windows_has_no_tensorflow_binding(sources):
     files = installed(sources, "-DWIN32=ON")
     reason = files.pop("missing_tensorflow.txt")
     assert reason.startswith("on Windows a library cannot")
-    assert files == {"libinvolution.dll": None, "libinvolution_jax.dll": None}
+    assert files == {
+        "libinvolution.dll": None,
+        "libinvolution_jax.dll": None,
+        "libinvolution_onnxruntime.dll": None,
+    }
 
 
 def test_library_names_have_the_suffix_of_the_system(monkeypatch):

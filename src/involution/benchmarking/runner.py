@@ -51,9 +51,10 @@ CANDIDATES = (
     *baselines.CONVOLUTIONS,
 )
 RENAMED_CANDIDATES = {"patches": IM2COL, "per-number": PAPER_CUDA, "two-steps": UNFUSED}
-# By device, or by runtime of exported models.
+# By runtime of exported models, with the framework's for comparison.
+RUNTIME_CANDIDATES = {"onnxruntime": (UNFUSED, "fused", *exported.OPERATORS)}
+# By device.
 DEFAULT_CANDIDATES = {
-    "onnxruntime": ("unfused", "fused", *exported.OPERATORS),
     "cpu": ("native", "taps", "reference", IM2COL, *baselines.CONVOLUTIONS),
     "cuda": (
         *("triton", "taps", "reference", IM2COL, PAPER_CUDA, COMPILED_TAPS),

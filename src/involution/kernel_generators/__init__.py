@@ -27,6 +27,7 @@ from involution.kernel_generators.convolutional import (
     Linear,
     near_depthwise_init,
 )
+from involution.kernel_generators.large_context import LargeContext
 from involution.kernel_generators.low_rank import LowRank
 from involution.kernel_generators.pooling import average_pool
 from involution.kernel_generators.registry import GENERATORS, get
@@ -38,6 +39,7 @@ __all__ = [
     "Carafe",
     "Contextual",
     "KernelGenerator",
+    "LargeContext",
     "Linear",
     "LowRank",
     "PairwiseAttention",

@@ -88,9 +88,18 @@ class Linear(KernelGenerator):
     def _build_generator(self, channels):
         self.expand = self.make_convolution("expand", self.kernel_channels, channels)
 
+    # Whether ``normalize_kernels`` changes the kernels.
+    normalizes_kernels = False
+
     def _generate(self, features):
         kernels, offset = self.expand(self.hidden(features)), self.kernel_offset()
+        if self.normalizes_kernels:
+            kernels = self.normalize_kernels(kernels)
         return kernels if offset is None else kernels + ops.cast(offset, kernels.dtype)
+
+    def normalize_kernels(self, kernels):
+        """Kernels (B, *out_spatial, taps * groups) that depend on all of a sample."""
+        raise NotImplementedError  # each generator that does has its own
 
     def kernel_offset(self):
         """A constant (taps * groups,) that is added to all kernels, or None."""
@@ -253,6 +262,8 @@ def final_projection(generator, dtype):
     """Weight (hidden channels, taps * groups) and bias that turn a generator's ``hidden`` features
     into kernels of ``dtype``; None unless applying them is equivalent to calling the generator."""
     if not isinstance(generator, Linear) or not has_plain_call(generator):
+        return None
+    if generator.normalizes_kernels:
         return None
     kind = type(generator)
     if any(getattr(kind, name) is not getattr(Linear, name) for name in _LINEAR):

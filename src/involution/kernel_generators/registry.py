@@ -5,12 +5,14 @@ import keras
 from involution.kernel_generators.attention import PairwiseAttention
 from involution.kernel_generators.base import KernelGenerator
 from involution.kernel_generators.convolutional import Bottleneck, Contextual, Linear
+from involution.kernel_generators.large_context import LargeContext
 from involution.kernel_generators.low_rank import LowRank
 from involution.kernel_generators.static import Static
 
 GENERATORS: dict[str, type[KernelGenerator]] = {
     "bottleneck": Bottleneck,
     "contextual": Contextual,
+    "large_context": LargeContext,
     "linear": Linear,
     "low_rank": LowRank,
     "pairwise_attention": PairwiseAttention,

@@ -7,6 +7,7 @@ import keras
 from involution.layers.base import BaseInvolution
 from involution.layers.involution_nd import InvolutionND
 from involution.layers.keras_io import Involution
+from involution.layers.offset_attention import OffsetAttention
 from involution.layers.transposed import InvolutionTransposeND
 from involution.layers.upsampling import InvolutionUpSamplingND
 from involution.ops.validation import CHANNELS_FIRST
@@ -94,6 +95,8 @@ def count_multiply_adds(model, input_shape=None, involutions=True) -> int:
 def _layer_macs(layer, inputs, output, involutions) -> int:
     if isinstance(layer, UNCOUNTED):
         return 0
+    if isinstance(layer, OffsetAttention):
+        return layer.count_multiply_adds([tensor.shape for tensor in inputs])
     if isinstance(layer, BaseInvolution):
         return _involution_macs(layer, inputs, output, involutions)
     kind = _inherited_call(layer, COUNTED)

@@ -29,7 +29,8 @@ def _build(name, variant, input_shape, classes, include_top, feature_maps, data_
     data_format = standardize_data_format("data_format", data_format)
     if input_shape is None:
         input_shape = (None, None, 3) if data_format == CHANNELS_LAST else (3, None, None)
-    _check(variant, input_shape, classes, include_top, feature_maps, data_format)
+    check_network(input_shape, classes, data_format)
+    check_flags(include_top=include_top, feature_maps=feature_maps)
     inputs = keras.Input(shape=input_shape)
     x = inputs
     # Channels last internally: TensorFlow has no other convolution on CPUs.
@@ -127,7 +128,8 @@ def _bn_relu(x, name):
     return layers.ReLU(name=f"{name}_relu")(_bn(f"{name}_bn")(x))
 
 
-def _check(variant, input_shape, classes, include_top, feature_maps, data_format):
+def check_network(input_shape, classes, data_format):
+    """ValueError unless these arguments of a network are in their ranges."""
     sizes = tuple(input_shape)
     channels = 2 if data_format == CHANNELS_LAST else 0
     if len(sizes) != 3 or not all(
@@ -141,7 +143,11 @@ def _check(variant, input_shape, classes, include_top, feature_maps, data_format
         )
     if not isinstance(classes, int) or classes < 1:
         raise ValueError(f"`classes` must be a positive integer. Received: classes={classes!r}")
-    for name, value in (("include_top", include_top), ("feature_maps", feature_maps)):
+
+
+def check_flags(**flags):
+    """ValueError unless all are booleans."""
+    for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from involution.models import classifiers, rednet
+from involution.models import classifiers, lsnet, rednet
 
 # Functions of (input_shape, classes, ...).
 MODELS: dict[str, Callable] = {
@@ -14,4 +14,7 @@ MODELS: dict[str, Callable] = {
     "rednet50": rednet.RedNet50,
     "rednet101": rednet.RedNet101,
     "rednet152": rednet.RedNet152,
+    "lsnet_t": lsnet.LSNetT,
+    "lsnet_s": lsnet.LSNetS,
+    "lsnet_b": lsnet.LSNetB,
 }
