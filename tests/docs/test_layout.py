@@ -98,6 +98,7 @@ ORDER = [
     "compat.causal",
     "compat",
     "rednet_variants",
+    "lsnet_variants",
     "torch.functional",
     "torch.positionwise",
     "torch.softmax",
@@ -112,6 +113,7 @@ ORDER = [
     "kernel_generators.pooling",
     "kernel_generators.base",
     "kernel_generators.convolutional",
+    "kernel_generators.large_context",
     "kernel_generators.attention",
     "kernel_generators.carafe",
     "kernel_generators.low_rank",
@@ -125,11 +127,13 @@ ORDER = [
     "layers.keras_io",
     "layers.generated",
     "layers.involution_nd",
+    "layers.offset_attention",
     "layers.transposed",
     "layers.upsampling",
     "layers",
     "models.classifiers",
     "models.rednet",
+    "models.lsnet",
     "models.flops",
     "models.conv_counterpart",
     "models.folding",
@@ -145,6 +149,9 @@ ORDER = [
     "models.pretrained",
     "models",
     "models.numpy_reference",
+    "models.numpy_lsnet",
+    "models.weight_map",
+    "models.lsnet_checkpoint",
     "models.convert",
     "export.errors",
     "export.spec",
@@ -468,7 +475,7 @@ def test_public_docstrings_have_examples():
     public = [getattr(involution, name) for name in involution.__all__]
     public += [getattr(involution.ops, name) for name in involution.ops.__all__]
     models = involution.models
-    public += [models.cnn, models.inn, models.RedNet26, models.rednet_tiny]
+    public += [models.cnn, models.inn, models.RedNet26, models.LSNetT, models.rednet_tiny]
     public += [models.count_multiply_adds, *involution.kernel_generators.GENERATORS.values()]
     for member in public:
         if isinstance(member, type(sys)):

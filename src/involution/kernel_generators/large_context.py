@@ -55,11 +55,7 @@ class LargeContext(Linear):
         super().__init__(**kwargs)
         (self.reduction_ratio,) = standardize_tuple("reduction_ratio", reduction_ratio, 1)
         (self.context_size,) = standardize_tuple("context_size", context_size, 1)
-        self.kernel_normalization = bool(kernel_normalization)
-
-    @property
-    def normalizes_kernels(self) -> bool:
-        return self.kernel_normalization
+        self.kernel_normalization = self.normalizes_kernels = bool(kernel_normalization)
 
     def _build_generator(self, channels):
         rank, hidden = len(self.kernel_size), channels // self.reduction_ratio

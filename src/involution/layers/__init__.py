@@ -12,6 +12,7 @@ from involution.layers.involution_nd import (
     InvolutionND,
 )
 from involution.layers.keras_io import Involution
+from involution.layers.offset_attention import OffsetAttention
 from involution.layers.recording import InvolutionTrace, record_involutions
 from involution.layers.transposed import (
     Involution1DTranspose,
@@ -37,6 +38,7 @@ __all__ = [
     "InvolutionUpSampling1D",
     "InvolutionUpSampling2D",
     "InvolutionUpSampling3D",
+    "OffsetAttention",
     "involutions",
     "record_involutions",
 ]

@@ -23,7 +23,18 @@ class OffsetAttention(keras.layers.Layer):
     Returns:
         Tensor (B, H, W, C).
 
+    Raises:
+        ValueError: The maps have different sizes, or ``heads`` does not divide their channels.
+
     Source: Wang et al., arXiv:2503.23135; the biases: Graham et al., "LeViT", arXiv:2104.01136.
+
+    Example:
+
+    >>> import numpy as np, involution
+    >>> layer = involution.layers.OffsetAttention(heads=2, table_size=4)
+    >>> maps = [np.ones((1, 5, 4, n), "float32") for n in (8, 8, 6)]
+    >>> tuple(layer(maps).shape)
+    (1, 5, 4, 6)
     """
 
     def __init__(self, heads, table_size, **kwargs):

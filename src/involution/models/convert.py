@@ -9,6 +9,7 @@ The names of tensors are those of these files; nothing else is taken from them:
   ``seg/mmseg/models/backbones/rednet.py``, which differ in the stem's kernel size, 7.
 * PaddleClas: ``ppcls/arch/backbone/model_zoo/rednet.py``, and its base class in Paddle,
   ``python/paddle/vision/models/resnet.py``.
+* LSNet: the published checkpoints, whose names are in ``lsnet_checkpoint.py``.
 * The hosted model keras-io/involution: Keras 2 names the variables of a SavedModel
   ``variables/0`` and so on, layer by layer, trainable ones first.
 """
@@ -23,9 +24,12 @@ import keras
 import numpy as np
 
 from involution import models
-from involution.models import checkpoint_readers, numpy_reference, weights
+from involution.lsnet_variants import VARIANTS as LSNETS
+from involution.models import checkpoint_readers, lsnet_checkpoint, numpy_reference, weights
 from involution.models.checkpoint_readers import CheckpointError
+from involution.models.numpy_lsnet import LSNet
 from involution.models.rednet import VARIANTS
+from involution.models.weight_map import IDENTITY, KERNEL, TRANSPOSE, WeightMap, tap_major
 
 # Names of batch normalization's moving mean and variance.
 STATISTICS = {
@@ -69,19 +73,6 @@ TOLERANCE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightMap:
-    """A map from an array of a checkpoint to a Keras weight.
-
-    Attributes:
-        convert: From the checkpoint's array to the weight's.
-        source_shape: From the weight's shape to that of the checkpoint's array.
-    """
-
-    convert: Callable
-    source_shape: Callable
-
-
-@dataclasses.dataclass(frozen=True)
 class ConversionPlan:
     """How a checkpoint is converted.
 
@@ -91,6 +82,7 @@ class ConversionPlan:
         weight_maps: Dictionary from these names to pairs (name of the model's weight, map).
         unused: Names of tensors that the model does not have.
         reference: From images (1, H, W, C) to the expected outputs: arrays, channels last.
+        image_size: Side of the images for the reference.
     """
 
     name: str
@@ -99,6 +91,7 @@ class ConversionPlan:
     weight_maps: dict
     unused: tuple[str, ...]
     reference: Callable
+    image_size: int = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,16 +118,6 @@ class Conversion:
     lines: tuple[str, ...]
 
 
-KERNEL = WeightMap(lambda a: a.transpose(2, 3, 1, 0), lambda s: (s[3], s[2], s[0], s[1]))
-IDENTITY = WeightMap(lambda a: a, lambda s: s)
-TRANSPOSE = WeightMap(lambda a: a.T, lambda s: s[::-1])
-
-
-def _tap_major(taps) -> Callable:
-    """Reorders the first axis from group * taps + tap to tap * groups + group."""
-    return lambda a: a.reshape(-1, taps, *a.shape[1:]).swapaxes(0, 1).reshape(a.shape)
-
-
 def convert(source, destination) -> Conversion:
     """Converts a public checkpoint to a folder for ``involution.models.weights.load``.
 
@@ -143,9 +126,10 @@ def convert(source, destination) -> Conversion:
 
     Args:
         source: A RedNet checkpoint of d-li14/involution (PyTorch, ``.pth``) or PaddleClas
-            (``.pdparams``); or the folder of the SavedModel keras-io/involution, which becomes
-            ``inn`` with the head ``"kernels"``. Checkpoints without a classifier, such as those of
-            detectors, become models with the feature maps of all four stages as outputs.
+            (``.pdparams``); a checkpoint of LSNet (``.pth``); or the folder of the SavedModel
+            keras-io/involution, which becomes ``inn`` with the head ``"kernels"``. RedNets without
+            a classifier, such as those of detectors, become models with the feature maps of all
+            four stages as outputs; an LSNet without one, a model with the last feature map.
         destination: The folder to write, new or empty.
 
     Returns:
@@ -169,7 +153,8 @@ def convert(source, destination) -> Conversion:
     checkpoint = checkpoint_readers.read(source)
     plan = _plan(checkpoint, source)
     model = _model(plan, source)
-    images = np.random.default_rng(0).random((1, 64, 64, plan.arguments["input_shape"][-1]))
+    side, channels = plan.image_size, plan.arguments["input_shape"][-1]
+    images = np.random.default_rng(0).random((1, side, side, channels))
     outputs = _outputs(model, images)
     with np.errstate(all="ignore"):  # negative variances and overflow make the comparison fail
         error = _max_relative_error(outputs, plan.reference(images), source)
@@ -233,7 +218,7 @@ def rednet_weight_maps(
             table[f"{source}.{suffix}"] = (f"{target}/{weight}", IDENTITY)
 
     def involution(source, target, taps):
-        reorder = _tap_major(taps)
+        reorder = tap_major(taps)
         expand = WeightMap(lambda a: KERNEL.convert(reorder(a)), KERNEL.source_shape)
         convolution(f"{source}.conv1.conv", f"{target}/bottleneck/reduce")
         normalization(f"{source}.conv1.bn", f"{target}/bottleneck/normalization")
@@ -291,7 +276,50 @@ def strip_prefixes(names) -> dict[str, str | None]:
 def _plan(checkpoint, source) -> ConversionPlan:
     if checkpoint.kind == checkpoint_readers.TENSORFLOW:
         return _keras_io_plan(checkpoint.tensors, source)
+    if lsnet_checkpoint.is_lsnet(name.removeprefix("module.") for name in checkpoint.tensors):
+        return _lsnet_plan(checkpoint, source)
     return _rednet_plan(checkpoint, source)
+
+
+def _lsnet_plan(checkpoint, source) -> ConversionPlan:
+    stripped = {name: name.removeprefix("module.") for name in checkpoint.tensors}
+    unused = tuple(n for n, short in stripped.items() if short.endswith(lsnet_checkpoint.UNUSED))
+    tensors = {
+        short: checkpoint.tensors[name] for name, short in stripped.items() if name not in unused
+    }
+    shapes = {name: array.shape for name, array in tensors.items()}
+    width = (shapes.get(lsnet_checkpoint.FIRST) or (0,))[0]
+    name = lsnet_checkpoint.variant_of(width)
+    if name is None:
+        widths = ", ".join(str(variant.widths[0]) for variant in LSNETS.values())
+        raise CheckpointError(
+            f"{lsnet_checkpoint.FIRST} must have the width of an LSNet, {widths}. "
+            f"Received: {source}, with shape {shapes.get(lsnet_checkpoint.FIRST)}"
+        )
+    variant = LSNETS[name]
+    heads = [h for h in ("head", "head_dist") if any(n.startswith(f"{h}.") for n in tensors)]
+    heads = ["head", "head_dist"] if "head_dist" in heads else heads
+    weight_maps = lsnet_checkpoint.weight_maps(variant, heads)
+    weights.check_tensors(dict.fromkeys(weight_maps), shapes, source)
+    arguments = {"input_shape": (None, None, 3), "distilled": "head_dist" in heads}
+    if heads:
+        arguments["classes"] = (shapes["head.l.bias"] or (0,))[0]
+        # Checked before memory is allocated for this number of classes.
+        classifiers = {}
+        for head in heads:
+            matrix = (arguments["classes"], variant.widths[-1])
+            classifiers.update({f"{head}.l.weight": matrix, f"{head}.l.bias": matrix[:1]})
+        weights.check_tensors(classifiers, {n: shapes[n] for n in classifiers}, source)
+    else:
+        arguments["include_top"] = False
+    network = LSNet(tensors, variant.blocks, variant.heads, variant.key_channels)
+
+    def reference(images):
+        x = np.moveaxis(images, -1, 1)
+        return [network.logits(x) if heads else np.moveaxis(network.features(x), 1, -1)]
+
+    # The size to which the attention's biases belong.
+    return ConversionPlan(name, arguments, tensors, weight_maps, unused, reference, 224)
 
 
 def _rednet_plan(checkpoint, source) -> ConversionPlan:
