@@ -106,6 +106,7 @@ ORDER = [
     "torch.modules",
     "torch.lazy",
     "torch.rednet",
+    "torch.lsnet",
     "torch.transposed",
     "torch.upsampling",
     "torch",

@@ -216,4 +216,4 @@ LSNetT = _network(
     """,
 )
 LSNetS = _network("lsnet_s", "LSNetS", "LSNet-S: 16.1 million parameters; see LSNetT.")
-LSNetB = _network("lsnet_b", "LSNetB", "LSNet-B: 23.2 million parameters; see LSNetT.")
+LSNetB = _network("lsnet_b", "LSNetB", "LSNet-B: 23.3 million parameters; see LSNetT.")

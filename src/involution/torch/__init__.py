@@ -2,6 +2,7 @@
 
 from involution.torch import functional, generators
 from involution.torch.lazy import LazyInvolution1d, LazyInvolution2d, LazyInvolution3d
+from involution.torch.lsnet import LSNet, lsnet_b, lsnet_s, lsnet_t
 from involution.torch.modules import Involution1d, Involution2d, Involution3d
 from involution.torch.rednet import (
     RedNet,
@@ -33,12 +34,16 @@ __all__ = [
     "InvolutionUpsample1d",
     "InvolutionUpsample2d",
     "InvolutionUpsample3d",
+    "LSNet",
     "LazyInvolution1d",
     "LazyInvolution2d",
     "LazyInvolution3d",
     "RedNet",
     "functional",
     "generators",
+    "lsnet_b",
+    "lsnet_s",
+    "lsnet_t",
     "rednet26",
     "rednet38",
     "rednet50",

@@ -195,6 +195,104 @@ class Contextual(Bottleneck):
         super().__init__(channels, window, context_size=context_size, **options)
 
 
+class ConvBN(nn.Module):
+    """A convolution without bias, and batch normalization; names as in LSNet's checkpoints."""
+
+    def __init__(
+        self, rank, inputs, outputs, kernel_size=1, *, stride=1, depthwise=False, **factory
+    ):
+        super().__init__()
+        self.c = CONVOLUTIONS[rank](
+            inputs,
+            outputs,
+            kernel_size,
+            stride,
+            kernel_size // 2 if kernel_size % 2 else "same",
+            groups=inputs if depthwise else 1,
+            bias=False,
+            **factory,
+        )
+        nn.init.kaiming_normal_(self.c.weight, nonlinearity="relu")
+        self.bn = BATCH_NORMS[rank](outputs, **factory)
+
+    def forward(self, x):
+        return self.bn(self.c(x))
+
+
+class LargeContext(nn.Module):
+    """Kernels from a large neighborhood: a depthwise convolution between 1x1 convolutions.
+
+    Average pooling by the strides; a 1x1 convolution to channels // reduction_ratio, batch
+    normalization, ReLU; a depthwise convolution with windows of ``context_size``, batch
+    normalization; a 1x1 convolution, batch normalization, ReLU; a 1x1 convolution to groups * taps,
+    and group normalization of the kernels of each group, over the taps and all positions.
+
+    Args:
+        channels, window, device, dtype: As for ``Linear``.
+        reduction_ratio: Channels of the features for each hidden channel.
+        context_size: Side of the window of the depthwise convolution, in output positions.
+        kernel_normalization: Whether kernels are normalized.
+
+    Raises:
+        ValueError: ``reduction_ratio`` leaves no hidden channel, or the window is causal.
+
+    Source: Wang et al., "LSNet: See Large, Focus Small", CVPR 2025, arXiv:2503.23135. The names of
+    the parameters are those of its checkpoints.
+
+    Example:
+
+    >>> import torch
+    >>> from involution.torch import Involution2d
+    >>> layer = Involution2d(32, 3, groups=4, kernel_generator="large_context")
+    >>> layer(torch.ones(2, 32, 9, 8)).shape
+    torch.Size([2, 32, 9, 8])
+    """
+
+    uses_full_input = False
+    context = 0
+
+    def __init__(
+        self,
+        channels,
+        window,
+        *,
+        reduction_ratio=2,
+        context_size=7,
+        kernel_normalization=True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        (ratio,) = standardize_tuple("reduction_ratio", reduction_ratio, 1)
+        (context_size,) = standardize_tuple("context_size", context_size, 1)
+        hidden, rank = channels // ratio, window.rank
+        if hidden == 0:
+            raise ValueError(
+                "`reduction_ratio` must leave at least one hidden channel. "
+                f"Received: reduction_ratio={ratio}, channels={channels}"
+            )
+        if window.padding == CAUSAL:
+            raise ValueError(
+                "LargeContext requires windows that see both sides: padding other than 'causal'. "
+                f"Received: padding={window.padding!r}"
+            )
+        self.pool = average_pool(window)
+        self.cv1 = ConvBN(rank, channels, hidden, **factory)
+        self.cv2 = ConvBN(rank, hidden, hidden, context_size, depthwise=True, **factory)
+        self.cv3 = ConvBN(rank, hidden, hidden, **factory)
+        self.cv4 = convolution(rank, hidden, window.groups * window.taps, **factory)
+        self.norm = (
+            nn.GroupNorm(window.groups, window.groups * window.taps, **factory)
+            if kernel_normalization
+            else nn.Identity()
+        )
+
+    def forward(self, features):
+        x = self.cv2(self.cv1(self.pool(features)).relu())
+        return self.norm(self.cv4(self.cv3(x).relu()))
+
+
 class LowRank(Convolutional):
     """Dynamic short convolution: a static kernel, and a product of low rank that the features give.
 
@@ -496,6 +594,7 @@ def near_depthwise_(module):
 GENERATORS = {
     "bottleneck": Bottleneck,
     "contextual": Contextual,
+    "large_context": LargeContext,
     "linear": Linear,
     "low_rank": LowRank,
     "pairwise_attention": PairwiseAttention,
