@@ -87,6 +87,15 @@ def test_open_sizes(tmp_path, make, sizes):
             assert relative_error(got, numpy(model(x, training=False))) < 1e-5
 
 
+@pytest.mark.slow
+def test_volumes(tmp_path):
+    model = model_of(involution.Involution3D(3, strides=2), 5, 4, 5, 16)
+    for operator in ("portable", "native"):
+        result = export(model, tmp_path / "model.onnx", operator=operator)
+        x = random_array(2, 5, 4, 5, 16)
+        assert relative_error(run_onnx(result.path, x)["output"], numpy(model(x))) < 1e-5
+
+
 def block(data_format="channels_last", output="convolution"):
     """Convolution, involution, normalization and ReLU, as in RedNet."""
     shape = (13, 11, 8) if data_format == "channels_last" else (8, 13, 11)

@@ -69,7 +69,8 @@ class _Pointwise(keras.layers.Layer):
         return super().compute_output_shape(input_shape)
 
     def convolution_op(self, inputs, kernel):
-        if _traced.as_convolutions:
+        # JAX's exporter to ONNX supports no convolution in three dimensions.
+        if _traced.as_convolutions and self.rank < 3:
             return super().convolution_op(inputs, kernel)
         if any(s > 1 for s in self.strides):
             inputs = inputs[(slice(None), *(slice(None, None, s) for s in self.strides))]
