@@ -1,6 +1,6 @@
 // The part of onnxruntime's C API that bindings/onnxruntime.cpp uses, so that the build needs no
-// onnxruntime, whose Python package has no headers. The API only ever appends: an index of a function
-// is valid in every later version. Names follow onnxruntime_c_api.h, version 17 of the API
+// onnxruntime, whose Python package has no headers. The API only ever appends: an index of a
+// function is valid in every later version. Names follow onnxruntime_c_api.h, version 17 of the API
 // (onnxruntime 1.17), the first with a parallel loop on the threads of a session.
 #pragma once
 
@@ -67,7 +67,9 @@ constexpr Function<61, Status*, const TensorInfo*, std::size_t*> dimension_count
 constexpr Function<62, Status*, const TensorInfo*, std::int64_t*, std::size_t> get_dimensions;
 constexpr Function<63, Status*, const TensorInfo*, const char**, std::size_t> get_symbols;
 constexpr Function<65, Status*, const Value*, TensorInfo**> tensor_info;
+constexpr Function<85, Status*, const KernelInfo*, const char*, float*> get_float;
 constexpr Function<86, Status*, const KernelInfo*, const char*, std::int64_t*> get_int;
+constexpr Function<87, Status*, const KernelInfo*, const char*, char*, std::size_t*> get_string;
 constexpr Function<88, Status*, const KernelContext*, std::size_t*> input_count;
 constexpr Function<90, Status*, const KernelContext*, std::size_t, const Value**> get_input;
 constexpr Function<91, Status*, KernelContext*, std::size_t, const std::int64_t*, std::size_t,
@@ -76,6 +78,7 @@ constexpr Function<91, Status*, KernelContext*, std::size_t, const std::int64_t*
 constexpr Function<93, void, Status*> release_status;
 constexpr Function<98, void, TypeInfo*> release_type_info;
 constexpr Function<99, void, TensorInfo*> release_tensor_info;
+constexpr Function<162, Status*, const KernelInfo*, const char*, float*, std::size_t*> get_floats;
 constexpr Function<163, Status*, const KernelInfo*, const char*, std::int64_t*, std::size_t*>
     get_ints;
 constexpr Function<230, Status*, const KernelInfo*, std::size_t*> info_input_count;

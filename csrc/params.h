@@ -45,8 +45,8 @@ INVOLUTION_EXPORT int involution_execute(const struct InvolutionParams* params, 
 //    1  (hidden, weight, bias, dy) -> dx
 //    2  (x, hidden, weight, dy) -> dhidden, dweights
 //
-// with hidden (batch, *output, hidden channels), weight (hidden channels, taps * groups) and bias
-// (taps * groups). dweights is (batch, hidden channels + 1, taps * groups): for each sample, the
+// with hidden (batch, *output, hidden channels), or with the channels first, weight (hidden
+// channels, taps * groups) and bias (taps * groups). dweights is (batch, hidden channels + 1, taps * groups): for each sample, the
 // gradient of the weight, then that of the bias; float64 for float64, else float32. Only pass 2
 // writes dweights.
 INVOLUTION_EXPORT int involution_execute_fused(const struct InvolutionParams* params,

@@ -13,10 +13,14 @@
 // scale and offset: 0 for outputs below 0).
 #include <algorithm>
 #include <atomic>
+#include <exception>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "ort_api.h"
@@ -32,18 +36,18 @@ constexpr std::int64_t UNKNOWN = -1;
 constexpr std::int64_t MAX_SIZE = std::int64_t{1} << 40;
 constexpr std::size_t MAX_RANK = 3;
 
-// The rule that a node breaks; becomes a status.
-struct Error {
+// The rule that a node or its inputs break; becomes a status.
+struct InvalidNode {
   std::string message;
 };
 
 // The status of a failed call of onnxruntime's API.
-struct Failure {
+struct ApiFailure {
   ort::Status* status;
 };
 
 void check(ort::Status* status) {
-  if (status != nullptr) throw Failure{status};
+  if (status != nullptr) throw ApiFailure{status};
 }
 
 // Calls a function that throws the above, and returns its status.
@@ -51,12 +55,14 @@ template <class Fn>
 ort::Status* guard(const ort::Api* api, Fn fn) try {
   fn();
   return nullptr;
-} catch (const Failure& failure) {
+} catch (const ApiFailure& failure) {
   return failure.status;
-} catch (const Error& error) {
+} catch (const InvalidNode& error) {
   return ort::create_status(api, ort::INVALID_ARGUMENT, ("involution: " + error.message).c_str());
 } catch (const std::bad_alloc&) {
   return ort::create_status(api, ort::FAIL, "involution: out of memory");
+} catch (const std::exception& error) {
+  return ort::create_status(api, ort::FAIL, (std::string("involution: ") + error.what()).c_str());
 }
 
 std::string text(const Ints& values) {
@@ -77,10 +83,22 @@ Ints read_attribute(const ort::Api* api, const ort::KernelInfo* info, const char
   std::size_t size = 0;
   std::int64_t value = 0;
   if (succeeded(api, ort::get_int(api, info, name, &value))) return {value};
-  if (!succeeded(api, ort::get_ints(api, info, name, nullptr, &size)) || size == 0) return {};
-  Ints values(size);
-  check(ort::get_ints(api, info, name, values.data(), &size));
-  return values;
+  if (succeeded(api, ort::get_ints(api, info, name, nullptr, &size)) && size > 0) {
+    Ints values(size);
+    check(ort::get_ints(api, info, name, values.data(), &size));
+    return values;
+  }
+  // An attribute of another type, or none.
+  float number = 0;
+  bool exists = succeeded(api, ort::get_float(api, info, name, &number));
+  size = 0;
+  succeeded(api, ort::get_floats(api, info, name, nullptr, &size));
+  exists = exists || size > 0;
+  size = 0;
+  succeeded(api, ort::get_string(api, info, name, nullptr, &size));
+  exists = exists || size > 0;
+  if (exists) throw InvalidNode{"`" + std::string(name) + "` must consist of integers"};
+  return {};
 }
 
 // The same while a session is being created.
@@ -96,8 +114,16 @@ Ints read_attribute(const ort::Api* api, const ort::ShapeContext* context, const
       values.resize(bytes / sizeof(values[0]));
       return values;
     }
-  throw Error{"`" + std::string(name) + "` must be an integer, or at most " +
+  throw InvalidNode{"`" + std::string(name) + "` must be an integer, or at most " +
               std::to_string(2 * MAX_RANK) + " of them"};
+}
+
+// The product of two positive numbers, which must not overflow in those that are made of it.
+std::int64_t multiply(std::int64_t a, std::int64_t b) {
+  if (a > MAX_SIZE / b)
+    throw InvalidNode{"The number of taps, groups and outputs must be smaller. Received: " +
+                      std::to_string(a) + " times " + std::to_string(b)};
+  return a * b;
 }
 
 // The attributes of a node, checked.
@@ -105,22 +131,23 @@ class Window {
  public:
   template <class Source>
   Window(const ort::Api* api, const Source* source) {
-    const auto read = [&](const char* name, std::size_t count, std::int64_t standard,
+    const auto read = [&](const char* name, std::size_t count, std::int64_t fallback,
                           std::int64_t low, std::int64_t high = MAX_SIZE) {
       Ints values = read_attribute(api, source, name);
-      if (values.empty()) values.assign(count, standard);
+      if (values.empty()) values.assign(count, fallback);
       if (values.size() != count)
-        throw Error{"`" + std::string(name) + "` must have " + std::to_string(count) +
+        throw InvalidNode{"`" + std::string(name) + "` must have " + std::to_string(count) +
                     " integers. Received: " + text(values)};
       for (const std::int64_t value : values)
         if (value < low || value > high)
-          throw Error{"`" + std::string(name) + "` must be from " + std::to_string(low) + " to " +
+          throw InvalidNode{"`" + std::string(name) + "` must be from " + std::to_string(low) +
+                            " to " +
                       std::to_string(high) + ". Received: " + text(values)};
       return values;
     };
     kernel_shape = read_attribute(api, source, "kernel_shape");
     if (kernel_shape.empty() || rank() > MAX_RANK)
-      throw Error{"`kernel_shape` must have one, two or three integers. Received: " +
+      throw InvalidNode{"`kernel_shape` must have one, two or three integers. Received: " +
                   text(kernel_shape)};
     kernel_shape = read("kernel_shape", rank(), 1, 1, std::int64_t{1} << 20);
     strides = read("strides", rank(), 1, 1);
@@ -129,19 +156,22 @@ class Window {
     upsampling = read("upsampling", rank(), 1, 1);
     groups = read("group", 1, 1, 1)[0];
     same = read("same", 1, 0, 0, 1)[0] == 1;
-    interleaved = read("interleaved", 1, 0, 0, 1)[0];
+    if (same && !read_attribute(api, source, "pads").empty())
+      throw InvalidNode{"`pads` must be absent where `same` is 1"};
+    interleaved = read("interleaved", 1, 0, 0, 1)[0] == 1;
     relu = read("relu", 1, 0, 0, 1)[0] == 1;
     for (std::size_t i = 0; i < rank(); ++i) {
       if (kernel_shape[i] - 1 > MAX_SIZE / dilations[i])
-        throw Error{"A window must be smaller. Received: kernel_shape " + text(kernel_shape) +
+        throw InvalidNode{"A window must be smaller. Received: kernel_shape " + text(kernel_shape) +
                     ", dilations " + text(dilations)};
       for (const std::int64_t stride : strides)
         if (upsampling[i] > 1 && stride > 1)
-          throw Error{"`strides` must be 1 where `upsampling` is above 1. Received: " +
+          throw InvalidNode{"`strides` must be 1 where `upsampling` is above 1. Received: " +
                       text(strides) + ", " + text(upsampling)};
     }
     taps = 1;
-    for (const std::int64_t n : kernel_shape) taps *= n;
+    for (const std::int64_t n : kernel_shape) taps = multiply(taps, n);
+    multiply(taps, groups);
   }
 
   std::size_t rank() const { return kernel_shape.size(); }
@@ -153,12 +183,15 @@ class Window {
   // The output's size for a size of the input; unknown if that is.
   std::int64_t output_size(std::size_t i, std::int64_t size) const {
     if (size == UNKNOWN) return UNKNOWN;
-    const std::int64_t padded = size + (same ? same_padding(i, size) : pads[i] + pads[rank() + i]);
-    if (size < 1 || size > MAX_SIZE || padded <= span(i))
-      throw Error{"The window must fit into the padded input. Received: an extent of " +
-                  std::to_string(span(i) + 1) + " for a size of " + std::to_string(size) +
-                  ", with padding " + std::to_string(padded)};
-    return ((padded - span(i) - 1) / strides[i] + 1) * upsampling[i];
+    if (size < 1 || size > MAX_SIZE)
+      throw InvalidNode{"A size must be from 1 to " + std::to_string(MAX_SIZE) +
+                        ". Received: " + std::to_string(size)};
+    const std::int64_t padding = same ? same_padding(i, size) : pads[i] + pads[rank() + i];
+    if (size + padding <= span(i))
+      throw InvalidNode{"The window must fit into the padded input. Received: an extent of " +
+                        std::to_string(span(i) + 1) + " for a size of " + std::to_string(size) +
+                        ", padded by " + std::to_string(padding)};
+    return multiply((size + padding - span(i) - 1) / strides[i] + 1, upsampling[i]);
   }
 
   // Whether the output's size equals the input's, also where that is unknown.
@@ -168,8 +201,8 @@ class Window {
   }
 
   Ints kernel_shape, strides, dilations, pads, upsampling;
-  std::int64_t groups, taps, interleaved;
-  bool same, relu;
+  std::int64_t groups, taps;
+  bool same, interleaved, relu;
 
  private:
   // Distance of the last tap from the first.
@@ -196,11 +229,11 @@ Ints check_shapes(const Operator& op, const Window& window, const std::vector<In
   const std::size_t rank = window.rank();
   const Ints& x = shapes[0];
   if (x.size() != rank + 2)
-    throw Error{"`x` must have a batch axis, a channel axis and as many spatial axes as "
+    throw InvalidNode{"`x` must have a batch axis, a channel axis and as many spatial axes as "
                 "`kernel_shape` has integers, " +
                 std::to_string(rank) + ". Received: x of shape " + text(x)};
   if (x[1] != UNKNOWN && (x[1] == 0 || x[1] % window.groups != 0))
-    throw Error{"`group` must divide the number of channels. Received: group " +
+    throw InvalidNode{"`group` must divide the number of channels. Received: group " +
                 std::to_string(window.groups) + ", x of shape " + text(x)};
   Ints output = {x[0], x[1]};
   for (std::size_t i = 0; i < rank; ++i) output.push_back(window.output_size(i, x[i + 2]));
@@ -210,7 +243,7 @@ Ints check_shapes(const Operator& op, const Window& window, const std::vector<In
     for (std::size_t i = 0; equal && i < found.size(); ++i)
       equal = found[i] == wanted[i] || found[i] == UNKNOWN || wanted[i] == UNKNOWN;
     if (!equal)
-      throw Error{"`" + std::string(name) + "` must have the shape " + text(wanted) +
+      throw InvalidNode{"`" + std::string(name) + "` must have the shape " + text(wanted) +
                   " for x of shape " + text(x) + ". Received: " + text(found)};
   };
   const auto at_outputs = [&](Ints channels) {
@@ -223,13 +256,14 @@ Ints check_shapes(const Operator& op, const Window& window, const std::vector<In
     return output;
   }
   const std::int64_t hidden = shapes[2].empty() ? UNKNOWN : shapes[2][0];
-  if (hidden == 0) throw Error{"`weight` must have a row for each hidden channel, at least one"};
+  if (hidden == 0)
+    throw InvalidNode{"`weight` must have a row for each hidden channel, at least one"};
   expect(1, "hidden", at_outputs({hidden}));
   expect(2, "weight", {hidden, window.taps * window.groups});
   expect(3, "bias", {window.taps * window.groups});
   if (shapes.size() == op.inputs && !window.relu) return output;
   if (shapes.size() != op.inputs + op.optional_inputs)
-    throw Error{"`scale` and `offset` are required together, and where `relu` is 1"};
+    throw InvalidNode{"`scale` and `offset` are required together, and where `relu` is 1"};
   expect(4, "scale", {x[1]});
   expect(5, "offset", {x[1]});
   return output;
@@ -281,7 +315,10 @@ Kernel* create_kernel(const ort::Api* api, const Operator& op, const ort::Kernel
   check(ort::info_input_count(api, info, &inputs));
   for (std::size_t i = 0; i < inputs; ++i) {
     Owned<ort::TypeInfo> type(api, &release);
-    check(ort::input_type(api, info, i, &type.info));
+    ort::Status* const status = ort::input_type(api, info, i, &type.info);
+    // An optional input without a name.
+    if (i >= op.inputs && !succeeded(api, status)) break;
+    if (i < op.inputs) check(status);
     const ort::TensorInfo* tensor = nullptr;
     check(ort::as_tensor_info(api, type.info, &tensor));
     shapes.push_back(read_shape(api, tensor));
@@ -320,6 +357,14 @@ struct Loop {
   }
 };
 
+// Sets the loop of this thread's calls of the core.
+class LoopScope {
+ public:
+  explicit LoopScope(Loop& loop) { involution_set_parallel_for(&Loop::run, &loop); }
+  LoopScope(const LoopScope&) = delete;
+  ~LoopScope() { involution_set_parallel_for(nullptr, nullptr); }
+};
+
 void compute(const Kernel& kernel, ort::KernelContext* context) {
   const ort::Api* const api = kernel.api;
   const Window& window = kernel.window;
@@ -330,10 +375,11 @@ void compute(const Kernel& kernel, ort::KernelContext* context) {
   for (std::size_t i = 0; i < inputs; ++i) {
     const ort::Value* value = nullptr;
     check(ort::get_input(api, context, i, &value));
+    if (value == nullptr && i >= kernel.op->inputs) break;
     Owned<ort::TensorInfo> tensor(api, &release);
     check(ort::tensor_info(api, value, &tensor.info));
     shapes.push_back(read_shape(api, tensor.info));
-    if (shapes[i].empty()) throw Error{"Inputs must have axes. Received: a number"};
+    if (shapes[i].empty()) throw InvalidNode{"Inputs must have axes. Received: a number"};
     check(ort::tensor_data(api, const_cast<ort::Value*>(value), const_cast<void**>(&data[i])));
   }
   const Ints output = check_shapes(*kernel.op, window, shapes);
@@ -362,20 +408,19 @@ void compute(const Kernel& kernel, ort::KernelContext* context) {
   // The session's loop has its own number of threads; this is the one that work is divided for.
   const int threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   Loop loop = {api, context};
-  involution_set_parallel_for(&Loop::run, &loop);
+  const LoopScope scope(loop);
   int failed;
   if (kernel.op == &UNFUSED) {
     failed = involution_execute(&params, output[0], threads, data[0], data[1], result);
   } else {
     params.hidden_channels = shapes[2][0];
-    failed = inputs == FUSED.inputs
+    failed = shapes.size() == FUSED.inputs
                  ? involution_execute_fused(&params, output[0], threads, data[0], data[1], data[2],
                                             data[3], result, nullptr)
                  : involution_execute_fused_scaled(&params, output[0], threads, data[0], data[1],
                                                    data[2], data[3], data[4], data[5],
                                                    window.relu, result);
   }
-  involution_set_parallel_for(nullptr, nullptr);
   check(loop.status);
   if (failed) throw std::bad_alloc();
 }
@@ -401,7 +446,7 @@ void infer_shape(const ort::Api* api, const Operator& op, ort::ShapeContext* con
     if (output[i] != UNKNOWN) continue;
     const bool same_as_x = i < 2 || window.preserves_size(i - 2);
     if (same_as_x && symbols[i] != nullptr) storage[i] = symbols[i];
-    if (storage[i].empty()) storage[i] = "involution_" + std::to_string(names++);
+    if (storage[i].empty()) storage[i] = "involution::size::" + std::to_string(names++);
   }
   for (std::size_t i = 0; i < output.size(); ++i) symbols[i] = storage[i].c_str();
   Owned<ort::TensorInfo> result(api, &release);
@@ -412,12 +457,15 @@ void infer_shape(const ort::Api* api, const Operator& op, ort::ShapeContext* con
   check(ort::set_output_info(api, context, 0, result.info));
 }
 
-// Set by the first registration, and the same in all others.
-const ort::Api* registered_api = nullptr;
+// An operator as a copy of onnxruntime knows it; a process may have several copies.
+struct RegisteredOp : ort::CustomOp {
+  const ort::Api* api;
+};
 
 template <const Operator& kOperator>
-ort::CustomOp make_custom_op() {
-  ort::CustomOp op = {};
+RegisteredOp make_custom_op(const ort::Api* api) {
+  RegisteredOp op = {};
+  op.api = api;
   op.version = ort::VERSION;
   op.name = [](const ort::CustomOp*) { return kOperator.name; };
   op.execution_provider = [](const ort::CustomOp*) -> const char* {
@@ -445,8 +493,9 @@ ort::CustomOp make_custom_op() {
     return guard(k.api, [&] { compute(k, context); });
   };
   op.destroy_kernel = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.infer_shape = [](const ort::CustomOp*, ort::ShapeContext* context) {
-    return guard(registered_api, [&] { infer_shape(registered_api, kOperator, context); });
+  op.infer_shape = [](const ort::CustomOp* self, ort::ShapeContext* context) {
+    const ort::Api* const api = static_cast<const RegisteredOp*>(self)->api;
+    return guard(api, [&] { infer_shape(api, kOperator, context); });
   };
   op.start_version = [](const ort::CustomOp*) { return 1; };
   op.end_version = [](const ort::CustomOp*) { return 1; };
@@ -462,18 +511,24 @@ extern "C" INVOLUTION_EXPORT ort::Status* ORT_CALL RegisterCustomOps(ort::Sessio
   if (api == nullptr)
     return ort::create_status(base->get_api(1), ort::FAIL,
                               "involution: onnxruntime must be of version 1.17 or later");
+  // Never released: sessions refer to them.
+  struct Registration {
+    RegisteredOp operators[2];
+    ort::Domain* domain;
+  };
   static std::mutex mutex;
-  static ort::Domain* domain = nullptr;  // never released: sessions refer to it
-  static const ort::CustomOp operators[] = {make_custom_op<UNFUSED>(), make_custom_op<FUSED>()};
+  static auto* const registrations = new std::map<const ort::Api*, std::unique_ptr<Registration>>;
   return guard(api, [&] {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (domain == nullptr) {
-      registered_api = api;
-      ort::Domain* created = nullptr;
-      check(ort::create_domain(api, "involution", &created));
-      for (const ort::CustomOp& op : operators) check(ort::domain_add(api, created, &op));
-      domain = created;
+    std::unique_ptr<Registration>& found = (*registrations)[api];
+    if (found == nullptr) {
+      std::unique_ptr<Registration> made(new Registration{
+          {make_custom_op<UNFUSED>(api), make_custom_op<FUSED>(api)}, nullptr});
+      check(ort::create_domain(api, "involution", &made->domain));
+      for (const RegisteredOp& op : made->operators)
+        check(ort::domain_add(api, made->domain, &op));
+      found = std::move(made);
     }
-    check(ort::add_domain(api, options, domain));
+    check(ort::add_domain(api, options, found->domain));
   });
 }

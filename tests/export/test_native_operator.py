@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import involution
-from involution.export import BATCHES, ExportError, export
+from involution.export import BATCHES, ExportError, export, fusion
 from involution.ops.native import library
 from involution.utils.errors import InputError
 from tests.export.test_export import (
@@ -138,6 +138,118 @@ def test_normalization_is_part_of_the_operator(tmp_path, model, fused):
         run_onnx(result.path, x).values(), keras.tree.flatten(model(x)), strict=True
     ):
         assert relative_error(got, numpy(want)) < 1e-5
+
+
+class Scaled(keras.layers.Layer):
+    """Constants that broadcast one channel to three."""
+
+    def call(self, x):
+        scale, offset = (
+            keras.ops.convert_to_tensor(np.array(values, "float32"))
+            for values in ([1, 2, 3], [1, 0, 2])
+        )
+        return x * scale + offset
+
+
+@pytest.mark.slow
+def test_a_constant_with_more_channels_stays_an_operation(tmp_path):
+    inputs = keras.Input((9, 8, 1))
+    y = involution.Involution2D(3, groups=1, reduction_ratio=1)(inputs)
+    model = randomized(keras.Model(inputs, Scaled()(y)))
+    result = export(model, tmp_path / "model.onnx", operator="native")
+    x = random_array(2, 9, 8, 1)
+    assert relative_error(run_onnx(result.path, x)["output"], numpy(model(x))) < 1e-5
+
+
+def conditional(*names):
+    """A graph: the operator, a scale, and an If whose branch reads one of these names."""
+    from onnx import TensorProto, helper
+
+    def value(name, shape):
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+    operator = helper.make_node(
+        *("FusedInvolution", ["x", "h", "w", "b"], ["y"]),
+        domain="involution",
+        kernel_shape=[3],
+        channels=2,
+    )
+    branches = {
+        f"{which}_branch": helper.make_graph(
+            [helper.make_node("Identity", [name], [which])], which, [], [value(which, None)]
+        )
+        for which, name in zip(("then", "else"), names, strict=True)
+    }
+    nodes = [
+        operator,
+        helper.make_node("Mul", ["y", "scale"], ["scaled"]),
+        helper.make_node("Relu", ["scaled"], ["activated"]),
+        helper.make_node("If", ["condition"], ["chosen"], **branches),
+    ]
+    scale = helper.make_tensor("scale", TensorProto.FLOAT, [2, 1], [2.0, -3.0])
+    outputs = [value("activated", None), value("chosen", None)]
+    return helper.make_graph(nodes, "graph", [], outputs, [scale])
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("names", [("y", "x"), ("x", "scaled"), ("scale", "x")])
+def test_values_and_constants_of_subgraphs_are_kept(names):
+    graph = conditional(*names)
+    fusion.fuse_scaling(graph)
+    fused = names == ("scale", "x")
+    kinds = [node.op_type for node in graph.node]
+    assert kinds == ["FusedInvolution", *([] if fused else ["Mul"]), "Relu", "If"]
+    assert "scale" in {tensor.name for tensor in graph.initializer}
+    # The attribute is for the fusion only.
+    assert "channels" not in {attribute.name for attribute in graph.node[0].attribute}
+
+
+@pytest.mark.long
+def test_constant_outputs_are_kept(tmp_path):
+    class Anchors(keras.layers.Layer):
+        def call(self, x):
+            return keras.ops.convert_to_tensor(np.arange(12, dtype="float32").reshape(1, 3, 4))
+
+        def compute_output_spec(self, x):
+            return keras.KerasTensor((1, 3, 4))
+
+    inputs = keras.Input((9, 4))
+    y = involution.Involution1D(3)(inputs)
+    model = keras.Model(inputs, {"boxes": y, "anchors": Anchors()(y)})
+    for operator in ("portable", "native"):
+        path = export(model, tmp_path / "model.onnx", operator=operator).path
+        anchors = run_onnx(path, random_array(1, 9, 4))["anchors"]
+        assert anchors.ravel().tolist() == list(range(12))
+
+
+@pytest.mark.slow
+def test_recurrent_layers(tmp_path):
+    inputs = keras.Input((8, 4))
+    y = keras.layers.LSTM(5, return_sequences=True)(involution.Involution1D(3)(inputs))
+    model = randomized(keras.Model(inputs, y))
+    for operator in ("portable", "native"):
+        assert export(model, tmp_path / "model.onnx", operator=operator).error < 1e-5
+
+
+@keras.saving.register_keras_serializable("tests")
+class Clip(keras.layers.Layer):
+    """Its configuration does not contain the limit."""
+
+    def __init__(self, limit=1000.0, **options):
+        super().__init__(**options)
+        self.limit = limit
+
+    def call(self, x):
+        return keras.ops.clip(x, -self.limit, self.limit)
+
+
+@pytest.mark.long
+def test_layers_of_others_are_not_made_again(tmp_path):
+    inputs = keras.Input((8, 4))
+    model = keras.Model(inputs, involution.Involution1D(3)(Clip(6.0)(inputs)))
+    path = export(model, tmp_path / "model.onnx").path
+    x = 100 * random_array(2, 8, 4)
+    assert relative_error(run_onnx(path, x)["output"], numpy(model(x))) < 1e-5
 
 
 @pytest.mark.long

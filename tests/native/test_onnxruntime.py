@@ -181,8 +181,13 @@ FUSED_SHAPES = {
         ({}, {"strides": [1]}, r"`strides` must have 2 integers. Received: \(1\)"),
         ({}, {"dilations": [1, -1]}, r"`dilations` must be from 1 "),
         ({}, {"dilations": [1, 2**62]}, r"`dilations` must be from 1 to 1099511627776"),
-        ({}, {"pads": [1, 1]}, r"`pads` must have 4 integers. Received: \(1, 1\)"),
-        ({}, {"pads": [1, 1, -1, 1]}, r"`pads` must be from 0 "),
+        ({}, {"same": 0, "pads": [1, 1]}, r"`pads` must have 4 integers. Received: \(1, 1\)"),
+        ({}, {"same": 0, "pads": [1, 1, -1, 1]}, r"`pads` must be from 0 "),
+        ({}, {"strides": [2.0]}, r"`strides` must consist of integers"),
+        ({}, {"strides": 2.0}, r"`strides` must consist of integers"),
+        ({}, {"strides": "2"}, r"`strides` must consist of integers"),
+        ({}, {"pads": [1, 1, 1, 1]}, r"`pads` must be absent where `same` is 1"),
+        ({}, {"upsampling": [2**39, 1]}, r"taps, groups and outputs must be smaller"),
         ({}, {"group": 4}, r"`group` must divide the number of channels. .* \(\?, 6, 9, 8\)"),
         ({}, {"group": 0}, r"`group` must be from 1 "),
         ({}, {"same": 2}, r"`same` must be from 0 to 1. Received: \(2\)"),
@@ -221,6 +226,34 @@ def test_a_run_refuses_wrong_shapes():
     for batch in (0, 1):
         part = {k: v[:batch] if k in ("x", "hidden") else v for k, v in arrays.items()}
         assert loaded.run(None, part)[0].shape == (batch, 24, 37, 29)
+
+
+def test_products_of_sizes_do_not_overflow():
+    """2^60 taps of 16 groups are 0 of 2^64, as many as an empty weight has."""
+    huge = 2**20
+    shapes = {"x": [None] * 5, "hidden": [None] * 5, "weight": [None] * 2, "bias": [None]}
+    pads = [huge - 1] * 3 + [0] * 3
+    with pytest.raises(Exception, match="taps, groups and outputs must be smaller"):
+        session(
+            model(
+                *("FusedInvolution", shapes, 5),
+                **{"kernel_shape": [huge] * 3, "pads": pads, "group": 16},
+            )
+        )
+    # 16777232 * upsampling is 2^64 + 16.
+    shapes = {"x": [None] * 3, "kernel": [None] * 4}
+    loaded = session(model("Involution", shapes, 3, kernel_shape=[1], upsampling=[1099510579201]))
+    x, kernel = np.ones((1, 1, 16777232), "float32"), np.ones((1, 1, 1, 16), "float32")
+    with pytest.raises(Exception, match="taps, groups and outputs must be smaller"):
+        loaded.run(None, {"x": x, "kernel": kernel})
+
+
+def test_inputs_without_a_name_are_absent():
+    arrays, proto = photograph()
+    expected = run(proto, arrays)
+    proto = onnx.load_from_string(proto)
+    proto.graph.node[0].input.extend(["", ""])
+    assert np.array_equal(run(proto.SerializeToString(), arrays), expected)
 
 
 @pytest.mark.long

@@ -12,30 +12,62 @@ import numpy as np
 from involution.ops.onnxruntime.domain import DOMAIN
 
 
+def all_nodes(graph):
+    """The nodes of a graph and of its subgraphs."""
+    for node in graph.node:
+        yield node
+        for subgraph in subgraphs(node):
+            yield from all_nodes(subgraph)
+
+
+def subgraphs(node):
+    """The graphs in a node's attributes: branches of conditions and bodies of loops."""
+    for attribute in node.attribute:
+        yield from ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs)
+
+
+def used_names(graph):
+    """The names that a graph's nodes, their subgraphs and its outputs refer to."""
+    for node in graph.node:
+        yield from node.input
+        for subgraph in subgraphs(node):
+            yield from used_names(subgraph)
+    yield from (value.name for value in graph.output)
+
+
 def fuse_scaling(graph):
     """Merges the elementwise operations of channels after each ``FusedInvolution`` into it."""
     from onnx import helper, numpy_helper
 
+    operators = [
+        node for node in graph.node if (node.domain, node.op_type) == (DOMAIN, "FusedInvolution")
+    ]
+    if not operators:
+        return
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     users = collections.defaultdict(list)
     for node in graph.node:
         for name in set(node.input):
             users[name].append(node)
+        # None: a use other than as an input of a node of this graph.
+        for subgraph in subgraphs(node):
+            for name in set(used_names(subgraph)):
+                users[name].append(None)
     for value in graph.output:
         users[value.name].append(None)
     fused = []
-    for node in graph.node:
-        if (node.domain, node.op_type) != (DOMAIN, "FusedInvolution"):
-            continue
-        rank = next(len(a.ints) for a in node.attribute if a.name == "kernel_shape")
-        chain = _Chain(rank + 2, constants, users)
+    for node in operators:
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        channels = attributes.pop("channels")
+        node.attribute.remove(channels)
+        rank = len(attributes["kernel_shape"].ints) + 2
+        chain = _Chain(rank, channels.i, constants, users)
         chain.follow(node.output[0])
-        if chain.scale.ndim == 0:
+        if not chain.nodes:
             continue
         for part, vector in (("scale", chain.scale), ("offset", chain.offset)):
             name = f"{node.output[0]}/{part}"
-            vector = np.broadcast_to(vector, chain.scale.shape).astype("float32")
-            graph.initializer.append(numpy_helper.from_array(vector, name))
+            graph.initializer.append(numpy_helper.from_array(vector.astype("float32"), name))
             node.input.append(name)
         node.attribute.append(helper.make_attribute("relu", int(chain.relu)))
         fused += chain.nodes
@@ -45,10 +77,11 @@ def fuse_scaling(graph):
 class _Chain:
     """The operations that follow a node as the only ones, as ``value * scale + offset``."""
 
-    def __init__(self, rank, constants, users):
-        self._rank, self._constants, self._users = rank, constants, users
+    def __init__(self, rank, channels, constants, users):
+        self._rank, self._channels = rank, channels
+        self._constants, self._users = constants, users
         self._axis = 1  # of the channels
-        self.scale, self.offset, self.relu = np.ones(()), np.zeros(()), False
+        self.scale, self.offset, self.relu = np.ones(channels), np.zeros(channels), False
         self.nodes = []
 
     def follow(self, value):
@@ -56,8 +89,9 @@ class _Chain:
             if None in self._users[user.output[0]]:  # an output of the model keeps its node
                 return
             if user.op_type == "Transpose":
-                (permutation,) = (a.ints for a in user.attribute if a.name == "perm")
-                self._axis = list(permutation).index(self._axis)
+                axes = next((list(a.ints) for a in user.attribute if a.name == "perm"), None)
+                axes = list(range(self._rank))[::-1] if axes is None else axes
+                self._axis = axes.index(self._axis)
             elif user.op_type == "Relu":
                 self.relu = True
                 self.nodes.append((user, value))
@@ -77,19 +111,17 @@ class _Chain:
             return False
         if node.op_type in ("Div", "Sub") and node.input[0] != value:
             return False
-        vector = self._channels(self._constants[others[0]])
+        vector = self._vector(self._constants[others[0]])
         if vector is None:
             return False
         if node.op_type in ("Mul", "Div"):
             factor = vector if node.op_type == "Mul" else 1 / vector
             self.scale, self.offset = self.scale * factor, self.offset * factor
         else:
-            self.scale, self.offset = np.broadcast_arrays(
-                self.scale, self.offset + (vector if node.op_type == "Add" else -vector)
-            )
+            self.offset = self.offset + (vector if node.op_type == "Add" else -vector)
         return True
 
-    def _channels(self, constant):
+    def _vector(self, constant):
         """A constant as a vector of the channels, or a scalar; None if it depends on others."""
         if constant.ndim > self._rank:
             return None
@@ -97,7 +129,9 @@ class _Chain:
         if any(n != 1 for axis, n in enumerate(shape) if axis != self._axis):
             return None
         vector = constant.astype("float64").reshape(-1)
-        return vector if vector.size > 1 else vector[0]
+        if vector.size not in (1, self._channels):
+            return None  # it broadcasts one channel to several
+        return vector
 
 
 def _bypass(graph, nodes):
@@ -113,9 +147,10 @@ def _bypass(graph, nodes):
     kept = [node for node in graph.node if id(node) not in removed]
     for node in kept:
         node.input[:] = [source(name) for name in node.input]
+    read = {name for node, _ in nodes for name in node.input}
     del graph.node[:]
     graph.node.extend(kept)
-    used = {name for node in kept for name in node.input}
-    tensors = [tensor for tensor in graph.initializer if tensor.name in used]
+    unused = read - set(used_names(graph))
+    tensors = [tensor for tensor in graph.initializer if tensor.name not in unused]
     del graph.initializer[:]
     graph.initializer.extend(tensors)

@@ -3,10 +3,12 @@
 ``api.py`` selects the implementation of the involutions.
 """
 
+import logging
+
 import numpy as np
 
 from involution.export import saved_model, torch_export
-from involution.export.fusion import fuse_scaling
+from involution.export.fusion import all_nodes, fuse_scaling
 from involution.ops.onnxruntime.domain import DOMAIN, VERSION
 
 # The newest operator set that all three exporters support.
@@ -34,15 +36,6 @@ def write(spec, path, backend):
     onnx.save(proto, path)
 
 
-def all_nodes(graph):
-    """The nodes of a graph and of its subgraphs."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for subgraph in (attribute.g, *attribute.graphs):
-                yield from all_nodes(subgraph)
-
-
 def _from_tensorflow(spec):
     import tensorflow as tf
     import tf2onnx
@@ -51,12 +44,16 @@ def _from_tensorflow(spec):
     traced = tf.function(function, signature, autograph=False)
     from involution.ops.onnxruntime.tensorflow import HANDLERS
 
-    return tf2onnx.convert.from_function(
-        traced,
-        signature,
-        opset=OPSET,
-        custom_op_handlers=dict(HANDLERS),
-    )[0]
+    # It warns of each operator whose shape it cannot infer.
+    logger = logging.getLogger("tf2onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return tf2onnx.convert.from_function(
+            traced, signature, opset=OPSET, custom_op_handlers=dict(HANDLERS)
+        )[0]
+    finally:
+        logger.setLevel(level)
 
 
 def _from_jax(spec):

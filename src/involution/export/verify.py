@@ -10,7 +10,7 @@ import numpy as np
 
 import involution.onnx
 from involution.export.errors import ExportError, as_export_error, ignore_warnings
-from involution.export.onnx import all_nodes
+from involution.export.fusion import all_nodes
 from involution.ops.onnxruntime.domain import DOMAIN
 
 # Verified batch sizes.
@@ -100,11 +100,11 @@ def _run_onnx(path, spec, samples, operator):
     import onnxruntime
 
     proto = onnx.load(path)
-    standard = {"", "ai.onnx", *([DOMAIN] if operator == "native" else [])}
-    custom = {node.domain for node in all_nodes(proto.graph)} - standard
+    allowed = {"", "ai.onnx", *([DOMAIN] if operator == "native" else [])}
+    custom = {node.domain for node in all_nodes(proto.graph)} - allowed
     if custom or proto.functions:
         raise ExportError(
-            "An exported model must consist of standard ONNX operators. "
+            f"An exported model must consist of operators of these domains: {', '.join(allowed)}. "
             f"Received: {', '.join(custom) or 'local functions'}"
         )
     onnx.checker.check_model(proto, full_check=True)

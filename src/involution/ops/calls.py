@@ -45,21 +45,23 @@ def transposed_involution(transposed: TransposedWindow, implementation, x, kerne
 def apply_kernels(selection: Selection, x, kernel):
     """``involution`` of checked operands, with the implementation selected."""
     problem = selection.problem
-    kernel = _with_static_shape(kernel, x, selection, problem.window.taps, problem.window.groups)
+    if not selection.checks_shapes:
+        kernel = _with_static_shape(kernel, x, problem, problem.window.taps, problem.window.groups)
     return selection.implementation.apply(x, kernel, problem)
 
 
 def apply_window_products(selection: Selection, x, y):
     """``window_products`` of checked operands, with the implementation selected."""
     problem = selection.problem
-    y = _with_static_shape(y, x, selection, problem.x_shape[problem.window.channel_axis])
+    y = _with_static_shape(y, x, problem, problem.x_shape[problem.window.channel_axis])
     return selection.implementation.kernel_grad(x, y, problem)
 
 
 def apply_generated(selection: Selection, x, hidden, weight, bias):
     """``fused_involution`` of checked operands, with the implementation selected."""
     problem, window = selection.problem, selection.problem.window
-    hidden = _with_static_shape(hidden, x, selection, problem.hidden_channels)
+    if not selection.checks_shapes:
+        hidden = _with_static_shape(hidden, x, problem, problem.hidden_channels)
     if selection.generates:
         return selection.implementation.apply_generated(x, hidden, weight, bias, problem)
     ops, last = namespace(x), window.data_format == CHANNELS_LAST
@@ -92,12 +94,10 @@ def hidden_channels_of(weight) -> int:
     return shape[0]
 
 
-def _with_static_shape(tensor, x, selection, *channels):
+def _with_static_shape(tensor, x, problem, *channels):
     """``tensor`` reshaped to the output's sizes if they are known at run time only, because any
     other size would broadcast without an error."""
-    problem = selection.problem
-    checks_shapes = getattr(selection.implementation, "CHECKS_SHAPES", False)
-    if checks_shapes or None not in problem.output_shape:
+    if None not in problem.output_shape:
         return tensor
     ops, window = namespace(x), problem.window
     shape = ops.shape(x)

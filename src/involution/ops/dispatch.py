@@ -52,6 +52,11 @@ class Selection(NamedTuple):
         return IMPLEMENTATIONS[self.name]
 
     @property
+    def checks_shapes(self) -> bool:
+        """Whether ``apply`` compares sizes that are known only when the program runs."""
+        return getattr(self.implementation, "CHECKS_SHAPES", False)
+
+    @property
     def generates(self) -> bool:
         """Whether it generates kernels itself, from hidden channels, a weight and a bias."""
         last = self.problem.window.data_format == CHANNELS_LAST

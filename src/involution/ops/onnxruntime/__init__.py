@@ -46,7 +46,11 @@ def _node(name, x, others, problem):
     shape = (problem.x_shape[0], channels, *window.spatial(problem.output_shape))
     x = _channels_first(x) if last else x
     module = _module(problem.framework)
-    y = module.node(name, (x, *others), _attributes(window), shape)
+    attributes = _attributes(window)
+    if name == "FusedInvolution":
+        # For `export/fusion.py`; the operator ignores it.
+        attributes["channels"] = channels
+    y = module.node(name, (x, *others), attributes, shape)
     return namespace(y).moveaxis(y, 1, -1) if last else y
 
 
