@@ -115,7 +115,7 @@ Ints read_attribute(const ort::Api* api, const ort::ShapeContext* context, const
       return values;
     }
   throw InvalidNode{"`" + std::string(name) + "` must be an integer, or at most " +
-              std::to_string(2 * MAX_RANK) + " of them"};
+                    std::to_string(2 * MAX_RANK) + " of them"};
 }
 
 // The product of two positive numbers, which must not overflow in those that are made of it.
@@ -137,18 +137,18 @@ class Window {
       if (values.empty()) values.assign(count, fallback);
       if (values.size() != count)
         throw InvalidNode{"`" + std::string(name) + "` must have " + std::to_string(count) +
-                    " integers. Received: " + text(values)};
+                          " integers. Received: " + text(values)};
       for (const std::int64_t value : values)
         if (value < low || value > high)
           throw InvalidNode{"`" + std::string(name) + "` must be from " + std::to_string(low) +
                             " to " +
-                      std::to_string(high) + ". Received: " + text(values)};
+                            std::to_string(high) + ". Received: " + text(values)};
       return values;
     };
     kernel_shape = read_attribute(api, source, "kernel_shape");
     if (kernel_shape.empty() || rank() > MAX_RANK)
       throw InvalidNode{"`kernel_shape` must have one, two or three integers. Received: " +
-                  text(kernel_shape)};
+                        text(kernel_shape)};
     kernel_shape = read("kernel_shape", rank(), 1, 1, std::int64_t{1} << 20);
     strides = read("strides", rank(), 1, 1);
     dilations = read("dilations", rank(), 1, 1);
@@ -163,11 +163,11 @@ class Window {
     for (std::size_t i = 0; i < rank(); ++i) {
       if (kernel_shape[i] - 1 > MAX_SIZE / dilations[i])
         throw InvalidNode{"A window must be smaller. Received: kernel_shape " + text(kernel_shape) +
-                    ", dilations " + text(dilations)};
+                          ", dilations " + text(dilations)};
       for (const std::int64_t stride : strides)
         if (upsampling[i] > 1 && stride > 1)
           throw InvalidNode{"`strides` must be 1 where `upsampling` is above 1. Received: " +
-                      text(strides) + ", " + text(upsampling)};
+                            text(strides) + ", " + text(upsampling)};
     }
     taps = 1;
     for (const std::int64_t n : kernel_shape) taps = multiply(taps, n);
@@ -230,11 +230,11 @@ Ints check_shapes(const Operator& op, const Window& window, const std::vector<In
   const Ints& x = shapes[0];
   if (x.size() != rank + 2)
     throw InvalidNode{"`x` must have a batch axis, a channel axis and as many spatial axes as "
-                "`kernel_shape` has integers, " +
-                std::to_string(rank) + ". Received: x of shape " + text(x)};
+                      "`kernel_shape` has integers, " +
+                      std::to_string(rank) + ". Received: x of shape " + text(x)};
   if (x[1] != UNKNOWN && (x[1] == 0 || x[1] % window.groups != 0))
     throw InvalidNode{"`group` must divide the number of channels. Received: group " +
-                std::to_string(window.groups) + ", x of shape " + text(x)};
+                      std::to_string(window.groups) + ", x of shape " + text(x)};
   Ints output = {x[0], x[1]};
   for (std::size_t i = 0; i < rank; ++i) output.push_back(window.output_size(i, x[i + 2]));
   const auto expect = [&](std::size_t index, const char* name, const Ints& wanted) {
@@ -244,7 +244,7 @@ Ints check_shapes(const Operator& op, const Window& window, const std::vector<In
       equal = found[i] == wanted[i] || found[i] == UNKNOWN || wanted[i] == UNKNOWN;
     if (!equal)
       throw InvalidNode{"`" + std::string(name) + "` must have the shape " + text(wanted) +
-                  " for x of shape " + text(x) + ". Received: " + text(found)};
+                        " for x of shape " + text(x) + ". Received: " + text(found)};
   };
   const auto at_outputs = [&](Ints channels) {
     channels.insert(channels.begin(), output[0]);
