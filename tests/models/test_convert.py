@@ -211,7 +211,7 @@ def test_f03_f26_verification_finds_errors_that_shapes_do_not_show(
     mistake, state, tmp_path, monkeypatch
 ):
     if mistake == "group order":
-        monkeypatch.setattr(convert, "_tap_major", lambda taps: lambda array: array)
+        monkeypatch.setattr(convert, "tap_major", lambda taps: lambda array: array)
     elif mistake == "classifier":
         # As many classes as channels: the matrix fits with and without a transpose.
         state["head.fc.weight"] = torch.randn(2048, 2048)
