@@ -84,15 +84,13 @@ class OffsetAttention(keras.layers.Layer):
     def _offset_weights(self, size):
         """For all pairs of positions in a dimension, the weights (size, size, table_size) of the
         table's entries: 1 for one of them, or two neighbors that are interpolated."""
-        dtype = self.compute_dtype
-        positions = ops.arange(size)
+        positions = ops.cast(ops.arange(size), "float32")
         offsets = ops.abs(positions[:, None] - positions[None])
-        if size is not None and isinstance(size, int) and size == self.table_size:
-            return ops.one_hot(offsets, size, dtype=dtype)
         last = ops.maximum(ops.cast(size, "float32") - 1, 1)
-        scaled = ops.cast(offsets, "float32") * ((self.table_size - 1) / last)
+        scaled = offsets * ((self.table_size - 1) / last)
         entries = ops.arange(self.table_size, dtype="float32")
-        return ops.cast(ops.relu(1 - ops.abs(scaled[..., None] - entries)), dtype)
+        weights = ops.relu(1 - ops.abs(scaled[..., None] - entries))
+        return ops.cast(weights, self.compute_dtype)
 
     def count_multiply_adds(self, shapes) -> int:
         """Multiply-adds for inputs of these shapes."""

@@ -99,7 +99,15 @@ def _involution(x, variant, width, name):
 def _attention(x, variant, width, name):
     channels = variant.heads * variant.key_channels
     y = _conv_bn(x, 2 * channels + width, 1, f"{name}_attention_qkv")
-    queries, keys, values = keras.ops.split(y, (channels, 2 * channels), axis=-1)
+    # Not `keras.ops.split`, whose sizes PyTorch's exporter does not know.
+    queries, keys, values = (
+        y[..., part]
+        for part in (
+            slice(0, channels),
+            slice(channels, 2 * channels),
+            slice(2 * channels, None),
+        )
+    )
     queries = _depthwise_bn(queries, 3, f"{name}_attention_queries")
     y = OffsetAttention(variant.heads, ATTENTION_SIZE, name=f"{name}_attention")(
         [queries, keys, values]
