@@ -194,7 +194,7 @@ class Window {
     return multiply((size + padding - span(i) - 1) / strides[i] + 1, upsampling[i]);
   }
 
-  // Whether the output's size equals the input's, also where that is unknown.
+  // Whether output and input have the same size for every size of the input.
   bool preserves_size(std::size_t i) const {
     return strides[i] == 1 && upsampling[i] == 1 &&
            (same || pads[i] + pads[rank() + i] == span(i));

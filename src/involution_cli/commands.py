@@ -367,13 +367,9 @@ def bench(
 
         plan = runner.Plan(
             cases=tuple(cases.split(",")),
-            candidates=tuple(
-                candidates.split(",")
-                if candidates is not None
-                else runner.RUNTIME_CANDIDATES[runtime]
-                if runtime is not None
-                else runner.DEFAULT_CANDIDATES.get(device, runner.CANDIDATES)
-            ),
+            candidates=runner.default_candidates(device, runtime)
+            if candidates is None
+            else tuple(candidates.split(",")),
             dtypes=tuple(dtypes.split(",")),
             calls=calls,
             seconds=seconds,

@@ -6,7 +6,6 @@ import shutil
 import keras
 import numpy as np
 import pytest
-from keras.src.backend.common import dtypes
 
 from involution import models
 from involution.models import checkpoint_readers, convert, weights
@@ -24,20 +23,6 @@ DEPTHS = (26, 38, 50, 101, 152)
 BOUNDS = {"float32": 1e-4, "float64": 1e-9}
 # Sizes that no stride divides.
 IMAGES = np.random.default_rng(1).random((2, 65, 47, 3))
-
-
-@pytest.fixture
-def policy(request, monkeypatch):
-    """The dtype policy of one test."""
-    # On JAX and PyTorch Keras computes normalization and means in float32 even for float64, which
-    # would hide errors below 1e-6.
-    monkeypatch.delitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64")
-    before = keras.config.floatx(), keras.config.dtype_policy()
-    keras.config.set_floatx(request.param)
-    keras.config.set_dtype_policy(request.param)
-    yield request.param
-    keras.config.set_floatx(before[0])
-    keras.config.set_dtype_policy(before[1])
 
 
 every_policy = pytest.mark.parametrize("policy", BOUNDS, indirect=True)

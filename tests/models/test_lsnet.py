@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-from keras.src.backend.common import dtypes
 
 import involution
 from involution import models
@@ -18,18 +17,6 @@ EACH = ["lsnet_t", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lsnet_s"
 # JAX compiles each operation of a model that runs eagerly.
 eager_on_jax = slow_except("tensorflow", "torch")
 BOUNDS = {"float32": 1e-4, "float64": 1e-9}
-
-
-@pytest.fixture
-def policy(request, monkeypatch):
-    """The dtype policy of one test; see test_convert.py."""
-    monkeypatch.delitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64")
-    before = keras.config.floatx(), keras.config.dtype_policy()
-    keras.config.set_floatx(request.param)
-    keras.config.set_dtype_policy(request.param)
-    yield request.param
-    keras.config.set_floatx(before[0])
-    keras.config.set_dtype_policy(before[1])
 
 
 def checkpoint(network, folder, dtype="float32", **changes):

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
+import involution.onnx
 from involution.ops import fused_involution
+from involution.ops.native.library import available_cpus
 
 # Candidates, with the argument ``operator`` of ``export``.
 OPERATORS = {"onnx-portable": "portable", "onnx-native": "native"}
@@ -15,7 +17,7 @@ OPERATORS = {"onnx-portable": "portable", "onnx-native": "native"}
 
 @keras.saving.register_keras_serializable(package="involution")
 class _Generated(keras.layers.Layer):
-    """``fused_involution`` of two inputs, with a weight and a bias of its own."""
+    """``fused_involution`` as a layer of two inputs; its weight and bias are the layer's."""
 
     def __init__(self, case_arguments, **kwargs):
         super().__init__(**kwargs)
@@ -39,12 +41,10 @@ def session_call(case, operator, arguments) -> Callable[[], np.ndarray]:
     """
     try:
         import onnxruntime
-
-        import involution.onnx
-        from involution.export import export
-        from involution.ops.native.library import available_cpus
     except ImportError as error:
         raise NotImplementedError(f"requires the package {error.name}") from error
+    from involution.export import export
+
     x, hidden, weight, bias = (keras.ops.convert_to_numpy(a) for a in arguments)
     inputs = [keras.Input(a.shape[1:], name=name) for name, a in (("x", x), ("hidden", hidden))]
     layer = _Generated(case.arguments)

@@ -69,6 +69,13 @@ MAX_IM2COL_ELEMENTS = 2**28
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
 
 
+def default_candidates(device, runtime=None) -> tuple[str, ...]:
+    """The candidates for a device, or for a runtime of exported models."""
+    if runtime is not None:
+        return RUNTIME_CANDIDATES[runtime]
+    return DEFAULT_CANDIDATES.get(device, CANDIDATES)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What to measure, and for how long. Earlier names of candidates are accepted."""

@@ -44,7 +44,7 @@ def fuse_scaling(graph):
     ]
     if not operators:
         return
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
     users = collections.defaultdict(list)
     for node in graph.node:
         for name in set(node.input):
@@ -104,6 +104,8 @@ class _Chain:
 
     def _apply(self, node, value) -> bool:
         """Whether a node scales or offsets the channels; if so, it is part of the chain."""
+        from onnx import numpy_helper
+
         if node.op_type not in ("Mul", "Div", "Add", "Sub"):
             return False
         others = [name for name in node.input if name != value]
@@ -111,7 +113,7 @@ class _Chain:
             return False
         if node.op_type in ("Div", "Sub") and node.input[0] != value:
             return False
-        vector = self._vector(self._constants[others[0]])
+        vector = self._vector(numpy_helper.to_array(self._constants[others[0]]))
         if vector is None:
             return False
         if node.op_type in ("Mul", "Div"):

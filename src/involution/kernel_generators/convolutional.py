@@ -17,7 +17,16 @@ from involution.kernel_generators.pointwise import (
     has_plain_call,
 )
 from involution.kernel_generators.pooling import average_pool
-from involution.ops.validation import CAUSAL, CHANNELS_LAST, SAME, standardize_tuple
+from involution.ops.validation import (
+    CAUSAL,
+    CHANNELS_LAST,
+    SAME,
+    reduced_channels,
+    standardize_tuple,
+)
+
+# Of normalization, as in the paper's code and in LSNet's.
+EPSILON = 1e-5
 
 
 def _normal(scale):
@@ -133,6 +142,14 @@ class Linear(KernelGenerator):
         layer.build((None,) * (rank + 1) + (channels,))
         return layer
 
+    def make_normalization(self, name, channels):
+        """Batch normalization of channels-last features, as in the paper's code."""
+        layer = keras.layers.BatchNormalization(
+            momentum=0.9, epsilon=EPSILON, dtype=self.dtype_policy, name=name
+        )
+        layer.build((None,) * (len(self.kernel_size) + 1) + (channels,))
+        return layer
+
     def get_config(self):
         return {
             **super().get_config(),
@@ -180,12 +197,7 @@ class Bottleneck(Linear):
         self.reduction_ratio = standardize_tuple("reduction_ratio", reduction_ratio, 1)[0]
 
     def _build_generator(self, channels):
-        hidden = channels // self.reduction_ratio
-        if hidden == 0:
-            raise ValueError(
-                "`reduction_ratio` must leave at least one hidden channel. "
-                f"Received: reduction_ratio={self.reduction_ratio}, channels={channels}"
-            )
+        hidden = reduced_channels(channels, self.reduction_ratio)
         self.reduce = self.make_convolution(
             "reduce",
             hidden,
@@ -194,10 +206,7 @@ class Bottleneck(Linear):
             kernel_size=self._context_size,
         )
         if self.use_normalization:
-            self.normalization = keras.layers.BatchNormalization(
-                momentum=0.9, epsilon=1e-5, dtype=self.dtype_policy, name="normalization"
-            )
-            self.normalization.build((None,) * (len(self.kernel_size) + 1) + (hidden,))
+            self.normalization = self.make_normalization("normalization", hidden)
         self.expand = self.make_convolution("expand", self.kernel_channels, hidden)
 
     def hidden(self, features):

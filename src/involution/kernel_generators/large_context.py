@@ -6,11 +6,15 @@ import keras
 from keras import ops
 
 from involution.kernel_generators.base import check_names, training_argument
-from involution.kernel_generators.convolutional import Linear
+from involution.kernel_generators.convolutional import EPSILON, Linear
 from involution.kernel_generators.pooling import average_pool
-from involution.ops.validation import CAUSAL, CHANNELS_LAST, SAME, standardize_tuple
-
-EPSILON = 1e-5
+from involution.ops.validation import (
+    CAUSAL,
+    CHANNELS_LAST,
+    SAME,
+    reduced_channels,
+    standardize_tuple,
+)
 
 
 @keras.saving.register_keras_serializable(package="involution")
@@ -58,12 +62,7 @@ class LargeContext(Linear):
         self.kernel_normalization = self.normalizes_kernels = bool(kernel_normalization)
 
     def _build_generator(self, channels):
-        rank, hidden = len(self.kernel_size), channels // self.reduction_ratio
-        if hidden == 0:
-            raise ValueError(
-                "`reduction_ratio` must leave at least one hidden channel. "
-                f"Received: reduction_ratio={self.reduction_ratio}, channels={channels}"
-            )
+        rank, hidden = len(self.kernel_size), reduced_channels(channels, self.reduction_ratio)
         if rank == 3 or self.padding == CAUSAL:
             raise ValueError(
                 "LargeContext requires one or two dimensions, and windows that see both sides: "
@@ -71,7 +70,7 @@ class LargeContext(Linear):
                 f"padding={self.padding!r}"
             )
         self.reduce = self.make_convolution("reduce", hidden, channels, use_bias=False)
-        self.reduce_normalization = self._normalization("reduce_normalization", hidden)
+        self.reduce_normalization = self.make_normalization("reduce_normalization", hidden)
         self.context = getattr(keras.layers, f"DepthwiseConv{rank}D")(
             self.context_size,
             padding=SAME,
@@ -83,9 +82,9 @@ class LargeContext(Linear):
             name="context",
         )
         self.context.build((None,) * (rank + 1) + (hidden,))
-        self.context_normalization = self._normalization("context_normalization", hidden)
+        self.context_normalization = self.make_normalization("context_normalization", hidden)
         self.mix = self.make_convolution("mix", hidden, hidden, use_bias=False)
-        self.mix_normalization = self._normalization("mix_normalization", hidden)
+        self.mix_normalization = self.make_normalization("mix_normalization", hidden)
         self.expand = self.make_convolution("expand", self.kernel_channels, hidden)
         if self.kernel_normalization:
             # In float32, as statistics are.
@@ -96,13 +95,6 @@ class LargeContext(Linear):
             self.beta = self.add_weight(
                 shape=shape, initializer="zeros", name="beta", dtype=dtype, autocast=False
             )
-
-    def _normalization(self, name, channels):
-        layer = keras.layers.BatchNormalization(
-            momentum=0.9, epsilon=EPSILON, dtype=self.dtype_policy, name=name
-        )
-        layer.build((None,) * (len(self.kernel_size) + 1) + (channels,))
-        return layer
 
     def hidden(self, features):
         training = training_argument()

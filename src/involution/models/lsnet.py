@@ -8,12 +8,12 @@ with two 1x1 convolutions.
 import keras
 from keras import layers
 
-from involution.kernel_generators.large_context import EPSILON, LargeContext
+from involution.kernel_generators.large_context import LargeContext
 from involution.kernel_generators.pointwise import conv_class
 from involution.layers.involution_nd import Involution2D
 from involution.layers.offset_attention import OffsetAttention
 from involution.lsnet_variants import ATTENTION_SIZE, VARIANTS, se_channels
-from involution.models.rednet import check_flags, check_network
+from involution.models.rednet import batch_normalization, check_flags, check_network
 from involution.ops.validation import CHANNELS_FIRST, CHANNELS_LAST, standardize_data_format
 
 
@@ -92,7 +92,7 @@ def _involution(x, variant, width, name):
         data_format=CHANNELS_LAST,
         name=f"{name}_involution",
     )(x)
-    y = _bn(f"{name}_involution_bn")(y)
+    y = batch_normalization(f"{name}_involution_bn")(y)
     return layers.Add(name=f"{name}_involution_add")([y, x])
 
 
@@ -131,7 +131,7 @@ def _conv_bn(x, filters, kernel_size, name, strides=1, zero=False):
         name=f"{name}_conv",
     )(x)
     # With a gamma of zero, the branch is initially zero.
-    return _bn(f"{name}_bn", gamma_initializer="zeros" if zero else "ones")(x)
+    return batch_normalization(f"{name}_bn", gamma_initializer="zeros" if zero else "ones")(x)
 
 
 def _depthwise_bn(x, kernel_size, name, strides=1):
@@ -146,15 +146,11 @@ def _depthwise_bn(x, kernel_size, name, strides=1):
         data_format=CHANNELS_LAST,
         name=f"{name}_conv",
     )(x)
-    return _bn(f"{name}_bn")(x)
-
-
-def _bn(name, **arguments):
-    return layers.BatchNormalization(momentum=0.9, epsilon=EPSILON, name=name, **arguments)
+    return batch_normalization(f"{name}_bn")(x)
 
 
 def _head(x, classes, prefix):
-    x = _bn(f"{prefix}head_bn")(x)
+    x = batch_normalization(f"{prefix}head_bn")(x)
     initializer = keras.initializers.TruncatedNormal(stddev=0.02)
     return layers.Dense(classes, kernel_initializer=initializer, name=f"{prefix}logits")(x)
 

@@ -13,7 +13,11 @@ from keras import layers
 
 from involution.kernel_generators import registry
 from involution.kernel_generators.attachment import clone
-from involution.kernel_generators.convolutional import KAIMING, near_depthwise_init
+from involution.kernel_generators.convolutional import (
+    EPSILON,
+    KAIMING,
+    near_depthwise_init,
+)
 from involution.kernel_generators.pointwise import conv_class
 from involution.layers.involution_nd import Involution2D
 from involution.ops.validation import (
@@ -82,14 +86,14 @@ def _block(x, variant, width, stride, first, name):
     shortcut = x
     if first:
         shortcut = _convolution(variant.expansion * width, 1, stride, f"{name}_shortcut_conv")(x)
-        shortcut = _bn(f"{name}_shortcut_bn")(shortcut)
+        shortcut = batch_normalization(f"{name}_shortcut_bn")(shortcut)
     x = _convolution(width, 1, 1, f"{name}_1_conv")(x)
     x = _bn_relu(x, f"{name}_1")
     x = _involution(variant, variant.kernel_size, stride, f"{name}_2_involution")(x)
     x = _bn_relu(x, f"{name}_2")
     x = _convolution(variant.expansion * width, 1, 1, f"{name}_3_conv")(x)
     # With a gamma of zero, every block is initially its shortcut.
-    x = _bn(f"{name}_3_bn", gamma_initializer="zeros")(x)
+    x = batch_normalization(f"{name}_3_bn", gamma_initializer="zeros")(x)
     x = layers.Add(name=f"{name}_add")([x, shortcut])
     return layers.ReLU(name=f"{name}_relu")(x)
 
@@ -120,12 +124,13 @@ def _involution(variant, kernel_size, strides, name):
     )
 
 
-def _bn(name, **arguments):
-    return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=name, **arguments)
+def batch_normalization(name, **arguments):
+    """Batch normalization with the momentum and epsilon of the paper's code, and of LSNet's."""
+    return layers.BatchNormalization(momentum=0.9, epsilon=EPSILON, name=name, **arguments)
 
 
 def _bn_relu(x, name):
-    return layers.ReLU(name=f"{name}_relu")(_bn(f"{name}_bn")(x))
+    return layers.ReLU(name=f"{name}_relu")(batch_normalization(f"{name}_bn")(x))
 
 
 def check_network(input_shape, classes, data_format):

@@ -12,6 +12,17 @@ CONTIGUOUS, INTERLEAVED = "contiguous", "interleaved"
 CHANNELS_LAST, CHANNELS_FIRST = "channels_last", "channels_first"
 
 
+def reduced_channels(channels, reduction_ratio) -> int:
+    """Hidden channels of a generator, at least one, or ValueError."""
+    hidden = channels // reduction_ratio
+    if hidden == 0:
+        raise ValueError(
+            "`reduction_ratio` must leave at least one hidden channel. "
+            f"Received: reduction_ratio={reduction_ratio}, channels={channels}"
+        )
+    return hidden
+
+
 def standardize_tuple(name, value, count, minimum=1) -> tuple[int, ...]:
     """``count`` integers, from one integer or a sequence."""
     values = tuple(value) if isinstance(value, Sequence) else (value,) * count

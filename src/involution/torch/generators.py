@@ -18,7 +18,7 @@ from involution.ops import calls
 from involution.ops.attention import attention_kernel
 from involution.ops.centers import every_center
 from involution.ops.tensor_utils import to_accumulation_dtype
-from involution.ops.validation import CAUSAL, CONTIGUOUS, VALID, standardize_tuple
+from involution.ops.validation import CAUSAL, CONTIGUOUS, VALID, reduced_channels, standardize_tuple
 from involution.ops.window import ceil_div
 from involution.torch.functional import to_last
 from involution.torch.positionwise import evaluate
@@ -148,12 +148,7 @@ class Bottleneck(Convolutional):
         factory = {"device": device, "dtype": dtype}
         (ratio,) = standardize_tuple("reduction_ratio", reduction_ratio, 1)
         (context_size,) = standardize_tuple("context_size", context_size, 1)
-        hidden = channels // ratio
-        if hidden == 0:
-            raise ValueError(
-                "`reduction_ratio` must leave at least one hidden channel. "
-                f"Received: reduction_ratio={ratio}, channels={channels}"
-            )
+        hidden = reduced_channels(channels, ratio)
         rank = window.rank
         self.pool = average_pool(window)
         conv = convolution(rank, channels, hidden, context_size, bias=False, **factory)
@@ -266,12 +261,7 @@ class LargeContext(nn.Module):
         factory = {"device": device, "dtype": dtype}
         (ratio,) = standardize_tuple("reduction_ratio", reduction_ratio, 1)
         (context_size,) = standardize_tuple("context_size", context_size, 1)
-        hidden, rank = channels // ratio, window.rank
-        if hidden == 0:
-            raise ValueError(
-                "`reduction_ratio` must leave at least one hidden channel. "
-                f"Received: reduction_ratio={ratio}, channels={channels}"
-            )
+        hidden, rank = reduced_channels(channels, ratio), window.rank
         if window.padding == CAUSAL:
             raise ValueError(
                 "LargeContext requires windows that see both sides: padding other than 'causal'. "
