@@ -97,17 +97,17 @@ class Linear(KernelGenerator):
     def _build_generator(self, channels):
         self.expand = self.make_convolution("expand", self.kernel_channels, channels)
 
-    # Whether ``normalize_kernels`` changes the kernels.
+    # Whether the kernels are ``normalized_kernels`` instead of ``expand(hidden)``.
     normalizes_kernels = False
 
     def _generate(self, features):
-        kernels, offset = self.expand(self.hidden(features)), self.kernel_offset()
-        if self.normalizes_kernels:
-            kernels = self.normalize_kernels(kernels)
+        hidden, offset = self.hidden(features), self.kernel_offset()
+        kernels = (self.normalized_kernels if self.normalizes_kernels else self.expand)(hidden)
         return kernels if offset is None else kernels + ops.cast(offset, kernels.dtype)
 
-    def normalize_kernels(self, kernels):
-        """Kernels (B, *out_spatial, taps * groups) that depend on all of a sample."""
+    def normalized_kernels(self, hidden):
+        """Kernels (B, *out_spatial, taps * groups) that depend on all of a sample's ``hidden``
+        features."""
         raise NotImplementedError  # each generator that does has its own
 
     def kernel_offset(self):

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from involution.kernel_generators.base import check_names, training_argument
-from involution.kernel_generators.convolutional import EPSILON, Linear
+from involution.kernel_generators.convolutional import EPSILON, Linear, projection_of
 from involution.kernel_generators.pooling import average_pool
 from involution.ops.validation import (
     CAUSAL,
@@ -103,19 +103,50 @@ class LargeContext(Linear):
         x = self.context_normalization(self.context(x), **training)
         return ops.relu(self.mix_normalization(self.mix(x), **training))
 
-    def normalize_kernels(self, kernels):
-        dtype = keras.backend.standardize_dtype(kernels.dtype)
+    def normalized_kernels(self, hidden):
+        """The kernels of ``expand``, normalized.
+
+        The kernels are an affine map of ``hidden``, so its mean and covariance over the positions
+        give theirs, and a matrix for each sample gives kernels that are normalized already: a pass
+        over all kernels costs more than these products.
+        """
+        projection = projection_of(self.expand, self.compute_dtype, self.kernel_channels)
+        if projection is None:
+            hidden = self.expand(hidden)
+            projection = ops.eye(self.kernel_channels), ops.zeros(self.kernel_channels)
+        shape = ops.shape(hidden)
+        hidden = ops.reshape(hidden, (shape[0], math.prod(shape[1:-1]), shape[-1]))
+        weight, bias = self._normalized_projection(hidden, *projection)
+        kernels = ops.matmul(hidden, ops.cast(weight, hidden.dtype))
+        kernels = kernels + ops.cast(bias, hidden.dtype)
+        return ops.reshape(kernels, (*shape[:-1], self.kernel_channels))
+
+    def _normalized_projection(self, hidden, weight, bias):
+        """Weights (B, hidden channels, taps * groups) and biases (B, 1, taps * groups)."""
+        dtype = keras.backend.standardize_dtype(hidden.dtype)
         wide = "float64" if dtype == "float64" else "float32"  # squares overflow float16
-        shape = ops.shape(kernels)
-        taps = math.prod(self.kernel_size)
-        grouped = ops.reshape(
-            ops.cast(kernels, wide), (shape[0], math.prod(shape[1:-1]) * taps, self.groups)
+        hidden, weight, bias, gamma, beta = (
+            ops.cast(x, wide) for x in (hidden, weight, bias, self.gamma, self.beta)
         )
-        mean = ops.mean(grouped, axis=1, keepdims=True)
-        variance = ops.mean(ops.square(grouped - mean), axis=1, keepdims=True)
-        grouped = (grouped - mean) * ops.rsqrt(variance + EPSILON)
-        normalized = ops.reshape(grouped, shape) * ops.cast(self.gamma, wide)
-        return ops.cast(normalized + ops.cast(self.beta, wide), dtype)
+
+        def by_group(values):  # (B, taps * groups) to (B, taps, groups)
+            return ops.reshape(values, (-1, self.kernel_channels // self.groups, self.groups))
+
+        def by_channel(values):  # (B, 1, groups) to (B, 1, taps * groups)
+            return ops.tile(values, (1, 1, self.kernel_channels // self.groups))
+
+        mean_hidden = ops.mean(hidden, axis=1, keepdims=True)
+        centered = hidden - mean_hidden
+        covariance = ops.matmul(ops.transpose(centered, (0, 2, 1)), centered)
+        covariance = covariance / ops.cast(ops.shape(hidden)[1], wide)
+        # Of each tap over the positions; of each group over taps and positions.
+        tap_mean = by_group(ops.matmul(mean_hidden, weight)[:, 0] + bias)
+        tap_variance = by_group(ops.sum(ops.matmul(covariance, weight) * weight, axis=1))
+        mean = ops.mean(tap_mean, axis=1, keepdims=True)
+        variance = ops.mean(tap_variance + ops.square(tap_mean - mean), axis=1, keepdims=True)
+        scale = ops.rsqrt(variance + EPSILON)
+        gamma = by_channel(scale) * gamma
+        return weight * gamma, (bias - by_channel(mean)) * gamma + beta
 
     def count_multiply_adds(self) -> int:
         layers = self.reduce, self.context, self.mix
