@@ -37,7 +37,12 @@ if os.environ.get("KERAS_BACKEND") == "torch":
 
         del os.environ["TRITON_INTERPRET"]
 
-import involution  # noqa: F401 - selects the backend before a test imports Keras
+import involution  # noqa: F401 - selects the backend before Keras is imported
+
+# isort: split
+import keras
+from keras.src.backend.common import dtypes
+
 from involution.ops import dispatch
 from involution.ops.native import library
 
@@ -141,3 +146,17 @@ def target(request):
     yield request.param
     highest = library.targets()[-1]
     library.set_target(os.environ.get("INVOLUTION_INSTRUCTIONS") or highest)
+
+
+@pytest.fixture
+def policy(request, monkeypatch):
+    """The dtype policy of one test."""
+    # On JAX and PyTorch Keras computes normalization and means in float32 even for float64, which
+    # would hide errors below 1e-6.
+    monkeypatch.delitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64")
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx(request.param)
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_floatx(before[0])
+    keras.config.set_dtype_policy(before[1])

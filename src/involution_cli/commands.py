@@ -154,7 +154,7 @@ def predict(
 def explain(
     *files: pathlib.Path,
     output: pathlib.Path = pathlib.Path("explain.png"),
-    figure: Literal["heatmap", "activations", "point", "groups"] = "heatmap",
+    figure: Literal["heatmap", "activations", "point", "groups", "use"] = "heatmap",
     point: str = "0.5,0.5",
     backend: Backend = None,
 ):
@@ -171,7 +171,8 @@ def explain(
     figure
         heatmap: kernel heat maps next to and over each image; activations: heat maps next to the
         outputs of the involutions; point: the kernels at one point before and after training;
-        groups: one heat map per group of channels.
+        groups: one heat map per group of channels; use: how many of the images keep their class
+        when a layer's kernels are replaced by averages, which a convolution could have.
     point
         ROW,COLUMN of the point as fractions of the image: 0,0 is the top left corner, 1,1 the
         bottom right.
@@ -180,8 +181,10 @@ def explain(
         from involution.visualize import explain
 
         classifier, images = read_images(files)
-        for line in explain.write(classifier, images, output, figure, parse_point(point)):
-            current.progress.log(line)
+        point = parse_point(point)
+        progress = current.progress
+        for line in explain.write(classifier, images, output, figure, point, progress=progress):
+            progress.log(line)
 
 
 @app.command

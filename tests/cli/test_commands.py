@@ -213,6 +213,20 @@ def test_figures_are_reproducible(call, trained, pets, tmp_path, figure):
     assert a == b
 
 
+def test_use_of_the_kernels(call, trained, pets, tmp_path):
+    images = [pets / "test" / "ant" / f"{i}.png" for i in range(2)]
+    arguments = ("explain", trained[0] / "inn.keras", *images, "--figure", "use")
+    code, lines = call(*arguments, "--output", "use.svg")
+    assert code == 0
+    assert lines[1] == "Fraction of the images whose class stays the same:"
+    assert [line.split()[0] for line in lines[3:6]] == ["inv_1", "inv_2", "inv_3"]
+    assert re.fullmatch(r"all layers( +[01]\.\d{3}){4}", lines[6])
+    assert lines[-1] == "Figure: use.svg"
+    code, lines = call(*arguments, "--output", "use.html")
+    assert code == 0
+    assert (tmp_path / "use.html").read_text().count("data:image/png;base64,") == 9
+
+
 @pytest.mark.long
 def test_html_page_is_self_contained(call, trained, pets, tmp_path):
     images = [pets / "test" / "ant" / f"{i}.png" for i in range(2)]
@@ -343,6 +357,7 @@ def invalid_commands(root, trained):
         (["explain", inn, image, "--output", root / "none" / "x.png"], "writable"),
         (["explain", inn, image, "--output", root / "x.gif"], "must be a .png, .svg or .html"),
         (["explain", inn, image, image, "--figure", "groups"], "requires a single image"),
+        (["explain", inn, image, "--figure", "use"], "requires at least two images. Received: 1"),
         (["explain", inn, image, "--point", "0.5"], "Received: 0.5"),
         (["explain", inn, image, "--point", "0.5,nan"], "Received: 0.5, nan"),
         (["explain", inn, image, "--point", "a,b"], "--point must be ROW,COLUMN"),

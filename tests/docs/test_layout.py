@@ -176,6 +176,7 @@ ORDER = [
     "training.interrupts",
     "training.run_folder",
     "visualize.activations",
+    "visualize.ablation",
     "visualize.colors",
     "visualize.figures",
     "visualize",

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from involution.kernel_generators.base import training_scope
-from involution.layers.recording import is_recording, record
+from involution.layers.recording import record, replaced, stores_kernels
 from involution.ops.calls import apply_generated, apply_kernels
 from involution.ops.dispatch import Selection, select
 from involution.ops.problem import check_generator, check_kernel, problem_of
@@ -70,8 +70,7 @@ class BaseInvolution(keras.layers.Layer):
         return outputs
 
     def _call(self, inputs, **context):
-        # A recorded call stores its kernels.
-        projection = None if is_recording() else self._generator_projection(inputs)
+        projection = None if stores_kernels() else self._generator_projection(inputs)
         selection = self.select_implementation(inputs, projection)
         if selection.generates and projection is not None:
             # The call of the last layer, which is skipped, would cast its input and its weights.
@@ -79,7 +78,7 @@ class BaseInvolution(keras.layers.Layer):
             operands = tuple(ops.cast(operand, inputs.dtype) for operand in operands)
             check_generator(selection.problem, *operands)
             return self._finish(apply_generated(selection, inputs, *operands))
-        kernel = self.generate_kernel(inputs, **context)
+        kernel = replaced(self, self.generate_kernel(inputs, **context))
         check_kernel(selection.problem, kernel)
         output = self._finish(apply_kernels(selection, inputs, kernel))
         record(self, self.window, inputs, kernel, output)

@@ -1,7 +1,8 @@
-"""Recording of the involutions that run, for visualization and analysis."""
+"""Recording of the involutions that run, and replacement of their kernels, for analysis."""
 
 import contextlib
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
@@ -28,9 +29,10 @@ class InvolutionTrace(NamedTuple):
 
 
 class _Recorder(threading.local):
-    """The traces of this thread; None while nothing is recorded."""
+    """The traces and the replacement of this thread; None while there is none."""
 
     traces: list[InvolutionTrace] | None = None
+    replacement: Callable | None = None
 
 
 _recorder = _Recorder()
@@ -47,8 +49,29 @@ def record_involutions():
         _recorder.traces = before
 
 
+@contextlib.contextmanager
+def replace_kernels(function):
+    """Context manager in which every involution that runs in this thread applies
+    ``function(layer, kernel)`` instead of the kernels that it generates, of the same shape."""
+    before, _recorder.replacement = _recorder.replacement, function
+    try:
+        yield
+    finally:
+        _recorder.replacement = before
+
+
 def is_recording() -> bool:
     return _recorder.traces is not None
+
+
+def stores_kernels() -> bool:
+    """Whether involutions must store their kernels, to be recorded or replaced."""
+    return is_recording() or _recorder.replacement is not None
+
+
+def replaced(layer, kernel):
+    """The kernels that a layer applies instead of ``kernel``."""
+    return kernel if _recorder.replacement is None else _recorder.replacement(layer, kernel)
 
 
 def record(*fields):

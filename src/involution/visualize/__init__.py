@@ -1,4 +1,4 @@
-"""Figures: learning curves, sample images, and heat maps of involution kernels.
+"""Figures: learning curves, sample images, heat maps and use of involution kernels.
 
 Every function returns a new ``matplotlib.figure.Figure``; nothing is shown, and Matplotlib's global
 state is not modified. Color scales keep their order in grayscale and for color-blind readers.
@@ -7,6 +7,7 @@ state is not modified. Color scales keep their order in grayscale and for color-
 from typing import Any
 
 from involution import renamed
+from involution.visualize.ablation import KernelUse, LayerUse, kernel_use
 from involution.visualize.activations import (
     InvolutionRecord,
     capture,
@@ -16,6 +17,8 @@ from involution.visualize.activations import (
 
 __all__ = [
     "InvolutionRecord",
+    "KernelUse",
+    "LayerUse",
     "accuracy_vs_cost",
     "capture",
     "compare_kernels",
@@ -25,8 +28,10 @@ __all__ = [
     "heat_maps",
     "image_grid",
     "kernel_maps",
+    "kernel_use",
     "kernels_at",
     "stratified_sample",
+    "use_chart",
 ]
 
 _renamed = renamed.attributes(

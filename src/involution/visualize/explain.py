@@ -1,6 +1,7 @@
 """Figures of the kernels generated for images: ``involution explain``."""
 
 import collections
+import functools
 import pathlib
 
 import keras
@@ -9,11 +10,13 @@ import numpy as np
 from involution.saving.classifier import Classifier
 from involution.utils.atomic_files import atomic_write
 from involution.utils.errors import InputError
+from involution.utils.progress import NullProgress
+from involution.visualize.ablation import kernel_use
 from involution.visualize.activations import capture
 
 TEMPLATE = pathlib.Path(__file__).with_name("explain.html.j2")
 
-# Captions by figure, in the order of a page.
+# Captions of the figures of an image, in the order of a page.
 FIGURES = {
     "heatmap": "Sum of the generated kernel's weights at each position, over all groups: next to "
     "the image, and as an overlay.",
@@ -23,12 +26,24 @@ FIGURES = {
     "groups: before training (the same network with newly initialized weights) and after training.",
     "groups": "Sum of the generated kernel's weights at each position, by group of channels.",
 }
+USE = "use"
+USE_CAPTION = (
+    "Fraction of the images whose class stays the same when the generated kernels of a layer, or "
+    "of all, are replaced: where it stays at 1, a convolution would do as well. Right: how much "
+    "kernels differ between the places of an image, relative to their taps."
+)
 
 RENAMED_FIGURES = {"maps": "heatmap", "outputs": "activations", "place": "point"}
 
 
 def write(
-    classifier: Classifier, images, output, figure="heatmap", point=(0.5, 0.5), top=3
+    classifier: Classifier,
+    images,
+    output,
+    figure="heatmap",
+    point=(0.5, 0.5),
+    top=3,
+    progress: NullProgress | None = None,
 ) -> list[str]:
     """Draws the kernels that a model's involutions generate for images.
 
@@ -37,14 +52,16 @@ def write(
         images: Pairs of a file name and the image as returned by ``Classifier.read``.
         output: The file: .png and .svg contain the figure ``figure``, .html is a self-contained
             page with all figures.
-        figure: A key of ``FIGURES`` or ``RENAMED_FIGURES``. ``"point"`` and ``"groups"`` require a
-            single image.
+        figure: A key of ``FIGURES`` or ``RENAMED_FIGURES``, or ``"use"``. ``"point"`` and
+            ``"groups"`` require a single image, ``"use"`` at least two; on a page, which has all
+            figures of every image, ``"use"`` adds that of all images.
         point: (row, column) of the figure ``"point"`` in relative coordinates, from 0 to 1.
         top: Number of classes on a page.
+        progress: Receives the progress of ``"use"``; None: none is reported.
 
     Returns:
-        Lines to print: each image's class and the range of its heat maps, the implementations that
-        run in inference, and the output file.
+        Lines to print: each image's class and the range of its heat maps, or the table of
+        ``"use"``; the implementations that run in inference; the output file.
 
     Raises:
         InputError: The model has no involution, or an argument is invalid.
@@ -61,7 +78,7 @@ def write(
     _check(output, figure, point, images)
     names, tensors = zip(*images, strict=True)
     pixels = np.concatenate(tensors)
-    figures = _Figures(classifier, pixels, point)
+    figures = _Figures(classifier, pixels, point, progress)
     scores = classifier.predict_proba(pixels)
     best = [f"{classifier.class_names[s.argmax()]} {s.max():.2f}" for s in scores]
     try:
@@ -70,14 +87,13 @@ def write(
                 output,
                 TEMPLATE,
                 model=classifier.model.name,
+                use=_data_url(figures.draw(USE)) if figure == USE else None,
+                use_caption=USE_CAPTION,
                 images=[
                     {
                         "name": str(names[i]),
                         "scores": [(classifier.class_names[k], scores[i, k]) for k in ranked],
-                        "figures": {
-                            name: html.data_url(html.png(figures.draw(name, [i])))
-                            for name in FIGURES
-                        },
+                        "figures": {name: _data_url(figures.draw(name, [i])) for name in FIGURES},
                     }
                     for i, ranked in enumerate(scores.argsort(axis=-1)[:, ::-1][:, :top])
                 ],
@@ -91,25 +107,30 @@ def write(
         raise InputError(
             f"The output file must be writable. Received: {output}: {error.strerror}"
         ) from error
-    lines = []
-    for i, name in enumerate(names):
-        maps = {layer: r.heat_map[i].sum(axis=-1) for layer, r in figures.records.items()}
-        ranges = (
-            f"{layer} {m.shape[1]}x{m.shape[0]} from {m.min():.3g} to {m.max():.3g}"
-            for layer, m in maps.items()
-        )
-        lines.append(f"{name}: {best[i]}; {', '.join(ranges)}")
+    if figure == USE:
+        lines = ["Fraction of the images whose class stays the same:", *figures.use.table()]
+    else:
+        lines = figures.ranges(names, best)
     used = collections.Counter(record.implementation for record in figures.records.values())
     counts = ", ".join(f"{count} x {name}" for name, count in used.items())
     lines.append(f"Implementations in inference: {counts}; kernels were stored for the figures")
     return [*lines, f"{'Page' if output.suffix == '.html' else 'Figure'}: {output}"]
 
 
+def _data_url(figure):
+    from involution.visualize import html
+
+    return html.data_url(html.png(figure))
+
+
 def _check(output, figure, point, images):
     if output.suffix not in (".png", ".svg", ".html"):
         raise InputError(f"The output must be a .png, .svg or .html file. Received: {output}")
-    if figure not in FIGURES:
-        raise InputError(f"`figure` must be one of {', '.join(FIGURES)}. Received: {figure!r}")
+    known = (*FIGURES, USE)
+    if figure not in known:
+        raise InputError(f"`figure` must be one of {', '.join(known)}. Received: {figure!r}")
+    if figure == USE and len(images) < 2:
+        raise InputError(f"The figure use requires at least two images. Received: {len(images)}")
     if len(point) != 2 or not all(0 <= coordinate <= 1 for coordinate in point):
         raise InputError(
             "A point must be ROW,COLUMN in relative coordinates from 0 to 1. "
@@ -125,8 +146,9 @@ def _check(output, figure, point, images):
 class _Figures:
     """Draws figures of any of the images from one forward pass over all of them."""
 
-    def __init__(self, classifier, pixels, point):
+    def __init__(self, classifier, pixels, point, progress):
         self.model, self.pixels, self.point = classifier.model, pixels, point
+        self.progress = progress
         self.records = _capture_2d(self.model, pixels)
         if not self.records:
             raise InputError(
@@ -134,13 +156,33 @@ class _Figures:
                 f"Received: {self.model.name}, which has none"
             )
 
-    def draw(self, figure, indices, titles=None):
+    @functools.cached_property
+    def use(self):
+        return kernel_use(self.model, self.pixels, progress=self.progress)
+
+    def draw(self, figure, indices=(), titles=None):
+        if figure == USE:
+            from involution.visualize import figures
+
+            return figures.use_chart(self.use)
         indices = list(indices)
         if figure == "point":
             return self._point(*indices)
         if figure == "groups":
             return self._groups(*indices)
         return self._heat_maps(indices, titles, with_activations=figure == "activations")
+
+    def ranges(self, names, titles) -> list[str]:
+        """A line for each image: its title and the range of its heat maps."""
+        lines = []
+        for i, (name, title) in enumerate(zip(names, titles, strict=True)):
+            maps = {layer: r.heat_map[i].sum(axis=-1) for layer, r in self.records.items()}
+            ranges = (
+                f"{layer} {m.shape[1]}x{m.shape[0]} from {m.min():.3g} to {m.max():.3g}"
+                for layer, m in maps.items()
+            )
+            lines.append(f"{name}: {title}; {', '.join(ranges)}")
+        return lines
 
     def _heat_maps(self, indices, titles, with_activations):
         from involution.visualize import figures

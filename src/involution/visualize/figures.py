@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from involution import renamed
+from involution.visualize.ablation import REPLACEMENTS
 from involution.visualize.colors import DIVERGING_CMAP, PALETTE, SEQUENTIAL_CMAP, TEST, TRAIN
 
 
@@ -326,4 +327,40 @@ def compare_kernels(kernel, filters, positions) -> Figure:
                 if column == 0:
                     ax.set_ylabel(f"channel {c}", fontsize=8)
         subfigure.colorbar(axes[0, 0].images[0], ax=axes, label="weight", shrink=0.8)
+    return figure
+
+
+def use_chart(use) -> Figure:
+    """Scores with replaced kernels by layer, and how much the kernels differ between places.
+
+    Args:
+        use: A ``KernelUse``, as ``visualize.kernel_use`` returns.
+    """
+    rows = {name: layer.scores for name, layer in use.layers.items()}
+    rows["all layers"] = use.together
+    figure = Figure(figsize=(9, 2.2 + 0.4 * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    left.axvline(use.score, color="0.5", linestyle="--", label="own kernels")
+    offsets = np.linspace(-0.24, 0.24, len(REPLACEMENTS))
+    styles = zip(REPLACEMENTS.items(), "os^D", PALETTE, offsets, strict=False)
+    for (kind, text), marker, color, offset in styles:
+        left.plot(
+            [scores[kind] for scores in rows.values()],
+            np.arange(len(rows)) + offset,
+            marker,
+            color=color,
+            markerfacecolor="none",
+            markeredgewidth=1.8,
+            label=f"{kind}: {text}",
+        )
+    left.set_yticks(range(len(rows)), rows, parse_math=False)
+    left.set_ylim(len(rows) - 0.5, -0.5)
+    left.set_xlabel("score with replaced kernels")
+    left.grid(alpha=0.3)
+    names = range(len(use.layers))
+    right.barh(names, [layer.place_ratio for layer in use.layers.values()], 0.5, color=PALETTE[0])
+    right.axvline(1, color="0.5", linestyle=":")
+    right.set_xlabel("variance over places /\nvariance over taps")
+    right.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", fontsize=9)
     return figure
