@@ -223,14 +223,14 @@ $(RUN_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 $(TEST_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(TEST_VENV)
 	$(TEST_VENV)/bin/pip install --quiet --upgrade $(PIP_WITH_GROUPS)
-	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),sweep,demo,hub,$(if $(filter jax,$(BACKENDS)),export-jax,export)]" --group test --group lint $(if $(filter jax,$(BACKENDS)),--group jax) $(if $(filter torch,$(BACKENDS)),--group triton) -c constraints.txt
+	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),examples,sweep,demo,hub,$(if $(filter jax,$(BACKENDS)),export-jax,export)]" --group test --group lint $(if $(filter jax,$(BACKENDS)),--group jax) $(if $(filter torch,$(BACKENDS)),--group triton) -c constraints.txt
 	touch $@
 
 # Not editable, because Python would import the original instead of the mutated package.
 $(MUTANTS_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(MUTANTS_VENV)
 	$(MUTANTS_VENV)/bin/pip install --quiet --upgrade $(PIP_WITH_GROUPS)
-	$(MUTANTS_VENV)/bin/pip install --quiet ".[torch,sweep,demo,hub]" --group test --group mutants -c constraints.txt
+	$(MUTANTS_VENV)/bin/pip install --quiet ".[torch,examples,sweep,demo,hub]" --group test --group mutants -c constraints.txt
 	touch $@
 
 # The package ziglang installs no executable named zig.

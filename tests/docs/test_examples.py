@@ -1,5 +1,6 @@
-"""The example programs run, with ``--quick``."""
+"""The example programs run in their quick forms."""
 
+import json
 import re
 import runpy
 import sys
@@ -11,7 +12,9 @@ from tests.support.paths import ROOT
 pytestmark = pytest.mark.any_backend
 
 FOLDER = ROOT / "examples"
-EXAMPLES = sorted(f.stem for f in FOLDER.glob("*.py") if f.stem != "common")
+SHARED = {"common", "experiments", "photographs"}
+EXPERIMENTS = ["varying_noise"]
+EXAMPLES = sorted({f.stem for f in FOLDER.glob("*.py")} - SHARED - set(EXPERIMENTS))
 
 
 def test_examples_are_found():
@@ -21,12 +24,42 @@ def test_examples_are_found():
 @pytest.mark.long
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name, monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(FOLDER)
-    monkeypatch.setattr(sys, "argv", [name, "--quick", "--output", str(tmp_path / "picture.png")])
-    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    run(name, monkeypatch, "--quick", "--output", str(tmp_path / "picture.png"))
     rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| ([\d.]+) \|$", capsys.readouterr().out, re.M)
     results = {row[0]: (int(row[1].replace(",", "")), float(row[2])) for row in rows}
     involution, convolution = results["involution"], results["convolution"]
     # Parameter counts of small networks cannot be equal: numbers of channels are integers.
     assert involution[0] == pytest.approx(convolution[0], rel=0.3)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run(name, monkeypatch, *arguments):
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    return runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+
+
+def runs(folder):
+    """The last metric of each run, by task and arm; checks that arms of a task have one size."""
+    found = json.loads((folder / "runs.json").read_text())["runs"]
+    for task in {run["task"] for run in found}:
+        sizes = [run["parameters"] for run in found if run["task"] == task]
+        assert max(sizes) <= 1.02**2 * min(sizes), task
+    return {(run["task"], run["arm"]): run["curve"] for run in found}
+
+
+@pytest.mark.long
+def test_noise_that_varies_by_place(monkeypatch, tmp_path):
+    example = run("varying_noise", monkeypatch, "--output", str(tmp_path))
+    fixed, inverse_variance, best = example["bounds"]().values()
+    # Published for this setting, from another sample: 8.54, 10.82 (not optimized), 11.67 dB.
+    assert fixed == pytest.approx(8.54, abs=0.05)
+    assert 10.8 < inverse_variance < best
+    assert best == pytest.approx(11.5, abs=0.2)
+    for (task, arm), curve in runs(tmp_path).items():
+        if task == "field":
+            # Every arm uses the map of the noise, and none exceeds the bound.
+            assert fixed < curve[-1][1] < best + 0.1, arm
+            assert curve[-1][1] > curve[0][1], arm
+    for name in ("curves.png", "field.png", "photograph.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
