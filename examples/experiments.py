@@ -19,7 +19,7 @@ from scipy import stats
 
 from involution.utils.environment import versions
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def arguments(text, name):
@@ -161,6 +161,41 @@ def fit(model, loss, batches, steps, evaluate, every, learning_rate=3e-3):
             flush=True,
         )
     return curve, seconds
+
+
+def train_arms(results, key, arms, batches, loss, evaluate, steps, every, keep=None, **options):
+    """Trains the arms that the results lack, from the same seed, on the same data.
+
+    Args:
+        results: Receives the runs.
+        key: The task and the seed, and whatever else identifies a run.
+        arms: Function that returns the networks by name; those of a call have new weights.
+        batches: Function of a number of batches and a random generator, for ``fit``.
+        loss, steps, every: As for ``fit``.
+        evaluate: Function of a network that returns metrics by name; the first has the curve.
+        keep: Function of a network's name and the network, called after its training.
+        **options: Of ``fit``.
+    """
+    for arm in arms():
+        if results.has(**key, arm=arm):
+            continue
+        keras.utils.set_random_seed(key["seed"])
+        model = arms()[arm]
+        random = np.random.default_rng([key["seed"], 1])
+        metrics = {}
+
+        def measure(model=model, metrics=metrics):
+            metrics.update({name: float(value) for name, value in evaluate(model).items()})
+            return next(iter(metrics.values()))
+
+        def some_batches(count, random=random):
+            return batches(count, random)
+
+        curve, seconds = fit(model, loss, some_batches, steps, measure, every, **options)
+        run = {"parameters": size(model), "curve": curve, **metrics, "seconds": round(seconds, 1)}
+        results.add(**key, arm=arm, **run)
+        if keep is not None:
+            keep(arm, model)
 
 
 def steps_to(curve, level):

@@ -163,37 +163,41 @@ def squared_error(truth, outputs):
 
 
 def quality(model, x, truth):
-    outputs = model.predict(x, batch_size=32, verbose=0)
+    parts = [model.predict_on_batch(x[i : i + 32]) for i in range(0, len(x), 32)]
+    outputs = np.concatenate(parts)
     return decibels(np.mean(np.square(inner(truth) - inner(outputs))))
 
 
 # --- Experiment -----------------------------------------------------------------------------------
 
 
-def train(results, key, steps, every, batches, x, truth):
-    """Trains the arms that the results lack; the first seed leaves its outputs for one image."""
-    for arm in ARMS:
-        if results.has(**key, arm=arm):
-            continue
-        keras.utils.set_random_seed(key["seed"])
-        model = networks(key["width"])[arm]
-        random = np.random.default_rng([key["seed"], 1])
-        curve, seconds = experiments.fit(
-            model,
-            squared_error,
-            lambda count, random=random: (*batches(count * BATCH, random), BATCH),
-            steps,
-            lambda model=model: quality(model, x, truth),
-            every,
-        )
-        run = {"parameters": experiments.size(model), "curve": curve, "quality": curve[-1][1]}
-        results.add(**key, arm=arm, **run, seconds=round(seconds, 1))
-        if key["seed"] == 0 and key["width"] == 16:
-            keep(results.folder / f"{key['task']}-{arm.replace(' ', '-')}.npz", model, x, truth)
+def train(results, key, noisy_and_clean, x, truth, steps, every):
+    experiments.train_arms(
+        results,
+        key,
+        functools.partial(networks, key["width"]),
+        lambda count, random: (*noisy_and_clean(count * BATCH, random), BATCH),
+        squared_error,
+        lambda model: {"quality": quality(model, x, truth)},
+        steps,
+        every,
+        keep(results, key, x, truth),
+    )
 
 
-def keep(file, model, x, truth):
-    """Saves a crop of the first image, and the kernels at three places of it."""
+def keep(results, key, x, truth):
+    """A function that saves a network's output for a crop of the first image, and its kernels."""
+    if key["seed"] != 0 or key["width"] != 16:
+        return None
+
+    def save(arm, model):
+        file = results.folder / f"{key['task']}-{arm.replace(' ', '-')}.npz"
+        _save(file, model, x, truth)
+
+    return save
+
+
+def _save(file, model, x, truth):
     arrays = {"input": x[0], "truth": truth[0], "output": model.predict(x[:1], verbose=0)[0]}
     if model.name == "involution":
         kernels = keras.Model(model.inputs, model.get_layer("kernels").output)
@@ -215,7 +219,7 @@ def on_fields(results, options, limits):
     for width in widths:
         for seed in range(options.seeds):
             key = {"task": "field", "width": width, "seed": seed}
-            train(results, key, steps, every, batches, x, truth)
+            train(results, key, batches, x, truth, steps, every)
     low, _, high = limits.values()
     for run in results.of(task="field"):
         run["gap"] = (run["quality"] - low) / (high - low)
@@ -244,7 +248,7 @@ def on_photographs(results, options):
             return add_noise(clean, PHOTO_LEVELS, random), clean
 
         key = {"task": "photograph", "width": 16, "seed": seed}
-        train(results, key, steps, every, batches, x, truth)
+        train(results, key, batches, x, truth, steps, every)
     title = f"Photographs left out ({', '.join(names)}): PSNR in dB"
     results.table("quality", title, "involution", task="photograph")
 
