@@ -37,7 +37,7 @@ from skimage.feature import canny
 
 from involution import InvolutionUpSampling2D
 
-FACTOR, WINDOW, SIDE, BATCH, WIDTH = 8, 3, 96, 8, 16
+FACTOR, WINDOW, WIDTH = 8, 3, 16
 DILATIONS = (1, 1, 2, 4, 8)
 # Of BT.601; the chroma is in [-0.5, 0.5].
 TO_YCC = np.float32(
@@ -191,18 +191,18 @@ def quality(outputs, truth, edges):
 
 def main():
     options = experiments.arguments(__doc__, "guided_upsampling")
-    steps, every = (1500, 150) if options.full else (60, 30)
+    steps, every, side, batch = (1500, 150, 96, 8) if options.full else (60, 30, 48, 4)
     results = experiments.Results(options)
     images = photographs.load()
-    names = list(images) if options.full else ["coffee"]
+    names = list(images) if options.full else ["chelsea"]
     for seed, name in enumerate(names):
         others = [image for other, image in images.items() if other != name]
         *test, truth = split(images[name][None])
         edges = near_edges(test[0][0, ..., 0])
 
         def batches(count, random, others=others):
-            *inputs, chroma = split(photographs.crops(others, count * BATCH, SIDE, random))
-            return inputs, chroma, BATCH
+            *inputs, chroma = split(photographs.crops(others, count * batch, side, random))
+            return inputs, chroma, batch
 
         def evaluate(model, test=test, truth=truth, edges=edges):
             return quality(model.predict_on_batch(test), truth, edges)

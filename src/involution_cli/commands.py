@@ -181,9 +181,11 @@ def explain(
         from involution.visualize import explain
 
         classifier, images = read_images(files)
-        point = parse_point(point)
         progress = current.progress
-        for line in explain.write(classifier, images, output, figure, point, progress=progress):
+        lines = explain.write(
+            classifier, images, output, figure, parse_point(point), progress=progress
+        )
+        for line in lines:
             progress.log(line)
 
 

@@ -74,5 +74,5 @@ def test_guided_upsampling_starts_from_the_bilinear_interpolation(monkeypatch, t
     for arm, curve in curves.items():
         # A few steps change it by a fraction of a decibel.
         assert curve[-1][1] > curves["bilinear"][-1][1] - 0.5, arm
-    for name in ("curves.png", "coffee.png"):
+    for name in ("curves.png", "chelsea.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -145,7 +145,9 @@ def kernel_use(
         return by_replacement
 
     score = float(metric(outputs, labels))
-    layers = {name: LayerUse(*statistics[name].variances(), scores({name})) for name in names}
+    layers = {
+        name: LayerUse(**statistics[name].variances(), scores=scores({name})) for name in names
+    }
     together = layers[names[0]].scores if len(names) == 1 else scores(set(names))
     progress.end()
     return KernelUse(score, layers, together)
@@ -159,8 +161,8 @@ class _Statistics:
     """Sums over the images of a layer's kernels, (*out_spatial, taps, groups)."""
 
     def __init__(self):
-        self.count = self.over_places = 0
-        self.sum = self.squares = 0.0
+        self.count, self.over_places = 0, 0.0
+        self.sum = self.squares = np.zeros(())
 
     def add(self, kernels):
         kernels = kernels.astype("float64")
@@ -174,15 +176,15 @@ class _Statistics:
     def mean(self) -> np.ndarray:
         return self.sum / self.count
 
-    def variances(self) -> tuple[float, float, float]:
-        """Over places, images and taps."""
+    def variances(self) -> dict[str, float]:
+        """Arguments of ``LayerUse``."""
         over_images = (self.squares / self.count - np.square(self.mean)).clip(min=0).mean()
         kernel = self.mean.mean(axis=tuple(range(self.mean.ndim - 2)))
-        return (
-            float(self.over_places / self.count),
-            float(over_images),
-            float(kernel.var(axis=0).mean()),
-        )
+        return {
+            "over_places": float(self.over_places / self.count),
+            "over_images": float(over_images),
+            "over_taps": float(kernel.var(axis=0).mean()),
+        }
 
 
 def _statistics(model, images, batches, progress):
