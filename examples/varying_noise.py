@@ -128,15 +128,15 @@ def network(arm, width, hidden):
     elif arm == "direct":
         outputs = noisy - layers.Conv2D(1, 1)(x)
     else:
-        gate = keras.ops.exp(layers.Conv2D(1, 1)(x))
+        # Both positive: with weights of any sign the quotient overflowed in one of five runs.
+        gate = keras.ops.softplus(layers.Conv2D(1, 1)(x)) + 1e-3
         static = Involution2D(
             WINDOW,
             groups=1,
-            kernel_generator=kernel_generators.Static(
-                kernel_initializer=keras.initializers.Constant(1 / WINDOW**2)
-            ),
+            kernel_generator=kernel_generators.Static(kernel_initializer="zeros"),
+            kernel_softmax=True,
         )
-        outputs = static(noisy * gate) / (static(gate) + 1e-6)
+        outputs = static(noisy * gate) / static(gate)
     return keras.Model(inputs, outputs, name=arm.replace(" ", "_"))
 
 

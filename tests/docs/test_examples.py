@@ -5,6 +5,7 @@ import re
 import runpy
 import sys
 
+import numpy as np
 import pytest
 
 from tests.support.paths import ROOT
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.any_backend
 
 FOLDER = ROOT / "examples"
 SHARED = {"common", "experiments", "photographs"}
-EXPERIMENTS = {"guided_upsampling", "varying_noise"}
+EXPERIMENTS = {"associative_recall", "guided_upsampling", "varying_noise"}
 EXAMPLES = sorted({f.stem for f in FOLDER.glob("*.py")} - SHARED - EXPERIMENTS)
 
 
@@ -76,3 +77,36 @@ def test_guided_upsampling_starts_from_the_bilinear_interpolation(monkeypatch, t
         assert curve[-1][1] > curves["bilinear"][-1][1] - 0.5, arm
     for name in ("curves.png", "chelsea.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_sequences_of_the_recall_tasks(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    example = runpy.run_path(str(FOLDER / "associative_recall.py"))
+    tokens, targets = example["recall"](50, np.random.default_rng(0))
+    for row, target in zip(tokens.tolist(), targets.tolist(), strict=True):
+        stored, key = {}, []
+        for token, value in zip(row, target, strict=True):
+            if token >= example["FIRST_VALUE"]:
+                assert tuple(key) not in stored
+                stored[tuple(key)], key = token, []
+            elif token:
+                key.append(token)
+                if value != example["IGNORED"]:
+                    assert stored[tuple(key)] == value
+                    key = []
+        assert not key
+        assert len(stored) in example["PAIRS"]
+        assert sum(value != example["IGNORED"] for value in target) == min(len(stored), 6)
+    tokens, targets = example["copy"](5, np.random.default_rng(0))
+    letters, steps = np.divmod(tokens - 1, 8)
+    assert steps.max() == 7
+    for row, position in np.ndindex(*tokens.shape):
+        assert targets[row, position] == letters[row, position - steps[row, position]]
+
+
+@pytest.mark.long
+def test_short_convolutions_learn(monkeypatch, tmp_path):
+    run("associative_recall", monkeypatch, "--output", str(tmp_path))
+    for (task, arm), curve in runs(tmp_path).items():
+        assert curve[-1][1] > (100 / 16 if task == "copy" else 0), (task, arm)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

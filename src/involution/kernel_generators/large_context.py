@@ -27,8 +27,8 @@ class LargeContext(Linear):
     Then the kernels of each group are normalized: by their mean and variance over the taps and all
     positions of the sample, with a scale and an offset for each tap and group.
 
-    The normalization needs all kernels of a sample, which are therefore stored; without it they are
-    computed where they are applied.
+    The normalization is part of the last convolution, with weights for each sample; the kernels are
+    therefore stored. Without it they are computed where they are applied.
 
     Args:
         reduction_ratio: Channels of the features for each hidden channel.
