@@ -107,11 +107,21 @@ def mix(arm, x, taps):
     return x + y
 
 
+@keras.saving.register_keras_serializable(package="examples")
+class AddPositions(keras.layers.Layer):
+    """Adds a learned vector for each position."""
+
+    def build(self, shape):
+        self.positions = self.add_weight(shape=shape[1:], initializer="uniform", name="positions")
+
+    def call(self, x):
+        return x + self.positions
+
+
 def network(arm, vocabulary, taps, hidden):
     layers = keras.layers
     tokens = keras.Input((LENGTH,), dtype="int32")
-    positions = layers.Embedding(LENGTH, WIDTH)(keras.ops.arange(LENGTH))
-    x = layers.Embedding(vocabulary, WIDTH)(tokens) + positions
+    x = AddPositions()(layers.Embedding(vocabulary, WIDTH)(tokens))
     for _ in range(2):
         y = mix(arm, layers.LayerNormalization()(x), taps)
         x = x + layers.MultiHeadAttention(HEADS, WIDTH // HEADS)(y, y, use_causal_mask=True)

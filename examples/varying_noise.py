@@ -114,6 +114,13 @@ class ApplyKernels(keras.layers.Layer):
         return ops.involution(image, kernels, kernel_size=WINDOW, groups=1, padding="same")
 
 
+def negative_distance(shape, dtype=None):
+    """Initial logarithm of a static kernel: minus the distance from the center."""
+    offsets = np.arange(WINDOW) - MARGIN
+    distance = np.hypot(offsets[:, None], offsets)
+    return keras.ops.convert_to_tensor(-distance.reshape(shape), dtype)
+
+
 def network(arm, width, hidden):
     layers = keras.layers
     inputs = keras.Input((None, None, 2))
@@ -129,11 +136,11 @@ def network(arm, width, hidden):
         outputs = noisy - layers.Conv2D(1, 1)(x)
     else:
         # Both positive: with weights of any sign the quotient overflowed in one of five runs.
-        gate = keras.ops.softplus(layers.Conv2D(1, 1)(x)) + 1e-3
+        gate = keras.ops.exp(keras.ops.clip(layers.Conv2D(1, 1)(x), -8, 8))
         static = Involution2D(
             WINDOW,
             groups=1,
-            kernel_generator=kernel_generators.Static(kernel_initializer="zeros"),
+            kernel_generator=kernel_generators.Static(kernel_initializer=negative_distance),
             kernel_softmax=True,
         )
         outputs = static(noisy * gate) / static(gate)
