@@ -133,10 +133,9 @@ def network(arm, vocabulary, taps, hidden):
 
 def networks(vocabulary, taps):
     first = network("involution", vocabulary, taps, 2 * WIDTH)
-    target = experiments.size(first)
     others = {
         arm: experiments.of_size(
-            target, functools.partial(network, arm, vocabulary, taps), range(WIDTH, 4 * WIDTH)
+            first, functools.partial(network, arm, vocabulary, taps), range(WIDTH, 4 * WIDTH)
         )
         for arm in ARMS[1:]
     }
@@ -204,7 +203,7 @@ def draw(results, tasks):
     for ax, task in zip(axes, tasks, strict=True):
         experiments.draw_curves(ax, results, "accuracy (%)", task=task)
         ax.set_title(task)
-    for arm, color in zip(ARMS, experiments.COLORS, strict=False):
+    for arm, color in zip(ARMS, experiments.PALETTE, strict=False):
         found = [results.values(f"{pairs} pairs", task="recall")[arm] for pairs in PAIRS]
         last.plot(PAIRS, [np.mean(values) for values in found], "o-", color=color, label=arm)
     last.set_xlabel("pairs")

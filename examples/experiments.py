@@ -15,11 +15,12 @@ import time
 
 import keras
 import numpy as np
+from common import nearest, size
 from scipy import stats
 
+from involution.utils.atomic_files import write_json
 from involution.utils.environment import versions
-
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from involution.visualize.colors import PALETTE
 
 
 def arguments(text, name):
@@ -38,27 +39,17 @@ def arguments(text, name):
     return options
 
 
-def size(model) -> int:
-    """Number of trainable parameters."""
-    return sum(int(np.prod(v.shape)) for v in model.trainable_variables)
-
-
 def of_size(target, make, widths):
-    """The network ``make(width)`` whose number of parameters is closest to ``target``.
+    """``common.nearest``, within 2 %.
 
     Raises:
-        ValueError: It differs by more than 2 %.
+        ValueError: No width gives that.
     """
-    low, high = 0, len(widths) - 1
-    while low < high:  # sizes increase with the width
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if size(make(widths[middle])) < target else (low, middle)
-    best = min(
-        (make(width) for width in widths[max(low - 1, 0) : low + 1]),
-        key=lambda model: abs(size(model) - target),
-    )
-    if abs(size(best) - target) > 0.02 * target:
-        raise ValueError(f"No width gives {target} parameters within 2 %: {best.name} {size(best)}")
+    best = nearest(target, make, widths)
+    if abs(size(best) - size(target)) > 0.02 * size(target):
+        raise ValueError(
+            f"No width gives {size(target)} parameters within 2 %: {best.name} {size(best)}"
+        )
     return best
 
 
@@ -83,9 +74,7 @@ class Results:
             "versions": versions(),
             "runs": self.runs,
         }
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(self.file)
+        write_json(self.file, content)
 
     def of(self, **key) -> list[dict]:
         """The runs with this key, in the order of the seeds."""
@@ -212,7 +201,7 @@ def steps_to(curve, level):
 
 def draw_curves(ax, results, label, lines=(), **key):
     """Mean learning curves of the arms over the seeds, with the range; horizontal lines."""
-    for (arm, curves), color in zip(results.values("curve", **key).items(), COLORS, strict=False):
+    for (arm, curves), color in zip(results.values("curve", **key).items(), PALETTE, strict=False):
         steps, values = np.moveaxis(np.array(curves), -1, 0)
         ax.plot(steps[0], values.mean(0), color=color, label=arm)
         ax.fill_between(steps[0], values.min(0), values.max(0), color=color, alpha=0.15, lw=0)

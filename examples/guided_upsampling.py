@@ -159,11 +159,10 @@ def network(arm, hidden):
 
 def networks():
     first = network("involution", WIDTH)
-    target = experiments.size(first)
     models = {"involution": first}
     for arm in ("signed", "no guide", "direct", "gated static"):
         make = functools.partial(network, arm)
-        models[arm] = experiments.of_size(target, make, range(1, 8 * WIDTH))
+        models[arm] = experiments.of_size(first, make, range(1, 8 * WIDTH))
     return {**models, "static": network("static", 0)}
 
 

@@ -150,10 +150,9 @@ def network(arm, width, hidden):
 def networks(width):
     """The arms; the numbers of hidden channels make their sizes equal."""
     first = network("involution", width, width)
-    target = experiments.size(first)
     others = {
         arm: experiments.of_size(
-            target, functools.partial(network, arm, width), range(width, 8 * width)
+            first, functools.partial(network, arm, width), range(width, 8 * width)
         )
         for arm in ARMS[1:]
     }

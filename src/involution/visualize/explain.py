@@ -78,7 +78,9 @@ def write(
     _check(output, figure, point, images)
     names, tensors = zip(*images, strict=True)
     pixels = np.concatenate(tensors)
-    figures = _Figures(classifier, pixels, point, progress)
+    # The use has no figure of an image, whose kernels would be kept for it.
+    recorded = 1 if figure == USE and output.suffix != ".html" else len(pixels)
+    figures = _Figures(classifier, pixels, point, progress, recorded)
     scores = classifier.predict_proba(pixels)
     best = [f"{classifier.class_names[s.argmax()]} {s.max():.2f}" for s in scores]
     try:
@@ -144,12 +146,12 @@ def _check(output, figure, point, images):
 
 
 class _Figures:
-    """Draws figures of any of the images from one forward pass over all of them."""
+    """Draws figures of the first ``recorded`` images from one forward pass over them."""
 
-    def __init__(self, classifier, pixels, point, progress):
+    def __init__(self, classifier, pixels, point, progress, recorded):
         self.model, self.pixels, self.point = classifier.model, pixels, point
         self.progress = progress
-        self.records = _capture_2d(self.model, pixels)
+        self.records = _capture_2d(self.model, pixels[:recorded])
         if not self.records:
             raise InputError(
                 "The model must have an involution with two spatial dimensions. "
