@@ -190,7 +190,7 @@ def quality(outputs, truth, edges):
 
 def main():
     options = experiments.arguments(__doc__, "guided_upsampling")
-    steps, every, side, batch = (1500, 150, 96, 8) if options.full else (60, 30, 48, 4)
+    steps, every, side, batch = (450, 75, 96, 8) if options.full else (60, 30, 48, 4)
     results = experiments.Results(options)
     images = photographs.load()
     names = list(images) if options.full else ["chelsea"]

@@ -213,7 +213,7 @@ def _save(file, model, x, truth):
 
 
 def on_fields(results, options, limits):
-    steps, every, widths = (2000, 50, (8, 16, 32)) if options.full else (150, 50, (16,))
+    steps, every, widths = (1000, 50, (8, 16, 32)) if options.full else (150, 50, (16,))
     random = np.random.default_rng(1_000_000)
     truth = fields(128, random)
     x = add_noise(truth, LEVELS, random)
@@ -239,7 +239,7 @@ def on_fields(results, options, limits):
 
 def on_photographs(results, options):
     """Each photograph is left out once; its number is the seed."""
-    steps, every = (2000, 100) if options.full else (50, 25)
+    steps, every = (1000, 100) if options.full else (50, 25)
     images = {
         name: image.mean(axis=-1, keepdims=True) for name, image in photographs.load().items()
     }
