@@ -161,7 +161,7 @@ def accuracy(model, tokens, targets):
 
 def main():
     options = experiments.arguments(__doc__, "associative_recall")
-    steps, every = (3000, 150) if options.full else (60, 30)
+    steps, every = (2000, 100) if options.full else (60, 30)
     tasks = TASKS if options.full else {"copy": TASKS["copy"], "recall": TASKS["recall"]}
     results = experiments.Results(options)
     for task, (make, vocabulary, taps) in tasks.items():
