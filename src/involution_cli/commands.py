@@ -13,6 +13,7 @@ from typing import Literal
 
 import cyclopts
 
+from involution_cli import predictions
 from involution_cli.options import (
     Backend,
     DistributedOptions,
@@ -123,31 +124,74 @@ def sweep(
 def predict(
     *files: pathlib.Path,
     top: int = 3,
+    json: bool = False,
+    csv: bool = False,
     backend: Backend = None,
 ):
     """Classify images: the most likely classes with their probabilities.
 
+    Images that cannot be read are named, and the others classified; the exit code is 2 then.
+
     Parameters
     ----------
     files
-        A model (default: rednet_tiny-cifar10): a .keras file written by compare or train, a folder,
-        or the name of a pretrained model, such as cnn-cifar10. Then images: PNG, JPEG or WebP.
+        A model (default: rednet_tiny-cifar10): a .keras file written by compare or train, a folder
+        with a model, or the name of a pretrained model, such as cnn-cifar10. Then images, or
+        folders of images, which may contain further folders.
     top
         Number of classes per image.
+    json
+        Print a JSON array with an object for each image.
+    csv
+        Print CSV with a row for each image and class.
     """
     with _session("predict", "Loading the model.", backend) as current:
-        from involution.utils.errors import InputError
+        from involution.utils.errors import InputError, escape_controls
 
         if top < 1:
             raise InputError(f"`top` must be at least 1. Received: {top}")
-        classifier, images = read_images(files)
-        for image, tensor in images:
-            scores = classifier.predict_proba(tensor)[0]
-            best = scores.argsort()[::-1][:top]
-            current.progress.log(
-                f"{image}: "
-                + ", ".join(f"{classifier.class_names[i]} {scores[i]:.3f}" for i in best)
+        if json and csv:
+            raise InputError("At most one of `json` and `csv` may be set. Received: both")
+        classifier, images = load_classifier(files)
+        images = _in_folders(images, current.progress.log)
+        results, failed = [], 0
+        for image, scores in classifier.classify(images):
+            if isinstance(scores, InputError):
+                failed += 1
+                current.progress.log(f"Not read: {scores}")
+                continue
+            ranked = predictions.ranked(scores, classifier.class_names, top)
+            if json or csv:
+                results.append((image, ranked))
+            else:
+                print(escape_controls(predictions.as_text(image, ranked)))
+        if json or csv:
+            print(
+                escape_controls(
+                    (predictions.as_json if json else predictions.as_csv)(results), "\n"
+                )
             )
+        if failed:
+            raise InputError(f"{failed} of {len(images)} images could not be read")
+
+
+def _in_folders(paths, log) -> list:
+    """The paths, with folders replaced by the images in them."""
+    from involution.data.image_folder import find_images
+    from involution.utils.errors import InputError
+
+    images = []
+    for path in paths:
+        if not path.is_dir():
+            images.append(path)
+            continue
+        found, skipped = find_images(path)
+        if skipped:
+            log(f"Skipped images: {skipped}.")
+        if not found:
+            raise InputError(f"A folder must contain images. Received: {path}, without any")
+        images += found
+    return images
 
 
 @app.command
@@ -533,8 +577,8 @@ def _new_folder(dataset) -> pathlib.Path:
     return folder
 
 
-def read_images(files):
-    """(classifier, [(file, image), ...]) from the files of a command; the first may be a model."""
+def load_classifier(files):
+    """(classifier, images) from the files of a command, of which the first may be a model."""
     from involution.saving import classifier
     from involution.utils.errors import InputError
 
@@ -542,8 +586,13 @@ def read_images(files):
     images = files[1:] if has_model else files
     if not images:
         raise InputError("At least one image is required. Received: none")
-    loaded = classifier.load(files[0] if has_model else classifier.DEFAULT)
-    return loaded, [(image, loaded.read(image)) for image in images]
+    return classifier.load(files[0] if has_model else classifier.DEFAULT), images
+
+
+def read_images(files):
+    """(classifier, [(file, image), ...]) from the files of a command, as ``load_classifier``."""
+    classifier, images = load_classifier(files)
+    return classifier, [(image, classifier.read(image)) for image in images]
 
 
 def main():

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import struct
 import tarfile
 
@@ -13,7 +14,8 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from involution import data
-from involution.data import datasets, decode, transforms
+from involution.data import datasets, decode, image_folder, image_formats, transforms
+from involution.data.image_formats import NAMES
 from involution.utils.errors import InputError
 from tests.support import hostile_images
 from tests.support.images import write_folder, write_image
@@ -135,7 +137,7 @@ def test_decoding_errors_name_the_file(error, reason, step, tmp_path, monkeypatc
     write_image(tmp_path / "x.png")
     cls = ImageFile.ImageFile if step == "load" else Image.Image
     monkeypatch.setattr(cls, step, fail)
-    expected = f"An image must be a valid PNG, JPEG or WebP file: {reason}"
+    expected = f"An image must be a valid {NAMES} file: {reason}"
     for name in (tmp_path / "x.png", str(tmp_path / "x.png"), os.fsencode(tmp_path / "x.png")):
         with pytest.raises(InputError) as caught:
             decode.read_image(name)
@@ -158,7 +160,7 @@ def test_memory_error_is_not_an_input_error(tmp_path, monkeypatch):
 def test_skipped_images_are_in_the_description(tmp_path):
     root = write_folder(tmp_path / "pets")
     assert datasets.load(str(root)).description == ""
-    Image.new("RGB", (16, 16)).save(root / "train" / "ant" / "x.bmp")
+    Image.new("RGB", (16, 16)).save(root / "train" / "ant" / "x.ppm")
     Image.new("RGB", (16, 16)).save(root / "train" / "ant" / "x.jfif", "JPEG")
     loaded = datasets.load(str(root))
     assert len(loaded.x_train) == 25
@@ -166,8 +168,8 @@ def test_skipped_images_are_in_the_description(tmp_path):
         loaded.description
         == loaded.validation_split(3).description
         == (
-            "Skipped images (only PNG, JPEG and WebP files directly in a class folder are used): "
-            f"1 .bmp files, such as {root}/train/ant/x.bmp."
+            f"Skipped images (only {NAMES} files directly in a class folder are used): "
+            f"1 .ppm files, such as {root}/train/ant/x.ppm."
         )
     )
 
@@ -212,11 +214,67 @@ def test_16_bit_images_are_scaled_not_clipped(tmp_path):
     np.testing.assert_array_equal(pixels[..., 0], np.arange(256).reshape(16, 16))
 
 
+@pytest.mark.parametrize("format", image_formats.FORMATS | image_formats.HEIF)
+def test_every_format_is_read(format, tmp_path):
+    pixels = np.zeros((8, 12, 3), "uint8")
+    pixels[:, :5] = (200, 100, 50)
+    lossy = format in ("JPEG", "HEIF")
+    options = {"lossless": True} if format == "WEBP" else {}
+    suffixes = image_formats.formats()[format]
+    for suffix in suffixes:
+        Image.fromarray(pixels).save(tmp_path / f"x{suffix}", format, **options)
+        found = decode.read_image(tmp_path / f"x{suffix}")
+        np.testing.assert_allclose(found, pixels, atol=60 if lossy else 0)
+    assert image_folder.find_images(tmp_path) == (
+        sorted(f"{tmp_path}/x{suffix}" for suffix in suffixes),
+        "",
+    )
+
+
+@pytest.mark.parametrize("format", ["GIF", "TIFF", "WEBP"])
+def test_the_first_of_several_images_is_read(format, tmp_path):
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "x", format, save_all=True, append_images=frames[1:])
+    assert (decode.read_image(tmp_path / "x")[0, 0] == (255, 0, 0)).mean() > 0.5
+
+
+def test_heic_without_its_extra_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_formats, "formats", lambda: image_formats.FORMATS)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.HEIC").write_bytes(b"heic")
+    extra = "pip install 'involution[heic]'"
+    with pytest.raises(InputError, match=re.escape(f"file: {extra}. Received: {tmp_path}")):
+        decode.read_image(tmp_path / "a" / "x.HEIC")
+    assert image_folder.find_images(tmp_path) == (
+        [],
+        f"1 .heic files ({extra}), such as {tmp_path}/a/x.HEIC",
+    )
+
+
+def test_16_bit_tiff_of_both_byte_orders(tmp_path):
+    ramp = np.arange(0, 65536, 256).reshape(16, 16)
+    for dtype, mode in (("<u2", "I;16"), (">u2", "I;16B")):
+        image = Image.frombytes(mode, ramp.shape, ramp.astype(dtype).tobytes())
+        image.save(tmp_path / "x.tif")
+        pixels = decode.read_image(tmp_path / "x.tif")
+        np.testing.assert_array_equal(pixels[..., 0], np.arange(256).reshape(16, 16))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_32_bit_images_are_rejected(dtype, tmp_path):
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(InputError, match="32 bits per pixel have no known range"):
+        decode.read_image(tmp_path / "x.tif")
+
+
 def test_format_is_detected_by_content_and_hidden_files_are_ignored(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "x.bmp")
-    (tmp_path / "x.bmp").rename(tmp_path / "x.png")
-    with pytest.raises(InputError, match="PNG, JPEG or WebP"):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.ppm")
+    (tmp_path / "x.ppm").rename(tmp_path / "x.png")
+    with pytest.raises(InputError, match="its format is not recognized"):
         decode.read_image(tmp_path / "x.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.gif")
+    (tmp_path / "x.gif").rename(tmp_path / "x.png")
+    assert decode.read_image(tmp_path / "x.png").shape == (4, 4, 3)
     root = write_folder(tmp_path / "pets")
     (root / "train" / "ant" / "._0.png").write_bytes(b"metadata of macOS")
     (root / "train" / ".cache").mkdir()

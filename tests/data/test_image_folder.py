@@ -12,7 +12,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from involution.data import datasets, image_folder
+from involution.data import datasets, decode, image_folder, image_formats
 from involution.data.image_folder import TarMember
 from involution.data.lazy_images import LazyImages
 from involution.utils import memory
@@ -20,6 +20,8 @@ from involution.utils.errors import InputError
 from tests.support.images import write_folder, write_image
 
 pytestmark = pytest.mark.any_backend
+
+SUFFIXES = ", ".join(image_formats.suffixes())
 
 
 @pytest.fixture
@@ -249,7 +251,7 @@ def test_missing_splits_and_images_are_rejected(pets):
     with pytest.raises(InputError) as caught:
         image_folder.scan(pets)
     assert str(caught.value) == (
-        "Every class must have images (.png, .jpg, .jpeg, .jpe, .jfif, .webp). "
+        f"Every class must have images ({SUFFIXES}). "
         f"Received: none in {pets}/test/bee"
     )
     shutil.rmtree(pets / "test")
@@ -257,7 +259,8 @@ def test_missing_splits_and_images_are_rejected(pets):
         image_folder.scan(pets)
     assert str(caught.value) == (
         "An image folder must contain train/<class>/ and test/<class>/ (or val/<class>/), or tar "
-        f"files of them. Received: {pets}, without test/<class>/"
+        "files of them; or <class>/ alone if `split` is given, such as 0.2. "
+        f"Received: {pets}, without test/<class>/"
     )
 
 
@@ -298,38 +301,38 @@ TREES = {
         ([["cat", "dog"], ["cat", "dog"]], ""),
     ),
     "inside classes": (
-        ["train/cat/1/a.png", "train/cat/2/b.jpg", "train/dog/1/deep/c.gif"],
+        ["train/cat/1/a.png", "train/cat/2/b.jpg", "train/dog/1/deep/c.ppm"],
         ([["cat", "dog"], ["cat", "dog"]], "3 in subfolders of a class, such as a.png"),
     ),
     "outside": (
-        ["train/cover.png", "test/cover.bmp", "train/README.txt"],
-        ([["cat", "dog"], ["cat", "dog"]], "2 outside of any class, such as cover.bmp"),
+        ["train/cover.png", "test/cover.ppm", "train/README.txt"],
+        ([["cat", "dog"], ["cat", "dog"]], "2 outside of any class, such as cover.ppm"),
     ),
     "unsupported formats": (
         [
-            *("train/cat/b.BMP", "train/cat/a.bmp", "train/dog/a.gif", "test/dog/a.tiff"),
-            *("train/dog/b.jfif", "train/dog/Thumbs.db", "train/dog/b.gif/"),
+            *("train/cat/b.PPM", "train/cat/a.ppm", "train/dog/a.tga", "test/dog/a.svg"),
+            *("train/dog/b.jfif", "train/dog/Thumbs.db", "train/dog/b.tga/"),
         ],
         (
             [["cat", "dog"], ["cat", "dog"]],
-            "2 .bmp files, such as a.bmp; 1 .gif files, such as a.gif; "
-            "1 .tiff files, such as a.tiff",
+            "2 .ppm files, such as a.ppm; 1 .svg files, such as a.svg; "
+            "1 .tga files, such as a.tga",
         ),
     ),
     "an empty class": (
         ["train/yak/"],
-        "Every class must have images (.png, .jpg, .jpeg, .jpe, .jfif, .webp). "
+        f"Every class must have images ({SUFFIXES}). "
         "Received: none in train/yak",
     ),
     "a class without images": (
         ["train/yak/notes.txt"],
-        "Every class must have images (.png, .jpg, .jpeg, .jpe, .jfif, .webp). "
+        f"Every class must have images ({SUFFIXES}). "
         "Received: none in train/yak",
     ),
     "a class of unsupported formats": (
-        ["train/yak/1.bmp", "train/yak/2.bmp", "train/yak/1/1.png"],
-        "Every class must have images (.png, .jpg, .jpeg, .jpe, .jfif, .webp). Received: none in "
-        "train/yak, but 2 .bmp files, such as train/yak/1.bmp; "
+        ["train/yak/1.ppm", "train/yak/2.ppm", "train/yak/1/1.png"],
+        f"Every class must have images ({SUFFIXES}). Received: none in "
+        "train/yak, but 2 .ppm files, such as train/yak/1.ppm; "
         "1 in subfolders of a class, such as train/yak/1/1.png",
     ),
     "a class named as its split": (
@@ -399,9 +402,9 @@ def test_labels_take_precedence_over_folders(tmp_path):
     labeled = [("s/1/0.png", b""), ("s/1/0.cls", b"10"), ("s/1/0.json", b""), ("s/x/y", b"")]
     assert list(scan(*labeled).train) == ["10"]
     # Folders without labeled images are classes.
-    mixed = scan(*labeled[:3], ("s/cat/a.png", b""), ("0.bmp", b""), ("0.cls", b"2"), ("s/1", b""))
+    mixed = scan(*labeled[:3], ("s/cat/a.png", b""), ("0.ppm", b""), ("0.cls", b"2"), ("s/1", b""))
     assert list(mixed.train) == ["10", "cat"]
-    assert mixed.skipped == f"2 .bmp files, such as {tmp_path}/test.tar: 0.bmp"
+    assert mixed.skipped == f"2 .ppm files, such as {tmp_path}/test.tar: 0.ppm"
     for name, content in (("1.png", b""), ("0.cls", b" ")):
         with pytest.raises(
             InputError, match=r"named after its class, or have a .cls .*Received: .*png"
@@ -486,7 +489,7 @@ def test_tar_files_without_images_or_classes_are_rejected(pets, tmp_path):
     with tarfile.open(folder / "train.tar", "w") as archive:
         add_member(archive, "train/ant/notes.txt", b"notes")
     with pytest.raises(
-        InputError, match=r"images \(\.png, \.jpg, \.jpeg, \.jpe, \.jfif, \.webp\)\. .*train\.tar"
+        InputError, match=rf"images \({re.escape(SUFFIXES)}\)\. .*train\.tar"
     ):
         datasets.load(str(folder))
     with tarfile.open(folder / "train.tar", "w") as archive:
@@ -495,3 +498,52 @@ def test_tar_files_without_images_or_classes_are_rejected(pets, tmp_path):
         InputError, match=r"a folder named after its class, or have a .cls .*: 0\.png"
     ):
         datasets.load(str(folder))
+
+
+def names(classes):
+    return {name: [os.path.basename(file.name) for file in files] for name, files in classes.items()}
+
+
+@pytest.mark.parametrize("layout", ["classes", "train", "tar"])
+def test_folders_without_test_images_are_split(layout, tmp_path):
+    images = [f"cat/{n:02d}.png" for n in range(10)] + ["dog/0.png", "dog/1.png"]
+    root = tmp_path / layout
+    write_tree(root / ("" if layout == "classes" else "train"), *images)
+    if layout == "tar":
+        pack(root, tmp_path / "packed", ["train"])
+        root = tmp_path / "packed"
+    found = image_folder.scan(root, 0.25, seed=3)
+    train, test = names(found.train), names(found.test)
+    assert {name: len(files) for name, files in test.items()} == {"cat": 2, "dog": 1}
+    for name, count in (("cat", 10), ("dog", 2)):
+        assert len({*train[name], *test[name]}) == len(train[name]) + len(test[name]) == count
+        assert sorted(train[name]) == train[name]
+    again = image_folder.scan(root, 0.25, seed=3)
+    assert (names(again.train), names(again.test)) == (train, test)
+    others = [names(image_folder.scan(root, 0.25, seed=seed).test)["cat"] for seed in range(5)]
+    assert len(set(map(tuple, others))) > 1
+    # At least one image of each class on both sides.
+    largest = image_folder.scan(root, 0.99, seed=3)
+    assert {name: len(files) for name, files in largest.train.items()} == {"cat": 1, "dog": 1}
+
+
+def test_split_requires_two_images_of_each_class_and_no_test_images(pets, tmp_path):
+    root = write_tree(tmp_path / "x", "cat/0.png", "cat/1.png", "dog/0.png")
+    with pytest.raises(InputError, match="at least two images to be split. Received: one in dog"):
+        image_folder.scan(root, 0.5)
+    with pytest.raises(InputError, match="`split` applies to folders without test/ and val/"):
+        image_folder.scan(pets, 0.5)
+    with pytest.raises(InputError, match="`split` applies to image folders only"):
+        datasets.load("digits", split=0.5)
+
+
+def test_split_files_are_those_of_the_images(tmp_path):
+    write_folder(tmp_path, test=0)
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "train" / name).rename(tmp_path / name)
+    (tmp_path / "train").rmdir()
+    loaded = datasets.load(str(tmp_path), split=0.25, seed=1)
+    assert loaded.class_counts() == {n: {"train": 6, "test": 2} for n in ("ant", "bee", "cat")}
+    for part, images in (("train", loaded.x_train), ("test", loaded.x_test)):
+        for file, image in zip(loaded.split_files[part], images, strict=True):
+            np.testing.assert_array_equal(decode.read_image(file), image)

@@ -37,6 +37,7 @@ ORDER = [
     "utils.torch_hooks",
     "data.prefetch",
     "data.transforms",
+    "data.image_formats",
     "data.image_folder",
     "data.decode",
     "data.lazy_images",

@@ -474,11 +474,12 @@ def test_keras_settings_are_recorded_and_checked_on_resume(run, folder, tmp_path
 
 def test_skipped_images_are_reported(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "pets")
-    (tmp_path / "pets" / "train" / "ant" / "x.bmp").write_bytes(b"")
+    (tmp_path / "pets" / "train" / "ant" / "x.ppm").write_bytes(b"")
     console = Recorder()
     description = experiment.load(Config(str(tmp_path / "pets")), console).description
-    assert description.endswith(f": 1 .bmp files, such as {tmp_path}/pets/train/ant/x.bmp.")
-    assert console.lines == [description]
+    assert description.endswith(f": 1 .ppm files, such as {tmp_path}/pets/train/ant/x.ppm.")
+    counts = "ant 8 + 4, bee 8 + 4, cat 8 + 4"
+    assert console.lines == [description, f"Images by class, train + test: {counts}."]
 
 
 @pytest.mark.long

@@ -19,6 +19,7 @@ from PIL import Image
 
 from involution.data import image_folder
 from involution.data.decode import read_image, resize
+from involution.data.image_formats import NAMES
 from involution.data.lazy_images import LazyImages
 from involution.utils import memory
 from involution.utils.atomic_files import sha256
@@ -41,7 +42,7 @@ CIFAR10_KERAS = "cifar-10-batches-py-target_archive"
 CIFAR10_KERAS_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CIFAR10_BINARY_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-SKIPPED = "Skipped images (only PNG, JPEG and WebP files directly in a class folder are used):"
+SKIPPED = f"Skipped images (only {NAMES} files directly in a class folder are used):"
 CHUNK_SIZE = 1024  # images decoded at a time
 
 
@@ -59,6 +60,7 @@ class Dataset:
         files_digest: SHA-256 of the files of an image folder, see ``image_folder.digest``; None for
             other data sets.
         crop_fraction: The center crop of evaluation, see ``decode.read_image``.
+        split_files: The files of the training and of the test images, if a folder was split.
     """
 
     name: str
@@ -71,10 +73,20 @@ class Dataset:
     batch_size: int = 256
     files_digest: str | None = None
     crop_fraction: float | None = None
+    split_files: dict[str, list[str]] | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.x_train.shape[1:]
+
+    def class_counts(self) -> dict[str, dict[str, int]]:
+        """Numbers of training and of test images by class."""
+        count = functools.partial(np.bincount, minlength=len(self.class_names))
+        train, test = count(self.y_train).tolist(), count(self.y_test).tolist()
+        return {
+            name: {"train": train[number], "test": test[number]}
+            for number, name in enumerate(self.class_names)
+        }
 
     def fingerprint(self) -> str:
         """SHA-256 of class names, labels and images (or their files), in hexadecimal."""
@@ -126,12 +138,14 @@ def load(
     download=False,
     progress=lambda done, total: None,
     crop_fraction=None,
+    split=None,
+    seed=0,
 ) -> Dataset:
     """Loads a data set.
 
     Args:
         dataset: ``"digits"``; ``"cifar10"``, from Keras's cache; the path of a CIFAR-10 archive
-            (Python or binary version); or a folder of PNG, JPEG or WebP images, see
+            (Python or binary version); or a folder of images, see
             ``image_folder.scan``.
         image_size: (height, width) to which the images of a folder are resized; None if they all
             have one size.
@@ -140,6 +154,7 @@ def load(
         crop_fraction: The center crop of a folder's images that is resized, see
             ``decode.read_image``. The images are decoded on access then, and
             ``x_train.random_crops`` returns random crops. None: images are not cropped.
+        split, seed: The test images of a folder that has none, see ``image_folder.scan``.
 
     Raises:
         InputError: The data set is unknown, incomplete or damaged, or an argument does not apply
@@ -151,14 +166,16 @@ def load(
     elif dataset == "cifar10":
         loaded = _cifar10(_keras_archive(download))
     elif path.is_dir():
-        return _folder(path, image_size, crop_fraction, progress)
+        return _folder(path, image_size, crop_fraction, progress, split, seed)
     elif path.is_file():
         loaded = _cifar10(path)
     else:
         raise InputError(
-            "A data set must be digits, cifar10, a CIFAR-10 archive or a folder with train/ and "
-            f"test/. Received: {dataset}"
+            "A data set must be digits, cifar10, a CIFAR-10 archive or a folder of images. "
+            f"Received: {dataset}"
         )
+    if split is not None:
+        raise InputError(f"`split` applies to image folders only. Received: {split} for {dataset}")
     if crop_fraction is not None:
         raise InputError(f"A recipe with random crops needs an image folder. Received: {dataset}")
     if image_size is not None and tuple(image_size) != loaded.image_shape[:2]:
@@ -295,10 +312,10 @@ def _pickled_batch(content):
     return _channels_last(batch[b"data"]), np.array(batch[b"labels"], "int64")
 
 
-def _folder(root, image_size, crop_fraction, progress) -> Dataset:
+def _folder(root, image_size, crop_fraction, progress, split, seed) -> Dataset:
     if crop_fraction is not None and image_size is None:
         raise InputError("A recipe with random crops requires `image_size`. Received: None")
-    found = image_folder.scan(root)
+    found = image_folder.scan(root, split, seed)
     class_names = tuple(found.train)
     unknown = [name for name in found.test if name not in found.train]
     if unknown:
@@ -330,6 +347,12 @@ def _folder(root, image_size, crop_fraction, progress) -> Dataset:
         class_names=class_names,
         files_digest=image_folder.digest(sources, exceeds_decode_limit),
         crop_fraction=crop_fraction,
+        split_files=None
+        if split is None
+        else {
+            "train": [str(source) for source in sources[:train]],
+            "test": [str(source) for source in sources[train:]],
+        },
     )
 
 

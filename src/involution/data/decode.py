@@ -6,7 +6,7 @@ import os
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from involution.data import transforms
+from involution.data import image_formats, transforms
 from involution.utils.errors import InputError
 
 PATH_TYPES = (str, bytes, os.PathLike)
@@ -26,7 +26,8 @@ def read_image(file, size=None, crop_fraction=None, rng=None) -> np.ndarray:
     """Decodes an image file to uint8 (height, width, 3) in its EXIF orientation.
 
     The orientation comes from the EXIF or XMP data; other metadata is ignored. Without a readable
-    orientation from 2 to 8 the image is not transposed, as in image viewers.
+    orientation from 2 to 8 the image is not transposed, as in image viewers. Of files with several
+    images the first is decoded, of 16 bits the higher 8; transparency is ignored.
 
     Args:
         file: A path, which error messages contain, or an open file.
@@ -40,22 +41,26 @@ def read_image(file, size=None, crop_fraction=None, rng=None) -> np.ndarray:
         InputError: The file is missing, truncated, too large or not an image.
     """
     try:
-        with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as opened:
+        with Image.open(file, formats=tuple(image_formats.formats())) as opened:
             # Up to twice this limit Pillow only warns of a decompression bomb.
             if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise ValueError(f"its {opened.width}x{opened.height} pixels exceed the limit")
             opened.load()
             transpose = _orientation_transpose(opened)
             upright = opened if transpose is None else opened.transpose(transpose)
+            if upright.mode in ("I", "F"):
+                raise ValueError("its 32 bits per pixel have no known range; convert it to 8 or 16")
             if upright.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype("uint8"))
             image = upright.convert("RGB")
     except MemoryError:  # not the file's fault: its pixels are within the limit
         raise
     except Exception as error:  # Pillow raises many exception types for damaged files
-        where = f". Received: {os.fsdecode(file)}" if isinstance(file, PATH_TYPES) else ""
+        name = os.fsdecode(file) if isinstance(file, PATH_TYPES) else ""
+        reason = image_formats.hint(name) or _reason(error)
+        where = f". Received: {name}" if name else ""
         raise InputError(
-            f"An image must be a valid PNG, JPEG or WebP file: {_reason(error)}{where}"
+            f"An image must be a valid {image_formats.NAMES} file: {reason}{where}"
         ) from error
     if size is None:
         return np.asarray(image)

@@ -18,15 +18,11 @@ import pathlib
 import tarfile
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
+from involution.data.image_formats import hint, suffixes, unsupported_suffixes
 from involution.utils.errors import InputError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
-# Counted but not decoded: SECURITY.md limits decoding to three formats, and some of these contain
-# several images or vector graphics.
-UNSUPPORTED_SUFFIXES = (
-    *(".bmp", ".dib", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".psd", ".svg", ".dng", ".cr2", ".nef"),
-)
 # Created by file servers and operating systems; ignored.
 SYSTEM_FOLDERS = (
     *("@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"),
@@ -86,8 +82,8 @@ Source = FileSource | TarMember
 SourcesByClass = dict[str, list[Source]]
 # A relative path: the names of folders, then of the file.
 PathParts = tuple[str, ...]
-# Reasons for skipping images.
-UNSUPPORTED, NESTED, STRAY = "{} files", "in subfolders of a class", "outside of any class"
+# Reasons for skipping images of readable formats.
+NESTED, STRAY = "in subfolders of a class", "outside of any class"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,17 +106,26 @@ class _Skipped(dict[str, list[str]]):
     def add(self, reason, image):
         self.setdefault(reason, []).append(str(image))
 
+    def add_unsupported(self, image) -> bool:
+        """Adds an image if its format is not read; returns whether it was added."""
+        suffix = _suffix(image.name)
+        if suffix not in unsupported_suffixes():
+            return False
+        needs = hint(image.name)
+        self.add(f"{suffix} files" + (f" ({needs})" if needs else ""), image)
+        return True
+
     def __str__(self):
         return "; ".join(
             f"{len(names)} {reason}, such as {min(names)}" for reason, names in sorted(self.items())
         )
 
 
-def scan(root) -> ScanResult:
+def scan(root, split=None, seed=0) -> ScanResult:
     """The training and test images of a folder, by class.
 
     A class is a folder directly in ``train/``. Its images are the files directly in that folder
-    whose names end in one of ``SUFFIXES``, sorted by name. Classes are sorted by name, or as
+    whose names end in one of ``image_formats.suffixes()``, sorted by name. Classes are sorted by name, or as
     numbers if all names are numbers, on every system. Hidden files and folders (names with a
     leading dot) and ``SYSTEM_FOLDERS`` are ignored. Images of other formats, in subfolders of a
     class, or outside of any class are skipped and counted in ``ScanResult.skipped``.
@@ -134,14 +139,34 @@ def scan(root) -> ScanResult:
         root: A folder with ``train/<class>/`` and ``test/<class>/`` or, as in ImageNet,
             ``val/<class>/``; or with the tar files ``train.tar``, or ``train-000.tar``,
             ``train-001.tar`` and so on, instead.
+        split: Fraction of the images of each class that become its test images, at least one, in
+            a folder that has only ``train/``, or the classes themselves. None: not split.
+        seed: Determines which.
 
     Raises:
-        InputError: A split is missing or damaged, a class has no images, or its name is not valid
-            UTF-8.
+        InputError: A split is missing or damaged, or exists although ``split`` is given; a class
+            has no images, or a single one to be split, or its name is not valid UTF-8.
     """
     skipped = _Skipped()
     try:
-        train, test = (_scan_split(root, *split, skipped) for split in SPLITS.items())
+        found = {part: _scan_split(root, names, skipped) for part, names in SPLITS.items()}
+        if split is not None:
+            if found["test"]:
+                raise InputError(
+                    "`split` applies to folders without test/ and val/. "
+                    f"Received: {split} for {root}, which has test images"
+                )
+            classes = found["train"] or _scan_folder(root, skipped)
+            train, test = _split_by_class(classes, split, seed)
+        else:
+            for part, classes in found.items():
+                if not classes:
+                    raise InputError(
+                        "An image folder must contain train/<class>/ and test/<class>/ (or "
+                        "val/<class>/), or tar files of them; or <class>/ alone if `split` is "
+                        f"given, such as 0.2. Received: {root}, without {part}/<class>/"
+                    )
+            train, test = found.values()
     except OSError as error:
         raise InputError(
             f"An image folder must be readable. Received: {error.filename}: {error.strerror}"
@@ -149,7 +174,19 @@ def scan(root) -> ScanResult:
     return ScanResult(train, test, str(skipped))
 
 
-def _scan_split(root, split, names, skipped) -> SourcesByClass:
+def find_images(folder) -> tuple[list[str], str]:
+    """The images in a folder and its subfolders, sorted by path, and the skipped ones as in
+    ``ScanResult.skipped``. Hidden files and folders are ignored."""
+    skipped = _Skipped()
+    found = []
+    for _, image in _walk(folder):
+        if not skipped.add_unsupported(image):
+            found.append(str(image))
+    return sorted(found), str(skipped)
+
+
+def _scan_split(root, names, skipped) -> SourcesByClass:
+    """The images of a split in the first of these folders or tar files that has classes."""
     for name in names:
         folder = root / name
         archives = sorted((*root.glob(f"{name}.tar"), *root.glob(f"{name}-*.tar")))
@@ -157,10 +194,24 @@ def _scan_split(root, split, names, skipped) -> SourcesByClass:
             return classes
         if archives:
             return _scan_archives(archives, names, skipped)
-    raise InputError(
-        "An image folder must contain train/<class>/ and test/<class>/ (or val/<class>/), or tar "
-        f"files of them. Received: {root}, without {split}/<class>/"
-    )
+    return {}
+
+
+def _split_by_class(classes, fraction, seed) -> tuple[SourcesByClass, SourcesByClass]:
+    """Training and test images: of each class this fraction, and at least one, are test images."""
+    random = np.random.default_rng([seed, 0, 3])
+    train: SourcesByClass = {}
+    test: SourcesByClass = {}
+    for name, images in classes.items():
+        if len(images) < 2:
+            raise InputError(
+                f"A class must have at least two images to be split. Received: one in {name}"
+            )
+        count = min(max(round(fraction * len(images)), 1), len(images) - 1)
+        chosen = set(random.permutation(len(images))[:count].tolist())
+        test[name] = [image for number, image in enumerate(images) if number in chosen]
+        train[name] = [image for number, image in enumerate(images) if number not in chosen]
+    return train, test
 
 
 def _scan_folder(folder, skipped) -> SourcesByClass:
@@ -176,7 +227,7 @@ def _walk(folder, parents: PathParts = ()) -> Iterator[tuple[PathParts, FileSour
         # A class may be a link to a folder; deeper links may form a loop.
         if entry.is_dir(follow_symlinks=not parents):
             yield from _walk(entry.path, path)
-        elif _suffix(entry.name) in (*SUFFIXES, *UNSUPPORTED_SUFFIXES) and not entry.is_dir():
+        elif _suffix(entry.name) in (*suffixes(), *unsupported_suffixes()) and not entry.is_dir():
             yield path, FileSource(entry.path)
 
 
@@ -213,10 +264,7 @@ def _group_by_class(
     unused = _Skipped()
 
     def add(name, image):
-        suffix = _suffix(image.name)
-        if suffix in UNSUPPORTED_SUFFIXES:
-            unused.add(UNSUPPORTED.format(suffix), image)
-        else:
+        if not unused.add_unsupported(image):
             classes.setdefault(name, []).append(image)
 
     for path, image in by_path:
@@ -236,7 +284,7 @@ def _group_by_class(
         if not images:
             more = f", but {unused}" if unused else ""
             raise InputError(
-                f"Every class must have images ({', '.join(SUFFIXES)}). "
+                f"Every class must have images ({', '.join(suffixes())}). "
                 f"Received: none in {where / name}{more}"
             )
     for reason, files in unused.items():
@@ -283,7 +331,7 @@ def _scan_archives(archives, split_names, skipped) -> SourcesByClass:
             raise _unlabeled(image)
     if not contents.by_path and not contents.labeled:
         raise InputError(
-            f"A tar file must contain images ({', '.join(SUFFIXES)}). "
+            f"A tar file must contain images ({', '.join(suffixes())}). "
             f"Received: none in {archives[0]}"
         )
     root = _class_root([path[:-1] for path in in_folders], split_names)
@@ -345,7 +393,7 @@ def _read_archive(archive, split_names, contents):
                 continue
             contents.folders.add(path if member.isdir() else path[:-1])
             suffix = "" if member.isdir() else name.suffix.lower()
-            if suffix in (LABEL_SUFFIX, *SUFFIXES) and (not member.isreg() or member.issparse()):
+            if suffix in (LABEL_SUFFIX, *suffixes()) and (not member.isreg() or member.issparse()):
                 raise tarfile.ReadError(f"{name} is a link or special file, which is not read")
             if suffix == LABEL_SUFFIX:
                 file = opened.extractfile(member)
@@ -353,7 +401,7 @@ def _read_archive(archive, split_names, contents):
                 if len(content) > MAX_LABEL_BYTES:
                     raise tarfile.ReadError(f"{name} has more than {MAX_LABEL_BYTES} bytes")
                 labels[str(name.with_suffix(""))] = content.decode("utf-8").strip()
-            elif suffix in (*SUFFIXES, *UNSUPPORTED_SUFFIXES):
+            elif suffix in (*suffixes(), *unsupported_suffixes()):
                 image = TarMember(str(archive), member.name, member.offset_data, member.size)
                 images.append((name, path, image))
         # TarFile treats a damaged header as the end of the archive.

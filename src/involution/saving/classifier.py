@@ -10,6 +10,8 @@ import json
 import pathlib
 import re
 import zipfile
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -68,6 +70,24 @@ class Classifier:
         """
         transforms.check_floatx()
         return probabilities(self.model.predict(images, verbose=0))
+
+    def classify(self, files, batch_size=32) -> Iterator[tuple[Any, np.ndarray | InputError]]:
+        """Yields each file with its class probabilities (classes,), or the reason why it cannot be
+        read."""
+        files = list(files)
+        for start in range(0, len(files), batch_size):
+            batch = files[start : start + batch_size]
+            images = [self._try_to_read(file) for file in batch]
+            readable = [image for image in images if not isinstance(image, InputError)]
+            scores = iter(self.predict_proba(np.concatenate(readable)) if readable else ())
+            for file, image in zip(batch, images, strict=True):
+                yield file, image if isinstance(image, InputError) else next(scores)
+
+    def _try_to_read(self, file) -> np.ndarray | InputError:
+        try:
+            return self.read(file)
+        except InputError as error:
+            return error
 
     def save(self, path):
         """Writes the file without optimizer state, so that it loads on every backend."""
@@ -151,9 +171,10 @@ def _metadata(path) -> dict:
 
 
 def is_model(path) -> bool:
-    """Whether a command-line argument names a model rather than an image."""
+    """Whether a command-line argument names a model rather than an image or a folder of images."""
     path = pathlib.Path(path)
-    return path.suffix == ".keras" or path.is_dir() or str(path) in pretrained.available()
+    is_folder = (path / weights.CONFIG).is_file()
+    return path.suffix == ".keras" or is_folder or str(path) in pretrained.available()
 
 
 def load_model(path) -> keras.Model:

@@ -28,7 +28,13 @@ from involution.training.trainer import (
     TrainerState,
     images_per_epoch,
 )
-from involution.utils.atomic_files import remove_temporaries, sha256, write_json, write_text
+from involution.utils.atomic_files import (
+    csv_text,
+    remove_temporaries,
+    sha256,
+    write_json,
+    write_text,
+)
 from involution.utils.environment import peak_memory, versions
 from involution.utils.errors import InputError, WriteError
 from involution.utils.progress import NullProgress
@@ -129,6 +135,7 @@ class Run:
             "command": self.command,
             "started": self.started,
             "images": {"train": len(self.dataset.x_train), "test": len(self.dataset.x_test)},
+            "images_by_class": self.dataset.class_counts(),
             "backend": keras.config.backend(),
             "keras": keras_settings(),
             "versions": versions(),
@@ -216,6 +223,8 @@ def compare(
             if distribution.is_primary:
                 remove_temporaries(output)
                 write_json(output / "config.json", run.description)
+                if dataset.split_files is not None:
+                    write_text(output / "split.csv", split_table(dataset.split_files))
             with distribution.detect_lost_hosts():
                 state.train_all(models, on_step)
             run.peak_memory_bytes = peak_memory()
@@ -475,9 +484,19 @@ def load(config, progress) -> datasets.Dataset:
             progress.end()
 
     crop = transforms.CENTER_FRACTION if RECIPES[config.recipe].random_crop else None
-    dataset = datasets.load(config.dataset, config.image_size, config.download, on_image, crop)
+    dataset = datasets.load(
+        config.dataset,
+        config.image_size,
+        config.download,
+        on_image,
+        crop,
+        split=config.split,
+        seed=config.seed,
+    )
     if dataset.description:
         progress.log(dataset.description)
+    if dataset.files_digest is not None:
+        progress.log(f"Images by class, train + test: {_short_list(dataset.class_counts())}.")
     held_out = config.validation_images
     return dataset if held_out is None else dataset.validation_split(held_out)
 
@@ -511,6 +530,18 @@ def build(label, builder, dataset, config) -> keras.Model:
     finally:
         keras.config.set_dtype_policy(policy)
     return model
+
+
+def _short_list(class_counts, limit=12) -> str:
+    texts = [f"{name} {n['train']} + {n['test']}" for name, n in class_counts.items()]
+    more = f", and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
+
+
+def split_table(split_files) -> str:
+    """The content of split.csv: the files of a folder that was split."""
+    rows = ({"split": part, "file": f} for part, files in split_files.items() for f in files)
+    return csv_text(("split", "file"), rows)
 
 
 def keras_settings() -> dict[str, str | float]:

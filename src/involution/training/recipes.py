@@ -35,7 +35,7 @@ POSITIVE_INTEGER = Rule("at least 1", lambda value: value >= 1)
 POSITIVE = Rule("above 0 and finite", lambda value: 0 < value < math.inf)
 NONNEGATIVE = Rule("at least 0 and finite", lambda value: 0 <= value < math.inf)
 FRACTION = Rule("from 0 to 1", lambda value: 0 <= value <= 1)
-MOMENTUM = Rule("above 0 and below 1", lambda value: 0 < value < 1)
+INNER_FRACTION = Rule("above 0 and below 1", lambda value: 0 < value < 1)
 SEED = Rule("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
 
 
@@ -144,7 +144,7 @@ class Recipe:
     ema_momentum: float | None = setting(
         "Momentum of an exponential moving average of the weights, which replaces the weights in "
         "evaluation and in the saved model; None: no average",
-        MOMENTUM,
+        INNER_FRACTION,
         None,
         stored="ema",
     )
@@ -207,7 +207,7 @@ class Config:
 
     dataset: str = setting(
         "digits, cifar10, a CIFAR-10 archive, or a folder of images: train/<class>/ and "
-        "test/<class>/ or val/<class>/, or tar files of these",
+        "test/<class>/ or val/<class>/, or tar files of these; with a split <class>/ alone",
         default="digits",
     )
     models: str = setting(
@@ -242,6 +242,12 @@ class Config:
         POSITIVE_INTEGER,
         None,
         stored="validation",
+    )
+    split: float | None = setting(
+        "Fraction of the images of a folder without test images that become test images, by class "
+        "and seed; the run folder's split.csv lists them",
+        INNER_FRACTION,
+        None,
     )
     clip_norm: float | None = _override("clip_norm")
     gradient_accumulation_steps: int | None = _override("gradient_accumulation_steps")
