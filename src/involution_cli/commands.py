@@ -47,8 +47,9 @@ def compare(
     Parameters
     ----------
     models
-        Model specs, comma-separated: names with options, such as cnn,inn,inn:kernel_size=5, or
-        my_file.py:my_function. The file may import modules from its folder.
+        Model specs, comma-separated: names with options, such as cnn,inn,inn:kernel_size=5,
+        my_file.py:my_function, or trained models, as for train --init-from. A Python file may
+        import modules from its folder.
     """
     _run("compare", f"Comparing {models} on", models, training, resume, distributed)
 
@@ -56,7 +57,8 @@ def compare(
 @app.command
 def train(
     *,
-    model: str = "inn",
+    model: str | None = None,
+    init_from: str | None = None,
     training: TrainingOptions = TrainingOptions(),
     resume: ResumeOptions = ResumeOptions(),
     distributed: DistributedOptions = DistributedOptions(),
@@ -66,9 +68,18 @@ def train(
     Parameters
     ----------
     model
-        Model spec, as for compare: inn, inn:kernel_size=5, my_file.py:my_function.
+        Model spec, as for compare: inn, inn:kernel_size=5, my_file.py:my_function (default: inn).
+    init_from
+        Trained model to start from, instead of --model: a .keras file, a folder with a model, or
+        the name of a pretrained model, such as rednet_tiny-cifar10. If the number of classes
+        differs, its last layer is replaced.
     """
-    _run("train", f"Training {model} on", model, training, resume, distributed)
+    if model is not None and init_from is not None:
+        raise SystemExit(
+            fail("At most one of --model and --init-from may be given. Received: both")
+        )
+    name = init_from or model or "inn"
+    _run("train", f"Training {name} on", name, training, resume, distributed)
 
 
 @app.command
@@ -525,10 +536,21 @@ def _config(models, training, epochs=None):
     settings = dataclasses.asdict(training) | {
         "models": models,
         "epochs": next(number for number in candidates if number is not None),
-        "image_size": parse_size(training.image_size) or recipe.image_size,
+        "image_size": parse_size(training.image_size)
+        or recipe.image_size
+        or _image_size(training.dataset, models),
     }
     del settings["output"], settings["backend"]
     return Config(**settings)
+
+
+def _image_size(dataset, models) -> tuple[int, int] | None:
+    """The image size of the trained model that is to be fine-tuned on a folder of images."""
+    from involution.models import fine_tuning
+
+    if not pathlib.Path(dataset).expanduser().is_dir() or not fine_tuning.is_trained(models):
+        return None
+    return fine_tuning.image_size(models)
 
 
 def _fixed_shape(model, size) -> tuple | None:

@@ -183,7 +183,14 @@ def test_is_model_accepts_files_folders_and_pretrained_names(tmp_path):
     (tmp_path / "model" / "config.json").touch()
     for name in ("x.keras", str(tmp_path / "model"), "inn-cifar10"):
         assert classifiers.is_model(name)
-    for name in (str(tmp_path), "x.png", "x.kerasx", "missing", "inn", str(archive(tmp_path / "x.zip"))):
+    for name in (
+        str(tmp_path),
+        "x.png",
+        "x.kerasx",
+        "missing",
+        "inn",
+        str(archive(tmp_path / "x.zip")),
+    ):
         assert not classifiers.is_model(name)
 
 

@@ -411,9 +411,7 @@ def test_model_file_that_raises_is_rejected(content, reason, tmp_path, monkeypat
     (tmp_path / "own.py").write_text(content)
     with pytest.raises(InputError) as caught:
         specs.parse(str(tmp_path / "own.py"))
-    assert str(caught.value) == (
-        f"The Python file of a model must run. Received: {tmp_path}/own.py: {reason}"
-    )
+    assert str(caught.value) == (f"A Python file must run. Received: {tmp_path}/own.py: {reason}")
 
 
 def test_model_spec_that_is_not_utf8_is_rejected():

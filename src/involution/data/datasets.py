@@ -61,6 +61,7 @@ class Dataset:
             other data sets.
         crop_fraction: The center crop of evaluation, see ``decode.read_image``.
         split_files: The files of the training and of the test images, if a folder was split.
+        final_test: Images and labels of the test images, if held-out training images replace them.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Dataset:
     files_digest: str | None = None
     crop_fraction: float | None = None
     split_files: dict[str, list[str]] | None = None
+    final_test: tuple[np.ndarray | LazyImages, np.ndarray] | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -125,6 +127,7 @@ class Dataset:
             y_train=self.y_train[train],
             x_test=_subset(self.x_train, test),
             y_test=self.y_train[test],
+            final_test=(self.x_test, self.y_test),
         )
 
 

@@ -125,10 +125,10 @@ def scan(root, split=None, seed=0) -> ScanResult:
     """The training and test images of a folder, by class.
 
     A class is a folder directly in ``train/``. Its images are the files directly in that folder
-    whose names end in one of ``image_formats.suffixes()``, sorted by name. Classes are sorted by name, or as
-    numbers if all names are numbers, on every system. Hidden files and folders (names with a
-    leading dot) and ``SYSTEM_FOLDERS`` are ignored. Images of other formats, in subfolders of a
-    class, or outside of any class are skipped and counted in ``ScanResult.skipped``.
+    whose names end in one of ``image_formats.suffixes()``, sorted by name. Classes are sorted by
+    name, or as numbers if all names are numbers, on every system. Hidden files and folders (names
+    with a leading dot) and ``SYSTEM_FOLDERS`` are ignored. Images of other formats, in subfolders
+    of a class, or outside of any class are skipped and counted in ``ScanResult.skipped``.
 
     Tar files follow the same rule. Their ``train/`` is the folder of this name that contains all
     images, or, without one, the folder that contains all folders of images. An image that has a

@@ -1,4 +1,5 @@
-"""Model specs of the command line: "cnn", "inn:kernel_size=5", "my_file.py:my_function"."""
+"""Model specs of the command line: "cnn", "inn:kernel_size=5", "my_file.py:my_function", or a
+trained model: "inn-cifar10", "runs/pets/inn.keras"."""
 
 import contextlib
 import functools
@@ -15,7 +16,7 @@ from collections.abc import Callable
 
 import keras
 
-from involution.models import MODELS
+from involution.models import MODELS, fine_tuning
 from involution.utils.errors import InputError
 
 Builder = Callable[..., keras.Model]
@@ -26,7 +27,8 @@ def parse(text) -> dict[str, Builder]:
 
     A spec is the name of a model in ``involution.models``, or a Python file with a function in it
     (default: ``build``), then options. The function is called with input_shape, classes and the
-    options. The file may import modules in its folder.
+    options. The file may import modules in its folder. Or it is a trained model, see
+    ``fine_tuning.build``.
 
     Returns:
         A dictionary from specs to builders, functions of (input_shape, classes).
@@ -52,8 +54,10 @@ def parse(text) -> dict[str, Builder]:
 
 
 def _parse_model(spec) -> Builder:
+    if fine_tuning.is_trained(spec):
+        return functools.partial(fine_tuning.build, spec)
     name, arguments = split_spec(spec)
-    builder = MODELS[name] if name in MODELS else _function_from(*name.rsplit(":", 1))
+    builder = MODELS[name] if name in MODELS else function_from(*name.rsplit(":", 1))
     parameters = inspect.signature(builder).parameters
     known = list(parameters)[2:]
     any_option = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -101,35 +105,36 @@ def parse_value(text):
     return {"None": None, "True": True, "False": False}.get(text, text)
 
 
-def _function_from(file, function) -> Builder:
+def function_from(file, function) -> Callable:
+    """A function of a Python file, which may import modules in its folder.
+
+    Raises:
+        InputError: The file cannot be run, or lacks the function.
+    """
     if not pathlib.Path(file).is_file():
-        raise InputError(f"The Python file of a model must exist. Received: {file}")
+        raise InputError(f"A Python file must exist. Received: {file}")
     module_spec = importlib.util.spec_from_file_location(
         f"involution_user_{pathlib.Path(file).stem}", file
     )
     if module_spec is None or module_spec.loader is None:
-        raise InputError(f"The file of a model must be a Python file. Received: {file}")
+        raise InputError(f"A Python file must be importable. Received: {file}")
     module = importlib.util.module_from_spec(module_spec)
     # Classes in the file, such as dataclasses, look up their module in sys.modules.
     sys.modules[module_spec.name] = module
     folder = str(pathlib.Path(file).absolute().parent)
     try:
-        with _importing_from(folder):
+        with importing_from(folder):
             module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a user's file may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"The Python file of a model must run. Received: {file}: {reason}"
-        ) from error
+        raise InputError(f"A Python file must run. Received: {file}: {reason}") from error
     builder = getattr(module, function, None)
     if not callable(builder):
-        raise InputError(
-            f"The Python file of a model must define {function}. Received: {file}, without it"
-        )
+        raise InputError(f"A Python file must define {function}. Received: {file}, without it")
 
     @functools.wraps(builder)
     def build(*args, **kwargs):
-        with _importing_from(folder):
+        with importing_from(folder):
             return builder(*args, **kwargs)
 
     return build
@@ -140,7 +145,7 @@ _imported: dict[str, dict[str, types.ModuleType]] = {}
 
 
 @contextlib.contextmanager
-def _importing_from(folder):
+def importing_from(folder):
     """Makes modules in a folder importable in the block, as for a script there. Modules imported
     from the folders of other model files are hidden, because they may have the same names."""
     own = _imported.setdefault(folder, {})

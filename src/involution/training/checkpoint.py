@@ -94,6 +94,13 @@ class CheckpointManager:
         """
         found = self._find()
         number = 1 + (found[0][0] if found else 0)
+        self._write(f"{number:012d}", arrays, state)
+        for _, _, old in self._find()[MAX_TO_KEEP:]:
+            old.unlink()
+        return Checkpoint(number, arrays, state)
+
+    def _write(self, prefix, arrays, state) -> pathlib.Path:
+        """Writes a file whose name ends in the SHA-256 of its content, and verifies it."""
         with atomic_files.as_write_error(self.folder):
             self.folder.mkdir(exist_ok=True)
         content = save_arrays(
@@ -102,24 +109,45 @@ class CheckpointManager:
             metadata={STATE: json.dumps({"format": FORMAT, **state})},
         )
         digest = hashlib.sha256(content).hexdigest()
-        path = self.folder / f"{number:012d}-{digest}.safetensors"
+        path = self.folder / f"{prefix}-{digest}.safetensors"
         with atomic_files.atomic_write(path) as temporary:
             temporary.write_bytes(content)
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             path.unlink()
             raise WriteError(errno.EIO, "the file differs from what was written", str(path))
-        for _, _, old in self._find()[MAX_TO_KEEP:]:
-            old.unlink()
-        return Checkpoint(number, arrays, state)
+        return path
+
+    def save_final(self, label, arrays, state):
+        """Writes the state at the end of a model's training, instead of an earlier one.
+
+        Raises:
+            WriteError: As for ``save``.
+        """
+        earlier = self._find_final(label)
+        new = self._write(_final_prefix(label), arrays, state)
+        for _, path in earlier:
+            if path != new:
+                path.unlink()
+
+    def final(self, label) -> Checkpoint | None:
+        """The state at the end of a model's training; None if there is none that is intact."""
+        for digest, path in self._find_final(label):
+            try:
+                return _read(0, digest, path)
+            except (*CORRUPTION_ERRORS, SafetensorError):
+                continue
+        return None
+
+    def _find_final(self, label) -> list[tuple[str, pathlib.Path]]:
+        named = re.compile(rf"{_final_prefix(label)}-([0-9a-f]{{64}})\.safetensors")
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        return [(m[1], path) for path in paths if (m := named.fullmatch(path.name))]
 
     def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """The newest intact checkpoint; ``warn`` receives one line for each corrupt one."""
         for number, digest, path in self._find():
             try:
-                content = path.read_bytes()
-                if hashlib.sha256(content).hexdigest() != digest:
-                    raise ValueError("its content does not match the hash in its name")
-                return Checkpoint(number, load_arrays(content), _read_state(content))
+                return _read(number, digest, path)
             except (*CORRUPTION_ERRORS, SafetensorError) as error:
                 warn(f"Checkpoint {number} is corrupt and skipped: {error}")
         return None
@@ -134,6 +162,18 @@ class CheckpointManager:
         paths = self.folder.iterdir() if self.folder.is_dir() else ()
         named = ((FILENAME.fullmatch(path.name), path) for path in paths)
         return sorted(((int(m[1]), m[2], path) for m, path in named if m), reverse=True)
+
+
+def _final_prefix(label) -> str:
+    """The start of the file name of a model's final state; labels may contain any character."""
+    return f"final-{hashlib.sha256(label.encode()).hexdigest()[:16]}"
+
+
+def _read(number, digest, path) -> Checkpoint:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError("its content does not match the hash in its name")
+    return Checkpoint(number, load_arrays(content), _read_state(content))
 
 
 def _read_state(content) -> dict:

@@ -17,7 +17,7 @@ from involution import renamed
 from involution.data import datasets, transforms
 from involution.models import count_multiply_adds, specs
 from involution.saving.classifier import Classifier, load_weights
-from involution.training import checkpoint, distributed
+from involution.training import callbacks, checkpoint, distributed
 from involution.training.interrupts import exit_code, graceful_shutdown
 from involution.training.recipes import PRECISIONS, RECIPES, Config, Recipe, current_name, stored
 from involution.training.run_folder import check_folder, history, is_resumable, make_folder
@@ -52,6 +52,9 @@ class Result:
     rows: list[dict] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     digest: str | None = None  # SHA-256 of the model's file; None until training is complete
+    planned_epochs: int | None = None  # of the training that is complete
+    best_epoch: int | None = None  # whose weights the file has, with early stopping
+    final_test_accuracy: float | None = None  # on test images that did not guide the training
 
     @property
     def file(self) -> str:
@@ -93,6 +96,8 @@ class Result:
             "seconds_per_epoch": _median([r["seconds"] for r in self.rows[1:] or self.rows]),
             "seconds": self.seconds,
             "epochs": len(self.rows),
+            "best_epoch": self.best_epoch,
+            "final_test_accuracy": self.final_test_accuracy,
         }
 
 
@@ -188,6 +193,11 @@ def compare(
 
     if checkpoint_every is not None and checkpoint_every < 1:
         raise InputError(f"`checkpoint_every` must be at least 1. Received: {checkpoint_every}")
+    if config.early_stopping is not None and distribution.num_processes > 1:
+        raise InputError(
+            "`early_stopping` is available on one host. "
+            f"Received: {config.early_stopping} with num_processes={distribution.num_processes}"
+        )
     progress = progress or NullProgress()
     output = pathlib.Path(output)
     check_folder(output, resume, distribution.is_primary)
@@ -252,7 +262,12 @@ VERSION = "version of "
 KERAS_SETTING = "Keras's "
 RECIPE_SETTING = "recipe: "
 # Attributes of a result that a checkpoint stores, in addition to the label.
-PERSISTED_FIELDS = ("digest", "optimizer", "rows", "seconds")
+PERSISTED_FIELDS = (
+    *("digest", "optimizer", "rows", "seconds"),
+    *("planned_epochs", "best_epoch", "final_test_accuracy"),
+)
+# Settings whose increase is further training.
+EPOCHS = ("epochs", f"{RECIPE_SETTING}epochs")
 
 
 class RunState:
@@ -297,6 +312,10 @@ class RunState:
             for name, now in self._fingerprint.items()
             if before.get(name) != now
         }
+        # More epochs than before need no permission.
+        for name in EPOCHS:
+            if name in changed and before.get(name, 0) < self._fingerprint[name]:
+                del changed[name]
         if changed and not allow_config_change:
             raise InputError(
                 "A run must resume with the same settings, images and versions, unless "
@@ -356,18 +375,24 @@ class RunState:
         result = Result(label, classifier)
         saved = self._saved.get(label)
         if saved is not None:
+            # Checkpoints of earlier releases lack some.
             for name in PERSISTED_FIELDS:
-                setattr(result, name, saved[name])
+                setattr(result, name, saved.get(name, getattr(result, name)))
         run.results.append(result)
+        arrays, trainer_state = self._arrays, self._trainer_state
         if result.digest is not None:
-            load_weights(model, self.output / result.file)
-            self._write_history()
-            return
+            if config.epochs <= (result.planned_epochs or len(result.rows)):
+                load_weights(model, self.output / result.file)
+                self._write_history()
+                return
+            arrays, trainer_state = self._final_state(label)
+            result.digest = None
+            progress.log(f"{label}: training further, to {config.epochs} epochs.")
         trainer = Trainer(model, dataset, run.recipe, config.epochs, config.seed, self.distribution)
         variables = trainer.optimizer_variables
         result.optimizer = (num_parameters(variables), num_bytes(variables))
         if saved is not None:
-            trainer.restore(self._arrays, self._trainer_state)
+            trainer.restore(arrays, trainer_state)
         start = time.perf_counter() - result.seconds
 
         def after_step():
@@ -381,29 +406,100 @@ class RunState:
             if every is not None and trainer.steps_done % every == 0:
                 self.save(trainer)
 
+        called = callbacks.Callbacks(self._callbacks(label), trainer.compiled, config.epochs)
         progress.begin(label, trainer.steps, trainer.steps_done)
         try:
-            for row in trainer.epochs(after_step):
-                result.rows.append(row)
-                result.seconds = time.perf_counter() - start
-                self._write_history()
-                self.save(trainer)
-                progress.log(
-                    f"{label}: epoch {row['epoch']}/{config.epochs}: "
-                    f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.4f}; "
-                    f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.4f} "
-                    f"({row['seconds']:.1f} s)"
-                )
+            with callbacks.training(called):
+                self._train_epochs(result, trainer, called, after_step, start)
         except (KeyboardInterrupt, DivergenceError):
-            self._write_model(result)
+            if result.best_epoch is None:
+                self._write_model(result)
             raise
         finally:
             progress.end()
             result.seconds = time.perf_counter() - start
-        self._write_model(result)
+        if result.best_epoch is None:
+            self._write_model(result)
+        else:
+            load_weights(model, self.output / result.file)
+        if dataset.final_test is not None:
+            x, y = dataset.final_test
+            result.final_test_accuracy = classifier.accuracy(x, y)
+            progress.log(
+                f"{label}: accuracy {result.final_test_accuracy:.4f} on {len(y)} test images that "
+                "did not guide the training"
+            )
+        result.planned_epochs = config.epochs
         if self.distribution.is_primary:
+            self.checkpoints.save_final(label, trainer.arrays(), dataclasses.asdict(trainer.state))
             result.digest = sha256(self.output / result.file)
         self.save(None)
+
+    def _train_epochs(self, result, trainer, called, after_step, start):
+        """Trains until the last epoch, or an earlier one by early stopping or a callback."""
+        config = self.run.config
+        if self._is_stopped(result):
+            return
+        called.on_epoch_begin(trainer.state.epoch)
+        # Closed explicitly, so that the trained weights are copied to the model.
+        with contextlib.closing(trainer.epochs(after_step)) as epochs:
+            for row in epochs:
+                result.rows.append(row)
+                result.seconds = time.perf_counter() - start
+                self._write_history()
+                if config.early_stopping is not None:
+                    self._keep_best(result, trainer)
+                self.save(trainer)
+                self.progress.log(
+                    f"{result.label}: epoch {row['epoch']}/{config.epochs}: "
+                    f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.4f}; "
+                    f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.4f} "
+                    f"({row['seconds']:.1f} s)"
+                )
+                called.on_epoch_end(row)
+                if called.stops_training or self._is_stopped(result):
+                    self.progress.log(f"{result.label}: stopped after epoch {row['epoch']}")
+                    break
+                if row["epoch"] < config.epochs:
+                    called.on_epoch_begin(row["epoch"] + 1)
+
+    def _callbacks(self, label) -> list:
+        """New callbacks for the training of a model."""
+        config = self.run.config
+        found: list[keras.callbacks.Callback] = []
+        if not self.distribution.is_primary:
+            return found
+        if config.tensorboard:
+            folder = self.output / "tensorboard" / specs.file_name(label).removesuffix(".keras")
+            found.append(callbacks.EventFiles(folder))
+        if config.callbacks is not None:
+            found += callbacks.load(config.callbacks)(label)
+        return found
+
+    def _keep_best(self, result, trainer):
+        """Saves the model if this epoch's accuracy is the highest; of equal ones the first."""
+        accuracies = [row["test_accuracy"] for row in result.rows]
+        if accuracies[-1] > max(accuracies[:-1], default=-1):
+            with trainer.evaluated_weights():
+                self._write_model(result)
+            result.best_epoch = len(accuracies)
+
+    def _is_stopped(self, result) -> bool:
+        """Whether early stopping has ended the training of a model."""
+        patience = self.run.config.early_stopping
+        if patience is None or result.best_epoch is None:
+            return False
+        return len(result.rows) - result.best_epoch >= patience
+
+    def _final_state(self, label):
+        """The arrays and the state at the end of a model's training, for further training."""
+        found = self.checkpoints.final(label)
+        if found is None:
+            raise InputError(
+                "To train further, the run folder must contain the state of the training, which "
+                f"earlier releases did not keep. Received: {self.output}, without that of {label}"
+            )
+        return found.arrays, TrainerState(**found.state)
 
     def _write_history(self):
         if self.distribution.is_primary:
@@ -447,7 +543,9 @@ def _last_checkpoint(saved) -> str:
 def fingerprint(run) -> dict:
     """Everything that determines the result of a run: JSON values by the keys in checkpoints."""
     config = stored(run.config)
-    del config["download"]
+    # These do not change the result.
+    for name in ("download", "callbacks", "tensorboard"):
+        del config[name]
     values = {
         **config,
         **{f"{RECIPE_SETTING}{k}": v for k, v in stored(run.recipe).items()},

@@ -11,17 +11,9 @@ def make_optimizer(recipe, steps) -> keras.optimizers.Optimizer:
         steps: Total number of optimizer steps.
     """
     accumulation = recipe.gradient_accumulation_steps
-    rate = recipe.learning_rate
-    if recipe.warmup_fraction is not None:
-        warmup_steps = int(steps * recipe.warmup_fraction)
-        rate = keras.optimizers.schedules.CosineDecay(
-            rate * recipe.warmup_start_factor,
-            max(steps - warmup_steps, 1),
-            warmup_target=rate,
-            warmup_steps=warmup_steps,
-        )
-        if accumulation > 1:
-            rate = _PerBatchSchedule(rate, accumulation)
+    rate = make_schedule(recipe, steps)
+    if accumulation > 1 and not isinstance(rate, float):
+        rate = _PerBatchSchedule(rate, accumulation)
     arguments = {"global_clipnorm": recipe.clip_norm}
     if accumulation > 1:
         arguments["gradient_accumulation_steps"] = accumulation
@@ -36,6 +28,45 @@ def make_optimizer(recipe, steps) -> keras.optimizers.Optimizer:
     optimizer = keras.optimizers.AdamW(rate, weight_decay=recipe.weight_decay, **arguments)
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return optimizer
+
+
+def make_schedule(recipe, steps) -> float | keras.optimizers.schedules.LearningRateSchedule:
+    """The learning rate of a recipe over a number of optimizer steps."""
+    peak, warmup_steps = recipe.learning_rate, int(steps * (recipe.warmup_fraction or 0))
+    decay_steps = max(steps - warmup_steps, 1)
+    schedule = recipe.schedule or ("constant" if recipe.warmup_fraction is None else "cosine")
+    if schedule == "cosine" and recipe.warmup_fraction is not None:
+        return keras.optimizers.schedules.CosineDecay(
+            peak * recipe.warmup_start_factor,
+            decay_steps,
+            warmup_target=peak,
+            warmup_steps=warmup_steps,
+        )
+    decays = {
+        "constant": peak,
+        "cosine": keras.optimizers.schedules.CosineDecay(peak, decay_steps),
+        "linear": keras.optimizers.schedules.PolynomialDecay(peak, decay_steps, 0.0),
+    }
+    if warmup_steps == 0:
+        return decays[schedule]
+    return _Warmup(peak * recipe.warmup_start_factor, peak, warmup_steps, decays[schedule])
+
+
+class _Warmup(keras.optimizers.schedules.LearningRateSchedule):
+    """A linear rise, and then another schedule or a constant rate."""
+
+    def __init__(self, start, peak, steps, after):
+        self.start, self.peak, self.steps, self.after = start, peak, steps, after
+
+    def __call__(self, step):
+        step = keras.ops.cast(step, "float32")
+        rising = self.start + (self.peak - self.start) * step / self.steps
+        after = (
+            self.after(keras.ops.maximum(step - self.steps, 0.0))
+            if callable(self.after)
+            else self.after
+        )
+        return keras.ops.where(step < self.steps, rising, after)
 
 
 class _PerBatchSchedule(keras.optimizers.schedules.LearningRateSchedule):

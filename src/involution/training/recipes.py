@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+AUGMENTATIONS = ("flip", "crop", "color", "mixup")
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -37,6 +39,14 @@ NONNEGATIVE = Rule("at least 0 and finite", lambda value: 0 <= value < math.inf)
 FRACTION = Rule("from 0 to 1", lambda value: 0 <= value <= 1)
 INNER_FRACTION = Rule("above 0 and below 1", lambda value: 0 < value < 1)
 SEED = Rule("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
+
+
+def some_of(choices) -> Rule:
+    """Comma-separated names."""
+    return Rule(
+        f"a comma-separated list of {', '.join(choices)}",
+        lambda text: all(name in choices for name in text.split(",")),
+    )
 
 
 def setting(help, rule=None, default: Any = dataclasses.MISSING, stored=None) -> Any:
@@ -101,11 +111,16 @@ class Recipe:
         0.0,
     )
     warmup_fraction: float | None = setting(
-        "Fraction of the steps with a rising learning rate, before cosine decay to 0; None: a "
-        "constant rate",
+        "Fraction of the steps with a rising learning rate; None: no warmup",
         FRACTION,
         None,
         stored="warm_up",
+    )
+    schedule: str | None = setting(
+        "Learning rate after the warmup: constant, or a cosine or linear decay to 0; None: cosine "
+        "with warmup, else constant",
+        one_of(("constant", "cosine", "linear")),
+        None,
     )
     warmup_start_factor: float = setting(
         "Initial learning rate as a fraction of the peak", FRACTION, 0.0, stored="start"
@@ -119,6 +134,19 @@ class Recipe:
         "Train on random resized crops, 8 % of the area or more, and test on the center crop",
         default=False,
         stored="crop",
+    )
+    augmentations: str | None = setting(
+        "Random changes of the training images, comma-separated, besides the recipe's: flip "
+        "(horizontal), crop (a shift by up to an eighth), color (brightness, contrast, saturation "
+        "and hue), mixup (blended pairs of images and of labels); None: no more",
+        some_of(AUGMENTATIONS),
+        None,
+    )
+    class_weight: str | None = setting(
+        "Weights of the classes in the training loss: balanced, inversely proportional to their "
+        "numbers of images; None: equal",
+        one_of(("balanced",)),
+        None,
     )
     batch_size: int | None = setting(
         "Images per optimizer step; None: 256, for the digits 32", POSITIVE_INTEGER, None
@@ -156,6 +184,12 @@ class Recipe:
 
     def __post_init__(self):
         validate(self)
+
+    @property
+    def augmentation_names(self) -> tuple[str, ...]:
+        """The random changes of training images, except the crops of ``random_crop``."""
+        names = () if self.augmentations is None else tuple(self.augmentations.split(","))
+        return (*names, "flip") if self.random_flip and "flip" not in names else names
 
 
 # ``example``: the keras.io example. ``imagenet``: the published configuration of RedNet's authors.
@@ -249,12 +283,39 @@ class Config:
         INNER_FRACTION,
         None,
     )
+    early_stopping: int | None = setting(
+        "Epochs without a higher accuracy on the held-out images after which training ends; the "
+        "model of the best epoch is saved, and its accuracy on the test images reported",
+        POSITIVE_INTEGER,
+        None,
+    )
+    callbacks: str | None = setting(
+        "FILE.py:FUNCTION or MODULE:FUNCTION that returns a list of Keras callbacks for a model's "
+        "label; they are called at the start and end of training and of each epoch",
+        None,
+        None,
+    )
+    tensorboard: bool = setting(
+        "Write TensorBoard event files to the folder tensorboard of the run", default=False
+    )
+    schedule: str | None = _override("schedule")
+    warmup_fraction: float | None = _override("warmup_fraction")
+    augmentations: str | None = _override("augmentations")
+    class_weight: str | None = _override("class_weight")
+    label_smoothing: float | None = _override("label_smoothing")
     clip_norm: float | None = _override("clip_norm")
     gradient_accumulation_steps: int | None = _override("gradient_accumulation_steps")
     ema_momentum: float | None = _override("ema_momentum")
 
     def __post_init__(self):
         validate(self)
+        if self.early_stopping is not None and self.validation_images is None:
+            from involution.utils.errors import InputError
+
+            raise InputError(
+                "`early_stopping` requires `validation_images`, because the test images must not "
+                f"choose the epoch. Received: early_stopping={self.early_stopping}"
+            )
 
     def recipe_for(self, dataset) -> Recipe:
         """The recipe with the changes of this run, and the batch size of the data set if neither

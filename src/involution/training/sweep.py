@@ -110,6 +110,12 @@ class SweepConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"`{name}` must be at least 1. Received: {value}")
+        for name in ("early_stopping", "callbacks", "tensorboard"):
+            if getattr(self.config, name):
+                raise InputError(
+                    f"`{name}` does not apply to a sweep, which prunes trials. "
+                    f"Received: {getattr(self.config, name)}"
+                )
         if not self.search:
             raise InputError("A search must vary at least one value. Received: none")
         if len(specs.parse(self.config.models)) != 1:

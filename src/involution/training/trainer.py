@@ -13,6 +13,7 @@ import numpy as np
 from involution.data import datasets, transforms
 from involution.data.prefetch import prefetch
 from involution.training import distributed
+from involution.training.augmentation import augment
 from involution.training.optimizers import NesterovSGD, make_optimizer
 from involution.training.recipes import RECIPES, Recipe
 from involution.utils.errors import InputError
@@ -81,11 +82,21 @@ class TrainerState:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """This host's part of a batch: model inputs, and labels in the format of the loss."""
+    """This host's part of a batch: model inputs, labels in the format of the loss, and the weights
+    of the images in it."""
 
     images: np.ndarray
     labels: np.ndarray
     shard: distributed.Shard
+    weights: np.ndarray | None = None
+
+
+def _class_weights(dataset, recipe) -> np.ndarray | None:
+    """The weight of each class, whose mean over the training images is 1; None: all are 1."""
+    if recipe.class_weight is None:
+        return None
+    counts = np.bincount(dataset.y_train, minlength=len(dataset.class_names))
+    return (len(dataset.y_train) / (len(counts) * np.maximum(counts, 1))).astype("float32")
 
 
 class DivergenceError(InputError):
@@ -121,6 +132,13 @@ class Trainer:
         self._images_per_epoch = images_per_epoch(dataset, recipe, distribution)
         accumulation = recipe.gradient_accumulation_steps
         self.micro_batch_size = (recipe.batch_size or dataset.batch_size) // accumulation
+        self._augmentations = recipe.augmentation_names
+        self._class_weights = _class_weights(dataset, recipe)
+        if self._class_weights is not None and not distribution.is_single:
+            raise InputError(
+                "`class_weight` is available on a single device. "
+                f"Received: {recipe.class_weight} with {distribution.num_devices} devices"
+            )
         self.state = TrainerState()
         train_steps, test_steps = self._steps_per_epoch
         self.steps = epochs * (train_steps + test_steps)
@@ -130,7 +148,7 @@ class Trainer:
             self._compiled = keras.Model(inputs, self._trained(inputs))
             loss = (
                 keras.losses.CategoricalCrossentropy
-                if recipe.label_smoothing
+                if self._has_soft_labels
                 else keras.losses.SparseCategoricalCrossentropy
             )
             # The images that pad a batch have weight 0, in the metric too.
@@ -144,6 +162,11 @@ class Trainer:
         self._ema_callback = keras.callbacks.SwapEMAWeights()
         self._ema_callback.set_model(self._compiled)
         self._ema_active = False
+
+    @property
+    def compiled(self) -> keras.Model:
+        """The model with its optimizer, for Keras callbacks."""
+        return self._compiled
 
     @property
     def optimizer_variables(self) -> list:
@@ -223,7 +246,9 @@ class Trainer:
             count = len(self.dataset.x_train)
             order = datasets.epoch_permutation(count, self._seed, epoch)[: self._images_per_epoch]
             flip = (
-                transforms.flip_mask(count, self._seed, epoch) if self.recipe.random_flip else None
+                transforms.flip_mask(count, self._seed, epoch)
+                if "flip" in self._augmentations
+                else None
             )
             self._train(order, flip, after_step)
             self._test(after_step)
@@ -265,9 +290,22 @@ class Trainer:
         """Copies the trained weights, or their averages, to the caller's model."""
         if self.recipe.ema_momentum is not None and not self._ema_active:
             self._compiled.optimizer.finalize_variable_values(self._compiled.trainable_variables)
+        self._copy_weights()
+
+    def _copy_weights(self):
         if self._trained is not self.model:
             for target, trained in zip(self.model.variables, self._trained.variables, strict=True):
                 target.assign(_to_numpy(trained))
+
+    @contextlib.contextmanager
+    def evaluated_weights(self):
+        """In the block the caller's model has the weights that testing uses."""
+        self._swap_ema(True)
+        self._copy_weights()
+        try:
+            yield
+        finally:
+            self._swap_ema(False)
 
     def _variables(self) -> dict:
         kinds = {"model": self._trained.variables, "optimizer": self.optimizer_variables}
@@ -324,16 +362,29 @@ class Trainer:
         if flip is not None:
             images[flip[own]] = images[flip[own], :, ::-1]
         labels = self._labels(self.dataset.y_train[own], self.recipe.label_smoothing)
-        return Batch(transforms.to_unit_float(images), labels, shard)
+        images = transforms.to_unit_float(images)
+        if set(self._augmentations) - {"flip"}:
+            key = (self._seed, epoch, 4, int(own[0]))
+            images, labels = augment(images, labels, self._augmentations, key)
+        of_class = self._class_weights
+        if of_class is None:
+            return Batch(images, labels, shard)
+        weights = labels @ of_class if self._has_soft_labels else of_class[labels]
+        return Batch(images, labels, shard, weights)
 
     def _eval_batch(self, indices) -> Batch:
         shard = self._distribution.shard(indices)
         labels = self._labels(self.dataset.y_test[shard.indices], 0.0)
         return Batch(transforms.to_unit_float(self.dataset.x_test[shard.indices]), labels, shard)
 
+    @property
+    def _has_soft_labels(self) -> bool:
+        """Whether labels are class probabilities: those of smoothed and of blended labels."""
+        return bool(self.recipe.label_smoothing) or "mixup" in self.recipe.augmentation_names
+
     def _labels(self, y, smoothing) -> np.ndarray:
-        """Class indices, or class probabilities if the recipe smooths labels."""
-        if not self.recipe.label_smoothing:
+        """Class indices, or class probabilities if the loss needs them."""
+        if not self._has_soft_labels:
             return y
         classes = len(self.dataset.class_names)
         uniform = np.full((len(y), classes), smoothing / classes, "float32")
@@ -352,7 +403,7 @@ class Trainer:
     def _run_step(self, step, batch):
         """Runs a step; returns the mean loss and accuracy over the images of all hosts."""
         if self._distribution.is_single:
-            return step(batch.images, batch.labels, return_dict=True)
+            return step(batch.images, batch.labels, batch.weights, return_dict=True)
         with self._distribution.scope(), self._distribution.detect_lost_hosts():
             result = step(batch.images, batch.labels, batch.shard.weights, return_dict=True)
             # Keras divides by the number of all images, including those of weight 0.

@@ -1,0 +1,56 @@
+"""Trained models as the start of further training, with a new head for other classes."""
+
+import contextlib
+import pathlib
+
+import keras
+
+from involution.models import pretrained, weights
+from involution.saving import classifier
+from involution.utils.errors import InputError
+
+
+def is_trained(text) -> bool:
+    """Whether this is a pretrained model's name, a ``.keras`` file, or a folder with a model."""
+    path = pathlib.Path(text)
+    is_folder = (path / weights.CONFIG).is_file() and (path / weights.WEIGHTS).is_file()
+    return text in pretrained.available() or path.suffix == ".keras" or is_folder
+
+
+def image_size(text) -> tuple[int, int] | None:
+    """(height, width) of the images that a trained model was trained on; None if unknown."""
+    with contextlib.suppress(InputError):
+        return classifier.load(text).image_shape[:2]
+    return None
+
+
+def build(text, input_shape, classes) -> keras.Model:
+    """Loads a trained model; with another number of classes, its last layer is new.
+
+    Args:
+        text: A pretrained model's name, a ``.keras`` file, or a folder with a model.
+        input_shape: (height, width, channels) of the images.
+        classes: Number of classes.
+
+    Raises:
+        InputError: The model cannot be loaded, is for images of another size, or does not end in a
+            Dense layer.
+    """
+    path = pretrained.path(text) if text in pretrained.available() else text
+    model = classifier.load_model(path)
+    expected = model.input_shape[1:]
+    if any(n is not None and n != m for n, m in zip(expected, input_shape, strict=True)):
+        raise InputError(
+            f"Images must have the size of the trained model, {expected[0]}x{expected[1]}; set "
+            f"`image_size`. Received: {input_shape[0]}x{input_shape[1]}"
+        )
+    last = model.layers[-1]
+    if not isinstance(last, keras.layers.Dense):
+        raise InputError(
+            "The last layer of a trained model must be Dense, to be replaced for other classes. "
+            f"Received: {type(last).__name__} in {text}"
+        )
+    if last.units == classes:
+        return model
+    head = keras.layers.Dense.from_config(last.get_config() | {"units": classes})
+    return keras.Model(model.inputs, head(last.input), name=model.name)
