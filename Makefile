@@ -49,7 +49,7 @@ OLDEST_VENV := .venv/oldest-$(BACKEND)
 MUTANTS_VENV := .venv/mutants
 WHEELS_VENV := .venv/wheels
 TEST_VENV := .venv/test-$(subst $(space),-,$(strip $(BACKENDS)))
-OLDEST_EXTRAS = $(call extras,$(BACKEND)) sweep demo hub $(if $(filter jax,$(BACKEND)),export-jax,export)
+OLDEST_EXTRAS = $(call extras,$(BACKEND)) heic tensorboard sweep demo hub $(if $(filter jax,$(BACKEND)),export-jax,export)
 PYTEST = $(TEST_VENV)/bin/python -m pytest
 # The first release of pip that reads dependency groups.
 PIP_WITH_GROUPS := "pip>=25.1"
@@ -223,14 +223,14 @@ $(RUN_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 $(TEST_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(TEST_VENV)
 	$(TEST_VENV)/bin/pip install --quiet --upgrade $(PIP_WITH_GROUPS)
-	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),examples,sweep,demo,hub,$(if $(filter jax,$(BACKENDS)),export-jax,export)]" --group test --group lint $(if $(filter jax,$(BACKENDS)),--group jax) $(if $(filter torch,$(BACKENDS)),--group triton) -c constraints.txt
+	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),examples,heic,tensorboard,sweep,demo,hub,$(if $(filter jax,$(BACKENDS)),export-jax,export)]" --group test --group lint $(if $(filter jax,$(BACKENDS)),--group jax) $(if $(filter torch,$(BACKENDS)),--group triton) -c constraints.txt
 	touch $@
 
 # Not editable, because Python would import the original instead of the mutated package.
 $(MUTANTS_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(MUTANTS_VENV)
 	$(MUTANTS_VENV)/bin/pip install --quiet --upgrade $(PIP_WITH_GROUPS)
-	$(MUTANTS_VENV)/bin/pip install --quiet ".[torch,examples,sweep,demo,hub]" --group test --group mutants -c constraints.txt
+	$(MUTANTS_VENV)/bin/pip install --quiet ".[torch,examples,heic,tensorboard,sweep,demo,hub]" --group test --group mutants -c constraints.txt
 	touch $@
 
 # The package ziglang installs no executable named zig.

@@ -22,6 +22,7 @@ from involution_cli.options import (
     parse_point,
     parse_size,
     replace_deprecated,
+    take_config,
 )
 from involution_cli.session import DIVERGED, fail, session, watchdog
 
@@ -540,7 +541,8 @@ def _config(models, training, epochs=None):
         or recipe.image_size
         or _image_size(training.dataset, models),
     }
-    del settings["output"], settings["backend"]
+    for name in ("output", "backend", "config"):
+        del settings[name]
     return Config(**settings)
 
 
@@ -624,6 +626,7 @@ def main():
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        app(replace_deprecated(sys.argv[1:]), exit_on_error=False, print_error=False)
+        words, app.config = take_config(replace_deprecated(sys.argv[1:]))
+        app(words, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         raise SystemExit(fail(str(error))) from None

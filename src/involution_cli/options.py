@@ -4,9 +4,11 @@ import dataclasses
 import importlib.util
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import CycloptsError, Parameter
+from cyclopts.config import Toml, Yaml
 
 Backend = Annotated[
     Literal["tensorflow", "jax", "torch"] | None,
@@ -72,6 +74,9 @@ class TrainingOptions(_Declared):
 
     output: pathlib.Path | None = None
     """Output folder: new or empty, or with --resume the run's (default: runs/<dataset>-<time>)."""
+    config: pathlib.Path | None = None
+    """A .yaml or .toml file with options of this command by name, such as the config.yaml that each
+    run writes; options of the command line take precedence."""
     backend: Backend = None
 
 
@@ -164,6 +169,35 @@ def _current(name, renamed) -> str:
         line = f"involution: warning: {name} is deprecated, use {renamed[name]}"
         print(line, file=sys.stderr, flush=True)
     return renamed.get(name, name)
+
+
+FILE_READERS: dict[str, Callable[..., Any]] = {".toml": Toml, ".yaml": Yaml, ".yml": Yaml}
+
+
+def take_config(words) -> tuple[list[str], tuple]:
+    """Takes --config out of a command line; returns the other words, and cyclopts's reader of the
+    file.
+
+    Raises:
+        CycloptsError: The file is missing, or neither YAML nor TOML.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    for position, word in enumerate(words[:end]):
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            continue
+        rest = position + (1 if equals else 2)
+        value = value if equals else "".join(words[position + 1 : rest])
+        file = pathlib.Path(value)
+        if file.suffix not in FILE_READERS or not file.is_file():
+            raise CycloptsError(
+                f"--config must be an existing .yaml or .toml file. Received: {value or 'none'}"
+            )
+        reader = FILE_READERS[file.suffix](
+            file, must_exist=True, use_commands_as_keys=False, encoding="utf-8"
+        )
+        return words[:position] + words[rest:], (reader,)
+    return words, ()
 
 
 def parse_size(text) -> tuple[int, int] | None:

@@ -233,6 +233,7 @@ def compare(
             if distribution.is_primary:
                 remove_temporaries(output)
                 write_json(output / "config.json", run.description)
+                write_text(output / "config.yaml", config_file(config))
                 if dataset.split_files is not None:
                     write_text(output / "split.csv", split_table(dataset.split_files))
             with distribution.detect_lost_hosts():
@@ -628,6 +629,22 @@ def build(label, builder, dataset, config) -> keras.Model:
     finally:
         keras.config.set_dtype_policy(policy)
     return model
+
+
+def config_file(config) -> str:
+    """The content of config.yaml: the options of ``involution compare`` that repeat a run."""
+    import yaml  # in the extra `compare`
+
+    options = {
+        name.replace("_", "-"): value
+        for name, value in dataclasses.asdict(config).items()
+        if value is not None and value is not False
+    }
+    if config.image_size is not None:
+        options["image-size"] = "x".join(map(str, config.image_size))
+    options["backend"] = keras.config.backend()
+    text = yaml.safe_dump(options, allow_unicode=True, sort_keys=False)
+    return f"# involution compare --config config.yaml\n{text}"
 
 
 def _short_list(class_counts, limit=12) -> str:
