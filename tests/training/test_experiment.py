@@ -27,6 +27,7 @@ pytestmark = pytest.mark.any_backend
 FILES = {
     ".lock",
     "config.json",
+    "config.yaml",
     "history.csv",
     "metrics.json",
     "report.html",

@@ -411,7 +411,7 @@ class RunState:
         progress.begin(label, trainer.steps, trainer.steps_done)
         try:
             with callbacks.training(called):
-                self._train_epochs(result, trainer, called, after_step, start)
+                final = self._train_epochs(result, trainer, called, after_step, start)
         except (KeyboardInterrupt, DivergenceError):
             if result.best_epoch is None:
                 self._write_model(result)
@@ -432,15 +432,20 @@ class RunState:
             )
         result.planned_epochs = config.epochs
         if self.distribution.is_primary:
-            self.checkpoints.save_final(label, trainer.arrays(), dataclasses.asdict(trainer.state))
+            self.checkpoints.save_final(label, *final)
             result.digest = sha256(self.output / result.file)
         self.save(None)
 
     def _train_epochs(self, result, trainer, called, after_step, start):
-        """Trains until the last epoch, or an earlier one by early stopping or a callback."""
+        """Trains until the last epoch, or an earlier one by early stopping or a callback.
+
+        Returns:
+            The arrays and the state at the end, before averages replace the weights.
+        """
         config = self.run.config
-        if self._is_stopped(result):
-            return
+        final = trainer.arrays(), dataclasses.asdict(trainer.state)
+        if self._is_stopped(result) or trainer.state.epoch > config.epochs:
+            return final
         called.on_epoch_begin(trainer.state.epoch)
         # Closed explicitly, so that the trained weights are copied to the model.
         with contextlib.closing(trainer.epochs(after_step)) as epochs:
@@ -458,11 +463,16 @@ class RunState:
                     f"({row['seconds']:.1f} s)"
                 )
                 called.on_epoch_end(row)
-                if called.stops_training or self._is_stopped(result):
+                is_last = row["epoch"] == config.epochs
+                stops = called.stops_training or self._is_stopped(result)
+                if stops or is_last:
+                    final = trainer.arrays(), dataclasses.asdict(trainer.state)
+                if stops and not is_last:
                     self.progress.log(f"{result.label}: stopped after epoch {row['epoch']}")
                     break
-                if row["epoch"] < config.epochs:
+                if not is_last:
                     called.on_epoch_begin(row["epoch"] + 1)
+        return final
 
     def _callbacks(self, label) -> list:
         """New callbacks for the training of a model."""
