@@ -81,10 +81,11 @@ def copy(count, random, window=8):
     return (1 + letters * window + steps).astype("int32"), targets.astype("int32")
 
 
+# Function, vocabulary, taps, and the steps of a full run.
 TASKS = {
-    "recall": (recall, VOCABULARY, 4),
-    "fixed": (functools.partial(recall, lengths=(1,), pairs=(2, 4, 8)), VOCABULARY, 4),
-    "copy": (copy, 1 + 16 * 8, 8),
+    "copy": (copy, 1 + 16 * 8, 8, 1500),
+    "recall": (recall, VOCABULARY, 4, 2000),
+    "fixed": (functools.partial(recall, lengths=(1,), pairs=(2, 4, 8)), VOCABULARY, 4, 1000),
 }
 
 
@@ -161,10 +162,10 @@ def accuracy(model, tokens, targets):
 
 def main():
     options = experiments.arguments(__doc__, "associative_recall")
-    steps, every = (2000, 100) if options.full else (60, 30)
     tasks = TASKS if options.full else {"copy": TASKS["copy"], "recall": TASKS["recall"]}
     results = experiments.Results(options)
-    for task, (make, vocabulary, taps) in tasks.items():
+    for task, (make, vocabulary, taps, full_steps) in tasks.items():
+        steps, every = (full_steps, 100) if options.full else (60, 30)
         test = {"accuracy": make(256, np.random.default_rng(1_000_000))}
         if task == "recall":
             for pairs in PAIRS:
