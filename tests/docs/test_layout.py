@@ -72,6 +72,8 @@ ORDER = [
     "ops.triton.kernels",
     "ops.triton.launch",
     "ops.triton",
+    "ops.pallas",
+    "ops.pallas.kernels",
     "ops.fused",
     "ops.reference",
     "ops.rows",

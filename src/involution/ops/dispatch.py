@@ -20,13 +20,24 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
-from involution.ops import banded, fused, native, onnxruntime, reference, rows, taps, triton
+from involution.ops import (
+    banded,
+    fused,
+    native,
+    onnxruntime,
+    pallas,
+    reference,
+    rows,
+    taps,
+    triton,
+)
 from involution.ops.problem import Problem
 from involution.ops.validation import CHANNELS_LAST
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "triton": triton,
     "native": native,
+    "pallas": pallas,
     "taps": taps,
     "reference": reference,
     "rows": rows,
@@ -35,7 +46,8 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "onnxruntime": onnxruntime,
 }
 # In order of preference: the first that supports a problem is selected. ``fused`` precedes them
-# where kernels are generated; those of ``PORTABLE`` before ``reference`` only by name.
+# where kernels are generated; ``pallas``, and those of ``PORTABLE`` before ``reference``, are
+# selected by name only.
 PREFERENCE = ("triton", "native", "taps", "reference")
 # ``"portable"``, for exported programs: standard operations only.
 PORTABLE = ("banded", "rows", "reference")
