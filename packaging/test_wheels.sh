@@ -12,7 +12,7 @@ mkdir -p "$build"
 "$build/venv/bin/pip" install --quiet dist/involution-*-manylinux_2_28_x86_64.whl "jax>=0.7" -c constraints.txt
 (cd "$build" && PATH=$build/venv/bin KERAS_BACKEND=jax PYTHONPATH=$OLDPWD \
 	python "$OLDPWD/packaging/test_wheel.py")
-PATH=$build/venv/bin KERAS_BACKEND=jax "$build/venv/bin/involution" doctor
+PATH=$build/venv/bin KERAS_BACKEND=jax "$build/venv/bin/involution" doctor --all
 
 "$python" -m zipfile -e dist/involution-*-manylinux_2_28_aarch64.whl "$build/arm"
 sh tests/native/arm.sh "$build/arm/involution/native/libinvolution.so"

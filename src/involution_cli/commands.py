@@ -1,6 +1,7 @@
 """The commands: thin wrappers of the library."""
 
 import dataclasses
+import inspect
 import io
 import os
 import pathlib
@@ -9,12 +10,20 @@ import sys
 import threading
 import time
 from importlib import metadata
-from typing import Literal
+from typing import Annotated, Literal
 
 import cyclopts
+from cyclopts import Parameter
 
 from involution_cli import predictions
 from involution_cli.options import (
+    BACKEND,
+    DATA,
+    MEASUREMENT,
+    MODEL,
+    OUTPUT,
+    SEARCH,
+    SERVER,
     Backend,
     DistributedOptions,
     ResumeOptions,
@@ -24,7 +33,7 @@ from involution_cli.options import (
     replace_deprecated,
     take_config,
 )
-from involution_cli.session import DIVERGED, fail, session, watchdog
+from involution_cli.session import DIVERGED, WRITE_FAILED, fail, session, watchdog
 
 app = cyclopts.App(
     name="involution",
@@ -33,17 +42,43 @@ app = cyclopts.App(
     version=lambda: metadata.version("involution"),
     version_flags=["--version"],
 )
+app.register_install_completion_command(
+    help="Install the completion of commands and options for your shell."
+)
 
 
-@app.command
+def command(function):
+    """Registers a command. Its help is its docstring, whose line breaks cyclopts would print: lines
+    of a paragraph are joined, except indented ones before the parameters, which are examples."""
+    text, heading, parameters = inspect.cleandoc(function.__doc__).partition("\n\nParameters\n")
+    paragraphs = [
+        paragraph if paragraph.startswith(" ") else paragraph.replace("\n", " ")
+        for paragraph in text.split("\n\n")
+    ]
+    lines: list[str] = []
+    for line in parameters.split("\n"):
+        if line.startswith(" ") and lines[-1].startswith(" "):
+            lines[-1] += f" {line.strip()}"
+        else:
+            lines.append(line)
+    function.__doc__ = "\n\n".join(paragraphs) + heading + "\n".join(lines)
+    return app.command(function)
+
+
+@command
 def compare(
     *,
-    models: str = "cnn,inn",
+    models: Annotated[str, Parameter(group=MODEL)] = "cnn,inn",
     training: TrainingOptions = TrainingOptions(),
     resume: ResumeOptions = ResumeOptions(),
     distributed: DistributedOptions = DistributedOptions(),
 ):
     """Train models on the same data and write one folder: figures, metrics, models, report.html.
+
+    For example:
+
+        involution compare
+        involution compare --models cnn,inn:kernel_size=5 --epochs 5
 
     Parameters
     ----------
@@ -55,16 +90,21 @@ def compare(
     _run("compare", f"Comparing {models} on", models, training, resume, distributed)
 
 
-@app.command
+@command
 def train(
     *,
-    model: str | None = None,
-    init_from: str | None = None,
+    model: Annotated[str | None, Parameter(group=MODEL)] = None,
+    init_from: Annotated[str | None, Parameter(group=MODEL)] = None,
     training: TrainingOptions = TrainingOptions(),
     resume: ResumeOptions = ResumeOptions(),
     distributed: DistributedOptions = DistributedOptions(),
 ):
     """Train one model and write its folder.
+
+    For example:
+
+        involution train --model inn --epochs 5
+        involution train --model rednet_tiny --recipe one-cycle --epochs 5
 
     Parameters
     ----------
@@ -83,13 +123,13 @@ def train(
     _run("train", f"Training {name} on", name, training, resume, distributed)
 
 
-@app.command
+@command
 def sweep(
     *search: str,
-    model: str = "rednet_tiny",
-    trials: int = 40,
-    max_parameters: int | None = None,
-    study: str | None = None,
+    model: Annotated[str, Parameter(group=MODEL)] = "rednet_tiny",
+    trials: Annotated[int, Parameter(group=SEARCH)] = 40,
+    max_parameters: Annotated[int | None, Parameter(group=SEARCH)] = None,
+    study: Annotated[str | None, Parameter(group=SEARCH)] = None,
     training: TrainingOptions = TrainingOptions(),
 ):
     """Search hyperparameters of a model and its training with Optuna.
@@ -97,6 +137,11 @@ def sweep(
     The same command with the same --output resumes the study; several processes may run it
     concurrently. By default a trial has 5 epochs and is evaluated on held-out training images, and
     unpromising trials are pruned. The folder gets trials.csv and report.html.
+
+    For example:
+
+        involution sweep kernel_size=3,5,7 learning_rate=0.001..0.03
+        involution sweep kernel_size=3,5 --model inn --trials 4 --epochs 1
 
     Parameters
     ----------
@@ -124,25 +169,30 @@ def sweep(
         command = command_line("involution", *sys.argv[1:])
         result = run(config, output, study, current.progress, command)
         current.folder = output
-        current.progress.log(f"Report: {output / 'report.html'}")
-        current.progress.log(f"Trials: {result.trials}")
+        current.result(f"Report: {output / 'report.html'}")
+        current.result(f"Trials: {result.trials}")
         if result.best is not None:
-            current.progress.log(f"Best: {result.accuracy:.4f}, {config.command(result.best)}")
+            current.result(f"Best: {result.accuracy:.4f}, {config.command(result.best)}")
         if result.exit_code:
             raise SystemExit(result.exit_code)
 
 
-@app.command
+@command
 def predict(
     *files: pathlib.Path,
-    top: int = 3,
-    json: bool = False,
-    csv: bool = False,
+    top: Annotated[int, Parameter(group=OUTPUT)] = 3,
+    json: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False,
+    csv: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False,
     backend: Backend = None,
 ):
     """Classify images: the most likely classes with their probabilities.
 
     Images that cannot be read are named, and the others classified; the exit code is 2 then.
+
+    For example:
+
+        involution predict photo.jpg
+        involution predict cnn-cifar10 photos --top 1 --csv
 
     Parameters
     ----------
@@ -157,32 +207,33 @@ def predict(
     csv
         Print CSV with a row for each image and class.
     """
-    with _session("predict", "Loading the model.", backend) as current:
-        from involution.utils.errors import InputError, escape_controls
+    with _session("predict", "Classifying images.", backend) as current:
+        from involution.utils.errors import InputError
 
         if top < 1:
             raise InputError(f"`top` must be at least 1. Received: {top}")
         if json and csv:
             raise InputError("At most one of `json` and `csv` may be set. Received: both")
+        progress = current.progress
+        progress.stage("Loading the model")
         classifier, images = load_classifier(files)
-        images = _in_folders(images, current.progress.log)
+        images = _in_folders(images, progress.log)
         results, failed = [], 0
+        progress.begin("images", len(images))
         for image, scores in classifier.classify(images):
+            progress.advance()
             if isinstance(scores, InputError):
                 failed += 1
-                current.progress.log(f"Not read: {scores}")
+                progress.log(f"Not read: {scores}")
                 continue
             ranked = predictions.ranked(scores, classifier.class_names, top)
-            if json or csv:
-                results.append((image, ranked))
-            else:
-                print(escape_controls(predictions.as_text(image, ranked)))
+            results.append((image, ranked))
+            if not (json or csv):
+                current.result(predictions.as_text(image, ranked))
         if json or csv:
-            print(
-                escape_controls(
-                    (predictions.as_json if json else predictions.as_csv)(results), "\n"
-                )
-            )
+            text = (predictions.as_json if json else predictions.as_csv)(results)
+            for line in text.splitlines():
+                current.result(line)
         if failed:
             raise InputError(f"{failed} of {len(images)} images could not be read")
 
@@ -206,15 +257,22 @@ def _in_folders(paths, log) -> list:
     return images
 
 
-@app.command
+@command
 def explain(
     *files: pathlib.Path,
-    output: pathlib.Path = pathlib.Path("explain.png"),
-    figure: Literal["heatmap", "activations", "point", "groups", "use"] = "heatmap",
-    point: str = "0.5,0.5",
+    output: Annotated[pathlib.Path, Parameter(group=OUTPUT)] = pathlib.Path("explain.png"),
+    figure: Annotated[
+        Literal["heatmap", "activations", "point", "groups", "use"], Parameter(group=OUTPUT)
+    ] = "heatmap",
+    point: Annotated[str, Parameter(group=OUTPUT)] = "0.5,0.5",
     backend: Backend = None,
 ):
     """Plot the kernels that involutions generate for images.
+
+    For example:
+
+        involution explain photo.jpg
+        involution explain inn-cifar10 photo.jpg --output photo.html
 
     Parameters
     ----------
@@ -236,21 +294,33 @@ def explain(
     with _session("explain", "Explaining images.", backend) as current:
         from involution.visualize import explain
 
-        classifier, images = read_images(files)
         progress = current.progress
+        progress.stage("Loading the model and the images")
+        classifier, images = read_images(files)
+        progress.stage("Computing and drawing the kernels")
         lines = explain.write(
             classifier, images, output, figure, parse_point(point), progress=progress
         )
         for line in lines:
-            progress.log(line)
+            current.result(line)
 
 
-@app.command
-def convert(source: pathlib.Path, destination: pathlib.Path, *, backend: Backend = None):
+@command
+def convert(
+    source: Annotated[pathlib.Path, Parameter(group=MODEL)],
+    destination: Annotated[pathlib.Path, Parameter(group=OUTPUT)],
+    *,
+    backend: Backend = None,
+):
     """Convert a published checkpoint to a model folder: config.json, model.safetensors.
 
     No code in the checkpoint is executed. The outputs of the new model are verified against a NumPy
     computation from the checkpoint.
+
+    For example:
+
+        involution convert rednet50.pth rednet50
+        involution convert rednet50.pdparams rednet50 --backend torch
 
     Parameters
     ----------
@@ -263,22 +333,28 @@ def convert(source: pathlib.Path, destination: pathlib.Path, *, backend: Backend
     with _session("convert", f"Converting {source}.", backend) as current:
         from involution.models.convert import convert
 
+        current.progress.stage("Converting and verifying")
         for line in convert(source, destination).lines:
-            current.progress.log(line)
-        current.progress.log(f"Model: {destination}")
+            current.result(line)
+        current.result(f"Model: {destination}")
 
 
-@app.command
+@command
 def export(
-    model: pathlib.Path,
+    model: Annotated[pathlib.Path, Parameter(group=MODEL)],
     *,
-    format: Literal["onnx", "saved_model", "pt2"] = "onnx",
-    output: pathlib.Path | None = None,
-    image_size: str | None = None,
-    operator: Literal["portable", "native"] = "portable",
+    format: Annotated[Literal["onnx", "saved_model", "pt2"], Parameter(group=OUTPUT)] = "onnx",
+    output: Annotated[pathlib.Path | None, Parameter(group=OUTPUT)] = None,
+    image_size: Annotated[str | None, Parameter(group=MODEL)] = None,
+    operator: Annotated[Literal["portable", "native"], Parameter(group=MODEL)] = "portable",
     backend: Backend = None,
 ):
     """Export a model for another runtime, and verify its outputs in that runtime.
+
+    For example:
+
+        involution export runs/digits/inn.keras
+        involution export runs/digits/inn.keras --operator native --output fast.onnx
 
     Parameters
     ----------
@@ -300,31 +376,38 @@ def export(
         from involution.saving import classifier
 
         size = parse_size(image_size)
+        current.progress.stage("Loading the model")
         loaded = classifier.load_model(model)
         path = output or pathlib.Path(
             f"{model.stem}_saved_model" if format == "saved_model" else f"{model.stem}.{format}"
         )
+        current.progress.stage("Exporting and verifying")
         result = export(loaded, path, format, _fixed_shape(loaded, size), operator=operator)
-        current.progress.log(
+        current.result(
             f"{result.path}: {result.bytes:,} bytes, {', '.join(result.inputs)} to "
             f"{', '.join(result.outputs)}, any batch size, in {result.seconds:.0f} s"
         )
-        current.progress.log(
+        current.result(
             f"verified: for batches of {' and '.join(map(str, result.batches))} the outputs of "
             f"{result.runtime} match; maximum relative error {result.error:.1e}"
         )
 
 
-@app.command
+@command
 def demo(
     *models: str,
-    host: str = "127.0.0.1",
-    port: int = 7860,
+    host: Annotated[str, Parameter(group=SERVER)] = "127.0.0.1",
+    port: Annotated[int, Parameter(group=SERVER)] = 7860,
     backend: Backend = None,
 ):
     """Serve a web demo: upload an image; get classes, heat maps and the kernels at any point.
 
     By default it listens on this machine only. It stores no images and downloads nothing.
+
+    For example:
+
+        involution demo
+        involution demo rednet_tiny-cifar10 --port 0
 
     Parameters
     ----------
@@ -336,11 +419,15 @@ def demo(
         The port; 0 selects a free one.
     """
     with _session("demo", "Starting the demo.", backend) as current:
+        current.progress.stage("Importing Gradio")
         from involution.demo import app
 
+        current.progress.stage("Loading the models, and running each once")
         page = app.build(app.load(models), app.model_cards(models))
+        current.progress.stage("Starting the server")
         with app.serve(page, host, port) as address:
-            current.progress.log(f"Demo: {address} (Ctrl-C to stop)")
+            current.progress.end()
+            current.result(f"Demo: {address} (Ctrl-C to stop)")
             _wait_for_signal()
         current.progress.log("Stopped.")
 
@@ -353,35 +440,52 @@ def _wait_for_signal():
     received.wait()
 
 
-@app.command
-def doctor(*, backend: Backend = None):
-    """Check this installation: available implementations with measured errors, and reasons for
-    unavailable ones.
+@command
+def doctor(
+    *,
+    all: Annotated[bool, Parameter(group=MEASUREMENT, negative=())] = False,
+    backend: Backend = None,
+):
+    """Check this installation: backends, GPUs, optional packages, and results of the operator.
+
+    The last line is the verdict; the exit code is 1 if an implementation gives wrong results.
+
+    For example:
+
+        involution doctor
+        involution doctor --all --backend jax
+
+    Parameters
+    ----------
+    all
+        Check every implementation on every case, with the measured errors, and give the reasons
+        why others are unavailable: up to a few minutes.
     """
     with _session("doctor", "Checking this installation.", backend) as current:
         from involution.benchmarking import doctor
 
+        current.progress.stage("Comparing the implementations")
         healthy = True
-        for line, ok in doctor.lines():
-            current.progress.log(line)
+        for line, ok in doctor.lines(all_cases=all):
+            current.result(line)
             healthy = healthy and ok
         if not healthy:
             raise SystemExit(1)
 
 
-@app.command
+@command
 def bench(
     *,
-    cases: str = "tut,red1,red2,red3,red4,odd,line,cube",
-    candidates: str | None = None,
-    dtypes: str = "float32",
-    calls: int = 10,
-    seconds: float = 2.0,
-    memory: bool = False,
-    device: str = "cpu",
-    runtime: Literal["onnxruntime"] | None = None,
-    batch: int | None = None,
-    output: pathlib.Path | None = None,
+    cases: Annotated[str, Parameter(group=DATA)] = "tut,red1,red2,red3,red4,odd,line,cube",
+    candidates: Annotated[str | None, Parameter(group=MEASUREMENT)] = None,
+    dtypes: Annotated[str, Parameter(group=DATA)] = "float32",
+    calls: Annotated[int, Parameter(group=MEASUREMENT)] = 10,
+    seconds: Annotated[float, Parameter(group=MEASUREMENT)] = 2.0,
+    memory: Annotated[bool, Parameter(group=MEASUREMENT)] = False,
+    device: Annotated[str, Parameter(group=BACKEND)] = "cpu",
+    runtime: Annotated[Literal["onnxruntime"] | None, Parameter(group=MEASUREMENT)] = None,
+    batch: Annotated[int | None, Parameter(group=DATA)] = None,
+    output: Annotated[pathlib.Path | None, Parameter(group=OUTPUT)] = None,
     backend: Backend = None,
 ):
     """Measure speed and memory by case and implementation, compared with convolutions.
@@ -390,6 +494,11 @@ def bench(
     minimum times on this machine, from peak FLOP/s and bandwidths measured in the same run: warm,
     with operands in the cache where they fit, as in the measured calls; cold, with operands in
     memory.
+
+    For example:
+
+        involution bench --cases red1,red4
+        involution bench --candidates fused,unfused --memory --output fused.csv
 
     Parameters
     ----------
@@ -439,17 +548,22 @@ def bench(
             batch=batch,
         )
         runner.check(plan, output)
-        rows = []
+        rows: list[runner.Row] = []
+        current.progress.stage("Measuring the rates of this machine")
         for line in runner.header(plan):
-            current.progress.log(line)
+            current.result(line)
+        # Without a spinner, whose thread would take time from what is measured.
+        current.progress.end()
+        current.progress.log("Compiling and verifying the candidates of a case before its rows.")
         for row in runner.run(plan, current.progress.log):
+            for line in runner.format_row(row, rows[-1] if rows else None):
+                current.result(line)
             rows.append(row)
-            current.progress.log(runner.format_row(row))
             if output is not None:
                 # After each row, so that an interrupted run loses none.
                 atomic_files.write_text(output, runner.to_csv(rows, device))
         if output is not None:
-            current.progress.log(f"Results: {output}")
+            current.result(f"Results: {output}")
 
 
 def option_names(command) -> set[str]:
@@ -515,7 +629,7 @@ def _train(command, action, models, training, resume, distributed):
         )
         if distribution.is_primary:
             current.folder = output
-            _print_summary(run, output, current.progress)
+            _print_summary(run, output, current)
         else:
             current.progress.log("Done: the first host writes the report.")
         if run.interrupted or run.failure is not None:
@@ -571,24 +685,24 @@ def _fixed_shape(model, size) -> tuple | None:
     return tuple(next(sizes) if n is None else n for n in shape)
 
 
-def _print_summary(run, output, progress):
+def _print_summary(run, output, current):
     from involution.models.specs import command_line
     from involution.training import report
     from involution.visualize import activations
 
-    progress.log("")
-    progress.log(report.summary_sentence(run))
-    progress.log("")
-    for line in report.markdown(run).splitlines():
-        progress.log(line)
-    progress.log("")
-    progress.log(f"Report: {output / 'report.html'}")
+    current.result(report.summary_sentence(run))
+    current.result("")
+    for line in report.text_table(run):
+        current.result(line)
+    current.result("")
+    current.result(f"Report: {output / 'report.html'}")
     if not run.results:
         return
     file = output / run.results[-1].file
-    progress.log(f"Next: {command_line('involution', 'predict', file)} IMAGE...")
+    log = current.progress.log
+    log(f"Next: {command_line('involution', 'predict', file)} IMAGE...")
     if activations.has_involutions(run.results[-1].classifier.model):
-        progress.log(f"      {command_line('involution', 'explain', file)} IMAGE...")
+        log(f"      {command_line('involution', 'explain', file)} IMAGE...")
 
 
 def _new_folder(dataset) -> pathlib.Path:
@@ -630,3 +744,5 @@ def main():
         app(words, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         raise SystemExit(fail(str(error))) from None
+    except OSError as error:  # of --install-completion; commands handle their own
+        raise SystemExit(fail(f"Files must be writable. Received: {error}", WRITE_FAILED)) from None

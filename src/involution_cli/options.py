@@ -7,14 +7,54 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from cyclopts import CycloptsError, Parameter
+from cyclopts import CycloptsError, Group, Parameter
 from cyclopts.config import Toml, Yaml
+from cyclopts.help import DefaultFormatter
+
+
+def _wide_names(console, options, entries) -> tuple:
+    """Columns of a group with long options, which cyclopts breaks at 28 of 80 characters."""
+    from cyclopts.help import specs
+
+    names, *rest = specs.get_default_parameter_columns(console, options, entries)
+    renderer = specs.NameRenderer(max_width=WIDEST_NAME)
+    return (names.copy(renderer=renderer, max_width=WIDEST_NAME), *rest)
+
+
+WIDEST_NAME = len("--gradient-accumulation-steps INT")
+
+# Groups of options in a command's help, in its order.
+DATA = Group.create_ordered("Data")
+MODEL = Group.create_ordered("Model")
+SEARCH = Group.create_ordered("Search")
+TRAINING = Group.create_ordered(
+    "Training", help_formatter=DefaultFormatter(column_specs=_wide_names)
+)
+MEASUREMENT = Group.create_ordered("Measurement")
+OUTPUT = Group.create_ordered("Output")
+RESUME = Group.create_ordered("Resume")
+BACKEND = Group.create_ordered("Backend")
+DISTRIBUTED = Group.create_ordered("Distributed")
+SERVER = Group.create_ordered("Server")
+
+# Groups of training settings; others belong to TRAINING.
+SETTING_GROUPS = {
+    "dataset": DATA,
+    "image_size": DATA,
+    "download": DATA,
+    "split": DATA,
+    "validation_images": DATA,
+    "tensorboard": OUTPUT,
+    "callbacks": OUTPUT,
+    "precision": BACKEND,
+}
 
 Backend = Annotated[
     Literal["tensorflow", "jax", "torch"] | None,
     Parameter(
+        group=BACKEND,
         help="Keras backend (default: KERAS_BACKEND, then Keras's configuration, then the first "
-        "installed)."
+        "installed).",
     ),
 ]
 
@@ -57,7 +97,10 @@ def _declared(config) -> Any:
         fields.append(
             (
                 field.name,
-                Annotated[type_, Parameter(help=f"{help}.")],
+                Annotated[
+                    type_,
+                    Parameter(group=SETTING_GROUPS.get(field.name, TRAINING), help=f"{help}."),
+                ],
                 dataclasses.field(default=default),
             )
         )
@@ -72,15 +115,15 @@ _Declared: Any = _declared(_load_recipes().Config)
 class TrainingOptions(_Declared):
     """Options of ``compare``, ``train`` and ``sweep``; see ``involution.training.recipes``."""
 
-    output: pathlib.Path | None = None
+    output: Annotated[pathlib.Path | None, Parameter(group=OUTPUT)] = None
     """Output folder: new or empty, or with --resume the run's (default: runs/<dataset>-<time>)."""
-    config: pathlib.Path | None = None
+    config: Annotated[pathlib.Path | None, Parameter(group=OUTPUT)] = None
     """A .yaml or .toml file with options of this command by name, such as the config.yaml that each
     run writes; options of the command line take precedence."""
     backend: Backend = None
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=RESUME)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResumeOptions:
     """Checkpoints of ``compare`` and ``train``."""
@@ -93,7 +136,7 @@ class ResumeOptions:
     """Resume despite changed options, data or versions."""
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=DISTRIBUTED)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedOptions:
     """Devices and hosts of ``compare`` and ``train``, with the JAX backend."""

@@ -1,6 +1,7 @@
 """The session of a command: backend, log file, and errors as one line with an exit code."""
 
 import contextlib
+import importlib
 import os
 import pathlib
 import re
@@ -21,37 +22,61 @@ DIVERGED = 4
 WRITE_FAILED = 5
 HOST_LOST = 6
 OUT_OF_MEMORY = 7
+# That of a process ended by SIGPIPE: the reader of a pipe, such as `head`, has closed it.
+READER_CLOSED = 141
 
 
 class Session:
     """A running command.
 
     Attributes:
-        progress: Receives progress.
+        progress: Receives progress and messages, for standard error.
         folder: Folder in which the log is saved; None: it is not saved.
     """
 
-    def __init__(self):
-        from involution import backend
+    def __init__(self, results, messages):
         from involution.utils.progress import RichProgress
 
-        backend.select()
-        self.progress = RichProgress()
+        self._results = results
+        self.progress = RichProgress(messages)
         self.folder: pathlib.Path | None = None
+
+    def import_keras(self):
+        """Selects the backend and imports Keras with it, which takes seconds."""
+        from involution import backend
+
+        name = backend.select()
         if backend.warning is not None:
             self.progress.log(f"involution: {backend.warning}")
+        self.progress.stage(f"Importing Keras with {name}")
+        importlib.import_module("keras")
+
+    def result(self, text):
+        """Prints one line of results on standard output."""
+        # What is drawn on standard error would be mixed with the line if both are one terminal.
+        hidden = self.progress.hidden() if self._results.isatty() else contextlib.nullcontext()
+        with hidden:
+            try:
+                print(escape_controls(text), file=self._results, flush=True)
+            except BrokenPipeError:
+                raise SystemExit(READER_CLOSED) from None
+            except OSError as error:
+                from involution.utils.errors import WriteError
+
+                raise WriteError(error.errno, error.strerror, "standard output") from error
 
 
 @contextlib.contextmanager
 def session(first_line, backend, options=()):
-    """Runs the block of a command, with standard error, which frameworks write to, in a log file.
+    """Runs the block of a command. Standard output is for its results only, see ``Session.result``;
+    messages go to standard error, and what frameworks write there to a log file.
 
     Args:
         first_line: Printed before the package is imported, which takes seconds.
         backend: The Keras backend; None: the configured one.
         options: Names of the command's options, for error messages.
     """
-    print(f"involution: {escape_controls(first_line)}", flush=True)
+    print(f"involution: {escape_controls(first_line)}", file=sys.stderr, flush=True)
     if backend is not None:
         os.environ["KERAS_BACKEND"] = backend
     try:
@@ -61,9 +86,10 @@ def session(first_line, backend, options=()):
         raise SystemExit(fail(reason, WRITE_FAILED)) from error
     current = failure = None
     try:
-        with _redirect_stderr(log):
+        with _redirected(log) as (results, messages):
             try:
-                current = Session()
+                current = Session(results, messages)
+                current.import_keras()
                 yield current
             except KeyboardInterrupt:
                 failure = ("interrupted.", 130)
@@ -133,18 +159,42 @@ def explain_error(error, log) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def _redirect_stderr(log):
-    """Redirects standard error to a file, including the output of C++ code."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with open(log, "ab", buffering=0) as file:
+def _redirected(log):
+    """Within the block, file descriptor 2 is the log and 1 standard error, for Python and C++ code.
+
+    Yields text streams of the original standard output and standard error.
+    """
+    streams = sys.stdout, sys.stderr
+    with contextlib.ExitStack() as stack:
+        for stream in streams:
+            stream.flush()
+        results, messages = (
+            stack.enter_context(_duplicate(number, stream.encoding))
+            for number, stream in enumerate(streams, start=1)
+        )
+        file = stack.enter_context(open(log, "ab", buffering=0))
+        os.dup2(messages.fileno(), 1)
         os.dup2(file.fileno(), 2)
+        stack.enter_context(contextlib.redirect_stdout(messages))
+        try:
+            yield results, messages
+        finally:
+            for stream in streams:
+                stream.flush()
+            os.dup2(results.fileno(), 1)
+            os.dup2(messages.fileno(), 2)
+
+
+@contextlib.contextmanager
+def _duplicate(number, encoding):
+    """A text stream of a copy of a file descriptor."""
+    stream = open(os.dup(number), "w", encoding=encoding, errors="backslashreplace", buffering=1)  # noqa: SIM115 - closed below
     try:
-        yield
+        yield stream
     finally:
-        sys.stderr.flush()
-        os.dup2(stderr, 2)
-        os.close(stderr)
+        # What could not be written has been reported.
+        with contextlib.suppress(OSError):
+            stream.close()
 
 
 def fail(message, code=2) -> int:

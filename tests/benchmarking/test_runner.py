@@ -233,46 +233,55 @@ ROW = runner.Row(
 @pytest.mark.parametrize(
     ("changes", "end"),
     [
-        ({}, "1234.568   10.00 9876.543    1.25 cold memory  98765.4"),
-        ({"bound_warm": "memory", "peak_mb": None}, "1.25      memory        -"),
-        ({"bound_cold": "arithmetic"}, "1.25  arithmetic  98765.4"),
+        ({}, " 1234.568  10.00 9876.543   1.25    mixed 98765.4"),
+        ({"bound_warm": "memory", "peak_mb": None}, "   1.25   memory       -"),
+        ({"bound_cold": "arithmetic"}, "   1.25   arith. 98765.4"),
     ],
     ids=["differ", "memory", "arithmetic"],
 )
 def test_lines_of_the_table(changes, end):
-    line = runner.format_row(dataclasses.replace(ROW, **changes))
-    assert line.startswith("small compiled-taps bfloat16 forward+backward  12345.679 123.457 ")
+    *_, line = runner.format_row(dataclasses.replace(ROW, **changes))
+    assert line.startswith("compiled-taps 12345.679 123.457")
     assert line.endswith(end)
-    assert len(line) <= 120
+    assert len(line) <= 80
 
 
 def test_convolutions_have_no_roofline():
     fields = [f.name for f in dataclasses.fields(runner.Row) if "roofline" in f.name]
     empty = dict.fromkeys([*fields, "bound_warm", "bound_cold", "tensors_mb"])
-    line = runner.format_row(dataclasses.replace(ROW, **empty))
+    *_, line = runner.format_row(dataclasses.replace(ROW, **empty))
     assert line.split()[-6:] == ["-"] * 5 + ["98765.4"]
-    assert len(line) == len(runner.format_row(ROW))
+    assert len(line) == len(runner.format_row(ROW)[-1])
+
+
+def test_rows_of_one_case_dtype_and_pass_have_one_heading():
+    blank, heading, columns, line = runner.format_row(ROW)
+    assert blank == ""
+    assert heading == "small bfloat16 forward+backward, batch size 2"
+    # Right-aligned columns end where those of a row do.
+    assert len(columns) == len(line)
+    for name, value in (("ms", "12345.679"), ("x cold", "1.25"), ("bound", "mixed")):
+        assert columns.index(f" {name} ") + 1 + len(name) == line.index(value) + len(value)
+    other = dataclasses.replace(ROW, candidate="native")
+    assert len(runner.format_row(other, ROW)) == 1
+    for change in ({"case": "red1"}, {"dtype": "float32"}, {"passes": "forward"}):
+        assert len(runner.format_row(dataclasses.replace(ROW, **change), ROW)) == 4
 
 
 def test_the_header_names_the_rates_and_columns(small, monkeypatch):
     device = FakeDevice(read=8.6e9, write=6.5e9, copy=42.3e9, flops=86e9)
     monkeypatch.setitem(devices.DEVICES, "cpu", device)
-    *lines, columns = runner.header(small)
-    assert all(len(line) <= 120 for line in lines)
-    text = "\n".join(lines)
+    lines = list(runner.header(small))
+    assert all(len(line) <= 80 for line in lines)
+    text = " ".join(line.strip() for line in lines)
     assert lines[0] == f"{BACKEND} on a fake"
     assert "cold: operands in memory, read at 8.6 GB/s and written at 6.5 GB/s" in lines
     # 4800 bytes, of the first case.
     assert "copies of the 0.0 MB of small: 42.3 GB/s, read plus written" in text
     assert device.copied == [4 * (2 * 240 + 720)]
     assert "arithmetic: float32 86 GFLOP/s" in lines
-    for name in ("ms:", "+-:", "warm, cold:", "x warm, x cold:", "bound:", "cold memory:", "MB:"):
+    for name in ("ms:", "+-:", "warm, cold:", "x warm, x cold:", "bound:", "mixed:", "MB:"):
         assert name in text
-    # Right-aligned columns end where those of a row do.
-    line = runner.format_row(ROW)
-    assert len(columns) == len(line)
-    for name, value in (("ms", "12345.679"), ("x cold", "1.25"), ("bound", "cold memory")):
-        assert columns.index(f" {name} ") + 1 + len(name) == line.index(value) + len(value)
 
 
 def test_the_csv_file_has_every_field_of_a_row():

@@ -66,15 +66,14 @@ def test_error_lines_are_escaped(capsys):
     assert error.startswith("involution: error: a b \\u001b[2J")
 
 
-def test_class_names_cannot_forge_output_lines(tmp_path, capsys, monkeypatch):
+def test_class_names_cannot_forge_output_lines(tmp_path, capfd):
     layers = [keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(2)]
     names = (HOSTILE, "x\nimage.png: cat 1.000")
     path = tmp_path / "m.keras"
     classifier.Classifier(keras.Sequential(layers), names, (8, 8, 3)).save(path)
     write_image(tmp_path / "i.png")
     commands.predict(path, tmp_path / "i.png")
-    first, line = capsys.readouterr().out.splitlines()
-    assert first == "involution: Loading the model."
+    (line,) = capfd.readouterr().out.splitlines()
     assert ESCAPED in line
     assert r"x\u000aimage.png" in line
     scores = render.classify({"m": classifier.load(path)}, tmp_path / "i.png")

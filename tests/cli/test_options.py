@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 
 import cyclopts
@@ -27,14 +29,97 @@ def parse(words):
 def help_of():
     """Returns a function that returns the help text of a command."""
 
-    def help_text(command):
-        # Wide enough that no name of an option wraps.
-        console = Console(width=300)
+    # Wide enough that no name of an option wraps.
+    def help_text(command, width=300):
+        console = Console(width=width)
         with console.capture() as capture:
             app.help_print([command], console=console)
         return capture.get()
 
     return help_text
+
+
+COMMANDS = [name for name in app if not name.startswith("-")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns_and_breaks_no_name(command, help_of):
+    text = help_of(command, width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    words = text.split()
+    for name in option_names(command):
+        # Positional arguments have names too, which the help does not show.
+        if name in help_of(command).split():
+            assert name in words
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_are_in_named_groups(command, help_of):
+    titles = re.findall("╭─ (.*?) ─", help_of(command))
+    assert len(titles) == len(set(titles))
+    assert "Parameters" not in titles
+    if command in ("compare", "train"):
+        groups = ["Data", "Model", "Training", "Output", "Resume", "Backend", "Distributed"]
+        assert titles == groups
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_two_examples_that_parse(command):
+    lines = re.findall(r"^    involution (.*)$", app[command].help, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        assert len(f"    involution {line}") <= 80
+        function, _, _ = parse(shlex.split(line))
+        assert function.__name__ == command
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_paragraphs_of_the_help_have_no_line_breaks(command, help_of):
+    """A line of a paragraph ends where the terminal does, not where the source does."""
+    text, _, parameters = app[command].help.partition("\n\nParameters\n")
+    for paragraph in text.split("\n\n"):
+        if not paragraph.startswith("    "):
+            assert "\n" not in paragraph
+    entries = [line for line in parameters.split("\n") if line.startswith(" ")]
+    names = [line for line in parameters.split("\n")[1:] if not line.startswith(" ")]
+    assert len(entries) == len(names)
+
+
+BASH = shutil.which("bash")
+
+
+@pytest.mark.skipif(BASH is None, reason="requires bash")
+def test_completion_of_commands_options_and_choices(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "involution.bash"
+    words = ["involution", "--install-completion", "--shell", "bash", "--output", str(file)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        involution_cli.main()
+    assert end.value.code == 0
+    assert str(file) in (tmp_path / ".bashrc").read_text()
+    for words, expected in (
+        (["involution", "doc"], {"doctor"}),
+        (["involution", "train", "--checkpoint"], {"--checkpoint-every"}),
+        (["involution", "doctor", "--backend", "j"], {"jax"}),
+    ):
+        script = (
+            f". {file}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; "
+            "_involution; echo ${COMPREPLY[@]}"
+        )
+        result = subprocess.run([BASH, "-c", script], capture_output=True, text=True, check=True)
+        assert set(result.stdout.split()) == expected
+
+
+def test_completion_that_cannot_be_written_is_a_one_line_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    words = ["--install-completion", "--shell", "bash", "--output", str(tmp_path / "file" / "x")]
+    monkeypatch.setattr(sys, "argv", ["involution", *words])
+    with pytest.raises(SystemExit) as end:
+        involution_cli.main()
+    assert end.value.code == 5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("involution: error: Files must be writable. Received: ")
 
 
 def test_recipes_import_only_the_standard_library():
@@ -110,7 +195,7 @@ def test_every_deprecated_value_works_and_is_hidden(command, option, old, new, c
         line = f"involution: warning: {old} is deprecated, use {new}\n"
         assert capsys.readouterr().err == line
         parse([command, *want])
-    text = help_of(command).split(f" {option} ")[1]
+    text = help_of(command).split(f"│ {option} ")[1]
     # Only the list of choices is searched: the rest of the help may contain the old value.
     text = text.split("choices:")[1].split("]")[0] if command == "explain" else text
     words = re.findall(r"[\w-]+", text)
@@ -138,10 +223,13 @@ def test_error_names_the_current_option(monkeypatch, capfd, tmp_path):
     with pytest.raises(SystemExit) as exit_info:
         involution_cli.main()
     assert exit_info.value.code == 2
-    assert capfd.readouterr().err.splitlines() == [
-        "involution: warning: --accumulate is deprecated, use --gradient-accumulation-steps",
-        "involution: error: --gradient-accumulation-steps must be at least 1. Received: 0",
-    ]
+    warning, *_, error = capfd.readouterr().err.splitlines()
+    assert warning == (
+        "involution: warning: --accumulate is deprecated, use --gradient-accumulation-steps"
+    )
+    assert error == (
+        "involution: error: --gradient-accumulation-steps must be at least 1. Received: 0"
+    )
 
 
 def test_messages_rename_only_options_of_the_command():

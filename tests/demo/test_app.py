@@ -38,7 +38,11 @@ def page(tmp_path_factory):
     with demo(log) as page:
         yield page
     assert page.process.returncode == 0
-    assert page.first_lines[-1] == "Stopped."
+    # Results on standard output, messages on standard error.
+    assert page.lines == [f"Demo: {page.address}/ (Ctrl-C to stop)"]
+    messages = log.read_text().splitlines()
+    assert messages[0] == "involution: Starting the demo."
+    assert messages[-1] == "Stopped."
     assert "Traceback" not in log.read_text()
 
 
@@ -53,7 +57,6 @@ def upload_folder(page):
 
 @pytest.mark.long
 def test_demo_binds_only_127_0_0_1(page):
-    assert page.first_lines[0] == "involution: Starting the demo."
     assert page.address.startswith("http://127.0.0.1:")
     port = int(page.address.rsplit(":", 1)[1])
     # 127.0.0.0/8 is the loopback network; the demo binds one of its addresses.

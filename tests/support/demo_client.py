@@ -14,8 +14,8 @@ import httpx
 class DemoClient:
     """A running demo and its process."""
 
-    def __init__(self, process, first_lines, address):
-        self.process, self.first_lines, self.address = process, first_lines, address
+    def __init__(self, process, lines, address):
+        self.process, self.lines, self.address = process, lines, address
         self.client = httpx.Client(base_url=address + "/gradio_api", timeout=60)
 
     def upload(self, name, content) -> httpx.Response:

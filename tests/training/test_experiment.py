@@ -48,7 +48,7 @@ class Recorder(NullProgress):
     def log(self, text):
         self.lines.append(text)
 
-    def begin(self, label, total, done=0):
+    def begin(self, label, total, done=0, first=""):
         self.totals.append((label, total))
 
     def advance(self):

@@ -3,6 +3,7 @@ import re
 import keras
 import numpy as np
 import pytest
+from rich.cells import cell_len
 
 from involution.data import datasets
 from involution.saving.classifier import Classifier
@@ -62,14 +63,27 @@ def test_report_is_self_contained(run, tmp_path):
     assert {f.name for f in tmp_path.iterdir()} == {"report.html", "curves.png", "samples.png"}
 
 
-def test_markdown_table(run):
-    lines = report.markdown(run).splitlines()
-    assert len(lines) == 4
-    assert lines[0].startswith("| model | trainable | non-trainable | optimizer | total | size |")
-    assert lines[2] == (
-        "| one | 386 | 0 | 0 | 386 | 1.51 KB | 0.00 M | 1.5000 | 0.5000 | 1.2500 | 0.7500 | 0.7500 "
-        "| 3.0 | 3.0 |"
-    )
+def test_text_table_has_a_row_for_each_metric(run):
+    lines = report.text_table(run)
+    assert lines[0] == "model                    one      two"
+    assert lines[1] == "trainable                386      386"
+    assert lines[5] == "size                 1.51 KB  1.51 KB"
+    assert lines[10] == "test accuracy         0.7500   0.5000"
+    assert len(lines) == len(report.COLUMNS) + 1
+
+
+def test_text_table_fits_a_terminal(run):
+    """Models that do not fit continue below; a Korean character has two columns."""
+    labels = [f"inn:kernel_size={size}" for size in (3, 5, 7, 9)] + ["내_모델.py:함수"]
+    run.results = [result(label, 0.75, 3.0) for label in labels]
+    *lines, note = report.text_table(run)
+    assert max(map(cell_len, [*lines, note])) <= 80
+    blocks = "\n".join(lines).split("\n\n")
+    assert len(blocks) == 2
+    assert [block.split()[0] for block in blocks] == ["model", "model"]
+    assert " ".join(block.splitlines()[0][5:] for block in blocks).split() == labels
+    for block in blocks:
+        assert len({cell_len(line) for line in block.splitlines()}) == 1
 
 
 def test_summary_of_a_single_model(run):

@@ -390,14 +390,14 @@ def test_unreadable_study_is_rejected(make_config, tmp_path):
 
 
 @pytest.mark.long
-def test_sweep_command_writes_its_files(make_config, images, network, tmp_path, capsys):
+def test_sweep_command_writes_its_files(make_config, images, network, tmp_path, capfd):
     folder = pathlib.Path(tmp_path, "run")
     arguments = ["sweep", *SEARCH, "--model", network, "--trials", "2", "--epochs", "1"]
     arguments += ["--dataset", str(images), "--output", str(folder)]
     involution_cli.app(
         arguments, exit_on_error=False, print_error=False, result_action="return_value"
     )
-    output = capsys.readouterr().out
+    output = capfd.readouterr().out
     assert f"Report: {folder / 'report.html'}" in output
     assert "involution train" in output
     assert {f.name for f in folder.iterdir()} == {

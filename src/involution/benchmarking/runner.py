@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pathlib
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
 import keras
@@ -505,8 +506,15 @@ def _peak_bytes(case, name, dtype, backward, device) -> int | None:
 # --- Output
 
 
+# Columns of a terminal.
+WIDTH = 80
+
+
 def header(plan: Plan) -> Iterator[str]:
-    """Lines with the device, its measured rates, and the columns of ``format_row``."""
+    """Lines with the device, its measured rates, and the meaning of the columns of ``format_row``.
+
+    Explanations are at most 80 characters wide.
+    """
     device = DEVICES[plan.device]
     yield f"{keras.config.backend()} on {device.description()}"
     case, dtype = _cases(plan)[0], plan.dtypes[0]
@@ -515,38 +523,52 @@ def header(plan: Plan) -> Iterator[str]:
         cold = device.memory_bandwidth()
         warm, peak = device.copy_bandwidth(total), device.peak("float32")
     read, write, copy = (f"{rate / 1e9:.1f} GB/s" for rate in (*cold, warm))
-    yield f"cold: operands in memory, read at {read} and written at {write}"
-    yield (
+    for text in (
+        f"cold: operands in memory, read at {read} and written at {write}",
         f"warm: operands in the cache where they fit; copies of the {total / 1e6:.1f} MB of "
-        f"{case.name}: {copy}, read plus written"
-    )
-    yield f"arithmetic: float32 {peak / 1e9:.0f} GFLOP/s"
-    yield "ms: median per call, operands warm; +-: half the interquartile range; MB: peak memory"
-    yield "warm, cold: rooflines in ms, the larger of the times for memory traffic and arithmetic"
-    yield "x warm, x cold: ms / roofline; x cold can be below 1 where operands stay in the cache"
-    yield "bound: what sets both rooflines; cold memory: memory the cold, arithmetic the warm one"
-    yield (
-        f"{'case':6}{'candidate':14}{'dtype':9}{'passes':17}{'ms':>10}{'+-':>8}{'warm':>9}"
-        f"{'x warm':>8}{'cold':>9}{'x cold':>8}{'bound':>12}{'MB':>9}"
-    )
+        f"{case.name}: {copy}, read plus written",
+        f"arithmetic: float32 {peak / 1e9:.0f} GFLOP/s",
+        "ms: median per call, operands warm; +-: half the interquartile range; MB: peak memory",
+        "warm, cold: rooflines in ms, the larger of the times for memory traffic and arithmetic",
+        "x warm, x cold: ms / roofline; x cold can be below 1 where operands stay in the cache",
+        "bound: what sets both rooflines; mixed: memory the cold, arithmetic the warm one",
+    ):
+        yield from textwrap.wrap(text, WIDTH, subsequent_indent="  ")
 
 
-def format_row(row: Row) -> str:
-    """A line of the table: at most 120 characters."""
+def format_row(row: Row, previous: Row | None = None) -> list[str]:
+    """Lines of the table, at most 80 characters wide.
+
+    Args:
+        row: A measurement.
+        previous: The measurement before; None: the row is the first. If it is of another case,
+            dtype or pass, the line of the row follows a heading.
+    """
 
     def number(value, width, digits):
         return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
 
-    bound = row.bound_cold or "-"
+    def group(row):
+        return f"{row.case} {row.dtype} {row.passes}, batch size {row.batch}"
+
+    heading = []
+    if previous is None or group(row) != group(previous):
+        heading = ["", group(row)]
+        heading.append(
+            f"{'candidate':14}{'ms':>9}{'+-':>8}{'warm':>9}{'x warm':>7}{'cold':>9}{'x cold':>7}"
+            f"{'bound':>9}{'MB':>8}"
+        )
+    bound = (row.bound_cold or "-").replace("arithmetic", "arith.")
     if row.bound_warm != row.bound_cold:
         # The warm time for memory is at most the cold one, so warm is arithmetic.
-        bound = "cold memory"
-    return (
-        f"{row.case:6}{row.candidate:14}{row.dtype:9}{row.passes:17}{number(row.median_ms, 10, 3)}"
-        f"{number(row.half_iqr_ms, 8, 3)}{number(row.roofline_warm_ms, 9, 3)}"
-        f"{number(row.x_roofline_warm, 8, 2)}{number(row.roofline_cold_ms, 9, 3)}"
-        f"{number(row.x_roofline_cold, 8, 2)}{bound:>12}{number(row.peak_mb, 9, 1)}"
+        bound = "mixed"
+    line = (
+        f"{row.candidate:14}{number(row.median_ms, 9, 3)}{number(row.half_iqr_ms, 8, 3)}"
+        f"{number(row.roofline_warm_ms, 9, 3)}{number(row.x_roofline_warm, 7, 2)}"
+        f"{number(row.roofline_cold_ms, 9, 3)}{number(row.x_roofline_cold, 7, 2)}"
+        f"{bound:>9}{number(row.peak_mb, 8, 1)}"
     )
+    return [*heading, line]
 
 
 def to_csv(rows: Sequence[Row], device: str = "cpu") -> str:

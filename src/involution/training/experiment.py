@@ -203,6 +203,7 @@ def compare(
     check_folder(output, resume, distribution.is_primary)
     builders = specs.parse(config.models) if builders is None else builders
     dataset = load(config, progress)
+    progress.stage("Building the models")
     models = {label: build(label, builder, dataset, config) for label, builder in builders.items()}
     run = Run(
         config=config,
@@ -242,8 +243,10 @@ def compare(
             if not run.interrupted and run.failure is None:
                 distribution.shutdown()
             if distribution.is_primary:
+                progress.stage("Writing the report")
                 write_json(output / "metrics.json", run.metrics)
                 report.write(run, output)
+                progress.end()
         except WriteError:
             progress.log(f"Stopped: {state.last}.")
             raise
@@ -408,7 +411,7 @@ class RunState:
                 self.save(trainer)
 
         called = callbacks.Callbacks(self._callbacks(label), trainer.compiled, config.epochs)
-        progress.begin(label, trainer.steps, trainer.steps_done)
+        progress.begin(label, trainer.steps, trainer.steps_done, "compiling the first step")
         try:
             with callbacks.training(called):
                 final = self._train_epochs(result, trainer, called, after_step, start)
@@ -584,6 +587,7 @@ def load(config, progress) -> datasets.Dataset:
         InputError: The data set is invalid, or Keras's floatx is not float32.
     """
     transforms.check_floatx()
+    progress.stage(f"Reading {config.dataset}")
 
     def on_image(done, total):
         if done == 1:

@@ -33,6 +33,7 @@ def graceful_shutdown(progress):
 
     def on_signal(number, frame):
         if received:
+            progress.end()  # a terminal gets its cursor back
             os._exit(128 + number)
         received.append(128 + number)
         progress.log("Stopping after this step; repeat to stop immediately.")

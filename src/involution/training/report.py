@@ -4,6 +4,7 @@ import pathlib
 
 import keras
 import numpy as np
+from rich.cells import cell_len, set_cell_size
 
 from involution.data import transforms
 from involution.utils.atomic_files import atomic_write
@@ -89,10 +90,34 @@ def ratio_row(run) -> list[str] | None:
     return row
 
 
-def markdown(run) -> str:
-    """The table of a run in Markdown."""
-    lines = [[title for title, _ in COLUMNS], ["---"] * len(COLUMNS), *table(run)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def text_table(run, width=80) -> list[str]:
+    """The table of a run for a terminal: a row for each metric, and a column for each model.
+
+    Args:
+        run: The run.
+        width: Columns of the terminal; models that exceed them continue below, a block of models
+            after the other.
+    """
+    titles, *models = [[title for title, _ in COLUMNS], *table(run)]
+    first = max(map(cell_len, titles))
+    blocks: list[list[tuple[list[str], int]]] = []
+    left = 0
+    for cells in models:
+        # Two spaces between columns.
+        size = 2 + max(map(cell_len, cells))
+        if size > left:
+            blocks.append([])
+            left = width - first
+        blocks[-1].append((cells, size))
+        left -= size
+    lines: list[str] = []
+    for block in blocks:
+        if lines:
+            lines.append("")
+        for row, title in enumerate(titles):
+            values = (" " * (size - cell_len(cells[row])) + cells[row] for cells, size in block)
+            lines.append(set_cell_size(title, first) + "".join(values))
+    return [*lines, "* of the epoch that is best on the test images: optimistically biased"]
 
 
 def summary_sentence(run) -> str:

@@ -405,7 +405,7 @@ def _run_trial(study, sweep, trial, model, dataset, progress, on_step):
     label = f"trial {trial.number}"
     progress.log(f"{label}: {_described(trial.params)}")
     trainer = Trainer(model, dataset, config.recipe_for(dataset), config.epochs, config.seed)
-    progress.begin(label, trainer.steps)
+    progress.begin(label, trainer.steps, first="compiling the first step")
     pruned = ""
     accuracy = math.nan
     try:

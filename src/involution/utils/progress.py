@@ -1,8 +1,12 @@
-"""Progress reporting: log lines, and a progress bar on a terminal.
+"""Progress reporting: messages, the stage that runs, and the steps of a task with the time left.
 
-Every message is one line: control characters, as in file names, are escaped.
+On a terminal a thread draws a spinner or a bar, which moves while this thread imports or compiles;
+elsewhere stages are lines. Every message is one line: control characters, as in file names, are
+escaped.
 """
 
+import contextlib
+import math
 import sys
 import time
 
@@ -11,6 +15,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -19,7 +24,7 @@ from rich.progress import (
 from involution import renamed
 from involution.utils.errors import escape_controls
 
-# Seconds between log lines where standard output is not a terminal.
+# Seconds between log lines where the stream is not a terminal.
 INTERVAL = 15.0
 
 
@@ -29,70 +34,114 @@ class NullProgress:
     def log(self, text):
         """Reports one line."""
 
-    def begin(self, label, total, done=0):
-        """Begins a task of ``total`` steps, ``done`` of which are complete."""
+    def stage(self, text):
+        """Begins a stage of unknown length, such as an import; ends the stage or task before."""
+
+    def begin(self, label, total, done=0, first=""):
+        """Begins a task of ``total`` steps, ``done`` of which are complete.
+
+        Args:
+            label: What the steps do.
+            total: Number of steps.
+            done: Number of steps that are complete.
+            first: What the first step does in addition, such as compiling. The time left is
+                estimated from the other steps.
+        """
 
     def advance(self):
         """Completes one step of the task."""
 
     def end(self):
-        """Ends the task."""
+        """Ends the stage or the task."""
 
 
 class RichProgress(NullProgress):
-    """Progress on a text stream, standard output by default."""
+    """Progress on a text stream, standard error by default."""
 
     def __init__(self, file=None):
+        file = file or sys.stderr
         self._console = RichConsole(
-            file=file or sys.stdout, highlight=False, emoji=False, soft_wrap=True
+            file=file,
+            # Variables such as FORCE_COLOR must not draw spinners into files.
+            force_terminal=file.isatty(),
+            highlight=False,
+            emoji=False,
+            soft_wrap=True,
         )
-        self._bar: Progress | None = None
+        self._display: Progress | None = None
         self._label = ""
-        self._total = self._done = self._done_before = 0
-        self._started = self._logged = 0.0
+        self._logged = 0.0
 
     def log(self, text):
         self._console.print(escape_controls(text), markup=False)
 
-    def begin(self, label, total, done=0):
+    def stage(self, text):
+        # A spinner of ASCII characters, which every terminal has.
+        self._show(text, SpinnerColumn("line"), _label(), TimeElapsedColumn(), total=None)
+        if not self._console.is_interactive:
+            self.log(text)
+
+    def begin(self, label, total, done=0, first=""):
+        self._label = label
+        text = f"{label}: {first}" if first else label
+        bar = BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn()
+        left = TextColumn("left:"), TimeRemainingColumn()
+        self._show(text, SpinnerColumn("line"), _label(), *bar, *left, total=total, completed=done)
+        if first and not self._console.is_interactive:
+            self.log(text)
+
+    def _show(self, text, *columns, **task):
         self.end()
-        self._label, self._total, self._done, self._done_before = (
-            escape_controls(label),
-            total,
-            done,
-            done,
+        self._logged = time.monotonic()
+        self._display = Progress(
+            *columns,
+            console=self._console,
+            transient=True,
+            # The speed of the last thousand steps, however long they take. The first step is left
+            # out: its end is the first time that the estimate knows.
+            speed_estimate_period=math.inf,
+            # Frameworks write to standard error, which a command redirects to its log.
+            redirect_stderr=False,
+            get_time=time.monotonic,
+            disable=not self._console.is_interactive,
         )
-        self._started = self._logged = time.monotonic()
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left:"),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
-            self._bar.add_task(self._label, total=total, completed=done)
-            self._bar.start()
+        self._display.add_task(escape_controls(text), **task)
+        self._display.start()
 
     def advance(self):
-        self._done += 1
-        if self._bar is not None:
-            self._bar.advance(self._bar.task_ids[0])
+        if self._display is None:
+            return
+        (task,) = self._display.tasks
+        self._display.update(task.id, advance=1, description=escape_controls(self._label))
+        if self._console.is_interactive:
             return
         now = time.monotonic()
         if now - self._logged >= INTERVAL:
             self._logged = now
-            speed = (self._done - self._done_before) / (now - self._started)
-            left = (self._total - self._done) / speed
-            self.log(f"{self._label}: step {self._done} of {self._total}, {left:.0f} s left")
+            left = task.time_remaining
+            estimate = "" if left is None else f", {left:.0f} s left"
+            self.log(f"{self._label}: step {task.completed:.0f} of {task.total:.0f}{estimate}")
 
     def end(self):
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._display is not None:
+            self._display.stop()
+            self._display = None
+
+    @contextlib.contextmanager
+    def hidden(self):
+        """Within the block nothing is drawn, so that other text can be written to the terminal."""
+        display = self._display
+        if display is not None:
+            display.stop()
+        try:
+            yield
+        finally:
+            if display is not None:
+                display.start()
+
+
+def _label():
+    return TextColumn("{task.description}", markup=False)
 
 
 __getattr__ = renamed.attributes(__name__, {"Console": "RichProgress"})

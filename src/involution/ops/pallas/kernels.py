@@ -101,7 +101,7 @@ def _channel(p, group, channel):
 
 def _unravel(n, sizes):
     """Sample and coordinates of positions, which are numbered over all samples."""
-    coordinates = []
+    coordinates: list = []
     for size in reversed(sizes):
         coordinates.insert(0, lax.rem(n, size))
         n = lax.div(n, size)
