@@ -140,6 +140,51 @@ def test_predict_prints_the_most_probable_classes(call, trained, pets):
     assert lines[0] == lines[1]
 
 
+def test_predict_of_folders_as_json_and_csv(call, tmp_path):
+    root = tmp_path / "photos"
+    for number, name in enumerate(("b.png", "a.png", "more/c.png")):
+        write_image(root / name, seed=number)
+    (root / "x.svg").touch()
+    (root / ".hidden.png").touch()
+    code, lines = call("predict", "inn-cifar10", root, "--json", "--top", "2")
+    assert code == 0
+    found = json.loads("\n".join(lines))
+    names = [str(root / name) for name in ("a.png", "b.png", "more/c.png")]
+    assert [entry["file"] for entry in found] == names
+    for entry in found:
+        first, second = (p["probability"] for p in entry["predictions"])
+        assert 1 >= first >= second >= 0
+    assert f"Skipped images: 1 .svg files, such as {root}/x.svg." in call.messages
+    code, lines = call("predict", "inn-cifar10", root, "--csv", "--top", "1")
+    assert lines == [
+        "file,rank,class,probability",
+        *(
+            f"{e['file']},1,{e['predictions'][0]['class']},{e['predictions'][0]['probability']}"
+            for e in found
+        ),
+    ]
+
+
+def test_predict_names_unreadable_images_and_classifies_the_others(call, tmp_path):
+    write_image(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"text")
+    code, lines = call("predict", "inn-cifar10", tmp_path)
+    assert code == 2
+    assert lines[0].startswith(f"{tmp_path}/good.png: ")
+    assert lines[1] == "involution: error: 1 of 2 images could not be read"
+    assert call.messages[-1].endswith(f"its format is not recognized. Received: {tmp_path}/bad.png")
+
+
+def test_predict_refuses_empty_folders_and_two_formats(call, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for words, message in (
+        ([tmp_path / "empty"], f"must contain images. Received: {tmp_path}/empty, without any"),
+        ([tmp_path / "empty", "--json", "--csv"], "At most one of --json and --csv"),
+    ):
+        code, lines = call("predict", "inn-cifar10", *words)
+        assert (code, message in lines[-1]) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("error", "received"),
     [

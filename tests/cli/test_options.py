@@ -14,7 +14,7 @@ from rich.console import Console
 
 import involution_cli
 from involution.training import recipes
-from involution_cli import options, session
+from involution_cli import commands, options, session
 from involution_cli.commands import app, option_names
 from involution_cli.options import DEPRECATED_OPTIONS, DEPRECATED_VALUES, replace_deprecated
 
@@ -135,7 +135,7 @@ def test_recipes_import_only_the_standard_library():
 def test_every_config_field_is_an_option_with_its_help():
     fields = {field.name: field for field in dataclasses.fields(recipes.Config)}
     declared = {field.name: field for field in dataclasses.fields(options.TrainingOptions)}
-    assert declared.keys() == fields.keys() - {"models"} | {"output", "backend"}
+    assert declared.keys() == fields.keys() - {"models"} | {"output", "config", "backend"}
     for name in declared.keys() & fields.keys() - {"epochs", "image_size"}:
         (parameter,) = declared[name].type.__metadata__
         assert parameter.help == f"{fields[name].metadata['help']}."
@@ -292,3 +292,67 @@ def test_documented_commands_still_parse(line):
     words = shlex.split(line)
     function, _, _ = parse(replace_deprecated(words))
     assert function.__name__ == words[0]
+
+
+def run_main(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["involution", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        involution_cli.main()
+    return ended.value.code
+
+
+def test_options_of_a_file_are_overridden_by_the_command_line(tmp_path, monkeypatch):
+    received = []
+    monkeypatch.setattr(commands, "_run", lambda *arguments: received.append(arguments))
+    content = {
+        "a.yaml": "models: cnn\nepochs: 3\nbatch-size: 7\ntensorboard: true\nimage-size: 8x9\n",
+        "a.toml": "models = 'cnn'\nepochs = 3\nbatch_size = 7\ntensorboard = true\n"
+        "image_size = '8x9'\n",
+    }
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+        for words in (["--config", tmp_path / name], [f"--config={tmp_path / name}"]):
+            run_main(monkeypatch, "compare", *words, "--epochs", "4")
+            _, _, models, training, *_ = received.pop()
+            assert models == "cnn"
+            assert (training.epochs, training.batch_size, training.seed) == (4, 7, 42)
+            assert (training.tensorboard, training.image_size) == (True, "8x9")
+    # Not kept for the next command.
+    run_main(monkeypatch, "compare")
+    assert received.pop()[3].epochs is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "epochz: 3", 'Unknown option: "[epochz]"'),
+        ("a.toml", "epochs = 'many'", "Invalid value"),
+        ("a.yaml", "[", "parsing"),
+        ("a.json", "{}", "--config must be an existing .yaml or .toml file. Received: "),
+        (None, "", "--config must be an existing .yaml or .toml file. Received: none"),
+    ],
+)
+def test_invalid_files_of_options_are_one_line_errors(
+    name, text, message, tmp_path, monkeypatch, capfd
+):
+    words = ["--config"]
+    if name is not None:
+        (tmp_path / name).write_text(text)
+        words.append(tmp_path / name)
+    assert run_main(monkeypatch, "compare", *words) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_train_takes_a_model_or_a_trained_one(monkeypatch, capfd):
+    received = []
+    monkeypatch.setattr(commands, "_run", lambda *arguments: received.append(arguments[2]))
+    for words, expected in (
+        ([], "inn"),
+        (["--model", "cnn"], "cnn"),
+        (["--init-from", "inn-cifar10"], "inn-cifar10"),
+    ):
+        run_main(monkeypatch, "train", *words)
+        assert received.pop() == expected
+    assert run_main(monkeypatch, "train", "--model", "cnn", "--init-from", "inn-cifar10") == 2
+    assert "At most one of --model and --init-from" in capfd.readouterr().err

@@ -129,7 +129,7 @@ def test_results_in_a_file_and_progress_on_the_terminal(capfd, replaced, termina
     (line,) = (tmp_path / "out.txt").read_text().splitlines()
     assert line.startswith(f"{image}: ")
     text = read()
-    for stage in ("Importing Keras with ", "Loading the model and the images", "Computing the"):
+    for stage in ("Importing Keras with ", "Loading the model", "images"):
         assert stage in text
     assert str(image) not in text
     assert text.endswith(ERASED)
