@@ -16,7 +16,7 @@ from involution import data, models, visualize
 
 def main(folder):
     images = data.load(folder)
-    chosen = visualize.stratified_sample(images.y_test, 10, seed=42)
+    chosen = visualize.stratified_sample(images.y_test, 5, seed=42)
     pixels = images.x_test[chosen]
     maps = {}
     for name in ("inn", "rednet_tiny"):
@@ -25,7 +25,7 @@ def main(folder):
             maps[f"{name}: {layer.removesuffix('_2_involution')}"] = values
     titles = [images.class_names[label] for label in images.y_test[chosen]]
     drawn = io.BytesIO()
-    visualize.heat_maps(pixels, maps, titles).savefig(drawn, format="png", dpi=60)
+    visualize.heat_maps(pixels, maps, titles).savefig(drawn, format="png", dpi=90)
     with Image.open(drawn) as shot:
         small = shot.convert("RGB").quantize(256)
     small.save(pathlib.Path(__file__).with_name("heatmaps.png"), optimize=True)

@@ -186,6 +186,7 @@ ORDER = [
     "visualize.colors",
     "visualize.figures",
     "visualize",
+    "visualize.fonts",
     "visualize.html",
     "training.report",
     "training.experiment",

@@ -30,6 +30,7 @@ __all__ = [
     "kernel_maps",
     "kernel_use",
     "kernels_at",
+    "most_different",
     "stratified_sample",
     "use_chart",
 ]

@@ -13,6 +13,11 @@ from involution.ops.window import CHANNELS_LAST, Window
 # Images per forward pass: kernels take many times the memory of their input.
 BATCH = 8
 
+# Added to captions of heat maps where ``is_attention``.
+ATTENTION_CAPTION = (
+    "Of attention, whose weights sum to 1, the maps show how much of it each position receives."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class InvolutionRecord:

@@ -12,19 +12,21 @@ from involution.utils.atomic_files import atomic_write
 from involution.utils.errors import InputError
 from involution.utils.progress import NullProgress
 from involution.visualize.ablation import kernel_use
-from involution.visualize.activations import capture
+from involution.visualize.activations import ATTENTION_CAPTION, capture
 
 TEMPLATE = pathlib.Path(__file__).with_name("explain.html.j2")
 
 # Captions of the figures of an image, in the order of a page.
 FIGURES = {
     "heatmap": "Sum of the generated kernel's weights at each position, over all groups: next to "
-    "the image, and as an overlay.",
-    "activations": "The same sum, and the root mean square of the involution's output over its "
-    "channels.",
+    "the image, and as an overlay. Each map has its own color scale, from the 1st to the 99th "
+    "percentile of its values.",
+    "activations": "The same sum, and the root mean square (RMS) of the involution's output over "
+    "its channels.",
     "point": "The window at one point of the image, and the mean of the kernel there over its "
     "groups: before training (the same network with newly initialized weights) and after training.",
-    "groups": "Sum of the generated kernel's weights at each position, by group of channels.",
+    "groups": "Sum of the generated kernel's weights at each position, by group of channels. The "
+    "maps of a layer share a color scale.",
 }
 USE = "use"
 USE_CAPTION = (
@@ -67,7 +69,7 @@ def write(
         InputError: The model has no involution, or an argument is invalid.
     """
     try:
-        from involution.visualize import html
+        from involution.visualize import fonts, html
     except ImportError as error:
         raise InputError(
             "Figures require Matplotlib: pip install 'involution[compare]'. "
@@ -100,6 +102,7 @@ def write(
                     for i, ranked in enumerate(scores.argsort(axis=-1)[:, ::-1][:, :top])
                 ],
                 captions=FIGURES,
+                attention=figures.attention,
             )
         else:
             drawn = figures.draw(figure, range(len(names)), best)
@@ -116,6 +119,9 @@ def write(
     used = collections.Counter(record.implementation for record in figures.records.values())
     counts = ", ".join(f"{count} x {name}" for name, count in used.items())
     lines.append(f"Implementations in inference: {counts}; kernels were stored for the figures")
+    warning = None if output.suffix == ".html" else fonts.warning(best)
+    if warning is not None:
+        lines.append(warning)
     return [*lines, f"{'Page' if output.suffix == '.html' else 'Figure'}: {output}"]
 
 
@@ -157,6 +163,11 @@ class _Figures:
                 "The model must have an involution with two spatial dimensions. "
                 f"Received: {self.model.name}, which has none"
             )
+
+    @property
+    def attention(self) -> str:
+        shown = any(record.is_attention for record in self.records.values())
+        return ATTENTION_CAPTION if shown else ""
 
     @functools.cached_property
     def use(self):

@@ -4,6 +4,8 @@ import base64
 import io
 import pathlib
 
+from PIL import Image
+
 from involution.utils.atomic_files import write_text
 from involution.utils.errors import CONTROL, InputError, escape_controls
 
@@ -12,6 +14,8 @@ try:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.text import Text
+
+    from involution.visualize import fonts
 except ImportError as error:
     raise InputError(
         "Reports require Matplotlib and Jinja: pip install 'involution[compare]'. "
@@ -38,6 +42,7 @@ def image(figure: Figure, format) -> bytes:
         # SVG files may not contain control characters.
         if CONTROL.search(text.get_text()):
             text.set_text(escape_controls(text.get_text(), "\n"))
+    fonts.use_installed(figure)
     with matplotlib.rc_context({"svg.hashsalt": "involution"}):
         metadata = {"Date": None} if format == "svg" else None
         figure.savefig(buffer, format=format, dpi=110, metadata=metadata)
@@ -46,6 +51,15 @@ def image(figure: Figure, format) -> bytes:
 
 def png(figure: Figure) -> bytes:
     return image(figure, "png")
+
+
+def thumbnail(pixels, side=128) -> str:
+    """An image, uint8 (height, width, 3), as a data URL, reduced to at most ``side`` pixels."""
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side))
+    image.save(buffer, format="png")
+    return data_url(buffer.getvalue())
 
 
 def data_url(image: bytes) -> str:
