@@ -188,6 +188,7 @@ ORDER = [
     "visualize",
     "visualize.fonts",
     "visualize.html",
+    "training.evaluation",
     "training.report",
     "training.experiment",
     "training.sweep",

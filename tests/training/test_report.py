@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import keras
@@ -8,7 +9,9 @@ from rich.cells import cell_len
 from involution.data import datasets
 from involution.saving.classifier import Classifier
 from involution.training import experiment, report
+from involution.training.evaluation import Evaluation, evaluate
 from involution.training.recipes import RECIPES
+from involution.visualize import fonts
 
 pytestmark = pytest.mark.any_backend
 
@@ -40,26 +43,39 @@ def run():
     )
 
 
+def write(run, folder, progress=None) -> str:
+    report.write(run, folder, progress)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def text_of(page) -> str:
+    """The words of a page, without its tags."""
+    return " ".join(re.sub("<[^>]*>", " ", page.split("<body>")[1]).split())
+
+
 def test_summary_sentence(run):
     assert report.summary_sentence(run) == (
-        "On the test images of <b>pets</b>, one is 25.0 points more accurate than two (0.750 "
-        "against 0.500), with 1 times its trainable parameters and 1.5 times its time per epoch."
+        "After 1 epoch, one is 25.0 points more accurate than two on the test images of "
+        "<b>pets</b> (0.750 against 0.500), with 1 times its trainable parameters and 1.5 times "
+        "its time per epoch."
     )
     run.results.reverse()
     assert "two is 25.0 points less accurate than one" in report.summary_sentence(run)
+    run.results[0].rows *= 3
+    assert report.summary_sentence(run).startswith("After 3 and 1 epochs, two is")
 
 
 @pytest.mark.long
 def test_report_is_self_contained(run, tmp_path):
-    report.write(run, tmp_path)
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = write(run, tmp_path)
     assert "&lt;b&gt;pets&lt;/b&gt;" in page
     assert "<script" not in page
     sources = re.findall(r"(?:src|href)=\"([^\"]{0,30})", page)
-    assert len(sources) == 2
+    # Two figures, and two images that each model classifies wrongly.
+    assert len(sources) == 2 + 4
     assert all(s.startswith("data:image/png;base64") for s in sources)
-    for part in ("1024 MB", "involution compare", "386", "1.50", "Model: ", keras.__version__):
-        assert part in page
+    for part in ("1024 MB", "involution compare", "386", keras.__version__):
+        assert part in text_of(page)
     assert {f.name for f in tmp_path.iterdir()} == {"report.html", "curves.png", "samples.png"}
 
 
@@ -86,10 +102,211 @@ def test_text_table_fits_a_terminal(run):
         assert len({cell_len(line) for line in block.splitlines()}) == 1
 
 
+def test_model_tables_do_not_depend_on_the_terminal(run, monkeypatch):
+    def table():
+        return report.layer_table(run.results[0].classifier.model)
+
+    before = table()
+    monkeypatch.setenv("COLUMNS", "20")
+    assert table() == before
+    assert before["totals"] == {"trainable": "386", "non-trainable": "0"}
+    assert [(row[1], *row[2:]) for row in before["rows"]] == [
+        ("InputLayer", "(None, 8, 8, 3)", "0"),
+        ("Flatten", "(None, 192)", "0"),
+        ("Dense", "(None, 2)", "386"),
+    ]
+
+
+def test_model_tables_of_operations_nested_models_and_shared_layers():
+    shared = keras.layers.Dense(4, name="shared")
+    nested = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)], name="nested")
+    inputs = keras.Input((4,))
+    outputs = nested(shared(shared(inputs)) + inputs)
+    rows = {row[0]: row for row in report.layer_table(keras.Model(inputs, outputs))["rows"]}
+    assert rows["shared"][3] == "20"
+    assert rows["nested"] == ("nested", "Sequential", "(None, 3)", "15")
+    # A sum of tensors is an operation, not a layer.
+    assert next(row for row in rows.values() if row[1] == "Add")[2:] == ("(None, 4)", "0")
+
+
+def test_predictions_by_model(run, tmp_path):
+    dense = run.results[1].classifier.model.layers[-1]
+    dense.set_weights([np.zeros((192, 2)), np.array([0.0, 3.0])])  # always the second class
+    page = text_of(write(run, tmp_path))
+    section = page.split("Predictions on the test images")[1].split("Kernels as heat maps")[0]
+    of_two = section.split(" two ")[-1]
+    assert "2 of 4 images are classified wrongly: accuracy 0.500." in of_two
+    first, second = "&lt;script&gt;alert(1)&lt;/script&gt;", r"b &amp; $\no$"
+    assert f"{first} 2 {second} 2 Numbers of images" in of_two
+    assert of_two.count(f"predicted {second} (0.95) true {first}") == 2
+    by_class = section.split("images one two ")[1].split(" one ")[0]
+    assert re.search(re.escape(first) + r" 2 \d\.\d+ 0\.000", by_class)
+    assert re.search(re.escape(second) + r" 2 \d\.\d+ 1\.000", by_class)
+
+
+def test_predictions_of_many_classes_are_the_most_frequent_confusions(run):
+    count = report.MAX_CLASSES + 5
+    labels = np.arange(count).repeat(2)
+    names = tuple(f"class {k}" for k in range(count))
+    images = np.zeros((len(labels), 8, 8, 3), "uint8")
+    run.dataset = dataclasses.replace(run.dataset, x_test=images, y_test=labels, class_names=names)
+    predicted = labels.copy()
+    predicted[6:8] = 0
+    predicted[8] = 1
+    found = Evaluation(labels, predicted, np.ones(len(labels)), count)
+    values = report._predictions(run, found)
+    assert values["confusion"] is None
+    assert values["confusions"] == [("class 3", "class 0", 2), ("class 4", "class 1", 1)]
+    rows = report._class_accuracy(run, {"one": found, "two": None})
+    assert rows[:2] == [("class 3", 2, ["0.000"]), ("class 4", 2, ["0.500"])]
+    assert len(rows) == report.MAX_CLASSES
+
+
+def test_outputs_that_are_not_finite_are_reported(run, tmp_path):
+    dense = run.results[0].classifier.model.layers[-1]
+    dense.set_weights([np.zeros((192, 2)), np.array([0.0, np.nan])])
+    run.failure = "The loss must be finite."
+    page = text_of(write(run, tmp_path))
+    assert "one Some outputs are not finite: there are no predictions." in page
+    assert "not those of the last complete epoch" in page
+
+
+def test_all_images_classified_correctly(run, tmp_path):
+    run.dataset.y_test[:] = 1
+    del run.results[1]
+    dense = run.results[0].classifier.model.layers[-1]
+    dense.set_weights([np.zeros((192, 2)), np.array([0.0, 3.0])])
+    assert "All 4 images are classified correctly." in text_of(write(run, tmp_path))
+
+
+def test_characters_without_a_font_are_reported_once(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(fonts, "_family", lambda character: None)
+    run.dataset = dataclasses.replace(run.dataset, class_names=("고양이", "개"))
+    lines = []
+
+    class Progress(experiment.NullProgress):
+        def log(self, text):
+            lines.append(text)
+
+    page = text_of(write(run, tmp_path, Progress()))
+    (line,) = lines
+    assert "no installed font has: 고양이개. Install" in line
+    assert page.count("no installed font has: 고양이개. Install") == 1
+    assert "true 개" in page
+
+
+def test_titles_of_heat_maps_are_the_predicted_and_the_true_class(run):
+    found = evaluate(run.results[0].classifier, run.dataset.x_test, run.dataset.y_test)
+    found.predicted[:] = [1, 1, 0, 0]
+    first, second = run.dataset.class_names
+    assert report._titles(run.dataset, np.array([0, 2]), found) == [
+        f"predicted {second}\ntrue {first}",
+        f"predicted {first}\ntrue {first}",
+    ]
+    assert report._titles(run.dataset, np.array([1]), None) == [f"true {second}"]
+
+
+def with_rows(run, label, accuracies, normalized=True, momentum=0.99):
+    """A result with these (train, test) accuracies by epoch."""
+    model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten()])
+    if normalized:
+        model.add(keras.layers.BatchNormalization(momentum=momentum))
+    model.add(keras.layers.Dense(2))
+    found = result(label, 0, 1)
+    row = found.rows[0]
+    found.rows = [
+        {**row, "epoch": epoch, "train_accuracy": train, "test_accuracy": test}
+        for epoch, (train, test) in enumerate(accuracies, 1)
+    ]
+    found.classifier = dataclasses.replace(found.classifier, model=model)
+    run.results[1] = found
+    return found
+
+
+LAGGING = [(0.7, 0.5), (0.9, 0.52), (0.95, 0.9)]
+
+
+def test_the_lag_of_batch_normalization_is_explained(run, tmp_path):
+    found = with_rows(run, "norm", LAGGING)
+    text = report.normalization_lag(run, found)
+    # The chance of two classes of equal size; one step in each epoch.
+    assert text.startswith(
+        "In epochs 1 to 2 the test accuracy of norm is near chance (0.50), although its training "
+        "accuracy reaches 0.90. Batch normalization"
+    )
+    assert "after epoch 2, 98% of these averages" in text
+    assert text.endswith("In epoch 3 the test accuracy is 0.90.")
+    assert text in text_of(write(run, tmp_path))
+    assert "says little yet" not in report.summary_sentence(run)
+
+
+def test_a_verdict_on_epochs_that_lag_says_so(run):
+    found = with_rows(run, "norm", LAGGING[:2])
+    assert report.normalization_lag(run, found).endswith("More epochs show what norm has learned.")
+    assert report.summary_sentence(run).endswith(
+        " The test accuracy of norm says little yet: its batch normalization needs more epochs."
+    )
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "settings"),
+    [
+        (LAGGING, {"normalized": False}),
+        (LAGGING, {"momentum": 0.005}),  # moving averages forget their initial values in one step
+        ([(0.6, 0.5), (0.7, 0.65)], {}),
+        ([(0.9, 0.7)], {}),  # overfits
+    ],
+)
+def test_other_gaps_are_not_explained_by_batch_normalization(run, accuracies, settings):
+    found = with_rows(run, "other", accuracies, **settings)
+    assert report.normalization_lag(run, found) is None
+    assert "says little yet" not in report.summary_sentence(run)
+
+
+def test_the_lag_of_averaged_weights_is_not_that_of_batch_normalization(run):
+    found = with_rows(run, "norm", LAGGING)
+    run.recipe = dataclasses.replace(run.recipe, ema_momentum=0.99)
+    assert report.normalization_lag(run, found) is None
+
+
+def test_the_caption_of_curves_says_only_what_they_show(run):
+    explained = "the training accuracy of one begins below the test accuracy"
+    assert explained in report.curves_caption(run)
+    run.results[0].rows[0]["train_accuracy"] = 0.8
+    assert report.curves_caption(run) == (
+        "Loss and accuracy by epoch on the training and the test images."
+    )
+
+
+def test_ratios_are_of_costs(run):
+    titles = [title for title, _ in report.COLUMNS]
+    ratios = dict(zip(titles, report.ratio_row(run), strict=True))
+    assert ratios.pop("model") == "one / two"
+    assert {title for title, ratio in ratios.items() if ratio} == {
+        "trainable",
+        "total",
+        "size",
+        "multiply-adds",
+        "seconds per epoch",
+        "seconds",
+    }
+    assert ratios["seconds"] == "1.5"
+
+
+def test_markdown_table(run):
+    lines = report.markdown(run).splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("| model | trainable | non-trainable | optimizer | total | size |")
+    assert lines[2] == (
+        "| one | 386 | 0 | 0 | 386 | 1.51 KB | 0.00 M | 1.5000 | 0.5000 | 1.2500 | 0.7500 | 0.7500 "
+        "| 3.0 | 3.0 |"
+    )
+
+
 def test_summary_of_a_single_model(run):
     del run.results[1]
     assert report.summary_sentence(run) == (
-        "On the test images of <b>pets</b>, one reaches an accuracy of 0.750 "
+        "After 1 epoch, one reaches an accuracy of 0.750 on the test images of <b>pets</b>, "
         "with 386 trainable parameters."
     )
     assert report.ratio_row(run) is None

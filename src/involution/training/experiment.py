@@ -245,7 +245,7 @@ def compare(
             if distribution.is_primary:
                 progress.stage("Writing the report")
                 write_json(output / "metrics.json", run.metrics)
-                report.write(run, output)
+                report.write(run, output, progress)
                 progress.end()
         except WriteError:
             progress.log(f"Stopped: {state.last}.")
