@@ -4,13 +4,14 @@
 
 Commands are those of ``COMMANDS``, by default all. Prints a row for each, in seconds: until the
 first complete line; until something on the screen changes after it; the longest pause between two
-changes; and until the end. A command that does not end itself within the limit is interrupted, as
-by Ctrl-C.
+changes; and until the end. The demo, and a command that exceeds the limit, are interrupted, as by
+Ctrl-C.
 """
 
 import argparse
 import errno
 import itertools
+import math
 import os
 import pathlib
 import pty
@@ -48,7 +49,7 @@ def output_times(words, folder, limit):
             seconds = time.monotonic() - start
             if process.poll() is None and seconds > limit:
                 process.send_signal(signal.SIGINT)
-                limit += 10
+                limit = seconds + 10
             if not select.select([terminal], [], [], 0.1)[0]:
                 continue
             try:
@@ -60,6 +61,8 @@ def output_times(words, folder, limit):
             if not written:
                 break
             chunks.append((time.monotonic() - start, written))
+            if b"Ctrl-C to stop" in written:
+                limit = 0
     finally:
         process.wait()
         os.close(terminal)
@@ -71,7 +74,8 @@ def measure(chunks):
     times = [seconds for seconds, _ in chunks]
     line = next(position for position, (_, written) in enumerate(chunks) if b"\n" in written)
     pauses = [after - before for before, after in itertools.pairwise([0.0, *times])]
-    return times[line], times[line + 1], max(pauses), times[-1]
+    movement = times[line + 1] if line + 1 < len(times) else math.nan
+    return times[line], movement, max(pauses), times[-1]
 
 
 def main():

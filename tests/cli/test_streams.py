@@ -1,5 +1,6 @@
 """Standard output has the results of a command only; messages and progress go to standard error."""
 
+import importlib.util
 import os
 import pty
 import re
@@ -7,6 +8,7 @@ import signal
 import sys
 import termios
 
+import keras
 import pytest
 
 from involution.saving import classifier
@@ -15,8 +17,15 @@ from involution.training.interrupts import graceful_shutdown
 from involution.utils.errors import InputError
 from involution_cli import commands, session
 from tests.support.images import write_image
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.any_backend
+
+specification = importlib.util.spec_from_file_location(
+    "first_output", ROOT / "benchmarks/first_output.py"
+)
+first_output = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(first_output)
 
 
 @pytest.fixture
@@ -122,10 +131,12 @@ def test_results_in_a_file_and_progress_on_the_terminal(capfd, replaced, termina
     file = os.open(tmp_path / "out.txt", os.O_WRONLY | os.O_CREAT)
     replaced(1, file)
     os.close(file)
-    image = tmp_path / "image.png"
-    write_image(image, size=(32, 32))
+    image, model = tmp_path / "image.png", tmp_path / "m.keras"
+    write_image(image)
+    layers = [keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(2)]
+    classifier.Classifier(keras.Sequential(layers), ("ant", "bee"), (8, 8, 3)).save(model)
     read = terminal()
-    commands.predict(image)
+    commands.predict(model, image)
     (line,) = (tmp_path / "out.txt").read_text().splitlines()
     assert line.startswith(f"{image}: ")
     text = read()
@@ -195,3 +206,15 @@ def test_a_second_signal_gives_the_terminal_its_cursor_back(capfd, terminal, mon
     ((code, text),) = ends
     assert code == 130
     assert text.endswith(ERASED)
+
+
+def test_something_moves_while_keras_is_imported(tmp_path):
+    (tmp_path / "keras.py").write_text("import time; time.sleep(1); raise ImportError('broken')")
+    chunks = first_output.output_times(["doctor"], tmp_path, limit=60)
+    line, movement, _, end = first_output.measure(chunks)
+    assert line < movement < end
+    text = b"".join(written for _, written in chunks).decode()
+    assert text.startswith("involution: Checking this installation.\r\n")
+    frames = re.findall(r"([-\\|/])\x1b\[0m Importing Keras with ", text)
+    assert len(set(frames)) >= 3
+    assert text.endswith("\x1b[?25h\r\x1b[1A\x1b[2Kinvolution: error: broken\r\n")

@@ -61,12 +61,12 @@ def lines(all_cases=False) -> Iterator[tuple[str, bool]]:
     if all_cases:
         yield "implementations by case, with the maximum relative error against `reference`:", True
         checks = (check for case in CASES for check in _compiled(case.small()))
-        checked = f"on {len(CASES)} cases, compiled"
+        checked = f"{len(CASES)} cases, compiled"
     else:
         yield "maximum relative error against `reference`, on one case:", True
         # The reason why there is no native core matters; that of others is their design.
         checks = (c for c in _eager(CASE.small()) if c.reason is None or c.name == "native")
-        checked = "on one case; --all: on all"
+        checked = "one case; --all: all cases"
     wrong, selected = set(), set()
     for check in checks:
         if not check.ok:
@@ -77,8 +77,9 @@ def lines(all_cases=False) -> Iterator[tuple[str, bool]]:
     if wrong:
         yield _line("verdict", f"WRONG results: {', '.join(sorted(wrong))}; please report"), False
         return
-    speed = "" if selected & COMPILED else ", but slow without the native core"
-    yield _line("verdict", f"OK: results agree{speed} ({checked})"), True
+    fast = bool(selected & COMPILED)
+    result = "OK: results agree" if fast else "OK, but slow without the native core"
+    yield _line("verdict", f"{result} ({checked})"), True
 
 
 def _line(name, text):
@@ -127,7 +128,7 @@ def _packages() -> dict[str, tuple[str, str]]:
     if converter is None:
         return EXTRAS
     name, extra = converter
-    return {**EXTRAS, name: (extra, "conversion to ONNX")}
+    return {**EXTRAS, name: (extra, "to ONNX")}
 
 
 # --- Comparison of implementations
