@@ -51,9 +51,9 @@ classes: {classes}.
 | command | `{command}` |
 | versions | {versions} |
 
-The input is float32 pixels in [0, 1], the output logits. The model distinguishes the classes above
-only, in images like its training data. Load the folder with the package `involution`, named after
-[the operator](https://arxiv.org/abs/2103.06255).
+The input is float32 pixels in [0, 1], the output {outputs}. The model distinguishes the classes
+above only, in images like its training data. Load the folder with the package `involution`, named
+after [the operator](https://arxiv.org/abs/2103.06255).
 """
 
 
@@ -114,6 +114,7 @@ def save(run, label, folder, name=None, extra=None):
         recipe=f"{config['recipe']}, {config['epochs']} epochs, "
         + ", ".join(f"{k} {v}" for k, v in config["training"].items()),
         command=config["command"],
+        outputs=classifier.outputs,
         versions=", ".join(f"{k} {v}" for k, v in config["versions"].items()),
     )
     weights.save(

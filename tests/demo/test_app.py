@@ -239,6 +239,19 @@ def test_images_are_decoded_once_per_preprocessing_and_models_run_once(
     assert images["inn"] is images["cnn"] is not images["cropped"]
 
 
+def test_scores_of_a_model_of_probabilities_are_its_outputs(classifiers, tmp_path):
+    logits = classifiers["inn"]
+    softmax = keras.Model(logits.model.input, keras.ops.softmax(logits.model.outputs[0]))
+    probabilities = dataclasses.replace(logits, model=softmax, outputs="probabilities")
+    file = tmp_path / "a.png"
+    file.write_bytes(hostile_images.valid())
+    of_logits, of_probabilities = (
+        render.Explanation({"inn": classifier}, file).scores["inn"]
+        for classifier in (logits, probabilities)
+    )
+    assert of_probabilities == pytest.approx(of_logits, rel=1e-4)
+
+
 def test_model_names_are_escaped(classifiers, tmp_path):
     file = tmp_path / "a.png"
     file.write_bytes(hostile_images.valid())

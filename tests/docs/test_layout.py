@@ -141,6 +141,7 @@ ORDER = [
     "models.flops",
     "models.conv_counterpart",
     "models.folding",
+    "models.outputs",
     "models.registry",
     "models.checkpoint_readers.errors",
     "models.checkpoint_readers.arrays",

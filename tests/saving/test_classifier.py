@@ -21,7 +21,12 @@ from involution.saving.classifier import Classifier
 from involution.utils.errors import InputError
 from tests.support.images import write_image
 
-METADATA = {"class_names": ["a", "말"], "image_shape": [4, 6, 3], "scaling": "pixels / 255"}
+METADATA = {
+    "class_names": ["a", "말"],
+    "image_shape": [4, 6, 3],
+    "scaling": "pixels / 255",
+    "outputs": "logits",
+}
 INVALID_CLASSIFIER = (
     "A model must be a .keras file or a folder with class names and an image shape, written by "
     "`involution compare` or `train`, or one of cnn-cifar10, inn-cifar10, rednet_tiny-cifar10. "
@@ -130,6 +135,28 @@ def test_predict_proba_of_large_logits_does_not_overflow():
 
 
 @pytest.mark.long
+def test_outputs_are_saved_and_probabilities_not_transformed_again(classifier, tmp_path):
+    plain = classifier.model
+    model = keras.Model(plain.inputs[0], keras.layers.Softmax()(plain.outputs[0]))
+    saved = dataclasses.replace(classifier, model=model, outputs="probabilities")
+    saved.save(tmp_path / "x.keras")
+    loaded = classifiers.load(tmp_path / "x.keras")
+    assert loaded.metadata == saved.metadata
+    assert loaded.outputs == "probabilities"
+    images = np.random.default_rng(0).random((5, 4, 6, 3), "float32")
+    scores = loaded.predict_proba(images)
+    assert scores.dtype == np.float64
+    np.testing.assert_array_equal(scores, model.predict(images, verbose=0))
+    np.testing.assert_allclose(scores, classifier.predict_proba(images), rtol=1e-5)
+
+
+def test_files_without_outputs_are_of_logits(stub_model, tmp_path):
+    metadata = {key: value for key, value in METADATA.items() if key != "outputs"}
+    path = archive(tmp_path / "x.keras", json.dumps(metadata))
+    assert classifiers.load(path).outputs == "logits"
+
+
+@pytest.mark.long
 def test_load_accepts_files_folders_and_names(stub_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert classifiers.load("inn-cifar10").model.path == pretrained.path("inn-cifar10")
@@ -223,12 +250,14 @@ def test_is_model_accepts_files_folders_and_pretrained_names(tmp_path):
                 {"image_shape": [4, 6, 1]},
                 {"scaling": "pixels"},
                 {"scaling": None},
+                {"outputs": "scores"},
+                {"outputs": None},
                 # Larger than the size limit of the metadata.
                 {"x": "y" * 2**21},
             )
         ),
     ],
-    ids=range(24),
+    ids=range(26),
 )
 def test_invalid_metadata_is_rejected(entry, stub_model, tmp_path):
     path = archive(tmp_path / "x.keras", entry)

@@ -540,3 +540,27 @@ def test_predict_proba_is_the_softmax_of_logits(tmp_path):
     scores = classifier.predict_proba(image)
     logits = numpy(classifier.model(image)).astype("float64")
     np.testing.assert_allclose(scores, np.exp(logits) / np.exp(logits).sum(), rtol=1e-5)
+
+
+@pytest.mark.long
+def test_a_run_records_whether_its_models_return_probabilities(folder, tmp_path):
+    def with_softmax(input_shape, classes):
+        model = custom_model(input_shape, classes)
+        return keras.Model(model.input, keras.layers.Softmax()(model.outputs[0]))
+
+    builders = {"plain": custom_model, "softmax": with_softmax}
+    compare(Config(str(folder), epochs=1, batch_size=12), tmp_path / "run", builders=builders)
+    write_image(tmp_path / "x.png", size=(20, 30))
+    loaded = {name: classifiers.load(tmp_path / "run" / f"{name}.keras") for name in builders}
+    assert {name: each.outputs for name, each in loaded.items()} == {
+        "plain": "logits",
+        "softmax": "probabilities",
+    }
+    image = loaded["softmax"].read(tmp_path / "x.png")
+    np.testing.assert_allclose(
+        loaded["softmax"].predict_proba(image), numpy(loaded["softmax"].model(image)), rtol=1e-6
+    )
+    # Both models have the same weights and the same loss.
+    np.testing.assert_allclose(
+        loaded["softmax"].predict_proba(image), loaded["plain"].predict_proba(image), rtol=1e-4
+    )

@@ -114,6 +114,21 @@ def test_labels_are_smoothed_only_in_training():
     assert row["test_loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_a_model_that_ends_in_a_softmax_trains_as_without_it(label_smoothing):
+    recipe = Recipe(0.05, batch_size=4, label_smoothing=label_smoothing)
+    plain, with_softmax = (without_normalization() for _ in range(2))
+    with_softmax.add(keras.layers.Softmax())
+    rows = []
+    for model in (plain, with_softmax):
+        rows += Trainer(model, dataset(), recipe, 1, 0).epochs()
+    for metric in METRICS:
+        assert rows[1][metric] == pytest.approx(rows[0][metric], rel=1e-5)
+    for got, want in zip(weights(with_softmax), weights(plain), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
 def weights(model):
     return [numpy(v.value).copy() for v in model.variables]
 

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from involution.saving.classifier import Classifier, probabilities
+from involution.saving.classifier import Classifier
 from involution.utils.errors import InputError, escape_controls
 from involution.visualize.activations import InvolutionRecord, capture_with_outputs
 from involution.visualize.colors import DIVERGING_CMAP, SEQUENTIAL_CMAP
@@ -70,9 +70,9 @@ class Explanation:
         self.scores: dict[str, dict[str, float]] = {}
         self.records: dict[str, dict[str, InvolutionRecord]] = {}
         for name, classifier in classifiers.items():
-            logits, records = capture_with_outputs(classifier.model, self.images[name])
-            logits = keras.ops.convert_to_numpy(logits)
-            self.scores[name] = _by_class(classifier, probabilities(logits)[0])
+            outputs, records = capture_with_outputs(classifier.model, self.images[name])
+            outputs = keras.ops.convert_to_numpy(outputs)
+            self.scores[name] = _by_class(classifier, classifier.probabilities(outputs)[0])
             self.records[name] = {k: r for k, r in records.items() if len(r.sizes) == 2}
         self.seconds = time.perf_counter() - start
 

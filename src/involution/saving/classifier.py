@@ -18,6 +18,7 @@ import numpy as np
 
 from involution.data import decode, transforms
 from involution.models import pretrained, weights
+from involution.models.outputs import LOGITS, OUTPUTS
 from involution.saving import keras_archive
 from involution.saving.keras_archive import METADATA_ENTRY
 from involution.utils.abstract_build import build_abstract
@@ -36,16 +37,18 @@ class Classifier:
     """A model with its preprocessing.
 
     Attributes:
-        model: From images (B, height, width, channels) to logits (B, classes).
+        model: From images (B, height, width, channels) to outputs (B, classes).
         class_names: One name for each class.
         image_shape: (height, width, channels).
         crop_fraction: The center crop of its images, see ``decode.read_image``; None: no crop.
+        outputs: What the model returns, ``"logits"`` or ``"probabilities"``.
     """
 
     model: keras.Model
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     crop_fraction: float | None = None
+    outputs: str = LOGITS
 
     @property
     def metadata(self) -> dict:
@@ -54,6 +57,7 @@ class Classifier:
             "class_names": self.class_names,
             "image_shape": self.image_shape,
             "scaling": SCALING,
+            "outputs": self.outputs,
             **({} if self.crop_fraction is None else {"crop": self.crop_fraction}),
         }
 
@@ -69,7 +73,16 @@ class Classifier:
             InputError: Keras's floatx is not float32, see ``transforms.check_floatx``.
         """
         transforms.check_floatx()
-        return probabilities(self.model.predict(images, verbose=0))
+        return self.probabilities(self.model.predict(images, verbose=0))
+
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray:
+        """Class probabilities (N, classes), float64, of outputs of the model: their softmax if they
+        are logits, otherwise unchanged."""
+        outputs = outputs.astype("float64")
+        if self.outputs != LOGITS:
+            return outputs
+        exp = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
+        return exp / exp.sum(axis=-1, keepdims=True)
 
     def accuracy(self, images, labels, batch_size=256) -> float:
         """The fraction of these images whose most likely class is their label.
@@ -112,13 +125,6 @@ class Classifier:
                 archive.writestr(METADATA_ENTRY, json.dumps(self.metadata))
 
 
-def probabilities(logits) -> np.ndarray:
-    """Softmax of logits (N, classes), in float64."""
-    logits = logits.astype("float64")
-    exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return exp / exp.sum(axis=-1, keepdims=True)
-
-
 def load(path) -> Classifier:
     """Loads a classifier. No code from the file is executed.
 
@@ -148,6 +154,10 @@ def load(path) -> Classifier:
         crop_fraction = None if metadata.get("crop") is None else float(metadata["crop"])
         if crop_fraction is not None and not 0 < crop_fraction <= 1:
             raise ValueError(crop_fraction)
+        # Without it in files of early releases, which trained every model as one of logits.
+        outputs = metadata.get("outputs", LOGITS)
+        if outputs not in OUTPUTS:
+            raise ValueError(outputs)
     except Exception as error:  # damaged archives raise many exception types
         raise InputError(
             "A model must be a .keras file or a folder with class names and an image shape, "
@@ -156,7 +166,7 @@ def load(path) -> Classifier:
         ) from error
     model = load_model(path)
     _check_shapes(model, path, (height, width, channels), len(class_names))
-    return Classifier(model, class_names, (height, width, channels), crop_fraction)
+    return Classifier(model, class_names, (height, width, channels), crop_fraction, outputs)
 
 
 def _check_shapes(model, path, image_shape, classes):

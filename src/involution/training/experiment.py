@@ -16,6 +16,7 @@ import keras
 from involution import renamed
 from involution.data import datasets, transforms
 from involution.models import count_multiply_adds, specs
+from involution.models.outputs import outputs_of
 from involution.saving.classifier import Classifier, load_weights
 from involution.training import callbacks, checkpoint, distributed
 from involution.training.interrupts import exit_code, graceful_shutdown
@@ -172,7 +173,8 @@ def compare(
         output: The folder: new or empty, or with ``resume`` that of the run.
         progress: Receives progress; None: none is reported.
         builders: Models by label, instead of ``config.models``: functions of (input_shape, classes)
-            that return a Keras model from images to logits.
+            that return a Keras model from images to logits, or to probabilities if its last
+            operation is a softmax.
         command: The command line, for the report.
         resume: Whether to resume from the last checkpoint in the folder, if there is one. On the
             same machine and backend the result is bit-identical to that of an uninterrupted run.
@@ -374,7 +376,11 @@ class RunState:
         run, progress = self.run, self.progress
         config, dataset = run.config, run.dataset
         classifier = Classifier(
-            model, dataset.class_names, dataset.image_shape, dataset.crop_fraction
+            model,
+            dataset.class_names,
+            dataset.image_shape,
+            dataset.crop_fraction,
+            outputs_of(model),
         )
         result = Result(label, classifier)
         saved = self._saved.get(label)

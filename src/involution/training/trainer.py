@@ -12,6 +12,7 @@ import numpy as np
 
 from involution.data import datasets, transforms
 from involution.data.prefetch import prefetch
+from involution.models.outputs import LOGITS, outputs_of
 from involution.training import distributed
 from involution.training.augmentation import augment
 from involution.training.optimizers import NesterovSGD, make_optimizer
@@ -107,7 +108,8 @@ class Trainer:
     """Trains a model with the loss and the metric of the keras.io example.
 
     Args:
-        model: The model. It is not compiled itself, so that its file contains no optimizer.
+        model: The model, from images to logits, or to probabilities if it ends in a softmax. It is
+            not compiled itself, so that its file contains no optimizer.
         dataset: The images.
         recipe: The hyperparameters.
         epochs: Training epochs.
@@ -155,7 +157,7 @@ class Trainer:
             metrics = "metrics" if distribution.is_single else "weighted_metrics"
             self._compiled.compile(
                 optimizer=make_optimizer(recipe, epochs * train_steps // accumulation),
-                loss=loss(from_logits=True),
+                loss=loss(from_logits=outputs_of(model) == LOGITS),
                 **{metrics: ["accuracy"]},
             )
             self._compiled.optimizer.build(self._compiled.trainable_variables)
