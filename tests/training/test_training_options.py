@@ -322,14 +322,18 @@ def test_split_csv_lists_the_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.any_backend
+@pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("classes", [3, 5])
-def test_trained_models_start_training_with_a_new_head(classes, tmp_path):
+def test_trained_models_start_training_with_a_new_head(classes, softmax, tmp_path):
     model = net((16, 16, 3), 3)
+    if softmax:
+        model = keras.Model(model.inputs, keras.layers.Softmax()(model.outputs[0]))
     path = tmp_path / "own.keras"
     Classifier(model, ("a", "b", "c"), (16, 16, 3)).save(path)
     builder = experiment.specs.parse(str(path))[str(path)]
     built = builder(input_shape=(16, 16, 3), classes=classes)
     assert built.output_shape == (None, classes)
+    assert isinstance(built.layers[-1], keras.layers.Softmax) == softmax
     for layer in model.layers:
         if layer.name != "head" or classes == 3:
             for a, b in zip(layer.variables, built.get_layer(layer.name).variables, strict=True):

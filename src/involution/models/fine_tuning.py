@@ -9,6 +9,9 @@ from involution.models import pretrained, weights
 from involution.saving import classifier
 from involution.utils.errors import InputError
 
+# May follow the last Dense layer.
+ACTIVATIONS = (keras.layers.Activation, keras.layers.Softmax)
+
 
 def is_trained(text) -> bool:
     """Whether this is a pretrained model's name, a ``.keras`` file, or a folder with a model."""
@@ -34,7 +37,7 @@ def build(text, input_shape, classes) -> keras.Model:
 
     Raises:
         InputError: The model cannot be loaded, is for images of another size, or does not end in a
-            Dense layer.
+            Dense layer, which an activation may follow.
     """
     path = pretrained.path(text) if text in pretrained.available() else text
     model = classifier.load_model(path)
@@ -44,13 +47,17 @@ def build(text, input_shape, classes) -> keras.Model:
             f"Images must have the size of the trained model, {expected[0]}x{expected[1]}; set "
             f"`image_size`. Received: {input_shape[0]}x{input_shape[1]}"
         )
-    last = model.layers[-1]
-    if not isinstance(last, keras.layers.Dense):
+    *_, before, last = model.layers
+    activations = [last] if isinstance(last, ACTIVATIONS) else []
+    dense = before if activations else last
+    if not isinstance(dense, keras.layers.Dense):
         raise InputError(
             "The last layer of a trained model must be Dense, to be replaced for other classes. "
-            f"Received: {type(last).__name__} in {text}"
+            f"Received: {type(dense).__name__} in {text}"
         )
-    if last.units == classes:
+    if dense.units == classes:
         return model
-    head = keras.layers.Dense.from_config(last.get_config() | {"units": classes})
-    return keras.Model(model.inputs, head(last.input), name=model.name)
+    outputs = keras.layers.Dense.from_config(dense.get_config() | {"units": classes})(dense.input)
+    for layer in activations:
+        outputs = type(layer).from_config(layer.get_config())(outputs)
+    return keras.Model(model.inputs, outputs, name=model.name)
