@@ -1,8 +1,14 @@
 """Sphinx configuration; `make docs` builds docs/en and docs/ko."""
 
 import inspect
+import pathlib
 import re
 from importlib import metadata
+
+from docutils import nodes
+from docutils.utils.math import latex2mathml
+
+DOCS = pathlib.Path(__file__).parent
 
 project = "involution"
 author = copyright = "The involution authors"
@@ -11,22 +17,66 @@ extensions = [
     "myst_parser",  # pages are Markdown
     "sphinx.ext.autodoc",  # the API reference, from docstrings
     "sphinx.ext.napoleon",  # Google style, as in Keras
+    "cyclopts.ext.sphinx",  # the reference of the commands, from their signatures and docstrings
 ]
 myst_heading_anchors = 3
+myst_enable_extensions = [
+    "attrs_inline",  # links to English pages from Korean ones, see _link_english
+    "dollarmath",
+]
+html_math_renderer = "mathml"
 html_theme = "furo"
-html_title = "involution"
+html_title = f"involution {release}"
+html_static_path = ["static"]
+html_css_files = ["pages.css"]
+templates_path = ["templates"]
+html_sidebars = {
+    "**": [
+        "sidebar/brand.html",
+        "language.html",
+        "sidebar/search.html",
+        "sidebar/scroll-start.html",
+        "sidebar/navigation.html",
+        "sidebar/scroll-end.html",
+    ]
+}
+html_context = {
+    "translated": [
+        page.relative_to(DOCS / "ko").with_suffix("").as_posix()
+        for page in DOCS.glob("ko/**/*.md")
+        if (DOCS / "en" / page.relative_to(DOCS / "ko")).is_file()
+    ]
+}
 html_show_sourcelink = False
 html_copy_source = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_rtype = False  # "List of (name, reason)" is a text, not a type
 napoleon_custom_sections = [("Call arguments", "params_style"), "Source"]
 
 
 def setup(app):
     app.connect("autodoc-process-docstring", _escape, priority=100)  # before napoleon
     app.connect("autodoc-process-signature", _signature)
+    app.connect("source-read", _link_english)
+    app.connect("include-read", _link_benchmarks)
+    app.add_html_math_renderer("mathml", (_math, None), (_math, None))
+
+
+def _math(translator, node):
+    """Writes MathML, which browsers show without scripts, fonts or a network."""
+    is_block = node.tagname == "math_block"
+    translator.body.append(latex2mathml.tex2mathml(node.astext(), as_block=is_block))
+    raise nodes.SkipNode
+
+
+def _link_english(app, page, source):
+    """Links of Korean pages to English ones, which are files in the repository, lead to the pages
+    of the English build."""
+    if app.config.language == "ko":
+        source[0] = re.sub(r"\]\((\.\./en/[^)]*)\.md\)", r"](\1.html){.external}", source[0])
 
 
 def _signature(app, what, name, obj, options, signature, returns):
@@ -46,3 +96,8 @@ def _escape(app, what, name, obj, options, lines):
         line if line.lstrip().startswith(">>>") else re.sub(r"(?<![*`\w])\*(?=\w)", r"\\*", line)
         for line in lines
     ]
+
+
+def _link_benchmarks(app, path, page, content):
+    """Links of the changelog to the benchmark results lead to their page."""
+    content[0] = content[0].replace("](benchmarks/results/README.md", "](docs/en/benchmarks.md")

@@ -54,7 +54,9 @@ def notebook(page):
                 cell = nbformat.v4.new_markdown_cell(f"```sh\n{command}\n```")
             else:
                 package = re.match(r"pip install (\S+)", command)[1]
-                cell.source = f"%pip install --quiet {package}\n%matplotlib inline"
+                # From a wheel in this folder or from `make wheels`; nothing if it is installed.
+                wheels = "--find-links . --find-links ../dist"
+                cell.source = f"%pip install --quiet {wheels} {package}\n%matplotlib inline"
             commands += 1
         elif cell.cell_type == "code":
             if "source = " in cell.source:

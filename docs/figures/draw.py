@@ -9,6 +9,12 @@ import pathlib
 
 CELL = 26
 A, B, INK = "#0072B2", "#D55E00", "#555"
+# Replaces colors in pages with a dark color scheme; the attributes are those for all other readers.
+DARK = (
+    "@media(prefers-color-scheme:dark){"
+    '[fill="#fff"]{fill:#131416}[fill="#222"]{fill:#cfd0d0}[stroke="#555"]{stroke:#9a9ca0}'
+    '[fill="#0072B2"]{fill:#56b4e9}[stroke="#0072B2"]{stroke:#56b4e9}}'
+)
 WEIGHTS = ("#e66101", "#fdb863", "#f7f7f7", "#b2abd2", "#5e3c99")
 # Indices into WEIGHTS of the nine weights of a kernel.
 ONE = (4, 2, 0, 3, 4, 1, 2, 3, 0)
@@ -129,7 +135,8 @@ def figure(name, language):
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 385" role="img" '
         f'font-family="system-ui, sans-serif"><title>{title}: {first} {second}</title>'
-        f'<defs>{ends}</defs><rect width="640" height="385" fill="#fff"/>{"".join(parts)}</svg>\n'
+        f"<style>{DARK}</style><defs>{ends}</defs>"
+        f'<rect width="640" height="385" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
 
 

@@ -18,6 +18,12 @@ OMITTED = ("backend", "renamed", "")
 
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 132, 30, 22, 42, 12
 INK, FILL = "#555", "#e8f1f8"
+# Replaces colors in pages with a dark color scheme; the attributes are those for all other readers.
+DARK = (
+    "@media(prefers-color-scheme:dark){"
+    '[fill="#fff"]{fill:#131416}[fill="#e8f1f8"]{fill:#22303c}text{fill:#cfd0d0}'
+    '[stroke="#555"]{stroke:#9a9ca0}marker path{fill:#9a9ca0}}'
+)
 
 
 def package_of(module: str) -> str:
@@ -112,6 +118,7 @@ def draw(graph) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" font-family="sans-serif" font-size="13">',
         "<title>Packages of involution: each imports only those below it</title>",
+        f"<style>{DARK}</style>",
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
         '<defs><marker id="head" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" '
         f'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="{INK}"/></marker></defs>',
