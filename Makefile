@@ -62,6 +62,10 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 PLATFORMS := manylinux_2_28_x86_64=x86_64-linux-gnu.2.28 manylinux_2_28_aarch64=aarch64-linux-gnu.2.28 \
 	macosx_11_0_arm64=aarch64-macos.11.0 macosx_11_0_x86_64=x86_64-macos.11.0 win_amd64=x86_64-windows-gnu
 ZIG = $(abspath $(WHEELS_VENV))/bin/zig
+# Files that `make lint` validates, with their schemas in check-jsonschema.
+SCHEMAS := github-workflows=.github/workflows/ci.yml github-issue-forms=.github/ISSUE_TEMPLATE/bug.yml \
+	github-issue-forms=.github/ISSUE_TEMPLATE/feature.yml github-issue-config=.github/ISSUE_TEMPLATE/config.yml \
+	citation-file-format=CITATION.cff
 # Python versions that `make test-pythons` checks.
 PYTHONS ?= 3.11 3.12 3.13 3.14
 
@@ -209,6 +213,9 @@ lint: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/ruff format --check .
 	$(TEST_VENV)/bin/ruff check .
 	$(TEST_VENV)/bin/mypy
+	MYPYPATH=src $(TEST_VENV)/bin/mypy --strict --follow-imports silent --cache-dir .mypy_cache/strict tests/support/user_program.py
+	for schema in $(SCHEMAS); do $(TEST_VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.$${schema%%=*} $${schema#*=} || exit; done
+	$(TEST_VENV)/bin/zizmor --offline --quiet .github
 
 format: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/ruff format .

@@ -83,7 +83,9 @@ def _signature(app, what, name, obj, options, signature, returns):
     """The signature of a Keras layer is that of its constructor, which Keras wraps."""
     if what == "class" and "__init__" in vars(obj):
         init = inspect.signature(obj.__init__)
-        return str(init.replace(parameters=list(init.parameters.values())[1:])), returns
+        # Without types, as all signatures: the descriptions have them.
+        parameters = [p.replace(annotation=p.empty) for p in init.parameters.values()]
+        return str(inspect.Signature(parameters[1:])), returns
     for base in obj.__mro__[1:] if what == "class" else ():
         if "__init__" in vars(base) and base.__module__.startswith("involution"):
             return _signature(app, what, name, base, options, signature, returns)

@@ -5,9 +5,11 @@ Downloads are pinned to a commit and verified by hash, and contain no code.
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 import tempfile
+from typing import Any
 
 import keras
 
@@ -57,7 +59,13 @@ after [the operator](https://arxiv.org/abs/2103.06255).
 """
 
 
-def save(run, label, folder, name=None, extra=None):
+def save(
+    run: str | os.PathLike[str],
+    label: str,
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    extra: dict[str, Any] | None = None,
+) -> None:
     """Writes a model of a run as a folder for the Hub: configuration, weights and model card.
 
     Args:
@@ -123,7 +131,14 @@ def save(run, label, folder, name=None, extra=None):
     write_text(folder / CARD_FILE, text)
 
 
-def push(folder, repo, token=None, private=False, message="A model of involutions", endpoint=None):
+def push(
+    folder: str | os.PathLike[str],
+    repo: str,
+    token: str | None = None,
+    private: bool = False,
+    message: str = "A model of involutions",
+    endpoint: str | None = None,
+) -> str:
     """Uploads a folder written by ``save`` to the Hub, in one commit.
 
     Args:

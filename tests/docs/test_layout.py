@@ -5,6 +5,7 @@ import doctest
 import importlib.util
 import re
 import sys
+import tomllib
 
 import pytest
 import yaml
@@ -544,6 +545,12 @@ def test_citation_names_the_paper():
 
 
 @pytest.mark.any_backend
-def test_version_matches_pyproject(pytestconfig):
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'version = "{involution.__version__}"' in text
+def test_files_agree_on_the_version():
+    version = involution.__version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == version
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## (\d.*) \((.*)\)$", changelog, re.MULTILINE)
+    assert released[0] == (version, str(citation["date-released"]))
+    assert citation["version"] == version

@@ -1,12 +1,16 @@
 """Dynamic short convolutions of sequence models: kernels whose taps are counted backwards."""
 
+from typing import Any
+
 from involution import ops
 from involution.compat.operands import check_divisible, check_shape, operands, shape_of
 from involution.ops.frameworks import namespace
 from involution.ops.tensor_utils import to_accumulation_dtype
 
 
-def headwise_dynamic_convolution(x, weight, static_w=None, residual=False):
+def headwise_dynamic_convolution(
+    x: Any, weight: Any, static_w: Any = None, residual: bool = False
+) -> Any:
     """A dynamic short convolution whose kernels are shared by the channels of a head.
 
         y[b, t, d] = sum over taps w of
@@ -71,7 +75,13 @@ def headwise_dynamic_convolution(x, weight, static_w=None, residual=False):
     return array.cast(y, x.dtype)
 
 
-def lowrank_dynamic_convolution(x, z, U, static_w=None, residual=False):  # noqa: N803
+def lowrank_dynamic_convolution(
+    x: Any,
+    z: Any,
+    U: Any,  # noqa: N803
+    static_w: Any = None,
+    residual: bool = False,
+) -> Any:
     """A dynamic short convolution with a kernel for each channel, generated from few features.
 
         y[b, t, d] = sum over taps w of (kernel[b, t, w, d] + static_w[w, d]) * x[b, t - w, d]

@@ -1,6 +1,7 @@
 """VOLO's outlook attention as one involution."""
 
 import itertools
+from typing import Any
 
 from involution import ops
 from involution.compat.operands import check_divisible, check_shape, integer, operands, shape_of
@@ -8,7 +9,13 @@ from involution.ops.frameworks import namespace
 from involution.ops.window import ceil_div
 
 
-def outlook_attention(value, attention, kernel_size=3, padding=1, stride=1):
+def outlook_attention(
+    value: Any,
+    attention: Any,
+    kernel_size: int = 3,
+    padding: int = 1,
+    stride: int = 1,
+) -> Any:
     """VOLO's outlook attention after its softmax: windows are mixed, and added where they overlap.
 
     The window of place p has the positions stride * p - padding + i, for K * K offsets i. With

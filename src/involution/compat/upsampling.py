@@ -1,5 +1,7 @@
 """Upsampling with a kernel for each fine position: CARAFE, and the convex upsampling of RAFT."""
 
+from typing import Any
+
 from involution import ops
 from involution.compat.grouped import by_groups
 from involution.compat.operands import (
@@ -13,7 +15,13 @@ from involution.compat.operands import (
 from involution.ops.frameworks import namespace
 
 
-def carafe(features, masks, kernel_size, group_size=1, scale_factor=2):
+def carafe(
+    features: Any,
+    masks: Any,
+    kernel_size: int,
+    group_size: int = 1,
+    scale_factor: int = 2,
+) -> Any:
     """Content-aware reassembly of features, with the signature of ``mmcv.ops.carafe``.
 
         y[n, c, i, j] = sum over taps k of
@@ -69,7 +77,7 @@ def carafe(features, masks, kernel_size, group_size=1, scale_factor=2):
     )
 
 
-def convex_upsample(flow, up_mask, factor=8):
+def convex_upsample(flow: Any, up_mask: Any, factor: int = 8) -> Any:
     """Upsampling by convex combinations, with the signature of torchvision's ``upsample_flow``.
 
         y[n, c, f * i + a, f * j + b] = f * sum over taps k of

@@ -1,5 +1,7 @@
 """Windows of images: SKA, FeatUp's adaptive convolution, and CSPN's propagation."""
 
+from typing import Any
+
 from involution import ops
 from involution.compat.grouped import by_groups
 from involution.compat.operands import check_divisible, check_shape, integer, operands, shape_of
@@ -7,7 +9,7 @@ from involution.ops.frameworks import namespace
 from involution.ops.validation import static_shape
 
 
-def ska(x, w):
+def ska(x: Any, w: Any) -> Any:
     """LSNet's small-kernel aggregation: an involution with interleaved groups.
 
         y[n, c, i, j] = sum over taps k of
@@ -63,7 +65,7 @@ def ska(x, w):
     return array.reshape(y, (batch, channels, height, width))
 
 
-def adaptive_conv(input, filters):
+def adaptive_conv(input: Any, filters: Any) -> Any:
     """FeatUp's ``AdaptiveConv.apply``: a kernel for each position, shared by all channels.
 
         y[n, c, i, j] = sum over a, b of filters[n, i, j, a, b] * input[n, c, i + a, j + b]
@@ -114,7 +116,7 @@ def adaptive_conv(input, filters):
     )
 
 
-def propagate(x, weights, kernel_size=3):
+def propagate(x: Any, weights: Any, kernel_size: int = 3) -> Any:
     """A step of learned propagation, as in CSPN: each position sends its value to its window.
 
         y[n, c, p] = sum over offsets k of the window of

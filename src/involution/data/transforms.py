@@ -61,7 +61,7 @@ def to_unit_float(images) -> np.ndarray:
     return scaled
 
 
-def check_floatx():
+def check_floatx() -> None:
     """Checks that Keras's floatx is float32, the dtype of ``to_unit_float``: Keras casts inputs and
     computes metrics in floatx, whatever the dtype policy of the layers.
 

@@ -50,7 +50,7 @@ class PairwiseAttention(Linear):
     accepts_initializers = False  # its convolutions compute queries and keys, not kernels
 
     @check_names
-    def __init__(self, key_channels=None, *, padding=None, dilation_rate=None, **kwargs):
+    def __init__(self, key_channels=None, *, padding=None, dilation_rate=None, **kwargs) -> None:
         super().__init__(**kwargs)
         self.key_channels = (
             None if key_channels is None else standardize_tuple("key_channels", key_channels, 1)[0]

@@ -60,7 +60,7 @@ class Carafe(KernelGenerator):
         kernel_initializer="glorot_uniform",
         encoder_initializer=None,
         **kwargs,
-    ):
+    ) -> None:
         super().__init__(kernel_size, groups=groups, data_format=data_format, **kwargs)
         self.hidden_channels = standardize_tuple("hidden_channels", hidden_channels, 1)[0]
         self.encoder_size = standardize_tuple("encoder_size", encoder_size, 1)[0]

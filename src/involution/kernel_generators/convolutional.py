@@ -85,7 +85,7 @@ class Linear(KernelGenerator):
         kernel_regularizer=None,
         bias_regularizer=None,
         **kwargs,
-    ):
+    ) -> None:
         super().__init__(
             kernel_size, groups=groups, strides=strides, data_format=data_format, **kwargs
         )
@@ -191,7 +191,7 @@ class Bottleneck(Linear):
     _context_size = 1
 
     @check_names
-    def __init__(self, reduction_ratio=4, *, use_normalization=True, **kwargs):
+    def __init__(self, reduction_ratio=4, *, use_normalization=True, **kwargs) -> None:
         super().__init__(**kwargs)
         self.use_normalization = bool(use_normalization)
         self.reduction_ratio = standardize_tuple("reduction_ratio", reduction_ratio, 1)[0]
@@ -253,7 +253,7 @@ class Contextual(Bottleneck):
     """
 
     @check_names
-    def __init__(self, reduction_ratio=4, *, context_size=3, **kwargs):
+    def __init__(self, reduction_ratio=4, *, context_size=3, **kwargs) -> None:
         super().__init__(reduction_ratio, **kwargs)
         self.context_size = self._context_size = standardize_tuple("context_size", context_size, 1)[
             0

@@ -55,7 +55,9 @@ class LargeContext(Linear):
     """
 
     @check_names
-    def __init__(self, reduction_ratio=2, *, context_size=7, kernel_normalization=True, **kwargs):
+    def __init__(
+        self, reduction_ratio=2, *, context_size=7, kernel_normalization=True, **kwargs
+    ) -> None:
         super().__init__(**kwargs)
         (self.reduction_ratio,) = standardize_tuple("reduction_ratio", reduction_ratio, 1)
         (self.context_size,) = standardize_tuple("context_size", context_size, 1)

@@ -44,7 +44,7 @@ class LowRank(Linear):
     accepts_initializers = False
 
     @check_names
-    def __init__(self, rank=16, *, residual=True, bias_initializer=None, **kwargs):
+    def __init__(self, rank=16, *, residual=True, bias_initializer=None, **kwargs) -> None:
         super().__init__(bias_initializer=bias_initializer, **kwargs)
         self.rank = standardize_tuple("rank", rank, 1)[0]
         self.residual = bool(residual)

@@ -39,7 +39,7 @@ class Static(KernelGenerator):
         kernel_initializer="glorot_uniform",
         kernel_regularizer=None,
         **kwargs,
-    ):
+    ) -> None:
         super().__init__(
             kernel_size, groups=groups, strides=strides, data_format=data_format, **kwargs
         )

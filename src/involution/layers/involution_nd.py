@@ -63,7 +63,7 @@ class InvolutionND(GeneratedInvolution):
         kernel_softmax=False,
         kernel_dropout=0.0,
         **kwargs,
-    ):
+    ) -> None:
         window = Window(
             kernel_size,
             strides,

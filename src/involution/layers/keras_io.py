@@ -1,5 +1,8 @@
 """A drop-in replacement for the layer of the keras.io example."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -60,15 +63,15 @@ class Involution(BaseInvolution):
 
     def __init__(
         self,
-        channel=None,
-        group_number=1,
-        kernel_size=3,
-        stride=1,
-        reduction_ratio=1,
-        name=None,
-        return_kernel=True,
-        **kwargs,
-    ):
+        channel: int | None = None,
+        group_number: int = 1,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        reduction_ratio: int = 1,
+        name: str | None = None,
+        return_kernel: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(name=name, **kwargs)
         self.channel = None if channel is None else standardize_tuple("channel", channel, 1)[0]
         self.group_number = standardize_tuple("group_number", group_number, 1)[0]

@@ -45,7 +45,7 @@ class InvolutionTransposeND(GeneratedInvolution):
         kernel_softmax=False,
         kernel_dropout=0.0,
         **kwargs,
-    ):
+    ) -> None:
         window = Window(
             kernel_size,
             strides,

@@ -48,7 +48,7 @@ class InvolutionUpSamplingND(GeneratedInvolution):
         kernel_softmax=True,
         kernel_dropout=0.0,
         **kwargs,
-    ):
+    ) -> None:
         window = Window(
             kernel_size,
             padding=padding,

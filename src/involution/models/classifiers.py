@@ -6,6 +6,9 @@ the summaries match, and equal models have equal weight paths. A stage is the la
 except in the last stage, 2x2 max pooling.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import layers
 
@@ -19,7 +22,13 @@ HEADS = ("dense", "convolutional")
 KERNELS = "kernels"
 
 
-def cnn(input_shape=(32, 32, 3), classes=10, head="dense", filters=(32, 64, 64), hidden=64):
+def cnn(
+    input_shape: Sequence[int | None] = (32, 32, 3),
+    classes: int = 10,
+    head: str = "dense",
+    filters: Sequence[int] = (32, 64, 64),
+    hidden: int = 64,
+) -> keras.Model:
     """The convolutional network: three 3x3 convolutions with pooling between them.
 
     Args:
@@ -63,14 +72,14 @@ def cnn(input_shape=(32, 32, 3), classes=10, head="dense", filters=(32, 64, 64),
 
 
 def inn(
-    input_shape=(32, 32, 3),
-    classes=10,
-    kernel_size=3,
-    group_number=1,
-    reduction_ratio=2,
-    kernel_generator=None,
-    head="dense",
-):
+    input_shape: Sequence[int | None] = (32, 32, 3),
+    classes: int = 10,
+    kernel_size: int | Sequence[int] = 3,
+    group_number: int = 1,
+    reduction_ratio: int = 2,
+    kernel_generator: Any = None,
+    head: str = "dense",
+) -> keras.Model:
     """The involutional network: three involutions, with as many channels as the image.
 
     Args:

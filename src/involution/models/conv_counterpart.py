@@ -10,7 +10,7 @@ CONV_KINDS = ("convolution", "depthwise")
 PADDINGS = {SAME: "same", SYMMETRIC: "same", VALID: "valid"}
 
 
-def conv_counterpart(model, kind="convolution"):
+def conv_counterpart(model: keras.Model, kind: str = "convolution") -> keras.Model:
     """A copy of a network with convolutions instead of ``Involution1D``, ``2D`` and ``3D``.
 
     A convolution has the kernel size, strides, dilation rate, filters, ``trainable`` and activity

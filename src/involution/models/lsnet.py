@@ -5,6 +5,8 @@ convolutions with squeeze-and-excitation and an involution, in the last stage at
 with two 1x1 convolutions.
 """
 
+from collections.abc import Callable
+
 import keras
 from keras import layers
 
@@ -184,7 +186,7 @@ _SHARED_DOC = """
     """
 
 
-def _network(name, function_name, text):
+def _network(name: str, function_name: str, text: str) -> Callable[..., keras.Model]:
     def network(
         input_shape=None,
         classes=1000,
@@ -192,7 +194,7 @@ def _network(name, function_name, text):
         feature_maps=False,
         distilled=False,
         data_format="channels_last",
-    ):
+    ) -> keras.Model:
         return _build(
             name,
             VARIANTS[name],

@@ -7,6 +7,8 @@ code rejects, give ceil(n / 2) positions.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 from keras import layers
@@ -187,7 +189,7 @@ _SHARED_DOC = """
     """
 
 
-def _network(name, function_name, text):
+def _network(name: str, function_name: str, text: str) -> Callable[..., keras.Model]:
     def network(
         input_shape=None,
         classes=1000,
@@ -195,7 +197,7 @@ def _network(name, function_name, text):
         feature_maps=False,
         stem_kernel_size=3,
         data_format="channels_last",
-    ):
+    ) -> keras.Model:
         (stem_kernel_size,) = standardize_tuple("stem_kernel_size", stem_kernel_size, 1)
         variant = dataclasses.replace(VARIANTS[name], stem_kernel_size=stem_kernel_size)
         return _build(name, variant, input_shape, classes, include_top, feature_maps, data_format)
@@ -222,21 +224,21 @@ RedNet152 = _network("rednet152", "RedNet152", "RedNet-152: 34.0 million paramet
 
 
 def rednet_tiny(
-    input_shape=None,
-    classes=10,
-    include_top=True,
-    feature_maps=False,
-    data_format="channels_last",
-    blocks=TINY.blocks,
-    widths=TINY.widths,
-    expansion=TINY.expansion,
-    stem_width=TINY.stem_width,
-    stem_pool=TINY.stem_pool,
-    kernel_size=TINY.kernel_size,
-    group_channels=TINY.group_channels,
-    reduction_ratio=TINY.reduction_ratio,
-    kernel_generator=None,
-):
+    input_shape: Sequence[int | None] | None = None,
+    classes: int = 10,
+    include_top: bool = True,
+    feature_maps: bool = False,
+    data_format: str = "channels_last",
+    blocks: Sequence[int] = TINY.blocks,
+    widths: Sequence[int] = TINY.widths,
+    expansion: int = TINY.expansion,
+    stem_width: int = TINY.stem_width,
+    stem_pool: bool = TINY.stem_pool,
+    kernel_size: int | Sequence[int] = TINY.kernel_size,
+    group_channels: int = TINY.group_channels,
+    reduction_ratio: int = TINY.reduction_ratio,
+    kernel_generator: Any = None,
+) -> keras.Model:
     """A RedNet for images of about 32x32 pixels: its stem is one 3x3 convolution.
 
     The defaults, the best of 40 trials of a hyperparameter search on CIFAR-10, give 29,894

@@ -6,8 +6,10 @@ of ``involution.models.MODELS`` and its arguments. A folder can be loaded on eve
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -28,7 +30,13 @@ DTYPES = ("F16", "F32", "F64")
 MAX_SHOWN = 20
 
 
-def save(folder, name, arguments, model, extra=None):
+def save(
+    folder: str | os.PathLike[str],
+    name: str,
+    arguments: dict[str, Any],
+    model: keras.Model,
+    extra: dict[str, Any] | None = None,
+) -> None:
     """Writes a model to a folder, which is created if missing.
 
     Args:

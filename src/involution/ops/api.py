@@ -1,5 +1,8 @@
 """The operator's public functions."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from involution import renamed
 from involution.ops import calls
 from involution.ops.calls import rank_of
@@ -11,19 +14,19 @@ from involution.ops.window import Window
 
 
 def involution(
-    x,
-    kernel,
-    kernel_size,
-    strides=1,
-    padding="same",
-    dilation_rate=1,
-    groups=1,
-    group_layout="contiguous",
-    data_format=None,
-    implementation=None,
+    x: Any,
+    kernel: Any,
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int] = 1,
+    padding: Any = "same",
+    dilation_rate: int | Sequence[int] = 1,
+    groups: int = 1,
+    group_layout: str = "contiguous",
+    data_format: str | None = None,
+    implementation: str | Sequence[str] | None = None,
     *,
-    upsampling=1,
-):
+    upsampling: int | Sequence[int] = 1,
+) -> Any:
     """Applies a separate kernel at each position of ``x``, shared by the channels of a group.
 
     For output position p and the group g(c) of channel c, with a sum over the taps k of the window,
@@ -109,19 +112,19 @@ def involution(
 
 
 def window_products(
-    x,
-    y,
-    kernel_size,
-    strides=1,
-    padding="same",
-    dilation_rate=1,
-    groups=1,
-    group_layout="contiguous",
-    data_format=None,
-    implementation=None,
+    x: Any,
+    y: Any,
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int] = 1,
+    padding: Any = "same",
+    dilation_rate: int | Sequence[int] = 1,
+    groups: int = 1,
+    group_layout: str = "contiguous",
+    data_format: str | None = None,
+    implementation: str | Sequence[str] | None = None,
     *,
-    upsampling=1,
-):
+    upsampling: int | Sequence[int] = 1,
+) -> Any:
     """Dot products of each position of ``y`` with its window of ``x``, by groups of channels.
 
         products[b, p, k, g] = sum over channels c of group g of
@@ -172,21 +175,21 @@ def window_products(
 
 
 def fused_involution(
-    x,
-    hidden,
-    weight,
-    bias,
-    kernel_size,
-    strides=1,
-    padding="same",
-    dilation_rate=1,
-    groups=1,
-    group_layout="contiguous",
-    data_format=None,
-    implementation=None,
+    x: Any,
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int] = 1,
+    padding: Any = "same",
+    dilation_rate: int | Sequence[int] = 1,
+    groups: int = 1,
+    group_layout: str = "contiguous",
+    data_format: str | None = None,
+    implementation: str | Sequence[str] | None = None,
     *,
-    upsampling=1,
-):
+    upsampling: int | Sequence[int] = 1,
+) -> Any:
     """``involution`` with the kernels hidden[b, p] @ weight + bias, fused where possible.
 
     Kernels have taps * groups elements at every position, often many times the size of the
@@ -245,19 +248,19 @@ generate_and_apply = fused_involution
 
 
 def transposed_involution(
-    x,
-    kernel,
-    kernel_size,
-    strides=1,
-    padding="same",
-    dilation_rate=1,
-    groups=1,
-    group_layout="contiguous",
-    data_format=None,
-    implementation=None,
+    x: Any,
+    kernel: Any,
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int] = 1,
+    padding: Any = "same",
+    dilation_rate: int | Sequence[int] = 1,
+    groups: int = 1,
+    group_layout: str = "contiguous",
+    data_format: str | None = None,
+    implementation: str | Sequence[str] | None = None,
     *,
-    output_padding=None,
-):
+    output_padding: Any = None,
+) -> Any:
     """Each position of ``x`` adds its channels, times its own kernel, to a window of the output.
 
     With a sum over all positions p and taps k for which q = p * strides - pad + k * dilation_rate,
@@ -316,7 +319,13 @@ def transposed_involution(
 
 
 @renamed.arguments(hidden="hidden_channels")
-def implementations(x, kernel, kernel_size, hidden_channels=None, **arguments):
+def implementations(
+    x: Any,
+    kernel: Any,
+    kernel_size: int | Sequence[int],
+    hidden_channels: int | None = None,
+    **arguments: Any,
+) -> list[tuple[str, str | None]]:
     """The implementations in order of preference, and why each cannot compute a call.
 
     Args:

@@ -16,7 +16,7 @@ it compares sizes that are known only when the program runs.
 import contextlib
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -86,7 +86,7 @@ _override = _Override()
 
 
 @contextlib.contextmanager
-def force_implementation(implementation):
+def force_implementation(implementation: str | Sequence[str] | None) -> Iterator[None]:
     """Context manager in which every involution of this thread uses the given implementation.
 
     It overrides the argument ``implementation`` of functions and layers. The implementation is

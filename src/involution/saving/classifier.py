@@ -7,6 +7,7 @@ inference preprocesses images as training did.
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import zipfile
@@ -117,7 +118,7 @@ class Classifier:
         except InputError as error:
             return error
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file without optimizer state, so that it loads on every backend."""
         with atomic_write(path) as temporary:
             self.model.save(temporary)
@@ -219,7 +220,7 @@ def load_model(path) -> keras.Model:
     return _load_keras(path)
 
 
-def load_weights(model, path):
+def load_weights(model: keras.Model, path: str | os.PathLike[str]) -> None:
     """Sets a model's weights from a ``.keras`` file of the same architecture.
 
     Raises:

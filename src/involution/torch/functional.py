@@ -1,6 +1,8 @@
 """The operator for tensors with channels on axis 1, in the terms of PyTorch."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -46,17 +48,17 @@ CONVOLVE = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 
 
 def involution(
-    x,
-    kernel,
-    kernel_size,
+    x: torch.Tensor,
+    kernel: torch.Tensor,
+    kernel_size: int | Sequence[int],
     *,
-    stride=1,
-    padding=SYMMETRIC,
-    dilation=1,
-    group_layout=CONTIGUOUS,
-    implementation=None,
-    upsampling=1,
-):
+    stride: int | Sequence[int] = 1,
+    padding: Any = SYMMETRIC,
+    dilation: int | Sequence[int] = 1,
+    group_layout: str = CONTIGUOUS,
+    implementation: str | Sequence[str] | None = None,
+    upsampling: int | Sequence[int] = 1,
+) -> torch.Tensor:
     """Applies a separate kernel at each position of ``x``, shared by the channels of a group.
 
     Args:
@@ -108,17 +110,17 @@ def involution(
 
 
 def transposed_involution(
-    x,
-    kernel,
-    kernel_size,
+    x: torch.Tensor,
+    kernel: torch.Tensor,
+    kernel_size: int | Sequence[int],
     *,
-    stride=1,
-    padding=SYMMETRIC,
-    output_padding=0,
-    dilation=1,
-    group_layout=CONTIGUOUS,
-    implementation=None,
-):
+    stride: int | Sequence[int] = 1,
+    padding: Any = SYMMETRIC,
+    output_padding: Any = 0,
+    dilation: int | Sequence[int] = 1,
+    group_layout: str = CONTIGUOUS,
+    implementation: str | Sequence[str] | None = None,
+) -> torch.Tensor:
     """Each position of ``x`` adds its channels, times its own kernel, to a window of the output.
 
     Kernels belong to the positions that are read. As a transposed convolution is the gradient of a

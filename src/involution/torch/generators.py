@@ -10,6 +10,7 @@ kernel is generated from. For an upsampling, features are on the coarse grid, ma
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -109,7 +110,7 @@ class Linear(Convolutional):
     torch.Size([1, 32, 8, 8])
     """
 
-    def __init__(self, channels, window, *, device=None, dtype=None):
+    def __init__(self, channels, window, *, device=None, dtype=None) -> None:
         super().__init__()
         self.pool = average_pool(window)
         self._make_last(channels, window, device=device, dtype=dtype)
@@ -143,7 +144,7 @@ class Bottleneck(Convolutional):
 
     def __init__(
         self, channels, window, *, reduction_ratio=4, context_size=1, device=None, dtype=None
-    ):
+    ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         (ratio,) = standardize_tuple("reduction_ratio", reduction_ratio, 1)
@@ -186,7 +187,7 @@ class Contextual(Bottleneck):
     torch.Size([1, 32, 5, 4])
     """
 
-    def __init__(self, channels, window, *, context_size=3, **options):
+    def __init__(self, channels, window, *, context_size=3, **options) -> None:
         super().__init__(channels, window, context_size=context_size, **options)
 
 
@@ -256,7 +257,7 @@ class LargeContext(nn.Module):
         kernel_normalization=True,
         device=None,
         dtype=None,
-    ):
+    ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         (ratio,) = standardize_tuple("reduction_ratio", reduction_ratio, 1)
@@ -312,7 +313,9 @@ class LowRank(Convolutional):
     torch.Size([1, 32, 10])
     """
 
-    def __init__(self, channels, window, rank=16, *, residual=True, device=None, dtype=None):
+    def __init__(
+        self, channels, window, rank=16, *, residual=True, device=None, dtype=None
+    ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         (rank,) = standardize_tuple("rank", rank, 1)
@@ -384,7 +387,7 @@ class Carafe(nn.Module):
         guide_channels=None,
         device=None,
         dtype=None,
-    ):
+    ) -> None:
         super().__init__()
         (hidden,) = standardize_tuple("hidden_channels", hidden_channels, 1)
         (size,) = standardize_tuple("encoder_size", encoder_size, 1)
@@ -436,7 +439,7 @@ class Static(nn.Module):
 
     uses_full_input = False
 
-    def __init__(self, channels, window, *, device=None, dtype=None):
+    def __init__(self, channels, window, *, device=None, dtype=None) -> None:
         super().__init__()
         self.strides = feature_strides(window)
         self.weight = nn.Parameter(
@@ -473,7 +476,7 @@ class PairwiseAttention(nn.Module):
 
     uses_full_input = True
 
-    def __init__(self, channels, window, *, key_channels=None, device=None, dtype=None):
+    def __init__(self, channels, window, *, key_channels=None, device=None, dtype=None) -> None:
         super().__init__()
         # Heads are contiguous in queries and keys, whichever channels of the values they weigh.
         self.window = dataclasses.replace(window, group_layout=CONTIGUOUS)
@@ -552,7 +555,7 @@ def pixel_shuffle(x, factors):
     return x.permute(0, 1, *axes).reshape(batch, x.shape[1], *fine)
 
 
-def near_depthwise_(module):
+def near_depthwise_(module: Any) -> Any:
     """Initializes a generator close to a depthwise convolution, in place.
 
     The kernels are dominated by the biases of the last convolution, which have the distribution of

@@ -422,7 +422,7 @@ class Involution1d(InvolutionNd):
     )
     rank = 1
 
-    def initial_cache(self, batch_size):
+    def initial_cache(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The cache of ``step`` before the first input of a sequence.
 
         Args:

@@ -4,6 +4,7 @@ State dicts have the names and shapes of the official checkpoints of the classif
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from torch import nn
 
@@ -149,7 +150,7 @@ _SHARED_DOC = """
     """
 
 
-def _network(name, text):
+def _network(name: str, text: str) -> Callable[..., RedNet]:
     def network(
         num_classes=1000, *, in_channels=3, stem_kernel_size=3, device=None, dtype=None
     ) -> RedNet:

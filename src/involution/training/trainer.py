@@ -127,7 +127,7 @@ class Trainer:
 
     def __init__(
         self, model, dataset, recipe, epochs, seed, distribution=distributed.SINGLE_PROCESS
-    ):
+    ) -> None:
         keras.utils.set_random_seed(seed)
         self.model, self.dataset, self.recipe = model, dataset, recipe
         self._epochs, self._seed, self._distribution = epochs, seed, distribution

@@ -31,13 +31,13 @@ INTERVAL = 15.0
 class NullProgress:
     """The progress interface; this implementation reports nothing. See ``RichProgress``."""
 
-    def log(self, text):
+    def log(self, text: str) -> None:
         """Reports one line."""
 
-    def stage(self, text):
+    def stage(self, text: str) -> None:
         """Begins a stage of unknown length, such as an import; ends the stage or task before."""
 
-    def begin(self, label, total, done=0, first=""):
+    def begin(self, label: str, total: int, done: int = 0, first: str = "") -> None:
         """Begins a task of ``total`` steps, ``done`` of which are complete.
 
         Args:
@@ -48,10 +48,10 @@ class NullProgress:
                 estimated from the other steps.
         """
 
-    def advance(self):
+    def advance(self) -> None:
         """Completes one step of the task."""
 
-    def end(self):
+    def end(self) -> None:
         """Ends the stage or the task."""
 
 
