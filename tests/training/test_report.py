@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import types
 
 import keras
 import numpy as np
@@ -204,6 +205,17 @@ def test_titles_of_heat_maps_are_the_predicted_and_the_true_class(run):
         f"predicted {first}\ntrue {first}",
     ]
     assert report._titles(run.dataset, np.array([1]), None) == [f"true {second}"]
+
+
+def test_captions_of_heat_maps():
+    sums = types.SimpleNamespace(is_attention=False)
+    attention = types.SimpleNamespace(is_attention=True)
+    caption = report._heat_map_caption("net", 2, [sums, sums])
+    assert caption.startswith("net, each involution: at each position, the sum")
+    assert "attention" not in caption
+    caption = report._heat_map_caption("net", 16, [sums, attention])
+    assert caption.startswith("net, 2 of its 16 involutions: ")
+    assert caption.endswith("the maps show how much of it each position receives.")
 
 
 def with_rows(run, label, accuracies, normalized=True, momentum=0.99):

@@ -1,10 +1,13 @@
 """Characters that Matplotlib's default font lacks; warnings about glyphs are errors in tests."""
 
+import numpy as np
 import pytest
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
-from involution.visualize import fonts, html
+from involution import models
+from involution.saving.classifier import Classifier
+from involution.visualize import explain, fonts, html
 
 pytestmark = pytest.mark.any_backend
 
@@ -70,3 +73,14 @@ def test_the_last_resort_is_no_font(install):
     entries = font_manager.fontManager.ttflist
     install(*(e.fname for e in entries if e.name.startswith("Last Resort")))
     assert fonts._installed() == []
+
+
+def test_explain_reports_class_names_without_a_font(monkeypatch, tmp_path):
+    monkeypatch.setattr(fonts, "_family", lambda character: None)
+    classifier = Classifier(models.inn((8, 8, 3), 2), ("고양이", "고양이"), (8, 8, 3))
+    images = [("cat.png", np.ones((1, 8, 8, 3), "float32"))]
+    lines = explain.write(classifier, images, tmp_path / "x.png")
+    assert sum("no installed font has: 고양이. Install" in line for line in lines) == 1
+    # The figures of a page have no class names.
+    lines = explain.write(classifier, images, tmp_path / "x.html")
+    assert not any("font" in line for line in lines)

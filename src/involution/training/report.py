@@ -422,7 +422,9 @@ def _titles(dataset, chosen, evaluation) -> list[str]:
 
 def _heat_map_caption(label, involutions, records) -> str:
     shown = (
-        "each involution" if len(records) == involutions else f"{len(records)} of its {involutions}"
+        "each involution"
+        if len(records) == involutions
+        else f"{len(records)} of its {involutions} involutions"
     )
     text = (
         f"{label}, {shown}: at each position, the sum of the generated kernel over its window and "
