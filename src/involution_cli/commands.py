@@ -104,7 +104,7 @@ def train(
     For example:
 
         involution train --model inn --epochs 5
-        involution train --model rednet_tiny --recipe one-cycle --epochs 5
+        involution train --model cnn --recipe one-cycle --epochs 10
 
     Parameters
     ----------
