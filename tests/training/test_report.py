@@ -252,6 +252,13 @@ def test_the_lag_of_batch_normalization_is_explained(run, tmp_path):
     assert "says little yet" not in report.summary_sentence(run)
 
 
+def test_only_the_epochs_that_lag_are_named(run):
+    found = with_rows(run, "norm", [LAGGING[0], LAGGING[2], LAGGING[1]])
+    assert report.normalization_lag(run, found).startswith("In epochs 1, 3 the test accuracy")
+    found = with_rows(run, "norm", LAGGING[1:])
+    assert report.normalization_lag(run, found).startswith("In epoch 1 the test accuracy")
+
+
 def test_a_verdict_on_epochs_that_lag_says_so(run):
     found = with_rows(run, "norm", LAGGING[:2])
     assert report.normalization_lag(run, found).endswith("More epochs show what norm has learned.")

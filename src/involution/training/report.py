@@ -275,7 +275,9 @@ def normalization_lag(run, result) -> str | None:
 def _epoch_range(epochs) -> str:
     if len(epochs) == 1:
         return f"In epoch {epochs[0]}"
-    return f"In epochs {epochs[0]} to {epochs[-1]}"
+    if epochs == list(range(epochs[0], epochs[-1] + 1)):
+        return f"In epochs {epochs[0]} to {epochs[-1]}"
+    return f"In epochs {', '.join(map(str, epochs))}"
 
 
 def layer_table(model) -> dict:
