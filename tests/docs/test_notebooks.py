@@ -1,6 +1,9 @@
 """The notebooks match their pages, have outputs, and run without a checkout."""
 
 import importlib.util
+import re
+import shlex
+import tomllib
 
 import keras
 import nbformat
@@ -50,6 +53,19 @@ def test_all_notebooks_have_the_same_code():
         [cell.source for cell in notebooks.code_cells(notebooks.notebook(page))] for page in PAGES
     )
     assert others == [first] * len(others)
+
+
+def test_first_cell_installs_from_a_wheel_of_the_repository():
+    command, *_ = notebooks.code_cells(notebooks.notebook(PAGES[0]))[0].source.splitlines()
+    *options, requirement = shlex.split(command)
+    folders = [options[i + 1] for i, option in enumerate(options) if option == "--find-links"]
+    # The notebook's own, and that of `make wheels`.
+    own = notebooks.ROOT / "notebooks"
+    assert [(own / folder).resolve() for folder in folders] == [own, notebooks.ROOT / "dist"]
+    project = tomllib.loads((notebooks.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    name, extras = re.fullmatch(r"(\w+)\[(.*)\]", requirement).groups()
+    assert name == project["project"]["name"]
+    assert set(extras.split(",")) <= set(project["project"]["optional-dependencies"])
 
 
 # The notebooks have the same code: JAX runs the second, the other backends the first.
