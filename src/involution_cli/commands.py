@@ -218,13 +218,14 @@ def predict(
         progress.stage("Loading the model")
         classifier, images = load_classifier(files)
         images = _in_folders(images, progress.log)
-        results, failed = [], 0
+        results, errors = [], []
         progress.begin("images", len(images))
         for image, scores in classifier.classify(images):
             progress.advance()
             if isinstance(scores, InputError):
-                failed += 1
-                progress.log(f"Not read: {scores}")
+                errors.append(scores)
+                if len(errors) > 1:  # the first is in the error at the end
+                    progress.log(f"Not read: {scores}")
                 continue
             ranked = predictions.ranked(scores, classifier.class_names, top)
             results.append((image, ranked))
@@ -234,8 +235,9 @@ def predict(
             text = (predictions.as_json if json else predictions.as_csv)(results)
             for line in text.splitlines():
                 current.result(line)
-        if failed:
-            raise InputError(f"{failed} of {len(images)} images could not be read")
+        if errors:
+            count = f"{len(errors)} of {len(images)} images cannot be read. "
+            raise InputError(f"{count if len(images) > 1 else ''}{errors[0]}")
 
 
 def _in_folders(paths, log) -> list:

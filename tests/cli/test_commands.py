@@ -167,12 +167,15 @@ def test_predict_of_folders_as_json_and_csv(call, tmp_path):
 
 def test_predict_names_unreadable_images_and_classifies_the_others(call, tmp_path):
     write_image(tmp_path / "good.png")
-    (tmp_path / "bad.png").write_bytes(b"text")
+    for name in ("bad.png", "worse.png"):
+        (tmp_path / name).write_bytes(b"text")
     code, lines = call("predict", "inn-cifar10", tmp_path)
     assert code == 2
     assert lines[0].startswith(f"{tmp_path}/good.png: ")
-    assert lines[1] == "involution: error: 1 of 2 images could not be read"
-    assert call.messages[-1].endswith(f"its format is not recognized. Received: {tmp_path}/bad.png")
+    assert lines[1].startswith("involution: error: 2 of 3 images cannot be read. An image must be")
+    assert lines[1].endswith(f"Received: {tmp_path}/bad.png")
+    assert call.messages[-1].startswith("Not read: An image must be a valid PNG")
+    assert call.messages[-1].endswith(f"Received: {tmp_path}/worse.png")
 
 
 def test_predict_refuses_empty_folders_and_two_formats(call, tmp_path):

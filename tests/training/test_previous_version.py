@@ -40,7 +40,7 @@ ENVIRONMENT = re.compile("version of .*|backend")
 def pets(tmp_path, monkeypatch):
     write_folder(tmp_path / "pets")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "write", lambda run, output: None)
+    monkeypatch.setattr(report, "write", lambda *_: None)
     return tmp_path
 
 

@@ -312,16 +312,6 @@ def test_ratios_are_of_costs(run):
     assert ratios["seconds"] == "1.5"
 
 
-def test_markdown_table(run):
-    lines = report.markdown(run).splitlines()
-    assert len(lines) == 4
-    assert lines[0].startswith("| model | trainable | non-trainable | optimizer | total | size |")
-    assert lines[2] == (
-        "| one | 386 | 0 | 0 | 386 | 1.51 KB | 0.00 M | 1.5000 | 0.5000 | 1.2500 | 0.7500 | 0.7500 "
-        "| 3.0 | 3.0 |"
-    )
-
-
 def test_summary_of_a_single_model(run):
     del run.results[1]
     assert report.summary_sentence(run) == (

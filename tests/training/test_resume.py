@@ -42,7 +42,7 @@ def builder(input_shape, classes, width=4):
 @pytest.fixture(autouse=True)
 def skip_reports(monkeypatch):
     """A report takes longer than these runs; test_report.py tests it."""
-    monkeypatch.setattr(report, "write", lambda run, output: None)
+    monkeypatch.setattr(report, "write", lambda *_: None)
 
 
 BUILDERS = {"one": builder, "other": functools.partial(builder, width=5)}
@@ -88,7 +88,7 @@ class StopAfter(NullProgress):
 def uninterrupted(folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("uninterrupted") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write", lambda run, output: None)
+        patch.setattr(report, "write", lambda *_: None)
         compare(config(folder), output, builders=BUILDERS)
     return outcome(output)
 

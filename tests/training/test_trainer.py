@@ -271,7 +271,7 @@ def test_images_are_flipped_by_mask():
     batches = []
 
     class Compiled:
-        def train_on_batch(self, x, y, return_dict):
+        def train_on_batch(self, x, y, sample_weight, return_dict):
             batches.append(x)
             return {"loss": 0.5, "accuracy": 1.0}
 

@@ -313,10 +313,13 @@ class RunState:
         # Checkpoints of early releases lack Keras's settings.
         before = {k: v for k, v in self._fingerprint.items() if k.startswith(KERAS_SETTING)}
         before |= found.state["identity"]
+        now = self._fingerprint
+        # Unset settings may be absent. Packages that are no longer installed do not matter.
+        names = now | {name: None for name in before if not name.startswith(VERSION)}
         changed = {
-            name: f"{_displayed(name)} was {before.get(name)} and is {now}"
-            for name, now in self._fingerprint.items()
-            if before.get(name) != now
+            name: f"{_displayed(name)} was {before.get(name)} and is {now.get(name)}"
+            for name in names
+            if before.get(name) != now.get(name)
         }
         # More epochs than before need no permission.
         for name in EPOCHS:
@@ -565,7 +568,7 @@ def fingerprint(run) -> dict:
     config = stored(run.config)
     # These do not change the result.
     for name in ("download", "callbacks", "tensorboard"):
-        del config[name]
+        config.pop(name, None)
     values = {
         **config,
         **{f"{RECIPE_SETTING}{k}": v for k, v in stored(run.recipe).items()},

@@ -49,7 +49,7 @@ def some_of(choices) -> Rule:
     )
 
 
-def setting(help, rule=None, default: Any = dataclasses.MISSING, stored=None) -> Any:
+def setting(help, rule=None, default: Any = dataclasses.MISSING, stored=None, omitted=False) -> Any:
     """A dataclass field with its help text and valid values.
 
     Args:
@@ -57,8 +57,9 @@ def setting(help, rule=None, default: Any = dataclasses.MISSING, stored=None) ->
         rule: Valid values; None, which means unset, is always valid.
         default: The default; without one the field is required.
         stored: The name in run folders, checkpoints and studies, if not the field's name.
+        omitted: Whether these omit the default, as those of releases without the setting do.
     """
-    metadata = {"help": help, "rule": rule, "stored": stored}
+    metadata = {"help": help, "rule": rule, "stored": stored, "omitted": omitted}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -77,6 +78,8 @@ def stored(settings) -> dict[str, Any]:
     values = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
+        if field.metadata["omitted"] and value == field.default:
+            continue
         if field.name == "optimizer":
             value = value == "sgd"
         values[field.metadata["stored"] or field.name] = value
@@ -121,6 +124,7 @@ class Recipe:
         "with warmup, else constant",
         one_of(("constant", "cosine", "linear")),
         None,
+        omitted=True,
     )
     warmup_start_factor: float = setting(
         "Initial learning rate as a fraction of the peak", FRACTION, 0.0, stored="start"
@@ -141,12 +145,14 @@ class Recipe:
         "and hue), mixup (blended pairs of images and of labels); None: no more",
         some_of(AUGMENTATIONS),
         None,
+        omitted=True,
     )
     class_weight: str | None = setting(
         "Weights of the classes in the training loss: balanced, inversely proportional to their "
         "numbers of images; None: equal",
         one_of(("balanced",)),
         None,
+        omitted=True,
     )
     batch_size: int | None = setting(
         "Images per optimizer step; None: 256, for the digits 32", POSITIVE_INTEGER, None
@@ -227,11 +233,17 @@ def _inherited(name, default) -> Any:
     return setting(**{**Recipe.__dataclass_fields__[name].metadata, "default": default})
 
 
-def _override(name) -> Any:
+def _override(name, omitted=False) -> Any:
     """A setting of ``Recipe`` that a run may change; None: the recipe's value."""
     metadata = Recipe.__dataclass_fields__[name].metadata
     help = metadata["help"].split("; None")[0]
-    return setting(f"{help} (default: the recipe's)", metadata["rule"], None, metadata["stored"])
+    return setting(
+        f"{help} (default: the recipe's)",
+        metadata["rule"],
+        None,
+        metadata["stored"],
+        omitted or metadata["omitted"],
+    )
 
 
 @_documented
@@ -282,27 +294,32 @@ class Config:
         "and seed; the run folder's split.csv lists them",
         INNER_FRACTION,
         None,
+        omitted=True,
     )
     early_stopping: int | None = setting(
         "Epochs without a higher accuracy on the held-out images after which training ends; the "
         "model of the best epoch is saved, and its accuracy on the test images reported",
         POSITIVE_INTEGER,
         None,
+        omitted=True,
     )
     callbacks: str | None = setting(
         "FILE.py:FUNCTION or MODULE:FUNCTION that returns a list of Keras callbacks for a model's "
         "label; they are called at the start and end of training and of each epoch",
         None,
         None,
+        omitted=True,
     )
     tensorboard: bool = setting(
-        "Write TensorBoard event files to the folder tensorboard of the run", default=False
+        "Write TensorBoard event files to the folder tensorboard of the run",
+        default=False,
+        omitted=True,
     )
     schedule: str | None = _override("schedule")
-    warmup_fraction: float | None = _override("warmup_fraction")
+    warmup_fraction: float | None = _override("warmup_fraction", omitted=True)
     augmentations: str | None = _override("augmentations")
     class_weight: str | None = _override("class_weight")
-    label_smoothing: float | None = _override("label_smoothing")
+    label_smoothing: float | None = _override("label_smoothing", omitted=True)
     clip_norm: float | None = _override("clip_norm")
     gradient_accumulation_steps: int | None = _override("gradient_accumulation_steps")
     ema_momentum: float | None = _override("ema_momentum")

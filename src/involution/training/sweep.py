@@ -314,10 +314,12 @@ def _open(sweep, folder, url) -> optuna.Study:
     if before is None:
         study.set_user_attr(CONFIG, now)
     elif before != now:
-        changed = sorted(k for k in now if now[k] != before.get(k))
+        changed = sorted(k for k in now | before if now.get(k) != before.get(k))
         raise InputError(
             "A study must resume with unchanged settings; otherwise use a new folder. Received: "
-            + "; ".join(f"`{current_name(k)}` was {before.get(k)} and is {now[k]}" for k in changed)
+            + "; ".join(
+                f"`{current_name(k)}` was {before.get(k)} and is {now.get(k)}" for k in changed
+            )
         )
     return study
 
