@@ -230,7 +230,7 @@ $(RUN_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 $(TEST_VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(TEST_VENV)
 	$(TEST_VENV)/bin/pip install --quiet --upgrade $(PIP_WITH_GROUPS)
-	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),examples,heic,tensorboard,sweep,demo,hub,$(if $(filter jax,$(BACKENDS)),export-jax,export)]" --group test --group lint $(if $(filter jax,$(BACKENDS)),--group jax) $(if $(filter torch,$(BACKENDS)),--group triton) -c constraints.txt
+	$(TEST_VENV)/bin/pip install --quiet --editable ".[$(call extras,$(BACKENDS)),examples,heic,tensorboard,sweep,demo,hub,$(if $(filter jax,$(BACKENDS)),export-jax,export)$(if $(filter tensorflow,$(BACKENDS)),$(comma)export-litert)]" --group test --group lint $(if $(filter jax,$(BACKENDS)),--group jax) $(if $(filter torch,$(BACKENDS)),--group triton) -c constraints.txt
 	touch $@
 
 # Not editable, because Python would import the original instead of the mutated package.

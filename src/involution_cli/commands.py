@@ -345,10 +345,13 @@ def convert(
 def export(
     model: Annotated[pathlib.Path, Parameter(group=MODEL)],
     *,
-    format: Annotated[Literal["onnx", "saved_model", "pt2"], Parameter(group=OUTPUT)] = "onnx",
+    format: Annotated[
+        Literal["onnx", "saved_model", "pt2", "tflite"], Parameter(group=OUTPUT)
+    ] = "onnx",
     output: Annotated[pathlib.Path | None, Parameter(group=OUTPUT)] = None,
     image_size: Annotated[str | None, Parameter(group=MODEL)] = None,
     operator: Annotated[Literal["portable", "native"], Parameter(group=MODEL)] = "portable",
+    preprocess: Annotated[bool, Parameter(group=MODEL, negative=())] = False,
     backend: Backend = None,
 ):
     """Export a model for another runtime, and verify its outputs in that runtime.
@@ -361,9 +364,10 @@ def export(
     Parameters
     ----------
     model
-        A .keras file, or a folder written by convert.
+        A .keras file, a folder written by convert, or the name of a pretrained model, such as
+        rednet_tiny-cifar10.
     format
-        onnx (every backend), saved_model (TensorFlow), or pt2 (PyTorch).
+        onnx (every backend), saved_model or tflite, for LiteRT (TensorFlow), or pt2 (PyTorch).
     output
         The file to write, replaced if it exists; saved_model: a new folder (default: named after
         the model).
@@ -372,6 +376,9 @@ def export(
     operator
         Form of the involutions. portable: standard operations; native: operators of onnxruntime
         that involution.onnx.register provides, several times as fast (onnx only).
+    preprocess
+        The file takes decoded images, uint8 (N, height, width, 3) of any size, which it crops,
+        resizes and scales as predict does (onnx only, models with class names).
     """
     with _session("export", f"Exporting {model} to {format}.", backend) as current:
         from involution.export.api import export
@@ -379,12 +386,20 @@ def export(
 
         size = parse_size(image_size)
         current.progress.stage("Loading the model")
-        loaded = classifier.load_model(model)
+        loaded = classifier.load_any(model)
         path = output or pathlib.Path(
             f"{model.stem}_saved_model" if format == "saved_model" else f"{model.stem}.{format}"
         )
         current.progress.stage("Exporting and verifying")
-        result = export(loaded, path, format, _fixed_shape(loaded, size), operator=operator)
+        network = loaded.model if isinstance(loaded, classifier.Classifier) else loaded
+        result = export(
+            loaded,
+            path,
+            format,
+            _fixed_shape(network, size),
+            operator=operator,
+            preprocess=preprocess,
+        )
         current.result(
             f"{result.path}: {result.bytes:,} bytes, {', '.join(result.inputs)} to "
             f"{', '.join(result.outputs)}, any batch size, in {result.seconds:.0f} s"

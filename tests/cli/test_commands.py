@@ -328,6 +328,18 @@ def test_converted_model_can_be_exported(call, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "folder.onnx"]
 
 
+@pytest.mark.long
+def test_pretrained_model_is_exported_by_name_with_its_class_names(call, tmp_path):
+    code, lines = call("export", "cnn-cifar10", "--preprocess")
+    assert code == 0
+    assert lines[1].startswith("cnn-cifar10.onnx: ")
+    import onnx
+
+    entries = {e.key: e.value for e in onnx.load(tmp_path / "cnn-cifar10.onnx").metadata_props}
+    assert json.loads(entries["class_names"])[-1] == "truck"
+    assert entries["outputs"] == "logits"
+
+
 @pytest.mark.slow
 def test_trained_model_can_be_exported(call, trained, tmp_path):
     format = {"tensorflow": "saved_model", "jax": "onnx", "torch": "pt2"}[BACKEND]
@@ -484,7 +496,7 @@ def invalid_commands(root, trained):
         (["export", root / "used"], "must contain config.json and model.safetensors"),
         (["export", cnn, "--image-size", "9"], "Received: a model for images of (16, 16, 3)"),
         (["export", cnn, "--output", root / "none" / "x.onnx"], "none/x.onnx"),
-        (["export", cnn, "--format", "tflite"], "tflite"),
+        (["export", cnn, "--format", "coreml"], "coreml"),
     ]
 
 

@@ -275,6 +275,8 @@ convert rednet50.pth rednet50
 export rednet50 --image-size 224
 export model.keras --format pt2 --output model.pt2
 export model.keras --format saved_model
+export rednet_tiny-cifar10 --preprocess
+export model.keras --format tflite
 demo
 demo runs/my_images/rednet_tiny.keras --host 0.0.0.0 --port 0
 doctor --backend jax

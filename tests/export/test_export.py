@@ -437,7 +437,10 @@ def test_exported_files_run_without_the_package(tmp_path, format):
         assert relative_error(got, numpy(model(x, training=False))) < 1e-5
 
 
-@pytest.mark.parametrize("format", [f for f in FORMATS if f not in SUPPORTED])
+@pytest.mark.parametrize(
+    "format",
+    [f for f in FORMATS if f not in SUPPORTED and (f, BACKEND) != ("tflite", "tensorflow")],
+)
 def test_a_format_of_another_backend_raises(tmp_path, format):
     other = "torch" if format == "pt2" else "tensorflow"
     message = (
@@ -448,9 +451,16 @@ def test_a_format_of_another_backend_raises(tmp_path, format):
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_format_raises(tmp_path):
-    with pytest.raises(InputError, match=r"onnx, saved_model, pt2\. Received: format='tflite'"):
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="LiteRT files are written on TensorFlow")
+def test_litert_requires_its_runtime(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ai_edge_litert", None)
+    with pytest.raises(InputError, match=r"involution\[export-litert\]'\. .*: no module ai_edge"):
         export(sequence(), tmp_path / "model", "tflite")
+
+
+def test_an_unknown_format_raises(tmp_path):
+    with pytest.raises(InputError, match=r"pt2, tflite\. Received: format='coreml'"):
+        export(sequence(), tmp_path / "model", "coreml")
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):

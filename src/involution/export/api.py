@@ -1,4 +1,4 @@
-"""``export``: writes a model as ONNX, SavedModel or PT2, then verifies the file.
+"""``export``: writes a model as ONNX, SavedModel, PT2 or LiteRT, then verifies the file.
 
 By default involutions are traced with portable implementations, which consist of standard
 operations: the file runs without this package.
@@ -7,14 +7,16 @@ operations: the file runs without this package.
 import contextlib
 import dataclasses
 import importlib
+import json
 import pathlib
 import tempfile
 import time
+from importlib import metadata
 
 import keras
 
 import involution.onnx
-from involution.export import onnx, saved_model, torch_export, verify
+from involution.export import litert, onnx, preprocessing, saved_model, torch_export, verify
 from involution.export.errors import as_export_error, ignore_warnings
 from involution.export.spec import make_spec
 from involution.kernel_generators.attachment import layers_within
@@ -22,10 +24,11 @@ from involution.kernel_generators.pointwise import as_convolutions
 from involution.models import fold
 from involution.ops import force_implementation
 from involution.ops.dispatch import PORTABLE
+from involution.saving.classifier import SCALING, Classifier
 from involution.utils.atomic_files import atomic_write
 from involution.utils.errors import InputError
 
-FORMATS = ("onnx", "saved_model", "pt2")
+FORMATS = ("onnx", "saved_model", "pt2", "tflite")
 # Implementations of the involutions in the file.
 OPERATORS: dict[str, tuple[str, ...]] = {
     "portable": PORTABLE,
@@ -41,10 +44,11 @@ REQUIREMENTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "saved_model": {"tensorflow": ()},
     "pt2": {"torch": ()},
+    "tflite": {"tensorflow": ("ai_edge_litert",)},
 }
 
-# Extras that install these packages, by backend; "export" for all others.
-EXTRAS = {"jax": "export-jax"}
+# Extras that install these packages, by format and backend; "export" for all others.
+EXTRAS = {("onnx", "jax"): "export-jax", ("tflite", "tensorflow"): "export-litert"}
 
 
 # Layers of these modules are what their configurations say.
@@ -70,7 +74,13 @@ class Exported:
 
 
 def export(
-    model: keras.Model, path, format="onnx", input_shape=None, *, operator="portable"
+    model: keras.Model | Classifier,
+    path,
+    format="onnx",
+    input_shape=None,
+    *,
+    operator="portable",
+    preprocess=False,
 ) -> Exported:
     """Exports a model to another runtime's format, and verifies the file with that runtime.
 
@@ -81,12 +91,17 @@ def export(
     file take positional inputs and return a dictionary of outputs. The model is not modified, and
     the file at ``path`` is written atomically.
 
+    An ONNX file of a classifier has these ``metadata_props``: ``class_names``, a JSON list;
+    ``layout``, NHWC; ``scaling``, of the pixels that the input takes; ``crop``, if the caller has
+    to crop; ``outputs``, logits or probabilities. ``involution_version`` is in every ONNX file.
+
     Args:
-        model: A built model that computes in float32.
+        model: A built model that computes in float32, or a classifier from
+            ``involution.saving.classifier.load``.
         path: The file to write; an existing file is replaced. For ``"saved_model"`` a folder that
             does not exist.
-        format: ``"onnx"`` on every backend, ``"saved_model"`` on TensorFlow, ``"pt2"``
-            (``torch.export``) on PyTorch.
+        format: ``"onnx"`` on every backend, ``"saved_model"`` and ``"tflite"`` (LiteRT) on
+            TensorFlow, ``"pt2"`` (``torch.export``) on PyTorch.
         input_shape: Input shape without the batch, as (height, width, channels), for a model with
             one input that has unknown dimensions, or without symbolic inputs (a subclass). None:
             the model's.
@@ -94,6 +109,9 @@ def export(
             without this package. ``"native"``, for ONNX: they are operators of the domain
             ``involution``, computed by the compiled kernels, several times as fast; a session of
             onnxruntime loads the file after ``involution.onnx.register(session_options)``.
+        preprocess: Whether the ONNX file of a classifier takes decoded images, uint8
+            (N, height, width, 3) of any size, which it crops, resizes and scales as ``predict``
+            does; otherwise it takes the model's input.
 
     Returns:
         The written file with its measured error.
@@ -116,10 +134,15 @@ def export(
     """
     started = time.monotonic()
     backend = keras.config.backend()
+    classifier = model if isinstance(model, Classifier) else None
+    model = model.model if isinstance(model, Classifier) else model
     _check_format(format, backend)
+    _check_preprocess(preprocess, format, classifier)
     _check_operator(operator, format)
     path = _check_target(path, format)
     _check_precision(model)
+    if preprocess and input_shape is None and classifier is not None:
+        input_shape = classifier.image_shape
     spec = make_spec(model, input_shape)
     _check_static_sizes(spec, backend)
     samples = [spec.random_inputs(batch) for batch in verify.BATCHES]
@@ -136,6 +159,15 @@ def export(
             _convert(spec, temporary, format, backend)
         runtime, outputs = verify.run(temporary, format, spec, samples, operator)
         error = verify.max_relative_error(spec, outputs, expected)
+        if format == "onnx":
+            front = preprocessing.make(classifier, input_shape) if preprocess else None
+            onnx.finish(temporary, _metadata(classifier, preprocess), front)
+        if preprocess:
+            samples = [spec.random_images(batch) for batch in verify.BATCHES]
+            _, outputs = verify.run(temporary, format, spec, samples, operator)
+            scaled = verify.run_graph(front, samples)
+            expected = verify.expected_outputs(spec, scaled)
+            error = max(error, verify.max_relative_error(spec, outputs, expected))
         files = (temporary, *temporary.rglob("*"))
         size = sum(file.stat().st_size for file in files if file.is_file())
         _commit(temporary, path)
@@ -164,7 +196,8 @@ def _check_format(format, backend):
     except ImportError as error:
         raise InputError(
             f"The format {format} on {backend} requires an extra: pip install "
-            f"'involution[{EXTRAS.get(backend, 'export')}]'. Received: no module {error.name}"
+            f"'involution[{EXTRAS.get((format, backend), 'export')}]'. "
+            f"Received: no module {error.name}"
         ) from error
 
 
@@ -195,6 +228,35 @@ def _check_operator(operator, format):
                 f"Received: operator={operator!r}, format={format!r}"
             )
         involution.onnx.library_path()
+
+
+def _check_preprocess(preprocess, format, classifier):
+    if preprocess and format != "onnx":
+        raise InputError(
+            "`preprocess` is for the format onnx. "
+            f"Received: preprocess={preprocess!r}, format={format!r}"
+        )
+    if preprocess and classifier is None:
+        raise InputError(
+            "`preprocess` requires a classifier, a model with class names and an image size. "
+            f"Received: preprocess={preprocess!r}, a model without them"
+        )
+
+
+def _metadata(classifier, preprocess) -> dict[str, str]:
+    """The ``metadata_props`` of an ONNX file: what its caller has to know."""
+    found = {"involution_version": metadata.version("involution")}
+    if classifier is None:
+        return found
+    found |= {
+        "class_names": json.dumps(classifier.class_names, ensure_ascii=False),
+        "layout": "NHWC",
+        "scaling": "none" if preprocess else SCALING,
+        "outputs": classifier.outputs,
+    }
+    if classifier.crop_fraction is not None and not preprocess:
+        found["crop"] = str(classifier.crop_fraction)
+    return found
 
 
 def _check_target(path, format) -> pathlib.Path:
@@ -241,6 +303,8 @@ def _convert(spec, path, format, backend):
             onnx.write(spec, path, backend)
         elif format == "saved_model":
             saved_model.write(spec, path)
+        elif format == "tflite":
+            litert.write(spec, path)
         else:
             torch_export.write(spec, path)
 

@@ -7,7 +7,7 @@ import logging
 
 import numpy as np
 
-from involution.export import saved_model, torch_export
+from involution.export import preprocessing, saved_model, torch_export
 from involution.export.fusion import all_nodes, fuse_scaling
 from involution.ops.onnxruntime.domain import DOMAIN, VERSION
 
@@ -33,6 +33,17 @@ def write(spec, path, backend):
             proto.opset_import.remove(opset)
     if used - {opset.domain for opset in proto.opset_import} == {DOMAIN}:
         proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
+    onnx.save(proto, path)
+
+
+def finish(path, metadata, front=None):
+    """Adds ``metadata_props``, and a graph from ``preprocessing.make`` before the model's."""
+    import onnx
+
+    proto = onnx.load(path)
+    if front is not None:
+        preprocessing.prepend(proto.graph, front)
+    onnx.helper.set_model_props(proto, metadata)
     onnx.save(proto, path)
 
 

@@ -62,6 +62,12 @@ class ExportSpec:
             for spec, shape in zip(self.specs, self.shapes(batch), strict=True)
         ]
 
+    def random_images(self, batch) -> list[np.ndarray]:
+        """uint8 images of another size than the model's input, for each verified batch."""
+        rng = np.random.default_rng(batch)
+        side = UNKNOWN_SIZES[batch]
+        return [rng.integers(0, 256, (batch, side, side + 9, 3), "uint8")]
+
 
 def make_spec(model, input_shape) -> ExportSpec:
     """The ``ExportSpec`` of a model; ``input_shape`` (without the batch) replaces unknown sizes.

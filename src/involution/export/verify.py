@@ -11,6 +11,7 @@ import numpy as np
 import involution.onnx
 from involution.export.errors import ExportError, as_export_error, ignore_warnings
 from involution.export.fusion import all_nodes
+from involution.export.onnx import OPSET
 from involution.ops.onnxruntime.domain import DOMAIN
 
 # Verified batch sizes.
@@ -19,16 +20,26 @@ BATCHES = (1, 5)
 # Maximum error relative to the largest absolute output; a reordered summation stays below it.
 TOLERANCE = 1e-4
 
+# Of the formats whose files run in another process.
+RUNTIMES = {"saved_model": "tensorflow", "pt2": "torch", "tflite": "litert"}
+
 # Executed in a process that has not imported this package.
 _VERIFY_SCRIPT = """
 import json, sys
 import numpy as np
 
-format, model, inputs, outputs = sys.argv[1:]
+format, model, names, inputs, outputs = sys.argv[1:]
 if format == "pt2":
     import torch as framework
     run = framework.export.load(model).module()
     tensor, array = framework.from_numpy, lambda t: t.detach().cpu().numpy()
+elif format == "tflite":
+    import ai_edge_litert as framework
+    from ai_edge_litert.interpreter import Interpreter
+    interpreter = Interpreter(model_path=model)
+    runner = interpreter.get_signature_runner()
+    run = lambda *xs: runner(**dict(zip(json.loads(names), xs)))
+    tensor = array = np.asarray
 else:
     import tensorflow as framework
     loaded = framework.saved_model.load(model)  # keeps the variables alive
@@ -63,7 +74,7 @@ def run(path, format, spec, samples, operator) -> tuple[str, list[dict]]:
     with as_export_error(message):
         if format == "onnx":
             return _run_onnx(path, spec, samples, operator)
-        return _verify_in_subprocess(path, format, samples)
+        return _verify_in_subprocess(path, format, spec.inputs, samples)
 
 
 def max_relative_error(spec, outputs, expected, batches=BATCHES) -> float:
@@ -128,12 +139,29 @@ def _run_onnx(path, spec, samples, operator):
     return f"onnxruntime {onnxruntime.__version__}", outputs
 
 
-def _verify_in_subprocess(path, format, samples):
+def run_graph(graph, samples) -> list[list[np.ndarray]]:
+    """The outputs of a graph from ``preprocessing.make`` for each sample."""
+    import onnx
+    import onnxruntime
+
+    proto = onnx.helper.make_model_gen_version(
+        graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)]
+    )
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return [session.run(None, {graph.input[0].name: sample[0]}) for sample in samples]
+
+
+def _verify_in_subprocess(path, format, inputs, samples):
     inputs_file, outputs_file = (path.with_name(f"{name}.npz") for name in ("inputs", "outputs"))
     batches = {f"{i} {j}": x for i, xs in enumerate(samples) for j, x in enumerate(xs)}
     np.savez(inputs_file, **batches)
     process = subprocess.run(  # noqa: S603 - our own script
-        [sys.executable, "-P", "-c", _VERIFY_SCRIPT, format, path, inputs_file, outputs_file],
+        [
+            *(sys.executable, "-P", "-c", _VERIFY_SCRIPT),
+            *(format, path, json.dumps(inputs), inputs_file, outputs_file),
+        ],
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
         capture_output=True,
         text=True,
@@ -148,7 +176,7 @@ def _verify_in_subprocess(path, format, samples):
             batch, name = key.split(" ", 1)
             outputs[int(batch)][name] = stored[key]
     version = json.loads(process.stdout.splitlines()[-1])
-    return f"{'torch' if format == 'pt2' else 'tensorflow'} {version}", outputs
+    return f"{RUNTIMES[format]} {version}", outputs
 
 
 def _relative_error(actual, expected) -> float:

@@ -101,9 +101,10 @@ class _Tiles:
         *batch, _ = weights.shape
         batch[0] = -1
         rate, taps = self.rates[1], self.taps
-        weights = ops.reshape(weights, (*batch, self.rows, taps, 1))
+        # Without the batch axes: runtimes pad at most five axes (LiteRT).
+        weights = ops.reshape(weights, (-1, self.rows, taps, 1))
         weights = _pad_end(ops, weights, rate - 1)
-        weights = ops.reshape(weights, (*batch, self.rows, taps * rate))
+        weights = ops.reshape(weights, (-1, self.rows, taps * rate))
         last = (taps - 1) * rate + 1
         weights = _pad_end(ops, weights[..., :last], self.span - last)
         weights = ops.reshape(weights, (*batch, self.band_row))

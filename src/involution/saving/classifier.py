@@ -170,6 +170,26 @@ def load(path) -> Classifier:
     return Classifier(model, class_names, (height, width, channels), crop_fraction, outputs)
 
 
+def load_any(path) -> Classifier | keras.Model:
+    """A classifier, as from ``load``, if the file has class names; otherwise the model, as from
+    ``load_model``.
+
+    Raises:
+        InputError: It is neither.
+    """
+    path = pathlib.Path(path)
+    if not path.exists() or _has_class_names(path):
+        return load(path)
+    return load_model(path)
+
+
+def _has_class_names(path) -> bool:
+    try:
+        return "class_names" in _metadata(path)
+    except Exception:  # noqa: BLE001 - without metadata or damaged, which ``load_model`` reports
+        return False
+
+
 def _check_shapes(model, path, image_shape, classes):
     # Subclassed models may have no symbolic shapes.
     input_shape = getattr(model, "input_shape", (None,) * 4)
