@@ -208,8 +208,8 @@ def _save(file, model, x, truth):
     if model.name == "involution":
         kernels = keras.Model(model.inputs, model.get_layer("kernels").output)
         arrays["kernels"] = kernels.predict(x[:1], verbose=0)[0]
-    crop = slice(0, 96)
-    np.savez(file, **{name: array[crop, crop].astype("float16") for name, array in arrays.items()})
+    crop = tuple(slice(max(n // 2 - 48, 0), n // 2 + 48) for n in truth.shape[1:3])
+    np.savez(file, **{name: array[crop].astype("float16") for name, array in arrays.items()})
 
 
 def on_fields(results, options, limits):
