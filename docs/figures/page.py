@@ -22,7 +22,7 @@ SHOTS = {
     "dark": {"viewport": {"width": 375, "height": 800}, "color_scheme": "dark"},
 }
 # Vertical offset of each screenshot.
-TOPS = {"light": 0, "dark": 1240}
+TOPS = {"light": 0, "dark": 1500}
 
 
 def shoot(browser, address, image, name):

@@ -20,7 +20,8 @@ import keras
 import numpy as np
 import pytest
 
-from involution.demo import app, render
+from involution.demo import app, examples, render
+from involution.demo.texts import TEXTS
 from involution.models import pretrained
 from involution.saving.classifier import Classifier
 from involution.utils.errors import InputError
@@ -196,7 +197,7 @@ def test_explanation_shows_every_involution(classifiers, tmp_path):
     file.write_bytes(hostile_images.valid())
     explanation = render.Explanation(classifiers, file)
     maps, kernels = explanation.heat_maps(), explanation.kernels((0.2, 0.9))
-    assert "cnn has no involutions" in maps
+    assert "cnn-cifar10 has no involutions" in maps
     for name in ("inv_1, 32&times;32", "inv_2, 16&times;16", "inv_3, 8&times;8"):
         assert name in maps
     for name in ("inv_1", "inv_2", "inv_3"):
@@ -232,15 +233,15 @@ def test_images_are_decoded_once_per_preprocessing_and_models_run_once(
     app.kernels(state, 0.2, 0.9)
     assert (len(decodes), calls.total()) == (1, len(classifiers))
     # Another crop fraction requires another decode.
-    cropped = dataclasses.replace(classifiers["inn"], crop_fraction=0.5)
+    cropped = dataclasses.replace(classifiers["inn-cifar10"], crop_fraction=0.5)
     decodes.clear()
     images = render._read({**classifiers, "cropped": cropped}, file)
     assert decodes == [((32, 32, 3), None), ((32, 32, 3), 0.5)]
-    assert images["inn"] is images["cnn"] is not images["cropped"]
+    assert images["inn-cifar10"] is images["cnn-cifar10"] is not images["cropped"]
 
 
 def test_scores_of_a_model_of_probabilities_are_its_outputs(classifiers, tmp_path):
-    logits = classifiers["inn"]
+    logits = classifiers["inn-cifar10"]
     softmax = keras.Model(logits.model.input, keras.ops.softmax(logits.model.outputs[0]))
     probabilities = dataclasses.replace(logits, model=softmax, outputs="probabilities")
     file = tmp_path / "a.png"
@@ -256,23 +257,54 @@ def test_model_names_are_escaped(classifiers, tmp_path):
     file = tmp_path / "a.png"
     file.write_bytes(hostile_images.valid())
     name = "<script>alert(1)</script>"
-    text = render.Explanation({name: classifiers["inn"]}, file).heat_maps()
-    text += render.Explanation({name: classifiers["cnn"]}, file).heat_maps()
+    text = render.Explanation({name: classifiers["inn-cifar10"]}, file).heat_maps()
+    text += render.Explanation({name: classifiers["cnn-cifar10"]}, file).heat_maps()
     assert "<script" not in text
     assert text.count("&lt;script&gt;") >= 2
 
 
 def test_model_cards_contain_the_training_data():
-    text = app.model_cards(())
-    for name in pretrained.available():
-        assert f"### {name}\n" in text
-    assert "50000 images" in text
-    assert "license:" not in text
-    assert app.model_cards(("inn-cifar10",)).count("###") == 1
+    cards = app.model_cards(())
+    assert list(cards) == pretrained.available() == list(app.load(()))
+    for text in cards.values():
+        assert "50000 images" in text
+        assert "license:" not in text
+        assert "#" not in text
+    assert list(app.model_cards(("inn-cifar10", "my.keras"))) == ["inn-cifar10"]
+
+
+def test_classes_are_listed_once_for_models_that_share_them(classifiers):
+    (paragraph,) = app.class_lists(classifiers)
+    assert paragraph.startswith("airplane, automobile, bird, ")
+    assert paragraph.endswith(", ship, truck.")
+    own = dataclasses.replace(classifiers["inn-cifar10"], class_names=("*a*", "<b>"))
+    many = dataclasses.replace(own, class_names=tuple(map(str, range(102))))
+    _, of_own, of_many = app.class_lists({**classifiers, "my_own": own, "many": many})
+    assert of_own == r"my\_own: \*a\*, \<b\>."
+    assert of_many.endswith(", 98, 99, and 2 more.")
+
+
+def test_examples_are_images_of_known_classes(classifiers, tmp_path):
+    for name in examples.EXAMPLES:
+        examples.draw(name).save(tmp_path / "a.png")
+        (scores,) = render.classify(
+            {"tiny": classifiers["rednet_tiny-cifar10"]}, tmp_path / "a.png"
+        ).values()
+        assert max(scores, key=scores.get) == name
+
+
+def test_every_text_has_a_translation():
+    english, korean = (TEXTS[language] for language in ("en", "ko"))
+    assert english.keys() == korean.keys() >= examples.EXAMPLES.keys()
+    source = pathlib.Path(app.__file__).read_text(encoding="utf-8")
+    used = set(re.findall(r'I18N\("(\w+)"\)', source)) | examples.EXAMPLES.keys()
+    assert used == english.keys()
+    for text in korean.values():
+        assert re.search("[가-힣]", text)
 
 
 def test_duplicate_model_names_raise():
-    with pytest.raises(InputError, match="Received: inn twice"):
+    with pytest.raises(InputError, match="Received: inn-cifar10 twice"):
         app.load(("inn-cifar10", "inn-cifar10"))
 
 
@@ -303,7 +335,7 @@ def test_page_events_update_the_outputs(page):
         (done,) = (e for e in events if e["msg"] == "process_completed")
         return done["success"], done["output"]
 
-    change, click, _, slide, _, classify = range(6)
+    change, click, _, slide, _, classify, example = range(7)
     point = {"event_data": {"row": 0.25, "column": 0.75}}
     # Before an upload.
     ok, output = submit(click, None, **point)
@@ -311,6 +343,10 @@ def test_page_events_update_the_outputs(page):
     assert output["error"] == "A point of an uploaded image is required."
     assert submit(slide, None, 0.1, 0.2)[1]["data"] == [""]
     assert submit(classify, None)[1]["data"] == [None]
+    ok, output = submit(example)
+    assert ok
+    drawn = {"path": output["data"][0]["path"], "meta": {"_type": "gradio.FileData"}}
+    assert submit(classify, drawn)[1]["data"][0]["cnn-cifar10"]["airplane"] > 0.5
     ok, output = submit(change, image)
     assert ok
     before = output["data"][-3]
@@ -356,7 +392,7 @@ def built_page(classifiers):
     """The page without a server. Gradio leaves an event loop open, hence the warning filter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
-        page = app.build(classifiers, "a card")
+        page = app.build(classifiers, {"inn-cifar10": "a card"})
         yield page
         page.close()
         del page

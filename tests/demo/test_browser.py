@@ -79,7 +79,7 @@ def upload(tab, file):
 def test_upload_shows_scores_and_a_click_selects_a_point(open_tab, image):
     tab = open_tab()
     upload(tab, image)
-    for name in ("cnn", "inn"):
+    for name in ("cnn-cifar10", "inn-cifar10"):
         assert tab.get_by_text(name, exact=True).count() >= 1
     assert tab.locator(".explanation figcaption", has_text="inv_1, 32").count() == 1
     row, column = (tab.get_by_role("slider", name=re.compile(n)) for n in ("Row", "Column"))
@@ -93,6 +93,24 @@ def test_upload_shows_scores_and_a_click_selects_a_point(open_tab, image):
     tab.wait_for_function(
         "row => Math.abs(row.value - 0.9) < 0.02", arg=row.element_handle(), timeout=10_000
     )
+
+
+def test_page_is_korean_in_a_korean_browser(open_tab):
+    tab = open_tab(locale="ko-KR")
+    tab.get_by_role("tab", name="히트맵").wait_for()
+    assert tab.get_by_role("button", name="비행기").count() == 1
+    assert tab.get_by_text("컨볼루션은 이미지의").count() == 1
+    assert tab.get_by_text("Heat maps").count() == 0
+    assert tab.get_by_text("[object Object]").count() == 0
+    tab.get_by_role("tab", name="한 점의 커널").click()
+    tab.get_by_role("slider", name=re.compile("행")).wait_for(state="visible")
+
+
+def test_an_example_is_classified(open_tab):
+    tab = open_tab()
+    tab.get_by_role("button", name="Truck").click()
+    tab.wait_for_selector("text=/Scores and kernels in \\d+ ms/")
+    assert tab.locator(".explanation figcaption", has_text="inv_1, 32").count() == 1
 
 
 def test_page_is_usable_by_keyboard(open_tab, image):

@@ -204,6 +204,8 @@ ORDER = [
     "benchmarking.runner",
     "visualize.explain",
     "hub",
+    "demo.texts",
+    "demo.examples",
     "demo.render",
     "demo.app",
     "benchmarking.doctor",

@@ -4,6 +4,7 @@ Safe for untrusted visitors: uploads are limited in size before they are decoded
 processed one at a time, the queue is bounded, no URL is fetched, and errors are one line.
 """
 
+import collections
 import contextlib
 import functools
 import html
@@ -17,6 +18,8 @@ from typing import Any
 import keras
 from PIL import Image
 
+from involution.demo import examples
+from involution.demo.texts import TEXTS
 from involution.models import pretrained
 from involution.saving import classifier
 from involution.utils.errors import InputError, escape_controls
@@ -56,11 +59,9 @@ ON_LOAD = """element.addEventListener('click', (event) => {
         column: (event.clientX - box.left) / box.width,
     });
 })"""
-INTRODUCTION = """# Involution
-
-A convolution applies the same kernel at every position of an image; an involution generates a
-kernel for each position, from the features there. Upload an image: these networks classify it and
-show the kernels that they generate."""
+I18N = gradio.I18n(**TEXTS)
+# Maximum number of class names that the page lists for a model.
+MAX_NAMES = 100
 
 
 def _validate_upload(image):
@@ -111,7 +112,7 @@ def load(names) -> dict[str, classifier.Classifier]:
     """Loads classifiers by display name, and runs each once because first calls are slow."""
     classifiers = {}
     for name in names or pretrained.available():
-        title = pathlib.Path(name).stem.removesuffix("-cifar10")
+        title = pathlib.Path(name).stem
         if title in classifiers:
             raise InputError(f"Model names must be unique. Received: {title} twice")
         classifiers[title] = classifier.load(name)
@@ -155,13 +156,33 @@ def on_click(state, event: gradio.EventData):
     return *(round(n, 3) for n in point), state.kernels(point), gradio.Tabs(selected=1)
 
 
-def build(classifiers, cards="") -> gradio.Blocks:
+def class_lists(classifiers) -> list[str]:
+    """The classes of each model as a paragraph; models with the same ones share it."""
+    models = collections.defaultdict(list)
+    for name, loaded in classifiers.items():
+        models[loaded.class_names].append(name)
+    paragraphs = []
+    for names, titles in models.items():
+        shown = ", ".join(map(_escape, names[:MAX_NAMES]))
+        rest = f", and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        of = "" if len(models) == 1 else f"{', '.join(map(_escape, titles))}: "
+        paragraphs.append(f"{of}{shown}{rest}.")
+    return paragraphs
+
+
+def _escape(text) -> str:
+    """Text of a model as Markdown, whose punctuation may be escaped."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", escape_controls(text))
+
+
+def build(classifiers, cards=None) -> gradio.Blocks:
     """Builds the page.
 
     Args:
         classifiers: By display name.
-        cards: Markdown about their training data.
+        cards: Model cards as Markdown, by display name, of some of them or of none.
     """
+    cards = cards or {}
 
     # All events share one queue with one worker.
     queued: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
@@ -169,43 +190,52 @@ def build(classifiers, cards="") -> gradio.Blocks:
     with gradio.Blocks(
         title="Involution", analytics_enabled=False, delete_cache=(CLEANUP_INTERVAL, UPLOAD_TTL)
     ) as page:
-        gradio.Markdown(INTRODUCTION)
+        gradio.Markdown(I18N("introduction"))
         state = gradio.State(None, time_to_live=1800)
         with gradio.Row():
             with gradio.Column(min_width=280):
                 image = gradio.Image(
-                    label="Image: drop, paste or upload",
+                    label=I18N("input_image"),
                     type="filepath",
+                    format="png",
                     sources=["upload", "clipboard"],
                     buttons=[],
                     height=300,
                     elem_id="input-image",
                     alt_text="Uploaded image",
                 )
+                gradio.Markdown(I18N("examples"))
+                with gradio.Row():
+                    buttons = {
+                        name: gradio.Button(I18N(name), size="sm", min_width=80)
+                        for name in examples.EXAMPLES
+                    }
                 timing = gradio.Markdown()
-            with gradio.Column(min_width=280), gradio.Row():
-                labels = [
-                    gradio.Label(label=escape_controls(name), num_top_classes=3, min_width=160)
-                    for name in classifiers
-                ]
+            with gradio.Column(min_width=280):
+                labels = []
+                with gradio.Row():
+                    for name in classifiers:
+                        with gradio.Column(min_width=160):
+                            labels.append(
+                                gradio.Label(label=escape_controls(name), num_top_classes=3)
+                            )
+                            if name in cards:
+                                with gradio.Accordion(I18N("card"), open=False):
+                                    gradio.Markdown(cards[name])
+                gradio.Markdown(I18N("classes"))
+                for paragraph in class_lists(classifiers):
+                    gradio.Markdown(paragraph)
             _validate_upload(image)
         with gradio.Tabs() as tabs:
-            with gradio.Tab("Heat maps", id=0):
-                gradio.Markdown("Click a point in any image to see the kernels generated there.")
+            with gradio.Tab(I18N("heat_maps"), id=0):
+                gradio.Markdown(I18N("heat_maps_help"))
                 heat_maps = gradio.HTML(elem_classes="explanation", js_on_load=ON_LOAD)
-            with gradio.Tab("Kernels at a point", id=1):
-                gradio.Markdown(
-                    "Click a point in any image, or set its coordinates: every involution's window "
-                    "and generated kernel there."
-                )
+            with gradio.Tab(I18N("kernels"), id=1):
+                gradio.Markdown(I18N("kernels_help"))
                 with gradio.Row():
-                    row = gradio.Slider(0, 1, 0.5, step=0.005, label="Row (0: top, 1: bottom)")
-                    column = gradio.Slider(
-                        0, 1, 0.5, step=0.005, label="Column (0: left, 1: right)"
-                    )
+                    row = gradio.Slider(0, 1, 0.5, step=0.005, label=I18N("row"))
+                    column = gradio.Slider(0, 1, 0.5, step=0.005, label=I18N("column"))
                 kernels_at_point = gradio.HTML(elem_classes="explanation", js_on_load=ON_LOAD)
-        with gradio.Accordion("Training data of these models", open=False):
-            gradio.Markdown(cards)
         image.change(
             functools.partial(explain, classifiers),
             image,
@@ -231,19 +261,21 @@ def build(classifiers, cards="") -> gradio.Blocks:
             api_description="Probabilities by model and class for an uploaded image.",
             **queued,
         )
+        for name, button in buttons.items():
+            # The changed image is then explained, as an upload is.
+            button.click(functools.partial(examples.draw, name), None, image, **private)
     return page.queue(max_size=QUEUE)
 
 
-def model_cards(names) -> str:
-    """Model cards of the pretrained models as Markdown."""
-    texts = [
-        (pretrained.path(name) / "README.md").read_text(encoding="utf-8")
-        for name in names or pretrained.available()
-        if name in pretrained.available()
-    ]
-    # Without the YAML front matter.
-    bodies = (re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL) for text in texts)
-    return "\n\n".join(body.strip().replace("# ", "### ", 1) for body in bodies)
+def model_cards(names) -> dict[str, str]:
+    """Model cards of the pretrained models as Markdown, by name."""
+    cards = {}
+    for name in names or pretrained.available():
+        if name in pretrained.available():
+            text = (pretrained.path(name) / "README.md").read_text(encoding="utf-8")
+            # Without the YAML front matter, and without the title, which is the label's.
+            cards[name] = re.sub(r"\A(---\n.*?\n---\n+)?# [^\n]*\n+", "", text, flags=re.DOTALL)
+    return cards
 
 
 @contextlib.contextmanager
@@ -261,6 +293,11 @@ def serve(page, host="127.0.0.1", port=7860) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="involution-") as folder:
         # Uploads are deleted with the server.
         os.environ["GRADIO_TEMP_DIR"] = folder
+        # Examples are written there too, and then accepted as uploads. Gradio reads the variable
+        # when a component is created.
+        for block in page.blocks.values():
+            if isinstance(block, gradio.Image):
+                block.GRADIO_CACHE = folder
         try:
             _, address, _ = page.launch(
                 server_name=host,
@@ -282,6 +319,7 @@ def serve(page, host="127.0.0.1", port=7860) -> Iterator[str]:
                     font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
                 ),
                 css_paths=STYLE,
+                i18n=I18N,
             )
         except OSError as error:
             raise InputError(
