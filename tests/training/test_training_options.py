@@ -85,6 +85,22 @@ def test_further_epochs_require_the_final_state(train, tmp_path):
         train(tmp_path, resume=True, epochs=2)
 
 
+def test_a_run_killed_before_its_model_was_written_saves_the_averages(train, tmp_path, monkeypatch):
+    options = {"epochs": 2, "ema_momentum": 0.5}
+    whole, _ = train(tmp_path / "whole", **options)
+
+    def die(*_):
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.RunState, "_write_model", die)
+        with pytest.raises(OSError, match="killed"):
+            train(tmp_path / "killed", **options)
+    resumed, _ = train(tmp_path / "killed", resume=True, **options)
+    for a, b in zip(weights(resumed.results[0]), weights(whole.results[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.any_backend
 def test_early_stopping_saves_the_best_epoch(train, tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.75, 0.75, 0.25, 0.9])

@@ -455,11 +455,15 @@ class RunState:
             The arrays and the state at the end, before averages replace the weights.
         """
         config = self.run.config
-        final = trainer.arrays(), dataclasses.asdict(trainer.state)
+        final = None
         if self._is_stopped(result) or trainer.state.epoch > config.epochs:
+            final = trainer.arrays(), dataclasses.asdict(trainer.state)
+        if self._is_stopped(result):
             return final
-        called.on_epoch_begin(trainer.state.epoch)
-        # Closed explicitly, so that the trained weights are copied to the model.
+        if final is None:
+            called.on_epoch_begin(trainer.state.epoch)
+        # Closed explicitly. When it ends, also without an epoch, it copies the trained weights, or
+        # their averages, to the model.
         with contextlib.closing(trainer.epochs(after_step)) as epochs:
             for row in epochs:
                 result.rows.append(row)
