@@ -229,12 +229,11 @@ def save(folder, name, test, truth, arm, model):
     crop = (slice(height - 64, height + 64), slice(width - 64, width + 64))
     output = model.predict_on_batch(test)[0]
     arrays = {"luminance": test[0][0][crop] + 0.5, "truth": truth[0][crop], "output": output[crop]}
-    if arm == "involution":
+    if arm == "signed":
         features = keras.Model(model.inputs, model.get_layer("features").output)
         generator = model.get_layer("upsampling").kernel_generator
-        logits = generator([test[1], features.predict_on_batch(test)])
-        kernels = keras.ops.convert_to_numpy(keras.ops.softmax(logits, axis=-1))
-        arrays["kernels"] = kernels[0][crop]
+        kernels = generator([test[1], features.predict_on_batch(test)])
+        arrays["kernels"] = keras.ops.convert_to_numpy(kernels)[0][crop]
     file = folder / f"{name}-{arm.replace(' ', '-')}.npz"
     np.savez(file, **{k: v.astype("float16") for k, v in arrays.items()})
 
@@ -257,7 +256,7 @@ def draw(results, names):
 def _draw_pictures(folder, name):
     arms = ("involution", "signed", "no-guide", "direct", "gated-static", "static")
     found = {arm: np.load(folder / f"{name}-{arm}.npz") for arm in arms}
-    first = {key: found["involution"][key].astype("float32") for key in found["involution"].files}
+    first = {key: found["signed"][key].astype("float32") for key in found["signed"].files}
     figure = Figure(figsize=(2.2 * 7, 4.8), layout="constrained")
     axes = figure.subplots(2, 7)
     chroma = {
@@ -274,11 +273,16 @@ def _draw_pictures(folder, name):
     gray = np.concatenate([np.full((16, 16, 1), 0.5, "float32"), coarse], -1)
     axes[1, 1].imshow(np.clip(gray @ np.linalg.inv(TO_YCC).T, 0, 1))
     axes[1, 1].set_title("chroma, coarse")
-    # Where kernels differ most from their mean.
-    unusual = np.square(first["kernels"] - first["kernels"].mean((0, 1))).sum(-1)
-    places = [np.unravel_index(unusual.argmax(), unusual.shape), (64, 64), (40, 40)]
-    for ax, (row, column) in zip(axes[1, 2:5], places, strict=True):
-        ax.imshow(first["kernels"][row, column].reshape(WINDOW, WINDOW), vmin=0, vmax=1)
+    # Of pixels at the same place of their coarse pixels, those whose kernels differ most and least
+    # from the initial ones, and one between them.
+    kernels = first["kernels"][3::FACTOR, 3::FACTOR]
+    change = np.square(kernels - bilinear_kernels()[3, 3]).sum(-1)
+    order = change.argsort(axis=None)
+    for ax, number in zip(axes[1, 2:5], order[[-1, len(order) // 2, 0]], strict=True):
+        row, column = (3 + FACTOR * n for n in np.unravel_index(number, change.shape))
+        ax.imshow(
+            first["kernels"][row, column].reshape(WINDOW, WINDOW), "RdBu", vmin=-0.8, vmax=0.8
+        )
         ax.set_title(f"kernel at {row}, {column}")
     for ax in axes.flat:
         ax.axis("off")
