@@ -679,7 +679,7 @@ def _config(models, training, epochs=None):
 
 def _image_size(dataset, models) -> tuple[int, int] | None:
     """The image size of the trained model that is to be fine-tuned on a folder of images."""
-    from involution.models import fine_tuning
+    from involution.training import fine_tuning
 
     if not pathlib.Path(dataset).expanduser().is_dir() or not fine_tuning.is_trained(models):
         return None

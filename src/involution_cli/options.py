@@ -93,7 +93,7 @@ def _declared(config) -> Any:
         if field.name in changed:
             (type_, help), default = changed[field.name], None
         elif rule is not None and rule.choices:
-            type_ = Literal[rule.choices]
+            type_ = Literal[rule.choices] if default is not None else Literal[rule.choices] | None
         fields.append(
             (
                 field.name,

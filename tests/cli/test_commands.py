@@ -107,7 +107,7 @@ def test_compare_prints_a_table_and_the_next_commands(trained):
         f"      involution explain '{output / 'inn.keras'}' IMAGE...",
     ]
     sentence, _, *table, _, report = result.stdout.splitlines()
-    assert re.match(r"On the test images of pets, cnn is \d", sentence)
+    assert re.match(r"After 1 epoch, cnn is \d", sentence)
     assert table[0].split() == ["model", "cnn", "inn"]
     assert len({len(line) for line in table[:-1]}) == 1
     assert report == f"Report: {output / 'report.html'}"

@@ -14,7 +14,7 @@ from involution.data import datasets
 from involution.data.transforms import to_unit_float
 from involution.saving import classifier as classifiers
 from involution.saving.classifier import Classifier
-from involution.training import experiment, report
+from involution.training import experiment, fine_tuning, report
 from involution.training.augmentation import LAYERS, augment
 from involution.training.experiment import Config, compare
 from involution.training.optimizers import make_schedule
@@ -346,7 +346,7 @@ def test_trained_models_start_training_with_a_new_head(classes, softmax, tmp_pat
         model = keras.Model(model.inputs, keras.layers.Softmax()(model.outputs[0]))
     path = tmp_path / "own.keras"
     Classifier(model, ("a", "b", "c"), (16, 16, 3)).save(path)
-    builder = experiment.specs.parse(str(path))[str(path)]
+    builder = fine_tuning.builder(str(path))
     built = builder(input_shape=(16, 16, 3), classes=classes)
     assert built.output_shape == (None, classes)
     assert isinstance(built.layers[-1], keras.layers.Softmax) == softmax
@@ -365,10 +365,10 @@ def test_trained_models_are_refused_with_a_reason(tmp_path):
     outputs = keras.layers.GlobalAveragePooling2D()(inputs)
     path = tmp_path / "own.keras"
     Classifier(keras.Model(inputs, outputs), ("a", "b", "c"), (16, 16, 3)).save(path)
-    builder = experiment.specs.parse(str(path))[str(path)]
+    builder = fine_tuning.builder(str(path))
     with pytest.raises(InputError, match=r"must be Dense, to be replaced.*GlobalAveragePooling2D"):
         builder(input_shape=(16, 16, 3), classes=5)
-    pretrained = experiment.specs.parse("inn-cifar10")["inn-cifar10"]
+    pretrained = fine_tuning.builder("inn-cifar10")
     with pytest.raises(InputError, match=r"the size of the trained model, 32x32.*Received: 16x16"):
         pretrained(input_shape=(16, 16, 3), classes=5)
     assert pretrained(input_shape=(32, 32, 3), classes=5).output_shape == (None, 5)
@@ -377,5 +377,5 @@ def test_trained_models_are_refused_with_a_reason(tmp_path):
 @pytest.mark.any_backend
 @pytest.mark.parametrize("name", models.pretrained.available())
 def test_pretrained_models_can_be_fine_tuned(name):
-    built = experiment.specs.parse(name)[name](input_shape=(32, 32, 3), classes=4)
+    built = fine_tuning.builder(name)(input_shape=(32, 32, 3), classes=4)
     assert built.output_shape == (None, 4)

@@ -16,19 +16,22 @@ from collections.abc import Callable
 
 import keras
 
-from involution.models import MODELS, fine_tuning
+from involution.models import MODELS
 from involution.utils.errors import InputError
 
 Builder = Callable[..., keras.Model]
 
 
-def parse(text) -> dict[str, Builder]:
+def parse(text, other=lambda spec: None) -> dict[str, Builder]:
     """Parses "cnn,inn,inn:kernel_size=5:group_number=3,my_file.py:my_function".
 
     A spec is the name of a model in ``involution.models``, or a Python file with a function in it
     (default: ``build``), then options. The function is called with input_shape, classes and the
-    options. The file may import modules in its folder. Or it is a trained model, see
-    ``fine_tuning.build``.
+    options. The file may import modules in its folder.
+
+    Args:
+        text: The specs, comma-separated.
+        other: Function of a spec that returns its builder if it is of another kind, or None.
 
     Returns:
         A dictionary from specs to builders, functions of (input_shape, classes).
@@ -46,7 +49,7 @@ def parse(text) -> dict[str, Builder]:
     for spec in model_specs:
         if spec in builders:
             raise InputError(f"Model specs must be unique. Received: {text}")
-        builders[spec] = _parse_model(spec)
+        builders[spec] = other(spec) or _parse_model(spec)
     files = [file_name(spec) for spec in model_specs]
     if len(set(files)) < len(files):
         raise InputError(f"Model specs must give unique file names. Received: {text}")
@@ -54,8 +57,6 @@ def parse(text) -> dict[str, Builder]:
 
 
 def _parse_model(spec) -> Builder:
-    if fine_tuning.is_trained(spec):
-        return functools.partial(fine_tuning.build, spec)
     name, arguments = split_spec(spec)
     builder = MODELS[name] if name in MODELS else function_from(*name.rsplit(":", 1))
     parameters = inspect.signature(builder).parameters

@@ -18,7 +18,7 @@ from involution.data import datasets, transforms
 from involution.models import count_multiply_adds, specs
 from involution.models.outputs import outputs_of
 from involution.saving.classifier import Classifier, load_weights
-from involution.training import callbacks, checkpoint, distributed
+from involution.training import callbacks, checkpoint, distributed, fine_tuning
 from involution.training.interrupts import exit_code, graceful_shutdown
 from involution.training.recipes import PRECISIONS, RECIPES, Config, Recipe, current_name, stored
 from involution.training.run_folder import check_folder, history, is_resumable, make_folder
@@ -203,7 +203,7 @@ def compare(
     progress = progress or NullProgress()
     output = pathlib.Path(output)
     check_folder(output, resume, distribution.is_primary)
-    builders = specs.parse(config.models) if builders is None else builders
+    builders = specs.parse(config.models, fine_tuning.builder) if builders is None else builders
     dataset = load(config, progress)
     progress.stage("Building the models")
     models = {label: build(label, builder, dataset, config) for label, builder in builders.items()}

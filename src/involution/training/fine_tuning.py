@@ -1,11 +1,13 @@
 """Trained models as the start of further training, with a new head for other classes."""
 
 import contextlib
+import functools
 import pathlib
 
 import keras
 
 from involution.models import pretrained, weights
+from involution.models.specs import Builder
 from involution.saving import classifier
 from involution.utils.errors import InputError
 
@@ -18,6 +20,11 @@ def is_trained(text) -> bool:
     path = pathlib.Path(text)
     is_folder = (path / weights.CONFIG).is_file() and (path / weights.WEIGHTS).is_file()
     return text in pretrained.available() or path.suffix == ".keras" or is_folder
+
+
+def builder(spec) -> Builder | None:
+    """The builder of a trained model, for ``specs.parse``; None if the spec is not one."""
+    return functools.partial(build, spec) if is_trained(spec) else None
 
 
 def image_size(text) -> tuple[int, int] | None:
