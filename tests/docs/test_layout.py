@@ -73,6 +73,7 @@ ORDER = [
     "ops.triton.kernels",
     "ops.triton.launch",
     "ops.triton",
+    "ops.pallas.interpreter",
     "ops.pallas.kernels",
     "ops.pallas",
     "ops.fused",

@@ -4,18 +4,13 @@ Selected by name only: no device has measured yet whether they are faster than `
 """
 
 import math
-import os
 
 from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD
+from involution.ops.pallas.interpreter import is_interpreter
 from involution.ops.tensor_utils import spatial_shape
 
 # Offsets are 32-bit integers, JAX's default.
 MAX_ELEMENTS = 2**31 - 1
-
-
-def is_interpreter() -> bool:
-    """Whether Pallas interprets its kernels, on any device: for tests."""
-    return os.environ.get("INVOLUTION_PALLAS_INTERPRET") == "1"
 
 
 def unsupported_reason(problem) -> str | None:

@@ -15,10 +15,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pallas_triton
 
-from involution.ops import pallas
 from involution.ops.autodiff import FORWARD, INPUT_GRAD, KERNEL_GRAD
 from involution.ops.autodiff.jax import differentiable
 from involution.ops.native.params import Params, accumulation_dtype, encode, result_shape
+from involution.ops.pallas.interpreter import is_interpreter
 
 # Limits of a block, each a power of two.
 MAX_POSITIONS, MAX_CHANNELS, MAX_GROUPS_AND_CHANNELS = 32, 64, 64
@@ -54,7 +54,7 @@ def compute(pass_, window, x_sizes, a, b):
     """A pass of the operator, see ``autodiff``."""
     p = Params.decode(encode(pass_, window, x_sizes, a, b))
     shape = result_shape(pass_, window, x_sizes, a, b)
-    size, interpret = math.prod(shape), pallas.is_interpreter()
+    size, interpret = math.prod(shape), is_interpreter()
     if size == 0:
         return jnp.zeros(shape, a.dtype)
     first = bool(p.channels_first)
@@ -165,7 +165,7 @@ def _load(ref, offset, mask, dtype):
 
 def _store(ref, offset, mask, value):
     offset, mask = jnp.broadcast_arrays(offset, mask)
-    if pallas.is_interpreter():
+    if is_interpreter():
         # It writes the old values where the mask is false: to an element of their own.
         offset = jnp.where(mask, offset, ref.shape[0] - 1)
     pallas_triton.store(ref.at[offset], value.astype(ref.dtype), mask=mask)
