@@ -473,7 +473,7 @@ def invalid_commands(root, trained):
         (["paint"], "paint"),
         (["train", *ok, "--model", "x.py"], "must exist"),
         (["predict", root / "none.keras", image], "does not exist"),
-        (["predict", root / "text.png", image], "text.png"),
+        (["predict", root / "text.png"], "text.png"),
         (["predict", cnn, root / "none.png"], "file: No such file or directory. Received: "),
         (["predict", cnn, root / "text.png"], "text.png"),
         (["predict", cnn], "At least one image is required"),
