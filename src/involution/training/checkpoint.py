@@ -123,9 +123,8 @@ class CheckpointManager:
         Raises:
             WriteError: As for ``save``.
         """
-        earlier = self._find_final(label)
         new = self._write(_final_prefix(label), arrays, state)
-        for _, path in earlier:
+        for _, path in self._find_final(label):
             if path != new:
                 path.unlink()
 
