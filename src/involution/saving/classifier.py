@@ -85,21 +85,6 @@ class Classifier:
         exp = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
         return exp / exp.sum(axis=-1, keepdims=True)
 
-    def accuracy(self, images, labels, batch_size=256) -> float:
-        """The fraction of these images whose most likely class is their label.
-
-        Args:
-            images: uint8 (N, height, width, channels), in memory or decoded on access.
-            labels: Class indices (N,).
-            batch_size: Images per call of the model.
-        """
-        correct = 0
-        for start in range(0, len(labels), batch_size):
-            part = slice(start, start + batch_size)
-            scores = self.predict_proba(transforms.to_unit_float(images[part]))
-            correct += int((scores.argmax(axis=-1) == labels[part]).sum())
-        return correct / len(labels)
-
     def classify(self, files, batch_size=32) -> Iterator[tuple[Any, np.ndarray | InputError]]:
         """Yields each file with its class probabilities (classes,), or the reason why it cannot be
         read."""

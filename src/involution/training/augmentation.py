@@ -32,12 +32,11 @@ def augment(images, labels, names, key) -> tuple[np.ndarray, np.ndarray]:
         names: Keys of ``LAYERS``; unknown ones are ignored.
         key: Integers that determine the random numbers.
     """
-    chosen = [name for name in LAYERS if name in names]
     # Keras's seeds are 32-bit integers with a sign on PyTorch.
     seeds = (np.random.SeedSequence(key).generate_state(len(LAYERS)) >> 1).tolist()
     data = {"images": images, "labels": labels}
     for name, seed in zip(LAYERS, seeds, strict=True):
-        if name in chosen:
+        if name in names:
             layer = LAYERS[name](seed)
             if name == "mixup":
                 data = layer(data, training=True)

@@ -19,6 +19,7 @@ from involution.models import count_multiply_adds, specs
 from involution.models.outputs import outputs_of
 from involution.saving.classifier import Classifier, load_weights
 from involution.training import callbacks, checkpoint, distributed, fine_tuning
+from involution.training.evaluation import evaluate
 from involution.training.interrupts import exit_code, graceful_shutdown
 from involution.training.recipes import PRECISIONS, RECIPES, Config, Recipe, current_name, stored
 from involution.training.run_folder import check_folder, history, is_resumable, make_folder
@@ -437,11 +438,13 @@ class RunState:
             load_weights(model, self.output / result.file)
         if dataset.final_test is not None:
             x, y = dataset.final_test
-            result.final_test_accuracy = classifier.accuracy(x, y)
-            progress.log(
-                f"{label}: accuracy {result.final_test_accuracy:.4f} on {len(y)} test images that "
-                "did not guide the training"
-            )
+            found = evaluate(classifier, x, y, progress)
+            if found is not None:
+                result.final_test_accuracy = found.accuracy
+                progress.log(
+                    f"{label}: accuracy {found.accuracy:.4f} on {len(y)} test images that did not "
+                    "guide the training"
+                )
         result.planned_epochs = config.epochs
         if self.distribution.is_primary:
             self.checkpoints.save_final(label, *final)
