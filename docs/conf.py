@@ -76,7 +76,7 @@ def _link_english(app, page, source):
     """Links of Korean pages to English ones, which are files in the repository, lead to the pages
     of the English build."""
     if app.config.language == "ko":
-        source[0] = re.sub(r"\]\((\.\./en/[^)]*)\.md\)", r"](\1.html){.external}", source[0])
+        source[0] = re.sub(r"\]\(((?:\.\./)+en/[^)]*)\.md\)", r"](\1.html){.external}", source[0])
 
 
 def _signature(app, what, name, obj, options, signature, returns):

@@ -154,7 +154,7 @@ def test_predict_of_folders_as_json_and_csv(call, tmp_path):
     for entry in found:
         first, second = (p["probability"] for p in entry["predictions"])
         assert 1 >= first >= second >= 0
-    assert f"Skipped images: 1 .svg files, such as {root}/x.svg." in call.messages
+    assert f"Skipped images: 1 in .svg format, such as {root}/x.svg." in call.messages
     code, lines = call("predict", "inn-cifar10", root, "--csv", "--top", "1")
     assert lines == [
         "file,rank,class,probability",

@@ -169,7 +169,7 @@ def test_skipped_images_are_in_the_description(tmp_path):
         == loaded.validation_split(3).description
         == (
             f"Skipped images (only {NAMES} files directly in a class folder are used): "
-            f"1 .ppm files, such as {root}/train/ant/x.ppm."
+            f"1 in .ppm format, such as {root}/train/ant/x.ppm."
         )
     )
 
@@ -247,7 +247,7 @@ def test_heic_without_its_extra_names_it(tmp_path, monkeypatch):
         decode.read_image(tmp_path / "a" / "x.HEIC")
     assert image_folder.find_images(tmp_path) == (
         [],
-        f"1 .heic files ({extra}), such as {tmp_path}/a/x.HEIC",
+        f"1 in .heic format ({extra}), such as {tmp_path}/a/x.HEIC",
     )
 
 

@@ -314,7 +314,7 @@ TREES = {
         ],
         (
             [["cat", "dog"], ["cat", "dog"]],
-            "2 .ppm files, such as a.ppm; 1 .svg files, such as a.svg; 1 .tga files, such as a.tga",
+            "2 in .ppm format, such as a.ppm; 1 in .svg format, such as a.svg; 1 in .tga format, such as a.tga",
         ),
     ),
     "an empty class": (
@@ -328,7 +328,7 @@ TREES = {
     "a class of unsupported formats": (
         ["train/yak/1.ppm", "train/yak/2.ppm", "train/yak/1/1.png"],
         f"Every class must have images ({SUFFIXES}). Received: none in "
-        "train/yak, but 2 .ppm files, such as train/yak/1.ppm; "
+        "train/yak, but 2 in .ppm format, such as train/yak/1.ppm; "
         "1 in subfolders of a class, such as train/yak/1/1.png",
     ),
     "a class named as its split": (
@@ -400,7 +400,7 @@ def test_labels_take_precedence_over_folders(tmp_path):
     # Folders without labeled images are classes.
     mixed = scan(*labeled[:3], ("s/cat/a.png", b""), ("0.ppm", b""), ("0.cls", b"2"), ("s/1", b""))
     assert list(mixed.train) == ["10", "cat"]
-    assert mixed.skipped == f"2 .ppm files, such as {tmp_path}/test.tar: 0.ppm"
+    assert mixed.skipped == f"2 in .ppm format, such as {tmp_path}/test.tar: 0.ppm"
     for name, content in (("1.png", b""), ("0.cls", b" ")):
         with pytest.raises(
             InputError, match=r"named after its class, or have a .cls .*Received: .*png"

@@ -6,6 +6,7 @@ import types
 
 import keras
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -74,6 +75,10 @@ def test_onnx_with_preprocessing_reproduces_predict(tmp_path, crop_fraction):
     run = session(result.path)
     (given,) = run.get_inputs()
     assert (given.type, given.shape) == ("tensor(uint8)", ["batch", "height", "width", 3])
+    # onnxruntime warns of initializers that no node reads.
+    graph = onnx.load(result.path).graph
+    read = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= read
     for size in ((40, 31), (9, 12), (5, 200)):
         path = tmp_path / "image.png"
         write_image(path, size=size)

@@ -172,6 +172,13 @@ def test_multiply_adds_of_a_model_as_generator():
     assert models.count_multiply_adds(model) == expected
 
 
+@pytest.mark.parametrize("pack", [list, lambda tensors: {"image": tensors[0]}])
+def test_multiply_adds_of_a_model_whose_input_is_in_a_structure(pack):
+    image = keras.Input((5, 4, 6), name="image")
+    model = keras.Model(pack([image]), keras.layers.Conv2D(3, 1)(image))
+    assert models.count_multiply_adds(model) == 5 * 4 * 6 * 3
+
+
 def test_multiply_adds_with_lora_are_those_of_the_kernel():
     layer = keras.layers.Dense(5)
     model = keras.Sequential([keras.Input((7,)), layer])

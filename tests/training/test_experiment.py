@@ -476,7 +476,7 @@ def test_skipped_images_are_reported(folder, tmp_path):
     (tmp_path / "pets" / "train" / "ant" / "x.ppm").write_bytes(b"")
     console = Recorder()
     description = experiment.load(Config(str(tmp_path / "pets")), console).description
-    assert description.endswith(f": 1 .ppm files, such as {tmp_path}/pets/train/ant/x.ppm.")
+    assert description.endswith(f": 1 in .ppm format, such as {tmp_path}/pets/train/ant/x.ppm.")
     counts = "ant 8 + 4, bee 8 + 4, cat 8 + 4"
     assert console.lines == [description, f"Images by class, train + test: {counts}."]
 

@@ -112,7 +112,7 @@ class _Skipped(dict[str, list[str]]):
         if suffix not in unsupported_suffixes():
             return False
         needs = hint(image.name)
-        self.add(f"{suffix} files" + (f" ({needs})" if needs else ""), image)
+        self.add(f"in {suffix} format" + (f" ({needs})" if needs else ""), image)
         return True
 
     def __str__(self):

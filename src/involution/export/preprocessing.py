@@ -15,8 +15,7 @@ GRAPH = """
 preprocessing (uint8[batch, height, width, 3] pixels) => (float[batch, {height}, {width}, 3] scaled)
 <
     double[2] size = {{{height}, {width}}}, double zero = {{0}}, double half = {{0.5}},
-    double one = {{1}}, double two = {{2}}, double unit = {{4194304}}, float maximum = {{255}},
-    int64[1] last = {{-1}}, double fraction = {{{fraction}}}
+    double one = {{1}}, double unit = {{4194304}}, float maximum = {{255}}, int64[1] last = {{-1}}
 >
 {{
     shape = Shape <start=1, end=3> (pixels)
@@ -45,12 +44,13 @@ WHOLE = """
     spans = Identity (sides)
 """
 CENTER = """
+    fraction = Constant <value = double {{{fraction}}}> ()
     ratios = Div (sides, size)
     ratio = ReduceMin <keepdims=0> (ratios)
     part = Mul (ratio, fraction)
     crop = Mul (part, size)
     rest = Sub (sides, crop)
-    before = Div (rest, two)
+    before = Mul (rest, half)
     after = Add (before, crop)
     begin_floats = Cast <to=1> (before)
     end_floats = Cast <to=1> (after)
@@ -101,8 +101,7 @@ def make(classifier, image_shape):
     text = GRAPH.format(
         height=height,
         width=width,
-        fraction=fraction or 1,
-        crop=WHOLE if fraction is None else CENTER,
+        crop=WHOLE if fraction is None else CENTER.format(fraction=fraction),
         rows=WEIGHTS.format(name="rows", axis=0),
         columns=WEIGHTS.format(name="columns", axis=1),
     )

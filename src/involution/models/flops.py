@@ -46,7 +46,7 @@ def count_multiply_adds(model, input_shape=None, involutions=True) -> int:
     As usual, biases, normalization, activations, pooling and additions are not.
 
     Args:
-        model: A functional ``keras.Model`` or ``keras.Sequential`` with one input.
+        model: A functional ``keras.Model`` or ``keras.Sequential`` with one input tensor.
         input_shape: Shape of one input, as (height, width, channels); required if the model's
             contains None.
         involutions: Whether to count the products of generated kernels and their windows. Counters
@@ -82,7 +82,11 @@ def count_multiply_adds(model, input_shape=None, involutions=True) -> int:
     # model, which calls each layer once.
     sequential = isinstance(model, keras.Sequential)
     options = {} if sequential else {"call_function": call}
-    sized = keras.models.clone_model(model, input_tensors=keras.Input(shape), **options)
+    # Keras compares the structures of inputs, and keys of a dictionary with names.
+    inputs = keras.tree.map_structure(
+        lambda tensor: keras.Input(shape, name=tensor.name), tensor if sequential else model.input
+    )
+    sized = keras.models.clone_model(model, input_tensors=inputs, **options)
     if sequential:
         calls = [(layer, layer.input, layer.output) for layer in sized.layers]
     return sum(
