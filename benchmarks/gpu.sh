@@ -1,11 +1,11 @@
 #!/bin/sh
-# Tests and benchmarks on a CUDA device, in less than nine minutes. A part that exceeds its timeout is
+# Tests and benchmarks on a CUDA device, in less than ten minutes. A part that exceeds its timeout is
 # terminated; the other parts still run.
 #
 #     PYTHON=python3 sh benchmarks/gpu.sh [FOLDER]
 #
 # Requires PyTorch with CUDA and Triton, Keras, pytest, pytest-xdist, hypothesis and, for `paper-cuda`,
-# CuPy. Writes logs and CSV files to FOLDER (default: build/gpu).
+# CuPy. JAX with CUDA is measured where it is installed. Writes logs and CSV files to FOLDER (default: build/gpu).
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -50,6 +50,12 @@ fi
 
 bench operator 90 --cases red1,red3 --dtypes float32,bfloat16 \
   --candidates triton,paper-cuda,im2col,compiled-taps,conv3,depthwise
+if "$PYTHON" -c 'import jax; jax.devices("cuda")' 2> /dev/null; then
+  bench jax 90 --backend jax --cases red1,red3 --dtypes float32,bfloat16 \
+    --candidates pallas,taps,im2col,conv3,depthwise
+else
+  echo "--- jax: not measured, JAX is not installed or finds no CUDA device"
+fi
 bench fused 70 --cases red1,red3 --dtypes float32,bfloat16 --candidates fused,unfused --memory
 part rednet 90 "$PYTHON" benchmarks/rednet.py --device cuda --dtype-policy mixed_bfloat16 --batch 64 \
   --steps 10 --networks selected,resnet50 --output "$OUT/rednet.csv"

@@ -52,6 +52,8 @@ collect_ignore = [
     for backend in ("jax", "tensorflow", "torch")
     if backend != os.environ["KERAS_BACKEND"]
 ]
+if os.environ["KERAS_BACKEND"] != "jax":
+    collect_ignore += ["benchmarking/test_jax_cuda.py"]
 if os.environ["KERAS_BACKEND"] != "torch":
     collect_ignore += [
         "benchmarking/test_cuda_stand_in.py",

@@ -524,7 +524,7 @@ def bench(
         photo (red1 on a large image), odd (sizes that the stride does not divide), line (1D),
         cube (3D).
     candidates
-        Comma-separated: native, taps, reference, triton (implementations); im2col (the
+        Comma-separated: native, taps, reference, triton, pallas (implementations); im2col (the
         formula of the keras.io example); conv3 (Keras's 3x3 convolution); depthwise (Keras's
         depthwise convolution with the window of the involution); fused, unfused (generated
         kernels); onnx-portable, onnx-native (generated kernels, exported and run by onnxruntime,
@@ -539,7 +539,8 @@ def bench(
     memory
         Measure peak memory too, each in its own process: a few more seconds per row.
     device
-        cpu, or on PyTorch cuda, which measures device time of a captured CUDA graph.
+        cpu, or on PyTorch and JAX cuda: on PyTorch device time of a captured CUDA graph, on JAX
+        wall-clock time of a compiled program.
     runtime
         onnxruntime: compare the exported operator in both forms with the framework's (selects the
         candidates unfused, fused, onnx-portable, onnx-native).

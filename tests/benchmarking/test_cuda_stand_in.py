@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from involution.benchmarking import devices, paper_cuda, runner
+from involution.benchmarking.devices import torch_cuda
 from involution.ops.cases import Case
 
 CUDA = devices.DEVICES["cuda"]
@@ -80,7 +81,7 @@ def test_cuda_events_time_a_graph_replay(fake_cuda):
 def test_memory_bandwidth_is_that_of_copies_beyond_the_l2_cache(monkeypatch, cache, want):
     properties = types.SimpleNamespace(**({} if cache is None else {"L2_cache_size": cache}))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
-    monkeypatch.setattr(devices, "_cuda_copy_bandwidth", lambda total: 10.0 * total)
+    monkeypatch.setattr(torch_cuda, "_copy_bandwidth", lambda total: 10.0 * total)
     assert CUDA.memory_bandwidth() == (10.0 * want, 10.0 * want)
 
 

@@ -4,6 +4,8 @@ import keras
 import pytest
 
 from involution.benchmarking import devices, runner
+from involution.benchmarking.devices import cpu as cpu_device
+from involution.benchmarking.devices import rates
 from involution.ops.cases import Case
 from involution.utils.errors import InputError
 from tests.support.backends import BACKEND
@@ -15,14 +17,14 @@ def test_measured_rates_of_the_cpu_are_plausible(monkeypatch):
     assert cpu.description().endswith(" CPUs")
     assert 1e8 < cpu.copy_bandwidth(2**20) < 1e13
     # Smaller buffers, of which the cache may hold parts, take less time.
-    monkeypatch.setattr(devices, "_cold_bytes", lambda caches: 2**22)
-    rates = devices._cpu_memory_bandwidth.__wrapped__()
-    assert all(1e8 < rate < 1e13 for rate in rates)
+    monkeypatch.setattr(rates, "cold_bytes", lambda caches: 2**22)
+    measured = cpu_device._cpu_memory_bandwidth.__wrapped__()
+    assert all(1e8 < rate < 1e13 for rate in measured)
     assert cpu.peak("float32") == cpu.peak("bfloat16") == 2 * cpu.peak("float64")
 
 
 def test_buffers_of_the_memory_bandwidth_exceed_the_caches(tmp_path, monkeypatch):
-    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setattr(cpu_device.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     for cpu, index, level, kind, size, shared in (
         (0, 0, 1, "Data", 32, "0"),
         (0, 1, 1, "Instruction", 64, "0"),
@@ -42,16 +44,16 @@ def test_buffers_of_the_memory_bandwidth_exceed_the_caches(tmp_path, monkeypatch
         ):
             (folder / name).write_text(f"{value}\n")
     (tmp_path / "cpu1" / "cache" / "index3").mkdir()  # without a size, as in some virtual machines
-    caches = devices._cache_bytes(tmp_path)
+    caches = cpu_device._cache_bytes(tmp_path)
     assert caches == 1024 * (32 + 32 + 2**20)
-    assert devices._cold_bytes(caches) == 4 * caches
-    assert devices._cold_bytes(devices._cache_bytes(tmp_path / "absent")) == 2**28
+    assert rates.cold_bytes(caches) == 4 * caches
+    assert rates.cold_bytes(cpu_device._cache_bytes(tmp_path / "absent")) == 2**28
 
 
 def test_streams_of_the_memory_bandwidth(monkeypatch):
     """Loads only, then a load and a store of each element, in buffers that no CPUs share."""
-    monkeypatch.setattr(devices, "_cold_bytes", lambda caches: 4 * 3 * 5)
-    monkeypatch.setattr(devices, "available_cpus", lambda: 3)
+    monkeypatch.setattr(rates, "cold_bytes", lambda caches: 4 * 3 * 5)
+    monkeypatch.setattr(cpu_device, "available_cpus", lambda: 3)
     passes = []
 
     def best_seconds(function, buffers, repeats, calls):
@@ -61,19 +63,20 @@ def test_streams_of_the_memory_bandwidth(monkeypatch):
         passes.append(list(zip(before, buffers, strict=True)))
         return 2.0 * len(passes)
 
-    monkeypatch.setattr(devices, "_best_seconds", best_seconds)
-    assert devices._cpu_memory_bandwidth.__wrapped__() == (60 / 2, 60 / 4)
+    monkeypatch.setattr(cpu_device, "_best_seconds", best_seconds)
+    assert cpu_device._cpu_memory_bandwidth.__wrapped__() == (60 / 2, 60 / 4)
     read, written = passes
     assert [old.shape for old, _ in read] == [(5,)] * 3
     assert all((new == -old).all() for old, new in written)
 
 
 def test_unavailable_device_raises(monkeypatch):
-    reason = "cuda requires the PyTorch backend"
+    reason = "cuda requires the PyTorch or the JAX backend"
     if BACKEND == "torch":
         import torch
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if BACKEND != "tensorflow":
         reason = "no CUDA device is available"
     with pytest.raises(InputError, match=f"--device must be available: {reason}. Received: cuda"):
         runner.check(runner.Plan(device="cuda"))

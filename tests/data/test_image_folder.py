@@ -314,7 +314,8 @@ TREES = {
         ],
         (
             [["cat", "dog"], ["cat", "dog"]],
-            "2 in .ppm format, such as a.ppm; 1 in .svg format, such as a.svg; 1 in .tga format, such as a.tga",
+            "2 in .ppm format, such as a.ppm; 1 in .svg format, such as a.svg; "
+            "1 in .tga format, such as a.tga",
         ),
     ),
     "an empty class": (

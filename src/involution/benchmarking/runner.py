@@ -38,12 +38,15 @@ from involution.utils.errors import InputError
 IM2COL = "im2col"
 # On PyTorch: the paper's CUDA algorithm, and `taps` with torch.compile.
 PAPER_CUDA, COMPILED_TAPS = "paper-cuda", "compiled-taps"
+# On JAX and CUDA devices.
+PALLAS = "pallas"
 # Kernel generation and involution as separate operations, with stored kernels.
 UNFUSED = "unfused"
 # Candidates that include kernel generation, with their implementations.
 GENERATED = {UNFUSED: PREFERENCE, "fused": "fused"}
 CANDIDATES = (
     *PREFERENCE,
+    PALLAS,
     *GENERATED,
     IM2COL,
     PAPER_CUDA,
@@ -58,7 +61,7 @@ RUNTIME_CANDIDATES = {"onnxruntime": (UNFUSED, "fused", *exported.OPERATORS)}
 DEFAULT_CANDIDATES = {
     "cpu": ("native", "taps", "reference", IM2COL, *baselines.CONVOLUTIONS),
     "cuda": (
-        *("triton", "taps", "reference", IM2COL, PAPER_CUDA, COMPILED_TAPS),
+        *("triton", PALLAS, "taps", "reference", IM2COL, PAPER_CUDA, COMPILED_TAPS),
         *baselines.CONVOLUTIONS,
     ),
 }
@@ -160,10 +163,10 @@ def run(plan: Plan, log=lambda line: None) -> Iterator[Row]:
     for case in _cases(plan):
         for dtype in plan.dtypes:
             # No yield inside keras.device: it would also apply to the caller's code.
-            with keras.device(plan.device):
+            with keras.device(DEVICES[plan.device].keras_name):
                 candidates = dict(_candidates(case, dtype, plan, log))
             for passes in PASSES:
-                with keras.device(plan.device):
+                with keras.device(DEVICES[plan.device].keras_name):
                     rows = list(_rows(case, dtype, passes, candidates, plan, log))
                 yield from rows
 
@@ -496,7 +499,7 @@ def _peak_bytes(case, name, dtype, backward, device) -> int | None:
     def prepare(case):
         return make_candidate(name, case, dtype).program(backward)
 
-    with keras.device(device):
+    with keras.device(DEVICES[device].keras_name):
         # A small call loads libraries and workspaces first.
         return DEVICES[device].peak_bytes(
             lambda: prepare(case.small())(), functools.partial(prepare, case)
@@ -519,7 +522,7 @@ def header(plan: Plan) -> Iterator[str]:
     yield f"{keras.config.backend()} on {device.description()}"
     case, dtype = _cases(plan)[0], plan.dtypes[0]
     total = sum(_tensor_sizes(case, dtype, generated=False))
-    with keras.device(plan.device):
+    with keras.device(device.keras_name):
         cold = device.memory_bandwidth()
         warm, peak = device.copy_bandwidth(total), device.peak("float32")
     read, write, copy = (f"{rate / 1e9:.1f} GB/s" for rate in (*cold, warm))

@@ -1,0 +1,95 @@
+"""JAX's first CUDA device.
+
+It is timed by the wall clock around a compiled program, which includes its launch: the more calls
+a program has, the smaller the share.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+
+from involution.benchmarking import timed_program
+from involution.benchmarking.devices import rates
+
+CALLS = 20
+
+
+class JaxCuda:
+    """JAX's first CUDA device, timed by the wall clock."""
+
+    name = "cuda"
+    keras_name = "gpu"
+    # JAX does not reset the peak of a process.
+    measures_memory_in_subprocess = True
+
+    def unavailable_reason(self) -> str | None:
+        # Otherwise this process takes most of the memory, and the ones that measure it have none.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        import jax
+
+        try:
+            jax.devices("cuda")
+        except RuntimeError:
+            return "no CUDA device is available"
+        return None
+
+    def description(self) -> str:
+        import jax
+
+        (device, *_) = jax.devices("cuda")
+        version, *_ = device.client.platform_version.splitlines()
+        return f"{device.device_kind}, {version}"
+
+    def timer(self, run: rates.Run) -> Callable[[], float]:
+        """A function that calls ``run`` and returns the seconds it took."""
+        return rates.wall_clock(run)
+
+    def copy_bandwidth(self, total: int) -> float:
+        """Warm: bytes per second, read plus written, of repeated negations of half of ``total``
+        bytes; if the bytes fit into the L2 cache, it is the cache's bandwidth."""
+        return _copy_bandwidth(total)
+
+    def memory_bandwidth(self) -> rates.Bandwidth:
+        """Cold: bytes per second of negations of ``rates.DRAM_BYTES`` in device memory, reads and
+        writes at one rate; L2 caches of up to a quarter of it hold little of them."""
+        both = _copy_bandwidth(rates.DRAM_BYTES)
+        return rates.Bandwidth(both, both)
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of the matrix product of this type, float32 without TensorFloat-32."""
+        return _peak(dtype)
+
+    def peak_bytes(self, load: rates.Run, prepare: Callable[[], rates.Run]) -> int | None:
+        """Peak memory of the prepared run with its arguments, in a process of its own: ``load``
+        runs first and uses less."""
+        import jax
+
+        (device, *_) = jax.devices("cuda")
+        load()
+        before = device.memory_stats()["bytes_in_use"]
+        prepare()()
+        return device.memory_stats()["peak_bytes_in_use"] - before
+
+
+@functools.cache
+def _copy_bandwidth(total):
+    import jax.numpy as jnp
+
+    return total / _seconds(jnp.negative, [jnp.ones(max(total // 8, 1), "float32")])
+
+
+@functools.cache
+def _peak(dtype):
+    import jax
+    import jax.numpy as jnp
+
+    n = 4096
+    a = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
+    product = functools.partial(jnp.matmul, precision="highest")
+    return 2 * n**3 / _seconds(product, [a, a])
+
+
+def _seconds(function, arguments, repeats=10):
+    timer = rates.wall_clock(timed_program.repeat(function, arguments, calls=CALLS))
+    timer()  # compiles
+    return min(timer() for _ in range(repeats)) / CALLS
