@@ -70,13 +70,13 @@ SCHEMAS := github-workflows=.github/workflows/ci.yml github-issue-forms=.github/
 PYTHONS ?= 3.11 3.12 3.13 3.14
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-quick test-tensorflow test-jax test-torch test-long test-orders test-oldest test-example test-browser audit mutants docs notebooks space publish sanitize test-arm wheels test-wheels test-pythons lint format coverage clean
+.PHONY: help run test test-quick test-tensorflow test-jax test-torch test-long test-orders test-oldest test-example test-browser audit mutants docs figures notebooks space publish sanitize test-arm wheels test-wheels test-pythons lint format coverage clean
 
 help:
 	@echo "make run     compare a convolutional and an involutional network; write runs/.../report.html"
 	@echo "make test    lint, and test on every backend (make test BACKENDS=jax: on one)"
 	@echo "make test-quick BACKEND=jax   the first case of each short test, in less than two minutes"
-	@echo "make test-long, test-orders, test-oldest, test-browser, test-example EXAMPLE=file, audit, mutants, docs, notebooks, space, publish, sanitize, test-arm, wheels, test-wheels, test-pythons, lint, format, clean"
+	@echo "make test-long, test-orders, test-oldest, test-browser, test-example EXAMPLE=file, audit, mutants, docs, figures, notebooks, space, publish, sanitize, test-arm, wheels, test-wheels, test-pythons, lint, format, clean"
 
 run: $(RUN_VENV)/ready
 	$(RUN_VENV)/bin/involution compare --dataset digits --backend $(BACKEND)
@@ -132,6 +132,11 @@ test-browser: $(TEST_VENV)/ready
 # The tutorial as executed notebooks: make notebooks DATA=folder, with CIFAR-10 as JPEG files.
 notebooks: $(TEST_VENV)/ready
 	KERAS_BACKEND=tensorflow INVOLUTION_DATASET="$(abspath $(DATA))" $(TEST_VENV)/bin/python docs/notebooks.py
+
+# The figures of README.md, measured again: make figures, or make figures DATA=folder, with CIFAR-10
+# as JPEG files.
+figures: $(TEST_VENV)/ready
+	KERAS_BACKEND=tensorflow $(TEST_VENV)/bin/python docs/figures/readme.py --data "$(if $(DATA),$(abspath $(DATA)))"
 
 # A Hugging Face Space: deploy/space with the wheel.
 space: $(RUN_VENV)/ready

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import runpy
 
 import keras
 import matplotlib
@@ -65,6 +66,15 @@ def test_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     keras.utils.set_random_seed(0)
     exec(compile(text, str(page), "exec"), {"__name__": page.stem})  # noqa: S102 - our own pages
     check_printed(text, capsys.readouterr().out)
+
+
+@pytest.mark.any_backend
+def test_figures_of_the_readme_are_those_on_record():
+    figures = runpy.run_path(str(DOCS / "figures" / "readme.py"))
+    for each in figures["ALL"]:
+        assert len(each.written()) == len(each.names)
+    assert figures["CIFAR"].written()[:2] == tuple(figures["cifar10"](None, None)[:2])
+    assert figures["REDNET_TINY"].written() == tuple(figures["rednet_tiny"]())
 
 
 @pytest.mark.any_backend
