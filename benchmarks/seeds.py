@@ -1,19 +1,23 @@
 """Aggregates runs over seeds into a table and a figure.
 
-    python benchmarks/seeds.py RUN/FOLDER... [TABLE.csv...] --output STEM
+    python benchmarks/seeds.py RUN/FOLDER... [TABLE.csv...] --output STEM [--baseline MODEL]
 
 Reads config.json and metrics.json of folders written by ``involution compare`` or ``train``, and
 tables written by this script. Writes STEM.csv, one row for each model, recipe, number of epochs and
-seed, and STEM.png, mean test accuracy against parameters and multiply-adds; prints the means as
-Markdown.
+seed, and STEM.png, mean test accuracy against parameters and multiply-adds; prints the means with
+their standard errors as Markdown. With a baseline, a model of the same recipe, also the mean
+difference from it over the seeds of both, and the p-value of a paired t-test.
 """
 
 import argparse
 import collections
 import csv
 import json
+import math
 import pathlib
 import statistics
+
+from scipy import stats
 
 from involution.utils import atomic_files
 from involution.visualize import figures
@@ -49,7 +53,7 @@ def _run(folder):
             yield {
                 "recipe": config["recipe"],
                 "epochs": config["epochs"],
-                "model": label.rsplit("controls.py:", 1)[-1],
+                "model": label.rsplit(".py:", 1)[-1],
                 "seed": config["seed"],
                 **{column: model[column] for column in COLUMNS[4:]},
             }
@@ -59,6 +63,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("paths", nargs="+")
     parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("--baseline", help="model that the others are compared with")
     options = parser.parse_args()
     found = sorted(rows(options.paths), key=lambda r: [r[c] for c in COLUMNS[:4]])
     atomic_files.write_text(
@@ -67,15 +72,21 @@ def main():
     groups = collections.defaultdict(list)
     for row in found:
         groups[row["recipe"], row["epochs"], row["model"]].append(row)
-    print("| recipe | epochs | model | parameters | multiply-adds | mean accuracy | by seed |")
-    print("|---|---|---|---|---|---|---|")
+    headings = ["recipe", "epochs", "model", "parameters", "multiply-adds", "accuracy", "by seed"]
+    if options.baseline:
+        headings.append(f"minus {options.baseline}")
+    print(f"| {' | '.join(headings)} |")
+    print("|---" * len(headings) + "|")
     means = {}
     for (recipe, epochs, model), runs in sorted(groups.items(), key=lambda g: -mean(g[1])):
         first = runs[0]
         each = ", ".join(f"{r['test_accuracy']:.4f}" for r in runs)
+        baseline = groups.get((recipe, epochs, options.baseline), [])
+        accuracy = f"{mean(runs):.4f}{standard_error(runs)}"
         print(
             f"| {recipe} | {epochs} | {model} | {first['trainable_params']:,} | "
-            f"{first['multiply_adds'] / 1e6:.2f} M | {mean(runs):.4f} | {each} |"
+            f"{first['multiply_adds'] / 1e6:.2f} M | {accuracy} | {each} |"
+            + (f" {difference(runs, baseline)} |" if options.baseline else "")
         )
         means[f"{model}, {recipe}"] = first | {"test_accuracy": mean(runs)}
     with atomic_files.atomic_write(options.output.with_suffix(".png")) as temporary:
@@ -84,6 +95,24 @@ def main():
 
 def mean(runs):
     return statistics.fmean(run["test_accuracy"] for run in runs)
+
+
+def standard_error(runs) -> str:
+    if len(runs) < 2:
+        return ""
+    values = [run["test_accuracy"] for run in runs]
+    return f" ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+
+
+def difference(runs, baseline) -> str:
+    """The mean difference in percentage points, and the p-value of a paired t-test."""
+    others = {run["seed"]: run["test_accuracy"] for run in baseline}
+    pairs = [(run["test_accuracy"], others[run["seed"]]) for run in runs if run["seed"] in others]
+    if runs is baseline or len(pairs) < 2:
+        return "-"
+    mean_difference = statistics.fmean(a - b for a, b in pairs)
+    p = stats.ttest_rel(*zip(*pairs, strict=True)).pvalue
+    return f"{100 * mean_difference:+.2f} points, p = {p:.2g}"
 
 
 if __name__ == "__main__":
