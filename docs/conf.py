@@ -5,8 +5,11 @@ import pathlib
 import re
 from importlib import metadata
 
+from cyclopts.docs import generate_rst_docs
 from docutils import nodes
 from docutils.utils.math import latex2mathml
+
+import involution_cli
 
 DOCS = pathlib.Path(__file__).parent
 
@@ -17,13 +20,13 @@ extensions = [
     "myst_parser",  # pages are Markdown
     "sphinx.ext.autodoc",  # the API reference, from docstrings
     "sphinx.ext.napoleon",  # Google style, as in Keras
-    "cyclopts.ext.sphinx",  # the reference of the commands, from their signatures and docstrings
 ]
 myst_heading_anchors = 3
 myst_enable_extensions = [
     "attrs_inline",  # links to English pages from Korean ones, see _link_english
     "dollarmath",
 ]
+smartquotes_action = "qe"  # without dashes: options begin with two hyphens
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"involution {release}"
@@ -61,6 +64,7 @@ def setup(app):
     app.connect("autodoc-process-docstring", _escape, priority=100)  # before napoleon
     app.connect("autodoc-process-signature", _signature)
     app.connect("source-read", _link_english)
+    app.connect("source-read", _add_commands)
     app.connect("include-read", _link_benchmarks)
     app.add_html_math_renderer("mathml", (_math, None), (_math, None))
 
@@ -98,6 +102,28 @@ def _escape(app, what, name, obj, options, lines):
         line if line.lstrip().startswith(">>>") else re.sub(r"(?<![*`\w])\*(?=\w)", r"\\*", line)
         for line in lines
     ]
+
+
+def _add_commands(app, page, source):
+    """Adds the reference of the commands, from their signatures and docstrings, to its page.
+
+    The directive of cyclopts would show examples, which its plain text only indents, as quotations.
+    """
+    if page != "commands":
+        return
+    text = generate_rst_docs(
+        involution_cli.app,
+        heading_level=2,
+        generate_toc=False,
+        no_root_title=True,
+        skip_preamble=True,
+        usage_name="involution",
+    )
+    text = re.sub(r"^(For example|Examples?):$", r"\1::", text, flags=re.MULTILINE)
+    text = re.sub(r"^(--\S+)\n(-+)$", r"``\1``\n\2----", text, flags=re.MULTILINE)
+    # cyclopts replaces the first word only of the running program, `python -m sphinx`.
+    text = text.replace(" -m sphinx", "")
+    source[0] += f"\n```{{eval-rst}}\n{text}\n```\n"
 
 
 def _link_benchmarks(app, path, page, content):
