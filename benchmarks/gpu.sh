@@ -51,7 +51,7 @@ fi
 bench operator 90 --cases red1,red3 --dtypes float32,bfloat16 \
   --candidates triton,paper-cuda,im2col,compiled-taps,conv3,depthwise
 if "$PYTHON" -c 'import jax; jax.devices("cuda")' 2> /dev/null; then
-  bench jax 90 --backend jax --cases red1,red3 --dtypes float32,bfloat16 \
+  bench jax 60 --backend jax --cases red1,red3 --dtypes float32,bfloat16 \
     --candidates pallas,taps,im2col,conv3,depthwise
 else
   echo "--- jax: not measured, JAX is not installed or finds no CUDA device"

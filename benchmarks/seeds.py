@@ -44,6 +44,12 @@ def rows(paths):
             yield from _run(path)
 
 
+def distinct(found):
+    """The rows, in order; each run is in them once."""
+    runs = {tuple(row[c] for c in COLUMNS[:4]): row for row in found}
+    return [runs[key] for key in sorted(runs)]
+
+
 def _run(folder):
     config, metrics = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics")
@@ -65,13 +71,15 @@ def main():
     parser.add_argument("--output", type=pathlib.Path, required=True)
     parser.add_argument("--baseline", help="model that the others are compared with")
     options = parser.parse_args()
-    found = sorted(rows(options.paths), key=lambda r: [r[c] for c in COLUMNS[:4]])
+    found = distinct(rows(options.paths))
     atomic_files.write_text(
         options.output.with_suffix(".csv"), atomic_files.csv_text(COLUMNS, found)
     )
     groups = collections.defaultdict(list)
     for row in found:
         groups[row["recipe"], row["epochs"], row["model"]].append(row)
+    if options.baseline and options.baseline not in {model for _, _, model in groups}:
+        parser.error(f"--baseline must be one of the models. Received: {options.baseline}")
     headings = ["recipe", "epochs", "model", "parameters", "multiply-adds", "accuracy", "by seed"]
     if options.baseline:
         headings.append(f"minus {options.baseline}")
@@ -110,9 +118,11 @@ def difference(runs, baseline) -> str:
     pairs = [(run["test_accuracy"], others[run["seed"]]) for run in runs if run["seed"] in others]
     if runs is baseline or len(pairs) < 2:
         return "-"
-    mean_difference = statistics.fmean(a - b for a, b in pairs)
-    p = stats.ttest_rel(*zip(*pairs, strict=True)).pvalue
-    return f"{100 * mean_difference:+.2f} points, p = {p:.2g}"
+    differences = [a - b for a, b in pairs]
+    text = f"{100 * statistics.fmean(differences):+.2f} points"
+    if min(differences) == max(differences):
+        return text
+    return f"{text}, p = {stats.ttest_1samp(differences, 0).pvalue:.2g}"
 
 
 if __name__ == "__main__":

@@ -119,7 +119,9 @@ def _add_commands(app, page, source):
         skip_preamble=True,
         usage_name="involution",
     )
-    text = re.sub(r"^(For example|Examples?):$", r"\1::", text, flags=re.MULTILINE)
+    text, examples = re.subn(r"^For example:$", "For example::", text, flags=re.MULTILINE)
+    if not examples:
+        raise ValueError("The help of the commands must contain examples. Received: none")
     text = re.sub(r"^(--\S+)\n(-+)$", r"``\1``\n\2----", text, flags=re.MULTILINE)
     # cyclopts replaces the first word only of the running program, `python -m sphinx`.
     text = text.replace(" -m sphinx", "")

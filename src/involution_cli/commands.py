@@ -550,6 +550,9 @@ def bench(
         The CSV file to write; an existing file is replaced.
     """
     with _session("bench", "Measuring.", backend) as current:
+        # Otherwise JAX takes most of a GPU's memory, and processes that measure theirs have none.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
         from involution.benchmarking import runner
         from involution.utils import atomic_files
 

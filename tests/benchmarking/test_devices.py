@@ -4,8 +4,8 @@ import keras
 import pytest
 
 from involution.benchmarking import devices, runner
+from involution.benchmarking.devices import base
 from involution.benchmarking.devices import cpu as cpu_device
-from involution.benchmarking.devices import rates
 from involution.ops.cases import Case
 from involution.utils.errors import InputError
 from tests.support.backends import BACKEND
@@ -17,8 +17,8 @@ def test_measured_rates_of_the_cpu_are_plausible(monkeypatch):
     assert cpu.description().endswith(" CPUs")
     assert 1e8 < cpu.copy_bandwidth(2**20) < 1e13
     # Smaller buffers, of which the cache may hold parts, take less time.
-    monkeypatch.setattr(rates, "cold_bytes", lambda caches: 2**22)
-    measured = cpu_device._cpu_memory_bandwidth.__wrapped__()
+    monkeypatch.setattr(base, "cold_bytes", lambda caches: 2**22)
+    measured = cpu_device._memory_bandwidth.__wrapped__()
     assert all(1e8 < rate < 1e13 for rate in measured)
     assert cpu.peak("float32") == cpu.peak("bfloat16") == 2 * cpu.peak("float64")
 
@@ -46,13 +46,13 @@ def test_buffers_of_the_memory_bandwidth_exceed_the_caches(tmp_path, monkeypatch
     (tmp_path / "cpu1" / "cache" / "index3").mkdir()  # without a size, as in some virtual machines
     caches = cpu_device._cache_bytes(tmp_path)
     assert caches == 1024 * (32 + 32 + 2**20)
-    assert rates.cold_bytes(caches) == 4 * caches
-    assert rates.cold_bytes(cpu_device._cache_bytes(tmp_path / "absent")) == 2**28
+    assert base.cold_bytes(caches) == 4 * caches
+    assert base.cold_bytes(cpu_device._cache_bytes(tmp_path / "absent")) == 2**28
 
 
 def test_streams_of_the_memory_bandwidth(monkeypatch):
     """Loads only, then a load and a store of each element, in buffers that no CPUs share."""
-    monkeypatch.setattr(rates, "cold_bytes", lambda caches: 4 * 3 * 5)
+    monkeypatch.setattr(base, "cold_bytes", lambda caches: 4 * 3 * 5)
     monkeypatch.setattr(cpu_device, "available_cpus", lambda: 3)
     passes = []
 
@@ -64,7 +64,7 @@ def test_streams_of_the_memory_bandwidth(monkeypatch):
         return 2.0 * len(passes)
 
     monkeypatch.setattr(cpu_device, "_best_seconds", best_seconds)
-    assert cpu_device._cpu_memory_bandwidth.__wrapped__() == (60 / 2, 60 / 4)
+    assert cpu_device._memory_bandwidth.__wrapped__() == (60 / 2, 60 / 4)
     read, written = passes
     assert [old.shape for old, _ in read] == [(5,)] * 3
     assert all((new == -old).all() for old, new in written)

@@ -1,10 +1,10 @@
 """The benchmark of JAX's CUDA device without one: the CPU is in its place."""
 
-import os
 import types
 
 import jax
 import pytest
+from keras.src.backend.jax import distribution_lib
 
 from involution.benchmarking import devices, runner
 from involution.ops.cases import Case
@@ -17,6 +17,7 @@ class FakeDevice:
     """A device with memory statistics."""
 
     device_kind = "NVIDIA fake"
+    platform, id = "gpu", 0
     client = types.SimpleNamespace(platform_version="PJRT C API\ncuda 13000")
 
     def __init__(self):
@@ -31,30 +32,26 @@ def device(monkeypatch):
     fake, find = FakeDevice(), jax.devices
 
     def fake_devices(backend=None):
-        return [fake] if backend == "cuda" else find(backend)
+        return [fake] if backend in ("cuda", "gpu") else find(backend)
 
     monkeypatch.setattr(jax, "devices", fake_devices)
     monkeypatch.setattr(CUDA, "keras_name", "cpu")
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return fake
 
 
-def test_keras_scope_is_jaxs_platform():
-    """CUDA devices have the platform ``gpu``, which Keras compares with the name of its scope."""
-    assert (CUDA.name, CUDA.keras_name) == ("cuda", "gpu")
+def test_keras_scope_is_the_platform_of_the_device(device, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(jax, "devices", lambda backend: [device])
+    assert distribution_lib._to_backend_device(CUDA.keras_name) is device
 
 
-def test_the_check_leaves_memory_to_the_processes_that_measure_it(monkeypatch):
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE")
-
+def test_a_machine_without_cuda_is_refused(monkeypatch):
     def fail(backend):
         raise RuntimeError(f"Unknown backend {backend}")
 
     monkeypatch.setattr(jax, "devices", fail)
     with pytest.raises(InputError, match=r"no CUDA device is available\. Received: cuda"):
         runner.check(runner.Plan(device="cuda"))
-    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
 
 
 def test_candidates_are_measured(device, monkeypatch):
@@ -93,7 +90,7 @@ def test_pallas_is_measured_in_its_interpreter(device, monkeypatch):
 
 
 def test_rates_are_those_of_compiled_programs(device, monkeypatch):
-    monkeypatch.setattr("involution.benchmarking.devices.rates.DRAM_BYTES", 2**20)
+    monkeypatch.setattr("involution.benchmarking.devices.base.DRAM_BYTES", 2**20)
     read, write = CUDA.memory_bandwidth()
     assert read == write
     assert 1e6 < read < 1e13

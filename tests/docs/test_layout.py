@@ -201,7 +201,7 @@ ORDER = [
     "benchmarking.baselines",
     "benchmarking.exported",
     "benchmarking.paper_cuda",
-    "benchmarking.devices.rates",
+    "benchmarking.devices.base",
     "benchmarking.devices.cpu",
     "benchmarking.devices.torch_cuda",
     "benchmarking.devices.jax_cuda",

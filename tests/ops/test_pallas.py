@@ -131,6 +131,18 @@ def test_second_derivatives_match_taps():
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * float(jnp.abs(b).max()))
 
 
+def test_the_device_in_effect_decides(monkeypatch):
+    """On a machine with a GPU, ``jax.default_device`` and ``keras.device`` can name the CPU."""
+    monkeypatch.delenv("INVOLUTION_PALLAS_INTERPRET", raising=False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    problem = problem_of(Window(**CALL.arguments), jnp.asarray(CALL.arrays(0)[0], "float32"))
+    assert pallas.unsupported_reason(problem) is None
+    for device in (jax.devices("cpu")[0], "cpu"):
+        with jax.default_device(device):
+            reason = pallas.unsupported_reason(problem)
+        assert reason == "it requires a GPU, and JAX's default device is a cpu"
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 5, 6), (2, 0, 5, 6)])
 def test_empty_tensors(shape):
     x, kernel = jnp.ones(shape), jnp.ones((*shape[:-1], 9, 3))

@@ -55,6 +55,8 @@ def _jax_patches(x, out, k, s, d, pads):
         "SAME" if pads is None else pads,
         rhs_dilation=(d, d),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        # On GPUs the default is TensorFloat-32, which would round the copied values.
+        precision=jax.lax.Precision.HIGHEST,
     )
     return ops.swapaxes(ops.reshape(patches, (*patches.shape[:3], channels, k * k)), -1, -2)
 

@@ -2,10 +2,10 @@
 
 import keras
 
+from involution.benchmarking.devices.base import Bandwidth
 from involution.benchmarking.devices.cpu import Cpu
 from involution.benchmarking.devices.jax_cuda import JaxCuda
-from involution.benchmarking.devices.rates import Bandwidth, CaptureError
-from involution.benchmarking.devices.torch_cuda import TorchCuda
+from involution.benchmarking.devices.torch_cuda import CaptureError, TorchCuda
 
 Device = Cpu | TorchCuda | JaxCuda
 CUDA = JaxCuda() if keras.config.backend() == "jax" else TorchCuda()

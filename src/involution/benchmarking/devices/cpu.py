@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from involution.benchmarking.devices import rates
+from involution.benchmarking.devices import base
 from involution.ops.native import library
 from involution.ops.native.library import available_cpus
 from involution.utils import memory
@@ -37,10 +37,10 @@ class Cpu:
             pass
         return f"{name}, {available_cpus()} CPUs"
 
-    def timer(self, run: rates.Run) -> Callable[[], float]:
+    def timer(self, run: base.Run) -> Callable[[], float]:
         """A function that calls ``run`` and returns the seconds it took."""
 
-        return rates.wall_clock(run)
+        return base.wall_clock(run)
 
     def copy_bandwidth(self, total: int) -> float:
         """Warm: bytes per second, read plus written, of repeated copies by all CPUs.
@@ -49,24 +49,24 @@ class Cpu:
         if the bytes fit into a cache, it is the cache's bandwidth. Below about 1 MB per CPU, it is
         too low: the Python calls take longer than the copies.
         """
-        return _cpu_copy_bandwidth(total)
+        return _copy_bandwidth(total)
 
-    def memory_bandwidth(self) -> rates.Bandwidth:
+    def memory_bandwidth(self) -> base.Bandwidth:
         """Cold: bytes per second of all CPUs from and to memory.
 
-        Each CPU passes over its own buffer; together the buffers are ``rates.DRAM_BYTES``, or four
+        Each CPU passes over its own buffer; together the buffers are ``base.DRAM_BYTES``, or four
         times the caches if that is more, so nearly all lines come from memory. ``read`` is a
         maximum of the elements, loads only. ``write`` negates them in place: an ordinary store
         reads its line before it changes it, and the line is written back later, for the same
         bytes. Non-temporal stores, which skip that read, can be faster.
         """
-        return _cpu_memory_bandwidth()
+        return _memory_bandwidth()
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of all CPUs; a multiply-add is two operations."""
-        return _cpu_peak() / (2 if dtype == "float64" else 1)
+        return _peak() / (2 if dtype == "float64" else 1)
 
-    def peak_bytes(self, load: rates.Run, prepare: Callable[[], rates.Run]) -> int | None:
+    def peak_bytes(self, load: base.Run, prepare: Callable[[], base.Run]) -> int | None:
         """Peak memory of the prepared run with its arguments; ``load`` runs first, not counted."""
         if not os.path.exists("/proc/self/clear_refs"):
             return None
@@ -90,7 +90,7 @@ def rss(field: str) -> int:
 
 
 @functools.cache
-def _cpu_copy_bandwidth(total):
+def _copy_bandwidth(total):
     workers = available_cpus()
     size = max(total // 8 // workers, 1)
     pairs = [(np.ones(size, "float32"), np.empty(size, "float32")) for _ in range(workers)]
@@ -100,10 +100,10 @@ def _cpu_copy_bandwidth(total):
 
 
 @functools.cache
-def _cpu_memory_bandwidth():
+def _memory_bandwidth():
     workers = available_cpus()
     buffers = [
-        np.ones(rates.cold_bytes(_cache_bytes()) // 4 // workers, "int32") for _ in range(workers)
+        np.ones(base.cold_bytes(_cache_bytes()) // 4 // workers, "int32") for _ in range(workers)
     ]
     total = sum(buffer.nbytes for buffer in buffers)
     # A pass takes milliseconds, so the start of the threads is negligible.
@@ -111,7 +111,7 @@ def _cpu_memory_bandwidth():
         total / _best_seconds(function, buffers, repeats=10, calls=1)
         for function in (np.max, lambda buffer: np.negative(buffer, out=buffer))
     )
-    return rates.Bandwidth(read, write)
+    return base.Bandwidth(read, write)
 
 
 def _cache_bytes(root=pathlib.Path("/sys/devices/system/cpu")) -> int:
@@ -133,7 +133,7 @@ def _cache_bytes(root=pathlib.Path("/sys/devices/system/cpu")) -> int:
 
 
 @functools.cache
-def _cpu_peak():
+def _peak():
     """float32: multiply-adds in registers by the native core; without it, NumPy's matrix product,
     which is slower."""
     if library.targets():

@@ -5,11 +5,10 @@ a program has, the smaller the share.
 """
 
 import functools
-import os
 from collections.abc import Callable
 
 from involution.benchmarking import timed_program
-from involution.benchmarking.devices import rates
+from involution.benchmarking.devices import base
 
 CALLS = 20
 
@@ -23,8 +22,6 @@ class JaxCuda:
     measures_memory_in_subprocess = True
 
     def unavailable_reason(self) -> str | None:
-        # Otherwise this process takes most of the memory, and the ones that measure it have none.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         import jax
 
         try:
@@ -40,28 +37,29 @@ class JaxCuda:
         version, *_ = device.client.platform_version.splitlines()
         return f"{device.device_kind}, {version}"
 
-    def timer(self, run: rates.Run) -> Callable[[], float]:
+    def timer(self, run: base.Run) -> Callable[[], float]:
         """A function that calls ``run`` and returns the seconds it took."""
-        return rates.wall_clock(run)
+        return base.wall_clock(run)
 
     def copy_bandwidth(self, total: int) -> float:
         """Warm: bytes per second, read plus written, of repeated negations of half of ``total``
         bytes; if the bytes fit into the L2 cache, it is the cache's bandwidth."""
         return _copy_bandwidth(total)
 
-    def memory_bandwidth(self) -> rates.Bandwidth:
-        """Cold: bytes per second of negations of ``rates.DRAM_BYTES`` in device memory, reads and
+    def memory_bandwidth(self) -> base.Bandwidth:
+        """Cold: bytes per second of negations of ``base.DRAM_BYTES`` in device memory, reads and
         writes at one rate; L2 caches of up to a quarter of it hold little of them."""
-        both = _copy_bandwidth(rates.DRAM_BYTES)
-        return rates.Bandwidth(both, both)
+        both = _copy_bandwidth(base.DRAM_BYTES)
+        return base.Bandwidth(both, both)
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of the matrix product of this type, float32 without TensorFloat-32."""
         return _peak(dtype)
 
-    def peak_bytes(self, load: rates.Run, prepare: Callable[[], rates.Run]) -> int | None:
+    def peak_bytes(self, load: base.Run, prepare: Callable[[], base.Run]) -> int | None:
         """Peak memory of the prepared run with its arguments, in a process of its own: ``load``
-        runs first and uses less."""
+        runs first and uses less. The process that starts it must leave it memory, as with
+        ``XLA_PYTHON_CLIENT_PREALLOCATE=false``."""
         import jax
 
         (device, *_) = jax.devices("cuda")
@@ -89,7 +87,7 @@ def _peak(dtype):
     return 2 * n**3 / _seconds(product, [a, a])
 
 
-def _seconds(function, arguments, repeats=10):
-    timer = rates.wall_clock(timed_program.repeat(function, arguments, calls=CALLS))
+def _seconds(function, arguments):
+    timer = base.wall_clock(timed_program.repeat(function, arguments, calls=CALLS))
     timer()  # compiles
-    return min(timer() for _ in range(repeats)) / CALLS
+    return base.best_seconds(timer, CALLS)

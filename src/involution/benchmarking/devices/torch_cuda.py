@@ -9,7 +9,13 @@ from collections.abc import Callable
 
 import keras
 
-from involution.benchmarking.devices import rates
+from involution.benchmarking.devices import base
+
+CALLS = 20
+
+
+class CaptureError(Exception):
+    """A program cannot be captured in a CUDA graph."""
 
 
 class TorchCuda:
@@ -30,11 +36,11 @@ class TorchCuda:
 
         return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 
-    def timer(self, run: rates.Run) -> Callable[[], float]:
+    def timer(self, run: base.Run) -> Callable[[], float]:
         """Captures ``run`` in a CUDA graph: a function that replays it and returns the seconds.
 
         Raises:
-            rates.CaptureError: ``run`` has operations that CUDA graphs do not support.
+            CaptureError: ``run`` has operations that CUDA graphs do not support.
         """
         import torch
 
@@ -50,7 +56,7 @@ class TorchCuda:
                 run()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise rates.CaptureError(f"CUDA graph capture failed: {reason}") from error
+            raise CaptureError(f"CUDA graph capture failed: {reason}") from error
 
         def timed():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -67,24 +73,24 @@ class TorchCuda:
         to the other half; if the bytes fit into the L2 cache, it is the cache's bandwidth."""
         return _copy_bandwidth(total)
 
-    def memory_bandwidth(self) -> rates.Bandwidth:
+    def memory_bandwidth(self) -> base.Bandwidth:
         """Cold: bytes per second of copies in device memory.
 
-        The copied bytes are ``rates.DRAM_BYTES``, or four times the L2 cache if that is more. Reads
+        The copied bytes are ``base.DRAM_BYTES``, or four times the L2 cache if that is more. Reads
         and writes have one rate, since a device's stores of whole sectors do not read them first.
         """
         import torch
 
         # Older versions of PyTorch do not have the size.
         cache = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0)
-        both = _copy_bandwidth(rates.cold_bytes(cache))
-        return rates.Bandwidth(both, both)
+        both = _copy_bandwidth(base.cold_bytes(cache))
+        return base.Bandwidth(both, both)
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of cuBLAS's matrix product of this type."""
         return _peak(dtype)
 
-    def peak_bytes(self, load: rates.Run, prepare: Callable[[], rates.Run]) -> int | None:
+    def peak_bytes(self, load: base.Run, prepare: Callable[[], base.Run]) -> int | None:
         import torch
 
         load()
@@ -104,7 +110,7 @@ def _copy_bandwidth(total):
 
     source = torch.ones(max(total // 8, 1), device="cuda")
     target = torch.empty_like(source)
-    return total / _best_seconds(lambda: target.copy_(source))
+    return total / _seconds(lambda: target.copy_(source))
 
 
 @functools.cache
@@ -113,9 +119,9 @@ def _peak(dtype):
 
     n = 4096
     a = torch.randn(n, n, device="cuda").to(getattr(torch, dtype))
-    return 2 * n**3 / _best_seconds(lambda: a @ a)
+    return 2 * n**3 / _seconds(lambda: a @ a)
 
 
-def _best_seconds(function, repeats=10, calls=20):
-    timer = TorchCuda().timer(lambda: [function() for _ in range(calls)])
-    return min(timer() for _ in range(repeats)) / calls
+def _seconds(function):
+    timer = TorchCuda().timer(lambda: [function() for _ in range(CALLS)])
+    return base.best_seconds(timer, CALLS)

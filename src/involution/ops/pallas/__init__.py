@@ -18,7 +18,9 @@ def unsupported_reason(problem) -> str | None:
         return "it requires JAX arrays"
     import jax
 
-    platform = jax.default_backend()
+    # What `jax.default_device` and `keras.device` set: a device, or the name of a platform.
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    platform = getattr(device, "platform", device) or jax.default_backend()
     if platform != "gpu" and not is_interpreter():
         return f"it requires a GPU, and JAX's default device is a {platform}"
     shapes = (problem.x_shape, problem.output_shape, problem.kernel_shape)

@@ -1,4 +1,4 @@
-"""What the devices share: timers by the wall clock, and buffers larger than the caches."""
+"""What the devices share: timing, and the size of buffers that exceed the caches."""
 
 import time
 from collections.abc import Callable
@@ -16,10 +16,6 @@ class Bandwidth(NamedTuple):
     write: float
 
 
-class CaptureError(Exception):
-    """A program cannot be captured in a CUDA graph."""
-
-
 def cold_bytes(caches: int) -> int:
     """Bytes of buffers that caches of ``caches`` bytes hold little of."""
     return max(DRAM_BYTES, 4 * caches)
@@ -34,3 +30,8 @@ def wall_clock(run: Run) -> Callable[[], float]:
         return time.perf_counter() - started
 
     return timed
+
+
+def best_seconds(timer: Callable[[], float], calls: int, repeats: int = 10) -> float:
+    """Seconds of one of the ``calls`` that each run of ``timer`` times: the minimum of runs."""
+    return min(timer() for _ in range(repeats)) / calls
