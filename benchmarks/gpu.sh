@@ -5,7 +5,8 @@
 #     PYTHON=python3 sh benchmarks/gpu.sh [FOLDER]
 #
 # Requires PyTorch with CUDA and Triton, Keras, pytest, pytest-xdist, hypothesis and, for `paper-cuda`,
-# CuPy. JAX with CUDA is measured where it is installed. Writes logs and CSV files to FOLDER (default: build/gpu).
+# CuPy. JAX with CUDA is measured where it is installed. Writes logs and CSV files to FOLDER (default:
+# build/gpu).
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
