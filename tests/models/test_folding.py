@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import involution
-from involution.kernel_generators import Bottleneck, Contextual
+from involution.kernel_generators import Bottleneck, Contextual, LargeContext
 from involution.models import fold
 from tests.support.backends import numpy
 
@@ -74,6 +74,38 @@ def test_every_kind_of_layer():
     x = layers.BatchNormalization(center=False)(layers.Dense(7, use_bias=False)(x))
     x = layers.BatchNormalization(name="after_activation")(layers.Dense(7, "relu")(x))
     assert_folds(with_statistics(keras.Model(inputs, x)), ["first", "after_activation"])
+
+
+def test_depthwise_convolutions():
+    inputs = keras.Input((9, 8, 6))
+    x = layers.DepthwiseConv2D(3, depth_multiplier=2, use_bias=False)(inputs)
+    x = layers.BatchNormalization()(x)
+    x = layers.Reshape((-1, 12))(x)
+    x = layers.BatchNormalization()(layers.DepthwiseConv1D(5)(x))
+    assert_folds(with_statistics(keras.Model(inputs, x)), [])
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_lsnet(data_format):
+    shape = (64, 72, 3) if data_format == "channels_last" else (3, 64, 72)
+    model = with_statistics(involution.models.LSNetT(shape, classes=5, data_format=data_format))
+    remaining = [x for x in normalizations(model) if x.endswith("involution_bn") or x == "head_bn"]
+    folded = assert_folds(model, remaining)
+    generators = [x.kernel_generator for x in folded.layers if hasattr(x, "kernel_generator")]
+    assert generators
+    assert not any(generator.use_normalization for generator in generators)
+
+
+def test_large_context_without_normalization_survives_saving(tmp_path):
+    generator = LargeContext(2, use_normalization=False)
+    model = keras.Sequential(
+        [keras.Input((6, 5, 4)), involution.Involution2D(3, kernel_generator=generator)]
+    )
+    assert not any("moving_mean" in weight.path for weight in model.weights)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    x = np.random.default_rng(0).normal(size=(1, 6, 5, 4)).astype("float32")
+    np.testing.assert_array_equal(numpy(model(x)), numpy(loaded(x)))
 
 
 def test_layers_whose_output_has_other_uses_stay():

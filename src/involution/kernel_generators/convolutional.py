@@ -187,6 +187,8 @@ class Bottleneck(Linear):
     (1, 8, 8, 18)
     """
 
+    # Convolutions, and the normalization that follows each, if ``use_normalization``.
+    NORMALIZED = (("reduce", "normalization"),)
     # Kernel size of the first convolution.
     _context_size = 1
 

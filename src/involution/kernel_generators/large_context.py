@@ -34,6 +34,8 @@ class LargeContext(Linear):
         reduction_ratio: Channels of the features for each hidden channel.
         context_size: Side of the window of the depthwise convolution, in output positions.
         kernel_normalization: Whether kernels are normalized.
+        use_normalization: Whether the hidden channels are normalized, after each convolution but
+            the last. If not, these convolutions have biases.
         **kwargs: As for ``Linear``.
 
     Raises:
@@ -54,11 +56,25 @@ class LargeContext(Linear):
     (1, 9, 8, 32)
     """
 
+    # As in ``Bottleneck``.
+    NORMALIZED = (
+        ("reduce", "reduce_normalization"),
+        ("context", "context_normalization"),
+        ("mix", "mix_normalization"),
+    )
+
     @check_names
     def __init__(
-        self, reduction_ratio=2, *, context_size=7, kernel_normalization=True, **kwargs
+        self,
+        reduction_ratio=2,
+        *,
+        context_size=7,
+        kernel_normalization=True,
+        use_normalization=True,
+        **kwargs,
     ) -> None:
         super().__init__(**kwargs)
+        self.use_normalization = bool(use_normalization)
         (self.reduction_ratio,) = standardize_tuple("reduction_ratio", reduction_ratio, 1)
         (self.context_size,) = standardize_tuple("context_size", context_size, 1)
         self.kernel_normalization = self.normalizes_kernels = bool(kernel_normalization)
@@ -71,22 +87,26 @@ class LargeContext(Linear):
                 f"padding other than 'causal'. Received: kernel_size={self.kernel_size}, "
                 f"padding={self.padding!r}"
             )
-        self.reduce = self.make_convolution("reduce", hidden, channels, use_bias=False)
-        self.reduce_normalization = self.make_normalization("reduce_normalization", hidden)
+        use_bias = not self.use_normalization
+        self.reduce = self.make_convolution("reduce", hidden, channels, use_bias=use_bias)
+        if self.use_normalization:
+            self.reduce_normalization = self.make_normalization("reduce_normalization", hidden)
         self.context = getattr(keras.layers, f"DepthwiseConv{rank}D")(
             self.context_size,
             padding=SAME,
             data_format=CHANNELS_LAST,
-            use_bias=False,
+            use_bias=use_bias,
             depthwise_initializer="he_normal",
             depthwise_regularizer=self.kernel_regularizer,
             dtype=self.dtype_policy,
             name="context",
         )
         self.context.build((None,) * (rank + 1) + (hidden,))
-        self.context_normalization = self.make_normalization("context_normalization", hidden)
-        self.mix = self.make_convolution("mix", hidden, hidden, use_bias=False)
-        self.mix_normalization = self.make_normalization("mix_normalization", hidden)
+        if self.use_normalization:
+            self.context_normalization = self.make_normalization("context_normalization", hidden)
+        self.mix = self.make_convolution("mix", hidden, hidden, use_bias=use_bias)
+        if self.use_normalization:
+            self.mix_normalization = self.make_normalization("mix_normalization", hidden)
         self.expand = self.make_convolution("expand", self.kernel_channels, hidden)
         if self.kernel_normalization:
             # In float32, as statistics are.
@@ -99,11 +119,14 @@ class LargeContext(Linear):
             )
 
     def hidden(self, features):
-        training = training_argument()
-        x = self.reduce(average_pool(features, self.strides))
-        x = ops.relu(self.reduce_normalization(x, **training))
-        x = self.context_normalization(self.context(x), **training)
-        return ops.relu(self.mix_normalization(self.mix(x), **training))
+        x = average_pool(features, self.strides)
+        for convolution, normalization in self.NORMALIZED:
+            x = getattr(self, convolution)(x)
+            if self.use_normalization:
+                x = getattr(self, normalization)(x, **training_argument())
+            if convolution != "context":
+                x = ops.relu(x)
+        return x
 
     def normalized_kernels(self, hidden):
         """The kernels of ``expand``, normalized.
@@ -160,4 +183,5 @@ class LargeContext(Linear):
             "reduction_ratio": self.reduction_ratio,
             "context_size": self.context_size,
             "kernel_normalization": self.kernel_normalization,
+            "use_normalization": self.use_normalization,
         }

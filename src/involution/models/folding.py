@@ -8,12 +8,14 @@ import numpy as np
 from keras import tree
 
 from involution.kernel_generators.convolutional import Bottleneck, Contextual
+from involution.kernel_generators.large_context import LargeContext
 from involution.kernel_generators.pointwise import AFFINE
 from involution.layers.base import BaseInvolution
 
 # Compared by exact type: a subclass may compute something else.
-LAYERS = (*AFFINE, keras.layers.Dense)
-GENERATORS = (Bottleneck, Contextual)
+DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+LAYERS = (*AFFINE, *DEPTHWISE, keras.layers.Dense)
+GENERATORS = (Bottleneck, Contextual, LargeContext)
 
 
 def fold(model: keras.Model) -> keras.Model:
@@ -21,10 +23,11 @@ def fold(model: keras.Model) -> keras.Model:
     precedes it.
 
     The normalization's scale and offset become part of the weights of the convolution or dense
-    layer before it, if this has no activation and no other layer uses its output, and of the first
-    convolution of ``Bottleneck`` and ``Contextual`` generators. Other normalization stays, for
-    example after an involution, whose channels share kernels. Functional models inside the model
-    are folded too. Outputs equal those of ``model`` with ``training=False`` up to rounding.
+    layer before it, if this has no activation and no other layer uses its output, and of the
+    convolutions of ``Bottleneck``, ``Contextual`` and ``LargeContext`` generators. Other
+    normalization stays, for example after an involution, whose channels share kernels. Functional
+    models inside the model are folded too. Outputs equal those of ``model`` with
+    ``training=False`` up to rounding.
 
     Args:
         model: A functional or sequential model that is built. It is not modified.
@@ -95,8 +98,14 @@ def fold(model: keras.Model) -> keras.Model:
             _merge(source, normalization[layer.name], layer)
         elif _has_folded_generator(source):
             old, new = source.kernel_generator, layer.kernel_generator
-            _copy_state(source, layer, old.normalization.weights, [new.reduce.bias])
-            _merge(old.reduce, old.normalization, new.reduce)
+            parts = [
+                (getattr(old, name), getattr(old, bn), getattr(new, name))
+                for name, bn in old.NORMALIZED
+            ]
+            removed_weights = [weight for _, bn, _ in parts for weight in bn.weights]
+            _copy_state(source, layer, removed_weights, [target.bias for *_, target in parts])
+            for part in parts:
+                _merge(*part)
         else:
             _copy_state(source, layer)
     folded.trainable = False
@@ -158,13 +167,16 @@ def _channel_axis(layer) -> int:
 
 
 def _has_folded_generator(layer) -> bool:
-    generator = getattr(layer, "kernel_generator", None)
+    if not isinstance(layer, BaseInvolution):
+        return False
+    generator = layer.kernel_generator
     return (
-        isinstance(layer, BaseInvolution)
-        and type(generator) in GENERATORS
-        and getattr(generator, "use_normalization", False)
-        and _has_plain_weights(getattr(generator, "reduce", None))
-        and _has_plain_weights(getattr(generator, "expand", None))
+        type(generator) in GENERATORS
+        and generator.use_normalization
+        and all(
+            _has_plain_weights(getattr(generator, name, None))
+            for name in (*dict(generator.NORMALIZED), "expand")
+        )
     )
 
 
@@ -204,6 +216,8 @@ def _merge(source, bn, target):
 
     scale = values(bn.gamma, 1.0) / np.sqrt(values(bn.moving_variance) + bn.epsilon)
     bias = values(source.bias if source.use_bias else None)
-    target.kernel.assign((values(source.kernel) * scale).astype(target.kernel.dtype))
+    # The output channels of a depthwise convolution are the last two axes of its kernel.
+    by_channel = scale.reshape(source.kernel.shape[-2:]) if type(source) in DEPTHWISE else scale
+    target.kernel.assign((values(source.kernel) * by_channel).astype(target.kernel.dtype))
     offset = values(bn.beta) + (bias - values(bn.moving_mean)) * scale
     target.bias.assign(offset.astype(target.bias.dtype))
