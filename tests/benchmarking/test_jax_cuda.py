@@ -39,8 +39,8 @@ def device(monkeypatch):
     return fake
 
 
-def test_keras_scope_is_the_platform_of_the_device(device, monkeypatch):
-    monkeypatch.undo()
+def test_keras_scope_is_the_platform_of_the_device(monkeypatch):
+    device = FakeDevice()
     monkeypatch.setattr(jax, "devices", lambda backend: [device])
     assert distribution_lib._to_backend_device(CUDA.keras_name) is device
 

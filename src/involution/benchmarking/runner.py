@@ -160,13 +160,14 @@ def check(plan: Plan, output: pathlib.Path | None = None) -> None:
 def run(plan: Plan, log=lambda line: None) -> Iterator[Row]:
     """Yields the measurements; ``log`` receives a line for each skipped candidate, with the
     reason."""
+    scope = DEVICES[plan.device].keras_name
     for case in _cases(plan):
         for dtype in plan.dtypes:
             # No yield inside keras.device: it would also apply to the caller's code.
-            with keras.device(DEVICES[plan.device].keras_name):
+            with keras.device(scope):
                 candidates = dict(_candidates(case, dtype, plan, log))
             for passes in PASSES:
-                with keras.device(DEVICES[plan.device].keras_name):
+                with keras.device(scope):
                     rows = list(_rows(case, dtype, passes, candidates, plan, log))
                 yield from rows
 

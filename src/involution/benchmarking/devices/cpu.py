@@ -39,7 +39,6 @@ class Cpu:
 
     def timer(self, run: base.Run) -> Callable[[], float]:
         """A function that calls ``run`` and returns the seconds it took."""
-
         return base.wall_clock(run)
 
     def copy_bandwidth(self, total: int) -> float:

@@ -57,9 +57,12 @@ class JaxCuda:
         return _peak(dtype)
 
     def peak_bytes(self, load: base.Run, prepare: Callable[[], base.Run]) -> int | None:
-        """Peak memory of the prepared run with its arguments, in a process of its own: ``load``
-        runs first and uses less. The process that starts it must leave it memory, as with
-        ``XLA_PYTHON_CLIENT_PREALLOCATE=false``."""
+        """Peak device memory of the prepared run and its arguments.
+
+        JAX cannot reset a peak, so the call needs a new process, and ``load``, which runs first,
+        must allocate less than the run. The parent process must not preallocate the device's
+        memory (``XLA_PYTHON_CLIENT_PREALLOCATE=false``), or the new one has none.
+        """
         import jax
 
         (device, *_) = jax.devices("cuda")

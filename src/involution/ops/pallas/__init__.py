@@ -18,7 +18,8 @@ def unsupported_reason(problem) -> str | None:
         return "it requires JAX arrays"
     import jax
 
-    # What `jax.default_device` and `keras.device` set: a device, or the name of a platform.
+    # What `jax.default_device` and `keras.device` set: a device, or the name of a platform. JAX
+    # defines the attribute when it is imported, which the type checker does not see.
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     platform = getattr(device, "platform", device) or jax.default_backend()
     if platform != "gpu" and not is_interpreter():
