@@ -85,6 +85,11 @@ def test_depthwise_convolutions():
     assert_folds(with_statistics(keras.Model(inputs, x)), [])
 
 
+def test_a_layer_whose_generator_is_no_object():
+    model = with_statistics(involution.models.inn((8, 8, 3), classes=4))
+    assert_folds(model, normalizations(model))
+
+
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_lsnet(data_format):
     shape = (64, 72, 3) if data_format == "channels_last" else (3, 64, 72)

@@ -2,6 +2,7 @@
 
 import collections
 import tempfile
+import typing
 
 import keras
 import numpy as np
@@ -167,11 +168,10 @@ def _channel_axis(layer) -> int:
 
 
 def _has_folded_generator(layer) -> bool:
-    if not isinstance(layer, BaseInvolution):
-        return False
-    generator = layer.kernel_generator
+    generator: typing.Any = getattr(layer, "kernel_generator", None)
     return (
-        type(generator) in GENERATORS
+        isinstance(layer, BaseInvolution)
+        and type(generator) in GENERATORS
         and generator.use_normalization
         and all(
             _has_plain_weights(getattr(generator, name, None))
