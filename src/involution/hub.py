@@ -17,7 +17,7 @@ from involution.models import specs, weights
 from involution.models.convert import convert
 from involution.saving.classifier import load as load_classifier
 from involution.utils.atomic_files import write_text
-from involution.utils.errors import InputError, escape_controls
+from involution.utils.errors import InputError, escape_controls, one_line
 
 try:
     import huggingface_hub
@@ -259,8 +259,7 @@ def _check_hash(file):
 
 
 def _hub_error(repo, error) -> InputError:
-    reason = " ".join(str(error).split())[:300]
     return InputError(
         "A repository must exist, be accessible and have the revision. "
-        f"Received: {repo}: {type(error).__name__}: {reason}"
+        f"Received: {repo}: {type(error).__name__}: {one_line(error)}"
     )

@@ -392,7 +392,7 @@ def test_cifar10_is_downloaded_only_on_request(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"--download \(163 MB\)"):
         datasets.load("cifar10")
     assert not requests
-    with pytest.raises(InputError, match=r"CIFAR-10 could not be downloaded: no route"):
+    with pytest.raises(InputError, match=r"CIFAR-10 must be downloadable.*gz: no route"):
         datasets.load("cifar10", download=True)
     assert requests[0]["file_hash"] == datasets.CIFAR10_KERAS_SHA256
 

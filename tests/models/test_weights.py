@@ -1,6 +1,8 @@
 """The folder format of models: names of weights, content, damaged folders."""
 
 import json
+import os
+import pathlib
 import types
 
 import keras
@@ -12,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from involution import models
 from involution.models import weights
 from involution.models.checkpoint_readers import CheckpointError
-from involution.utils import atomic_files
+from involution.utils.errors import WriteError
 from tests.models import test_checkpoint_readers
 from tests.support.backends import numpy
 from tests.support.keras_io_formula import randomize
@@ -216,16 +218,37 @@ def test_content_of_a_folder(tmp_path, monkeypatch):
     assert weights.read_config(str(tmp_path))["extra"] == {}
 
 
-def test_configuration_is_written_last(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing", ["model.safetensors", "config.json"])
+def test_a_folder_with_a_configuration_is_complete(failing, tmp_path, monkeypatch):
     small(monkeypatch)
-    written = []
-    real = atomic_files.atomic_write
-    monkeypatch.setattr(
-        atomic_files, "atomic_write", lambda path: written.append(path.name) or real(path)
-    )
-    weights.save(tmp_path, "small", {}, weights.MODELS["small"]())
-    assert written == ["model.safetensors", "config.json"]
-    with pytest.raises(ValueError, match=r"^`name` must be one of .*, small\. Received: name='x'$"):
+    model = weights.MODELS["small"]()
+    weights.save(tmp_path, "small", {}, model)
+    real = pathlib.Path.replace
+
+    def replace(source, target):
+        if target.name == failing:
+            raise OSError("killed")
+        return real(source, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", replace)
+    with pytest.raises(WriteError, match="killed"):
+        weights.save(tmp_path, "small", {}, model)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_failed_save_keeps_the_model(tmp_path, monkeypatch):
+    small(monkeypatch)
+    model = weights.MODELS["small"]()
+    weights.save(tmp_path, "small", {}, model, {"note": "old"})
+    monkeypatch.setattr(weights, "save_arrays", lambda tensors: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        weights.save(tmp_path, "small", {}, model, {"note": "new"})
+    assert weights.read_config(tmp_path)["extra"] == {"note": "old"}
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+def test_names_of_models_must_be_known(tmp_path):
+    with pytest.raises(ValueError, match=r"^`name` must be one of .*\. Received: name='x'$"):
         weights.save(tmp_path, "x", {}, None)
 
 
@@ -268,7 +291,7 @@ def test_error_messages(tmp_path, monkeypatch):
         return rejection(tmp_path)
 
     rule = f"A model's arguments must be valid for small. Received: {config}: RuntimeError: "
-    assert message(arguments={"wings": 2}) == (rule + "no " + "wings " * 100)[: len(rule) + 300]
+    assert message(arguments={"wings": 2}) == (rule + "no " + "wings " * 100)[: len(rule) + 297] + "..."
     rule = (
         "A model folder must contain config.json and model.safetensors as involution writes them. "
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import struct
 import types
 import zipfile
@@ -171,7 +172,9 @@ def test_load_accepts_files_folders_and_names(stub_model, tmp_path, monkeypatch)
     )
     # Local folders take precedence over pretrained models.
     (tmp_path / "inn-cifar10").mkdir()
-    assert message(classifiers.load, "inn-cifar10") == INVALID_CLASSIFIER + "inn-cifar10"
+    assert message(classifiers.load, "inn-cifar10").startswith(
+        f"{INVALID_CLASSIFIER}inn-cifar10: CheckpointError: "
+    )
     assert message(classifiers.load, "magic") == (
         "A model must be a .keras file, a folder, or one of cnn-cifar10, inn-cifar10, "
         "rednet_tiny-cifar10. Received: magic, which does not exist"
@@ -205,11 +208,17 @@ def test_metadata_must_match_the_model(tmp_path):
     assert message(lambda: load("inn", kernels)).startswith(prefix)
 
 
-def test_is_model_accepts_files_folders_and_pretrained_names(tmp_path):
+def test_is_model_accepts_files_folders_and_pretrained_names(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
     for name in ("x.keras", str(tmp_path / "model"), "inn-cifar10"):
         assert classifiers.is_model(name)
+    assert classifiers.resolve("inn-cifar10") == pretrained.path("inn-cifar10")
+    # A local folder has precedence, for every command.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inn-cifar10").mkdir()
+    assert not classifiers.is_model("inn-cifar10")
+    assert classifiers.resolve("inn-cifar10") == pathlib.Path("inn-cifar10")
     for name in (
         str(tmp_path),
         "x.png",
@@ -261,7 +270,27 @@ def test_is_model_accepts_files_folders_and_pretrained_names(tmp_path):
 )
 def test_invalid_metadata_is_rejected(entry, stub_model, tmp_path):
     path = archive(tmp_path / "x.keras", entry)
-    assert message(classifiers.load, path) == f"{INVALID_CLASSIFIER}{path}"
+    assert message(classifiers.load, path).startswith(f"{INVALID_CLASSIFIER}{path}: ")
+
+
+def test_invalid_metadata_is_named(stub_model, tmp_path):
+    path = archive(tmp_path / "x.keras", json.dumps(METADATA | {"scaling": "pixels"}))
+    expected = f"{INVALID_CLASSIFIER}{path}: ValueError: scaling 'pixels'"
+    assert message(classifiers.load, path) == expected
+    assert message(classifiers.image_shape, path) == expected
+
+
+def test_out_of_memory_is_not_an_invalid_file(stub_model, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise MemoryError
+
+    path = archive(tmp_path / "x.keras")
+    monkeypatch.setattr(classifiers.keras_archive, "member", fail)
+    with pytest.raises(MemoryError):
+        classifiers.load(path)
+    monkeypatch.setattr(classifiers.keras_archive, "check", fail)
+    with pytest.raises(MemoryError):
+        classifiers.load_weights(None, path)
 
 
 def test_invalid_archives_are_rejected(stub_model, tmp_path):
@@ -288,7 +317,7 @@ def test_invalid_archives_are_rejected(stub_model, tmp_path):
         patched((18, 20), 4, struct.unpack("<I", valid[18:22])[0] - 5),  # truncated
     ):
         path.write_bytes(content)
-        assert message(classifiers.load, path) == f"{INVALID_CLASSIFIER}{path}"
+        assert message(classifiers.load, path).startswith(f"{INVALID_CLASSIFIER}{path}: ")
 
 
 def test_code_in_a_keras_file_is_not_executed(tmp_path):
@@ -325,4 +354,4 @@ def test_keras_errors_are_shortened_to_one_line(classifier, tmp_path, monkeypatc
     classifier.save(tmp_path / "x.keras")
     monkeypatch.setattr(keras.saving, "load_model", fail)
     text = message(classifiers.load_model, tmp_path / "x.keras")
-    assert text == f"{INVALID_KERAS_FILE}{tmp_path / 'x.keras'}: {('a b ' * 250)}"
+    assert text == f"{INVALID_KERAS_FILE}{tmp_path / 'x.keras'}: {('a b ' * 250)[:997]}..."

@@ -81,8 +81,10 @@ def test_further_epochs_require_the_final_state(train, tmp_path):
     train(tmp_path, epochs=1)
     for file in (tmp_path / "checkpoints").glob("final-*"):
         file.write_bytes(b"damaged")
-    with pytest.raises(InputError, match="must contain the state of the training"):
-        train(tmp_path, resume=True, epochs=2)
+    lines = []
+    with pytest.raises(InputError, match="must contain the intact state of the training"):
+        train(tmp_path, lines, resume=True, epochs=2)
+    assert any("The final state of net is corrupt and skipped: " in line for line in lines)
 
 
 def test_a_run_killed_before_its_model_was_written_saves_the_averages(train, tmp_path, monkeypatch):
@@ -265,6 +267,8 @@ def fail(label):
         def on_epoch_end(self, epoch, logs=None): raise RuntimeError("no disk")
     return [Failing()]
 def wrong(label): return [print]
+def raising(label): raise RuntimeError("no\n logger")
+def nothing(label): pass
 """
     (tmp_path / "own_callbacks.py").write_text(code)
     monkeypatch.chdir(tmp_path)
@@ -278,6 +282,8 @@ def wrong(label): return [print]
     for name, message in (
         ("own_callbacks:fail", r"A callback must not raise\. Received: on_epoch_end: no disk"),
         ("own_callbacks:wrong", "`callbacks` must return Keras callbacks"),
+        ("own_callbacks:raising", r"must return a list.*raising: RuntimeError: no logger"),
+        ("own_callbacks:nothing", r"must return a list.*nothing: TypeError: "),
         ("own_callbacks:none", "must name a function that can be imported"),
         ("make", "must be FILE.py:FUNCTION or MODULE:FUNCTION"),
     ):

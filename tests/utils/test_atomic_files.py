@@ -106,13 +106,13 @@ def test_folder_handle_is_closed_on_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "close", lambda handle: closed.append(handle) or real_close(handle))
     with pytest.raises(OSError, match="Input/output error"):
-        atomic_files._sync_folder(tmp_path)
+        atomic_files.sync_folder(tmp_path)
     assert len(handles) == 1
     assert closed == handles
     # Folders cannot be opened on Windows.
     with monkeypatch.context() as patch:
         patch.setattr(os, "name", "nt")
-        atomic_files._sync_folder("missing")
+        atomic_files.sync_folder("missing")
 
 
 def test_remove_temporaries_deletes_only_temporary_files(tmp_path):

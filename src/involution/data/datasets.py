@@ -23,7 +23,7 @@ from involution.data.image_formats import NAMES
 from involution.data.lazy_images import LazyImages
 from involution.utils import memory
 from involution.utils.atomic_files import sha256
-from involution.utils.errors import InputError
+from involution.utils.errors import InputError, one_line
 
 CIFAR10_CLASSES = [
     "airplane",
@@ -200,7 +200,8 @@ def _digits() -> Dataset:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise InputError(
-            "The data set digits requires scikit-learn: pip install 'involution[compare]'"
+            "The data set digits requires scikit-learn: pip install 'involution[compare]'. "
+            f"Received: no module {error.name}"
         ) from error
     bundle = load_digits()
     # The inn, three involutions with pooling, does not learn from 8x8 images.
@@ -240,7 +241,10 @@ def _keras_archive(download) -> pathlib.Path:
             fname=CIFAR10_KERAS, origin=CIFAR10_ORIGIN, file_hash=CIFAR10_KERAS_SHA256
         )
     except Exception as error:  # without a network Keras raises Exception itself
-        raise InputError(f"CIFAR-10 could not be downloaded: {error}") from error
+        raise InputError(
+            "CIFAR-10 must be downloadable, or given as the path of its archive. "
+            f"Received: {CIFAR10_ORIGIN}: {one_line(error)}"
+        ) from error
     return pathlib.Path(downloaded)
 
 
@@ -376,7 +380,7 @@ def _decode_all(
             with source.open() as file:
                 return read_image(file, image_size, crop_fraction)
         except (InputError, OSError) as error:
-            return InputError(" ".join(str(error).split()))
+            return InputError(one_line(error))
 
     if exceeds_decode_limit:
         first = decode(sources[0]) if image_size is None else np.empty((*image_size, 3), "uint8")

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from involution.data.image_formats import hint, suffixes, unsupported_suffixes
-from involution.utils.errors import InputError
+from involution.utils.errors import InputError, one_line
 
 # Created by file servers and operating systems; ignored.
 SYSTEM_FOLDERS = (
@@ -320,7 +320,7 @@ def _scan_archives(archives, split_names, skipped) -> SourcesByClass:
         except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
             raise InputError(
                 f"A tar file of images must be complete and uncompressed. Received: {archive}: "
-                f"{' '.join(str(error).split())}"
+                f"{one_line(error)}"
             ) from error
     in_folders = [path for path, _ in contents.by_path if len(path) > 1]
     for label, image in contents.labeled:

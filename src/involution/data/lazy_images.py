@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from involution.data.decode import read_image
-from involution.utils.errors import InputError
+from involution.utils.errors import InputError, one_line
 
 
 class LazyImages:
@@ -65,5 +65,5 @@ class LazyImages:
                     "(--image-size) is given"
                 )
         except (InputError, OSError) as error:
-            raise InputError(f"{' '.join(str(error).split())}. Received: {source}") from error
+            raise InputError(f"{one_line(error)}. Received: {source}") from error
         return image

@@ -25,7 +25,7 @@ from involution.models import fold
 from involution.ops import force_implementation
 from involution.ops.dispatch import PORTABLE
 from involution.saving.classifier import SCALING, Classifier
-from involution.utils.atomic_files import atomic_write
+from involution.utils import atomic_files
 from involution.utils.errors import InputError
 
 FORMATS = ("onnx", "saved_model", "pt2", "tflite")
@@ -323,16 +323,11 @@ def _temporary_folder(path):
 
 
 def _commit(temporary, path):
-    try:
-        if temporary.is_dir():
-            temporary.rename(path)
-            return
-        with atomic_write(path) as replacement:
-            temporary.replace(replacement)
-    except OSError as error:
-        raise InputError(
-            f"The exported file must be writable. Received: {path}: {error.strerror}"
-        ) from error
+    if temporary.is_dir():
+        atomic_files.move_folder(temporary, path)
+        return
+    with atomic_files.atomic_write(path) as replacement:
+        temporary.replace(replacement)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 
-from involution.utils.errors import InputError
+from involution.utils.errors import InputError, one_line, out_of_memory_reason
 
 
 class ExportError(InputError):
@@ -26,11 +26,8 @@ def as_export_error(message):
     except ExportError:
         raise
     except Exception as error:  # exporters and runtimes document no exception types
+        if out_of_memory_reason(error) is not None:
+            raise
         raise ExportError(
-            f"{message}. Received: {type(error).__name__}: {_one_line(error)}"
+            f"{message}. Received: {type(error).__name__}: {one_line(error)}"
         ) from error
-
-
-def _one_line(error) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + "..."

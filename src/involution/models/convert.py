@@ -30,6 +30,7 @@ from involution.models.checkpoint_readers import CheckpointError
 from involution.models.numpy_lsnet import LSNet
 from involution.models.rednet import VARIANTS
 from involution.models.weight_map import IDENTITY, KERNEL, TRANSPOSE, WeightMap, tap_major
+from involution.utils.errors import WriteError
 
 # Names of batch normalization's moving mean and variance.
 STATISTICS = {
@@ -161,6 +162,8 @@ def convert(source, destination) -> Conversion:
     extra = {"source": {"kind": checkpoint.kind, "file": pathlib.Path(source).name}}
     try:
         weights.save(destination, plan.name, plan.arguments, model, extra)
+    except WriteError:
+        raise
     except OSError as failure:
         raise CheckpointError(
             f"`destination` must be writable. Received: {destination}: {failure.strerror}"

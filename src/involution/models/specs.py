@@ -17,7 +17,7 @@ from collections.abc import Callable
 import keras
 
 from involution.models import MODELS
-from involution.utils.errors import InputError
+from involution.utils.errors import InputError, one_line
 
 Builder = Callable[..., keras.Model]
 
@@ -127,8 +127,7 @@ def function_from(file, function) -> Callable:
         with importing_from(folder):
             module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a user's file may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"A Python file must run. Received: {file}: {reason}") from error
+        raise InputError(f"A Python file must run. Received: {file}: {one_line(error)}") from error
     builder = getattr(module, function, None)
     if not callable(builder):
         raise InputError(f"A Python file must define {function}. Received: {file}, without it")

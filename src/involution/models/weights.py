@@ -20,6 +20,7 @@ from involution.models.checkpoint_readers.errors import CheckpointError
 from involution.models.registry import MODELS
 from involution.utils import atomic_files
 from involution.utils.abstract_build import build_abstract
+from involution.utils.errors import one_line, out_of_memory_reason
 from involution.utils.layer_names import base_name, has_automatic_name
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -65,19 +66,21 @@ def save(
     tensors = {key: _to_numpy(variable) for key, variable in named_weights(model).items()}
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_files.atomic_write(folder / WEIGHTS) as temporary:
-        temporary.write_bytes(save_arrays(tensors))
-    # Written last: a folder with a configuration is a complete model.
-    atomic_files.write_json(
-        folder / CONFIG,
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "name": name,
-            "arguments": dict(arguments),
-            "extra": dict(extra or {}),
-        },
-    )
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": name,
+        "arguments": dict(arguments),
+        "extra": dict(extra or {}),
+    }
+    with (
+        atomic_files.atomic_write(folder / CONFIG) as new_config,
+        atomic_files.atomic_write(folder / WEIGHTS) as new_weights,
+    ):
+        new_config.write_text(atomic_files.json_text(config), encoding="utf-8", newline="\n")
+        new_weights.write_bytes(save_arrays(tensors))
+        # A folder with a configuration is a complete model, also while its files are replaced.
+        (folder / CONFIG).unlink(missing_ok=True)
 
 
 def load(folder) -> keras.Model:
@@ -113,7 +116,7 @@ def load(folder) -> keras.Model:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             "A model's weights must be a complete safetensors file. "
-            f"Received: {folder / WEIGHTS}: {_one_line(error)}"
+            f"Received: {folder / WEIGHTS}: {type(error).__name__}: {one_line(error)}"
         ) from error
     return model
 
@@ -139,7 +142,9 @@ def read_config(folder) -> dict:
         if not isinstance(config["arguments"], dict) or not isinstance(config["extra"], dict):
             raise TypeError("arguments and extra must be objects")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{rule} Received: {path}: {_one_line(error)}") from error
+        raise CheckpointError(
+            f"{rule} Received: {path}: {type(error).__name__}: {one_line(error)}"
+        ) from error
     return config
 
 
@@ -254,9 +259,11 @@ def _builder(folder, config, shapes) -> Callable[[], keras.Model]:
         try:
             return MODELS[config["name"]](**arguments)
         except Exception as error:  # Keras raises many kinds for invalid arguments
+            if out_of_memory_reason(error) is not None:
+                raise
             raise CheckpointError(
                 f"A model's arguments must be valid for {config['name']}. "
-                f"Received: {folder / CONFIG}: {_one_line(error)}"
+                f"Received: {folder / CONFIG}: {type(error).__name__}: {one_line(error)}"
             ) from error
 
     return build
@@ -305,7 +312,3 @@ def _renumber(name, seen) -> str:
         before = sum(base_name(other) == base for other in seen)
         seen[name] = f"{base}_{before}" if before else base
     return seen[name]
-
-
-def _one_line(error) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -24,7 +24,7 @@ from involution.saving import keras_archive
 from involution.saving.keras_archive import METADATA_ENTRY
 from involution.utils.abstract_build import build_abstract
 from involution.utils.atomic_files import atomic_write
-from involution.utils.errors import InputError
+from involution.utils.errors import InputError, one_line, out_of_memory_reason
 
 SCALING = "pixels / 255"
 # Maximum size of an input image: 50 MB in float32.
@@ -121,9 +121,32 @@ def load(path) -> Classifier:
     Raises:
         InputError: It is none of these.
     """
-    path = pathlib.Path(path)
+    path = resolve(path)
+    arguments = _arguments(path)
+    model = load_model(path)
+    _check_shapes(model, path, arguments["image_shape"], len(arguments["class_names"]))
+    return Classifier(model, **arguments)
+
+
+def resolve(name) -> pathlib.Path:
+    """The file or folder of a model: that of the pretrained one if there is no such path."""
+    path = pathlib.Path(name)
     if not path.exists() and str(path) in pretrained.available():
-        path = pretrained.path(str(path))
+        return pretrained.path(str(path))
+    return path
+
+
+def image_shape(path) -> tuple[int, int, int]:
+    """(height, width, channels) of the images of a classifier, without loading it.
+
+    Raises:
+        InputError: As for ``load``.
+    """
+    return _arguments(resolve(path))["image_shape"]
+
+
+def _arguments(path) -> dict[str, Any]:
+    """The attributes of the ``Classifier``, without the model."""
     if not path.exists():
         raise InputError(
             "A model must be a .keras file, a folder, or one of "
@@ -134,25 +157,31 @@ def load(path) -> Classifier:
         class_names = tuple(str(name) for name in metadata["class_names"])
         height, width, channels = (int(n) for n in metadata["image_shape"])
         if min(height, width) < 1 or height * width > MAX_PIXELS or channels != 3:
-            raise ValueError(metadata["image_shape"])
+            raise ValueError(f"image_shape {metadata['image_shape']}")
         if metadata["scaling"] != SCALING:
-            raise ValueError(metadata["scaling"])
+            raise ValueError(f"scaling {metadata['scaling']!r}")
         crop_fraction = None if metadata.get("crop") is None else float(metadata["crop"])
         if crop_fraction is not None and not 0 < crop_fraction <= 1:
-            raise ValueError(crop_fraction)
+            raise ValueError(f"crop {crop_fraction}")
         # Without it in files of early releases, which trained every model as one of logits.
         outputs = metadata.get("outputs", LOGITS)
         if outputs not in OUTPUTS:
-            raise ValueError(outputs)
+            raise ValueError(f"outputs {outputs!r}")
     except Exception as error:  # damaged archives raise many exception types
+        if out_of_memory_reason(error) is not None:
+            raise
         raise InputError(
             "A model must be a .keras file or a folder with class names and an image shape, "
             "written by `involution compare` or `train`, or one of "
-            f"{', '.join(pretrained.available())}. Received: {path}"
+            f"{', '.join(pretrained.available())}. "
+            f"Received: {path}: {type(error).__name__}: {one_line(error)}"
         ) from error
-    model = load_model(path)
-    _check_shapes(model, path, (height, width, channels), len(class_names))
-    return Classifier(model, class_names, (height, width, channels), crop_fraction, outputs)
+    return {
+        "class_names": class_names,
+        "image_shape": (height, width, channels),
+        "crop_fraction": crop_fraction,
+        "outputs": outputs,
+    }
 
 
 def load_any(path) -> Classifier | keras.Model:
@@ -203,9 +232,8 @@ def _metadata(path) -> dict:
 
 def is_model(path) -> bool:
     """Whether a command-line argument names a model rather than an image or a folder of images."""
-    path = pathlib.Path(path)
-    is_folder = (path / weights.CONFIG).is_file()
-    return path.suffix == ".keras" or is_folder or str(path) in pretrained.available()
+    path = resolve(path)
+    return path.suffix == ".keras" or (path / weights.CONFIG).is_file()
 
 
 def load_model(path) -> keras.Model:
@@ -258,8 +286,10 @@ def _as_input_error(path):
     try:
         yield
     except Exception as error:  # Keras raises many exception types for invalid files
+        if out_of_memory_reason(error) is not None:
+            raise
         raise InputError(
             "A model must be a valid .keras file of Keras's and registered layers (for custom "
             "layers use keras.saving.load_model(file, custom_objects=...)). "
-            f"Received: {path}: {' '.join(_plain(error).split())[:1000]}"
+            f"Received: {path}: {one_line(_plain(error), 1000)}"
         ) from error

@@ -3,14 +3,57 @@
 import contextlib
 import importlib
 import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import keras
 
 from involution.models import specs
-from involution.utils.errors import InputError
+from involution.utils.errors import InputError, one_line, out_of_memory_reason
 
 
-def load(text):
+def builder(spec, tensorboard) -> Callable[[str, pathlib.Path], list]:
+    """A function from a model's label, and the folder of its event files, to new callbacks.
+
+    Args:
+        spec: As for ``load``; None: there are none of the user's.
+        tensorboard: Whether event files are written.
+
+    Raises:
+        InputError: ``spec`` cannot be imported, or tensorboardX is missing. The function raises it
+            too, if that of ``spec`` fails.
+    """
+    make = (lambda label: []) if spec is None else load(spec)
+    writer_class = _summary_writer() if tensorboard else None
+
+    def build(label, folder):
+        try:
+            found = list(make(label))
+        except Exception as error:  # a user's function may raise anything
+            raise InputError(
+                "`callbacks` must return a list of Keras callbacks. "
+                f"Received: {spec}: {type(error).__name__}: {one_line(error)}"
+            ) from error
+        if writer_class is not None:
+            found.append(EventFiles(writer_class(str(folder))))
+        return found
+
+    return build
+
+
+def _summary_writer():
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            "`tensorboard` requires tensorboardX: pip install 'involution[tensorboard]'. "
+            f"Received: no module {error.name}"
+        ) from error
+    return SummaryWriter
+
+
+def load(text) -> Callable[[str], Any]:
     """The function that a spec names: FILE.py:FUNCTION or MODULE:FUNCTION.
 
     Called with a model's label, it returns a list of ``keras.callbacks.Callback``.
@@ -30,7 +73,8 @@ def load(text):
             found = getattr(importlib.import_module(name), function)
         except Exception as error:  # a user's module may raise anything
             raise InputError(
-                f"`callbacks` must name a function that can be imported. Received: {text}: {error}"
+                f"`callbacks` must name a function that can be imported. Received: {text}: "
+                f"{one_line(error)}"
             ) from error
     return found
 
@@ -39,18 +83,12 @@ class EventFiles(keras.callbacks.Callback):
     """Writes the metrics of each epoch for TensorBoard, without TensorFlow.
 
     Args:
-        folder: The folder of the event files.
+        writer: A ``tensorboardX.SummaryWriter``.
     """
 
-    def __init__(self, folder):
+    def __init__(self, writer):
         super().__init__()
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise InputError(
-                "`tensorboard` requires tensorboardX: pip install 'involution[tensorboard]'"
-            ) from error
-        self._writer = SummaryWriter(str(folder))
+        self._writer = writer
 
     def on_epoch_end(self, epoch, logs=None):
         for name, value in (logs or {}).items():
@@ -110,8 +148,11 @@ class Callbacks:
         try:
             getattr(self._list, event)(*arguments)
         except Exception as error:  # a user's callback may raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"A callback must not raise. Received: {event}: {reason}") from error
+            if out_of_memory_reason(error) is not None:
+                raise
+            raise InputError(
+                f"A callback must not raise. Received: {event}: {one_line(error)}"
+            ) from error
 
 
 @contextlib.contextmanager

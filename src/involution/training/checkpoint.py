@@ -21,7 +21,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from involution.utils import atomic_files
-from involution.utils.errors import InputError, WriteError
+from involution.utils.errors import InputError, WriteError, one_line
 
 FOLDER, LOCK = "checkpoints", ".lock"
 FILENAME = re.compile(r"(\d{12})-([0-9a-f]{64})\.safetensors")
@@ -95,8 +95,7 @@ class CheckpointManager:
         found = self._find()
         number = 1 + (found[0][0] if found else 0)
         self._write(f"{number:012d}", arrays, state)
-        for _, _, old in self._find()[MAX_TO_KEEP:]:
-            old.unlink()
+        self._delete(old for _, _, old in self._find()[MAX_TO_KEEP:])
         return Checkpoint(number, arrays, state)
 
     def _write(self, prefix, arrays, state) -> pathlib.Path:
@@ -113,7 +112,7 @@ class CheckpointManager:
         with atomic_files.atomic_write(path) as temporary:
             temporary.write_bytes(content)
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-            path.unlink()
+            self._delete([path])
             raise WriteError(errno.EIO, "the file differs from what was written", str(path))
         return path
 
@@ -124,17 +123,16 @@ class CheckpointManager:
             WriteError: As for ``save``.
         """
         new = self._write(_final_prefix(label), arrays, state)
-        for _, path in self._find_final(label):
-            if path != new:
-                path.unlink()
+        self._delete(path for _, path in self._find_final(label) if path != new)
 
-    def final(self, label) -> Checkpoint | None:
-        """The state at the end of a model's training; None if there is none that is intact."""
+    def final(self, label, warn: Callable[[str], None]) -> Checkpoint | None:
+        """The state at the end of a model's training; None if there is none that is intact.
+        ``warn`` receives one line for each corrupt one."""
         for digest, path in self._find_final(label):
             try:
                 return _read(0, digest, path)
-            except (*CORRUPTION_ERRORS, SafetensorError):
-                continue
+            except (*CORRUPTION_ERRORS, SafetensorError) as error:
+                warn(f"The final state of {label} is corrupt and skipped: {one_line(error)}")
         return None
 
     def _find_final(self, label) -> list[tuple[str, pathlib.Path]]:
@@ -148,13 +146,17 @@ class CheckpointManager:
             try:
                 return _read(number, digest, path)
             except (*CORRUPTION_ERRORS, SafetensorError) as error:
-                warn(f"Checkpoint {number} is corrupt and skipped: {error}")
+                warn(f"Checkpoint {number} is corrupt and skipped: {one_line(error)}")
         return None
 
     def remove_older(self):
         """Deletes all checkpoints except the newest."""
-        for _, _, path in self._find()[1:]:
-            path.unlink()
+        self._delete(path for _, _, path in self._find()[1:])
+
+    def _delete(self, paths):
+        with atomic_files.as_write_error(self.folder):
+            for path in paths:
+                path.unlink()
 
     def _find(self) -> list[tuple[int, str, pathlib.Path]]:
         """(number, digest, path) of each checkpoint, newest first."""

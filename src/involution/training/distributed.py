@@ -212,7 +212,8 @@ def from_environment(
     ):
         value = environment.get(variable, default) if given is None else given
         if not str(value).isdecimal():
-            raise InputError(f"{variable} must be a nonnegative integer. Received: {value}")
+            source = variable if given is None else f"`{name}`"
+            raise InputError(f"{source} must be a nonnegative integer. Received: {value}")
         numbers[name] = int(value)
     if coordinator_address is None and JOB_ADDRESSES in environment:
         coordinator_address = environment[JOB_ADDRESSES].split(",")[0]

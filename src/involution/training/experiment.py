@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import platform
+import statistics
 import time
 
 import keras
@@ -38,7 +39,7 @@ from involution.utils.atomic_files import (
     write_text,
 )
 from involution.utils.environment import peak_memory, versions
-from involution.utils.errors import InputError, WriteError
+from involution.utils.errors import InputError, WriteError, one_line, out_of_memory_reason
 from involution.utils.progress import NullProgress
 
 __all__ = ["Config", "NullProgress", "Result", "Run", "build", "compare", "fingerprint", "load"]
@@ -89,13 +90,14 @@ class Result:
     def metrics(self) -> dict:
         """This model's entry in metrics.json."""
         last = self.rows[-1] if self.rows else {}
+        # Excludes the first epoch, which compiles, unless it is the only one.
+        seconds = [row["seconds"] for row in self.rows[1:] or self.rows]
         return {
             **self.parameters,
             "multiply_adds": self.multiply_adds,
             **{metric: last.get(metric) for metric in METRICS},
             "best_test_accuracy": max((r["test_accuracy"] for r in self.rows), default=None),
-            # Excludes the first epoch, which compiles, unless it is the only one.
-            "seconds_per_epoch": _median([r["seconds"] for r in self.rows[1:] or self.rows]),
+            "seconds_per_epoch": statistics.median_high(seconds) if seconds else None,
             "seconds": self.seconds,
             "epochs": len(self.rows),
             "best_epoch": self.best_epoch,
@@ -217,13 +219,14 @@ def compare(
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     images_per_epoch(dataset, run.recipe, distribution)
+    build_callbacks = callbacks.builder(config.callbacks, config.tensorboard)
     with contextlib.ExitStack() as stack:
         if distribution.is_primary:
             make_folder(output)
             stack.enter_context(checkpoint.exclusive_lock(output))
             check_folder(output, resume)
         on_step = stack.enter_context(graceful_shutdown(progress))
-        state = RunState(run, output, progress, checkpoint_every, distribution)
+        state = RunState(run, output, progress, checkpoint_every, distribution, build_callbacks)
         state.check_hosts()
         resumes = is_resumable(output)
         if resumes:
@@ -285,11 +288,12 @@ class RunState:
         resumed_from: The checkpoint that the run resumes from, as text; empty for a new run.
     """
 
-    def __init__(self, run, output, progress, checkpoint_every, distribution):
+    def __init__(self, run, output, progress, checkpoint_every, distribution, build_callbacks):
         self.run, self.output, self.progress = run, output, progress
         self.checkpoint_every, self.distribution = checkpoint_every, distribution
         self.checkpoints = checkpoint.CheckpointManager(output)
         self.last = "there is no earlier checkpoint"
+        self._build_callbacks = build_callbacks
         self._fingerprint = fingerprint(run)
         self.resumed_from = ""
         self._saved: dict[str, dict] = {}
@@ -495,16 +499,10 @@ class RunState:
 
     def _callbacks(self, label) -> list:
         """New callbacks for the training of a model."""
-        config = self.run.config
-        found: list[keras.callbacks.Callback] = []
         if not self.distribution.is_primary:
-            return found
-        if config.tensorboard:
-            folder = self.output / "tensorboard" / specs.file_name(label).removesuffix(".keras")
-            found.append(callbacks.EventFiles(folder))
-        if config.callbacks is not None:
-            found += callbacks.load(config.callbacks)(label)
-        return found
+            return []
+        folder = self.output / "tensorboard" / specs.file_name(label).removesuffix(".keras")
+        return self._build_callbacks(label, folder)
 
     def _keep_best(self, result, trainer):
         """Saves the model if this epoch's accuracy is the highest; of equal ones the first."""
@@ -523,11 +521,12 @@ class RunState:
 
     def _final_state(self, label):
         """The arrays and the state at the end of a model's training, for further training."""
-        found = self.checkpoints.final(label)
+        found = self.checkpoints.final(label, self.progress.log)
         if found is None:
             raise InputError(
-                "To train further, the run folder must contain the state of the training, which "
-                f"earlier releases did not keep. Received: {self.output}, without that of {label}"
+                "To train further, the run folder must contain the intact state of the training, "
+                "which earlier releases did not keep. "
+                f"Received: {self.output}, without that of {label}"
             )
         return found.arrays, TrainerState(**found.state)
 
@@ -652,9 +651,11 @@ def build(label, builder, dataset, config) -> keras.Model:
         if not getattr(model, "inputs", None):
             raise TypeError("a subclassed model, neither functional nor Sequential")
     except Exception as error:  # a user's function may raise anything
-        reason = " ".join(str(error).split())
+        if out_of_memory_reason(error) is not None:
+            raise
         raise InputError(
-            f"The model could not be built for {classes} classes. Received: {label}: {reason}"
+            f"The model could not be built for {classes} classes. "
+            f"Received: {label}: {one_line(error)}"
         ) from error
     finally:
         keras.config.set_dtype_policy(policy)
@@ -701,11 +702,6 @@ def num_parameters(variables) -> int:
 
 def num_bytes(variables) -> int:
     return sum(keras.ops.convert_to_numpy(v).nbytes for v in variables)
-
-
-def _median(values):
-    values = sorted(values)
-    return values[len(values) // 2] if values else None
 
 
 __getattr__ = renamed.attributes(__name__, {"Silent": "NullProgress"})

@@ -2,11 +2,10 @@
 
 import contextlib
 import functools
-import pathlib
 
 import keras
 
-from involution.models import pretrained, weights
+from involution.models import weights
 from involution.models.specs import Builder
 from involution.saving import classifier
 from involution.utils.errors import InputError
@@ -17,9 +16,9 @@ ACTIVATIONS = (keras.layers.Activation, keras.layers.Softmax)
 
 def is_trained(text) -> bool:
     """Whether this is a pretrained model's name, a ``.keras`` file, or a folder with a model."""
-    path = pathlib.Path(text)
+    path = classifier.resolve(text)
     is_folder = (path / weights.CONFIG).is_file() and (path / weights.WEIGHTS).is_file()
-    return text in pretrained.available() or path.suffix == ".keras" or is_folder
+    return path.suffix == ".keras" or is_folder
 
 
 def builder(spec) -> Builder | None:
@@ -30,7 +29,7 @@ def builder(spec) -> Builder | None:
 def image_size(text) -> tuple[int, int] | None:
     """(height, width) of the images that a trained model was trained on; None if unknown."""
     with contextlib.suppress(InputError):
-        return classifier.load(text).image_shape[:2]
+        return classifier.image_shape(text)[:2]
     return None
 
 
@@ -46,8 +45,7 @@ def build(text, input_shape, classes) -> keras.Model:
         InputError: The model cannot be loaded, is for images of another size, or does not end in a
             Dense layer, which an activation may follow.
     """
-    path = pretrained.path(text) if text in pretrained.available() else text
-    model = classifier.load_model(path)
+    model = classifier.load_model(classifier.resolve(text))
     expected = model.input_shape[1:]
     if any(n is not None and n != m for n, m in zip(expected, input_shape, strict=True)):
         raise InputError(

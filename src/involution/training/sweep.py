@@ -25,7 +25,7 @@ from involution.training.recipes import RECIPES, Config, current_name, stored
 from involution.training.run_folder import make_folder
 from involution.training.trainer import DivergenceError, Trainer, images_per_epoch
 from involution.utils.atomic_files import TMP_PREFIX, csv_text, write_text
-from involution.utils.errors import InputError, out_of_memory_reason
+from involution.utils.errors import InputError, one_line, out_of_memory_reason
 from involution.utils.progress import NullProgress
 from involution.visualize import html
 
@@ -302,7 +302,7 @@ def _open(sweep, folder, url) -> optuna.Study:
         # With equal seeds all processes would propose the same values.
         seed = sweep.config.seed + len(study.trials) + os.getpid()
     except Exception as error:  # database drivers raise their own exception types
-        received = f"{url or file}: {' '.join(str(error).split())}"
+        received = f"{url or file}: {one_line(error)}"
         raise InputError(
             "A study must be a readable journal or the URL of a database. "
             f"Received: {_redact_password(received, url)}"
@@ -440,7 +440,7 @@ def _finish_or_requeue(study, trial, progress):
         # The storage itself may fail, and the trial may be finished.
         with contextlib.suppress(Exception):
             trial.set_user_attr(FAILED, True)
-            trial.set_user_attr(REJECTED, " ".join(reason.split())[:200])
+            trial.set_user_attr(REJECTED, one_line(reason, 200))
             study.tell(trial, state=TrialState.FAIL)
         if memory_reason is None:
             raise

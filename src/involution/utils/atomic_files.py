@@ -8,7 +8,7 @@ import json
 import math
 import os
 import pathlib
-import tempfile
+import secrets
 
 from involution.utils.errors import WriteError, escape_controls
 
@@ -39,6 +39,23 @@ def as_write_error(path):
         raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
 
 
+def move_folder(folder, path):
+    """Syncs a folder's files and renames it; both are on one file system, and ``path`` is new.
+
+    Raises:
+        WriteError: A file cannot be written, for example because the disk is full.
+    """
+    folder, path = pathlib.Path(folder), pathlib.Path(path)
+    with as_write_error(path):
+        for entry in [*folder.rglob("*"), folder]:
+            if entry.is_dir():
+                sync_folder(entry)
+            else:
+                _sync_file(entry)
+        folder.rename(path)
+        sync_folder(path.parent)
+
+
 def remove_temporaries(folder):
     """Removes the temporary files that killed processes left in a folder and its subfolders. No
     other process may be writing to the folder."""
@@ -48,10 +65,10 @@ def remove_temporaries(folder):
 
 @contextlib.contextmanager
 def _temporary(path):
-    prefix = f"{TMP_PREFIX}{path.stem[:40]}-"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
-    os.close(handle)
-    temporary = pathlib.Path(name)
+    # Not by ``tempfile``, whose files only their owner can read.
+    name = f"{TMP_PREFIX}{path.stem[:40]}-{secrets.token_hex(8)}{path.suffix}"
+    temporary = path.with_name(name)
+    temporary.open("xb").close()
     try:
         yield temporary
     finally:
@@ -59,14 +76,9 @@ def _temporary(path):
 
 
 def _commit(temporary, path):
-    with open(temporary, "rb+") as f:
-        os.fsync(f.fileno())
-    # mkstemp makes files readable by their owner only.
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)
+    _sync_file(temporary)
     temporary.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def sha256(path) -> str:
@@ -82,9 +94,14 @@ def write_text(path, text):
 
 
 def write_json(path, value):
-    """Writes strict JSON: NaN and infinities become null."""
+    """Writes ``json_text(value)``."""
+    write_text(path, json_text(value))
+
+
+def json_text(value) -> str:
+    """Strict JSON: NaN and infinities become null."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, escape_controls(text, "\n") + "\n")
+    return escape_controls(text, "\n") + "\n"
 
 
 def csv_text(columns, rows) -> str:
@@ -105,7 +122,12 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _sync_folder(folder):
+def _sync_file(path):
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder):
     if os.name != "posix":  # folders cannot be opened elsewhere
         return
     handle = os.open(folder, os.O_RDONLY)

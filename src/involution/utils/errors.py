@@ -27,6 +27,20 @@ def escape_controls(text, keep="") -> str:
     return CONTROL.sub(lambda m: m[0] if m[0] in keep else f"\\u{ord(m[0]):04x}", str(text))
 
 
+def one_line(error, limit=300) -> str:
+    """The message of an error, or its type if it has none, in one line of at most ``limit``
+    characters.
+
+    Example:
+
+    >>> from involution.utils.errors import one_line
+    >>> one_line(ValueError("first line\n  second"))
+    'first line second'
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 class InputError(ValueError):
     """An input of the user is invalid."""
 

@@ -85,33 +85,28 @@ def write(
     figures = _Figures(classifier, pixels, point, progress, recorded)
     scores = classifier.predict_proba(pixels)
     best = [f"{classifier.class_names[s.argmax()]} {s.max():.2f}" for s in scores]
-    try:
-        if output.suffix == ".html":
-            html.write(
-                output,
-                TEMPLATE,
-                model=classifier.model.name,
-                use=_data_url(figures.draw(USE)) if figure == USE else None,
-                use_caption=USE_CAPTION,
-                images=[
-                    {
-                        "name": str(names[i]),
-                        "scores": [(classifier.class_names[k], scores[i, k]) for k in ranked],
-                        "figures": {name: _data_url(figures.draw(name, [i])) for name in FIGURES},
-                    }
-                    for i, ranked in enumerate(scores.argsort(axis=-1)[:, ::-1][:, :top])
-                ],
-                captions=FIGURES,
-                attention=figures.attention,
-            )
-        else:
-            drawn = figures.draw(figure, range(len(names)), best)
-            with atomic_write(output) as temporary:
-                temporary.write_bytes(html.image(drawn, output.suffix[1:]))
-    except OSError as error:
-        raise InputError(
-            f"The output file must be writable. Received: {output}: {error.strerror}"
-        ) from error
+    if output.suffix == ".html":
+        html.write(
+            output,
+            TEMPLATE,
+            model=classifier.model.name,
+            use=_data_url(figures.draw(USE)) if figure == USE else None,
+            use_caption=USE_CAPTION,
+            images=[
+                {
+                    "name": str(names[i]),
+                    "scores": [(classifier.class_names[k], scores[i, k]) for k in ranked],
+                    "figures": {name: _data_url(figures.draw(name, [i])) for name in FIGURES},
+                }
+                for i, ranked in enumerate(scores.argsort(axis=-1)[:, ::-1][:, :top])
+            ],
+            captions=FIGURES,
+            attention=figures.attention,
+        )
+    else:
+        drawn = figures.draw(figure, range(len(names)), best)
+        with atomic_write(output) as temporary:
+            temporary.write_bytes(html.image(drawn, output.suffix[1:]))
     if figure == USE:
         lines = ["Fraction of the images whose class stays the same:", *figures.use.table()]
     else:
@@ -134,6 +129,8 @@ def _data_url(figure):
 def _check(output, figure, point, images):
     if output.suffix not in (".png", ".svg", ".html"):
         raise InputError(f"The output must be a .png, .svg or .html file. Received: {output}")
+    if not output.parent.is_dir():
+        raise InputError(f"The folder of the output file must exist. Received: {output}")
     known = (*FIGURES, USE)
     if figure not in known:
         raise InputError(f"`figure` must be one of {', '.join(known)}. Received: {figure!r}")
@@ -172,6 +169,11 @@ class _Figures:
     @functools.cached_property
     def use(self):
         return kernel_use(self.model, self.pixels, progress=self.progress)
+
+    @functools.cached_property
+    def untrained(self):
+        keras.utils.set_random_seed(0)
+        return _capture_2d(keras.models.clone_model(self.model), self.pixels)
 
     def draw(self, figure, indices=(), titles=None):
         if figure == USE:
@@ -222,12 +224,10 @@ class _Figures:
     def _point(self, index):
         from involution.visualize import figures
 
-        keras.utils.set_random_seed(0)
-        untrained = keras.models.clone_model(self.model)
         kernels = {
             title: {name: r.kernel_at(index, self.point) for name, r in records.items()}
             for title, records in (
-                ("before training", _capture_2d(untrained, self.pixels)),
+                ("before training", self.untrained),
                 ("after training", self.records),
             )
         }

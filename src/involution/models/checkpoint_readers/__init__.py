@@ -8,6 +8,7 @@ import numpy as np
 
 from involution.models.checkpoint_readers import paddle, pytorch, tensorflow
 from involution.models.checkpoint_readers.errors import CheckpointError
+from involution.utils.errors import out_of_memory_reason
 
 __all__ = ["Checkpoint", "CheckpointError", "read"]
 
@@ -51,6 +52,8 @@ def read(path) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError(f"{error} (in {path})") from error
     except Exception as error:  # a damaged file raises many kinds
+        if out_of_memory_reason(error) is not None:
+            raise
         raise CheckpointError(
             "A checkpoint must be complete and well-formed. "
             f"Received: {path}: {type(error).__name__}: {ascii(str(error)[:200])[1:-1]}"
