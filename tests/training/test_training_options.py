@@ -44,8 +44,8 @@ def train(folder, monkeypatch):
     """Returns a function that trains ``net``, without the report, and returns (run, lines)."""
     monkeypatch.setattr(report, "write", lambda *_: None)
 
-    def run(output, resume=False, builder=net, **options):
-        progress = Recorder()
+    def run(output, resume=False, builder=net, progress=None, **options):
+        progress = progress or Recorder()
         config = Config(str(folder), models="net", **{"batch_size": 12} | options)
         found = compare(config, output, progress, builders={"net": builder}, resume=resume)
         return found, progress.lines
@@ -81,10 +81,10 @@ def test_further_epochs_require_the_final_state(train, tmp_path):
     train(tmp_path, epochs=1)
     for file in (tmp_path / "checkpoints").glob("final-*"):
         file.write_bytes(b"damaged")
-    lines = []
+    recorder = Recorder()
     with pytest.raises(InputError, match="must contain the intact state of the training"):
-        train(tmp_path, lines, resume=True, epochs=2)
-    assert any("The final state of net is corrupt and skipped: " in line for line in lines)
+        train(tmp_path, progress=recorder, resume=True, epochs=2)
+    assert any("The final state of net is corrupt and skipped: " in line for line in recorder.lines)
 
 
 def test_a_run_killed_before_its_model_was_written_saves_the_averages(train, tmp_path, monkeypatch):
