@@ -291,7 +291,10 @@ def test_error_messages(tmp_path, monkeypatch):
         return rejection(tmp_path)
 
     rule = f"A model's arguments must be valid for small. Received: {config}: RuntimeError: "
-    assert message(arguments={"wings": 2}) == (rule + "no " + "wings " * 100)[: len(rule) + 297] + "..."
+    assert (
+        message(arguments={"wings": 2})
+        == (rule + "no " + "wings " * 100)[: len(rule) + 297] + "..."
+    )
     rule = (
         "A model folder must contain config.json and model.safetensors as involution writes them. "
     )

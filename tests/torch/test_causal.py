@@ -343,3 +343,11 @@ def test_low_rank_equals_the_formula(residual, executed):
 def test_rank_is_checked():
     with pytest.raises(ValueError, match=r"`rank` must be .*rank=0$"):
         generators.LowRank(12, Involution1d(12, 3).window, 0)
+
+
+def test_caches_keep_no_graphs():
+    module = Involution1d(12, 3, padding="causal", groups=3).eval()
+    x = torch.randn(2, 12, 4, requires_grad=True)
+    y, cache = module.step(x, module.initial_cache(2))
+    assert y.requires_grad
+    assert not any(part.requires_grad for part in cache)

@@ -24,6 +24,7 @@ from involution.torch import (
     LazyInvolution1d,
     LazyInvolution2d,
     functional,
+    generators,
 )
 from tests.support import oracle
 from tests.support.backends import fresh_process
@@ -34,6 +35,8 @@ VARIANTS = {
     "strided": {"stride": 2},
     "linear": {"kernel_generator": "linear"},
     "contextual": {"kernel_generator": "contextual"},
+    "large_context": {"kernel_generator": "large_context"},
+    "low_rank": {"kernel_generator": "low_rank"},
     "static": {"kernel_generator": "static"},
     "attention": {"kernel_generator": "pairwise_attention"},
     "softmax": {"kernel_softmax": True, "padding": "valid"},
@@ -265,6 +268,17 @@ def test_integers_are_symmetric_padding():
     assert torch.equal(y, functional.involution(x, kernel, (3, 5), padding=((1, 1), (3, 3))))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_groups_must_divide_the_channels(batch, memory_format):
+    x = torch.ones(batch, 5, 4, 4).contiguous(memory_format=memory_format)
+    for apply in (functional.involution, functional.transposed_involution):
+        with pytest.raises(
+            ValueError, match=r"divisible by `groups`.*groups=2, x\.shape=\(.*, 5, 4"
+        ):
+            apply(x, torch.ones(batch, 2, 9, 4, 4), 3)
+
+
 def test_kernels_of_wrong_rank_are_refused():
     with pytest.raises(ValueError, match=r"axes of batch, groups and taps, and 2 spatial axes\. "):
         functional.involution(torch.ones(1, 2, 5, 6), torch.ones(1, 9, 5, 6), 3)
@@ -349,7 +363,7 @@ def fused(module):
 
 def test_plain_generators_are_fused():
     assert [name for name in VARIANTS if fused(make(name))] == [
-        *("default", "strided", "linear", "contextual", "interleaved", "projected")
+        *("default", "strided", "linear", "contextual", "low_rank", "interleaved", "projected")
     ]
     for options in ({"return_kernel": True}, {"kernel_dropout": 0.5}):
         assert not fused(make(**options))
@@ -462,6 +476,19 @@ def test_output_has_the_memory_format_of_the_input(variant, memory_format):
     torch.testing.assert_close(y, plain(x.contiguous()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("variant", ["default", "static"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "view", [lambda x: x.chunk(2, 1)[0], lambda x: x[..., 1:], lambda x: x.transpose(2, 3)]
+)
+def test_views_have_the_format_that_a_convolution_gives_them(variant, memory_format, view):
+    x = view(torch.randn(2, 64, 6, 7).contiguous(memory_format=memory_format))
+    module = make(variant, channels=x.shape[1]).eval()
+    y, plain = module(x), nn.Conv2d(x.shape[1], x.shape[1], 3, padding=1)(x)
+    assert y.stride() == plain.stride()
+    torch.testing.assert_close(y, module(x.contiguous()), rtol=1e-4, atol=1e-4)
+
+
 def test_autocast_is_that_of_a_convolution():
     module, x = make(), images().requires_grad_()
     expected = module.eval()(x)
@@ -569,6 +596,17 @@ def test_meta_device(variant):
     assert make(variant, device="meta")(images(device="meta")).shape == expected
 
 
+@each_variant
+def test_modules_without_values_load_a_state_dict(variant):
+    module, x = make(variant).eval(), images()
+    with torch.device("meta"):
+        assigned, emptied = make(variant).eval(), make(variant).eval()
+    assigned.load_state_dict(module.state_dict(), assign=True)
+    emptied.to_empty(device="cpu").load_state_dict(module.state_dict())
+    assert torch.equal(assigned(x), module(x))
+    assert torch.equal(emptied(x), module(x))
+
+
 def test_device_and_dtype_of_the_constructor():
     module = make("projected", dtype=torch.float64)
     assert {p.dtype for p in module.parameters()} == {torch.float64}
@@ -622,9 +660,51 @@ def test_functions_of_channels_and_window_are_generators():
         return nn.Conv2d(channels, window.groups * window.taps, 1)
 
     assert Involution2d(32, 3, kernel_generator=make_generator)(images()).shape == (2, 32, 9, 10)
+    lazy = LazyInvolution2d(3, kernel_generator=make_generator, out_channels=5).double()
+    y = lazy(images(dtype=torch.float64))
+    assert (y.shape, y.dtype) == ((2, 5, 9, 10), torch.float64)
+    with_options = {"kernel_generator": generators.Linear, "dtype": torch.float64}
+    assert LazyInvolution2d(3, **with_options)(images(dtype=torch.float64)).dtype == torch.float64
     for unsuitable in (3, lambda channels, window: None):
         with pytest.raises(ValueError, match=r"`kernel_generator` must be a module, a function"):
             Involution2d(32, 3, kernel_generator=unsuitable)
+
+
+@pytest.mark.parametrize(
+    ("name", "default"), [("bottleneck", 4), ("contextual", 4), ("large_context", 2)]
+)
+def test_reduction_ratio_of_named_generators(name, default):
+    def hidden(**arguments):
+        module = Involution2d(32, 3, kernel_generator=name, **arguments)
+        counts = [p.shape[0] for p in module.parameters()]
+        layer = involution.Involution2D(3, kernel_generator=name, **arguments)
+        layer.build((None, 9, 9, 32))
+        assert layer.kernel_generator.reduction_ratio == 32 // counts[0]
+        return counts[0]
+
+    assert hidden() == 32 // default
+    assert hidden(reduction_ratio=8) == 4
+    assert hidden(reduction_ratio=1) == 32
+
+
+@pytest.mark.parametrize(
+    "name", ["bottleneck", "contextual", "large_context", "linear", "low_rank"]
+)
+def test_near_depthwise_is_that_of_the_keras_network(name):
+    build = {"blocks": 1, "widths": 64, "stem_width": 32, "kernel_generator": name}
+    keras_network = involution.models.rednet_tiny((8, 8, 3), **build)
+    generator = next(
+        layer.kernel_generator
+        for layer in keras_network._flatten_layers()
+        if isinstance(layer, involution.Involution2D)
+    )
+    network = involution.torch.rednet_tiny(**build)
+    module = next(m for m in network.modules() if isinstance(m, Involution2d))
+    ours = module if module.kernel_generator is None else module.kernel_generator
+    last = ours.cv4 if name == "large_context" else ours.conv2.conv
+    for variable, parameter in zip(generator.expand.weights, last.parameters(), strict=True):
+        deviation = float(keras.ops.std(variable))
+        assert float(parameter.std()) == pytest.approx(deviation, rel=0.3), parameter.shape
 
 
 def test_arrays_of_numpy_are_refused():

@@ -128,7 +128,8 @@ def lowrank_dynamic_convolution(
     by_tap = array.reshape(U, (rank, taps, channels))
     if static_w is None:
         # A sum, because x may have no positions.
-        one_tap = array.sum(array.zeros_like(x[:1, :1]), (0, 1))
+        # Cast, because PyTorch's autocast gives float32.
+        one_tap = array.cast(array.sum(array.zeros_like(x[:1, :1]), (0, 1)), x.dtype)
         static_w = array.stack([one_tap] * taps, 0)
     if residual:
         own = static_w[:1] + array.ones_like(static_w[:1])

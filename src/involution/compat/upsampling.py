@@ -123,6 +123,7 @@ def convex_upsample(flow: Any, up_mask: Any, factor: int = 8) -> Any:
     array = namespace(flow)
     batch, _, height, width = array.shape(flow)
     weights = array.softmax(array.reshape(up_mask, (batch, 9, 1, cells, height, width)), 1)
+    weights = array.cast(weights, flow.dtype)  # PyTorch's autocast gives float32
     # The positions of a cell are a dimension that is upsampled from size 1: neither `up_mask` nor
     # `flow` is copied, and vectors are along rows of the image.
     y = ops.involution(

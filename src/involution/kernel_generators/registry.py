@@ -19,8 +19,11 @@ GENERATORS: dict[str, type[KernelGenerator]] = {
     "static": Static,
 }
 
+# Those with hidden channels, in proportion to the features'.
+REDUCING = (Bottleneck, LargeContext)
 
-def get(identifier, reduction_ratio=4, dtype=None, initial=None, generators=GENERATORS):
+
+def get(identifier, reduction_ratio=None, dtype=None, initial=None, generators=GENERATORS):
     """A generator from its name, its configuration or itself; None means the first of
     ``generators``, by name.
 
@@ -39,6 +42,6 @@ def get(identifier, reduction_ratio=4, dtype=None, initial=None, generators=GENE
         )
     generator_class = generators[name]
     options = dict(initial or {}) if generator_class.accepts_initializers else {}
-    if issubclass(generator_class, Bottleneck):
+    if issubclass(generator_class, REDUCING) and reduction_ratio is not None:
         options["reduction_ratio"] = reduction_ratio
     return generator_class(dtype=dtype, name=name, **options)

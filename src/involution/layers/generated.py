@@ -63,7 +63,7 @@ class GeneratedInvolution(BaseInvolution):
         kernel_softmax,
         kernel_dropout,
         group_channels=16,
-        reduction_ratio=4,
+        reduction_ratio=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -73,7 +73,11 @@ class GeneratedInvolution(BaseInvolution):
         # The argument: ``build`` sets ``groups`` from the input's channels.
         self._groups = self.groups = None if groups is None else window.groups
         self.group_channels = standardize_tuple("group_channels", group_channels, 1)[0]
-        self.reduction_ratio = standardize_tuple("reduction_ratio", reduction_ratio, 1)[0]
+        self.reduction_ratio = (
+            None
+            if reduction_ratio is None
+            else standardize_tuple("reduction_ratio", reduction_ratio, 1)[0]
+        )
         self.return_kernel = bool(return_kernel)
         if implementation is not None:
             standardize_implementation(implementation)

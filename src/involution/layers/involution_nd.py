@@ -53,7 +53,7 @@ class InvolutionND(GeneratedInvolution):
         dilation_rate=1,
         groups=None,
         group_channels=16,
-        reduction_ratio=4,
+        reduction_ratio=None,
         kernel_generator=None,
         return_kernel=False,
         group_layout="contiguous",
@@ -279,13 +279,15 @@ _SHARED_DOC = """
         groups: Number of groups; divides the channels. None: channels // group_channels, or one
             group if there are fewer channels than that.
         group_channels: Channels per group, if ``groups`` is None.
-        reduction_ratio: Input channels per hidden channel of a generator given by name.
+        reduction_ratio: Input channels per hidden channel of a generator given by name, if it has
+            hidden channels. None: its default, 4 for ``"bottleneck"`` and ``"contextual"``, 2 for
+            ``"large_context"``.
         kernel_generator: A Keras layer from features (B, *spatial, C) to a kernel map
             (B, *out_spatial, taps * groups), channels tap-major; a name (``"bottleneck"``,
-            ``"contextual"``, ``"linear"``, ``"pairwise_attention"``, ``"static"``); None:
-            ``kernel_generators.Bottleneck(reduction_ratio)``. A generator with weights can
-            belong to only one layer. Unnamed generators, and unnamed layers inside them, are named
-            by their class.
+            ``"contextual"``, ``"large_context"``, ``"linear"``, ``"low_rank"``,
+            ``"pairwise_attention"``, ``"static"``); None: ``"bottleneck"``. A generator with
+            weights can belong to only one layer. Unnamed generators, and unnamed layers inside
+            them, are named by their class.
         return_kernel: Whether to return (output, kernel) or only the output.
         group_layout: ``"contiguous"`` (the paper) or ``"interleaved"`` (the keras.io example).
         data_format: ``"channels_last"``, ``"channels_first"``, or None for Keras's setting.

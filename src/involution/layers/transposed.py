@@ -36,7 +36,7 @@ class InvolutionTransposeND(GeneratedInvolution):
         dilation_rate=1,
         groups=None,
         group_channels=16,
-        reduction_ratio=4,
+        reduction_ratio=None,
         kernel_generator=None,
         return_kernel=False,
         group_layout="contiguous",
@@ -138,7 +138,9 @@ _DOC = """Transposed involution {0}: each position adds its channels to a window
         groups: Number of groups; divides the channels. None: channels // group_channels, or one
             group if there are fewer channels than that.
         group_channels: Channels per group, if ``groups`` is None.
-        reduction_ratio: Input channels per hidden channel of a generator given by name.
+        reduction_ratio: Input channels per hidden channel of a generator given by name, if it has
+            hidden channels. None: its default, 4 for ``"bottleneck"`` and ``"contextual"``, 2 for
+            ``"large_context"``.
         kernel_generator: As for ``involution.Involution{3}D``, without strides: a kernel map has a
             kernel for each position of the input.
         return_kernel: Whether to return (output, kernel) or only the output.

@@ -218,6 +218,11 @@ def apply_transposed(x, kernel, transposed: TransposedWindow, implementation=Non
 
 
 def _check_shape(kernel, x, window, sizes, owner):
+    if x.shape[1] == 0 or x.shape[1] % window.groups:
+        raise ValueError(
+            "The number of channels must be divisible by `groups`. "
+            f"Received: groups={window.groups}, x.shape={tuple(x.shape)}"
+        )
     expected = (x.shape[0], window.groups, window.taps, *sizes)
     if tuple(kernel.shape) != expected:
         raise ValueError(
@@ -275,6 +280,7 @@ def to_last(x):
 
 
 def from_last(y, x):
-    """The inverse of ``to_last``, in the memory format of ``x``."""
+    """The inverse of ``to_last``, contiguous unless the channels of ``x`` are adjacent in memory, as
+    PyTorch's convolutions choose the format."""
     y = y.movedim(-1, 1)
-    return y.contiguous() if x.is_contiguous() else y
+    return y if x.stride(1) == 1 and not x.is_contiguous() else y.contiguous()

@@ -63,19 +63,17 @@ def average_pool(window) -> nn.Module:
 
 
 class Convolutional(nn.Module):
-    """A generator whose kernels are the output of a 1x1 convolution, ``conv2``, plus a constant.
-
-    Attributes:
-        constant: Tensor (groups * taps,), or None for 0.
-    """
+    """A generator whose kernels are the output of a 1x1 convolution, ``conv2``, plus a constant."""
 
     uses_full_input = False
     context = 0
-    constant: torch.Tensor | None
 
-    def _make_last(self, hidden, window, constant=None, **factory):
+    def constant(self, like) -> torch.Tensor | None:
+        """Tensor (groups * taps,) of the dtype and on the device of ``like``; None: 0."""
+        return None
+
+    def _make_last(self, hidden, window, **factory):
         self.is_causal = window.padding == CAUSAL
-        self.register_buffer("constant", constant, persistent=False)
         outputs = window.groups * window.taps
         self.conv2 = named(conv=convolution(window.rank, hidden, outputs, **factory))
 
@@ -85,9 +83,10 @@ class Convolutional(nn.Module):
 
     def forward(self, features):
         kernel_map = self._call(self.conv2, self.hidden(features))
-        if self.constant is None:
+        constant = self.constant(kernel_map)
+        if constant is None:
             return kernel_map
-        return kernel_map + self.constant.reshape(-1, *[1] * (kernel_map.dim() - 2))
+        return kernel_map + constant.reshape(-1, *[1] * (kernel_map.dim() - 2))
 
     def _call(self, module, x):
         return evaluate(module, x) if self.is_causal else module(x)
@@ -324,25 +323,31 @@ class LowRank(Convolutional):
         # Keeps the variance of the features.
         nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
         self.conv1 = named(conv=conv)
-        # Not a part of the bias, which weight decay moves towards 0.
-        constant = _residual_tap(window, **factory) if residual else None
-        self._make_last(rank, window, constant, **factory)
+        self.window = window
+        self.residual_tap = _residual_tap(window) if residual else None
+        self._make_last(rank, window, **factory)
         weight, bias = self.conv2.parameters()
         nn.init.zeros_(weight)
         bound = 1 / math.sqrt(window.taps)
         nn.init.uniform_(bias, -bound, bound)
 
+    # Not a part of the bias, which weight decay moves towards 0. Computed: a buffer that is not in
+    # the state dict would have no value after ``to_empty``.
+    def constant(self, like):
+        if self.residual_tap is None:
+            return None
+        taps = torch.arange(self.window.taps, device=like.device)
+        return (taps == self.residual_tap).to(like.dtype).repeat(self.window.groups)
+
     def hidden(self, features):
         return self._call(self.conv1, self.pool(features))
 
 
-def _residual_tap(window, **factory):
-    """The kernels, (groups * taps,), of an involution that returns its input."""
-    kernels = torch.zeros(window.groups, *window.kernel_size, **factory)
+def _residual_tap(window) -> int:
+    """The tap of the kernels of an involution that returns its input."""
     is_causal = window.padding == CAUSAL
     tap = (k - 1 if is_causal else (k - 1) // 2 for k in window.kernel_size)
-    kernels[(slice(None), *tap)] = 1
-    return kernels.flatten()
+    return sum(i * math.prod(window.kernel_size[axis + 1 :]) for axis, i in enumerate(tap))
 
 
 class Carafe(nn.Module):
@@ -562,8 +567,8 @@ def near_depthwise_(module: Any) -> Any:
     He's initializer for depthwise kernels: ``involution.kernel_generators.near_depthwise_init``.
 
     Args:
-        module: An involution. Generators without a last convolution, such as ``"static"``, are
-            unchanged.
+        module: An involution. Generators without a last convolution, such as ``"static"``, and
+            ``"low_rank"``, which starts as a depthwise convolution, are unchanged.
 
     Returns:
         The involution.
@@ -576,8 +581,15 @@ def near_depthwise_(module: Any) -> Any:
     True
     """
     generator = module if module.kernel_generator is None else module.kernel_generator
-    if generator is module or isinstance(generator, Convolutional):
-        weight, bias = generator.conv2.parameters()
+    last = None
+    if isinstance(generator, LargeContext):
+        last = generator.cv4
+    elif generator is module or (
+        isinstance(generator, Convolutional) and not isinstance(generator, LowRank)
+    ):
+        last = generator.conv2
+    if last is not None:
+        weight, bias = last.parameters()
         nn.init.normal_(weight, std=math.sqrt(0.02 / len(weight)))
         nn.init.normal_(bias, std=math.sqrt(2 / module.window.taps))
     return module
@@ -593,3 +605,5 @@ GENERATORS = {
     "pairwise_attention": PairwiseAttention,
     "static": Static,
 }
+# Those with hidden channels, in proportion to the features'.
+REDUCING = (Bottleneck, Contextual, LargeContext)

@@ -23,6 +23,7 @@ from involution.utils.arguments import names_required
 _WEIGHTS = (
     "conv1.conv.weight",
     "kernel_generator.conv1.conv.weight",
+    "kernel_generator.cv1.c.weight",
     "kernel_generator.conv2.conv.weight",
     "kernel_generator.query.weight",
     "projection.weight",
@@ -56,15 +57,17 @@ class _LazyInvolution(LazyModuleMixin, _Uninitialized, InvolutionNd):
         # PyTorch regards a module with such a parameter as uninitialized. Its device and dtype
         # become those of the parameters.
         factory = {"device": device, "dtype": dtype}
+        self.factory = {name: value for name, value in factory.items() if value is not None}
         self.uninitialized = cast(Callable, UninitializedParameter)(**factory)
 
     def _check_arguments(self, arguments):
         """Raises the involution's errors, for a number of channels that the arguments allow."""
-        options = {"group_channels": 16, "reduction_ratio": 4, **arguments}
+        options = {"group_channels": 16, **arguments}
         (channels,) = standardize_tuple("group_channels", options["group_channels"], 1)
         if options.get("groups") is not None:
             (channels,) = standardize_tuple("groups", options["groups"], 1)
-        (ratio,) = standardize_tuple("reduction_ratio", options["reduction_ratio"], 1)
+        ratio = 4 if options.get("reduction_ratio") is None else options["reduction_ratio"]
+        (ratio,) = standardize_tuple("reduction_ratio", ratio, 1)
         is_named = isinstance(options.get("kernel_generator"), str | None)
         generator = {} if is_named else {"kernel_generator": "static"}
         self.make(channels * ratio, device="meta", **generator)
@@ -75,9 +78,13 @@ class _LazyInvolution(LazyModuleMixin, _Uninitialized, InvolutionNd):
             self._initialize(x.shape[1])
 
     def _initialize(self, channels):
-        like = self.uninitialized
-        made = self.make(channels, device=like.device, dtype=like.dtype).train(self.training)
-        del self.uninitialized, self.make
+        like = {"device": self.uninitialized.device, "dtype": self.uninitialized.dtype}
+        # A function as generator has these arguments only if the user gives them.
+        generator = self.make.keywords.get("kernel_generator")
+        is_function = callable(generator) and not isinstance(generator, nn.Module)
+        made = self.make(channels, **(self.factory if is_function else like)).to(**like)
+        made.train(self.training)
+        del self.uninitialized, self.make, self.factory
         for name, value in vars(made).items():
             if isinstance(value, dict) and name in vars(self):
                 vars(self)[name].update(value)  # parameters, modules, hooks

@@ -28,6 +28,7 @@ from involution.torch.functional import apply_generated, apply_kernel, make_wind
 from involution.torch.generators import (
     CONVOLUTIONS,
     GENERATORS,
+    REDUCING,
     Bottleneck,
     Convolutional,
     PairwiseAttention,
@@ -85,7 +86,7 @@ class InvolutionNd(nn.Module):
         dilation=1,
         groups=None,
         group_channels=16,
-        reduction_ratio=4,
+        reduction_ratio=None,
         kernel_generator=None,
         out_channels=None,
         kernel_softmax=False,
@@ -129,7 +130,7 @@ class InvolutionNd(nn.Module):
         make = identifier
         if identifier is None or isinstance(identifier, str):
             make = GENERATORS.get(("bottleneck" if identifier is None else identifier).lower())
-            if make is not None and issubclass(make, Bottleneck):
+            if make in REDUCING and reduction_ratio is not None:
                 options["reduction_ratio"] = reduction_ratio
         generator = make(self.channels, self.window, **options) if callable(make) else None
         if not isinstance(generator, nn.Module):
@@ -167,8 +168,9 @@ class InvolutionNd(nn.Module):
             if present is not None:
                 hidden = _last_windows(hidden, x, window)
             bias = last.bias
-            constant = getattr(self.kernel_generator, "constant", None)
-            bias = bias if constant is None else bias + constant
+            if isinstance(self.kernel_generator, Convolutional):
+                constant = self.kernel_generator.constant(bias)
+                bias = bias if constant is None else bias + constant
             apply = apply_generated_exactly if self._is_exact() else apply_generated
             y = apply(x, hidden, last.weight, bias, window, self.implementation)
             return y if self.projection is None else self._call(self.projection, y)
@@ -370,11 +372,13 @@ _SHARED_DOC = """
         groups: Number of groups; divides the channels. None: channels // group_channels, or one
             group if there are fewer channels than that.
         group_channels: Channels per group, if ``groups`` is None.
-        reduction_ratio: Input channels per hidden channel of a generator given by name.
-        kernel_generator: None or ``"bottleneck"`` for the paper's, ``"contextual"``, ``"linear"``,
-            ``"low_rank"``, ``"pairwise_attention"`` or ``"static"``; a module from features (B,
-            channels, *spatial) to a kernel map (B, groups * taps, *out_spatial), channels
-            group-major; or a function of (channels, window) that returns one, such as a class of
+        reduction_ratio: Input channels per hidden channel of a generator given by name, if it has
+            hidden channels. None: its default, 4 for ``"bottleneck"`` and ``"contextual"``, 2 for
+            ``"large_context"``.
+        kernel_generator: None or ``"bottleneck"`` for the paper's, ``"contextual"``,
+            ``"large_context"``, ``"linear"``, ``"low_rank"``, ``"pairwise_attention"`` or
+            ``"static"``; a module from features (B, channels, *spatial) to a kernel map (B, groups
+            * taps, *out_spatial), channels group-major; or a function of (channels, window) that returns one, such as a class of
             ``involution.torch.generators``, also with ``device`` and ``dtype`` if they are given.
         out_channels: Channels of the output, by a 1x1 convolution after the involution. None: the
             input's channels, without it.
@@ -488,8 +492,8 @@ class Involution1d(InvolutionNd):
             features = inputs[:, :, size - self._context() :]
         window = dataclasses.replace(self.window, padding=VALID)
         y = self._output(inputs, features, window, to_accumulation_dtype(valid.unsqueeze(1)))
-        # Copies: the parts of a sequence are not kept alive by its cache.
-        return y, (inputs[:, :, count:].clone(), valid[:, count:].clone())
+        # Copies: neither the parts of a sequence nor their graphs are kept alive by its cache.
+        return y, (inputs[:, :, count:].detach().clone(), valid[:, count:].clone())
 
     def _context(self) -> int:
         return getattr(self.kernel_generator, "context", 0)

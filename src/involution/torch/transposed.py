@@ -28,7 +28,7 @@ class InvolutionTransposeNd(InvolutionNd):
         dilation=1,
         groups=None,
         group_channels=16,
-        reduction_ratio=4,
+        reduction_ratio=None,
         kernel_generator=None,
         out_channels=None,
         kernel_softmax=False,
