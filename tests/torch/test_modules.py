@@ -72,8 +72,9 @@ def test_optimizer_made_before_the_first_call_trains_all_parameters(variant):
     module = make(variant)
     before = copy.deepcopy(module.state_dict())
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-    (module(images()) * images(9, 10)[:, :1, :1, :1]).sum().backward()
-    optimizer.step()
+    for _ in range(2):  # in the first step, conv2 of low_rank is 0 and conv1 has no gradient
+        (module(images()) * images(9, 10)[:, :1, :1, :1]).sum().backward()
+        optimizer.step()
     for name, parameter in module.named_parameters():
         if name != "kernel_generator.key.bias":  # without effect on a softmax
             assert not torch.equal(parameter, before[name]), name
@@ -703,7 +704,7 @@ def test_near_depthwise_is_that_of_the_keras_network(name):
     ours = module if module.kernel_generator is None else module.kernel_generator
     last = ours.cv4 if name == "large_context" else ours.conv2.conv
     for variable, parameter in zip(generator.expand.weights, last.parameters(), strict=True):
-        deviation = float(keras.ops.std(variable))
+        deviation = float(np.std(keras.ops.convert_to_numpy(variable)))
         assert float(parameter.std()) == pytest.approx(deviation, rel=0.3), parameter.shape
 
 

@@ -280,7 +280,11 @@ def to_last(x):
 
 
 def from_last(y, x):
-    """The inverse of ``to_last``, contiguous unless the channels of ``x`` are adjacent in memory, as
-    PyTorch's convolutions choose the format."""
+    """The inverse of ``to_last``, in the memory format that a convolution gives its output: that of
+    ``x``, and ``contiguous_format`` if it has none, as a view."""
     y = y.movedim(-1, 1)
-    return y if x.stride(1) == 1 and not x.is_contiguous() else y.contiguous()
+    if x.is_contiguous():
+        return y.contiguous()
+    strides = to_last(x).stride()
+    is_last = strides[-1] == 1 and list(strides) == sorted(strides, reverse=True)
+    return y if is_last else y.contiguous()

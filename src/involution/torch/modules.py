@@ -167,7 +167,7 @@ class InvolutionNd(nn.Module):
             hidden = self._hidden(features)
             if present is not None:
                 hidden = _last_windows(hidden, x, window)
-            bias = last.bias
+            bias = cast(torch.Tensor, last.bias)
             if isinstance(self.kernel_generator, Convolutional):
                 constant = self.kernel_generator.constant(bias)
                 bias = bias if constant is None else bias + constant
@@ -378,8 +378,9 @@ _SHARED_DOC = """
         kernel_generator: None or ``"bottleneck"`` for the paper's, ``"contextual"``,
             ``"large_context"``, ``"linear"``, ``"low_rank"``, ``"pairwise_attention"`` or
             ``"static"``; a module from features (B, channels, *spatial) to a kernel map (B, groups
-            * taps, *out_spatial), channels group-major; or a function of (channels, window) that returns one, such as a class of
-            ``involution.torch.generators``, also with ``device`` and ``dtype`` if they are given.
+            * taps, *out_spatial), channels group-major; or a function of (channels, window) that
+            returns one, such as a class of ``involution.torch.generators``, also with ``device``
+            and ``dtype`` if they are given.
         out_channels: Channels of the output, by a 1x1 convolution after the involution. None: the
             input's channels, without it.
         kernel_softmax: Whether to apply softmax to the weights of each window; ``"in_bounds"``: to
