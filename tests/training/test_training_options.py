@@ -267,7 +267,7 @@ def fail(label):
         def on_epoch_end(self, epoch, logs=None): raise RuntimeError("no disk")
     return [Failing()]
 def wrong(label): return [print]
-def raising(label): raise RuntimeError("no\n logger")
+def raising(label): raise RuntimeError("no\\n logger")
 def nothing(label): pass
 """
     (tmp_path / "own_callbacks.py").write_text(code)
