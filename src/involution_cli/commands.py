@@ -280,7 +280,7 @@ def explain(
     ----------
     files
         A model with involutions (default: rednet_tiny-cifar10): a .keras file written by compare or
-        train, a folder, or the name of a pretrained model. Then images: PNG, JPEG or WebP.
+        train, a folder, or the name of a pretrained model. Then images.
     output
         The file to write: .png or .svg for one figure, .html for a page with all of them. An
         existing file is replaced.
@@ -327,8 +327,8 @@ def convert(
     Parameters
     ----------
     source
-        A RedNet checkpoint of the paper's authors (PyTorch, .pth) or of PaddleClas (.pdparams), or
-        the folder of the SavedModel keras-io/involution.
+        A RedNet checkpoint of the paper's authors (PyTorch, .pth) or of PaddleClas (.pdparams), an
+        LSNet checkpoint (PyTorch, .pth), or the folder of the SavedModel keras-io/involution.
     destination
         Output folder, new or empty.
     """
