@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 
+from involution.utils import atomic_files
+
 
 def train(arguments):
     """Trains on one backend, in a subprocess; prints the results as JSON on the last line."""
@@ -85,7 +87,7 @@ def compare(arguments):
             print(f"{backend} {name}: maximum difference of {arguments.steps} losses {worst:.1e}")
         if arguments.epochs:
             print(f"{backend} inn: test accuracy {other['inn']['test_accuracy']:.4f}")
-    pathlib.Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")
+    atomic_files.write_text(arguments.output, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -95,5 +95,5 @@ double involution_fma_peak_loop(std::int64_t iterations) {
   const involution::KernelTable& target = involution::current_target();
   // Volatile, so that the compiler keeps the loop.
   [[maybe_unused]] volatile const float sink = target.fma_peak_loop(iterations);
-  return 2.0 * 12 * (target.vector_bytes / 4) * static_cast<double>(iterations);
+  return 2.0 * involution::kFmaChains * (target.vector_bytes / 4) * static_cast<double>(iterations);
 }

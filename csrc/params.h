@@ -33,7 +33,7 @@ struct InvolutionParams {
 
 enum { INVOLUTION_PARAMS_SIZE = sizeof(struct InvolutionParams) / sizeof(std::int64_t) };
 
-// Computes one pass. a, b and the result are as in ops/autodiff.py: (x, kernel) -> y;
+// Computes one pass. a, b and the result are as in ops/autodiff/__init__.py: (x, kernel) -> y;
 // (kernel, dy) -> dx; (x, dy) -> dkernel. All are contiguous. Returns 0, or -1 if out of memory.
 INVOLUTION_EXPORT int involution_execute(const struct InvolutionParams* params, std::int64_t batch,
                                          int threads, const void* a, const void* b, void* result);

@@ -18,7 +18,7 @@ import numpy as np
 from common import nearest, size
 from scipy import stats
 
-from involution.utils.atomic_files import write_json
+from involution.utils.atomic_files import atomic_write, write_json
 from involution.utils.environment import versions
 from involution.visualize.colors import PALETTE
 
@@ -182,9 +182,16 @@ def train_arms(results, key, arms, batches, loss, evaluate, steps, every, keep=N
 
         curve, seconds = fit(model, loss, some_batches, steps, measure, every, **options)
         run = {"parameters": size(model), "curve": curve, **metrics, "seconds": round(seconds, 1)}
-        results.add(**key, arm=arm, **run)
         if keep is not None:
             keep(arm, model)
+        # Last: a run that is recorded has its files.
+        results.add(**key, arm=arm, **run)
+
+
+def save_arrays(file, arrays):
+    """Writes arrays, by name, in half precision."""
+    with atomic_write(file) as temporary:
+        np.savez(temporary, **{name: array.astype("float16") for name, array in arrays.items()})
 
 
 def steps_to(curve, level):

@@ -235,7 +235,7 @@ def save(folder, name, test, truth, arm, model):
         kernels = generator([test[1], features.predict_on_batch(test)])
         arrays["kernels"] = keras.ops.convert_to_numpy(kernels)[0][crop]
     file = folder / f"{name}-{arm.replace(' ', '-')}.npz"
-    np.savez(file, **{k: v.astype("float16") for k, v in arrays.items()})
+    experiments.save_arrays(file, arrays)
 
 
 def draw(results, names):

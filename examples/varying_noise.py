@@ -209,7 +209,7 @@ def _save(file, model, x, truth):
         kernels = keras.Model(model.inputs, model.get_layer("kernels").output)
         arrays["kernels"] = kernels.predict(x[:1], verbose=0)[0]
     crop = tuple(slice(max(n // 2 - 48, 0), n // 2 + 48) for n in truth.shape[1:3])
-    np.savez(file, **{name: array[crop].astype("float16") for name, array in arrays.items()})
+    experiments.save_arrays(file, {name: array[crop] for name, array in arrays.items()})
 
 
 def on_fields(results, options, limits):

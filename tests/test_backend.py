@@ -34,7 +34,7 @@ SELECT = "from involution_select import select; print(select())"
 
 @pytest.fixture
 def select(tmp_path, monkeypatch):
-    """Runs a copy of ``backend.select``: importing the package would import Keras."""
+    """Runs a copy of ``backend.select``, alone."""
     source = tmp_path / "code"
     source.mkdir()
     shutil.copy(backend.__file__, source / "involution_select.py")

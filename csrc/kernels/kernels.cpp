@@ -54,18 +54,17 @@ INLINE T opaque(T x) {
 
 // --- Peak FLOP/s --------------------------------------------------------------------------------
 
-// Twelve independent chains hide the latency of every FMA unit and fit into 16 registers.
 float fma_peak_loop(index_t times) {
-  constexpr int kLanes = INVOLUTION_VECTOR_BYTES / 4, kIndependentChains = 12;
-  typename Simd<float, kLanes>::Vector sum[kIndependentChains] = {}, x = {}, y = {};
+  constexpr int kLanes = INVOLUTION_VECTOR_BYTES / 4;
+  typename Simd<float, kLanes>::Vector sum[kFmaChains] = {}, x = {}, y = {};
   for (int l = 0; l < kLanes; ++l) x[l] = 0.5f, y[l] = 0.25f;
-  for (int c = 0; c < kIndependentChains; ++c) sum[c] = sum[c] + static_cast<float>(c);
+  for (int c = 0; c < kFmaChains; ++c) sum[c] = sum[c] + static_cast<float>(c);
   for (index_t n = 0; n < times; ++n) {
 #pragma GCC unroll 12
-    for (int c = 0; c < kIndependentChains; ++c) sum[c] = sum[c] * x + y;
+    for (int c = 0; c < kFmaChains; ++c) sum[c] = sum[c] * x + y;
   }
   float total = 0;
-  for (int c = 0; c < kIndependentChains; ++c)
+  for (int c = 0; c < kFmaChains; ++c)
     for (int l = 0; l < kLanes; ++l) total += sum[c][l];
   return total;
 }

@@ -54,7 +54,7 @@ struct Dimension {
   index_t tap_step, source_step;
 };
 
-enum class Pass : int { forward, input_grad, kernel_grad };  // as in ops/autodiff.py
+enum class Pass : int { forward, input_grad, kernel_grad };  // as in ops/autodiff/__init__.py
 
 // forward, input_grad:  result[p] = sum over taps of weights[tap] * values[source]; the weights are
 //                       indexed by p in `forward` and by the source in `input_grad`. There, with
@@ -103,6 +103,9 @@ struct GemmArgs {
   bool accumulate;   // add to c; `bias` is ignored
 };
 
+// Hide the latency of every FMA unit, and fit into 16 registers.
+constexpr int kFmaChains = 12;
+
 // The kernels compiled for one target.
 struct KernelTable {
   const char* target;
@@ -125,7 +128,7 @@ struct KernelTable {
   // required. Null where the target has no such instructions. A processor may lack them although it
   // runs the target. Subnormal inputs count as zero.
   void (*gemm_bf16)(const GemmArgs&);
-  // Runs 12 independent float32 FMA chains in registers, to measure peak FLOP/s.
+  // Runs kFmaChains independent float32 FMA chains in registers, to measure peak FLOP/s.
   float (*fma_peak_loop)(index_t iterations);
 };
 

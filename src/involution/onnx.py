@@ -30,7 +30,9 @@ def library_path() -> pathlib.Path:
     if reason is None:
         file, reason = library.binding("onnxruntime")
     if file is None:
-        raise InputError(f"The operators for onnxruntime require the compiled kernels: {reason}")
+        raise InputError(
+            f"The operators for onnxruntime require the compiled kernels. Received: {reason}"
+        )
     return file
 
 

@@ -1,7 +1,7 @@
 """The command ``involution``.
 
-Separate from the package ``involution``, whose import loads Keras (2-5 s): this package parses the
-command line, prints the first line and selects the backend before it imports ``involution``.
+Separate from the package ``involution``, most of whose modules import Keras, which takes seconds:
+this package parses the command line, prints the first line and selects the backend before that.
 """
 
 from involution_cli.commands import app, main

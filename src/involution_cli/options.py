@@ -60,7 +60,7 @@ Backend = Annotated[
 
 
 def _load_recipes() -> Any:
-    """``involution.training.recipes``, without the package, whose import loads Keras."""
+    """``involution.training.recipes``, without its package, whose import loads Keras."""
     package = importlib.util.find_spec("involution")
     assert package is not None
     assert package.origin is not None

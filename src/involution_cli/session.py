@@ -72,7 +72,7 @@ def session(first_line, backend, options=()):
     messages go to standard error, and what frameworks write there to a log file.
 
     Args:
-        first_line: Printed before the package is imported, which takes seconds.
+        first_line: Printed before Keras is imported, which takes seconds.
         backend: The Keras backend; None: the configured one.
         options: Names of the command's options, for error messages.
     """

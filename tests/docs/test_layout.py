@@ -29,6 +29,7 @@ ORDER = [
     "backend",
     "keras_import",
     "utils.errors",
+    "utils.comparison",
     "utils.arguments",
     "utils.environment",
     "utils.progress",

@@ -311,8 +311,10 @@ def test_the_path_is_that_of_the_library():
 
 def test_an_installation_without_the_library_has_a_reason(monkeypatch):
     monkeypatch.setattr(library, "find", lambda name: None)
-    with pytest.raises(InputError, match=r"require the compiled kernels: .* was not built"):
+    with pytest.raises(
+        InputError, match=r"require the compiled kernels. Received: .* was not built"
+    ):
         involution.onnx.library_path()
     monkeypatch.setattr(library, "core", lambda: (None, "no compiler"))
-    with pytest.raises(InputError, match=r"require the compiled kernels: no compiler"):
+    with pytest.raises(InputError, match=r"require the compiled kernels. Received: no compiler"):
         involution.onnx.register(onnxruntime.SessionOptions())

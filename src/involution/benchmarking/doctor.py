@@ -13,6 +13,7 @@ import numpy as np
 from involution import backend, ops
 from involution.ops.cases import CASES
 from involution.ops.native import library
+from involution.utils.comparison import relative_error
 from involution.utils.environment import versions
 
 # Maximum relative error in float32, for sums of about a hundred terms.
@@ -221,5 +222,5 @@ def _compare(case, run, candidates, shown, selected) -> Iterator[Check]:
         if reason is not None:
             yield Check(case.name, name, reason)
             continue
-        error = float(np.abs(run(name) - expected).max() / np.abs(expected).max())
+        error = relative_error(run(name), expected)
         yield Check(case.name, name, None, error, selected if name == fastest else "")

@@ -32,6 +32,7 @@ from involution.ops.problem import problem_of
 from involution.ops.tensor_utils import spatial_shape
 from involution.ops.validation import SAME, SYMMETRIC
 from involution.utils.atomic_files import csv_text
+from involution.utils.comparison import relative_error
 from involution.utils.environment import versions
 from involution.utils.errors import InputError
 
@@ -270,7 +271,7 @@ def make_candidate(name: str, case: Case, dtype: str) -> Candidate:
     """Raises NotImplementedError, with the reason, for an unavailable candidate."""
     rng = np.random.default_rng(0)
     options = case.arguments
-    y_shape = (case.batch, *case.kernel_shape[1:-2], case.channels)
+    y_shape = case.y_shape
     shapes = [case.x_shape, case.kernel_shape]
     operation: Callable = ops.involution
     if name in baselines.CONVOLUTIONS:
@@ -379,13 +380,10 @@ def max_relative_error(candidate: Candidate, dtype) -> float:
     cotangent = keras.ops.cast(candidate.cotangent, wide) if backward else None
     expected = repeat(candidate.reference, arguments, cotangent)()
     results = candidate.program(backward)()
-    errors = [
-        np.abs(result - want).max() / np.abs(want).max()
-        for want, result in zip(map(to_numpy, expected), map(to_numpy, results), strict=True)
-    ]
-    # NumPy's maximum propagates NaN.
-    worst = float(np.max(errors))
-    return worst if math.isfinite(worst) else math.inf
+    return max(
+        relative_error(to_numpy(result), to_numpy(want))
+        for want, result in zip(expected, results, strict=True)
+    )
 
 
 def measure(timers: dict[str, Callable[[], float]], seconds) -> dict[str, list[float]]:
@@ -411,9 +409,8 @@ def _is_generated(name) -> bool:
 def _tensor_sizes(case, dtype, generated):
     """Bytes of each argument and of the output."""
     item = {"float64": 8, "float32": 4}.get(dtype, 2)
-    y = (case.batch, *case.kernel_shape[1:-2], case.channels)
     kernel = case.generator_shapes if generated else [case.kernel_shape]
-    return [item * math.prod(shape) for shape in (case.x_shape, *kernel, y)]
+    return [item * math.prod(shape) for shape in (case.x_shape, *kernel, case.y_shape)]
 
 
 def tensor_bytes(case, dtype, backward, name) -> int:

@@ -1,6 +1,5 @@
 """Contents of the web demo: scores, and HTML with heat maps and kernels."""
 
-import base64
 import html
 import io
 import time
@@ -12,8 +11,13 @@ from PIL import Image
 
 from involution.saving.classifier import Classifier
 from involution.utils.errors import InputError, escape_controls
-from involution.visualize.activations import InvolutionRecord, capture_with_outputs
+from involution.visualize.activations import (
+    InvolutionRecord,
+    capture_with_outputs,
+    two_dimensional,
+)
 from involution.visualize.colors import DIVERGING_CMAP, SEQUENTIAL_CMAP
+from involution.visualize.html import data_url
 
 
 def classify(classifiers: dict[str, Classifier], file) -> dict[str, dict[str, float]]:
@@ -73,7 +77,7 @@ class Explanation:
             outputs, records = capture_with_outputs(classifier.model, self.images[name])
             outputs = keras.ops.convert_to_numpy(outputs)
             self.scores[name] = _by_class(classifier, classifier.probabilities(outputs)[0])
-            self.records[name] = {k: r for k, r in records.items() if len(r.sizes) == 2}
+            self.records[name] = two_dimensional(records)
         self.seconds = time.perf_counter() - start
 
     def heat_maps(self) -> str:
@@ -175,4 +179,4 @@ def _data_url(colors) -> str:
     """Colors from 0 to 1 as the data URL of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray((255 * colors + 0.5).astype("uint8")).save(buffer, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_url(buffer.getvalue())

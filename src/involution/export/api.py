@@ -295,10 +295,8 @@ def _check_static_sizes(spec, backend):
 
 
 def _convert(spec, path, format, backend):
-    remedy = (
-        "give `input_shape`" if spec.has_unknown_sizes else "another backend's exporter may work"
-    )
-    with as_export_error(f"The exporter of {backend} cannot write the model as {format}; {remedy}"):
+    message = f"The exporter of {backend} cannot write the model as {format}; {spec.remedy}"
+    with as_export_error(message):
         if format == "onnx":
             onnx.write(spec, path, backend)
         elif format == "saved_model":

@@ -28,6 +28,13 @@ class ExportSpec:
         return any(None in spec.shape[1:] for spec in self.specs)
 
     @property
+    def remedy(self) -> str:
+        """What to try if the exporter fails, for error messages."""
+        if self.has_unknown_sizes:
+            return "give `input_shape`"
+        return "another backend's exporter may work"
+
+    @property
     def specs(self) -> list[keras.InputSpec]:
         return tree.flatten(self.structure)
 

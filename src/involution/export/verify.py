@@ -13,6 +13,7 @@ from involution.export.errors import ExportError, as_export_error, ignore_warnin
 from involution.export.fusion import all_nodes
 from involution.export.onnx import OPSET
 from involution.ops.onnxruntime.domain import DOMAIN
+from involution.utils.comparison import relative_error
 
 # Verified batch sizes.
 BATCHES = (1, 5)
@@ -74,7 +75,7 @@ def run(path, format, spec, samples, operator) -> tuple[str, list[dict]]:
     with as_export_error(message):
         if format == "onnx":
             return _run_onnx(path, spec, samples, operator)
-        return _verify_in_subprocess(path, format, spec.inputs, samples)
+        return _run_in_subprocess(path, format, spec.inputs, samples)
 
 
 def max_relative_error(spec, outputs, expected, batches=BATCHES) -> float:
@@ -86,13 +87,9 @@ def max_relative_error(spec, outputs, expected, batches=BATCHES) -> float:
     maximum = 0.0
     for batch, actual, model_outputs in zip(batches, outputs, expected, strict=True):
         for name, model_output in model_outputs.items():
-            error = _relative_error(actual.get(name), model_output)
+            found_output = actual.get(name)
+            error = np.inf if found_output is None else relative_error(found_output, model_output)
             if error > TOLERANCE:
-                remedy = (
-                    "give `input_shape`"
-                    if spec.has_unknown_sizes
-                    else "another backend's exporter may work"
-                )
                 found = (
                     f"a relative error of {error:.3g}"
                     if error < np.inf
@@ -100,7 +97,7 @@ def max_relative_error(spec, outputs, expected, batches=BATCHES) -> float:
                 )
                 raise ExportError(
                     f"Exported outputs must match the model's to a relative error of {TOLERANCE:g};"
-                    f" {remedy}. Received: {found} in {name}, for a batch of {batch}"
+                    f" {spec.remedy}. Received: {found} in {name}, for a batch of {batch}"
                 )
             maximum = max(maximum, error)
     return maximum
@@ -153,7 +150,7 @@ def run_graph(graph, samples) -> list[list[np.ndarray]]:
     return [session.run(None, {graph.input[0].name: sample[0]}) for sample in samples]
 
 
-def _verify_in_subprocess(path, format, inputs, samples):
+def _run_in_subprocess(path, format, inputs, samples):
     inputs_file, outputs_file = (path.with_name(f"{name}.npz") for name in ("inputs", "outputs"))
     batches = {f"{i} {j}": x for i, xs in enumerate(samples) for j, x in enumerate(xs)}
     np.savez(inputs_file, **batches)
@@ -177,19 +174,6 @@ def _verify_in_subprocess(path, format, inputs, samples):
             outputs[int(batch)][name] = stored[key]
     version = json.loads(process.stdout.splitlines()[-1])
     return f"{RUNTIMES[format]} {version}", outputs
-
-
-def _relative_error(actual, expected) -> float:
-    """Infinite for a missing output, another shape, or values that are not finite."""
-    if actual is None or actual.shape != expected.shape:
-        return np.inf
-    if not expected.size:
-        return 0.0
-    actual, expected = np.asarray(actual, "float64"), np.asarray(expected, "float64")
-    if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
-        return np.inf
-    difference, magnitude = np.abs(actual - expected).max(), np.abs(expected).max()
-    return float(difference / magnitude) if magnitude else np.inf if difference else 0.0
 
 
 def _to_numpy(tensor) -> np.ndarray:

@@ -30,6 +30,7 @@ from involution.models.checkpoint_readers import CheckpointError
 from involution.models.numpy_lsnet import LSNet
 from involution.models.rednet import VARIANTS
 from involution.models.weight_map import IDENTITY, KERNEL, TRANSPOSE, WeightMap, tap_major
+from involution.utils.comparison import relative_error
 from involution.utils.errors import WriteError
 
 # Names of batch normalization's moving mean and variance.
@@ -457,12 +458,10 @@ def _outputs(model, images) -> list[np.ndarray]:
 
 def _max_relative_error(outputs, expected, source) -> float:
     """The largest difference relative to the largest output; CheckpointError above TOLERANCE."""
-    errors = [
-        float(np.abs(y - want.reshape(y.shape)).max() / np.abs(want).max())
-        for y, want in zip(outputs, expected, strict=True)
-    ]
-    error = float(np.max(errors))
-    if not error <= TOLERANCE:  # NaN included
+    error = max(
+        relative_error(y, want.reshape(y.shape)) for y, want in zip(outputs, expected, strict=True)
+    )
+    if error > TOLERANCE:
         raise CheckpointError(
             "The outputs of a converted model must match those of the checkpoint. "
             f"Received: {source}, with a maximum relative error of {error:.1e}"

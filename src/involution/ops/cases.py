@@ -37,6 +37,10 @@ class Case:
         return (self.batch, *sizes, self.window.taps, self.window.groups)
 
     @property
+    def y_shape(self) -> tuple[int, ...]:
+        return (self.batch, *self.window.output_sizes(self.sizes), self.channels)
+
+    @property
     def generator_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the hidden features (a quarter of the channels), the weight and the bias."""
         batch, *out, taps, groups = self.kernel_shape

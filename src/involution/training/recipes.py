@@ -1,8 +1,8 @@
 """Training configuration: hyperparameters, named recipes, and the settings of a run.
 
 Each setting is declared once, with its help text and its valid range. The command line derives its
-options from this file, which it executes by path because importing the package loads Keras: at
-module level only the standard library may be imported.
+options from this file, which it executes by path because importing ``involution.training`` loads
+Keras: at module level only the standard library may be imported.
 """
 
 import dataclasses

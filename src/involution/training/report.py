@@ -387,8 +387,7 @@ def _figures(run, evaluations) -> dict:
     images = dataset.x_test[chosen]
     inputs, filters = transforms.to_unit_float(images), _first_filters(run)
     for result in run.results:
-        records = activations.capture(result.classifier.model, inputs)
-        records = {k: v for k, v in records.items() if len(v.sizes) == 2}
+        records = activations.two_dimensional(activations.capture(result.classifier.model, inputs))
         if not records:
             continue
         # The first, the last, and others at equal distances.

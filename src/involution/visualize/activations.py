@@ -184,6 +184,11 @@ def capture(model, images) -> dict[str, InvolutionRecord]:
     }
 
 
+def two_dimensional(records) -> dict[str, InvolutionRecord]:
+    """Those with two spatial dimensions, which heat maps show."""
+    return {name: record for name, record in records.items() if len(record.sizes) == 2}
+
+
 def capture_with_outputs(model, images):
     """``(outputs, records)`` of a single forward pass; ``outputs`` are the model's own tensors.
 

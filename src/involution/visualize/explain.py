@@ -12,7 +12,7 @@ from involution.utils.atomic_files import atomic_write
 from involution.utils.errors import InputError
 from involution.utils.progress import NullProgress
 from involution.visualize.ablation import kernel_use
-from involution.visualize.activations import ATTENTION_CAPTION, capture
+from involution.visualize.activations import ATTENTION_CAPTION, capture, two_dimensional
 
 TEMPLATE = pathlib.Path(__file__).with_name("explain.html.j2")
 
@@ -236,5 +236,4 @@ class _Figures:
 
 
 def _capture_2d(model, pixels):
-    records = capture(model, pixels)
-    return {name: record for name, record in records.items() if len(record.sizes) == 2}
+    return two_dimensional(capture(model, pixels))
