@@ -51,6 +51,8 @@ WHEELS_VENV := .venv/wheels
 TEST_VENV := .venv/test-$(subst $(space),-,$(strip $(BACKENDS)))
 OLDEST_EXTRAS = $(call extras,$(BACKEND)) heic tensorboard sweep demo hub $(if $(filter jax,$(BACKEND)),export-jax,export)
 PYTEST = $(TEST_VENV)/bin/python -m pytest
+# Whole modules are given to processes, in the order of tests/conftest.py.
+PARALLEL = -n $(JOBS) --dist loadscope --no-loadscope-reorder
 # The first release of pip that reads dependency groups.
 PIP_WITH_GROUPS := "pip>=25.1"
 
@@ -85,12 +87,12 @@ test: lint $(addprefix test-,$(BACKENDS)) coverage
 
 # Backend-independent tests run on the last backend only.
 test-tensorflow test-jax test-torch: test-%: $(TEST_VENV)/ready
-	KERAS_BACKEND=$* COVERAGE_FILE=.coverage.$* $(PYTEST) -n $(JOBS) --dist loadscope --cov --cov-report= \
+	KERAS_BACKEND=$* COVERAGE_FILE=.coverage.$* $(PYTEST) $(PARALLEL) --cov --cov-report= \
 		$(if $(filter-out $(lastword $(BACKENDS)),$*),--backend-only)
 
 # For a first answer while editing: the first case of each short test, in less than two minutes.
 test-quick: $(TEST_VENV)/ready
-	KERAS_BACKEND=$(BACKEND) $(PYTEST) -n $(JOBS) --dist loadscope --quick
+	KERAS_BACKEND=$(BACKEND) $(PYTEST) $(PARALLEL) --quick
 
 # Combines the coverage of all backends.
 coverage: $(addprefix test-,$(BACKENDS))
@@ -106,7 +108,7 @@ endif
 test-long: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
 test-long: $(TEST_VENV)/ready
 	set -e; for backend in $(BACKENDS); do export KERAS_BACKEND=$$backend; \
-	$(PYTEST) -n $(JOBS) --dist loadscope; \
+	$(PYTEST) $(PARALLEL); \
 	$(PYTEST) -m slow --hypothesis-profile=long -rP; \
 	$(TEST_VENV)/bin/python -m tests.support.kill_resume --kills 60; done
 	$(if $(filter jax,$(BACKENDS)),$(TEST_VENV)/bin/python -m tests.support.multihost --kills 10)
@@ -114,12 +116,12 @@ test-long: $(TEST_VENV)/ready
 # `--randomly-seed=N` reproduces an order. Random weights do not depend on it.
 test-orders: $(TEST_VENV)/ready
 	set -e; for seed in $$(seq $(RANDOM_ORDERS)); do for backend in $(BACKENDS); do \
-	KERAS_BACKEND=$$backend $(PYTEST) -n $(JOBS) --dist loadscope -p randomly --randomly-dont-reset-seed --randomly-seed=$$seed; \
+	KERAS_BACKEND=$$backend $(PYTEST) $(PARALLEL) -p randomly --randomly-dont-reset-seed --randomly-seed=$$seed; \
 	done; done
 
 # The tests with the oldest dependencies that pyproject.toml allows: make test-oldest BACKEND=jax
 test-oldest: $(OLDEST_VENV)/ready
-	KERAS_BACKEND=$(BACKEND) $(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) --dist loadscope
+	KERAS_BACKEND=$(BACKEND) $(OLDEST_VENV)/bin/python -m pytest $(PARALLEL)
 
 test-example: $(TEST_VENV)/ready
 	KERAS_BACKEND=tensorflow INVOLUTION_EXAMPLE="$(EXAMPLE)" $(PYTEST) -m example -rP

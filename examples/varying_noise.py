@@ -43,6 +43,7 @@ ARMS = ("involution", "gated static", "direct")
 # --- Bounds ---------------------------------------------------------------------------------------
 
 
+@functools.cache
 def bounds(samples=4000, seed=0) -> dict[str, float]:
     """Of linear kernels of a 7x7 window, in dB: best fixed, fixed times inverse variance, best."""
     offsets = np.arange(WINDOW) - MARGIN
@@ -213,7 +214,7 @@ def _save(file, model, x, truth):
 
 
 def on_fields(results, options, limits):
-    steps, every, widths = (1000, 50, (8, 16, 32)) if options.full else (150, 50, (16,))
+    steps, every, widths = (1000, 50, (8, 16, 32)) if options.full else (100, 50, (16,))
     random = np.random.default_rng(1_000_000)
     truth = fields(128, random)
     x = add_noise(truth, LEVELS, random)

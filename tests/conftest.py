@@ -1,4 +1,5 @@
 import atexit
+import gc
 import importlib.util
 import os
 import random
@@ -53,7 +54,7 @@ collect_ignore = [
     if backend != os.environ["KERAS_BACKEND"]
 ]
 if os.environ["KERAS_BACKEND"] != "jax":
-    collect_ignore += ["benchmarking/test_jax_cuda.py"]
+    collect_ignore += ["benchmarking/test_jax_cuda.py", "ops/test_pallas.py"]
 if os.environ["KERAS_BACKEND"] != "torch":
     collect_ignore += [
         "benchmarking/test_cuda_stand_in.py",
@@ -65,6 +66,18 @@ if os.environ["KERAS_BACKEND"] != "torch":
 # Triton has wheels for Linux only.
 elif importlib.util.find_spec("triton") is None:
     collect_ignore += ["ops/test_cuda.py", "ops/test_triton.py"]
+
+
+LONGEST = (
+    "test_examples.py",
+    "test_resume.py",
+    "test_sweep.py",
+    "test_experiment.py",
+    "test_triton.py",
+    "test_docs.py",
+    "test_commands.py",
+    "test_export.py",
+)
 
 
 def pytest_addoption(parser):
@@ -91,9 +104,19 @@ def pytest_collection_modifyitems(config, items):
             if test in seen or item.get_closest_marker("long"):
                 deselected.add(item)
             seen.add(test)
+    # Processes receive modules in this order: the longest ones first, so that none of them is left
+    # for one process at the end.
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if deselected:
         config.hook.pytest_deselected(items=list(deselected))
         items[:] = [item for item in items if item not in deselected]
+
+
+def pytest_collection_finish():
+    # `keras.utils.clear_session` collects garbage each time: over all objects of a long run, that
+    # takes longer than the training that it precedes.
+    gc.collect()
+    gc.freeze()
 
 
 def seed():

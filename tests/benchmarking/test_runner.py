@@ -5,13 +5,13 @@ import dataclasses
 import functools
 import io
 import os
+import sys
 
 import keras
 import numpy as np
 import pytest
 
 from involution.benchmarking import devices, exported, runner
-from involution.benchmarking.timed_program import repeat
 from involution.ops import dispatch, taps
 from involution.ops.cases import CASES, Case
 from involution.utils.errors import InputError
@@ -59,8 +59,14 @@ def small(monkeypatch):
 
 
 @pytest.mark.long
-def test_every_candidate_is_measured_forward_and_backward(small):
-    # torch.compile takes 30 s per case, so compiled-taps is measured on one case.
+def test_every_candidate_is_measured_forward_and_backward(small, monkeypatch):
+    if BACKEND == "torch":
+        import torch
+
+        # Inductor takes 10 to 30 s; test_compiled_taps_match_the_reference runs it.
+        compile_ = functools.partial(torch.compile, backend="aot_eager")
+        monkeypatch.setattr(torch, "compile", compile_)
+    # compiled-taps is measured on one case, because compilation is slow.
     uncompiled = tuple(n for n in runner.CANDIDATES if n != runner.COMPILED_TAPS)
     for case, candidates in (("small", runner.CANDIDATES), ("strided", uncompiled)):
         messages = []
@@ -303,7 +309,10 @@ def test_memory_is_measured_in_a_subprocess(small):
     name = IMPLEMENTATIONS[0]
     peak = runner._peak_mb(case, name, "float32", True, devices.Cpu())
     tensors = runner.tensor_bytes(case, "float32", True, name) / 1e6
-    assert peak is None or tensors / 2 < peak < 40 * tensors
+    if sys.platform != "linux":
+        assert peak is None
+    else:
+        assert tensors / 2 < peak < 40 * tensors
 
 
 @pytest.mark.skipif(
@@ -325,47 +334,3 @@ def test_batch_of_the_plan_overrides_the_case(small):
     assert [row.batch for row in rows] == [3, 3]
     size = runner.tensor_bytes(dataclasses.replace(SMALL, batch=3), "float32", False, "taps")
     assert rows[0].tensors_mb == size / 1e6
-
-
-def pure(function, x):
-    """``function`` of NumPy arrays as a pure operation, which compilers may deduplicate."""
-    if BACKEND == "jax":
-        import jax
-
-        return jax.pure_callback(function, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        return tf.numpy_function(function, [x], x.dtype, stateful=False)
-    return keras.ops.convert_to_tensor(function(numpy(x)))
-
-
-@pytest.mark.parametrize(
-    ("use", "argument_count", "want"),
-    [
-        (lambda count, x: pure(count, x), 1, 2.0),
-        # An operation on `other` alone is not hoisted out of the loop.
-        (lambda count, x, other: x + pure(count, other), 2, 3.0),
-    ],
-    ids=["one-argument", "two-arguments"],
-)
-def test_repeat_executes_every_call(use, argument_count, want):
-    calls = []
-
-    def count(x):
-        calls.append(1)
-        return np.asarray(x) * 2
-
-    x = keras.ops.ones((3,), "float32")
-    run = repeat(functools.partial(use, count), [x] * argument_count, calls=5)
-    (y,) = run()
-    np.testing.assert_allclose(numpy(y), want)
-    calls.clear()
-    run()
-    assert len(calls) == 5
-
-
-def test_repeat_returns_the_output_and_all_gradients():
-    a, b, c = (keras.ops.convert_to_tensor([n], "float32") for n in (2.0, 3.0, 10.0))
-    results = repeat(lambda a, b: a * b, [a, b], cotangent=c, calls=3)()
-    assert [float(numpy(r)[0]) for r in results] == pytest.approx([6.0, 30.0, 20.0])

@@ -56,8 +56,9 @@ def test_later_inputs_change_no_bit_of_an_output(strides, rate, case):
         changed[:, t + 1 :] = random(2, 16 - t, 48, seed=t)
         # The last output whose position is at most t.
         last = t // strides + 1
-        np.testing.assert_array_equal(numpy(layer(changed))[:, :last], y[:, :last])
-        assert np.abs(numpy(layer(changed))[:, last:] - y[:, last:]).max(initial=1) > 0
+        z = numpy(layer(changed))
+        np.testing.assert_array_equal(z[:, :last], y[:, :last])
+        assert last == y.shape[1] or (z[:, last:] != y[:, last:]).any()
 
 
 @requires_native

@@ -16,7 +16,8 @@ import pytest
 
 from involution.models import checkpoint_readers
 from involution.models.checkpoint_readers import CheckpointError, tensorflow
-from tests.support.backends import BACKEND, fresh_process
+from tests.support.backends import fresh_process
+from tests.support.memory import on_linux
 from tests.support.paths import FILES
 
 pytestmark = pytest.mark.any_backend
@@ -345,6 +346,7 @@ def hostile(folder):
         yield path
 
 
+@on_linux
 @pytest.mark.long
 def test_hostile_files_take_little_memory_and_time(tmp_path):
     pytorch()
@@ -352,19 +354,19 @@ def test_hostile_files_take_little_memory_and_time(tmp_path):
     larger = max(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
     assert larger <= 21e6
     code = f"""
-import resource, time
+import time
 from involution.models import checkpoint_readers
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from tests.support.memory import peak_memory, resident_memory
 checkpoint_readers.read({str(FILES / "hosted")!r})
 for path in {[str(p) for p in paths]!r}:
-    before, start = peak(), time.perf_counter()
+    peak_memory()
+    before, start = resident_memory(), time.perf_counter()
     try:
         checkpoint_readers.read(path)
         print(path, "was read")
     except checkpoint_readers.CheckpointError as error:
         assert "\\n" not in str(error)
-    grown, took = peak() - before, time.perf_counter() - start
+    grown, took = peak_memory() - before, time.perf_counter() - start
     if grown > 100e6 or took > 30:
         print(path, "took", grown, "bytes and", took, "seconds")
 print("end")
@@ -563,9 +565,9 @@ def test_compressed_tables_are_rejected(tmp_path):
     assert "Snappy" in rejection(folder)
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow writes the bundle")
+@pytest.mark.long
 def test_bundles_written_by_tensorflow(tmp_path):
-    import tensorflow as tf
+    tf = pytest.importorskip("tensorflow", reason="TensorFlow writes the bundle")
 
     rng = np.random.default_rng(0)
     module, want = tf.Module(), {}

@@ -126,11 +126,11 @@ def rednet26():
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_every_weight_of_the_model_has_a_tensor(depth, rednet26):
-    if depth > 26:
-        blocks = rednet_torch.BLOCKS[depth]
-        assert models.rednet.VARIANTS[f"rednet{depth}"].blocks == blocks
-        return
+def test_blocks_are_those_of_the_independent_network(depth):
+    assert models.rednet.VARIANTS[f"rednet{depth}"].blocks == rednet_torch.BLOCKS[depth]
+
+
+def test_every_weight_of_the_model_has_a_tensor(rednet26):
     weight_maps = convert.rednet_weight_maps("PyTorch", rednet_torch.BLOCKS[26])
     targets = [target for target, _ in weight_maps.values()]
     assert len(set(targets)) == len(targets)

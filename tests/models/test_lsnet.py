@@ -245,7 +245,13 @@ def test_attention_biases_are_interpolated():
     assert numpy(layer._bias(1, 1)).ravel() == pytest.approx(table[:, 0, 0])
 
 
-@pytest.mark.parametrize("shapes", [[(1, 4, 4, 6)] * 3, [(1, 4, 4, 8), (1, 4, 4, 8), (1, 4, 3, 8)]])
-def test_attention_refuses_wrong_maps(shapes):
-    with pytest.raises(ValueError, match="Received"):
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(1, 4, 4, 6)] * 3, "`heads` must divide the channels"),
+        ([(1, 4, 4, 8), (1, 4, 4, 8), (1, 4, 3, 8)], "must be maps of equal sizes"),
+    ],
+)
+def test_attention_refuses_wrong_maps(shapes, message):
+    with pytest.raises(ValueError, match=message):
         involution.layers.OffsetAttention(4, 4)([np.zeros(shape, "float32") for shape in shapes])

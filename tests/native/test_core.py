@@ -11,7 +11,6 @@ import pathlib
 import platform
 import re
 import signal
-import sys
 import threading
 import time
 
@@ -36,6 +35,7 @@ from tests.support.backends import (
     requires_native,
     tensors,
 )
+from tests.support.memory import on_linux, peak_memory
 from tests.support.native_core import DTYPES, each_target, without_outputs
 from tests.support.oracle import Call, error_bound, random_calls, with_non_finite
 from tests.support.paths import ROOT
@@ -50,7 +50,6 @@ PASSES = tuple(native_core.ARGUMENTS)
 
 
 each_half = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 # --- Values ---------------------------------------------------------------------------------------
@@ -494,14 +493,6 @@ def test_f12_windows_wider_than_the_input(
             for pass_, truth in native_core.expected(call, *arrays).items():
                 value = native_core.execute(pass_, call, *native_core.ARGUMENTS[pass_](*arrays))
                 np.testing.assert_allclose(value, truth, rtol=0, atol=1e-12, err_msg=f"{call}")
-
-
-def peak_memory():
-    """In bytes, since the last call."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    (line,) = (s for s in status.splitlines() if s.startswith("VmHWM"))
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    return int(line.split()[1]) * 1024
 
 
 @on_linux

@@ -533,7 +533,7 @@ def test_force_implementation_overrides_fused(monkeypatch):
     monkeypatch.setattr(fused, "apply_generated", None)
     with involution.ops.force_implementation("reference"):
         apply(CALL, None)(*tensors(arrays, "float32"))
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         apply(CALL, None)(*tensors(arrays, "float32"))
 
 

@@ -156,7 +156,7 @@ def test_in_a_functional_model():
     ("change", "message"),
     [
         ({"padding": "causal"}, "`padding` 'causal' requires one spatial dimension"),
-        ({"upsampling": 2}, "upsampling"),
+        ({"upsampling": 2}, "unexpected keyword argument 'upsampling'"),
         ({"output_padding": 5}, r"fewer additional positions .* Received: output_padding=5"),
         ({"output_padding": -1}, r"`output_padding` must be .* Received: output_padding=-1"),
         ({"padding": 9}, r"Every output size must be at least 1. Received: output sizes \(-9, -7"),

@@ -15,7 +15,7 @@ from involution import Involution2D, models
 from involution.data import datasets, transforms
 from involution.models import specs
 from involution.saving import classifier as classifiers
-from involution.training import checkpoint, experiment
+from involution.training import checkpoint, experiment, report
 from involution.training.experiment import Config, compare
 from involution.utils.errors import InputError
 from involution.utils.progress import NullProgress
@@ -53,6 +53,12 @@ class Recorder(NullProgress):
 
     def advance(self):
         self.steps += 1
+
+
+@pytest.fixture
+def skip_reports(monkeypatch):
+    """A report takes longer than these runs; test_report.py tests it."""
+    monkeypatch.setattr(report, "write", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +166,7 @@ def test_unknown_precision_is_rejected():
 
 
 @pytest.mark.long
-def test_equal_seeds_give_equal_history(run, folder, tmp_path):
+def test_equal_seeds_give_equal_history(run, folder, tmp_path, skip_reports):
     _, output, _ = run
     again = compare(Config(str(folder), epochs=2, batch_size=10), tmp_path / "again")
     assert (tmp_path / "again" / "history.csv").read_bytes() == (
@@ -171,7 +177,7 @@ def test_equal_seeds_give_equal_history(run, folder, tmp_path):
 
 
 @pytest.mark.long
-def test_training_is_independent_of_earlier_models(run, folder, tmp_path):
+def test_training_is_independent_of_earlier_models(run, folder, tmp_path, skip_reports):
     result, _, _ = run
     single = compare(Config(str(folder), "inn", 2, 10), tmp_path / "single")
     expected = {k: v for k, v in result.results[1].rows[-1].items() if k != "seconds"}
@@ -301,7 +307,7 @@ class Subclassed(keras.Model):
 
 
 @pytest.mark.long
-def test_custom_models_from_builders_and_files(folder, tmp_path):
+def test_custom_models_from_builders_and_files(folder, tmp_path, monkeypatch):
     config = Config(str(folder), epochs=1, batch_size=12)
     result = compare(config, tmp_path / "object", builders={"mine": custom_model})
     file = tmp_path / "own.py"
@@ -312,7 +318,9 @@ def test_custom_models_from_builders_and_files(folder, tmp_path):
         "        keras.layers.Dense(width), keras.layers.Dense(classes)])\n"
     )
     label = f"{file}:small:width=3"
-    from_file = compare(Config(str(folder), f"cnn,{label}", 1, 12), tmp_path / "file")
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write", lambda *_: None)
+        from_file = compare(Config(str(folder), f"cnn,{label}", 1, 12), tmp_path / "file")
     assert result.metrics["models"]["mine"]["trainable_params"] == 4 * 28 + 3 * 5
     expected = 16 * 16 * 3 * 3 + 3 + 3 * 3 + 3
     assert from_file.metrics["models"][label]["trainable_params"] == expected
@@ -448,7 +456,7 @@ def test_floatx_other_than_float32_is_rejected(run, folder, tmp_path):
 
 
 @pytest.mark.long
-def test_keras_settings_are_recorded_and_checked_on_resume(run, folder, tmp_path):
+def test_keras_settings_are_recorded_and_checked_on_resume(run, folder, tmp_path, skip_reports):
     _, output, _ = run
     config = Config(str(folder), epochs=2, batch_size=10)
     expected = {"floatx": "float32", "epsilon": 1e-7, "image_data_format": "channels_last"}
@@ -543,7 +551,7 @@ def test_predict_proba_is_the_softmax_of_logits(tmp_path):
 
 
 @pytest.mark.long
-def test_a_run_records_whether_its_models_return_probabilities(folder, tmp_path):
+def test_a_run_records_whether_its_models_return_probabilities(folder, tmp_path, skip_reports):
     def with_softmax(input_shape, classes):
         model = custom_model(input_shape, classes)
         return keras.Model(model.input, keras.layers.Softmax()(model.outputs[0]))

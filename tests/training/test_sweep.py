@@ -57,6 +57,12 @@ def make_config(images, network):
     return make
 
 
+@pytest.fixture
+def skip_figures(monkeypatch):
+    """Four figures after each trial take longer than these trials."""
+    monkeypatch.setattr(sweep, "_figures", lambda *_: {})
+
+
 def rows(folder):
     return list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))
 
@@ -125,7 +131,7 @@ def test_invalid_hyperparameter_values_are_rejected(text, received, make_config)
 
 
 @pytest.mark.long
-def test_largest_seed_is_accepted(make_config, tmp_path):
+def test_largest_seed_is_accepted(make_config, tmp_path, skip_figures):
     config = make_config(seed=2**32 - 1, trials=1, epochs=1)
     assert sweep.run(config, tmp_path).trials == 1
 
@@ -141,7 +147,7 @@ def test_folder_without_a_sweep_is_rejected(make_config, tmp_path):
 
 
 @pytest.mark.long
-def test_out_of_memory_fails_only_the_trial(make_config, tmp_path, monkeypatch):
+def test_out_of_memory_fails_only_the_trial(make_config, tmp_path, monkeypatch, skip_figures):
     errors = {4: MemoryError("Unable to allocate 5 GiB"), 5: RuntimeError("of another kind")}
     trainer = sweep.Trainer
 
@@ -168,7 +174,7 @@ def test_out_of_memory_fails_only_the_trial(make_config, tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_passwords_are_redacted(make_config, tmp_path):
+def test_passwords_are_redacted(make_config, tmp_path, skip_figures):
     url = "nonsense://me:s3cret@host/name"
     with pytest.raises(InputError, match=r"Received: nonsense://me:\*\*\*@host/name") as error:
         sweep.run(make_config(), tmp_path, url)
@@ -245,7 +251,7 @@ def test_study_figures(accuracies, widths, figure_count):
 
 
 @pytest.mark.long
-def test_sweep_resumes_unless_settings_changed(make_config, tmp_path):
+def test_sweep_resumes_unless_settings_changed(make_config, tmp_path, skip_figures):
     sweep.run(make_config(trials=2), tmp_path)
     first = rows(tmp_path)
     console = Recorder()
@@ -263,7 +269,7 @@ def test_sweep_resumes_unless_settings_changed(make_config, tmp_path):
 
 
 @pytest.mark.long
-def test_trials_are_distinct_until_the_space_is_exhausted(make_config, tmp_path):
+def test_trials_are_distinct_until_the_space_is_exhausted(make_config, tmp_path, skip_figures):
     console = Recorder()
     config = make_config(search=("width=2,3", "kind=relu,tanh"), trials=30, epochs=1)
     assert sweep.run(config, tmp_path, progress=console).trials == 4
@@ -274,7 +280,7 @@ def test_trials_are_distinct_until_the_space_is_exhausted(make_config, tmp_path)
 
 
 @pytest.mark.long
-def test_oversized_and_invalid_models_are_skipped(make_config, tmp_path, monkeypatch):
+def test_oversized_and_invalid_models_are_skipped(make_config, tmp_path, monkeypatch, skip_figures):
     build = mock.Mock(wraps=experiment.build)
     monkeypatch.setattr(experiment, "build", build)
     # Models have 7 * width + 3 parameters; the activation `nothing` does not exist.
@@ -290,7 +296,7 @@ def test_oversized_and_invalid_models_are_skipped(make_config, tmp_path, monkeyp
 
 
 @pytest.mark.long
-def test_indivisible_batch_sizes_are_skipped(make_config, tmp_path):
+def test_indivisible_batch_sizes_are_skipped(make_config, tmp_path, skip_figures):
     # 22 training images: 2 of the 24 are held out.
     config = make_config(
         search=("batch_size=4,6,8,24",),
@@ -304,7 +310,7 @@ def test_indivisible_batch_sizes_are_skipped(make_config, tmp_path):
 
 
 @pytest.mark.long
-def test_interrupted_trial_is_requeued(make_config, tmp_path):
+def test_interrupted_trial_is_requeued(make_config, tmp_path, skip_figures):
     class Interrupting(Recorder):
         def advance(self):
             super().advance()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from involution.data import datasets, transforms
-from involution.training import experiment
+from involution.training import experiment, report
 from involution.training.optimizers import make_optimizer
 from involution.training.recipes import RECIPES, Recipe, stored
 from involution.training.trainer import METRICS, Trainer
@@ -342,7 +342,8 @@ def test_config_overrides_the_recipe():
 
 @pytest.mark.long
 @pytest.mark.any_backend
-def test_config_json_describes_the_training(tmp_path):
+def test_config_json_describes_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "write", lambda *_: None)
     pets = write_folder(tmp_path / "pets")
     config = experiment.Config(
         str(pets),

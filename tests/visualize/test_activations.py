@@ -15,7 +15,7 @@ from involution.kernel_generators.attention import PairwiseAttention
 from involution.kernel_generators.static import Static
 from involution.visualize import activations
 from involution.visualize.activations import capture, has_involutions, kernel_maps
-from tests.support.backends import in_graph, numpy
+from tests.support.backends import numpy
 
 pytestmark = pytest.mark.any_backend
 
@@ -201,19 +201,6 @@ class Wrapped(keras.Model):
 
     def call(self, x):
         return self.twice(self.twice(self.block(x)))
-
-
-class Compiled(Block):
-    def call(self, x):
-        return in_graph(self.deep)(x)
-
-
-def test_involutions_in_compiled_functions_raise():
-    if keras.config.backend() == "torch":  # in_graph does not compile
-        assert list(capture(Compiled(), images)) == ["deep"]
-        return
-    with pytest.raises(ValueError, match=r"must run eagerly .* Received: deep in a compiled"):
-        capture(Compiled(), images)
 
 
 @pytest.mark.long
