@@ -188,7 +188,7 @@ LAYERS = {
 
 
 # Exporters take up to 20 s for each layer: the others run in `make test-long` only.
-REGULAR = ("channels first", "the example's layer", "causal")
+REGULAR = ("channels first", "the example's layer", "causal", "upsampling", "transposed")
 EACH = [pytest.param(name, marks=() if name in REGULAR else pytest.mark.slow) for name in LAYERS]
 
 
@@ -365,7 +365,14 @@ def language_model():
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("make", "sizes"),
-    [(decoder, ((4, 5, 3), (6, 3, 3))), (language_model, ((11, 16), (6, 16)))],
+    [
+        pytest.param(
+            decoder,
+            ((4, 5, 3), (6, 3, 3)),
+            marks=() if BACKEND == "tensorflow" else pytest.mark.slow,
+        ),
+        (language_model, ((11, 16), (6, 16))),
+    ],
 )
 def test_onnx_of_upsampling_and_causal_networks(tmp_path, make, sizes):
     model = make()

@@ -34,7 +34,7 @@ def one_line(error, limit=300) -> str:
     Example:
 
     >>> from involution.utils.errors import one_line
-    >>> one_line(ValueError("first line\n  second"))
+    >>> one_line(ValueError("first line\\n  second"))
     'first line second'
     """
     text = " ".join(str(error).split()) or type(error).__name__
