@@ -160,7 +160,8 @@ def sweep(
     """
     with _session("sweep", f"Sweep of {model} on {training.dataset}.", training.backend) as current:
         from involution.models.specs import command_line
-        from involution.training.sweep import SweepConfig, run
+        from involution.training.search_space import SweepConfig
+        from involution.training.sweep import run
         from involution.utils import memory
 
         memory.disable_malloc_trim()

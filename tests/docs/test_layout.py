@@ -197,6 +197,7 @@ ORDER = [
     "training.evaluation",
     "training.report",
     "training.experiment",
+    "training.search_space",
     "training.sweep",
     "benchmarking.timed_program",
     "benchmarking.baselines",

@@ -16,7 +16,7 @@ import pytest
 import involution_cli
 from involution.training import experiment, sweep
 from involution.training.experiment import Config
-from involution.training.sweep import Categorical, Interval, SweepConfig
+from involution.training.search_space import Categorical, Interval, SweepConfig
 from involution.utils.errors import InputError
 from involution_cli import commands
 from tests.support.images import write_folder

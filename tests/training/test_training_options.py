@@ -19,7 +19,7 @@ from involution.training.augmentation import LAYERS, augment
 from involution.training.experiment import Config, compare
 from involution.training.optimizers import make_schedule
 from involution.training.recipes import RECIPES, Recipe
-from involution.training.sweep import SweepConfig
+from involution.training.search_space import SweepConfig
 from involution.training.trainer import Trainer
 from involution.utils.errors import InputError
 from tests.support.images import write_folder
