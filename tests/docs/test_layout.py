@@ -139,6 +139,7 @@ ORDER = [
     "layers.upsampling",
     "layers",
     "models.classifiers",
+    "models.backbone",
     "models.rednet",
     "models.lsnet",
     "models.flops",

@@ -230,7 +230,8 @@ def test_onnx_of_a_layer_matches(tmp_path, name):
         want = model(x, training=False)
         want = want if isinstance(want, (list, tuple)) else [want]
         for got, expected in zip(run_onnx(result.path, x).values(), want, strict=True):
-            assert relative_error(got, numpy(expected)) < 1e-5
+            # A softmax of large logits amplifies rounding errors.
+            assert relative_error(got, numpy(expected)) < 3e-5
 
 
 @pytest.mark.long

@@ -1,6 +1,5 @@
 """A drop-in replacement for the layer of the keras.io example."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -65,8 +64,8 @@ class Involution(BaseInvolution):
         self,
         channel: int | None = None,
         group_number: int = 1,
-        kernel_size: int | Sequence[int] = 3,
-        stride: int | Sequence[int] = 1,
+        kernel_size: int = 3,
+        stride: int = 1,
         reduction_ratio: int = 1,
         name: str | None = None,
         return_kernel: bool = True,

@@ -15,21 +15,20 @@ from involution.kernel_generators.pointwise import conv_class
 from involution.layers.involution_nd import Involution2D
 from involution.layers.offset_attention import OffsetAttention
 from involution.lsnet_variants import ATTENTION_SIZE, VARIANTS, se_channels
-from involution.models.rednet import batch_normalization, check_flags, check_network
-from involution.ops.validation import CHANNELS_FIRST, CHANNELS_LAST, standardize_data_format
+from involution.models.backbone import (
+    batch_normalization,
+    check_classes,
+    check_flags,
+    feature_outputs,
+    image_input,
+)
+from involution.ops.validation import CHANNELS_LAST
 
 
 def _build(name, variant, input_shape, classes, include_top, feature_maps, distilled, data_format):
-    data_format = standardize_data_format("data_format", data_format)
-    if input_shape is None:
-        input_shape = (None, None, 3) if data_format == CHANNELS_LAST else (3, None, None)
-    check_network(input_shape, classes, data_format)
+    check_classes(classes)
     check_flags(include_top=include_top, feature_maps=feature_maps, distilled=distilled)
-    inputs = keras.Input(shape=input_shape)
-    x = inputs
-    # Channels last internally: TensorFlow has no other convolution on CPUs.
-    if data_format == CHANNELS_FIRST:
-        x = layers.Permute((2, 3, 1), name="channels_last")(x)
+    inputs, x = image_input(input_shape, data_format)
     first = variant.widths[0]
     for i, width in enumerate((first // 4, first // 2, first), start=1):
         x = _conv_bn(x, width, 3, f"patch_{i}", strides=2)
@@ -50,11 +49,7 @@ def _build(name, variant, input_shape, classes, include_top, feature_maps, disti
         if distilled:
             logits = layers.Average(name="mean_logits")([logits, _head(x, classes, "distilled_")])
         return keras.Model(inputs, logits, name=name)
-    if data_format == CHANNELS_FIRST:
-        maps = {
-            stage: layers.Permute((3, 1, 2), name=f"{stage}_channels_first")(map_)
-            for stage, map_ in maps.items()
-        }
+    maps = feature_outputs(maps, data_format)
     return keras.Model(inputs, maps if feature_maps else maps[f"stage{len(maps)}"], name=name)
 
 

@@ -15,33 +15,24 @@ from keras import layers
 
 from involution.kernel_generators import registry
 from involution.kernel_generators.attachment import clone
-from involution.kernel_generators.convolutional import (
-    EPSILON,
-    KAIMING,
-    near_depthwise_init,
-)
+from involution.kernel_generators.convolutional import KAIMING, near_depthwise_init
 from involution.kernel_generators.pointwise import conv_class
 from involution.layers.involution_nd import Involution2D
-from involution.ops.validation import (
-    CHANNELS_FIRST,
-    CHANNELS_LAST,
-    standardize_data_format,
-    standardize_tuple,
+from involution.models.backbone import (
+    batch_normalization,
+    check_classes,
+    check_flags,
+    feature_outputs,
+    image_input,
 )
+from involution.ops.validation import CHANNELS_LAST, standardize_tuple
 from involution.rednet_variants import TINY, VARIANTS, tiny_variant
 
 
 def _build(name, variant, input_shape, classes, include_top, feature_maps, data_format):
-    data_format = standardize_data_format("data_format", data_format)
-    if input_shape is None:
-        input_shape = (None, None, 3) if data_format == CHANNELS_LAST else (3, None, None)
-    check_network(input_shape, classes, data_format)
+    check_classes(classes)
     check_flags(include_top=include_top, feature_maps=feature_maps)
-    inputs = keras.Input(shape=input_shape)
-    x = inputs
-    # Channels last internally: TensorFlow has no other convolution on CPUs.
-    if data_format == CHANNELS_FIRST:
-        x = layers.Permute((2, 3, 1), name="channels_last")(x)
+    inputs, x = image_input(input_shape, data_format)
     x = _stem(x, variant)
     maps = {}
     for i, (blocks, width) in enumerate(zip(variant.blocks, variant.widths, strict=True)):
@@ -54,11 +45,7 @@ def _build(name, variant, input_shape, classes, include_top, feature_maps, data_
         initializer = keras.initializers.RandomNormal(stddev=0.01)
         x = layers.Dense(classes, kernel_initializer=initializer, name="logits")(x)
         return keras.Model(inputs, x, name=name)
-    if data_format == CHANNELS_FIRST:
-        maps = {
-            stage: layers.Permute((3, 1, 2), name=f"{stage}_channels_first")(map_)
-            for stage, map_ in maps.items()
-        }
+    maps = feature_outputs(maps, data_format)
     return keras.Model(inputs, maps if feature_maps else maps[f"stage{len(maps)}"], name=name)
 
 
@@ -126,37 +113,8 @@ def _involution(variant, kernel_size, strides, name):
     )
 
 
-def batch_normalization(name, **arguments):
-    """Batch normalization with the momentum and epsilon of the paper's code, and of LSNet's."""
-    return layers.BatchNormalization(momentum=0.9, epsilon=EPSILON, name=name, **arguments)
-
-
 def _bn_relu(x, name):
     return layers.ReLU(name=f"{name}_relu")(batch_normalization(f"{name}_bn")(x))
-
-
-def check_network(input_shape, classes, data_format):
-    """ValueError unless these arguments of a network are in their ranges."""
-    sizes = tuple(input_shape)
-    channels = 2 if data_format == CHANNELS_LAST else 0
-    if len(sizes) != 3 or not all(
-        (n is None and i != channels) or (isinstance(n, int) and n >= 1)
-        for i, n in enumerate(sizes)
-    ):
-        raise ValueError(
-            "`input_shape` must be (height, width, channels), or (channels, height, width) for "
-            "channels_first, with None for variable sizes. "
-            f"Received: input_shape={input_shape!r}"
-        )
-    if not isinstance(classes, int) or classes < 1:
-        raise ValueError(f"`classes` must be a positive integer. Received: classes={classes!r}")
-
-
-def check_flags(**flags):
-    """ValueError unless all are booleans."""
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
 
 
 # The networks differ only in their entry of ``VARIANTS``.
