@@ -7,7 +7,7 @@ except in the last stage, 2x2 max pooling.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import keras
 from keras import layers
@@ -85,7 +85,7 @@ def inn(
     Args:
         input_shape: (height, width, channels); sizes may be None unless the head is dense.
         classes: Number of classes.
-        kernel_size: Kernel size.
+        kernel_size: Kernel size; with ``kernel_generator`` None, an integer.
         group_number: Number of groups; divides the channels.
         reduction_ratio: Input channels per hidden channel of the kernel generators.
         kernel_generator: None for the example's layer, ``Involution``. For ``Involution2D``: the
@@ -111,9 +111,8 @@ def inn(
 
     def involution(name):
         if kernel_generator is None:
-            return Involution(
-                input_shape[-1], group_number, kernel_size, 1, reduction_ratio, name=name
-            )
+            side = cast(int, kernel_size)
+            return Involution(input_shape[-1], group_number, side, 1, reduction_ratio, name=name)
         return Involution2D(
             kernel_size,
             groups=group_number,
