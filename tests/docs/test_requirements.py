@@ -1,4 +1,4 @@
-"""Numbered requirements, each of which must have a test.
+"""Numbered requirements, each of which must have a test that `make test` runs on some backend.
 
 ``test_f09_...`` covers requirement f09, ``test_f03_f26_...`` covers f03 and f26. f01 to f30 are
 failure modes of other implementations of involution or similar operators; p01 to p14 are properties
@@ -12,9 +12,9 @@ import re
 
 import pytest
 
-from involution.ops.frameworks import FRAMEWORKS
-from tests.support.backends import BACKEND
 from tests.support.paths import TESTS
+
+pytestmark = pytest.mark.any_backend
 
 REQUIREMENTS = {
     "f01": "the stride does not divide the height or width",
@@ -62,22 +62,14 @@ REQUIREMENTS = {
     "p13": "non-finite values affect only the windows that contain them",
     "p14": "invalid arguments raise before any computation",
 }
-# f22 concerns torch.compile.
-APPLICABLE = [number for number in REQUIREMENTS if number != "f22" or BACKEND == "torch"]
 # Markers of tests that `make test` deselects.
 OTHER_TARGETS = ("slow", "cuda", "browser", "example")
 
 
 @functools.cache
 def collected_tests():
-    """Syntax trees of the test functions that run on this backend."""
-    not_collected = {f"native/test_{name}.py" for name in FRAMEWORKS if name != BACKEND}
-    files = TESTS.rglob("test_*.py")
-    texts = (
-        f.read_text(encoding="utf-8")
-        for f in files
-        if f.relative_to(TESTS).as_posix() not in not_collected
-    )
+    """Syntax trees of all test functions."""
+    texts = (file.read_text(encoding="utf-8") for file in TESTS.rglob("test_*.py"))
     marked = rf"^pytestmark = .*\b({'|'.join(OTHER_TARGETS)})\b"
     trees = (ast.parse(text) for text in texts if not re.search(marked, text, re.MULTILINE))
     nodes = itertools.chain.from_iterable(map(ast.walk, trees))
@@ -96,7 +88,7 @@ def is_in_make_test(function):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", APPLICABLE)
+@pytest.mark.parametrize("number", REQUIREMENTS)
 def test_every_requirement_has_a_test_in_make_test(number):
     functions = [f for f in collected_tests() if number in requirements_of(f)]
     names = [f.name for f in functions if is_in_make_test(f)]
