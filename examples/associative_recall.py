@@ -166,7 +166,8 @@ def main():
     results = experiments.Results(options)
     for task, (make, vocabulary, taps, full_steps) in tasks.items():
         # 60 steps show that `copy` is learned; `recall` takes hundreds.
-        steps, every = (full_steps, 100) if options.full else (60 if task == "copy" else 6, 30)
+        quick = (60, 30) if task == "copy" else (6, 3)
+        steps, every = (full_steps, 100) if options.full else quick
         test = {"accuracy": make(256, np.random.default_rng(1_000_000))}
         if task == "recall":
             for pairs in PAIRS:

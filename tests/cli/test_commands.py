@@ -479,7 +479,10 @@ def invalid_commands(root, trained):
         (["predict", cnn], "At least one image is required"),
         (["predict", cnn, image, "--top", "0"], "--top must be at least 1"),
         (["explain", cnn, image], "must have an involution with two spatial dimensions"),
-        (["explain", inn, image, "--output", root / "none" / "x.png"], "writable"),
+        (
+            ["explain", inn, image, "--output", root / "none" / "x.png"],
+            "folder of the output file must exist",
+        ),
         (["explain", inn, image, "--output", root / "x.gif"], "must be a .png, .svg or .html"),
         (["explain", inn, image, image, "--figure", "groups"], "requires a single image"),
         (["explain", inn, image, "--figure", "use"], "requires at least two images. Received: 1"),

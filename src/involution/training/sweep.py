@@ -21,6 +21,7 @@ from involution.training import experiment
 from involution.training.interrupts import exit_code, graceful_shutdown
 from involution.training.recipes import current_name, stored
 from involution.training.run_folder import make_folder
+from involution.training.search_space import SweepConfig
 from involution.training.trainer import DivergenceError, Trainer, images_per_epoch
 from involution.utils.atomic_files import TMP_PREFIX, csv_text, write_text
 from involution.utils.errors import InputError, one_line, out_of_memory_reason
@@ -38,6 +39,8 @@ except ImportError as error:
         "A sweep requires Optuna: pip install 'involution[sweep]'. "
         f"Received: no module {error.name}"
     ) from error
+
+__all__ = ["SweepConfig", "SweepResult", "run", "write_report"]
 
 TEMPLATE = pathlib.Path(__file__).with_name("sweep.html.j2")
 
