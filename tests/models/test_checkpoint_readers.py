@@ -374,6 +374,15 @@ print("end")
     assert fresh_process(code) == "end\n"
 
 
+def test_out_of_memory_is_not_a_damaged_checkpoint(tmp_path, monkeypatch):
+    def read(path):
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint_readers, "_read", read)
+    with pytest.raises(MemoryError):
+        checkpoint_readers.read(tmp_path)
+
+
 def test_crafted_index_is_read_if_it_is_correct(tmp_path):
     folder = tmp_path / "bundle"
     shutil.copytree(FILES / "hosted", folder)

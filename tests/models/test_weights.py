@@ -236,6 +236,18 @@ def test_a_folder_with_a_configuration_is_complete(failing, tmp_path, monkeypatc
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
+def test_out_of_memory_is_not_an_invalid_folder(tmp_path, monkeypatch):
+    small(monkeypatch)
+    weights.save(tmp_path, "small", {}, weights.MODELS["small"]())
+
+    def build():
+        raise MemoryError
+
+    monkeypatch.setitem(weights.MODELS, "small", build)
+    with pytest.raises(MemoryError):
+        weights.load(tmp_path)
+
+
 def test_failed_save_keeps_the_model(tmp_path, monkeypatch):
     small(monkeypatch)
     model = weights.MODELS["small"]()

@@ -280,6 +280,15 @@ def test_invalid_metadata_is_named(stub_model, tmp_path):
     assert message(classifiers.image_shape, path) == expected
 
 
+def test_models_without_class_names_are_loaded_as_models(classifier, tmp_path):
+    classifier.save(tmp_path / "with.keras")
+    assert isinstance(classifiers.load_any(tmp_path / "with.keras"), Classifier)
+    classifier.model.save(tmp_path / "without.keras")
+    assert isinstance(classifiers.load_any(tmp_path / "without.keras"), keras.Model)
+    (tmp_path / "damaged.keras").write_bytes(b"PK")
+    assert INVALID_KERAS_FILE in message(classifiers.load_any, tmp_path / "damaged.keras")
+
+
 def test_out_of_memory_is_not_an_invalid_file(stub_model, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise MemoryError

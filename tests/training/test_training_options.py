@@ -381,6 +381,17 @@ def test_trained_models_are_refused_with_a_reason(tmp_path):
 
 
 @pytest.mark.any_backend
+def test_size_of_the_images_of_a_trained_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fine_tuning.image_size("inn-cifar10") == (32, 32)
+    assert fine_tuning.is_trained("inn-cifar10")
+    # A local folder has precedence.
+    (tmp_path / "inn-cifar10").mkdir()
+    assert fine_tuning.image_size("inn-cifar10") is None
+    assert not fine_tuning.is_trained("inn-cifar10")
+
+
+@pytest.mark.any_backend
 @pytest.mark.parametrize("name", models.pretrained.available())
 def test_pretrained_models_can_be_fine_tuned(name):
     built = fine_tuning.builder(name)(input_shape=(32, 32, 3), classes=4)
