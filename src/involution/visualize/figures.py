@@ -11,6 +11,7 @@ import unicodedata
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter
 
 from involution import renamed
 from involution.visualize.ablation import REPLACEMENTS
@@ -96,7 +97,11 @@ def accuracy_vs_cost(models) -> Figure:
                 markerfacecolor="none",
                 markeredgewidth=2,
             )[0]
-        ax.set_xscale("log")
+        costs = [model[cost] for model in models.values() if model[cost] is not None]
+        if costs and max(costs) >= 2 * min(costs):
+            ax.set_xscale("log")
+        else:  # within an octave the labels of a logarithmic axis overlap
+            ax.xaxis.set_major_formatter(EngFormatter())
         ax.set_xlabel(title)
         ax.margins(x=0.25, y=0.15)
         ax.grid(alpha=0.3)
