@@ -282,3 +282,15 @@ def test_compare_kernels_varies_by_position_and_by_channel():
         for i, position in enumerate(positions):
             np.testing.assert_array_equal(involution[c, i], kernel[position])
             np.testing.assert_array_equal(convolution[c, i], filters[..., c])
+
+
+def test_axes_of_costs_are_logarithmic_unless_costs_are_within_an_octave():
+    def scales(*costs):
+        drawn = {
+            str(n): {"test_accuracy": 0.5, "trainable_params": n, "multiply_adds": None}
+            for n in costs
+        }
+        return [ax.get_xscale() for ax in figures.accuracy_vs_cost(drawn).axes]
+
+    assert scales(1000, 2000) == ["log", "linear"]
+    assert scales(1000, 1999) == ["linear", "linear"]
