@@ -231,7 +231,8 @@ def test_onnx_of_a_layer_matches(tmp_path, name):
         want = want if isinstance(want, (list, tuple)) else [want]
         for got, expected in zip(run_onnx(result.path, x).values(), want, strict=True):
             # A softmax of large logits amplifies rounding errors.
-            assert relative_error(got, numpy(expected)) < 3e-5
+            bound = 3e-5 if name == "upsampling" else 1e-5
+            assert relative_error(got, numpy(expected)) < bound
 
 
 @pytest.mark.long

@@ -300,10 +300,9 @@ each_saver = pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
 @pytest.fixture
 def frozen_objects():
     """Hides existing objects from the garbage collector. For its error message TensorFlow searches
-    all objects for references to the tensor: for a minute, late in a run of all tests."""
+    all objects for references to the tensor: for a minute, late in a run of all tests. They stay
+    hidden, as those that exist after the collection of tests do."""
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.long
