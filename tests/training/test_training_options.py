@@ -269,6 +269,7 @@ def fail(label):
 def wrong(label): return [print]
 def raising(label): raise RuntimeError("no\\n logger")
 def nothing(label): pass
+def large(label): raise MemoryError
 """
     (tmp_path / "own_callbacks.py").write_text(code)
     monkeypatch.chdir(tmp_path)
@@ -289,6 +290,8 @@ def nothing(label): pass
     ):
         with pytest.raises(InputError, match=message):
             train(tmp_path / name.replace(":", "-"), epochs=1, callbacks=name)
+    with pytest.raises(MemoryError):
+        train(tmp_path / "large", epochs=1, callbacks="own_callbacks:large")
 
 
 @pytest.mark.any_backend

@@ -31,6 +31,8 @@ def builder(spec, tensorboard) -> Callable[[str, pathlib.Path], list]:
         try:
             found = list(make(label))
         except Exception as error:  # a user's function may raise anything
+            if out_of_memory_reason(error) is not None:
+                raise
             raise InputError(
                 "`callbacks` must return a list of Keras callbacks. "
                 f"Received: {spec}: {type(error).__name__}: {one_line(error)}"
