@@ -668,13 +668,11 @@ def _config(models, training, epochs=None):
     recipe's."""
     from involution.training.recipes import RECIPES, Config
 
-    recipe = RECIPES[training.recipe]
-    candidates = (training.epochs, epochs, recipe.epochs)
     settings = dataclasses.asdict(training) | {
         "models": models,
-        "epochs": next(number for number in candidates if number is not None),
+        "epochs": epochs if training.epochs is None else training.epochs,
         "image_size": parse_size(training.image_size)
-        or recipe.image_size
+        or RECIPES[training.recipe].image_size
         or _image_size(training.dataset, models),
     }
     for name in ("output", "backend", "config"):

@@ -514,6 +514,14 @@ def test_option_out_of_range_is_rejected(option, value):
         Config(**{option: value})
 
 
+def test_config_takes_what_it_omits_from_its_recipe():
+    config = Config(recipe="imagenet")
+    assert (config.epochs, config.image_size) == (130, (224, 224))
+    config = Config(recipe="imagenet", epochs=2, image_size=(8, 9))
+    assert (config.epochs, config.image_size) == (2, (8, 9))
+    assert (Config().epochs, Config().image_size) == (20, None)
+
+
 def test_unusable_output_folder_is_rejected(folder, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "used").mkdir()

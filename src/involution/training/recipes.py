@@ -228,11 +228,6 @@ RECIPES = {
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
 
 
-def _inherited(name, default) -> Any:
-    """A setting of ``Recipe``, in ``Config``."""
-    return setting(**{**Recipe.__dataclass_fields__[name].metadata, "default": default})
-
-
 def _override(name, omitted=False) -> Any:
     """A setting of ``Recipe`` that a run may change; None: the recipe's value."""
     metadata = Recipe.__dataclass_fields__[name].metadata
@@ -261,14 +256,14 @@ class Config:
         "my_file.py:my_function",
         default="cnn,inn",
     )
-    epochs: int = _inherited("epochs", 20)
+    epochs: int = _override("epochs")
     batch_size: int | None = _override("batch_size")
     seed: int = setting(
         "Random seed of initial weights, image order and the examples in figures", SEED, 42
     )
     learning_rate: float | None = _override("learning_rate")
     weight_decay: float | None = _override("weight_decay")
-    image_size: tuple[int, int] | None = _inherited("image_size", None)
+    image_size: tuple[int, int] | None = _override("image_size")
     download: bool = setting(
         "Download CIFAR-10 (163 MB) if it is not in Keras's cache", default=False
     )
@@ -326,6 +321,9 @@ class Config:
 
     def __post_init__(self):
         validate(self)
+        for name in ("epochs", "image_size"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(RECIPES[self.recipe], name))
         if self.early_stopping is not None and self.validation_images is None:
             from involution.utils.errors import InputError
 

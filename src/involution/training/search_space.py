@@ -6,7 +6,7 @@ import math
 import keras
 
 from involution.models import specs
-from involution.training.recipes import RECIPES, Config
+from involution.training.recipes import Config
 from involution.utils.errors import InputError
 
 # Names in a search space that are settings of the training; all others are options of the model.
@@ -116,11 +116,7 @@ class SweepConfig:
         words = ["involution", "train"]
         settings = dataclasses.asdict(self.configured(values)) | {"model": self.spec(values)}
         del settings["models"], settings["validation_images"]
-        recipe = RECIPES[self.config.recipe]
-        defaults = dataclasses.asdict(Config()) | {
-            "epochs": recipe.epochs,
-            "image_size": recipe.image_size,
-        }
+        defaults = dataclasses.asdict(Config(recipe=self.config.recipe)) | {"recipe": Config.recipe}
         for name, value in settings.items():
             if value != defaults.get(name):
                 option = "--" + name.replace("_", "-")
