@@ -363,4 +363,6 @@ def test_keras_errors_are_shortened_to_one_line(classifier, tmp_path, monkeypatc
     classifier.save(tmp_path / "x.keras")
     monkeypatch.setattr(keras.saving, "load_model", fail)
     text = message(classifiers.load_model, tmp_path / "x.keras")
-    assert text == f"{INVALID_KERAS_FILE}{tmp_path / 'x.keras'}: {('a b ' * 250)[:997]}..."
+    assert (
+        text == f"{INVALID_KERAS_FILE}{tmp_path / 'x.keras'}: ValueError: {('a b ' * 250)[:997]}..."
+    )

@@ -409,10 +409,13 @@ def test_model_files_import_sibling_modules(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("import sys\nsys.exit(7)", "7"),
-        ("raise ValueError('two\\nlines')", "two lines"),
-        ("raise KeyError", "KeyError"),
-        ("import sys\nsys.path.clear()\nimport blocks_of_none", "No module named 'blocks_of_none'"),
+        ("import sys\nsys.exit(7)", ", which exits with 7"),
+        ("raise ValueError('two\\nlines')", ": ValueError: two lines"),
+        ("raise KeyError", ": KeyError"),
+        (
+            "import sys\nsys.path.clear()\nimport blocks_of_none",
+            ": ModuleNotFoundError: No module named 'blocks_of_none'",
+        ),
     ],
 )
 def test_model_file_that_raises_is_rejected(content, reason, tmp_path, monkeypatch):
@@ -420,7 +423,13 @@ def test_model_file_that_raises_is_rejected(content, reason, tmp_path, monkeypat
     (tmp_path / "own.py").write_text(content)
     with pytest.raises(InputError) as caught:
         specs.parse(str(tmp_path / "own.py"))
-    assert str(caught.value) == (f"A Python file must run. Received: {tmp_path}/own.py: {reason}")
+    assert str(caught.value) == f"A Python file must run. Received: {tmp_path}/own.py{reason}"
+
+
+def test_out_of_memory_in_a_model_file_is_not_an_invalid_input(tmp_path):
+    (tmp_path / "own.py").write_text("raise MemoryError")
+    with pytest.raises(MemoryError):
+        specs.parse(str(tmp_path / "own.py"))
 
 
 def test_model_spec_that_is_not_utf8_is_rejected():

@@ -281,7 +281,7 @@ def large(label): raise MemoryError
         assert "net: stopped after epoch 2" in lines
     assert importlib.import_module("own_callbacks").events == expected
     for name, message in (
-        ("own_callbacks:fail", r"A callback must not raise\. Received: on_epoch_end: no disk"),
+        ("own_callbacks:fail", r"must not raise\. Received: on_epoch_end: RuntimeError: no disk"),
         ("own_callbacks:wrong", "`callbacks` must return Keras callbacks"),
         ("own_callbacks:raising", r"must return a list.*raising: RuntimeError: no logger"),
         ("own_callbacks:nothing", r"must return a list.*nothing: TypeError: "),

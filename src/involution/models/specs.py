@@ -17,7 +17,7 @@ from collections.abc import Callable
 import keras
 
 from involution.models import MODELS
-from involution.utils.errors import InputError, one_line
+from involution.utils.errors import InputError, convert_exceptions
 
 Builder = Callable[..., keras.Model]
 
@@ -124,10 +124,15 @@ def function_from(file, function) -> Callable:
     sys.modules[module_spec.name] = module
     folder = str(pathlib.Path(file).absolute().parent)
     try:
-        with importing_from(folder):
+        with (
+            importing_from(folder),
+            convert_exceptions(InputError, "A Python file must run.", file),
+        ):
             module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a user's file may raise anything
-        raise InputError(f"A Python file must run. Received: {file}: {one_line(error)}") from error
+    except SystemExit as error:
+        raise InputError(
+            f"A Python file must run. Received: {file}, which exits with {error.code}"
+        ) from error
     builder = getattr(module, function, None)
     if not callable(builder):
         raise InputError(f"A Python file must define {function}. Received: {file}, without it")

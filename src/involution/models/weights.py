@@ -20,7 +20,7 @@ from involution.models.checkpoint_readers.errors import CheckpointError
 from involution.models.registry import MODELS
 from involution.utils import atomic_files
 from involution.utils.abstract_build import build_abstract
-from involution.utils.errors import one_line, out_of_memory_reason
+from involution.utils.errors import convert_exceptions, one_line
 from involution.utils.layer_names import base_name, has_automatic_name
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -256,15 +256,10 @@ def _builder(folder, config, shapes) -> Callable[[], keras.Model]:
         )
 
     def build():
-        try:
+        # Keras raises many exception types for invalid arguments.
+        rule = f"A model's arguments must be valid for {config['name']}."
+        with convert_exceptions(CheckpointError, rule, folder / CONFIG):
             return MODELS[config["name"]](**arguments)
-        except Exception as error:  # Keras raises many kinds for invalid arguments
-            if out_of_memory_reason(error) is not None:
-                raise
-            raise CheckpointError(
-                f"A model's arguments must be valid for {config['name']}. "
-                f"Received: {folder / CONFIG}: {type(error).__name__}: {one_line(error)}"
-            ) from error
 
     return build
 

@@ -4,12 +4,10 @@ The archive's additional member ``involution.json`` has the class names and the 
 inference preprocesses images as training did.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import re
 import zipfile
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +22,7 @@ from involution.saving import keras_archive
 from involution.saving.keras_archive import METADATA_ENTRY
 from involution.utils.abstract_build import build_abstract
 from involution.utils.atomic_files import atomic_write
-from involution.utils.errors import InputError, one_line, out_of_memory_reason
+from involution.utils.errors import InputError, convert_exceptions
 
 SCALING = "pixels / 255"
 # Maximum size of an input image: 50 MB in float32.
@@ -152,7 +150,11 @@ def _arguments(path) -> dict[str, Any]:
             "A model must be a .keras file, a folder, or one of "
             f"{', '.join(pretrained.available())}. Received: {path}, which does not exist"
         )
-    try:
+    rule = (
+        "A model must be a .keras file or a folder with class names and an image shape, written by "
+        f"`involution compare` or `train`, or one of {', '.join(pretrained.available())}."
+    )
+    with convert_exceptions(InputError, rule, path):  # damaged archives raise many types
         metadata = _metadata(path)
         class_names = tuple(str(name) for name in metadata["class_names"])
         height, width, channels = (int(n) for n in metadata["image_shape"])
@@ -167,15 +169,6 @@ def _arguments(path) -> dict[str, Any]:
         outputs = metadata.get("outputs", LOGITS)
         if outputs not in OUTPUTS:
             raise ValueError(f"outputs {outputs!r}")
-    except Exception as error:  # damaged archives raise many exception types
-        if out_of_memory_reason(error) is not None:
-            raise
-        raise InputError(
-            "A model must be a .keras file or a folder with class names and an image shape, "
-            "written by `involution compare` or `train`, or one of "
-            f"{', '.join(pretrained.available())}. "
-            f"Received: {path}: {type(error).__name__}: {one_line(error)}"
-        ) from error
     return {
         "class_names": class_names,
         "image_shape": (height, width, channels),
@@ -276,20 +269,10 @@ def _load_keras(path) -> keras.Model:
         return read()
 
 
-def _plain(error) -> str:
-    """An error's message without the ANSI escapes of Keras's bold text."""
-    return re.sub("\x1b\\[\\d*m", "", str(error))
-
-
-@contextlib.contextmanager
 def _as_input_error(path):
-    try:
-        yield
-    except Exception as error:  # Keras raises many exception types for invalid files
-        if out_of_memory_reason(error) is not None:
-            raise
-        raise InputError(
-            "A model must be a valid .keras file of Keras's and registered layers (for custom "
-            "layers use keras.saving.load_model(file, custom_objects=...)). "
-            f"Received: {path}: {one_line(_plain(error), 1000)}"
-        ) from error
+    # Keras raises many exception types for invalid files, with long messages.
+    rule = (
+        "A model must be a valid .keras file of Keras's and registered layers (for custom layers "
+        "use keras.saving.load_model(file, custom_objects=...))."
+    )
+    return convert_exceptions(InputError, rule, path, limit=1000)

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from involution.models import specs
-from involution.utils.errors import InputError, one_line, out_of_memory_reason
+from involution.utils.errors import InputError, convert_exceptions
 
 
 def builder(spec, tensorboard) -> Callable[[str, pathlib.Path], list]:
@@ -28,15 +28,9 @@ def builder(spec, tensorboard) -> Callable[[str, pathlib.Path], list]:
     writer_class = _summary_writer() if tensorboard else None
 
     def build(label, folder):
-        try:
+        rule = "`callbacks` must return a list of Keras callbacks."
+        with convert_exceptions(InputError, rule, spec):
             found = list(make(label))
-        except Exception as error:  # a user's function may raise anything
-            if out_of_memory_reason(error) is not None:
-                raise
-            raise InputError(
-                "`callbacks` must return a list of Keras callbacks. "
-                f"Received: {spec}: {type(error).__name__}: {one_line(error)}"
-            ) from error
         if writer_class is not None:
             found.append(EventFiles(writer_class(str(folder))))
         return found
@@ -70,15 +64,9 @@ def load(text) -> Callable[[str], Any]:
         )
     if name.endswith(".py"):
         return specs.function_from(name, function)
-    with specs.importing_from(os.getcwd()):
-        try:
-            found = getattr(importlib.import_module(name), function)
-        except Exception as error:  # a user's module may raise anything
-            raise InputError(
-                f"`callbacks` must name a function that can be imported. Received: {text}: "
-                f"{one_line(error)}"
-            ) from error
-    return found
+    rule = "`callbacks` must name a function that can be imported."
+    with specs.importing_from(os.getcwd()), convert_exceptions(InputError, rule, text):
+        return getattr(importlib.import_module(name), function)
 
 
 class EventFiles(keras.callbacks.Callback):
@@ -147,14 +135,8 @@ class Callbacks:
         self._call("on_train_end")
 
     def _call(self, event, *arguments):
-        try:
+        with convert_exceptions(InputError, "A callback must not raise.", event):
             getattr(self._list, event)(*arguments)
-        except Exception as error:  # a user's callback may raise anything
-            if out_of_memory_reason(error) is not None:
-                raise
-            raise InputError(
-                f"A callback must not raise. Received: {event}: {one_line(error)}"
-            ) from error
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from involution.utils.atomic_files import (
     write_text,
 )
 from involution.utils.environment import peak_memory, versions
-from involution.utils.errors import InputError, WriteError, one_line, out_of_memory_reason
+from involution.utils.errors import InputError, WriteError, convert_exceptions
 from involution.utils.progress import NullProgress
 
 __all__ = ["Config", "NullProgress", "Result", "Run", "build", "compare", "fingerprint", "load"]
@@ -640,23 +640,18 @@ def build(label, builder, dataset, config) -> keras.Model:
     keras.utils.clear_session()
     keras.utils.set_random_seed(config.seed)
     policy = keras.config.dtype_policy()
+    rule = f"The model could not be built for {classes} classes."
     try:
         keras.config.set_dtype_policy(PRECISIONS[config.precision])
-        model = builder(input_shape=dataset.image_shape, classes=classes)
-        if not isinstance(model, keras.Model):
-            raise TypeError(f"{type(model).__name__}, not a Keras model")
-        shape = model(keras.KerasTensor((None, *dataset.image_shape))).shape
-        if tuple(shape) != (None, classes):
-            raise ValueError(f"outputs of shape {tuple(shape)}, not {(None, classes)}")
-        if not getattr(model, "inputs", None):
-            raise TypeError("a subclassed model, neither functional nor Sequential")
-    except Exception as error:  # a user's function may raise anything
-        if out_of_memory_reason(error) is not None:
-            raise
-        raise InputError(
-            f"The model could not be built for {classes} classes. "
-            f"Received: {label}: {one_line(error)}"
-        ) from error
+        with convert_exceptions(InputError, rule, label):  # a user's function may raise anything
+            model = builder(input_shape=dataset.image_shape, classes=classes)
+            if not isinstance(model, keras.Model):
+                raise TypeError(f"{type(model).__name__}, not a Keras model")
+            shape = model(keras.KerasTensor((None, *dataset.image_shape))).shape
+            if tuple(shape) != (None, classes):
+                raise ValueError(f"outputs of shape {tuple(shape)}, not {(None, classes)}")
+            if not getattr(model, "inputs", None):
+                raise TypeError("a subclassed model, neither functional nor Sequential")
     finally:
         keras.config.set_dtype_policy(policy)
     return model

@@ -1,7 +1,10 @@
 """Errors that users cause: each message is one line, the rule and then the value received."""
 
+import contextlib
 import re
 
+# The escapes of bold text in messages of Keras.
+STYLE = re.compile("\x1b\\[\\d*m")
 # C0 and C1 controls, DEL, line and paragraph separators, bidirectional marks and lone surrogates:
 # they control the terminal, disguise text as other text, or cannot be encoded.
 CONTROL = re.compile(
@@ -28,8 +31,8 @@ def escape_controls(text, keep="") -> str:
 
 
 def one_line(error, limit=300) -> str:
-    """The message of an error, or its type if it has none, in one line of at most ``limit``
-    characters.
+    """The message of an error, or its type if it has none, without text styles, in one line of at
+    most ``limit`` characters.
 
     Example:
 
@@ -37,7 +40,7 @@ def one_line(error, limit=300) -> str:
     >>> one_line(ValueError("first line\\n  second"))
     'first line second'
     """
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(STYLE.sub("", str(error)).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -63,3 +66,34 @@ def out_of_memory_reason(error) -> str | None:
     if found is None and isinstance(error, MemoryError):
         found = str(error) or "MemoryError"
     return found and found[:200]
+
+
+@contextlib.contextmanager
+def convert_exceptions(error_type, rule, received, limit=300):
+    """Converts the exceptions of users' or third-party code, which may be of any type.
+
+    Out-of-memory errors pass unchanged: the input is not their cause.
+
+    Args:
+        error_type: The type of the new error.
+        rule: The rule that the input violates: a sentence.
+        received: The input, which precedes the exception's type and message.
+        limit: Maximum number of characters of the exception's message.
+
+    Example:
+
+    >>> from involution.utils.errors import convert_exceptions
+    >>> with convert_exceptions(ValueError, "A file must be complete.", "a.bin"):
+    ...     raise EOFError("3 bytes")
+    Traceback (most recent call last):
+    ValueError: A file must be complete. Received: a.bin: EOFError: 3 bytes
+    """
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory_reason(error) is not None:
+            raise
+        cause = type(error).__name__
+        if str(error).strip():
+            cause += f": {one_line(error, limit)}"
+        raise error_type(f"{rule} Received: {received}: {cause}") from error
