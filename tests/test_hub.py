@@ -69,6 +69,36 @@ def test_push_and_load(pushed, run):
 
 
 @pytest.mark.long
+def test_fine_tuned_model(run, tmp_path):
+    """The card has the results of the saved weights, on the test images."""
+    config = experiment.Config(
+        str(run.parent / "pets"),
+        "cnn-cifar10",
+        2,
+        image_size=(32, 32),
+        validation_images=4,
+        early_stopping=1,
+    )
+    experiment.compare(config, tmp_path / "run")
+    hub.save(tmp_path / "run", "cnn-cifar10", tmp_path / "folder")
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())["models"]["cnn-cifar10"]
+    accuracy = metrics["final_test_accuracy"]
+    assert weights.read_config(tmp_path / "folder")["extra"]["test_accuracy"] == accuracy
+    card = (tmp_path / "folder" / "README.md").read_text()
+    for part in (
+        "evaluated on 4 of its training images, held out",
+        f"| accuracy on the test images | {accuracy:.4f} |",
+        f"| held-out accuracy after epoch {metrics['best_epoch']}, the best of "
+        f"{metrics['epochs']} | {metrics['test_accuracy']:.4f} |",
+    ):
+        assert part in card
+    model = weights.load(tmp_path / "folder")
+    original = classifier.load(tmp_path / "run" / "cnn-cifar10.keras").model
+    x = np.random.default_rng(0).random((2, 32, 32, 3), "float32")
+    np.testing.assert_array_equal(numpy(model(x)), numpy(original(x)))
+
+
+@pytest.mark.long
 def test_revision_must_be_a_commit(pushed):
     _, options, revision = pushed
     for invalid in (None, "main", revision[:7], revision.upper() + "x", "v1"):
@@ -185,7 +215,7 @@ def test_unsupported_models_are_not_saved(run, tmp_path):
     assert label == LABEL
     own = f"{run.parent / 'own.py'}:net"
     for source, label, reason in (
-        (run, own, "a model from a Python file cannot be built"),
+        (run, own, "neither Python files nor"),
         (run, "none", "that has the model"),
         (tmp_path, LABEL, "must be a folder with config.json and metrics.json"),
     ):

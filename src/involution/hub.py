@@ -3,6 +3,7 @@
 Downloads are pinned to a commit and verified by hash, and contain no code.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 import keras
 
-from involution.models import specs, weights
+from involution.models import pretrained, specs, weights
 from involution.models.convert import convert
 from involution.saving.classifier import load as load_classifier
 from involution.utils.atomic_files import write_text
@@ -45,10 +46,9 @@ tags:
 {model}, {parameters:,} trainable parameters, for images of {width}x{height} pixels in {count}
 classes: {classes}.
 
-| trained on | {dataset}: {train} images; evaluated on its {test} test images |
+| trained on | {dataset}: {train} images; evaluated on {test} {images} |
 |---|---|
-| test accuracy after the last epoch | {accuracy:.4f} |
-| test loss | {loss:.4f} |
+{results}
 | recipe | {recipe} |
 | command | `{command}` |
 | versions | {versions} |
@@ -76,8 +76,9 @@ def save(
         extra: Dictionary of additional entries of the configuration.
 
     Raises:
-        InputError: The run has no such model, or the model is built by a user's Python file, which
-            the folder does not include, or it was not tested.
+        InputError: The run has no such model, or it was not tested, or it cannot be built from the
+            folder: it is built by a user's Python file, or fine-tuned from a model that is not one
+            of the package's pretrained ones.
     """
     run, folder = pathlib.Path(run), pathlib.Path(folder)
     try:
@@ -91,12 +92,7 @@ def save(
             "A run must be a folder with config.json and metrics.json that has the model. "
             f"Received: {run}, {label}"
         ) from error
-    function, arguments = specs.split_spec(label)
-    if ":" in function:
-        raise InputError(
-            "A model to publish must be one of involution.models: a model from a Python file "
-            f"cannot be built without that file. Received: {label}"
-        )
+    function, arguments = _builder(label)
     if None in (results["test_accuracy"], results["test_loss"]):
         raise InputError(
             "A model to publish must have a test accuracy and a finite test loss. "
@@ -105,7 +101,11 @@ def save(
     classifier = load_classifier(run / specs.file_name(label))
     height, width, _ = classifier.image_shape
     arguments |= {"input_shape": classifier.image_shape, "classes": len(classifier.class_names)}
-    extra_metadata = {"test_accuracy": results["test_accuracy"], **(extra or {})}
+    accuracy = results.get("final_test_accuracy")
+    extra_metadata = {
+        "test_accuracy": results["test_accuracy"] if accuracy is None else accuracy,
+        **(extra or {}),
+    }
     text = CARD_TEMPLATE.format(
         name=name or folder.name,
         model=label,
@@ -117,8 +117,8 @@ def save(
         dataset=metrics["dataset"],
         train=config["images"]["train"],
         test=config["images"]["test"],
-        accuracy=results["test_accuracy"],
-        loss=results["test_loss"],
+        images="test images" if accuracy is None else "of its training images, held out",
+        results="\n".join(f"| {title} | {value} |" for title, value in _results(results)),
         recipe=f"{config['recipe']}, {config['epochs']} epochs, "
         + ", ".join(f"{k} {v}" for k, v in config["training"].items()),
         command=config["command"],
@@ -129,6 +129,36 @@ def save(
         folder, function, arguments, classifier.model, classifier.metadata | extra_metadata
     )
     write_text(folder / CARD_FILE, text)
+
+
+def _builder(label) -> tuple[str, dict]:
+    """The name and the arguments of the function of involution.models that builds the model."""
+    if label in pretrained.available():
+        config = weights.read_config(pretrained.path(label))
+        return config["name"], config["arguments"]
+    with contextlib.suppress(InputError):
+        function, arguments = specs.split_spec(label)
+        if ":" not in function:
+            return function, arguments
+    raise InputError(
+        "A model to publish must be one of involution.models, with or without options, or "
+        "fine-tuned from a pretrained model's name: the folder contains neither Python files nor "
+        f"the configuration of another model. Received: {label}"
+    )
+
+
+def _results(metrics) -> list[tuple[str, str]]:
+    """Rows of the model card."""
+    best, accuracy = metrics.get("best_epoch"), metrics.get("final_test_accuracy")
+    kind = "test" if accuracy is None else "held-out"
+    when = "the last epoch" if best is None else f"epoch {best}, the best of {metrics['epochs']}"
+    rows = [
+        (f"{kind} accuracy after {when}", f"{metrics['test_accuracy']:.4f}"),
+        (f"{kind} loss", f"{metrics['test_loss']:.4f}"),
+    ]
+    if accuracy is not None:
+        rows.insert(0, ("accuracy on the test images", f"{accuracy:.4f}"))
+    return rows
 
 
 def push(

@@ -169,7 +169,7 @@ def test_outputs_that_are_not_finite_are_reported(run, tmp_path):
     run.failure = "The loss must be finite."
     page = text_of(write(run, tmp_path))
     assert "one Some outputs are not finite: there are no predictions." in page
-    assert "not those of the last complete epoch" in page
+    assert "not those of the metrics" in page
 
 
 def test_all_images_classified_correctly(run, tmp_path):
@@ -319,6 +319,53 @@ def test_summary_of_a_single_model(run):
         "with 386 trainable parameters."
     )
     assert report.ratio_row(run) is None
+
+
+@pytest.mark.long
+def test_a_run_with_early_stopping_reports_the_saved_weights(run, tmp_path):
+    run.dataset = run.dataset.validation_split(2)
+    for found, accuracy in zip(run.results, (0.25, 0.75), strict=True):
+        found.rows = [found.rows[0], found.rows[0] | {"epoch": 2, "test_accuracy": 0.125}]
+        found.best_epoch, found.final_test_accuracy = 1, accuracy
+    assert report.summary_sentence(run).startswith(
+        "After 1 epoch, one is 50.0 points less accurate than two on the test images of "
+        "<b>pets</b> (0.250 against 0.750)"
+    )
+    lines = [line.split("  ") for line in report.text_table(run)]
+    table = {line[0]: [cell.strip() for cell in line if cell.strip()][1:] for line in lines}
+    assert table["held-out accuracy"] == ["0.7500", "0.5000"]
+    assert table["epochs"] == ["2", "2"]
+    assert table["epoch of the saved weights"] == ["1", "1"]
+    assert table["accuracy on the test images"] == ["0.2500", "0.7500"]
+    assert not any("test loss" in line for line in table)
+    assert [*table][-1] == (
+        "* of the epoch that is best on the held-out training images: optimistically biased"
+    )
+    page = text_of(write(run, tmp_path))
+    assert "2 training and 2 held-out training images of" in page
+    assert "Predictions on the held-out training images" in page
+    assert "the training and the held-out training images, labeled test." in page
+    assert "biased; that on the test images is not." in page
+    run.exit_code = 143
+    assert "Metrics and saved models are of the best epoch so far." in text_of(write(run, tmp_path))
+    # Before the test images are evaluated.
+    run.results[1].final_test_accuracy = None
+    assert "on the held-out training images of <b>pets</b> (0.750 against 0.500)" in (
+        report.summary_sentence(run)
+    )
+    assert (
+        dict(zip([c[0] for c in report.columns(run)], report.table(run)[1], strict=True))[
+            "accuracy on the test images"
+        ]
+        == "not tested"
+    )
+
+
+def test_held_out_images_without_early_stopping(run):
+    run.dataset = run.dataset.validation_split(1)
+    titles = [title for title, _ in report.columns(run)]
+    assert "accuracy on the test images" in titles
+    assert "epoch of the saved weights" not in titles
 
 
 @pytest.mark.parametrize(

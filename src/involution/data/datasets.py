@@ -62,6 +62,7 @@ class Dataset:
         crop_fraction: The center crop of evaluation, see ``decode.read_image``.
         split_files: The files of the training and of the test images, if a folder was split.
         final_test: Images and labels of the test images, if held-out training images replace them.
+        held_out_from: Name of the data set whose training images were held out; None: none were.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Dataset:
     crop_fraction: float | None = None
     split_files: dict[str, list[str]] | None = None
     final_test: tuple[np.ndarray | LazyImages, np.ndarray] | None = None
+    held_out_from: str | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -128,7 +130,13 @@ class Dataset:
             x_test=_subset(self.x_train, test),
             y_test=self.y_train[test],
             final_test=(self.x_test, self.y_test),
+            held_out_from=self.name,
         )
+
+    @property
+    def evaluated_images(self) -> str:
+        """What ``x_test`` is, in words."""
+        return "test images" if self.held_out_from is None else "held-out training images"
 
 
 def _subset(images, index):

@@ -88,14 +88,14 @@ class Result:
 
     @property
     def metrics(self) -> dict:
-        """This model's entry in metrics.json."""
-        last = self.rows[-1] if self.rows else {}
+        """This model's entry in metrics.json: metrics of the epoch whose weights are saved."""
+        saved = self.rows[(self.best_epoch or len(self.rows)) - 1] if self.rows else {}
         # Excludes the first epoch, which compiles, unless it is the only one.
         seconds = [row["seconds"] for row in self.rows[1:] or self.rows]
         return {
             **self.parameters,
             "multiply_adds": self.multiply_adds,
-            **{metric: last.get(metric) for metric in METRICS},
+            **{metric: saved.get(metric) for metric in METRICS},
             "best_test_accuracy": max((r["test_accuracy"] for r in self.rows), default=None),
             "seconds_per_epoch": statistics.median_high(seconds) if seconds else None,
             "seconds": self.seconds,

@@ -44,7 +44,7 @@ def write(run, output, progress: NullProgress | None = None):
             run.dataset.x_test,
             run.dataset.y_test,
             progress,
-            f"{result.label}: predicting test images",
+            f"{result.label}: predicting {run.dataset.evaluated_images}",
         )
         for result in run.results
     }
@@ -62,7 +62,8 @@ def write(run, output, progress: NullProgress | None = None):
         description=run.description,
         summary_sentence=summary_sentence(run),
         rows=table(run),
-        columns=COLUMNS,
+        columns=columns(run),
+        stops=stops_early(run),
         ratio=ratio_row(run),
         font_warning=font_warning,
         lags=[text for result in run.results if (text := normalization_lag(run, result))],
@@ -92,6 +93,13 @@ COLUMNS = (
     ("seconds", "seconds"),
 )
 
+# Columns of runs with held-out images; the first two only with early stopping.
+HELD_OUT_COLUMNS = (
+    ("epochs", "epochs"),
+    ("epoch of the saved weights", "best_epoch"),
+    ("accuracy on the test images", "final_test_accuracy"),
+)
+
 # Columns for which a ratio of two models means something.
 RATIOS = (
     "trainable_params",
@@ -103,10 +111,24 @@ RATIOS = (
 )
 
 
+def stops_early(run) -> bool:
+    """Whether models have the weights of their best epoch, by early stopping."""
+    return any(result.best_epoch is not None for result in run.results)
+
+
+def columns(run) -> list[tuple[str, str | None]]:
+    """The columns of a run's table, as ``COLUMNS``."""
+    found = list(COLUMNS)
+    if run.dataset.held_out_from is not None:
+        found = [(title.replace("test", "held-out"), key) for title, key in found]
+        found[-2:-2] = HELD_OUT_COLUMNS if stops_early(run) else HELD_OUT_COLUMNS[-1:]
+    return found
+
+
 def table(run) -> list[list[str]]:
     """The table of a run as text, one row for each model."""
     return [
-        [label, *(_text(key, metrics[key]) for _, key in COLUMNS[1:])]
+        [label, *(_text(key, metrics[key]) for _, key in columns(run)[1:])]
         for label, metrics in run.metrics["models"].items()
     ]
 
@@ -118,7 +140,7 @@ def ratio_row(run) -> list[str] | None:
         return None
     labels = list(run.metrics["models"])
     row = [f"{labels[0]} / {labels[1]}"]
-    for _, key in COLUMNS[1:]:
+    for _, key in columns(run)[1:]:
         a, b = models[0][key], models[1][key]
         row.append(f"{a / b:.3g}" if key in RATIOS and a is not None and b else "")
     return row
@@ -132,7 +154,7 @@ def text_table(run, width=80) -> list[str]:
         width: Columns of the terminal; models that exceed them continue below, a block of models
             after the other.
     """
-    titles, *models = [[title for title, _ in COLUMNS], *table(run)]
+    titles, *models = [[title for title, _ in columns(run)], *table(run)]
     first = max(map(cell_len, titles))
     blocks: list[list[tuple[list[str], int]]] = []
     left = 0
@@ -151,14 +173,23 @@ def text_table(run, width=80) -> list[str]:
         for row, title in enumerate(titles):
             values = (" " * (size - cell_len(cells[row])) + cells[row] for cells, size in block)
             lines.append(set_cell_size(title, first) + "".join(values))
-    return [*lines, "* of the epoch that is best on the test images: optimistically biased"]
+    note = f"* of the epoch that is best on the {run.dataset.evaluated_images}"
+    return [*lines, f"{note}: optimistically biased"]
 
 
 def summary_sentence(run) -> str:
     """The accuracy of a single model, or a comparison of the first two, with their epochs; and
-    whether these were too few for a model's test accuracy to mean something."""
+    whether these were too few for a model's test accuracy to mean something.
+
+    Accuracies are those on the test images, also of models that were evaluated on held-out ones
+    during training; on these, if not all trained models have been tested.
+    """
     models = list(run.metrics["models"].items())
     trained = [(label, m) for label, m in models if m["test_accuracy"] is not None]
+    tested = all(m["final_test_accuracy"] is not None for _, m in trained)
+    accuracy = "final_test_accuracy" if tested else "test_accuracy"
+    kind = "test images" if tested else run.dataset.evaluated_images
+    images = f"{kind} of {run.dataset.held_out_from or run.dataset.name}"
     late = "".join(
         f" The test accuracy of {result.label} says little yet: its batch normalization needs more "
         "epochs."
@@ -168,25 +199,28 @@ def summary_sentence(run) -> str:
     if len(models) == len(trained) == 1:
         label, only = trained[0]
         return (
-            f"After {_epochs(only['epochs'])}, {label} reaches an accuracy of "
-            f"{only['test_accuracy']:.3f} on the test images of {run.dataset.name}, "
+            f"After {_epochs(_saved_epoch(only))}, {label} reaches an accuracy of "
+            f"{only[accuracy]:.3f} on the {images}, "
             f"with {only['trainable_params']:,} trainable parameters.{late}"
         )
     if len(trained) < 2:
         return f"{len(trained)} of {len(models)} models completed an epoch: no comparison yet."
     (a, first), (b, second) = trained[:2]
-    difference = 100 * (first["test_accuracy"] - second["test_accuracy"])
+    difference = 100 * (first[accuracy] - second[accuracy])
     parameters = first["trainable_params"] / second["trainable_params"]
     seconds = first["seconds_per_epoch"] / second["seconds_per_epoch"]
-    epochs = _epochs(*dict.fromkeys((first["epochs"], second["epochs"])))
+    epochs = _epochs(*dict.fromkeys((_saved_epoch(first), _saved_epoch(second))))
     return (
         f"After {epochs}, {a} is {abs(difference):.1f} points "
-        f"{'more' if difference >= 0 else 'less'} accurate than {b} on the test images of "
-        f"{run.dataset.name} ({first['test_accuracy']:.3f} against "
-        f"{second['test_accuracy']:.3f}), "
+        f"{'more' if difference >= 0 else 'less'} accurate than {b} on the {images} "
+        f"({first[accuracy]:.3f} against {second[accuracy]:.3f}), "
         f"with {parameters:.3g} times its trainable parameters "
         f"and {seconds:.3g} times its time per epoch.{late}"
     )
+
+
+def _saved_epoch(metrics) -> int:
+    return metrics["best_epoch"] or metrics["epochs"]
 
 
 def _epochs(*counts) -> str:
@@ -200,7 +234,9 @@ def curves_caption(run) -> str:
         for result in run.results
         if result.rows and result.rows[0]["train_accuracy"] < result.rows[0]["test_accuracy"]
     ]
-    text = "Loss and accuracy by epoch on the training and the test images."
+    images = run.dataset.evaluated_images
+    text = f"Loss and accuracy by epoch on the training and the {images}"
+    text += "." if images == "test images" else ", labeled test."
     if early:
         text += (
             " Training metrics are means over an epoch, during which the weights improve; test "
@@ -314,18 +350,19 @@ def format_bytes(count) -> str:
 
 def _text(key, value) -> str:
     if value is None:
-        return "not counted" if key == "multiply_adds" else "no epoch completed"
+        absent = {"multiply_adds": "not counted", "final_test_accuracy": "not tested"}
+        return absent.get(key, "no epoch completed")
     if key == "multiply_adds":
         return f"{value / 1e6:.2f} M"
     if key == "bytes":
         return format_bytes(value)
-    if key.endswith("_params"):
+    if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.1f}" if key.startswith("seconds") else f"{value:.4f}"
 
 
 def _class_accuracy(run, evaluations) -> list[tuple]:
-    """Rows of the table: class, number of test images, accuracy of each evaluated model."""
+    """Rows of the table: class, its number of images, accuracy of each evaluated model."""
     found = [evaluation for evaluation in evaluations.values() if evaluation is not None]
     if not found:
         return []
@@ -377,7 +414,9 @@ def _figures(run, evaluations) -> dict:
     if len(rows) > 2:
         figures["costs"] = (
             visualize.accuracy_vs_cost(run.metrics["models"]),
-            "Accuracy on the test images after the last epoch, by parameters and multiply-adds.",
+            f"Accuracy on the {dataset.evaluated_images} after the "
+            f"{'best' if stops_early(run) else 'last'} "
+            "epoch, by parameters and multiply-adds.",
         )
     figures["samples"] = (
         visualize.image_grid(dataset.x_train, dataset.y_train, dataset.class_names, seed),
@@ -399,20 +438,25 @@ def _figures(run, evaluations) -> dict:
                 {name: records[name].heat_map for name in names},
                 _titles(dataset, chosen, evaluations[result.label]),
             ),
-            _heat_map_caption(result.label, len(records), [records[name] for name in names]),
+            _heat_map_caption(
+                result.label,
+                len(records),
+                [records[name] for name in names],
+                dataset.evaluated_images,
+            ),
         )
         if filters is not None and "words" not in figures:
             figures["words"] = (
                 _kernel_figure(next(iter(records.values())), filters),
-                "Kernels that the first involution generated at four positions of one test image, "
-                "chosen to be as different as possible, and kernels of the first convolution, by "
-                "channel.",
+                "Kernels that the first involution generated at four positions of one of the "
+                f"{dataset.evaluated_images}, chosen to be as different as possible, and kernels "
+                "of the first convolution, by channel.",
             )
     return figures
 
 
 def _titles(dataset, chosen, evaluation) -> list[str]:
-    """Titles of test images: the predicted and the true class, a line each."""
+    """Titles of evaluated images: the predicted and the true class, a line each."""
     names = dataset.class_names
     true = [f"true {names[k]}" for k in dataset.y_test[chosen]]
     if evaluation is None:
@@ -421,7 +465,7 @@ def _titles(dataset, chosen, evaluation) -> list[str]:
     return [f"predicted {p}\n{t}" for p, t in zip(predicted, true, strict=True)]
 
 
-def _heat_map_caption(label, involutions, records) -> str:
+def _heat_map_caption(label, involutions, records, images="test images") -> str:
     shown = (
         "each involution"
         if len(records) == involutions
@@ -429,8 +473,8 @@ def _heat_map_caption(label, involutions, records) -> str:
     )
     text = (
         f"{label}, {shown}: at each position, the sum of the generated kernel over its window and "
-        "the groups, for test images. Each map has its own color scale, from the 1st to the 99th "
-        "percentile of its values."
+        f"the groups, for {images}. Each map has its own color scale, from the "
+        "1st to the 99th percentile of its values."
     )
     if any(record.is_attention for record in records):
         text += f" {activations.ATTENTION_CAPTION}"
