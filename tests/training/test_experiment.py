@@ -15,7 +15,7 @@ from involution import Involution2D, models
 from involution.data import datasets, transforms
 from involution.models import specs
 from involution.saving import classifier as classifiers
-from involution.training import checkpoint, experiment, report
+from involution.training import checkpoint, experiment, fine_tuning, report
 from involution.training.experiment import Config, compare
 from involution.utils.errors import InputError
 from involution.utils.progress import NullProgress
@@ -336,6 +336,17 @@ def test_model_spec_options():
     model = builders["inn:kernel_size=5:kernel_generator=linear"]((8, 8, 3), 10)
     assert model.get_layer("inv_1").kernel_size == (5, 5)
     assert type(model.get_layer("inv_1").kernel_generator).__name__ == "Linear"
+
+
+def test_path_of_a_trained_model_may_contain_commas(tmp_path):
+    file = tmp_path / "a,b" / "net.keras"
+    file.parent.mkdir()
+    custom_model((8, 8, 3), 2).save(file)
+    (built,) = specs.parse(str(file), fine_tuning.builder).values()
+    assert built((8, 8, 3), 2).output_shape == (None, 2)
+    # Longer than a path may be.
+    many = [f"inn:head=convolutional:kernel_size={2 * n + 1}" for n in range(20)]
+    assert list(specs.parse(",".join(many), fine_tuning.builder)) == many
 
 
 @pytest.mark.parametrize(

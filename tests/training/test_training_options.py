@@ -12,6 +12,7 @@ import yaml
 from involution import models
 from involution.data import datasets
 from involution.data.transforms import to_unit_float
+from involution.kernel_generators.attachment import layers_within
 from involution.saving import classifier as classifiers
 from involution.saving.classifier import Classifier
 from involution.training import experiment, fine_tuning, report
@@ -21,6 +22,7 @@ from involution.training.optimizers import make_schedule
 from involution.training.recipes import RECIPES, Recipe
 from involution.training.search_space import SweepConfig
 from involution.training.trainer import Trainer
+from involution.utils.comparison import relative_error
 from involution.utils.errors import InputError
 from tests.support.images import write_folder
 from tests.training.test_experiment import Recorder
@@ -134,7 +136,10 @@ def test_early_stopping_saves_the_best_epoch(train, tmp_path, monkeypatch):
     dataset = datasets.load(run.config.dataset)
     scores = saved.predict_proba(to_unit_float(dataset.x_test)).argmax(-1)
     assert metrics["final_test_accuracy"] == np.mean(scores == dataset.y_test)
-    assert metrics["best_epoch"] == 2
+    assert (metrics["best_epoch"], metrics["epochs"]) == (2, 4)
+    # The metrics are those of the saved weights.
+    assert metrics["test_accuracy"] == metrics["best_test_accuracy"] == 0.75
+    assert metrics["train_loss"] == result.rows[1]["train_loss"]
     # It stays stopped.
     again, _ = train(tmp_path, resume=True, epochs=5, early_stopping=2, validation_images=6)
     assert len(again.results[0].rows) == 4
@@ -399,3 +404,34 @@ def test_size_of_the_images_of_a_trained_model(tmp_path, monkeypatch):
 def test_pretrained_models_can_be_fine_tuned(name):
     built = fine_tuning.builder(name)(input_shape=(32, 32, 3), classes=4)
     assert built.output_shape == (None, 4)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("spec", ["file", "inn-cifar10"])
+def test_trained_models_get_the_precision_of_the_run(spec, policy, tmp_path):
+    if spec == "file":
+        spec = str(tmp_path / "other.keras")
+        other = {"float32": "mixed_bfloat16", "mixed_bfloat16": "float32"}[policy]
+        keras.config.set_dtype_policy(other)
+        try:
+            model = models.inn(input_shape=(32, 32, 3), classes=10)
+        finally:
+            keras.config.set_dtype_policy("float32")
+        model.save(spec)
+    keras.config.set_dtype_policy(policy)
+    try:
+        found = fine_tuning.builder(spec)(input_shape=(32, 32, 3), classes=10)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    layers = [
+        layer for layer in layers_within(found) if not isinstance(layer, keras.layers.InputLayer)
+    ]
+    assert {layer.dtype_policy.name for layer in layers} == {policy}
+    trained = classifiers.load_model(classifiers.resolve(spec))
+    for a, b in zip(found.get_weights(), trained.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    x = np.random.default_rng(0).random((2, 32, 32, 3), "float32")
+    y, expected = (
+        keras.ops.convert_to_numpy(keras.ops.cast(m(x), "float32")) for m in (found, trained)
+    )
+    assert relative_error(y, expected) < 0.05

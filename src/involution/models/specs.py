@@ -44,7 +44,9 @@ def parse(text, other=lambda spec: None) -> dict[str, Builder]:
         raise InputError(
             f"A model spec must be valid UTF-8, the encoding of reports. Received: {escaped}"
         )
-    model_specs = [part.strip() for part in text.split(",")]
+    # The path of a trained model may contain commas.
+    is_one = "," in text and os.path.exists(text) and other(text) is not None
+    model_specs = [text] if is_one else [part.strip() for part in text.split(",")]
     builders = {}
     for spec in model_specs:
         if spec in builders:

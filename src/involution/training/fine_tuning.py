@@ -8,8 +8,10 @@ import keras
 from involution.models import weights
 from involution.models.specs import Builder
 from involution.saving import classifier
+from involution.training.recipes import PRECISIONS
 from involution.utils.errors import InputError
 
+POLICIES = frozenset(PRECISIONS.values())
 # May follow the last Dense layer.
 ACTIVATIONS = (keras.layers.Activation, keras.layers.Softmax)
 
@@ -36,6 +38,8 @@ def image_size(text) -> tuple[int, int] | None:
 def build(text, input_shape, classes) -> keras.Model:
     """Loads a trained model; with another number of classes, its last layer is new.
 
+    Its layers have Keras's dtype policy, whatever the precision that they were trained with.
+
     Args:
         text: A pretrained model's name, a ``.keras`` file, or a folder with a model.
         input_shape: (height, width, channels) of the images.
@@ -45,7 +49,7 @@ def build(text, input_shape, classes) -> keras.Model:
         InputError: The model cannot be loaded, is for images of another size, or does not end in a
             Dense layer, which an activation may follow.
     """
-    model = classifier.load_model(classifier.resolve(text))
+    model = _with_dtype_policy(classifier.load_model(classifier.resolve(text)))
     expected = model.input_shape[1:]
     if any(n is not None and n != m for n, m in zip(expected, input_shape, strict=True)):
         raise InputError(
@@ -65,4 +69,26 @@ def build(text, input_shape, classes) -> keras.Model:
     outputs = keras.layers.Dense.from_config(dense.get_config() | {"units": classes})(dense.input)
     for layer in activations:
         outputs = type(layer).from_config(layer.get_config())(outputs)
-    return keras.Model(model.inputs, outputs, name=model.name)
+    return keras.Model(model.input, outputs, name=model.name)
+
+
+def _with_dtype_policy(model) -> keras.Model:
+    """The model, or a copy of it if layers have the dtype policy of another precision."""
+    config = keras.saving.serialize_keras_object(model)
+    converted = _converted(config, keras.config.dtype_policy().name)
+    if converted == config:
+        return model
+    copy = keras.saving.deserialize_keras_object(converted)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def _converted(config, policy):
+    """A serialized object with this dtype policy in place of those of a run's precision."""
+    if isinstance(config, (list, tuple)):
+        return type(config)(_converted(value, policy) for value in config)
+    if not isinstance(config, dict):
+        return config
+    if config.get("class_name") == "DTypePolicy" and config["config"]["name"] in POLICIES:
+        return config | {"config": config["config"] | {"name": policy}}
+    return {key: _converted(value, policy) for key, value in config.items()}
