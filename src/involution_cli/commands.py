@@ -33,7 +33,7 @@ from involution_cli.options import (
     replace_deprecated,
     take_config,
 )
-from involution_cli.session import DIVERGED, WRITE_FAILED, fail, session, watchdog
+from involution_cli.session import DIVERGED, WRITE_FAILED, discard_messages, fail, session, watchdog
 
 app = cyclopts.App(
     name="involution",
@@ -755,6 +755,11 @@ def read_images(files):
 
 def main():
     """Entry point of the console script."""
+    if sys.stderr is None:  # closed
+        discard_messages()
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - until the end
+    if sys.stdout is None:
+        raise SystemExit(fail("Standard output must be open. Received: closed", WRITE_FAILED))
     for stream in (sys.stdout, sys.stderr):
         # File names may contain characters that the terminal cannot encode.
         if isinstance(stream, io.TextIOWrapper):

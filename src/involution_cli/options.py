@@ -118,8 +118,8 @@ class TrainingOptions(_Declared):
     output: Annotated[pathlib.Path | None, Parameter(group=OUTPUT)] = None
     """Output folder: new or empty, or with --resume the run's (default: runs/<dataset>-<time>)."""
     config: Annotated[pathlib.Path | None, Parameter(group=OUTPUT)] = None
-    """A .yaml or .toml file with options of this command by name, such as the config.yaml that each
-    run writes; options of the command line take precedence."""
+    """A .yaml or .toml file with options of this command by name; options of the command line take
+    precedence. compare reads the config.yaml that each run writes."""
     backend: Backend = None
 
 

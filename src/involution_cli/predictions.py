@@ -17,7 +17,8 @@ def as_text(file, predictions) -> str:
 def as_json(results) -> str:
     """An array of objects: a file and its predictions."""
     found = [{"file": str(file), "predictions": predictions} for file, predictions in results]
-    return json.dumps(found, indent=2, ensure_ascii=False)
+    # ASCII, because the encoding of standard output may lack characters of the names.
+    return json.dumps(found, indent=2)
 
 
 def as_csv(results) -> str:

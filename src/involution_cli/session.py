@@ -76,7 +76,7 @@ def session(first_line, backend, options=()):
         backend: The Keras backend; None: the configured one.
         options: Names of the command's options, for error messages.
     """
-    print(f"involution: {escape_controls(first_line)}", file=sys.stderr, flush=True)
+    print_message(first_line)
     if backend is not None:
         os.environ["KERAS_BACKEND"] = backend
     try:
@@ -199,9 +199,24 @@ def _duplicate(number, encoding):
 
 def fail(message, code=2) -> int:
     """Prints an error as one line on standard error; returns the exit code."""
-    line = escape_controls(" ".join(message.split()))
-    print(f"involution: error: {line}", file=sys.stderr, flush=True)
+    print_message(f"error: {' '.join(message.split())}")
     return code
+
+
+def print_message(text):
+    """Prints a line on standard error, unless its reader has closed it."""
+    try:
+        print(f"involution: {escape_controls(text)}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        discard_messages()  # the line is still in the buffer
+
+
+def discard_messages():
+    """Opens the null device as standard error."""
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    if descriptor != 2:
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
 
 
 def escape_controls(text) -> str:

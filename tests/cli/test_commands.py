@@ -155,6 +155,11 @@ def test_predict_of_folders_as_json_and_csv(call, tmp_path):
         first, second = (p["probability"] for p in entry["predictions"])
         assert 1 >= first >= second >= 0
     assert f"Skipped images: 1 in .svg format, such as {root}/x.svg." in call.messages
+    # Valid in every encoding of standard output.
+    write_image(tmp_path / "고양이.png")
+    _, lines = call("predict", "inn-cifar10", tmp_path / "고양이.png", "--json")
+    assert "\n".join(lines).isascii()
+    assert json.loads("\n".join(lines))[0]["file"] == str(tmp_path / "고양이.png")
     code, lines = call("predict", "inn-cifar10", root, "--csv", "--top", "1")
     assert lines == [
         "file,rank,class,probability",

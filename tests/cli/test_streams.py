@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import signal
+import subprocess
 import sys
 import termios
 
@@ -81,6 +82,45 @@ def test_a_closed_pipe_ends_a_command_without_a_message(capfd, replaced):
         current.result("lost")
     assert end.value.code == session.READER_CLOSED
     assert "error" not in capfd.readouterr().err
+
+
+def test_a_command_continues_without_a_reader_of_its_messages(capfd, replaced, monkeypatch):
+    """As in ``involution train ... 2>&1 >results | head -1``."""
+    reader, writer = os.pipe()
+    replaced(2, writer)
+    os.close(writer)
+    monkeypatch.setattr(sys, "stderr", open(2, "w", closefd=False))  # noqa: SIM115 - of capfd
+    session.print_message("read")
+    assert os.read(reader, 100) == b"involution: read\n"
+    os.close(reader)
+
+    def run():
+        with session.session("Testing.", None) as current:
+            for _ in range(2):
+                current.progress.log("lost")
+            current.result("kept")
+            raise InputError("A rule. Received: a value")
+
+    with pytest.raises(SystemExit) as end:
+        run()
+    assert end.value.code == 2
+    assert capfd.readouterr().out == "kept\n"
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "errors"),
+    [
+        (">&-", 5, ["involution: error: Standard output must be open. Received: closed"]),
+        ("2>&-", 0, []),
+    ],
+)
+def test_closed_streams(redirection, code, errors):
+    script = f'"$0" -m involution_cli --version {redirection}'
+    found = subprocess.run(
+        ["/bin/sh", "-c", script, sys.executable], capture_output=True, text=True
+    )
+    assert (found.returncode, found.stderr.splitlines()) == (code, errors)
+    assert bool(found.stdout) == (code == 0)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")

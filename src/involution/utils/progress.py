@@ -55,12 +55,18 @@ class NullProgress:
         """Ends the stage or the task."""
 
 
+class _Console(RichConsole):
+    def on_broken_pipe(self):
+        # Rich ends the process. Messages are no result: what nobody reads is not written.
+        self.quiet = True
+
+
 class RichProgress(NullProgress):
     """Progress on a text stream, standard error by default."""
 
     def __init__(self, file=None):
         file = file or sys.stderr
-        self._console = RichConsole(
+        self._console = _Console(
             file=file,
             # Variables such as FORCE_COLOR must not draw spinners into files.
             force_terminal=file.isatty(),
