@@ -426,6 +426,26 @@ def test_link_loops_are_not_followed(tmp_path):
     found = image_folder.scan(root)
     assert {name: len(files) for name, files in found.train.items()} == {"cat": 1, "dog": 1}
     assert found.skipped == ""
+    # A link to itself is reported where it is read.
+    for place in (root / "train" / "cat", root / "train"):
+        (place / "loop.png").symlink_to("loop.png")
+    assert {name: len(files) for name, files in image_folder.scan(root).train.items()} == {
+        "cat": 2,
+        "dog": 1,
+    }
+    assert str(root / "train" / "cat" / "loop.png") in image_folder.find_images(root)[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on Windows")
+def test_a_fifo_is_no_image(tmp_path):
+    """Opening it would wait for a writer."""
+    root = write_tree(tmp_path, "train/cat/a.png", "test/cat/a.png")
+    os.mkfifo(root / "train" / "cat" / "b.png")
+    _, fifo = image_folder.scan(root).train["cat"]
+    with pytest.raises(OSError, match="not a regular file"):
+        fifo.open()
+    with pytest.raises(InputError, match=r"not a regular file. Received: .*b\.png"):
+        decode.read_image(fifo.path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")

@@ -172,12 +172,19 @@ def test_load_accepts_files_folders_and_names(stub_model, tmp_path, monkeypatch)
     )
     # Local folders take precedence over pretrained models.
     (tmp_path / "inn-cifar10").mkdir()
+    rule = (
+        "A model must be a .keras file, a folder with config.json and model.safetensors, or one "
+        "of cnn-cifar10, inn-cifar10, rednet_tiny-cifar10. Received: "
+    )
+    # As the folder of a run.
+    (tmp_path / "inn-cifar10" / "config.json").write_text("{}")
+    assert message(classifiers.load, "inn-cifar10") == (
+        f"{rule}inn-cifar10, a folder without model.safetensors"
+    )
+    assert message(classifiers.load, "magic") == f"{rule}magic, which does not exist"
+    (tmp_path / "inn-cifar10" / "model.safetensors").touch()
     assert message(classifiers.load, "inn-cifar10").startswith(
         f"{INVALID_CLASSIFIER}inn-cifar10: CheckpointError: "
-    )
-    assert message(classifiers.load, "magic") == (
-        "A model must be a .keras file, a folder, or one of cnn-cifar10, inn-cifar10, "
-        "rednet_tiny-cifar10. Received: magic, which does not exist"
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from involution.data import image_formats, transforms
+from involution.data.image_folder import check_regular
 from involution.utils.errors import InputError
 
 PATH_TYPES = (str, bytes, os.PathLike)
@@ -41,6 +42,8 @@ def read_image(file, size=None, crop_fraction=None, rng=None) -> np.ndarray:
         InputError: The file is missing, truncated, too large or not an image.
     """
     try:
+        if isinstance(file, PATH_TYPES):
+            check_regular(file)
         with Image.open(file, formats=tuple(image_formats.formats())) as opened:
             # Up to twice this limit Pillow only warns of a decompression bomb.
             if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or math.inf):

@@ -54,6 +54,7 @@ class FileSource:
         return os.path.basename(self.path)
 
     def open(self) -> io.BufferedIOBase:
+        check_regular(self.path)
         return open(self.path, "rb")
 
     def __str__(self):
@@ -174,6 +175,12 @@ def scan(root, split=None, seed=0) -> ScanResult:
     return ScanResult(train, test, str(skipped))
 
 
+def check_regular(path):
+    """Raises OSError for a FIFO, a device or a folder: opening a FIFO waits for a writer."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("not a regular file")
+
+
 def find_images(folder) -> tuple[list[str], str]:
     """The images in a folder and its subfolders, sorted by path, and the skipped ones as in
     ``ScanResult.skipped``. Hidden files and folders are ignored."""
@@ -215,7 +222,7 @@ def _split_by_class(classes, fraction, seed) -> tuple[SourcesByClass, SourcesByC
 
 
 def _scan_folder(folder, skipped) -> SourcesByClass:
-    names = [entry.name for entry in _visible(folder) if entry.is_dir()]
+    names = [entry.name for entry in _visible(folder) if _is_folder(entry)]
     # A folder without classes, such as ImageNet's test/, is not a split: val/ is tried next.
     return _group_by_class(names, _walk(folder), (), folder, skipped) if names else {}
 
@@ -225,10 +232,19 @@ def _walk(folder, parents: PathParts = ()) -> Iterator[tuple[PathParts, FileSour
     for entry in _visible(folder):
         path = (*parents, entry.name)
         # A class may be a link to a folder; deeper links may form a loop.
-        if entry.is_dir(follow_symlinks=not parents):
+        if _is_folder(entry, follow_symlinks=not parents):
             yield from _walk(entry.path, path)
-        elif _suffix(entry.name) in (*suffixes(), *unsupported_suffixes()) and not entry.is_dir():
+        elif _suffix(entry.name) in (*suffixes(), *unsupported_suffixes()) and not _is_folder(
+            entry
+        ):
             yield path, FileSource(entry.path)
+
+
+def _is_folder(entry, follow_symlinks=True) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=follow_symlinks)
+    except OSError:  # of a link to itself, which is reported where it is read as an image
+        return False
 
 
 def _visible(folder) -> list[os.DirEntry]:

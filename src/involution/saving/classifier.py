@@ -145,10 +145,13 @@ def image_shape(path) -> tuple[int, int, int]:
 
 def _arguments(path) -> dict[str, Any]:
     """The attributes of the ``Classifier``, without the model."""
-    if not path.exists():
+    reason = None if path.exists() else "which does not exist"
+    if path.is_dir() and not (path / weights.WEIGHTS).is_file():
+        reason = f"a folder without {weights.WEIGHTS}"  # such as a run's, whose models are files
+    if reason is not None:
         raise InputError(
-            "A model must be a .keras file, a folder, or one of "
-            f"{', '.join(pretrained.available())}. Received: {path}, which does not exist"
+            f"A model must be a .keras file, a folder with {weights.CONFIG} and {weights.WEIGHTS}, "
+            f"or one of {', '.join(pretrained.available())}. Received: {path}, {reason}"
         )
     rule = (
         "A model must be a .keras file or a folder with class names and an image shape, written by "
