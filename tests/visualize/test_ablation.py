@@ -4,10 +4,12 @@ import keras
 import numpy as np
 import pytest
 
-from involution import Involution1D, Involution2D, models
+import involution
+from involution import Involution1D, Involution2D, Involution2DTranspose, models
 from involution.kernel_generators.static import Static
+from involution.layers.recording import replace_kernels
 from involution.utils.errors import InputError
-from involution.visualize import figures, kernel_use
+from involution.visualize import capture, figures, kernel_use
 from involution.visualize.ablation import REPLACEMENTS
 
 pytestmark = pytest.mark.any_backend
@@ -115,6 +117,65 @@ def test_calls_of_a_shared_layer_are_separate():
     inputs = keras.Input((3, 2, 2))
     model = keras.Model(inputs, keras.layers.Flatten()(layer(layer(inputs))))
     assert list(kernel_use(model, IMAGES).layers) == ["i", "i#2"]
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_transposed_involutions_are_included(data_format):
+    shape = (4, 3, 5) if data_format == "channels_first" else (3, 5, 4)
+    inputs = keras.Input(shape)
+    layer = Involution2DTranspose(
+        4, strides=2, group_channels=2, data_format=data_format, name="up"
+    )
+    x = layer(Involution2D(3, group_channels=4, data_format=data_format, name="i")(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Flatten()(x)))
+    images = np.random.default_rng(0).normal(size=(4, *shape)).astype("float32")
+    use = kernel_use(model, images)
+    assert list(use.layers) == ["i", "up"]
+    assert use.layers["up"].over_places > 0
+
+    record = capture(model, images)["up"]
+    assert record.kernels.shape == (4, 3, 5, 16, 2)
+    assert record.outputs.shape == (4, 6, 10, 4)
+    # The windows lie on the output: each spreads one position of the input.
+    assert record.sizes == (6, 10)
+    assert record.attention_received.shape == (4, 6, 10, 2)
+    assert record.attention_received.sum() == pytest.approx(inside(record).sum(), rel=1e-4)
+    assert record.nearest_position((0.0, 1.0)) == (0, 4)
+    (top, bottom), _ = record.window_at((0.5, 0.5))
+    assert bottom - top == pytest.approx(4 / 6)
+
+    with replace_kernels(lambda layer, kernel: keras.ops.zeros_like(kernel)):
+        assert not keras.ops.convert_to_numpy(layer(np.ones((1, *shape), "float32"))).any()
+
+
+def inside(record):
+    """The weights of the taps that lie inside the output."""
+    ones = np.ones((1, *record.sizes, 1), "float32")
+    arguments = {"strides": record.window.strides, "padding": record.window.padding}
+    kernel = np.ones((1, *record.kernels.shape[1:3], 16, 1), "float32")
+    products = involution.ops.window_products(
+        ones, np.ones((1, *record.kernels.shape[1:3], 1), "float32"), 4, **arguments
+    )
+    assert products.shape == kernel.shape
+    return record.kernels * keras.ops.convert_to_numpy(products)
+
+
+def test_labels_match_the_images_and_the_outputs():
+    """The labels of Keras's data sets have the shape (N, 1)."""
+    model = signal_mean()
+    labels = np.zeros(6, "uint8")
+    flat = kernel_use(model, IMAGES, labels)
+    assert kernel_use(model, IMAGES, labels[:, None]) == flat
+    for invalid, message in (
+        (labels[:5], "as many as the images. Received: 5 labels and 6 images"),
+        (
+            np.eye(2)[labels],
+            r"shape \(6,\) for.*float64 of the shape \(6, 2\)",
+        ),
+        (labels + 0.5, "Received: float64"),
+    ):
+        with pytest.raises(InputError, match=message):
+            kernel_use(model, IMAGES, invalid)
 
 
 def two_outputs():

@@ -98,7 +98,8 @@ def test_scales_of_images_and_of_layers(inn):
             for row, ax in enumerate(column):
                 np.testing.assert_allclose(ax.images[0].get_array(), sums[row])
                 limits = np.percentile(sums if share_scale else sums[row], (1, 99))
-                np.testing.assert_allclose(max(ax.images[0].get_clim()), np.abs(limits).max())
+                extreme = np.abs(ax.images[0].get_clim()).max()
+                np.testing.assert_allclose(extreme, np.abs(limits).max())
 
 
 def test_activations_are_drawn_next_to_the_maps():

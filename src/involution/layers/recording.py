@@ -15,9 +15,10 @@ class InvolutionTrace(NamedTuple):
 
     Attributes:
         layer: The layer.
-        window: Its window.
+        window: Its window: in the input, or of a transposed involution in the output.
         inputs: Its input.
-        kernel: The kernels, in the layout of ``involution.ops.involution``.
+        kernel: The kernels, in the layout of ``involution.ops.involution``: at each position of the
+            output, or of a transposed involution of the input.
         outputs: Its output, without the kernels.
     """
 

@@ -5,6 +5,7 @@ import dataclasses
 import keras
 
 from involution.layers.generated import GeneratedInvolution
+from involution.layers.recording import record, replaced
 from involution.ops import calls
 from involution.ops.dispatch import select
 from involution.ops.transposed import TransposedWindow
@@ -85,8 +86,9 @@ class InvolutionTransposeND(GeneratedInvolution):
         self.transposed = dataclasses.replace(self.transposed, window=window)
 
     def _call(self, inputs, **context):
-        kernel = self.generate_kernel(inputs)
+        kernel = replaced(self, self.generate_kernel(inputs))
         output = calls.transposed_involution(self.transposed, self.implementation, inputs, kernel)
+        record(self, self.transposed.window, inputs, kernel, output)
         return (output, kernel) if self.return_kernel else output
 
     def select_implementation(self, inputs, projection):

@@ -90,12 +90,14 @@ def kernel_use(
     Args:
         model: Any Keras model or layer with involutions, also in nested models and layers.
         images: Float inputs of the model, (N, ...), at least two.
-        labels: Integers (N,), or as the metric requires; None: the classes that the model predicts
-            with its own kernels, so that the score is the fraction that stays the same.
+        labels: Integers (N,) or (N, 1), of sequences (N, positions), or as the metric requires;
+            None: the classes that the model predicts with its own kernels, so that the score is the
+            fraction that stays the same.
         metric: Function of (outputs, labels), both NumPy arrays of all images, that returns a
             number; None: accuracy, of the largest output in the last dimension.
-        batch_size: Images per forward pass, at least two. Another image's kernels are those of
-            another image of the batch; the batches are random, from a fixed seed.
+        batch_size: Images per forward pass, at least two; with a remainder, batches are larger by
+            its share. Another image's kernels are those of another image of the batch; the batches
+            are random, from a fixed seed.
         progress: Receives progress, by its methods ``begin``, ``advance`` and ``end``; None: none
             is reported.
 
@@ -103,8 +105,8 @@ def kernel_use(
         The score with the model's own kernels, and by layer the variances and the scores.
 
     Raises:
-        InputError: There are fewer than two images, or no involution; without labels and metric,
-            the outputs are no logits.
+        InputError: There are fewer than two images, or no involution; labels do not match the
+            images or, without a metric, the outputs; without both, the outputs are no logits.
         ValueError: An involution runs inside a compiled function, whose values are not accessible.
 
     Example:
@@ -123,6 +125,11 @@ def kernel_use(
         raise InputError(f"`batch_size` must be at least 2. Received: {batch_size}")
     if metric is not None and labels is None:
         raise InputError("`metric` requires `labels`. Received: labels=None")
+    if labels is not None and len(labels) != len(images):
+        raise InputError(
+            "`labels` must be as many as the images. "
+            f"Received: {len(labels)} labels and {len(images)} images"
+        )
     progress = progress or NullProgress()
     # No batch of a single image, which has no other image.
     order = np.random.default_rng(0).permutation(len(images))
@@ -131,8 +138,9 @@ def kernel_use(
     statistics, outputs = _statistics(model, images, batches, progress)
     if not statistics:
         raise InputError(f"The model must have an involution. Received: {model.name}, without one")
-    metric = metric or _accuracy
     labels = outputs.argmax(axis=-1) if labels is None else np.asarray(labels)[order]
+    if metric is None:
+        metric, labels = _accuracy, _checked_labels(labels, outputs)
     names = list(statistics)
     progress.begin("replacing kernels", (len(names) + 1) * len(REPLACEMENTS))
 
@@ -151,6 +159,17 @@ def kernel_use(
     together = layers[names[0]].scores if len(names) == 1 else scores(set(names))
     progress.end()
     return KernelUse(score, layers, together)
+
+
+def _checked_labels(labels, outputs) -> np.ndarray:
+    """Labels of the shape of the predicted classes."""
+    shape = outputs.shape[:-1]
+    if labels.shape not in (shape, (*shape, 1)) or labels.dtype.kind not in "iu":
+        raise InputError(
+            f"`labels` must be integers of the shape {shape} for the accuracy. "
+            f"Received: {labels.dtype} of the shape {labels.shape}"
+        )
+    return labels.reshape(shape)
 
 
 def _accuracy(outputs, labels) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 
 from involution import renamed
 from involution.layers import involutions, record_involutions
+from involution.layers.transposed import InvolutionTransposeND
 from involution.ops.window import CHANNELS_LAST, Window
 
 # Images per forward pass: kernels take many times the memory of their input.
@@ -28,8 +29,10 @@ class InvolutionRecord:
     Attributes:
         name: The layer's name; further calls of a layer have the suffix #2, #3 and so on.
         window: The layer's window.
-        sizes: Spatial sizes of the layer's input.
-        kernels: (N, *out_spatial, taps, groups).
+        sizes: Spatial sizes of the array on which the windows lie: the layer's input, or the output
+            of a transposed involution.
+        kernels: (N, *positions, taps, groups): a kernel for each position of the output, or of the
+            input of a transposed involution.
         outputs: (N, *out_spatial, channels).
         is_attention: Whether the weights of every window are nonnegative and sum to 1, as after a
             softmax.
@@ -58,8 +61,8 @@ class InvolutionRecord:
     def heat_map(self) -> np.ndarray:
         """A scalar per position and group, (N, *spatial, groups).
 
-        The sum of the kernel's weights at each output position. For attention, whose weights sum
-        to 1, ``attention_received`` at each input position instead.
+        The sum of each kernel's weights at its position. For attention, whose weights sum to 1,
+        ``attention_received`` at each position in ``sizes`` instead.
         """
         return self.attention_received if self.is_attention else self.kernels.sum(axis=-2)
 
@@ -70,7 +73,7 @@ class InvolutionRecord:
 
     @property
     def attention_received(self) -> np.ndarray:
-        """Sum of the weights of all windows on each input position, (N, *sizes, groups)."""
+        """Sum of the weights of all windows on each position, (N, *sizes, groups)."""
         window, kernels = self.window, self.kernels
         for axis, factor in enumerate(window.upsampling, 1):
             # The sum over the outputs that share a window.
@@ -95,8 +98,8 @@ class InvolutionRecord:
 
     @renamed.arguments(place="point")
     def nearest_position(self, point) -> tuple[int, ...]:
-        """Output position whose window center is nearest to a point of the input; with upsampling,
-        of those that share the window, the one at the point.
+        """The kernel's position whose window center is nearest to a point of the image; with
+        upsampling, of those that share the window, the one at the point.
 
         Args:
             point: Relative coordinates: (0, 0) is the top left corner of an image, (1, 1) the
@@ -217,7 +220,7 @@ def capture_with_outputs(model, images):
         records[name] = InvolutionRecord(
             name,
             dataclasses.replace(window, data_format=CHANNELS_LAST),
-            window.spatial(call.inputs.shape),
+            window.spatial((call.outputs if _is_transposed(call.layer) else call.inputs).shape),
             kernels,
             layer_outputs,
             _is_attention(kernels),
@@ -262,6 +265,10 @@ def has_involutions(model) -> bool:
     """Whether a model or layer is an involution or contains one at any depth, as an attribute or in
     a list, tuple, set or dictionary that is an attribute."""
     return bool(involutions(model))
+
+
+def _is_transposed(layer) -> bool:
+    return isinstance(layer, InvolutionTransposeND)
 
 
 def _is_attention(kernels) -> bool:
