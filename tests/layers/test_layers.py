@@ -9,7 +9,14 @@ import keras
 import numpy as np
 import pytest
 
-from involution import Involution, Involution1D, Involution2D, Involution3D
+from involution import (
+    Involution,
+    Involution1D,
+    Involution2D,
+    Involution2DTranspose,
+    Involution3D,
+    InvolutionUpSampling2D,
+)
 from involution.kernel_generators.attention import PairwiseAttention
 from involution.kernel_generators.convolutional import Contextual, Linear
 from involution.kernel_generators.registry import GENERATORS
@@ -373,11 +380,27 @@ def test_f06_indivisible_channels_raise_with_the_divisors():
         lambda: Involution(None, 2, 3, 2, return_kernel=False),
         lambda: Involution2D(3, strides=2, groups=2),
         lambda: Involution2D(3, strides=2, groups=2, kernel_generator="pairwise_attention"),
+        # Convolutions of windows, and batch normalization.
+        lambda: Involution2D(3, strides=2, groups=2, kernel_generator="contextual"),
+        lambda: Involution2D(3, strides=2, groups=2, kernel_generator="large_context"),
     ],
 )
-def test_f13_empty_batch_gives_empty_output(make):
-    y = make()(np.zeros((0, 7, 10, 6), "float32"))
+@pytest.mark.parametrize("training", [False, True])
+def test_f13_empty_batch_gives_empty_output(make, training):
+    layer = make()
+    y = layer(np.zeros((0, 7, 10, 6), "float32"), training=training)
     assert tuple(y.shape) == (0, 4, 5, 6)
+    assert all(np.isfinite(numpy(weight)).all() for weight in layer.weights)
+
+
+@pytest.mark.long
+def test_f13_empty_batch_of_layers_that_enlarge():
+    x, guide = np.zeros((0, 4, 5, 16), "float32"), np.zeros((0, 8, 10, 3), "float32")
+    assert tuple(InvolutionUpSampling2D(2)(x).shape) == (0, 8, 10, 16)
+    assert tuple(InvolutionUpSampling2D(2)(x, guide).shape) == (0, 8, 10, 16)
+    assert tuple(Involution2DTranspose(3, strides=2)(x).shape) == (0, 8, 10, 16)
+    y, kernel = Involution2DTranspose(3, strides=2, return_kernel=True)(x)
+    assert (tuple(y.shape), tuple(kernel.shape)) == ((0, 8, 10, 16), (0, 4, 5, 9, 1))
 
 
 # --- Strides and padding -------------------------------------------------------------------------

@@ -93,6 +93,12 @@ def test_steps_equal_the_sequence_in_every_implementation(implementation):
         assert torch.equal(stepped(module, x, lengths), module(x))
 
 
+def test_a_step_has_positions():
+    module = Involution1d(8, 3, padding="causal").eval()
+    with pytest.raises(ValueError, match=r"at least one position. Received: \(1, 8, 0\)"):
+        module.step(torch.zeros(1, 8, 0), module.initial_cache(1))
+
+
 @torch.no_grad()
 @each_generator
 def test_steps_equal_the_sequence_without_the_compiled_core(generator, monkeypatch):

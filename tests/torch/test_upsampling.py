@@ -36,6 +36,16 @@ def upsampled(x, kernel, kernel_size, factors, dilation, group_of):
     return y
 
 
+@pytest.mark.parametrize("rank", MODULES)
+def test_empty_batch(rank):
+    module = MODULES[rank](16, 2).eval()
+    x = torch.empty(0, 16, *(5, 4, 3)[:rank], requires_grad=True)
+    y = module(x)
+    assert y.shape == (0, 16, *(10, 8, 6)[:rank])
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 CALLS = [
     # sizes, kernel_size, factors, dilation, groups, layout
     ((7,), (5,), (2,), (1,), 1, "contiguous"),

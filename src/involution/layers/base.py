@@ -61,6 +61,8 @@ class BaseInvolution(keras.layers.Layer):
         return self.run_call(training, inputs=inputs)
 
     def run_call(self, training, **tensors):
+        if next(iter(tensors.values())).shape[0] == 0:
+            return self._empty_outputs(tensors)
         with training_scope(training):
             # ``stateless_call`` passes arrays unconverted.
             tensors = dict(zip(tensors, as_tensors(**tensors), strict=True))
@@ -68,6 +70,15 @@ class BaseInvolution(keras.layers.Layer):
         if training is None and _ON_TORCH:
             warn_at_backward(self, outputs)
         return outputs
+
+    def _empty_outputs(self, tensors):
+        """The outputs of an empty batch: normalization has no statistics of it, and convolutions of
+        TensorFlow fail on some processors."""
+        sample = {
+            name: ops.concatenate((x, ops.zeros((1, *ops.shape(x)[1:]), x.dtype)))
+            for name, x in tensors.items()
+        }
+        return keras.tree.map_structure(lambda y: y[:0], self.run_call(False, **sample))
 
     def _call(self, inputs, **context):
         projection = None if stores_kernels() else self._generator_projection(inputs)

@@ -180,6 +180,10 @@ class InvolutionND(GeneratedInvolution):
         (inputs,) = as_tensors(inputs=ops.convert_to_tensor(inputs, self.compute_dtype))
         past, known = cache
         count, history = inputs.shape[1], self._history()
+        if count == 0:
+            raise ValueError(
+                f"A step must have at least one position. Received: {tuple(inputs.shape)}"
+            )
         whole = ops.concatenate([past, inputs], axis=1)
         valid = ops.concatenate([known, ops.ones(inputs.shape[:2], "bool")], axis=1)
         with training_scope(False):

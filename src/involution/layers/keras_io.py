@@ -119,12 +119,7 @@ class Involution(BaseInvolution):
     def generate_kernel(self, inputs, **context):
         """The kernels for ``inputs``: (B, H', W', kernel_size**2, group_number)."""
         pooled = self._pooled(inputs)
-        if pooled.shape[0] == 0:
-            # TensorFlow's convolution of an empty batch has a wrong shape on some processors.
-            sample = ops.zeros((1, *ops.shape(pooled)[1:]), pooled.dtype)
-            kernel = self.kernel_gen(sample, training=False)[:0]
-        else:
-            kernel = self.kernel_gen(pooled, **training_argument())
+        kernel = self.kernel_gen(pooled, **training_argument())
         batch, height, width, _ = ops.shape(kernel)
         shape = (batch, height, width, self.window.taps, self.group_number)
         return ops.cast(ops.reshape(kernel, shape), inputs.dtype)

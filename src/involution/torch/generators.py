@@ -554,7 +554,7 @@ def pixel_shuffle(x, factors):
              [3., 4., 5.]]])
     """
     rank, (batch, _, *sizes) = len(factors), x.shape
-    x = x.reshape(batch, -1, *factors, *sizes)
+    x = x.reshape(batch, x.shape[1] // math.prod(factors), *factors, *sizes)
     axes = [axis for i in range(rank) for axis in (2 + rank + i, 2 + i)]
     fine = [n * u for n, u in zip(sizes, factors, strict=True)]
     return x.permute(0, 1, *axes).reshape(batch, x.shape[1], *fine)

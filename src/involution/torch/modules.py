@@ -486,6 +486,8 @@ class Involution1d(InvolutionNd):
                 f"{(len(x), size)}. Received: {tuple(inputs.shape)} and {tuple(valid.shape)}"
             )
         count = x.shape[2]
+        if count == 0:
+            raise ValueError(f"A step must have at least one position. Received: {tuple(x.shape)}")
         inputs = torch.cat((inputs.to(x), x), 2)
         valid = torch.cat((valid, valid.new_ones((len(x), count))), 1)
         features = inputs
