@@ -114,6 +114,35 @@ def test_compiled_modules_call_the_hooks_of_the_last_convolution():
     assert_equal(compiled(x), 2 * plain)
 
 
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of PyTorch's norm
+@pytest.mark.parametrize("implementation", [None, "taps", "reference"])
+def test_compiled_gradients_by_sample(implementation):
+    module = Involution2d(8, 3, groups=2, implementation=implementation).eval()
+    x = torch.randn(3, 8, 5, 4)
+
+    def gradients(x):
+        return torch.func.vmap(torch.func.grad(lambda x: module(x[None]).square().sum()))(x)
+
+    expected = torch.stack([gradients(x[i : i + 1])[0] for i in range(len(x))])
+    assert_equal(gradients(x), expected)
+    compiled = torch.compile(gradients, fullgraph=True, backend="aot_eager")
+    assert_equal(compiled(x), expected)
+
+
+@pytest.mark.parametrize("implementation", [None, "native", "taps", "reference"])
+def test_vectorized_jacobians_and_hessians(implementation):
+    module = Involution2d(4, 3, groups=2, reduction_ratio=1, implementation=implementation)
+    module = module.double().eval()
+    x = torch.randn(1, 4, 3, 2, dtype=torch.float64)
+    for derivative, function in (
+        (torch.autograd.functional.jacobian, module),
+        (torch.autograd.functional.hessian, lambda x: module(x).square().sum()),
+    ):
+        expected = derivative(function, x)
+        assert_equal(derivative(function, x, vectorize=True), expected, rtol=1e-10)
+
+
 # torch.export and ONNX
 
 

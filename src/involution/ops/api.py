@@ -78,7 +78,8 @@ def involution(
 
     Raises:
         ValueError: An argument is out of its range, the shapes or dtypes do not match, or the
-            tensors are of two frameworks. It is raised before the computation starts.
+            tensors are of two frameworks. It is raised before the computation starts. Of sizes that
+            a ``tf.function`` does not know, only their product is checked, when it runs.
 
     Example:
 

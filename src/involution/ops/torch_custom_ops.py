@@ -12,6 +12,7 @@ import torch
 from involution.ops.autodiff import FORWARD, KERNEL_GRAD, VJP_RULES
 from involution.ops.autodiff import fused as fused_rules
 from involution.ops.autodiff.torch import (
+    compiled_transform,
     differentiable,
     differentiable_fused,
     nested_forward_mode,
@@ -82,13 +83,7 @@ def register_ops(name, execute, execute_fused, device_types=None) -> Operations:
 def _requires_composite() -> bool:
     """Whether PyTorch would raise an error for the derivative of a custom op, or silently treat it
     as zero. ``taps``, a composition of PyTorch's own ops, is differentiated correctly."""
-    if torch.compiler.is_compiling():
-        try:
-            from torch._C._functorch import get_dynamic_layer_stack_depth
-        except ImportError:
-            return False  # not public
-        return get_dynamic_layer_stack_depth() > 0
-    return nested_forward_mode()
+    return compiled_transform() or nested_forward_mode()
 
 
 def _empty_result(a, params, rank) -> torch.Tensor:

@@ -125,6 +125,21 @@ def _is_differentiated(*tensors) -> bool:
     return level >= 0 or function_transforms() is not None
 
 
+def compiled_transform() -> bool:
+    """Whether torch.compile traces a function that torch.func transforms.
+
+    It then supports neither custom ops nor, in ``vmap``, an ``autograd.Function``; compositions of
+    PyTorch's own ops it differentiates itself.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    try:
+        from torch._C._functorch import get_dynamic_layer_stack_depth
+    except ImportError:
+        return False  # not public
+    return get_dynamic_layer_stack_depth() > 0
+
+
 def nested_forward_mode() -> bool:
     """Whether PyTorch nests forward mode in forward mode.
 
