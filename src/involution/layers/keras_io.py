@@ -133,11 +133,7 @@ class Involution(BaseInvolution):
         if self.return_kernel or overridden or type(generator) is not keras.Sequential:
             return None
         dtype = keras.backend.standardize_dtype(inputs.dtype)
-        if (
-            inputs.shape[0] == 0
-            or generator.compute_dtype != dtype
-            or not has_plain_call(generator)
-        ):
+        if generator.compute_dtype != dtype or not has_plain_call(generator):
             return None
         layers = generator.layers
         channels = self.window.taps * self.group_number
