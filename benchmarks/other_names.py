@@ -53,7 +53,7 @@ def headwise_shifts(x, weight, static_w):
     return y
 
 
-def lowrank_shifts(x, z, U, static_w):  # noqa: N803
+def lowrank_shifts(x, z, U, static_w):  # noqa: N803 - the name in the formula
     kernel = (z @ U).view(*x.shape[:2], *static_w.shape)
     return headwise_shifts(x, kernel.transpose(2, 3), static_w)
 

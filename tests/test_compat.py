@@ -100,7 +100,7 @@ def headwise_dynamic_convolution(x, weight, static_w=None, residual=False):
     return y
 
 
-def lowrank_dynamic_convolution(x, z, U, static_w=None, residual=False):  # noqa: N803
+def lowrank_dynamic_convolution(x, z, U, static_w=None, residual=False):  # noqa: N803 - as in compat
     weight = (z @ U).reshape(*x.shape[:2], -1, x.shape[2])
     weight = np.moveaxis(weight, 2, 3)
     return headwise_dynamic_convolution(x, weight, static_w, residual)

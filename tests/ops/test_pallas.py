@@ -83,7 +83,7 @@ def test_kernels_are_lowered_for_cuda(pass_, dtype, monkeypatch):
     for call in CALLS:
         window = Window(**call.arguments)
         a, b = ARGUMENTS[pass_](*(jnp.asarray(t, dtype) for t in call.arrays(0)))
-        # A new function: JAX caches the traces of the interpreted one.
+        # A new function, traced at once: JAX caches the traces of the interpreted one.
         traced = jax.jit(lambda a, b: kernels.compute(pass_, window, call.sizes, a, b)).trace(a, b)  # noqa: B023
         assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
 

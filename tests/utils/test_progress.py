@@ -130,4 +130,4 @@ def test_hidden_erases_what_is_drawn_and_draws_it_again():
     assert "Importing" in file.getvalue()[len(hidden) :]
     reported.end()
     with pytest.raises(ZeroDivisionError), reported.hidden():
-        1 / 0  # noqa: B018
+        1 / 0  # noqa: B018 - raises

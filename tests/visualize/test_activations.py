@@ -311,7 +311,7 @@ def test_renamed_attributes_and_arguments():
     with pytest.raises(TypeError, match="both `point` and its old name `place`"):
         record.nearest_position(place=(0, 1), point=(0, 1))
     with pytest.raises(AttributeError, match="'InvolutionRecord' object has no attribute 'color'"):
-        record.color  # noqa: B018
+        record.color  # noqa: B018 - raises
     for module, names in RENAMED.items():
         for old, new in names.items():
             with pytest.warns(DeprecationWarning, match=rf"{module.__name__}\.{new};"):

@@ -78,7 +78,7 @@ def headwise_dynamic_convolution(
 def lowrank_dynamic_convolution(
     x: Any,
     z: Any,
-    U: Any,  # noqa: N803
+    U: Any,  # noqa: N803 - the name in the formula
     static_w: Any = None,
     residual: bool = False,
 ) -> Any:
@@ -116,7 +116,7 @@ def lowrank_dynamic_convolution(
 
     Source: arXiv:2606.03825.
     """
-    x, z, U, static_w = _operands(static_w, x=x, z=z, U=U)  # noqa: N806
+    x, z, U, static_w = _operands(static_w, x=x, z=z, U=U)  # noqa: N806 - as above
     batch, length, channels = shape_of("x", x, "B, T, D")
     rank, columns = shape_of("U", U, "R, W * D")
     _check_known("U", rank=rank, columns=columns)

@@ -177,7 +177,7 @@ def scan(root, split=None, seed=0) -> ScanResult:
 
 def check_regular(path):
     """Raises OSError for a FIFO, a device or a folder: opening a FIFO waits for a writer."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    if not os.path.isfile(path) and os.path.exists(path):
         raise OSError("not a regular file")
 
 
@@ -234,10 +234,12 @@ def _walk(folder, parents: PathParts = ()) -> Iterator[tuple[PathParts, FileSour
         # A class may be a link to a folder; deeper links may form a loop.
         if _is_folder(entry, follow_symlinks=not parents):
             yield from _walk(entry.path, path)
-        elif _suffix(entry.name) in (*suffixes(), *unsupported_suffixes()) and not _is_folder(
-            entry
-        ):
+        elif _has_image_suffix(entry.name) and not _is_folder(entry):
             yield path, FileSource(entry.path)
+
+
+def _has_image_suffix(name) -> bool:
+    return _suffix(name) in (*suffixes(), *unsupported_suffixes())
 
 
 def _is_folder(entry, follow_symlinks=True) -> bool:

@@ -342,4 +342,4 @@ class Config:
             if getattr(self, field.name, None) is not None
         }
         changes.setdefault("batch_size", recipe.batch_size or dataset.batch_size)
-        return dataclasses.replace(recipe, **changes | {"image_size": self.image_size})
+        return dataclasses.replace(recipe, **changes)

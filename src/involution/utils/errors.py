@@ -90,7 +90,7 @@ def convert_exceptions(error_type, rule, received, limit=300):
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # users' and third-party code documents no types
         if out_of_memory_reason(error) is not None:
             raise
         cause = type(error).__name__

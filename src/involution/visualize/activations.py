@@ -209,6 +209,8 @@ def capture_with_outputs(model, images):
             number += 1
             name = f"{call.layer.name}#{number}"
         window = call.window
+        # On which the windows lie.
+        grid = call.outputs if isinstance(call.layer, InvolutionTransposeND) else call.inputs
         try:
             kernels = _channels_last(call.kernel, window, 2)
             layer_outputs = _channels_last(call.outputs, window, 1)
@@ -220,7 +222,7 @@ def capture_with_outputs(model, images):
         records[name] = InvolutionRecord(
             name,
             dataclasses.replace(window, data_format=CHANNELS_LAST),
-            window.spatial((call.outputs if _is_transposed(call.layer) else call.inputs).shape),
+            window.spatial(grid.shape),
             kernels,
             layer_outputs,
             _is_attention(kernels),
@@ -265,10 +267,6 @@ def has_involutions(model) -> bool:
     """Whether a model or layer is an involution or contains one at any depth, as an attribute or in
     a list, tuple, set or dictionary that is an attribute."""
     return bool(involutions(model))
-
-
-def _is_transposed(layer) -> bool:
-    return isinstance(layer, InvolutionTransposeND)
 
 
 def _is_attention(kernels) -> bool:
