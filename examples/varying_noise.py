@@ -207,7 +207,7 @@ def keep(results, key, x, truth):
 def _save(file, model, x, truth):
     arrays = {"input": x[0], "truth": truth[0], "output": model.predict(x[:1], verbose=0)[0]}
     if model.name == "involution":
-        kernels = keras.Model(model.inputs, model.get_layer("kernels").output)
+        kernels = keras.Model(model.input, model.get_layer("kernels").output)
         arrays["kernels"] = kernels.predict(x[:1], verbose=0)[0]
     crop = tuple(slice(max(n // 2 - 48, 0), n // 2 + 48) for n in truth.shape[1:3])
     experiments.save_arrays(file, {name: array[crop] for name, array in arrays.items()})

@@ -193,6 +193,9 @@ def test_push_requires_a_token_and_a_complete_folder(run, server, tmp_path):
     hub.save(run, LABEL, folder)
     with pytest.raises(InputError, match=r"Received: me/small: HfHubHTTPError: .*401"):
         hub.push(folder, "me/small", token="wrong", endpoint=url)
+    # Errors of the client's HTTP library too.
+    with pytest.raises(InputError, match=r"Received: me/small: \w*Connect\w*: "):
+        hub.push(folder, "me/small", token="right", endpoint="http://127.0.0.1:9")
     (folder / "README.md").unlink()
     with pytest.raises(InputError, match=r"without README\.md"):
         hub.push(folder, "me/small", token="right", endpoint=url)

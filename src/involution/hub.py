@@ -18,17 +18,18 @@ from involution.models import pretrained, specs, weights
 from involution.models.convert import convert
 from involution.saving.classifier import load as load_classifier
 from involution.utils.atomic_files import write_text
-from involution.utils.errors import InputError, escape_controls, one_line
+from involution.utils.errors import InputError, convert_exceptions, escape_controls
 
 try:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 except ImportError as error:
     raise InputError(
         "The Hugging Face Hub needs its client: pip install 'involution[hub]'. "
         f"Received: no module {error.name}"
     ) from error
 
+# Of the errors of the client.
+RULE = "A repository must exist, be accessible and have the revision."
 CARD_FILE = "README.md"
 FILES = (weights.CONFIG, weights.WEIGHTS, CARD_FILE)
 # The tensors of a TensorFlow SavedModel such as keras-io/involution, without its graph.
@@ -198,11 +199,10 @@ def push(
         huggingface_hub.CommitOperationAdd(path_in_repo=file, path_or_fileobj=folder / file)
         for file in FILES
     ]
-    try:
+    # The errors of the client's HTTP library have no common base.
+    with convert_exceptions(InputError, RULE, repo):
         api.create_repo(repo, private=private, exist_ok=True)
         return api.create_commit(repo, operations, commit_message=message).oid
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise _hub_error(repo, error) from error
 
 
 def load(
@@ -235,7 +235,7 @@ def load(
             "`revision` must be a commit hash, 40 hexadecimal digits, unless allow_unpinned=True. "
             f"Received: {revision}"
         )
-    try:
+    with convert_exceptions(InputError, RULE, repo):
         folder = huggingface_hub.snapshot_download(
             repo,
             revision=revision,
@@ -245,8 +245,6 @@ def load(
             endpoint=endpoint,
             allow_patterns=[*FILES[:2], *CHECKPOINT],
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise _hub_error(repo, error) from error
     return _read(pathlib.Path(folder), repo)
 
 
@@ -273,7 +271,8 @@ def _check_hash(file):
     expected = content.name
     if not file.is_symlink() or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected):
         raise InputError(
-            f"A cached file must be a link to a blob named by its hash. Received: {file}"
+            "A cached file must be a link to a blob named by its hash; on Windows the client makes "
+            f"links in developer mode only. Received: {file}"
         )
     digest = hashlib.sha1(usedforsecurity=False) if len(expected) == 40 else hashlib.sha256()
     if len(expected) == 40:
@@ -286,10 +285,3 @@ def _check_hash(file):
             f"A file must match the Hub's hash {expected}. "
             f"Received: {file} with {digest.hexdigest()}"
         )
-
-
-def _hub_error(repo, error) -> InputError:
-    return InputError(
-        "A repository must exist, be accessible and have the revision. "
-        f"Received: {repo}: {type(error).__name__}: {one_line(error)}"
-    )

@@ -27,6 +27,7 @@ from involution_cli.options import (
     Backend,
     DistributedOptions,
     ResumeOptions,
+    SweepOptions,
     TrainingOptions,
     parse_point,
     parse_size,
@@ -130,7 +131,7 @@ def sweep(
     trials: Annotated[int, Parameter(group=SEARCH)] = 40,
     max_parameters: Annotated[int | None, Parameter(group=SEARCH)] = None,
     study: Annotated[str | None, Parameter(group=SEARCH)] = None,
-    training: TrainingOptions = TrainingOptions(),
+    training: SweepOptions = SweepOptions(),
 ):
     """Search hyperparameters of a model and its training with Optuna.
 
@@ -166,7 +167,7 @@ def sweep(
 
         memory.disable_malloc_trim()
         config = SweepConfig(_config(model, training, epochs=5), search, trials, max_parameters)
-        output = training.output or _new_folder(f"sweep-{training.dataset}")
+        output = training.output or _new_folder(training.dataset, "sweep-")
         command = command_line("involution", *sys.argv[1:])
         result = run(config, output, study, current.progress, command)
         current.folder = output
@@ -455,7 +456,9 @@ def _wait_for_signal():
     received = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: received.set())
-    received.wait()
+    # Without a timeout Ctrl-C does not end the wait on Windows before Python 3.14.
+    while not received.wait(1):
+        pass
 
 
 @command
@@ -725,9 +728,9 @@ def _print_summary(run, output, current):
         log(f"      {command_line('involution', 'explain', file)} IMAGE...")
 
 
-def _new_folder(dataset) -> pathlib.Path:
+def _new_folder(dataset, prefix="") -> pathlib.Path:
     """A path in runs/ that does not exist."""
-    name = f"{pathlib.Path(dataset).resolve().stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{prefix}{pathlib.Path(dataset).resolve().stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, number = pathlib.Path("runs") / name, 1
     while folder.exists():
         number += 1

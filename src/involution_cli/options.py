@@ -4,11 +4,12 @@ import dataclasses
 import importlib.util
 import pathlib
 import sys
+import tomllib
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from cyclopts import CycloptsError, Group, Parameter
-from cyclopts.config import Toml, Yaml
+from cyclopts.config import Dict
 from cyclopts.help import DefaultFormatter
 
 
@@ -113,7 +114,7 @@ _Declared: Any = _declared(_load_recipes().Config)
 @Parameter(name="*")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions(_Declared):
-    """Options of ``compare``, ``train`` and ``sweep``; see ``involution.training.recipes``."""
+    """Options of ``compare`` and ``train``; see ``involution.training.recipes``."""
 
     output: Annotated[pathlib.Path | None, Parameter(group=OUTPUT)] = None
     """Output folder: new or empty, or with --resume the run's (default: runs/<dataset>-<time>)."""
@@ -121,6 +122,16 @@ class TrainingOptions(_Declared):
     """A .yaml or .toml file with options of this command by name; options of the command line take
     precedence. compare reads the config.yaml that each run writes."""
     backend: Backend = None
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepOptions(TrainingOptions):
+    """Options of ``sweep``."""
+
+    output: Annotated[pathlib.Path | None, Parameter(group=OUTPUT)] = None
+    """Output folder: new or empty, or that of the sweep to resume (default:
+    runs/sweep-<dataset>-<time>)."""
 
 
 @Parameter(name="*", group=RESUME)
@@ -214,12 +225,22 @@ def _current(name, renamed) -> str:
     return renamed.get(name, name)
 
 
-FILE_READERS: dict[str, Callable[..., Any]] = {".toml": Toml, ".yaml": Yaml, ".yml": Yaml}
+def _parse_yaml(text) -> Any:
+    import yaml  # in the extra `compare`
+
+    return yaml.safe_load(text)
+
+
+FILE_PARSERS: dict[str, Callable[[str], Any]] = {
+    ".toml": tomllib.loads,
+    ".yaml": _parse_yaml,
+    ".yml": _parse_yaml,
+}
 
 
 def take_config(words) -> tuple[list[str], tuple]:
-    """Takes --config out of a command line; returns the other words, and cyclopts's reader of the
-    file.
+    """Takes --config out of a command line; returns the other words, and cyclopts's configuration
+    of the file's options.
 
     Raises:
         CycloptsError: The file is missing, or neither YAML nor TOML.
@@ -232,14 +253,22 @@ def take_config(words) -> tuple[list[str], tuple]:
         rest = position + (1 if equals else 2)
         value = value if equals else "".join(words[position + 1 : rest])
         file = pathlib.Path(value)
-        if file.suffix not in FILE_READERS or not file.is_file():
+        if file.suffix not in FILE_PARSERS or not file.is_file():
             raise CycloptsError(
                 f"--config must be an existing .yaml or .toml file. Received: {value or 'none'}"
             )
-        reader = FILE_READERS[file.suffix](
-            file, must_exist=True, use_commands_as_keys=False, encoding="utf-8"
-        )
-        return words[:position] + words[rest:], (reader,)
+        try:
+            # Tools of Windows write a byte order mark, which cyclopts's readers do not accept.
+            options = FILE_PARSERS[file.suffix](file.read_text(encoding="utf-8-sig")) or {}
+        except Exception as error:  # of the parsers
+            from involution.utils.errors import one_line
+
+            raise CycloptsError(
+                "--config must be a valid YAML or TOML file in UTF-8. "
+                f"Received: {value}: {one_line(error)}"
+            ) from error
+        config = Dict(options, source=str(file.absolute()), use_commands_as_keys=False)
+        return words[:position] + words[rest:], (config,)
     return words, ()
 
 

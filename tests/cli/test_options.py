@@ -330,6 +330,9 @@ def test_options_of_a_file_are_overridden_by_the_command_line(tmp_path, monkeypa
         ("a.yaml", "epochz: 3", 'Unknown option: "[epochz]"'),
         ("a.toml", "epochs = 'many'", "Invalid value"),
         ("a.yaml", "[", "parsing"),
+        ("a.toml", "epochs = ", "must be a valid YAML or TOML file in UTF-8. Received: "),
+        ("a.yaml", b"dataset: h\xe9", "in UTF-8. Received: "),
+        ("a.toml", b"\xef\xbb\xbfepochz = 3", 'Unknown option: "[epochz]"'),
         ("a.json", "{}", "--config must be an existing .yaml or .toml file. Received: "),
         (None, "", "--config must be an existing .yaml or .toml file. Received: none"),
     ],
@@ -339,7 +342,7 @@ def test_invalid_files_of_options_are_one_line_errors(
 ):
     words = ["--config"]
     if name is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         words.append(tmp_path / name)
     assert run_main(monkeypatch, "compare", *words) == 2
     (line,) = capfd.readouterr().err.splitlines()

@@ -98,6 +98,19 @@ def test_steps_equal_the_whole_sequence_bit_for_bit(kernel_size, case):
 
 
 @requires_native
+@pytest.mark.parametrize(("channels", "filters"), [(48, 64), (256, 300)])
+def test_steps_with_filters_equal_the_whole_sequence_bit_for_bit(channels, filters):
+    layer = involution.Involution1D(3, padding="causal", filters=filters, groups=8)
+    x = random(1, 37, channels)
+    whole = numpy(layer(x))
+    cache, parts = layer.initial_cache(1), []
+    for begin, end in itertools.pairwise((0, 1, 2, 7, 9, 10, 26, 37)):
+        part, cache = layer.step(x[:, begin:end], cache)
+        parts.append(numpy(part))
+    np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+
+
+@requires_native
 def test_compiled_steps_equal_the_compiled_whole_bit_for_bit():
     layer = causal(4, kernel_generator=LowRank(7), groups=48)
     x = ops.convert_to_tensor(random(2, 20, 48))
@@ -242,6 +255,27 @@ def test_masked_positions_give_nothing_and_get_nothing(padding, softmax):
     np.testing.assert_array_equal(
         numpy(layer.compute_mask(None, ops.convert_to_tensor(mask))), centers
     )
+
+
+@pytest.mark.parametrize("padding", ["causal", "same"])
+@pytest.mark.parametrize("generator", [*GENERATORS, "pairwise_attention"])
+def test_a_padded_sequence_gives_the_outputs_of_the_sequence(generator, padding):
+    layer = involution.Involution1D(5, padding=padding, kernel_generator=generator)
+    layer.build((None, None, 16))
+    randomize(layer)
+    x, mask = random(2, 10, 16), np.arange(10) < [[6], [6]]
+    padded = numpy(layer(x, mask=ops.convert_to_tensor(mask)))
+    expected = numpy(layer(x[:, :6]))
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(padded[:, :6], expected, 1e-5, 1e-5)
+
+
+def test_masks_of_generators_that_see_all_positions_are_refused():
+    layer = involution.Involution1D(5, kernel_generator="large_context")
+    x = random(2, 10, 16)
+    layer(x)
+    with pytest.raises(ValueError, match=r"without a mask.*kernel_generator=large_context"):
+        layer(x, mask=ops.ones((2, 10), "bool"))
 
 
 def test_mask_of_an_embedding_passes_through_the_layers():

@@ -213,6 +213,14 @@ def test_pairwise_attention_matches_local_self_attention(rank, arguments):
     assert relative_error(numpy(kernel), want[1]) < 1e-5
 
 
+def test_zeros_given_to_pairwise_attention_are_not_the_defaults():
+    x = random(1, 8, 7, 16)
+    attention = PairwiseAttention(kernel_size=3, groups=2, padding=0)
+    assert tuple(attention(x).shape) == (1, 6, 5, 18)
+    with pytest.raises(ValueError, match="dilation_rate=0"):
+        PairwiseAttention(kernel_size=3, groups=2, dilation_rate=0)(x)
+
+
 @pytest.mark.any_backend
 def test_pairwise_attention_over_the_full_map_matches_multi_head_attention():
     # On JAX, Keras requires values to be as wide as keys.

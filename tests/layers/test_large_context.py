@@ -47,6 +47,22 @@ def test_kernels_are_the_normalized_ones_of_the_last_convolution(policy, rank, s
     assert relative_error(to_float64(generator(x)), normalized(generator, kernels)) < 1e-12
 
 
+def test_regularizers_and_initializers_reach_every_convolution():
+    generator = LargeContext(
+        3,
+        kernel_size=3,
+        groups=2,
+        use_normalization=False,
+        bias_initializer="ones",
+        bias_regularizer="l2",
+        kernel_regularizer="l2",
+    )
+    generator(np.ones((1, 4, 5, 8), "float32"))
+    convolutions = [getattr(generator, n) for n in ("reduce", "context", "mix", "expand")]
+    assert len(generator.losses) == 2 * len(convolutions)
+    assert all((numpy(layer.bias) == 1).all() for layer in convolutions)
+
+
 @float64
 def test_a_replaced_last_convolution_is_called(policy):
     generator, x = built(2, 1)

@@ -37,6 +37,28 @@ def published_kernels():
     return np.ascontiguousarray(mask.transpose(0, 3, 4, 2, 1)).reshape(2, 6, 6, 100)
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_causal_upsampling_does_not_look_ahead(guided):
+    layer = involution.InvolutionUpSampling1D(
+        2, kernel_size=3, padding="causal", kernel_generator=Carafe(8)
+    )
+    x, guide = random(2, 8, 6), random(2, 16, 4, seed=1)
+    layer.build(*((x.shape, guide.shape) if guided else (x.shape,)))
+    randomize(layer)
+
+    def outputs(x, guide):
+        return numpy(layer(x, guide=guide) if guided else layer(x))
+
+    y = outputs(x, guide)
+    for t in (0, 3, 6):
+        later, fine = x.copy(), guide.copy()
+        later[:, t + 1 :] += 1
+        fine[:, 2 * t + 2 :] += 1
+        changed = outputs(later, fine)
+        np.testing.assert_array_equal(changed[:, : 2 * t + 2], y[:, : 2 * t + 2])
+        assert (changed[:, 2 * t + 2 :] != y[:, 2 * t + 2 :]).any()
+
+
 def test_layer_and_operator_equal_published_data_with_gradients():
     x = published("feat", 2, 64, 3, 3).transpose(0, 2, 3, 1)
     kernels = published_kernels()

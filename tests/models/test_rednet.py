@@ -172,6 +172,38 @@ def test_multiply_adds_of_a_model_as_generator():
     assert models.count_multiply_adds(model) == expected
 
 
+def test_multiply_adds_of_generators_with_work_at_each_input_position():
+    inputs = keras.Input((8, 8, 16))
+    strided = involution.Involution2D(3, strides=2, groups=2, kernel_generator="pairwise_attention")
+    queries, keys, products = 16 * 16 * 16, 64 * 16 * 16, 16 * 9 * 16
+    model = keras.Model(inputs, strided(inputs))
+    assert models.count_multiply_adds(model) == queries + keys + 2 * products
+    assert models.count_multiply_adds(model, involutions=False) == queries + keys + products
+    # A factor that does not divide the multiply-adds.
+    model = keras.Model(inputs, involution.InvolutionUpSampling2D(3)(inputs))
+    expected = 64 * (16 * 64 + 9 * 64 * 25 * 9) + 24 * 24 * 25 * 16
+    assert models.count_multiply_adds(model) == expected
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class OwnCount(involution.kernel_generators.PairwiseAttention):
+    def count_multiply_adds(self):
+        return 7
+
+
+def test_a_generator_that_counts_everything_at_its_outputs():
+    inputs = keras.Input((5, 4, 6))
+    layer = involution.Involution2D(3, kernel_generator=OwnCount())
+    model = keras.Model(inputs, layer(inputs))
+    assert models.count_multiply_adds(model, involutions=False) == 7 * 5 * 4
+
+
+def test_multiply_adds_of_a_layer_that_is_called_by_keyword():
+    inputs = keras.Input((8, 8, 16))
+    model = keras.Model(inputs, keras.layers.Conv2D(4, 3)(inputs=inputs))
+    assert models.count_multiply_adds(model) == 36 * 9 * 16 * 4
+
+
 @pytest.mark.parametrize("pack", [list, lambda tensors: {"image": tensors[0]}])
 def test_multiply_adds_of_a_model_whose_input_is_in_a_structure(pack):
     image = keras.Input((5, 4, 6), name="image")

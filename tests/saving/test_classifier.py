@@ -70,6 +70,11 @@ def message(function, *arguments):
     return str(caught.value)
 
 
+def test_files_must_have_the_suffix_that_keras_reads(classifier, tmp_path):
+    assert message(classifier.save, tmp_path / "x.h5").endswith(f"Received: {tmp_path / 'x.h5'}")
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.long
 def test_saved_classifier_round_trips(classifier, tmp_path):
     # The optimizer is not saved, because its state cannot be loaded on another backend.
@@ -118,7 +123,7 @@ def test_load_weights_checks_the_archive(classifier, tmp_path, monkeypatch):
     for got, want in zip(target.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_array_equal(got, want)
     checked = []
-    monkeypatch.setattr(keras_archive, "check", checked.append)
+    monkeypatch.setattr(keras_archive, "check_weights", checked.append)
     classifiers.load_weights(target, path)
     assert checked == [path]
     missing = tmp_path / "missing.keras"
@@ -304,7 +309,7 @@ def test_out_of_memory_is_not_an_invalid_file(stub_model, tmp_path, monkeypatch)
     monkeypatch.setattr(classifiers.keras_archive, "member", fail)
     with pytest.raises(MemoryError):
         classifiers.load(path)
-    monkeypatch.setattr(classifiers.keras_archive, "check", fail)
+    monkeypatch.setattr(classifiers.keras_archive, "check_weights", fail)
     with pytest.raises(MemoryError):
         classifiers.load_weights(None, path)
 

@@ -107,6 +107,7 @@ def test_steps_equal_the_sequence_without_the_compiled_core(generator, monkeypat
     module, x = make(generator), torch.randn(2, 12, 11)
     for lengths in LENGTHS:
         assert torch.equal(stepped(module, x, lengths), module(x))
+    assert module(x[:0]).shape == (0, 12, 11)
 
 
 @torch.no_grad()

@@ -286,6 +286,23 @@ def test_unsuitable_input_is_refused(guide_channels, inputs, message):
 def test_other_dtypes_than_the_parameters_are_refused():
     with pytest.raises(ValueError, match=r"dtype of its parameters, torch\.float32"):
         InvolutionUpsample2d(4)(torch.ones(1, 4, 3, 3, dtype=torch.float64))
+    guided = InvolutionUpsample2d(4, guide_channels=3)
+    x, guide = torch.ones(1, 4, 3, 3), torch.ones(1, 3, 6, 6, dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match=r"`guide` must be of the dtype.*guide\.to\(torch\.float32"
+    ):
+        guided(x, guide)
+    # Without autocast for such devices.
+    with pytest.raises(ValueError, match=r"dtype of its parameters, torch\.float32"):
+        guided.to("meta")(x.to("meta", torch.float64), guide.to("meta"))
+
+
+def test_carafe_has_initial_values_of_its_own():
+    module = InvolutionUpsample2d(4)
+    before = [parameter.clone() for parameter in module.parameters()]
+    assert generators.near_depthwise_(module) is module
+    for a, b in zip(before, module.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_function_equals_the_published_data_of_carafe():

@@ -13,12 +13,14 @@ import keras
 import numpy as np
 import pytest
 
-from involution.training import distributed
+from involution.training import distributed, experiment, report
+from involution.training.augmentation import augment
 from involution.training.recipes import Recipe
 from involution.training.trainer import Trainer
 from involution.utils.errors import InputError
 from tests.support import distributed_runs
 from tests.support.backends import BACKEND
+from tests.support.images import write_folder
 from tests.support.multihost import free_port
 
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="only JAX shards batches")
@@ -151,6 +153,56 @@ def test_indivisible_batches_are_rejected(
         return
     with pytest.raises(InputError, match=message):
         Trainer(distributed_runs.network(), distributed_runs.dataset(), recipe, 1, 0)
+
+
+@on_jax
+def test_augmentations_and_steps_of_several_devices_exclude_each_other(monkeypatch):
+    """Both together may deadlock in XLA's threads."""
+    active, overlaps = [], []
+
+    def exclusive(function):
+        def run(*args, **kwargs):
+            active.append(function)
+            time.sleep(0.02)  # the other thread has time to begin
+            overlaps.append(len(active))
+            try:
+                return function(*args, **kwargs)
+            finally:
+                active.remove(function)
+
+        return run
+
+    recipe = Recipe(0.1, batch_size=8, augmentations="flip,color")
+    distribution = distributed.Distribution(devices=2)
+    trainer = Trainer(
+        distributed_runs.network(), distributed_runs.dataset(), recipe, 1, 0, distribution
+    )
+    step = exclusive(trainer.compiled.train_on_batch)
+    monkeypatch.setattr(trainer.compiled, "train_on_batch", step)
+    monkeypatch.setattr("involution.training.trainer.augment", exclusive(augment))
+    list(trainer.epochs())
+    assert set(overlaps) == {1}
+    assert len(overlaps) == 10
+
+
+@on_jax
+def test_weights_that_callbacks_restore_are_the_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "write", lambda *_: None)
+    (tmp_path / "own.py").write_text(
+        "import keras\n"
+        "class Zeros(keras.callbacks.Callback):\n"
+        "    def on_train_end(self, logs=None):\n"
+        "        for variable in self.model.trainable_variables:\n"
+        "            variable.assign(keras.ops.zeros(variable.shape))\n"
+        "def make(label): return [Zeros()]\n"
+    )
+    config = experiment.Config(
+        str(write_folder(tmp_path / "pets")), "cnn", 1, callbacks=f"{tmp_path}/own.py:make"
+    )
+    distribution = distributed.Distribution(devices=2)
+    run = experiment.compare(config, tmp_path / "run", distribution=distribution)
+    model = run.results[0].classifier.model
+    assert not any(keras.ops.convert_to_numpy(v).any() for v in model.trainable_variables)
 
 
 def test_lost_hosts_are_distinguished_from_other_errors():

@@ -17,6 +17,7 @@ from involution.models import specs
 from involution.saving import classifier as classifiers
 from involution.training import checkpoint, experiment, fine_tuning, report
 from involution.training.experiment import Config, compare
+from involution.training.run_folder import check_folder, is_resumable
 from involution.utils.errors import InputError
 from involution.utils.progress import NullProgress
 from tests.support.backends import numpy
@@ -365,6 +366,18 @@ def test_invalid_model_spec_is_rejected(text, match):
         specs.parse(text)
 
 
+def test_model_specs_whose_files_could_not_be_written_are_rejected(tmp_path):
+    own = "def tiny(input_shape, classes): pass\ndef Tiny(input_shape, classes): pass\n"
+    (tmp_path / "own.py").write_text(own)
+    with pytest.raises(InputError, match="unique file names, whatever their case"):
+        specs.parse(f"{tmp_path}/own.py:tiny,{tmp_path}/own.py:Tiny")
+    folder = tmp_path / ("가" * 60)
+    folder.mkdir()
+    (folder / "own.py").write_text(own)
+    with pytest.raises(InputError, match=r"must have at most 194 bytes\. Received: .*own\.py:tiny"):
+        specs.parse(f"{folder}/own.py:tiny")
+
+
 def test_model_file_without_builder_is_rejected(tmp_path):
     file = tmp_path / "own.py"
     file.write_text("x = 1\n")
@@ -554,6 +567,11 @@ def test_unusable_output_folder_is_rejected(folder, tmp_path):
         with pytest.raises(InputError, match=match):
             compare(Config(str(folder)), output)
     assert (tmp_path / "used" / "x").read_text() == "kept"
+    # A file of the desktop does not make a folder a run's.
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".DS_Store").write_text("")
+    check_folder(tmp_path / "new")
+    assert not is_resumable(tmp_path / "new")
 
 
 def test_invalid_classifier_file_is_rejected(tmp_path):

@@ -60,6 +60,12 @@ def test_summary_sentence(run):
         "<b>pets</b> (0.750 against 0.500), with 1 times its trainable parameters and 1.5 times "
         "its time per epoch."
     )
+    frozen = run.results[1].classifier.model
+    frozen.trainable = False
+    del run.results[1].parameters
+    assert "(0.750 against 0.500), with 1.5 times its time" in report.summary_sentence(run)
+    frozen.trainable = True
+    del run.results[1].parameters
     run.results.reverse()
     assert "two is 25.0 points less accurate than one" in report.summary_sentence(run)
     run.results[0].rows *= 3

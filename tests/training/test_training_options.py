@@ -300,6 +300,47 @@ def large(label): raise MemoryError
 
 
 @pytest.mark.any_backend
+def test_a_failing_callback_does_not_hide_an_interruption(train, tmp_path, monkeypatch):
+    code = """
+import keras
+class Own(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None): raise KeyboardInterrupt
+    def on_train_end(self, logs=None): raise RuntimeError("no disk")
+def make(label): return [Own()]
+"""
+    (tmp_path / "own_callbacks.py").write_text(code)
+    run, _ = train(tmp_path / "run", epochs=2, callbacks=f"{tmp_path}/own_callbacks.py:make")
+    assert run.exit_code == 130
+    assert len(run.results[0].rows) == 1
+
+
+class Doubled(keras.layers.Layer):
+    """A layer of the user's, not registered."""
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
+
+    def call(self, inputs):
+        return 2 * self.scale * inputs
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "layer", [Doubled, lambda: keras.layers.Normalization(mean=0.5, variance=0.1)]
+)
+def test_models_with_layers_that_predict_refuses_finish_and_resume(layer, train, tmp_path):
+    def builder(input_shape, classes):
+        model = net(input_shape, classes)
+        return keras.Sequential([keras.Input(input_shape), layer(), model])
+
+    options = {"epochs": 2, "early_stopping": 1, "validation_images": 6}
+    run, _ = train(tmp_path, builder=builder, **options)
+    again, _ = train(tmp_path, resume=True, builder=builder, **options)
+    for a, b in zip(weights(run.results[0]), weights(again.results[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.any_backend
 def test_event_files_have_the_metrics_of_each_epoch(train, tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
@@ -382,6 +423,7 @@ def test_trained_models_are_refused_with_a_reason(tmp_path):
     builder = fine_tuning.builder(str(path))
     with pytest.raises(InputError, match=r"must be Dense, to be replaced.*GlobalAveragePooling2D"):
         builder(input_shape=(16, 16, 3), classes=5)
+    assert builder(input_shape=(16, 16, 3), classes=3).output_shape == (None, 3)
     pretrained = fine_tuning.builder("inn-cifar10")
     with pytest.raises(InputError, match=r"the size of the trained model, 32x32.*Received: 16x16"):
         pretrained(input_shape=(16, 16, 3), classes=5)

@@ -288,8 +288,9 @@ def _check_static_sizes(spec, backend):
     if backend == "jax" and spec.has_unknown_sizes:
         shapes = ", ".join(str(tuple(input_spec.shape)) for input_spec in spec.specs)
         raise InputError(
-            "Export on JAX requires static sizes: give `input_shape` as (height, width, channels), "
-            "or export on TensorFlow or PyTorch: --backend tensorflow. "
+            "Export on JAX requires static sizes: give `input_shape` as (height, width, channels) "
+            "(--image-size on the command line), or export on TensorFlow or PyTorch: "
+            "--backend tensorflow. "
             f"Received: inputs of shape {shapes}"
         )
 

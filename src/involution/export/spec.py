@@ -31,7 +31,7 @@ class ExportSpec:
     def remedy(self) -> str:
         """What to try if the exporter fails, for error messages."""
         if self.has_unknown_sizes:
-            return "give `input_shape`"
+            return "give `input_shape`, on the command line --image-size"
         return "another backend's exporter may work"
 
     @property

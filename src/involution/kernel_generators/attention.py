@@ -33,6 +33,7 @@ class PairwiseAttention(Linear):
 
     Call arguments:
         features: The involution's whole input, (B, *spatial, C) or (B, C, *spatial).
+        mask: None, or a boolean tensor (B, *spatial): positions where it is False have zero weight.
 
     Source: Li et al., arXiv:2103.06255, section 3.3, on self-attention and involution.
 
@@ -47,11 +48,13 @@ class PairwiseAttention(Linear):
     """
 
     uses_full_input = True
+    uses_mask = True
     accepts_initializers = False  # its convolutions compute queries and keys, not kernels
 
     @check_names
     def __init__(self, key_channels=None, *, padding=None, dilation_rate=None, **kwargs) -> None:
         super().__init__(**kwargs)
+        self.supports_masking = True
         self.key_channels = (
             None if key_channels is None else standardize_tuple("key_channels", key_channels, 1)[0]
         )
@@ -67,8 +70,12 @@ class PairwiseAttention(Linear):
     def standardize_attributes(self, input_shape):
         super().standardize_attributes(input_shape)
         rank = len(self.kernel_size)
-        self.padding = standardize_padding("padding", self.padding or SAME, rank)
-        self.dilation_rate = standardize_tuple("dilation_rate", self.dilation_rate or 1, rank)
+        self.padding = standardize_padding(
+            "padding", SAME if self.padding is None else self.padding, rank
+        )
+        self.dilation_rate = standardize_tuple(
+            "dilation_rate", 1 if self.dilation_rate is None else self.dilation_rate, rank
+        )
         inherited = {
             name: getattr(self, name) for name in INHERITED_ARGUMENTS if name != "upsampling"
         }
@@ -85,13 +92,23 @@ class PairwiseAttention(Linear):
     def output_sizes(self, sizes):
         return self.window.output_sizes(sizes)
 
-    def _generate(self, features):
+    def call(self, features, training=None, mask=None):
+        return self.run_call(features, training, **({} if mask is None else {"mask": mask}))
+
+    def _generate(self, features, mask=None):
         query = self.query(features[(slice(None), *every_center(self.window))])
-        kernel = attention_kernel(query, self.key(features), self.window)
+        kernel = attention_kernel(query, self.key(features), self.window, mask)
         shape = (*ops.shape(query)[:-1], self.kernel_channels)
         return ops.reshape(ops.cast(kernel, self.compute_dtype), shape)
 
+    def compute_mask(self, inputs, previous_mask):
+        return None  # of the kernels
+
     def count_multiply_adds(self) -> int:
-        """Multiply-adds for each position, if every input position is a center."""
-        queries = sum(math.prod(layer.kernel.shape) for layer in (self.query, self.key))
-        return queries + math.prod(self.kernel_size) * self.query.filters
+        """Multiply-adds of the queries and of the products, for each output position."""
+        products = math.prod(self.kernel_size) * self.query.filters
+        return math.prod(self.query.kernel.shape) + products
+
+    def count_input_multiply_adds(self) -> int:
+        """Multiply-adds of the keys, for each input position."""
+        return math.prod(self.key.kernel.shape)

@@ -89,6 +89,10 @@ class KernelGenerator(keras.layers.Layer):
 
     # Whether the features are the layer's full input: see the function of this name.
     uses_full_input = False
+    # Whether `call` has an argument ``mask``, (B, *spatial); if not, masked features are zeros.
+    uses_mask = False
+    # Whether a layer with this generator refuses masks, because all positions affect a kernel.
+    refuses_mask = False
     # Whether initializers such as those of ``near_depthwise_init`` apply.
     accepts_initializers = False
 
@@ -156,10 +160,21 @@ class KernelGenerator(keras.layers.Layer):
         return math.prod(self.kernel_size) * self.groups
 
     def call(self, features, training=None):
+        return self.run_call(features, training)
+
+    def run_call(self, features, training, **context):
+        """The kernel map in the layout of ``data_format``; ``context`` is passed to
+        ``_generate``."""
         with training_scope(training):
             if self.data_format == CHANNELS_LAST:
-                return self._generate(features)
-            return ops.moveaxis(self._generate(ops.moveaxis(features, 1, -1)), -1, 1)
+                return self._generate(features, **context)
+            features = ops.moveaxis(features, 1, -1)
+            return ops.moveaxis(self._generate(features, **context), -1, 1)
+
+    def count_input_multiply_adds(self) -> int:
+        """Multiply-adds for each input position, besides those of ``count_multiply_adds`` for each
+        output position."""
+        return 0
 
     def compute_output_shape(self, input_shape):
         if not self.built:

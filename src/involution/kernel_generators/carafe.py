@@ -6,9 +6,9 @@ import keras
 from keras import ops
 
 from involution.kernel_generators.base import KernelGenerator, check_names
-from involution.kernel_generators.pointwise import conv_class
+from involution.kernel_generators.pointwise import CausalConv1D, conv_class
 from involution.ops.tensor_utils import depth_to_space
-from involution.ops.validation import CHANNELS_LAST, standardize_tuple
+from involution.ops.validation import CAUSAL, CHANNELS_LAST, SAME, standardize_tuple
 
 
 @keras.saving.register_keras_serializable(package="involution")
@@ -18,7 +18,7 @@ class Carafe(KernelGenerator):
     A 1x1 convolution to ``hidden_channels``, a convolution of ``encoder_size`` to taps * groups
     channels for each phase of the fine grid, and a pixel shuffle; no normalization, no activation.
     With a guide, which has features at the fine positions, two such convolutions of the guide give
-    kernels that are added, as in FADE.
+    kernels that are added, as in FADE. In causal layers the convolutions are causal.
 
     Args:
         hidden_channels: Channels after the 1x1 convolutions.
@@ -46,6 +46,8 @@ class Carafe(KernelGenerator):
     >>> tuple(generator(np.ones((1, 8, 7, 16), "float32")).shape)
     (1, 16, 14, 25)
     """
+
+    padding = None  # the involution layer's
 
     @check_names
     def __init__(
@@ -107,12 +109,12 @@ class Carafe(KernelGenerator):
         )
 
     def _convolution(self, name, kernel_size, filters, channels):
-        rank = len(self.kernel_size)
+        rank, causal = len(self.kernel_size), self.padding == CAUSAL
         initializer = self.kernel_initializer if kernel_size == 1 else self.encoder_initializer
-        layer = conv_class(rank, kernel_size)(
+        layer = (CausalConv1D if causal else conv_class(rank, kernel_size))(
             filters,
             kernel_size,
-            padding="same",
+            padding=CAUSAL if causal else SAME,
             data_format=CHANNELS_LAST,
             kernel_initializer=initializer.clone(),
             dtype=self.dtype_policy,
@@ -142,13 +144,13 @@ class Carafe(KernelGenerator):
         return super().compute_output_shape(_shapes(input_shape)[0])
 
     def count_multiply_adds(self) -> int:
-        """Multiply-adds of the convolutions, for each output position."""
-        coarse = [self.compressor, self.encoder]
-        fine = [self.guide_compressor, self.guide_encoder] if self.has_guide else []
-        products = [
-            sum(math.prod(layer.kernel.shape) for layer in layers) for layers in (coarse, fine)
-        ]
-        return products[0] // math.prod(self.upsampling) + products[1]
+        """Multiply-adds of the guide's convolutions, for each output position."""
+        layers = (self.guide_compressor, self.guide_encoder) if self.has_guide else ()
+        return sum(math.prod(layer.kernel.shape) for layer in layers)
+
+    def count_input_multiply_adds(self) -> int:
+        """Multiply-adds of the features' convolutions, for each input position."""
+        return sum(math.prod(layer.kernel.shape) for layer in (self.compressor, self.encoder))
 
     def get_config(self):
         config = {

@@ -6,7 +6,12 @@ import keras
 from keras import ops
 
 from involution.kernel_generators.base import check_names, training_argument
-from involution.kernel_generators.convolutional import EPSILON, Linear, projection_of
+from involution.kernel_generators.convolutional import (
+    EPSILON,
+    Linear,
+    clone_initializer,
+    projection_of,
+)
 from involution.kernel_generators.pooling import average_pool
 from involution.ops.validation import (
     CAUSAL,
@@ -36,11 +41,12 @@ class LargeContext(Linear):
         kernel_normalization: Whether kernels are normalized.
         use_normalization: Whether the hidden channels are normalized, after each convolution but
             the last. If not, these convolutions have biases.
-        **kwargs: As for ``Linear``.
+        **kwargs: As for ``Linear``; ``kernel_initializer`` is that of the 1x1 convolutions.
 
     Raises:
         ValueError: ``reduction_ratio`` leaves no hidden channel; the layer has three dimensions,
-            for which Keras has no depthwise convolution, or causal padding.
+            for which Keras has no depthwise convolution, or causal padding, or is called with a
+            mask: the kernels depend on all positions.
 
     Source: Wang et al., "LSNet: See Large, Focus Small", CVPR 2025, arXiv:2503.23135, where windows
     have 3x3 taps and kernels are shared by the channels of interleaved groups.
@@ -56,6 +62,7 @@ class LargeContext(Linear):
     (1, 9, 8, 32)
     """
 
+    refuses_mask = True
     # As in ``Bottleneck``.
     NORMALIZED = (
         ("reduce", "reduce_normalization"),
@@ -97,7 +104,9 @@ class LargeContext(Linear):
             data_format=CHANNELS_LAST,
             use_bias=use_bias,
             depthwise_initializer="he_normal",
+            bias_initializer=clone_initializer(self.bias_initializer),
             depthwise_regularizer=self.kernel_regularizer,
+            bias_regularizer=self.bias_regularizer,
             dtype=self.dtype_policy,
             name="context",
         )

@@ -167,10 +167,13 @@ class GeneratedInvolution(BaseInvolution):
     def generate_kernel(self, inputs, mask=None, **context):
         """The kernels for ``inputs``, in the layout of ``involution.ops.involution``:
         (B, *out_spatial, taps, groups) or (B, taps, groups, *out_spatial)."""
-        return self.kernel_of_map(self._kernel_map(inputs, **context), inputs, mask)
+        return self.kernel_of_map(self._kernel_map(inputs, mask=mask, **context), inputs, mask)
 
-    def _kernel_map(self, inputs, **context):
-        return self.kernel_generator(self.generator_input(inputs), **training_argument())
+    def _kernel_map(self, inputs, *, mask=None, **context):
+        arguments = training_argument()
+        if mask is not None and getattr(self.kernel_generator, "uses_mask", False):
+            arguments["mask"] = mask
+        return self.kernel_generator(self.generator_input(inputs), **arguments)
 
     def kernel_of_map(self, kernel_map, inputs, mask=None, window=None):
         """The kernels of the generator's output, for windows of ``inputs``; None: the layer's."""

@@ -7,6 +7,7 @@ from keras import ops
 
 from involution.kernel_generators.base import training_argument, training_scope, uses_full_input
 from involution.kernel_generators.convolutional import final_projection
+from involution.kernel_generators.pointwise import CausalConv1D
 from involution.layers.base import input_channels
 from involution.layers.generated import GeneratedInvolution
 from involution.ops.calls import apply_generated, apply_kernels
@@ -96,9 +97,15 @@ class InvolutionND(GeneratedInvolution):
             self._build_projection(self._channels)
 
     def _build_projection(self, channels):
-        # Channels last, which every backend supports on every device.
-        projection = getattr(keras.layers, f"Conv{self.rank}D")(
-            self.filters, 1, data_format=CHANNELS_LAST, dtype=self.dtype_policy, name="projection"
+        causal = self.window.padding == CAUSAL
+        projection = (CausalConv1D if causal else getattr(keras.layers, f"Conv{self.rank}D"))(
+            self.filters,
+            1,
+            padding=CAUSAL if causal else VALID,
+            # Which every backend supports on every device.
+            data_format=CHANNELS_LAST,
+            dtype=self.dtype_policy,
+            name="projection",
         )
         projection.build((None,) * (self.rank + 1) + (channels,))
         self.projection = projection
@@ -116,6 +123,11 @@ class InvolutionND(GeneratedInvolution):
         self._output_sizes(inputs.shape)
         if mask is None:
             return super()._call(inputs)
+        if getattr(self.kernel_generator, "refuses_mask", False):
+            raise ValueError(
+                "The layer must be called without a mask, because its kernels depend on all "
+                f"positions. Received: a mask, kernel_generator={self.kernel_generator.name}"
+            )
         # Masked positions contribute nothing, and their outputs are 0.
         outputs = super()._call(self._masked(inputs, mask), mask=mask)
         mask = self.compute_mask(inputs, mask)
@@ -309,7 +321,8 @@ _SHARED_DOC = """
             inherited from the enclosing layer or model, or False if there is none. On PyTorch, the
             module's ``train()`` and ``eval()`` do not change it.
         mask: Boolean tensor (B, *spatial), as of ``keras.layers.Masking`` and ``Embedding``.
-            Positions where it is False contribute nothing, and outputs centered there are 0.
+            Positions where it is False are zeros in the windows and for the kernel generator,
+            for ``"pairwise_attention"`` outside of the input, and outputs centered there are 0.
 
     Returns:
         A tensor with the channels of ``inputs``, or ``filters``, and the sizes a convolution would
@@ -321,7 +334,8 @@ _SHARED_DOC = """
             ``stride``; the message says what to write.
         ValueError: An argument is out of its range, the groups do not divide the channels, the
             generator's map does not fit the output, a generator with weights belongs to another
-            layer, or the input has too few or too many axes.
+            layer, the input has too few or too many axes, or there is a mask and the generator is
+            ``"large_context"``, whose kernels depend on all positions.
 
     Source: Li et al., arXiv:2103.06255.
     """

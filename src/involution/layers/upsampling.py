@@ -103,7 +103,7 @@ class InvolutionUpSamplingND(GeneratedInvolution):
         self._check_guide(inputs.shape, guide.shape)
         return self.run_call(training, inputs=inputs, guide=guide)
 
-    def _kernel_map(self, inputs, guide=None, **context):
+    def _kernel_map(self, inputs, *, guide=None, **context):
         features = self.generator_input(inputs)
         if guide is not None:
             features = [features, guide]

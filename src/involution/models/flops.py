@@ -75,7 +75,7 @@ def count_multiply_adds(model, input_shape=None, involutions=True) -> int:
 
     def call(layer, *args, **kwargs):
         output = layer(*args, **kwargs)
-        calls.append((layer, args[0], output))
+        calls.append((layer, args[0] if args else next(iter(kwargs.values())), output))
         return output
 
     # The same layers, with all sizes known. clone_model supports no call_function for a Sequential
@@ -155,10 +155,16 @@ def _generator_macs(layer, inputs, positions, involutions) -> int:
         if all(
             issubclass(counted, _definer(kind, name)) for name in MAC_METHODS if hasattr(kind, name)
         ):
-            return generator.count_multiply_adds() * positions
+            total = generator.count_multiply_adds() * positions
+            # A subclass that overrides only the former counts everything there.
+            counts_inputs = "count_input_multiply_adds"
+            if hasattr(kind, counts_inputs) and issubclass(_definer(kind, counts_inputs), counted):
+                total += generator.count_input_multiply_adds() * _positions(inputs.shape, layer)
+            return total
         raise ValueError(
             "A generator that overrides its computation must override `count_multiply_adds()`, "
-            "the multiply-adds per output position. "
+            "the multiply-adds per output position (those per input position: "
+            "`count_input_multiply_adds()`). "
             f"Received: {generator.name}, a {kind.__name__}"
         )
     shape = layer.generator_input_shape(inputs.shape)

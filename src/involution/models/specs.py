@@ -20,6 +20,8 @@ from involution.models import MODELS
 from involution.utils.errors import InputError, convert_exceptions
 
 Builder = Callable[..., keras.Model]
+# Bytes of the name of a model's file: systems allow 255, and other names are up to 40 longer.
+MAX_FILE_NAME = 200
 
 
 def parse(text, other=lambda spec: None) -> dict[str, Builder]:
@@ -53,8 +55,17 @@ def parse(text, other=lambda spec: None) -> dict[str, Builder]:
             raise InputError(f"Model specs must be unique. Received: {text}")
         builders[spec] = other(spec) or _parse_model(spec)
     files = [file_name(spec) for spec in model_specs]
-    if len(set(files)) < len(files):
-        raise InputError(f"Model specs must give unique file names. Received: {text}")
+    # Some file systems ignore case.
+    if len({file.casefold() for file in files}) < len(files):
+        raise InputError(
+            f"Model specs must give unique file names, whatever their case. Received: {text}"
+        )
+    for spec, file in zip(model_specs, files, strict=True):
+        if len(file.encode()) > MAX_FILE_NAME:
+            raise InputError(
+                f"A model spec, from which the names of its files are made, must have at most "
+                f"{MAX_FILE_NAME - len('.keras')} bytes. Received: {spec}, of {len(spec.encode())}"
+            )
     return builders
 
 

@@ -14,20 +14,21 @@ from involution.ops.tensor_utils import to_accumulation_dtype
 MASK_VALUE = -1e9
 
 
-def attention_kernel(query, key, window):
+def attention_kernel(query, key, window, mask=None):
     """softmax over taps k of query[p] . key[position k of the window of p] / sqrt(channels of a
-    head), where positions outside the input have zero weight; the groups are the heads.
+    head), where positions outside the input, or masked, have zero weight; the groups are the heads.
 
     Args:
         query: Tensor (B, *out_spatial, groups * channels of a head).
         key: Tensor (B, *spatial, groups * channels of a head).
         window: The windows, channels last.
+        mask: None, or a boolean tensor (B, *spatial).
 
     Returns:
         Tensor (B, *out_spatial, taps, groups), in the dtype of sums.
     """
     query = query / math.sqrt(query.shape[-1] // window.groups)
-    return tap_softmax(_products(key, query, window), window, (key, None))
+    return tap_softmax(_products(key, query, window), window, (key, mask))
 
 
 def tap_softmax(kernel, window, inside=None, rowwise=False):

@@ -50,7 +50,7 @@ def center_output_sizes(window, input_shape) -> tuple[int | None, ...]:
             raise ValueError(
                 "`padding` must leave the center of every window inside the input. "
                 f"Received: padding={window.padding!r}, kernel_size={window.kernel_size}, "
-                f"input shape {input_shape}"
+                f"input sizes {window.spatial(input_shape)}"
             )
     return sizes
 

@@ -164,7 +164,7 @@ def output_sizes(window, x_shape) -> tuple[int | None, ...]:
     if any(n is not None and n <= 0 for n in sizes):
         raise ValueError(
             "The window must fit into the padded input: every output size must be at least 1. "
-            f"Received: output sizes {sizes}, input shape {tuple(x_shape)}, "
+            f"Received: output sizes {sizes}, input sizes {window.spatial(x_shape)}, "
             f"kernel_size={window.kernel_size}, strides={window.strides}, "
             f"padding={window.padding!r}, dilation_rate={window.dilation_rate}"
         )

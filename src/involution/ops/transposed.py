@@ -97,7 +97,7 @@ class TransposedWindow:
         if any(n is not None and n <= 0 for n in sizes):
             raise ValueError(
                 "Every output size must be at least 1. "
-                f"Received: output sizes {sizes}, input shape {tuple(x_shape)}, "
+                f"Received: output sizes {sizes}, input sizes {window.spatial(x_shape)}, "
                 f"kernel_size={window.kernel_size}, strides={window.strides}, "
                 f"padding={window.padding}, dilation_rate={window.dilation_rate}"
             )

@@ -102,7 +102,13 @@ class Classifier:
             return error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file without optimizer state, so that it loads on every backend."""
+        """Writes the file without optimizer state, so that it loads on every backend.
+
+        Raises:
+            InputError: The name does not end in ``.keras``.
+        """
+        if not str(path).endswith(".keras"):
+            raise InputError(f"A model's file must have the suffix .keras. Received: {path}")
         with atomic_write(path) as temporary:
             self.model.save(temporary)
             with zipfile.ZipFile(temporary, "a") as archive:
@@ -250,13 +256,13 @@ def load_model(path) -> keras.Model:
 
 
 def load_weights(model: keras.Model, path: str | os.PathLike[str]) -> None:
-    """Sets a model's weights from a ``.keras`` file of the same architecture.
+    """Sets a model's weights from a ``.keras`` file of the same architecture, of any layers.
 
     Raises:
         InputError: The file is invalid, or its architecture differs.
     """
-    with _as_input_error(path):
-        keras_archive.check(path)
+    with convert_exceptions(InputError, "A file of weights must be the model's.", path, limit=1000):
+        keras_archive.check_weights(path)
         model.load_weights(path)
 
 

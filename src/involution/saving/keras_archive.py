@@ -10,6 +10,7 @@ layers:
 * weights in contiguous arrays whose bytes are in the file.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -86,20 +87,39 @@ def check(path) -> tuple[dict, int]:
         ValueError: The file contains something that is not accepted.
         Exception: The file is damaged.
     """
+    registered: dict = {}
+    with _open(path) as archive:
+        config = json.loads(member(archive, CONFIG))
+        # Unused with compile=False. Keras still uses those of nested models.
+        del config["compile_config"]
+        _check_value(config, registered, 0)
+        return registered, _count_weights(archive)
+
+
+def check_weights(path):
+    """As ``check``, of the weights alone, for a model that exists: its layers may be of any class,
+    because the configuration in the file is not used."""
+    with _open(path) as archive:
+        _count_weights(archive)
+
+
+@contextlib.contextmanager
+def _open(path) -> Iterator[zipfile.ZipFile]:
+    """The archive, whose members are checked."""
     path = pathlib.Path(path)
     # Keras selects the reader by suffix; its HDF5 reader has fewer checks.
     if path.suffix != ".keras":
         raise ValueError(f"a name that ends with {path.suffix!a}")
     with zipfile.ZipFile(path) as archive:
         _check_members(archive.infolist(), path.stat().st_size)
-        config = json.loads(member(archive, CONFIG))
-        # Unused with compile=False. Keras still uses those of nested models.
-        del config["compile_config"]
-        registered: dict = {}
-        _check_value(config, registered, 0)
-        weights = member(archive, WEIGHTS)
+        yield archive
+
+
+def _count_weights(archive) -> int:
+    """The number of elements of all weights, which are checked."""
+    weights = member(archive, WEIGHTS)
     with h5py.File(io.BytesIO(weights), "r") as file:
-        return registered, _check_weights(file, len(weights))
+        return _check_weights(file, len(weights))
 
 
 def member(archive, name) -> bytes:

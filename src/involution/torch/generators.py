@@ -568,7 +568,7 @@ def near_depthwise_(module: Any) -> Any:
 
     Args:
         module: An involution. Generators without a last convolution, such as ``"static"``, and
-            ``"low_rank"``, which starts as a depthwise convolution, are unchanged.
+            those with initial values of their own, ``"low_rank"`` and ``"carafe"``, are unchanged.
 
     Returns:
         The involution.
@@ -584,7 +584,7 @@ def near_depthwise_(module: Any) -> Any:
     last = None
     if isinstance(generator, LargeContext):
         last = generator.cv4
-    elif generator is module or (
+    elif (generator is module and hasattr(module, "conv2")) or (
         isinstance(generator, Convolutional) and not isinstance(generator, LowRank)
     ):
         last = generator.conv2

@@ -13,6 +13,7 @@ from involution.ops.centers import (
     number_of_groups,
 )
 from involution.ops.dispatch import standardize_implementation
+from involution.ops.frameworks.torch import is_autocast
 from involution.ops.tensor_utils import to_accumulation_dtype
 from involution.ops.validation import (
     CAUSAL,
@@ -304,10 +305,16 @@ def check_input(x, channels, rank, name, dtype):
             f"The input of {name} must be of a floating-point dtype{hint if x.is_quantized else ''}"
             f". Received: x.dtype={x.dtype}"
         )
-    if dtype not in (None, x.dtype) and not torch.is_autocast_enabled(x.device.type):
+    check_dtype(x, "x", f"The input of {name} must be of the dtype of its parameters", dtype)
+
+
+def check_dtype(tensor, argument, rule, dtype):
+    """ValueError unless a tensor has the dtype of the parameters, or is cast to it; None: any."""
+    if dtype not in (None, tensor.dtype) and not is_autocast(tensor.device.type):
         raise ValueError(
-            f"The input of {name} must be of the dtype of its parameters, {dtype}: use "
-            f"x.to({dtype}), or the module's `to`, or torch.autocast. Received: x.dtype={x.dtype}"
+            f"{rule}, {dtype}: use {argument}.to({dtype}), or the module's `to`, or "
+            "torch.autocast. "
+            f"Received: {argument}.dtype={tensor.dtype}"
         )
 
 

@@ -94,7 +94,7 @@ def apply_generated_exactly(x, hidden, weight, bias, window, implementation=None
 def _products(x, weight, bias):
     """x @ weight.t() + bias, by sums in pairs: each of the operations acts on single elements."""
     dtype, weight = x.dtype, to_accumulation_dtype(weight)
-    count = max(MAX_PRODUCTS // (x.shape[0] * weight.numel()), 1)
+    count = max(MAX_PRODUCTS // max(x.shape[0] * weight.numel(), 1), 1)
     parts = []
     for part in to_accumulation_dtype(x).split(count, 1):
         terms = part.unsqueeze(-2) * weight

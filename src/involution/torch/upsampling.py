@@ -14,7 +14,7 @@ from involution.ops.validation import (
 )
 from involution.torch.functional import apply_kernel, make_window
 from involution.torch.generators import Carafe, carafe_map
-from involution.torch.modules import check_axes, check_input, kernels_of
+from involution.torch.modules import check_axes, check_dtype, check_input, kernels_of
 from involution.utils.arguments import names_required
 
 _CHANNELS = "the input and the output have `channels`"
@@ -113,7 +113,7 @@ class InvolutionUpsampleNd(nn.Module):
         if self.kernel_generator is None:
             dtype = self.channel_compressor.weight.dtype
         check_input(x, self.channels, self.rank, type(self).__name__, dtype)
-        _check_guide(guide, x, self.guide_channels, self.window, type(self).__name__)
+        _check_guide(guide, x, self.guide_channels, self.window, type(self).__name__, dtype)
         if self.kernel_generator is None:
             kernel_map = carafe_map(self, x, guide, self.window.upsampling)
         else:
@@ -145,7 +145,7 @@ class InvolutionUpsampleNd(nn.Module):
 
 # Functions that inspect tensors are nodes of the graphs of torch.fx.
 @torch.fx.wrap
-def _check_guide(guide, x, channels, window, name):
+def _check_guide(guide, x, channels, window, name, dtype):
     if (guide is None) != (channels is None):
         raise ValueError(
             "A guide must be passed where the module has `guide_channels`, and only there. "
@@ -161,6 +161,7 @@ def _check_guide(guide, x, channels, window, name):
             f"`guide` must have the shape {expected}: batch, `guide_channels`, and the sizes of "
             f"the output. Received: guide.shape={tuple(guide.shape)}"
         )
+    check_dtype(guide, "guide", "`guide` must be of the dtype of the module's parameters", dtype)
 
 
 torch.fx.wrap("apply_kernel")

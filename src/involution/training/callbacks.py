@@ -145,5 +145,8 @@ def training(callbacks: Callbacks):
     callbacks.on_train_begin()
     try:
         yield
-    finally:
-        callbacks.on_train_end()
+    except BaseException:
+        with contextlib.suppress(InputError):  # would hide the first exception
+            callbacks.on_train_end()
+        raise
+    callbacks.on_train_end()

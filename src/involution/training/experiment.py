@@ -29,6 +29,7 @@ from involution.training.trainer import (
     DivergenceError,
     Trainer,
     TrainerState,
+    check_distribution,
     images_per_epoch,
 )
 from involution.utils.atomic_files import (
@@ -189,7 +190,8 @@ def compare(
 
     Raises:
         InputError: An argument is invalid, another process uses the folder, or the run to resume
-            differs. Nothing is written in these cases.
+            differs: nothing is written in these cases. A callback fails: the folder has the last
+            checkpoint.
         LostHostError: A host was lost.
         WriteError: A file could not be written. A model whose loss is not finite raises nothing: it
             is recorded as the failure in its result.
@@ -219,6 +221,7 @@ def compare(
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     images_per_epoch(dataset, run.recipe, distribution)
+    check_distribution(run.recipe, distribution)
     build_callbacks = callbacks.builder(config.callbacks, config.tensorboard)
     with contextlib.ExitStack() as stack:
         if distribution.is_primary:
@@ -429,6 +432,8 @@ class RunState:
         try:
             with callbacks.training(called):
                 final = self._train_epochs(result, trainer, called, after_step, start)
+            # Callbacks may have changed them at the end.
+            trainer.copy_weights()
         except (KeyboardInterrupt, DivergenceError):
             if result.best_epoch is None:
                 self._write_model(result)

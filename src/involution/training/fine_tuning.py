@@ -47,7 +47,7 @@ def build(text, input_shape, classes) -> keras.Model:
 
     Raises:
         InputError: The model cannot be loaded, is for images of another size, or does not end in a
-            Dense layer, which an activation may follow.
+            Dense layer, which an activation may follow, and has another number of classes.
     """
     model = _with_dtype_policy(classifier.load_model(classifier.resolve(text)))
     expected = model.input_shape[1:]
@@ -59,13 +59,13 @@ def build(text, input_shape, classes) -> keras.Model:
     *_, before, last = model.layers
     activations = [last] if isinstance(last, ACTIVATIONS) else []
     dense = before if activations else last
+    if model.output_shape[1:] == (classes,):
+        return model
     if not isinstance(dense, keras.layers.Dense):
         raise InputError(
             "The last layer of a trained model must be Dense, to be replaced for other classes. "
             f"Received: {type(dense).__name__} in {text}"
         )
-    if dense.units == classes:
-        return model
     outputs = keras.layers.Dense.from_config(dense.get_config() | {"units": classes})(dense.input)
     for layer in activations:
         outputs = type(layer).from_config(layer.get_config())(outputs)

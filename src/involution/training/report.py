@@ -207,15 +207,17 @@ def summary_sentence(run) -> str:
         return f"{len(trained)} of {len(models)} models completed an epoch: no comparison yet."
     (a, first), (b, second) = trained[:2]
     difference = 100 * (first[accuracy] - second[accuracy])
-    parameters = first["trainable_params"] / second["trainable_params"]
+    parameters = ""
+    if second["trainable_params"]:
+        ratio = first["trainable_params"] / second["trainable_params"]
+        parameters = f"{ratio:.3g} times its trainable parameters and "
     seconds = first["seconds_per_epoch"] / second["seconds_per_epoch"]
     epochs = _epochs(*dict.fromkeys((_saved_epoch(first), _saved_epoch(second))))
     return (
         f"After {epochs}, {a} is {abs(difference):.1f} points "
         f"{'more' if difference >= 0 else 'less'} accurate than {b} on the {images} "
         f"({first[accuracy]:.3f} against {second[accuracy]:.3f}), "
-        f"with {parameters:.3g} times its trainable parameters "
-        f"and {seconds:.3g} times its time per epoch.{late}"
+        f"with {parameters}{seconds:.3g} times its time per epoch.{late}"
     )
 
 

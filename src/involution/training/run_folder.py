@@ -2,9 +2,8 @@
 
 import os
 
-from involution.training import checkpoint
 from involution.training.trainer import METRICS
-from involution.utils.atomic_files import TMP_PREFIX, csv_text
+from involution.utils.atomic_files import csv_text
 from involution.utils.errors import InputError
 
 
@@ -18,7 +17,7 @@ def check_folder(folder, resume=False, is_primary=True):
     """
     try:
         if folder.exists():
-            empty = folder.is_dir() and all(f.name == checkpoint.LOCK for f in folder.iterdir())
+            empty = folder.is_dir() and all(map(_is_hidden, folder.iterdir()))
             if not (empty or (resume and folder.is_dir())):
                 raise InputError(f"The output folder must be new or empty. Received: {folder}")
         parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -32,10 +31,12 @@ def check_folder(folder, resume=False, is_primary=True):
 def is_resumable(folder) -> bool:
     """Whether the folder contains a run. A process killed before its first checkpoint leaves only a
     lock file and temporary files."""
-    return any(
-        file.is_file() and file.name != checkpoint.LOCK and not file.name.startswith(TMP_PREFIX)
-        for file in folder.rglob("*")
-    )
+    return any(file.is_file() and not _is_hidden(file) for file in folder.rglob("*"))
+
+
+def _is_hidden(file) -> bool:
+    """Whether this is a file that is a lock, temporary, or a desktop's, such as .DS_Store."""
+    return file.is_file() and file.name.startswith(".")
 
 
 def make_folder(folder):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 
@@ -28,6 +29,7 @@ __all__ = [
     "Recipe",
     "Trainer",
     "TrainerState",
+    "check_distribution",
     "images_per_epoch",
     "random_state",
     "set_random_state",
@@ -100,6 +102,15 @@ def _class_weights(dataset, recipe) -> np.ndarray | None:
     return (len(dataset.y_train) / (len(counts) * np.maximum(counts, 1))).astype("float32")
 
 
+def check_distribution(recipe, distribution):
+    """Raises InputError if the recipe requires a single device, and there are several."""
+    if recipe.class_weight is not None and not distribution.is_single:
+        raise InputError(
+            "`class_weight` is available on a single device. "
+            f"Received: {recipe.class_weight} with {distribution.num_devices} devices"
+        )
+
+
 class DivergenceError(InputError):
     """The loss is NaN or infinite."""
 
@@ -135,12 +146,11 @@ class Trainer:
         accumulation = recipe.gradient_accumulation_steps
         self.micro_batch_size = (recipe.batch_size or dataset.batch_size) // accumulation
         self._augmentations = recipe.augmentation_names
+        check_distribution(recipe, distribution)
         self._class_weights = _class_weights(dataset, recipe)
-        if self._class_weights is not None and not distribution.is_single:
-            raise InputError(
-                "`class_weight` is available on a single device. "
-                f"Received: {recipe.class_weight} with {distribution.num_devices} devices"
-            )
+        # The devices of a step wait for each other, each in a thread of XLA's pool. On CPUs, where
+        # augmentations use the same pool, both together may wait forever.
+        self._exclusive = contextlib.nullcontext() if distribution.is_single else threading.Lock()
         self.state = TrainerState()
         train_steps, test_steps = self._steps_per_epoch
         self.steps = epochs * (train_steps + test_steps)
@@ -292,9 +302,10 @@ class Trainer:
         """Copies the trained weights, or their averages, to the caller's model."""
         if self.recipe.ema_momentum is not None and not self._ema_active:
             self._compiled.optimizer.finalize_variable_values(self._compiled.trainable_variables)
-        self._copy_weights()
+        self.copy_weights()
 
-    def _copy_weights(self):
+    def copy_weights(self):
+        """Copies the weights from all devices to the caller's model, if there are several."""
         if self._trained is not self.model:
             for target, trained in zip(self.model.variables, self._trained.variables, strict=True):
                 target.assign(_to_numpy(trained))
@@ -303,7 +314,7 @@ class Trainer:
     def evaluated_weights(self):
         """In the block the caller's model has the weights that testing uses."""
         self._swap_ema(True)
-        self._copy_weights()
+        self.copy_weights()
         try:
             yield
         finally:
@@ -367,7 +378,8 @@ class Trainer:
         images = transforms.to_unit_float(images)
         if set(self._augmentations) - {"flip"}:
             key = (self._seed, epoch, 4, int(own[0]))
-            images, labels = augment(images, labels, self._augmentations, key)
+            with self._exclusive:
+                images, labels = augment(images, labels, self._augmentations, key)
         of_class = self._class_weights
         if of_class is None:
             return Batch(images, labels, shard)
@@ -406,7 +418,8 @@ class Trainer:
         """Runs a step; returns the mean loss and accuracy over the images of all hosts."""
         if self._distribution.is_single:
             return step(batch.images, batch.labels, batch.weights, return_dict=True)
-        with self._distribution.scope(), self._distribution.detect_lost_hosts():
+        distribution = self._distribution
+        with self._exclusive, distribution.scope(), distribution.detect_lost_hosts():
             result = step(batch.images, batch.labels, batch.shard.weights, return_dict=True)
             # Keras divides by the number of all images, including those of weight 0.
             loss = float(result["loss"]) * batch.shard.padded_count / batch.shard.count

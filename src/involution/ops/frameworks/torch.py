@@ -47,10 +47,15 @@ def take(x, indices, axis):
     return torch.index_select(x, axis, torch.as_tensor(indices, device=x.device))
 
 
+def is_autocast(device) -> bool:
+    """Whether ``torch.autocast`` is active for a type of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors):
     """The tensors as a convolution uses them: within ``torch.autocast`` in its dtype."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not is_autocast(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
