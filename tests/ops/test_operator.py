@@ -698,7 +698,7 @@ def test_mismatched_dtypes_raise(x, kernel, executed):
 
 
 def test_window_larger_than_the_input_raises(executed):
-    message = r"must fit into the padded input.*Received: output sizes \(-1,\), .*\(1, 5, 2\)"
+    message = r"must fit into the padded input.*Received: output sizes \(-1,\), input sizes \(5,\)"
     with pytest.raises(ValueError, match=message):
         involution.ops.involution(np.ones((1, 5, 2)), np.ones((1, 1, 7, 1)), 7, padding="valid")
     assert executed == []
