@@ -61,6 +61,15 @@ def test_later_inputs_change_no_bit_of_an_output(strides, rate, case):
         assert last == y.shape[1] or (z[:, last:] != y[:, last:]).any()
 
 
+def stepped(layer, x, bounds):
+    """The outputs of steps with these bounds, and the last cache."""
+    cache, parts = layer.initial_cache(len(x)), []
+    for begin, end in itertools.pairwise(bounds):
+        part, cache = layer.step(x[:, begin:end], cache)
+        parts.append(numpy(part))
+    return np.concatenate(parts, 1), cache
+
+
 @requires_native
 @pytest.mark.long
 @pytest.mark.parametrize(
@@ -88,12 +97,8 @@ def test_steps_equal_the_whole_sequence_bit_for_bit(kernel_size, case):
             filters=None,
         )
         x = random(2, 23, 48, seed=rate)
-        whole = numpy(layer(x))
-        cache, parts = layer.initial_cache(2), []
-        for begin, end in itertools.pairwise((0, 5, 6, 7, 8, 10, 20, 23)):
-            part, cache = layer.step(x[:, begin:end], cache)
-            parts.append(numpy(part))
-        np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+        y, cache = stepped(layer, x, (0, 5, 6, 7, 8, 10, 20, 23))
+        np.testing.assert_array_equal(y, numpy(layer(x)))
         assert cache[0].shape[1] == cache[1].shape[1]
 
 
@@ -103,11 +108,8 @@ def test_steps_with_filters_equal_the_whole_sequence_bit_for_bit(channels, filte
     layer = involution.Involution1D(3, padding="causal", filters=filters, groups=8)
     x = random(1, 37, channels)
     whole = numpy(layer(x))
-    cache, parts = layer.initial_cache(1), []
-    for begin, end in itertools.pairwise((0, 1, 2, 7, 9, 10, 26, 37)):
-        part, cache = layer.step(x[:, begin:end], cache)
-        parts.append(numpy(part))
-    np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+    y, _ = stepped(layer, x, (0, 1, 2, 7, 9, 10, 26, 37))
+    np.testing.assert_array_equal(y, whole)
 
 
 @requires_native

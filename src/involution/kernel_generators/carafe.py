@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from involution.kernel_generators.base import KernelGenerator, check_names
-from involution.kernel_generators.pointwise import CausalConv1D, conv_class
+from involution.kernel_generators.pointwise import conv_class
 from involution.ops.tensor_utils import depth_to_space
 from involution.ops.validation import CAUSAL, CHANNELS_LAST, SAME, standardize_tuple
 
@@ -109,12 +109,13 @@ class Carafe(KernelGenerator):
         )
 
     def _convolution(self, name, kernel_size, filters, channels):
-        rank, causal = len(self.kernel_size), self.padding == CAUSAL
+        rank = len(self.kernel_size)
+        padding = CAUSAL if self.padding == CAUSAL else SAME
         initializer = self.kernel_initializer if kernel_size == 1 else self.encoder_initializer
-        layer = (CausalConv1D if causal else conv_class(rank, kernel_size))(
+        layer = conv_class(rank, kernel_size, padding)(
             filters,
             kernel_size,
-            padding=CAUSAL if causal else SAME,
+            padding=padding,
             data_format=CHANNELS_LAST,
             kernel_initializer=initializer.clone(),
             dtype=self.dtype_policy,

@@ -11,7 +11,6 @@ from keras import ops
 
 from involution.kernel_generators.base import KernelGenerator, check_names, training_argument
 from involution.kernel_generators.pointwise import (
-    CausalConv1D,
     affine,
     conv_class,
     has_plain_call,
@@ -125,11 +124,12 @@ class Linear(KernelGenerator):
 
     def make_convolution(self, name, filters, channels, use_bias=True, kernel_size=1):
         """A channels-last convolution, which every backend supports on every device."""
-        rank, causal = len(self.kernel_size), self.padding == CAUSAL
-        layer = (CausalConv1D if causal else conv_class(rank, kernel_size))(
+        rank = len(self.kernel_size)
+        padding = CAUSAL if self.padding == CAUSAL else SAME
+        layer = conv_class(rank, kernel_size, padding)(
             filters,
             kernel_size,
-            padding=CAUSAL if causal else SAME,
+            padding=padding,
             data_format=CHANNELS_LAST,
             use_bias=use_bias,
             kernel_initializer=clone_initializer(self.kernel_initializer),

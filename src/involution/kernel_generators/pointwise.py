@@ -12,7 +12,7 @@ import threading
 import keras
 
 from involution.ops.rowwise import rowwise_matmul
-from involution.ops.validation import CHANNELS_LAST, check_axes
+from involution.ops.validation import CAUSAL, CHANNELS_LAST, SAME, check_axes
 
 
 class _Traced(threading.local):
@@ -184,6 +184,8 @@ def affine(layer):
 POINTWISE_CONVS = {1: PointwiseConv1D, 2: PointwiseConv2D, 3: PointwiseConv3D}
 
 
-def conv_class(rank, kernel_size):
+def conv_class(rank, kernel_size, padding=SAME):
     """The layer class of a channels-last convolution with this kernel size in each dimension."""
+    if padding == CAUSAL:
+        return CausalConv1D
     return POINTWISE_CONVS[rank] if kernel_size == 1 else getattr(keras.layers, f"Conv{rank}D")
